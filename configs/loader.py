@@ -1,0 +1,167 @@
+"""YAML file or preset name, plus `a.b=c` overrides, to a `Config`; every mistake is a one-line ValueError."""
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from outrider.configs.schema import Config
+
+PRESETS_DIR = Path(__file__).parent
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB)")
+_SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_SCALAR_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+
+
+def preset_names() -> list[str]:
+    """Names of the configs that ship with the package."""
+    return sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
+
+
+def load_config(config: str, overrides: Sequence[str] = ()) -> Config:
+    """The run described by `config`, a path of a YAML file or a preset name, with `a.b=c` overrides applied.
+
+    Raises ValueError naming the key and the allowed values.
+    """
+    path = _find(config)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {config!r} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        one_line = " ".join(str(error).split())
+        raise ValueError(f"config {config!r} is not valid YAML: {one_line}") from error
+    tree = _mapping({} if values is None else values, "")
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_dict(tree)
+
+
+def config_from_dict(values: Mapping[str, object]) -> Config:
+    """Checks keys and types of nested plain values (as YAML gives them) and builds the Config."""
+    return _build(Config, values, "")
+
+
+def config_to_yaml(config: Config) -> str:
+    """The complete config, defaults included, as YAML that `load_config` reads back to an equal Config."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _find(config: str) -> Path:
+    path = Path(config).expanduser()
+    if path.is_file():
+        return path
+    preset = PRESETS_DIR / f"{config}.yaml"
+    if config in preset_names():
+        return preset
+    hint = _did_you_mean(config, preset_names())
+    presets = ", ".join(preset_names())
+    raise ValueError(f"config must be a YAML file or one of {presets}; got {config!r}{hint}")
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    names = key.strip().split(".")
+    if not separator or not all(names):
+        raise ValueError(f"an override must look like a.b=c, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    section = tree
+    for depth, name in enumerate(names[:-1]):
+        section[name] = _mapping(section.get(name, {}), ".".join(names[: depth + 1]))
+        section = section[name]
+    # `target.model=2024` and `draft.model=` are texts: whoever wants a number there gets one from the text.
+    section[names[-1]] = text if value is None or _is_text_field(names) else value
+
+
+def _is_text_field(names: Sequence[str]) -> bool:
+    kind: Any = Config
+    for name in names:
+        if not dataclasses.is_dataclass(kind):
+            return False
+        kind = typing.get_type_hints(kind).get(name)
+    return kind is str
+
+
+def _build(cls: Any, values: object, key: str) -> Any:
+    values = _mapping(values, key)
+    hints = typing.get_type_hints(cls)
+    prefix = f"{key}." if key else ""
+    for name in values:
+        if name not in hints:
+            keys = ", ".join(hints)
+            hint = _did_you_mean(str(name), hints)
+            raise ValueError(f"unknown key {prefix}{name}{hint}; allowed in {key or 'a config'}: {keys}")
+    for field in dataclasses.fields(cls):
+        no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if no_default and field.name not in values:
+            raise ValueError(f"missing key {prefix}{field.name}: every config must set it")
+    return cls(**{name: _convert(hints[name], value, prefix + name) for name, value in values.items()})
+
+
+def _convert(kind: Any, value: object, key: str) -> Any:
+    """`value` as the annotated type `kind`."""
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, key)
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        choices = typing.get_args(kind)
+        # True == 1 in Python, but not in a config.
+        if any(value == choice and type(value) is type(choice) for choice in choices):
+            return value
+        allowed = ", ".join(str(choice) for choice in choices)
+        raise ValueError(f"{key} must be one of {allowed}; got {value!r}{_did_you_mean(str(value), choices)}")
+    if origin is tuple:
+        element = typing.get_args(kind)[0]
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{key} must be a list of {_describe(element)}, got {value!r}")
+        return tuple(_convert(element, item, f"{key}[{index}]") for index, item in enumerate(value))
+    if kind is int and key.endswith("_bytes") and isinstance(value, str):
+        return _size_bytes(value, key)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{key} must be {_describe(kind)}, got {value!r}")
+    return value
+
+
+def _size_bytes(text: str, key: str) -> int:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{key} must be a number of bytes or a size such as 512MiB or 2GiB, got {text!r}")
+    return int(float(match[1]) * _SIZE_UNITS[match[2]])
+
+
+def _mapping(value: object, key: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key or 'a config'} must be a mapping of keys to values, got {value!r}")
+    return dict(value)
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(str(choice) for choice in typing.get_args(kind))
+    return _SCALAR_NAMES[kind]
+
+
+def _did_you_mean(word: str, choices: Iterable[object]) -> str:
+    close = difflib.get_close_matches(word, [str(choice) for choice in choices], n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _plain(value: object) -> object:
+    """YAML's own types: tuples become lists."""
+    match value:
+        case dict():
+            return {name: _plain(item) for name, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case _:
+            return value
