@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from outrider.workers import trace
 from outrider.workers.trace import SPAN_KINDS, Tracer, merge_events, write_chrome_trace
 
