@@ -188,6 +188,9 @@ class RoundsConfig:
     profile_node_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Row counts for which the target is timed at start-up, increasing from 1."""
 
+    trace: bool = False
+    """Keep single spans of every worker's time, so that a trace can be written (`--trace FILE` sets this)."""
+
     def __post_init__(self) -> None:
         _require_at_least(self, "rounds", 1, "max_sequences", "prefill_chunk")
         _require(
