@@ -1,0 +1,67 @@
+"""What the ranks of a tensor-parallel group say to each other, whatever carries it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class PeerLostError(ConnectionError):
+    """A process at the other end died, closed its side, or has not answered for too long."""
+
+
+class Communicator(Protocol):
+    """Collectives of one tensor-parallel group. Every rank makes the same calls in the same order.
+
+    All but `close` and `abort` raise PeerLostError when another rank is gone, after which the communicator
+    is unusable: build a new one under a new epoch.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum of `x` over the ranks, bit-identical on all of them. May reuse the memory of `x`."""
+        ...
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[size, *x.shape]: the `x` of every rank, which all have the same shape and dtype."""
+        ...
+
+    def broadcast(self, x: torch.Tensor) -> None:
+        """Overwrite `x` with the `x` of rank 0."""
+        ...
+
+    def abort(self) -> None:
+        """Make calls that wait on any rank raise PeerLostError. May be called from any thread."""
+        ...
+
+    def close(self) -> None:
+        """Release the group's resources. Other ranks that still wait for this one get PeerLostError."""
+        ...
+
+
+class SoloCommunicator:
+    """A group of one."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unsqueeze(0)
+
+    def broadcast(self, x: torch.Tensor) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
