@@ -1,0 +1,51 @@
+"""The paged KV cache of one worker."""
+
+import torch
+from torch import Tensor
+
+from outrider.kernels.kv_commit import kv_commit
+from outrider.workers.model.config import ModelConfig
+from outrider.workers.model.shard import ShardPlan
+
+
+def bytes_per_page(config: ModelConfig, plan: ShardPlan, dtype: torch.dtype, page_size: int) -> int:
+    """Bytes of one page over all layers, keys and values, on this rank."""
+    return config.num_layers * 2 * page_size * plan.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+class PagedCache:
+    """Keys and values of all layers in one tensor; who owns which page is decided elsewhere.
+
+    Attributes:
+        kv: [L, 2, P, PAGE, HK, D] with this rank's KV heads.
+        page_size: rows in a page.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        plan: ShardPlan,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (config.num_layers, 2, num_pages, page_size, plan.num_kv_heads, config.head_dim)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.page_size = page_size
+
+    @property
+    def num_pages(self) -> int:
+        return self.kv.shape[2]
+
+    def keys(self, layer: int) -> Tensor:
+        """[P, PAGE, HK, D] of one layer."""
+        return self.kv[layer, 0]
+
+    def values(self, layer: int) -> Tensor:
+        """[P, PAGE, HK, D] of one layer."""
+        return self.kv[layer, 1]
+
+    def commit(self, source_slots: Tensor, target_slots: Tensor) -> None:
+        """Moves accepted rows; int64 [M] each, see `kv_commit`."""
+        kv_commit(self.kv, source_slots, target_slots)

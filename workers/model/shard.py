@@ -1,0 +1,107 @@
+"""Who holds what: the part of a model that one tensor-parallel rank computes, without asking for divisibility."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from outrider.workers.model.config import ModelConfig
+
+MLP_BLOCK = 128
+VOCAB_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Rank `rank` of `size` of a model.
+
+    Query heads are split contiguously and as evenly as they go. A rank holds every KV head that one of its query
+    heads reads, so a KV head may be on two ranks. Kernels want the same number G of query heads for each KV head,
+    so where a rank holds only some of a KV head's query heads the others' places stay empty: their q rows and o
+    columns are zero, which changes nothing. The MLP is split in blocks of 128 columns (smaller ones for small
+    models), the vocabulary in blocks of 64.
+
+    Example: 9 query heads on 3 KV heads, 2 ranks. Rank 0 has heads 0-4, KV heads 0 and 1, G = 3, places
+    [0 1 2 | 3 4 .]; rank 1 has heads 5-8, KV heads 1 and 2, places [5 . . | 6 7 8].
+
+    Raises:
+        ValueError: more ranks than query heads, or than blocks to share out.
+    """
+
+    config: ModelConfig
+    rank: int
+    size: int
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.size, (self.rank, self.size)
+        limit = min(self.config.num_heads, self.config.intermediate_size, self.config.vocab_size)
+        if self.size > limit:
+            raise ValueError(
+                f"target.tp_size must be at most {limit} for this model (its query heads), got {self.size}"
+            )
+
+    @cached_property
+    def query_heads(self) -> range:
+        """Query heads of the whole model that this rank computes."""
+        return _share(self.config.num_heads, self.rank, self.size)
+
+    @cached_property
+    def kv_heads(self) -> range:
+        """KV heads of the whole model that this rank holds."""
+        per_kv_head = self.config.num_heads // self.config.num_kv_heads
+        return range(self.query_heads[0] // per_kv_head, self.query_heads[-1] // per_kv_head + 1)
+
+    @cached_property
+    def queries_per_kv_head(self) -> int:
+        """G: places for query heads per local KV head."""
+        return max(len(self._readers(kv_head)) for kv_head in self.kv_heads)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Local KV heads."""
+        return len(self.kv_heads)
+
+    @property
+    def num_query_places(self) -> int:
+        """Local query heads, empty places included: G * num_kv_heads."""
+        return self.queries_per_kv_head * self.num_kv_heads
+
+    @cached_property
+    def query_places(self) -> tuple[int, ...]:
+        """Local place of each of `query_heads`, in order."""
+        return tuple(
+            local * self.queries_per_kv_head + i
+            for local, kv_head in enumerate(self.kv_heads)
+            for i in range(len(self._readers(kv_head)))
+        )
+
+    @cached_property
+    def intermediate(self) -> range:
+        """MLP columns of this rank."""
+        return _share_blocks(self.config.intermediate_size, MLP_BLOCK, self.rank, self.size)
+
+    @cached_property
+    def vocab(self) -> range:
+        """Token ids whose embedding row and logit this rank holds."""
+        return _share_blocks(self.config.vocab_size, VOCAB_BLOCK, self.rank, self.size)
+
+    def _readers(self, kv_head: int) -> range:
+        per_kv_head = self.config.num_heads // self.config.num_kv_heads
+        first = max(self.query_heads[0], kv_head * per_kv_head)
+        last = min(self.query_heads[-1], (kv_head + 1) * per_kv_head - 1)
+        return range(first, last + 1)
+
+
+def _share(total: int, rank: int, size: int) -> range:
+    """Contiguous shares that differ by at most one, the larger ones first."""
+    base, extra = divmod(total, size)
+    start = rank * base + min(rank, extra)
+    return range(start, start + base + (1 if rank < extra else 0))
+
+
+def _share_blocks(total: int, block: int, rank: int, size: int) -> range:
+    """Contiguous shares in whole blocks (the last may be partial), small enough for about four blocks a rank."""
+    if size == 1:
+        return range(total)
+    while block > 1 and -(-total // block) < 4 * size:
+        block //= 2
+    blocks = _share(-(-total // block), rank, size)
+    return range(blocks.start * block, min(blocks.stop * block, total))
