@@ -1,11 +1,12 @@
 """The workers as Ray actors: thin wrappers, so that a worker itself knows nothing of Ray.
 
 `run` blocks for as long as the worker lives and has a thread of its own; the other calls share a few.
+A worker's module, and torch with it, is imported in the worker's process only.
 """
 
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -14,11 +15,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from outrider.cluster.api import Progress
 from outrider.cluster.placement import DRAFT_BUNDLE, target_bundles
 from outrider.configs.schema import Config
-from outrider.workers.draft import DraftWorker
-from outrider.workers.rounds.sequence import Request, TokenEvent
-from outrider.workers.target import TargetWorker
+
+if TYPE_CHECKING:
+    from outrider.workers.rounds.sequence import Request, TokenEvent
 
 # `max_restarts` is 0 by default: a rank that Ray restarted on its own would have no group.
+_remote: Any = ray.remote  # its types do not know concurrency_groups
 _CONCURRENCY_GROUPS = {"loop": 1, "control": 4}
 
 
@@ -39,11 +41,13 @@ class ProgressBoard:
             return list(self._stages.values())
 
 
-@ray.remote(concurrency_groups=_CONCURRENCY_GROUPS)
+@_remote(concurrency_groups=_CONCURRENCY_GROUPS)
 class TargetActor:
     """One rank of the target."""
 
     def __init__(self, config: Config, rank: int) -> None:
+        from outrider.workers.target import TargetWorker
+
         self._worker = TargetWorker(config, rank)
         self._board = ProgressBoard(f"target {rank}")
 
@@ -51,7 +55,7 @@ class TargetActor:
         self._worker.load(self._board.report)
 
     def open_store(self) -> tuple[str, int]:
-        return self._worker.open_store()
+        return self._worker.open_store(ray.util.get_node_ip_address())
 
     def connect(self, host: str, port: int, epoch: int) -> None:
         self._worker.connect(host, port, epoch)
@@ -73,11 +77,13 @@ class TargetActor:
         return self._worker.trace_events()
 
 
-@ray.remote(concurrency_groups=_CONCURRENCY_GROUPS)
+@_remote(concurrency_groups=_CONCURRENCY_GROUPS)
 class DraftActor:
     """The DraftWorker: requests go in here and tokens come out."""
 
     def __init__(self, config: Config) -> None:
+        from outrider.workers.draft import DraftWorker
+
         self._worker = DraftWorker(config)
         self._board = ProgressBoard("draft")
 
@@ -99,7 +105,7 @@ class DraftActor:
         self._worker.stop()
 
     @ray.method(concurrency_group="control")
-    def submit(self, request: Request) -> None:
+    def submit(self, request: "Request") -> None:
         self._worker.submit(request)
 
     @ray.method(concurrency_group="control")
@@ -107,7 +113,7 @@ class DraftActor:
         self._worker.cancel(request_id)
 
     @ray.method(concurrency_group="control")
-    def next_events(self, timeout_s: float) -> list[TokenEvent]:
+    def next_events(self, timeout_s: float) -> "list[TokenEvent]":
         return self._worker.next_events(timeout_s)
 
     @ray.method(concurrency_group="control")

@@ -5,13 +5,12 @@ One asyncio event loop holds everything; calls to workers are awaited Ray calls,
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from outrider.cluster.actors import ProgressBoard, Workers
-from outrider.cluster.admission import Admission
+from outrider.cluster.admission import Admission, prepare_admission
 from outrider.cluster.api import (
     Completion,
     EngineError,
@@ -23,8 +22,6 @@ from outrider.cluster.api import (
 from outrider.cluster.request_table import OpenRequest, RequestTable, completion_of, pieces_of
 from outrider.configs.schema import Config
 from outrider.workers.weights.progress import Progress as Report
-from outrider.workers.weights.resolver import open_source, resolve
-from outrider.workers.weights.tokenizer import IncrementalDecoder, load_tokenizer, same_tokenizer
 
 T = TypeVar("T")
 
@@ -38,12 +35,19 @@ class Coordinator:
     """Starts the workers, admits requests, hands out what they give.
 
     spawn: creates the workers; in tests it gives fakes with the same `.method.remote(...)` calls.
+    prepare: fetches the models and gives what is needed at the door.
     Methods raise ValueError for what the user can change, EngineError when a worker is gone.
     """
 
-    def __init__(self, config: Config, spawn: Callable[[Config], Workers]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        spawn: Callable[[Config], Workers],
+        prepare: Callable[[Config, Report], Admission] = prepare_admission,
+    ) -> None:
         self._config = config
         self._spawn = spawn
+        self._prepare = prepare
         self._board = ProgressBoard("coordinator")
         self._progress: dict[str, list[Progress]] = {}
         self._table = RequestTable(self._cancel_later)
@@ -58,7 +62,7 @@ class Coordinator:
         poll = asyncio.create_task(self._poll_progress())
         try:
             # Models are fetched once, here, before every rank of this node asks for the same files.
-            self._admission = await asyncio.to_thread(prepare_admission, self._config, self._board.report)
+            self._admission = await asyncio.to_thread(self._prepare, self._config, self._board.report)
             await self._bring_up()
         finally:
             poll.cancel()
@@ -149,7 +153,7 @@ class Coordinator:
             raise EngineError(self._failure)
         # Tokenizing a long prompt takes milliseconds; the streams of others go on meanwhile.
         request = await asyncio.to_thread(self._admission.admit, request_id, asked)
-        entry = self._table.open(request, IncrementalDecoder(self._admission.tokenizer))
+        entry = self._table.open(request, self._admission.decoder())
         try:
             await _result("draft", "submit", self._workers.draft.submit.remote(request))
         except ValueError:
@@ -205,31 +209,6 @@ class Coordinator:
                 await asyncio.sleep(_PROGRESS_PERIOD_S)
 
         await asyncio.gather(*(poll(name, handle) for name, handle in self._workers.by_name().items()))
-
-
-def prepare_admission(config: Config, report: Report) -> Admission:
-    """Fetches the models and loads the tokenizer.
-
-    Raises ValueError when a model is missing or the drafter's tokenizer is another one.
-    """
-    cache_dir = Path(config.cluster.model_cache_dir).expanduser()
-    target = resolve(config.target.model, cache_dir, report, "target.model")
-    tokenizer_model = config.target.tokenizer or config.target.model
-    tokenizer = load_tokenizer(resolve(tokenizer_model, cache_dir, report, "target.tokenizer"))
-    if "model" in config.draft.methods:
-        draft = resolve(config.draft.model, cache_dir, report, "draft.model")
-        difference = same_tokenizer(tokenizer, load_tokenizer(draft))
-        if difference:
-            raise ValueError(
-                f"draft.model must have the target's tokenizer, got {config.draft.model!r}: {difference}"
-            )
-    model = open_source(target).config
-    return Admission(
-        config=config,
-        tokenizer=tokenizer,
-        vocab_size=model.vocab_size,
-        max_context=min(config.target.max_context, model.max_context),
-    )
 
 
 async def _result(name: str, doing: str, call: Awaitable[T]) -> T:

@@ -62,15 +62,12 @@ class Engine:
         except BaseException:
             session.close()
             raise
-        coordinator = (
-            ray.remote(Coordinator)
-            .options(
-                num_cpus=config.cluster.num_cpus_for_coordinator,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, COORDINATOR_BUNDLE),
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
-            )
-            .remote(config, partial(spawn_workers, group=group))
-        )
+        actor: Any = ray.remote(Coordinator)
+        coordinator = actor.options(
+            num_cpus=config.cluster.num_cpus_for_coordinator,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, COORDINATOR_BUNDLE),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
+        ).remote(config, partial(spawn_workers, group=group))
         engine = cls(session, group, coordinator)
         try:
             started = coordinator.start.remote()
@@ -140,11 +137,13 @@ class Engine:
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Counters of every process, by name ("draft", "target 0", ..., "coordinator")."""
-        return _get(self._coordinator.stats.remote())
+        stats: dict[str, dict[str, Any]] = _get(self._coordinator.stats.remote())
+        return stats
 
     def trace(self) -> dict[str, list[dict[str, Any]]]:
         """Spans of every worker for `write_chrome_trace`; empty lists unless `rounds.trace` is set."""
-        return _get(self._coordinator.trace.remote())
+        trace: dict[str, list[dict[str, Any]]] = _get(self._coordinator.trace.remote())
+        return trace
 
     def close(self) -> None:
         """Ends all processes of the deployment, and Ray if `start` started it. May be called again."""

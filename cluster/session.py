@@ -5,7 +5,7 @@ import os
 from types import TracebackType
 
 import ray
-from ray._raylet import Config as RayCoreConfig
+from ray._raylet import Config as RayCoreConfig  # type: ignore[attr-defined]  # a compiled module
 
 from outrider.configs.schema import ClusterConfig
 
@@ -27,18 +27,18 @@ class RaySession:
         os.environ["RAY_AUTH_MODE"] = cluster.ray_auth
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         RayCoreConfig.initialize("")
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         if cluster.ray_address == "local":
             ray.init(
                 "local",
                 num_cpus=num_cpus,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
-                **quiet,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
             )
             return
         try:
-            ray.init(cluster.ray_address, **quiet)
+            ray.init(cluster.ray_address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
