@@ -3,7 +3,7 @@
 GGUF holds vocabulary, merges and token types, but names the splitting rule only: `tokenizer.ggml.pre`. The
 rules are those of the models' own tokenizer.json files (HuggingFaceTB/SmolLM2-135M-Instruct,
 Qwen/Qwen2.5-0.5B, meta-llama/Meta-Llama-3-8B), which llama.cpp repeats in `src/llama-vocab.cpp`. transformers'
-conversion from GGUF (`gguf_file=`) differs: it splits no digits for SmolLM2 and leaves out Qwen's NFC.
+own conversion (`gguf_file=`) differs: it splits no digits for SmolLM2 and leaves out Qwen's NFC.
 """
 
 from typing import Any

@@ -20,7 +20,7 @@ MAX_MISSING_TOKENS = 512
 def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
     """The model's tokenizer, with its chat template if it has one.
 
-    End ids are in `ModelConfig.eos_token_ids`, the end of a chat turn included; `eos_token_id` is one of them.
+    End ids are in `ModelConfig.eos_token_ids`, the end of a chat turn included; `eos_token_id` is just one.
     Raises ValueError, one line, when there is none or it is of a kind that is not supported.
     """
     if resolved.kind == "gguf":
