@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from outrider.workers.rounds.sequence import Request, TokenEvent
 
 # `max_restarts` is 0 by default: a rank that Ray restarted on its own would have no group.
-_remote: Any = ray.remote  # its types do not know concurrency_groups
 _CONCURRENCY_GROUPS = {"loop": 1, "control": 4}
 
 
@@ -41,7 +40,6 @@ class ProgressBoard:
             return list(self._stages.values())
 
 
-@_remote(concurrency_groups=_CONCURRENCY_GROUPS)
 class TargetActor:
     """One rank of the target."""
 
@@ -77,7 +75,6 @@ class TargetActor:
         return self._worker.trace_events()
 
 
-@_remote(concurrency_groups=_CONCURRENCY_GROUPS)
 class DraftActor:
     """The DraftWorker: requests go in here and tokens come out."""
 
@@ -144,14 +141,20 @@ class Workers:
 def spawn_workers(config: Config, group: PlacementGroup) -> Workers:
     """Creates the actors in their bundles; does not wait for them."""
     cluster = config.cluster
-    draft = DraftActor.options(
-        num_cpus=cluster.num_cpus_per_draft,
-        num_gpus=cluster.num_gpus_per_draft,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(group, DRAFT_BUNDLE),
-        runtime_env={"env_vars": _thread_variables(config.draft.num_threads)},
-    ).remote(config)
+    remote: Any = ray.remote  # its types do not know concurrency_groups
+    draft = (
+        remote(concurrency_groups=_CONCURRENCY_GROUPS)(DraftActor)
+        .options(
+            num_cpus=cluster.num_cpus_per_draft,
+            num_gpus=cluster.num_gpus_per_draft,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, DRAFT_BUNDLE),
+            runtime_env={"env_vars": _thread_variables(config.draft.num_threads)},
+        )
+        .remote(config)
+    )
+    target_actor = remote(concurrency_groups=_CONCURRENCY_GROUPS)(TargetActor)
     targets = tuple(
-        TargetActor.options(
+        target_actor.options(
             num_cpus=cluster.num_cpus_per_target,
             num_gpus=cluster.num_gpus_per_target,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),

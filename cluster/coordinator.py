@@ -31,6 +31,10 @@ _GRACE_S = 0.3  # a death takes others along; the notices of all are here after 
 _STOP_TIMEOUT_S = 5.0
 
 
+class WorkerLostError(EngineError):
+    """A worker's process is gone."""
+
+
 class Coordinator:
     """Starts the workers, admits requests, hands out what they give.
 
@@ -179,13 +183,13 @@ class Coordinator:
             self._fail(self._why())
 
     def _why(self) -> str:
-        """The likeliest cause among the loops that ended: a process that is gone, then one that complains."""
-        reasons = []
-        for name, run in self._runs.items():
-            if run.done():
-                error = run.exception()
-                reasons.append(str(error) if error else f"{name} ended on its own")
-        return min(reasons, key=lambda reason: "its process is gone" not in reason)
+        """The likeliest cause among the loops that ended: a lost process, else an error, else a silent end."""
+        ended = [(name, run.exception()) for name, run in self._runs.items() if run.done()]
+        errors = [error for _, error in ended if error is not None]
+        if not errors:
+            return f"{ended[0][0]} ended on its own"
+        # A worker whose peer is gone complains too; the peer is the cause.
+        return str(min(errors, key=lambda error: not isinstance(error, WorkerLostError)))
 
     def _fail(self, reason: str) -> None:
         self._failure = self._failure or reason
@@ -216,7 +220,7 @@ async def _result(name: str, doing: str, call: Awaitable[T]) -> T:
     try:
         return await call
     except RayActorError as error:
-        raise EngineError(f"{name} died during {doing}: its process is gone") from error
+        raise WorkerLostError(f"{name} died during {doing}: its process is gone") from error
     except RayTaskError as error:
         raise _one_line(name, doing, error.cause) from error
     except ValueError:
