@@ -6,7 +6,7 @@ acceptance_rate = accepted / drafted tokens; acceptance_length = tokens per targ
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -147,6 +147,7 @@ def _summary(mode: str, concurrency: int, turns: Sequence[Turn]) -> ModeSummary:
         for worker, kinds in turn.busy_s.items():
             for kind, value in kinds.items():
                 seconds[worker][kind] += value
+    time_share = {worker: _time_share(kinds, wall_s) for worker, kinds in seconds.items()}
     return ModeSummary(
         mode=mode,
         concurrency=concurrency,
@@ -161,16 +162,16 @@ def _summary(mode: str, concurrency: int, turns: Sequence[Turn]) -> ModeSummary:
         acceptance_rate=_ratio(sum(run.generation.num_accepted for run in runs), num_drafted),
         acceptance_length=_ratio(num_tokens, num_steps),
         acceptance_by_depth=_acceptance_by_depth(runs),
-        busy_share={
-            worker: sum(value for kind, value in kinds.items() if kind != "wait") / wall_s
-            for worker, kinds in seconds.items()
-        },
-        time_share={
-            worker: {kind: value / wall_s for kind, value in kinds.items() if value > 0}
-            for worker, kinds in seconds.items()
-        },
+        busy_share={worker: 1 - shares["wait"] for worker, shares in time_share.items()},
+        time_share=time_share,
         tokens_per_s_by_category=_by_category(runs),
     )
+
+
+def _time_share(seconds: Mapping[str, float], wall_s: float) -> dict[str, float]:
+    """Waiting is what is left: a worker's own count of it includes the turns of other modes."""
+    shares = {kind: value / wall_s for kind, value in seconds.items() if kind != "wait" and value > 0}
+    return {**shares, "wait": max(0.0, 1 - sum(shares.values()))}
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -150,6 +150,8 @@ def _category_table(report: BenchReport, categories: Sequence[str]) -> Table:
 def _agreement_lines(agreements: Sequence[Agreement]) -> Text:
     lines = Text()
     for agreement in agreements:
+        if agreement.one != agreements[0].one:
+            continue  # the JSON has all pairs
         equal = agreement.num_equal == agreement.num_prompts
         lines.append(f"{agreement.one} = {agreement.other}: ", style="bold")
         lines.append(

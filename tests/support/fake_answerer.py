@@ -22,6 +22,7 @@ class FakeAnswerer:
     sharpness: what speculative sampling multiplies the logits with; anything but 1 is another law.
     ends_early: speculative texts miss their last token.
     knows_logprobs: whether log-probabilities are given at all.
+    drafts: whether speculative decoding proposes anything.
     """
 
     num_repeats: int = 1
@@ -30,6 +31,7 @@ class FakeAnswerer:
     sharpness: float = 1.0
     ends_early: bool = False
     knows_logprobs: bool = True
+    drafts: bool = True
     num_answers: int = 0
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
@@ -78,6 +80,6 @@ class FakeAnswerer:
         return Answer(
             tokens=tokens,
             logprobs=tuple(logprobs) if sampling.logprobs and self.knows_logprobs else (),
-            num_drafted=2 * len(tokens) if question.speculative else 0,
-            num_accepted=len(tokens) if question.speculative else 0,
+            num_drafted=2 * len(tokens) if question.speculative and self.drafts else 0,
+            num_accepted=len(tokens) if question.speculative and self.drafts else 0,
         )
