@@ -11,6 +11,7 @@ import torch
 
 from outrider.configs.schema import Config
 from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.distributed import Link, connect_store
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.model import ModelDrafter
 from outrider.workers.model.cache import PagedCache
@@ -68,10 +69,11 @@ class DraftWorker:
 
     def connect(self, host: str, port: int, epoch: int) -> None:
         """Open the link to rank 0 of the target, which must call its own `connect` meanwhile."""
-        from outrider.workers.distributed import connect_link
-
-        link = connect_link(self.config, host, port, epoch, is_target=False)
-        self._link = DraftSender(link, message_capacity(self.config))
+        timeout_s = self.config.cluster.group_timeout_s
+        capacity = message_capacity(self.config)
+        store = connect_store(host, port, timeout_s)
+        link = Link(store, epoch, False, capacity.draft_ints, capacity.scores_ints, timeout_s)
+        self._link = DraftSender(link, capacity)
 
     def profile(self, progress: Callable[[str, int, int], None]) -> TargetProfile:
         """Time the target for the row counts of `rounds.profile_node_counts`; call before `run`.
@@ -166,7 +168,7 @@ class DraftWorker:
             model=model,
             cache=cache,
             pool=PagePool(cache.num_pages, page_size, rounds.prefix_sharing),
-            sampler=Sampler(vocab_size, (0, vocab_size), SoloCommunicator()),
+            sampler=Sampler(vocab_size, range(vocab_size), SoloCommunicator()),
             estimator=self._drafting.estimator,
             num_target_tokens=target.vocab_size,
             max_children=self.config.tree.max_children,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from outrider.configs.schema import Config
 from outrider.workers.communicator import Communicator, SoloCommunicator
+from outrider.workers.distributed import Link, connect_store, join_group, open_store
 from outrider.workers.model.batch import build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
@@ -21,6 +23,7 @@ from outrider.workers.setup import (
     load_model,
     message_capacity,
     num_target_pages,
+    peak_memory_bytes,
     torch_device,
     torch_dtype,
 )
@@ -36,12 +39,12 @@ class TargetRank:
         self._cache = cache
         self._tracer = tracer
         self._sequences = TargetSequences(cache.num_pages, cache.page_size)
-        self._sampler = Sampler(model.config.vocab_size, _bounds(model), model.communicator)
+        self._sampler = Sampler(model.config.vocab_size, model.plan.vocab, model.communicator)
 
     def use_communicator(self, communicator: Communicator) -> None:
         """Join another group, keeping the weights."""
         self.model.communicator = communicator
-        self._sampler = Sampler(self.model.config.vocab_size, _bounds(self.model), communicator)
+        self._sampler = Sampler(self.model.config.vocab_size, self.model.plan.vocab, communicator)
         self._sequences = TargetSequences(self._cache.num_pages, self._cache.page_size)
 
     @torch.inference_mode()
@@ -68,9 +71,7 @@ class TargetRank:
             with self._tracer.span("sample", len(sampled)):
                 steps = self._sample(draft, logits)
         times.append(time.monotonic())
-        commit_s, forward_s, sample_s = (
-            after - before for before, after in zip(times, times[1:], strict=False)
-        )
+        commit_s, forward_s, sample_s = (after - before for before, after in pairwise(times))
         return Scores(draft.round_id, steps, commit_s, forward_s, sample_s)
 
     def _sample(self, draft: Draft, logits: torch.Tensor) -> tuple[StepScores, ...]:
@@ -135,22 +136,29 @@ class TargetWorker:
         self._rank = TargetRank(model, cache, self._tracer)
 
     def open_store(self, host: str) -> tuple[str, int]:
-        """Rank 0: open the meeting point of all groups; returns its host and port."""
-        from outrider.workers.distributed import open_store
-
+        """Rank 0: open the meeting point of all groups on a free port; returns its host and port."""
         self._store = open_store(host, self.config.cluster.group_timeout_s)
         return host, self._store.port
 
     def connect(self, host: str, port: int, epoch: int) -> None:
-        """Join the target group and, on rank 0, the link to the DraftWorker. Every process must call it."""
-        from outrider.workers.distributed import join_target_group, open_link
+        """Join the target group and, on rank 0, the link to the DraftWorker. Every process must call it.
 
-        self._communicator = join_target_group(self.config, host, port, epoch, self.rank)
+        Raises:
+            PeerLostError: another process has not come within `cluster.group_timeout_s`.
+        """
+        timeout_s = self.config.cluster.group_timeout_s
+        if self.rank != 0:
+            self._store = connect_store(host, port, timeout_s)
+        target = self.config.target
+        self._communicator = join_group(
+            self._store, epoch, self.rank, target.tp_size, self._transport(), timeout_s
+        )
         self._rank.use_communicator(self._communicator)
         self._capacity = message_capacity(self.config)
         if self.rank == 0:
-            link = open_link(self.config, host, port, epoch, is_target=True)
-            self._link = DraftReceiver(link, self._capacity)
+            capacity = self._capacity
+            link = Link(self._store, epoch, True, capacity.scores_ints, capacity.draft_ints, timeout_s)
+            self._link = DraftReceiver(link, capacity)
 
     def run(self) -> None:
         """Serve rounds until the DraftWorker says stop. Any failure wakes the other ranks and is raised."""
@@ -177,10 +185,12 @@ class TargetWorker:
                 self._link.close()
             self._communicator.close()
 
+    def _transport(self) -> str:
+        on_gpu = self._rank.model.device.type == "cuda"
+        return "nccl" if self.config.target.all_reduce == "auto" and on_gpu else self.config.target.all_reduce
+
     def stats(self) -> dict[str, Any]:
         """Seconds per kind of work since the start, and the peak memory of this process."""
-        from outrider.workers.setup import peak_memory_bytes
-
         return {"busy_s": self._tracer.totals(), "peak_memory_bytes": peak_memory_bytes()}
 
     def trace_events(self) -> list[dict[str, Any]]:
@@ -195,8 +205,3 @@ def _sampled_rows(draft: Draft) -> list[int]:
         rows += range(at + step.first_sampled, at + len(step.tokens))
         at += len(step.tokens)
     return rows
-
-
-def _bounds(model: Transformer) -> tuple[int, int]:
-    """First token id of this rank's logits, and one past the last."""
-    return model.plan.vocab.start, model.plan.vocab.stop

@@ -46,8 +46,6 @@ def model_source(method: int, rank: int, log_probs: SequenceABC[float]) -> tuple
     leans on q(x), and gives what the better-ranked siblings leave over to the others.
     """
     q = math.exp(min(log_probs[rank], 0.0))
-    if rank == 0:
-        prior = 0.25 + 0.7 * q
-    else:
-        prior = 0.35 * (1.0 - math.exp(min(log_probs[0], 0.0))) / (rank + 1)
+    left_over = 1.0 - math.exp(min(log_probs[0], 0.0))
+    prior = 0.25 + 0.7 * q if rank == 0 else 0.35 * left_over / (rank + 1)
     return (method, min(rank, 4), log_prob_bucket(log_probs[rank])), prior

@@ -28,6 +28,9 @@ class StepwiseDrafter(Protocol):
     def expected_gain(self, sequences: SequenceABC[Sequence]) -> float:
         """Expected accepted tokens that the next `step` adds; 0 when nothing is left to expand."""
 
+    def survival(self, sequences: SequenceABC[Sequence]) -> float:
+        """Probability that the node which the next `step` expands first is accepted; 0 when there is none."""
+
     def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
         """Read one chunk of what these sequences' caches lack."""
 
@@ -83,9 +86,14 @@ class DraftEngine:
         """Expected accepted tokens that one more step adds."""
         return sum(d.expected_gain(drafted_by_model(sequences)) for d in self._stepwise)
 
+    def survival(self, sequences: SequenceABC[Sequence]) -> float:
+        """Probability that one more step, taken before the verdict is known, is of use after it."""
+        return max((d.survival(drafted_by_model(sequences)) for d in self._stepwise), default=0.0)
+
     def step(self, sequences: SequenceABC[Sequence]) -> bool:
         """One step of the draft model on these sequences' trees; False when there was nothing to do."""
-        return any([drafter.step(drafted_by_model(sequences)) for drafter in self._stepwise])
+        progress = [drafter.step(drafted_by_model(sequences)) for drafter in self._stepwise]
+        return any(progress)
 
     def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
         """Read one chunk of each prompt into the draft model's cache."""

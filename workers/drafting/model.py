@@ -122,6 +122,11 @@ class ModelDrafter:
             if sequence.tree.nodes[node].depth < sequence.request.draft.max_depth
         )
 
+    def survival(self, sequences: SequenceABC[Sequence]) -> float:
+        """Probability that the best node to expand next is accepted."""
+        values = [s.tree.nodes[node].value for s in sequences for _, node in self._frontier(s)[:1]]
+        return max(values, default=0.0)
+
     @torch.inference_mode()
     def step(self, sequences: SequenceABC[Sequence]) -> bool:
         """Expand the most promising nodes of these trees in one forward."""
@@ -129,7 +134,9 @@ class ModelDrafter:
         if not work:
             return False
         hidden = self._forward(work)
-        proposing, contexts, at = [], [], 0
+        proposing: list[int] = []
+        contexts: list[RowContext] = []
+        at = 0
         for item in work:
             at += len(item.rows.tokens)
             proposing += range(at - len(item.nodes), at)
@@ -184,8 +191,8 @@ class ModelDrafter:
         cached, nodes = self._cached[sequence.id], sequence.tree.nodes
         if not cached.rows:
             return [(self._gain(sequence, 0), 0)] if cached.lag(sequence) <= _MAX_LAG else []
-        # Deeper than one round can use: with drafting ahead the next round starts further down.
-        depth_limit = min(2 * sequence.request.draft.max_depth, sequence.num_remaining - 1)
+        # Deeper than this round can use: a path of one round, the token after it, a path of the next.
+        depth_limit = min(2 * sequence.request.draft.max_depth + 1, sequence.num_remaining - 1)
         frontier = [
             (self._gain(sequence, child), child)
             for node in cached.rows

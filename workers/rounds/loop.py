@@ -156,9 +156,9 @@ class RoundLoop:
         num_running = len(self.scheduler.running) + len(self.scheduler.waiting)
         if self._options.num_lanes == 1 or num_running < 2:
             return 1
-        if self._options.merge_lanes and self._options.overlapped:
-            if self._options.draft_costs or self.cost.one_lane_is_faster(num_running):
-                return 1
+        may_merge = self._options.merge_lanes and self._options.overlapped
+        if may_merge and (self._options.draft_costs or self.cost.one_lane_is_faster(num_running)):
+            return 1
         return self._options.num_lanes
 
     def _plan(self, lane: int) -> list[PlannedStep]:
@@ -176,8 +176,9 @@ class RoundLoop:
         drafted = [s for s in steps if s.reaches_end and s.sequence.request.draft.max_nodes > 0]
         sequences = [s.sequence for s in drafted]
         with self._tracer.span("draft", len(sequences)):
+            survived = any(len(sequence.tree) > 1 for sequence in sequences)
             self._drafting.look_up(sequences)
-            while self._another_step_pays(steps, drafted, begun):
+            while self._another_step_pays(steps, drafted, begun, survived):
                 step_begun = time.monotonic()
                 if not self._drafting.step(sequences):
                     break
@@ -192,13 +193,18 @@ class RoundLoop:
             return now - begun
         return max(0.0, now - max(begun, self._last_expected_at))
 
-    def _another_step_pays(self, steps: list[PlannedStep], drafted: list[PlannedStep], begun: float) -> bool:
+    def _another_step_pays(
+        self, steps: list[PlannedStep], drafted: list[PlannedStep], begun: float, survived: bool
+    ) -> bool:
         gain = self._drafting.expected_gain([s.sequence for s in drafted])
         if gain == 0.0:
             return False
         if self._options.fixed_budget:
-            # A fixed tree is full when it has its nodes; expected_gain ends it at the depth limit.
-            return any(len(self._offer(s)) < s.sequence.request.draft.max_nodes for s in drafted)
+            # What survived a verdict is sent at once. A tree started afresh is full when it has its nodes;
+            # expected_gain ends it at the depth limit.
+            return not survived and any(
+                len(self._offer(s)) < s.sequence.request.draft.max_nodes for s in drafted
+            )
         values = sorted((v for s in drafted for v, _ in self._offer(s)), reverse=True)
         base_rows = sum(s.chain_length for s in steps)
         now = time.monotonic()
@@ -280,9 +286,10 @@ class RoundLoop:
         )
 
     def _draft_ahead(self, under_way: Round) -> None:
-        """Grow the trees that the target is verifying, while a step still fits in before the scores come.
+        """Grow the trees that the target is verifying, until the scores come.
 
-        A step that would make the scores wait is not begun: when the drafts are wrong it is lost time.
+        A step that makes the scores wait costs that wait, and saves a whole step if it survives the verdict:
+        it is begun only where that pays, so nothing is lost when the drafts are always wrong.
         """
         if not self._options.draft_ahead:
             return
@@ -290,7 +297,8 @@ class RoundLoop:
         sequences = [s for s in sequences if s.request.draft.max_nodes > 0]
         while sequences and not self._link.poll():
             step_begun = time.monotonic()
-            if step_begun + self.cost.draft_step_s > under_way.expected_at:
+            fitting_fraction = (under_way.expected_at - step_begun) / max(self.cost.draft_step_s, 1e-9)
+            if fitting_fraction < 1.0 - self._drafting.survival(sequences):
                 return
             with self._tracer.span("draft", len(sequences)):
                 if not self._drafting.step(sequences):

@@ -62,7 +62,7 @@ class Scheduler:
 
     def assign_lanes(self, num_lanes: int) -> list[Sequence]:
         """Admit waiting sequences, spread what is not in flight over `num_lanes`; returns the admitted ones."""
-        admitted = []
+        admitted: list[Sequence] = []
         while self.waiting and self._can_admit(self.waiting[0]) and len(admitted) < MAX_STARTS_PER_ROUND:
             sequence = self.waiting.popleft()
             sequence.slot = self._free_slots.pop()

@@ -112,7 +112,9 @@ class GrowingTree:
         are in place already and the commit moves nothing.
         """
         kept = set(chosen)
-        tokens, parents, order = [], [], []
+        tokens: list[int] = []
+        parents: list[int] = []
+        order: list[int] = []
         stack = [(0, 0)]
         while stack:
             node, parent_index = stack.pop()
