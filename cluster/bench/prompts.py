@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from outrider.configs.loader import PRESETS_DIR
+
 PromptStyle = Literal["chat", "raw"]
 
 _CODE_REQUEST = "Complete this Python function. Answer with the complete function.\n```python\n{code}```"
@@ -27,29 +29,8 @@ class Prompt:
     """The text is code to continue: raw as it is, in a chat with a request around it."""
 
 
-SAMPLE_PROMPTS = (
-    Prompt("question", "question", "Why does the sky look blue during the day and red at sunset?"),
-    Prompt("list", "list", "List ten capital cities of Europe, each with its country."),
-    Prompt(
-        "math",
-        "math",
-        "A train covers 180 km in 2 hours and then 90 km in 1.5 hours. What is its mean speed?",
-    ),
-    Prompt(
-        "rewrite",
-        "rewrite",
-        "Rewrite in the past tense: The ferry leaves the harbour at dawn, the gulls follow it, "
-        "and the lighthouse keeper waves from the gallery until the ferry is a dot on the horizon.",
-    ),
-    Prompt(
-        "code",
-        "code",
-        'def median(values: list[float]) -> float:\n    """The median; the mean of the middle two if even."""\n',
-        is_code=True,
-    ),
-    Prompt("story", "story", "Write a short story about a clockmaker who is always late."),
-)
-"""A few of every kind, for a quick look without a data set."""
+SHIPPED_PROMPTS = PRESETS_DIR / "prompts" / "demo.jsonl"
+"""One of each kind that people try first, for a look without a data set."""
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:

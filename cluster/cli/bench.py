@@ -32,7 +32,7 @@ def bench(
     config: ConfigName,
     overrides: Overrides = [],
     data: Annotated[
-        str, typer.Option(metavar="FILE", help="Prompts: .jsonl or .txt; default: a few of every kind.")
+        str, typer.Option(metavar="FILE", help="Prompts: .jsonl or .txt; default: those of the demo.")
     ] = "",
     against: Annotated[
         str,
@@ -91,7 +91,7 @@ def bench(
     settings = {
         "title": _title(loaded, data, len(prompts), threads),
         "config": asdict(loaded),
-        "data": data or "built-in prompts",
+        "data": data or "demo.jsonl",
         "style": style,
         "num_prompts": len(prompts),
         "sampling": asdict(sampling),
@@ -143,10 +143,10 @@ def read_prompts(
     console: Console,
 ) -> "list[EncodedPrompt]":
     """The chosen prompts as tokens; those that do not fit the context are left out, and said so."""
-    from outrider.cluster.bench.prompts import SAMPLE_PROMPTS, encode, load_prompts, select
+    from outrider.cluster.bench.prompts import SHIPPED_PROMPTS, encode, load_prompts, select
     from outrider.cluster.bench.runner import EncodedPrompt
 
-    chosen = select(load_prompts(data) if data else SAMPLE_PROMPTS, limit, categories)
+    chosen = select(load_prompts(data or SHIPPED_PROMPTS), limit, categories)
     encoded = [
         EncodedPrompt(prompt.id, prompt.category, encode(prompt, model.tokenizer, style)) for prompt in chosen
     ]
@@ -255,7 +255,7 @@ def _title(config: Config, data: str, num_prompts: int, threads: int) -> str:
         Path(config.target.model).name,
         "drafts: " + "+".join(config.draft.methods) + (f" ({drafter})" if drafter else ""),
         config.target.dtype,
-        f"{num_prompts} prompts of {Path(data).name if data else 'every kind'}",
+        f"{num_prompts} prompts of {Path(data).name or 'the demo'}",
         f"{threads} threads",
     ]
     return ", ".join(parts)

@@ -25,7 +25,7 @@ def check(
     config: ConfigName,
     overrides: Overrides = [],
     data: Annotated[
-        str, typer.Option(metavar="FILE", help="Prompts: .jsonl or .txt; default: a few of every kind.")
+        str, typer.Option(metavar="FILE", help="Prompts: .jsonl or .txt; default: those of the demo.")
     ] = "",
     limit: Annotated[int, typer.Option(help="Most prompts, spread over categories; 0: all.")] = 8,
     category: Annotated[list[str], typer.Option(help="Only this category; may be repeated.")] = [],

@@ -33,7 +33,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
         yield fake
 
     def fake_model(config: Config) -> bench_command.ModelFacts:
-        return bench_command.ModelFacts(ByteTokenizer(), 40, 400, (39,))
+        return bench_command.ModelFacts(ByteTokenizer(), 40, 2000, (39,))
 
     for command in (bench_command, check_command):
         monkeypatch.setattr(command, "running_engine", fake_engine)
@@ -79,7 +79,7 @@ def test_bench_uses_the_data_and_the_sampling_it_is_told(engine: FakeEngine, tmp
 
 def test_prompts_that_do_not_fit_are_left_out_and_counted(engine: FakeEngine, tmp_path: Path) -> None:
     data = tmp_path / "mine.txt"
-    data.write_text("short\n" + "long " * 100 + "\n")
+    data.write_text("short\n" + "long " * 500 + "\n")
     result = outrider("bench", "tiny-random", "--data", str(data), "--max-tokens", "4")
     assert result.exit_code == 0, result.output
     assert "left out: 1 prompts" in result.output
