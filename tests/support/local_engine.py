@@ -104,7 +104,7 @@ class LocalEngine:
                     model=model,
                     cache=cache,
                     pool=PagePool(num_pages, page_size, prefix_sharing),
-                    sampler=Sampler(vocab, (0, vocab), SoloCommunicator()),
+                    sampler=Sampler(vocab, range(vocab), SoloCommunicator()),
                     estimator=self.drafting.estimator,
                     num_target_tokens=target.config.vocab_size,
                     max_children=max_children,
