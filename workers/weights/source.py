@@ -57,8 +57,14 @@ class DataFile:
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
+    def require(self, num_bytes: int) -> None:
+        """Raises ValueError when the file is shorter, e.g. because a download was interrupted."""
+        size = os.fstat(self._descriptor).st_size
+        if size < num_bytes:
+            raise ValueError(f"{self.path} is truncated: it has {size} of {num_bytes} bytes")
+
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills `buffer` (bytes) from `offset`. Raises ValueError when the file is too short."""
+        """Fills `buffer` (bytes) from `offset`. Raises ValueError when the file ends before."""
         done = 0
         while done < len(buffer):
             count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
