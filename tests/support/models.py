@@ -125,6 +125,7 @@ def write_gguf(
     Matrices are written in `matrix_type`; `extra` holds metadata by key, `ready` tensors by GGUF name that are
     in their stored form.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, config.architecture)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_context)

