@@ -41,12 +41,6 @@ class TargetRank:
         self._sequences = TargetSequences(cache.num_pages, cache.page_size)
         self._sampler = Sampler(model.config.vocab_size, model.plan.vocab, model.communicator)
 
-    def use_communicator(self, communicator: Communicator) -> None:
-        """Join another group, keeping the weights."""
-        self.model.communicator = communicator
-        self._sampler = Sampler(self.model.config.vocab_size, self.model.plan.vocab, communicator)
-        self._sequences = TargetSequences(self._cache.num_pages, self._cache.page_size)
-
     @torch.inference_mode()
     def step(self, draft: Draft) -> Scores:
         """One round: keep what was accepted, compute every node, sample after the nodes that ask for it."""
@@ -128,12 +122,11 @@ class TargetWorker:
             done += num_bytes
             progress("load", min(done, total), total)
 
-        model = Transformer(
+        self._model = Transformer(
             source.config, plan, source, SoloCommunicator(), dtype, device, target.packed_weights, count
         )
         num_pages = num_target_pages(self.config, source.config)
-        cache = PagedCache(source.config, plan, num_pages, target.page_size, dtype, device)
-        self._rank = TargetRank(model, cache, self._tracer)
+        self._cache = PagedCache(source.config, plan, num_pages, target.page_size, dtype, device)
 
     def open_store(self, host: str) -> tuple[str, int]:
         """Rank 0: open the meeting point of all groups on a free port; returns its host and port."""
@@ -153,7 +146,8 @@ class TargetWorker:
         self._communicator = join_group(
             self._store, epoch, self.rank, target.tp_size, self._transport(), timeout_s
         )
-        self._rank.use_communicator(self._communicator)
+        self._model.communicator = self._communicator
+        self._rank = TargetRank(self._model, self._cache, self._tracer)
         self._capacity = message_capacity(self.config)
         if self.rank == 0:
             capacity = self._capacity
@@ -186,7 +180,7 @@ class TargetWorker:
             self._communicator.close()
 
     def _transport(self) -> str:
-        on_gpu = self._rank.model.device.type == "cuda"
+        on_gpu = self._model.device.type == "cuda"
         return "nccl" if self.config.target.all_reduce == "auto" and on_gpu else self.config.target.all_reduce
 
     def stats(self) -> dict[str, Any]:
