@@ -1,8 +1,9 @@
 """Matrix times rows, from weights kept in the layout the processor reads fastest.
 
-On a CPU one row times a matrix is bound by reading the matrix. oneDNN's blocked layout reads it at the speed of
-memory where `F.linear` reaches about half of it; torch offers it as private operators (`torch.compile` with freezing
-uses them), which are called in this file only, after a check that they compute what `F.linear` does.
+On a CPU one row times a matrix is bound by reading the matrix. oneDNN's blocked layout in huge pages reads it at
+the speed of memory, `F.linear` at about half of it. torch offers the layout as private operators (those that
+`torch.compile` uses with freezing); they are called in this file only, after a check that they compute what
+`F.linear` does.
 """
 
 import functools
@@ -11,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from outrider.workers.model import huge_pages
+
 # oneDNN blocks the matrix alike for every hint of 8 rows or more; a hint of 1 makes float32 several times slower.
 ROWS_HINT = 8
-# The kernels for 4 to 6 rows read at full speed, those for 1 to 3 rows take a quarter longer.
+# The kernels for 4 to 6 rows read at full speed; those for 1 to 3 rows take a quarter longer.
 MIN_ROWS = 4
 
 
@@ -69,7 +72,9 @@ def packing_works(dtype: torch.dtype) -> bool:
 
 
 def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
+    huge_pages.collapse(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
+    return packed
 
 
 def _multiply(x: Tensor, packed_weight: Tensor, bias: Tensor | None) -> Tensor:
