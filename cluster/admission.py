@@ -22,12 +22,14 @@ class Admission:
     """Turns prompts and options into requests, with the config's defaults and limits.
 
     vocab_size: of the target. max_context: tokens, prompt and output together.
+    eos_token_ids: the model's end-of-text tokens; they stop every request that does not say `ignore_eos`.
     """
 
     config: Config
     tokenizer: "PreTrainedTokenizerFast"
     vocab_size: int
     max_context: int
+    eos_token_ids: tuple[int, ...]
 
     def admit(self, request_id: str, asked: GenerationRequest) -> Request:
         """Raises ValueError naming the field and what it may be."""
@@ -54,7 +56,9 @@ class Admission:
         defaults = SamplingParams(**asdict(self.config.sampling))
         sampling = replace(defaults, **convert_fields(SamplingParams, asked, "sampling"))
         sampling.validate(self.vocab_size)
-        return sampling
+        if sampling.ignore_eos:
+            return sampling
+        return replace(sampling, stop_token_ids=sampling.stop_token_ids + self.eos_token_ids)
 
     def _draft(self, asked: Mapping[str, object]) -> DraftOptions:
         draft, tree = self.config.draft, self.config.tree
@@ -118,7 +122,8 @@ def prepare_admission(config: Config, report: Progress) -> Admission:
                 f"draft.model must have the target's tokenizer, got {config.draft.model!r}: {difference}"
             )
     model = open_source(target).config
-    return Admission(config, tokenizer, model.vocab_size, max_sequence_tokens(config, model))
+    max_context = max_sequence_tokens(config, model)
+    return Admission(config, tokenizer, model.vocab_size, max_context, model.eos_token_ids)
 
 
 def _require_in_range(field: str, value: int, low: int, high: int) -> None:

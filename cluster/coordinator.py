@@ -4,7 +4,10 @@ One asyncio event loop holds everything; calls to workers are awaited Ray calls,
 """
 
 import asyncio
+import re
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -25,6 +28,7 @@ from outrider.workers.weights.progress import Progress as Report
 
 T = TypeVar("T")
 
+_PLACE = re.compile(r'File "(.+)", line (\d+)')
 _EVENTS_TIMEOUT_S = 1.0  # how long one call waits for tokens
 _PROGRESS_PERIOD_S = 0.2
 _GRACE_S = 0.3  # a death takes others along; the notices of all are here after that
@@ -222,16 +226,19 @@ async def _result(name: str, doing: str, call: Awaitable[T]) -> T:
     except RayActorError as error:
         raise WorkerLostError(f"{name} died during {doing}: its process is gone") from error
     except RayTaskError as error:
-        raise _one_line(name, doing, error.cause) from error
+        raise _one_line(name, doing, error.cause, str(error)) from error
     except ValueError:
         raise
     except Exception as error:
         # Whatever ended the worker's call, its callers get to know.
-        raise _one_line(name, doing, error) from error
+        raise _one_line(name, doing, error, traceback.format_exc()) from error
 
 
-def _one_line(name: str, doing: str, error: BaseException) -> Exception:
+def _one_line(name: str, doing: str, error: BaseException, trace: str) -> Exception:
+    """`trace` is the traceback as text: the place of the error is all of it that goes into the message."""
     if isinstance(error, ValueError):
         return error
     lines = str(error).strip().splitlines() or ["no message"]
-    return EngineError(f"{name} failed during {doing}: {type(error).__name__}: {lines[0]}")
+    places = _PLACE.findall(trace)
+    place = f" ({Path(places[-1][0]).name}, line {places[-1][1]})" if places else ""
+    return EngineError(f"{name} failed during {doing}: {type(error).__name__}: {lines[0]}{place}")

@@ -6,7 +6,7 @@ import pytest
 
 from outrider.cluster.api import EngineError, GenerationRequest, Piece
 from outrider.cluster.coordinator import Coordinator
-from support.fake_workers import FAKE_CONFIG, char_admission, endless, fake_deployment
+from support.fake_workers import EOS_TOKEN_IDS, FAKE_CONFIG, char_admission, endless, fake_deployment
 
 
 def echo(prompt: str) -> str:
@@ -56,6 +56,17 @@ def test_a_stop_string_ends_the_answer_before_it_and_cancels_the_request() -> No
             assert completion.tokens == tuple(map(ord, "and so"))
             assert len(completion.token_times_s) == len(completion.tokens)
             assert fake.draft.cancelled == ["a"]
+
+    asyncio.run(scenario())
+
+
+def test_the_end_of_text_stops_a_request_unless_it_says_otherwise() -> None:
+    async def scenario() -> None:
+        async with fake_deployment(echo) as fake:
+            await fake.coordinator.complete("a", GenerationRequest("x", {"stop_token_ids": [7]}))
+            await fake.coordinator.complete("b", GenerationRequest("x", {"ignore_eos": True}))
+            stops = [request.sampling.stop_token_ids for request in fake.draft.submitted]
+            assert stops == [(7, *EOS_TOKEN_IDS), ()]
 
     asyncio.run(scenario())
 
@@ -141,7 +152,9 @@ def test_the_death_of_a_worker_ends_all_requests_with_its_reason() -> None:
             fake.targets[1].die("out of memory")
             for completion in await asyncio.gather(*calls):
                 assert completion.finish_reason == "error"
-                assert completion.error == "target 1 failed during run: RuntimeError: out of memory"
+                assert completion.error.startswith(
+                    "target 1 failed during run: RuntimeError: out of memory ("
+                )
             assert "out of memory" in await fake.coordinator.failure()
             with pytest.raises(EngineError, match="out of memory"):
                 await fake.coordinator.complete("c", asked)
@@ -160,7 +173,8 @@ def test_a_worker_that_cannot_load_stops_the_start_with_one_line() -> None:
             fake.targets[0].load = fail  # type: ignore[method-assign]
             second = Coordinator(FAKE_CONFIG, lambda _: workers, char_admission)
             with pytest.raises(
-                EngineError, match=r"^target 0 failed during load: RuntimeError: no space left$"
+                EngineError,
+                match=r"^target 0 failed during load: RuntimeError: no space left \(\S+, line \d+\)$",
             ):
                 await second.start()
 

@@ -21,6 +21,7 @@ FAKE_CONFIG = Config(
     sampling=SamplingConfig(max_tokens=50),
 )
 ROUND_S = 0.002
+EOS_TOKEN_IDS = (0,)
 
 
 class CharTokenizer:
@@ -56,7 +57,8 @@ class CharAdmission(Admission):
 def char_admission(config: Config, report: Callable[[str, int, int], None]) -> CharAdmission:
     """What `prepare_admission` gives, for texts of ASCII."""
     report("download", 1, 1)
-    return CharAdmission(config, CharTokenizer(), 128, config.target.max_context)  # type: ignore[arg-type]
+    tokenizer: Any = CharTokenizer()
+    return CharAdmission(config, tokenizer, 128, config.target.max_context, EOS_TOKEN_IDS)
 
 
 class FakeTarget:
