@@ -13,8 +13,8 @@ from outrider.workers.weights.random_source import RandomSource
 from outrider.workers.weights.random_tokenizer import tokenizer_of_size
 from outrider.workers.weights.resolver import ResolvedModel
 
-# Tokens of one vocabulary that the other may lack (added tokens of a later release of the same tokenizer).
-MAX_MISSING_TOKENS = 512
+# Tokens that the drafter may have beside the target's (added ones of a later release of the same tokenizer).
+MAX_EXTRA_TOKENS = 512
 
 
 def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
@@ -42,7 +42,8 @@ def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
 def same_tokenizer(target: PreTrainedTokenizerFast, drafter: PreTrainedTokenizerFast) -> str:
     """Empty when the two give the same ids to the same tokens, else what differs, to go into a message.
 
-    One may have up to MAX_MISSING_TOKENS tokens more; a padded embedding does not matter here.
+    The drafter must know every id of the target, since it reads the target's tokens, and may have up to
+    MAX_EXTRA_TOKENS more. Embeddings padded beyond the vocabulary do not matter here.
     """
     ours, theirs = target.get_vocab(), drafter.get_vocab()
     for token, token_id in sorted(ours.items(), key=lambda item: item[1]):
@@ -52,8 +53,13 @@ def same_tokenizer(target: PreTrainedTokenizerFast, drafter: PreTrainedTokenizer
     for token, token_id in sorted(ours.items(), key=lambda item: item[1]):
         if names.get(token_id, token) != token:
             return f"id {token_id} is {token!r} in the target, {names[token_id]!r} in the drafter"
-    missing = len(ours.keys() ^ theirs.keys())
-    if missing > MAX_MISSING_TOKENS:
+    missing = ours.keys() - theirs.keys()
+    if missing:
+        token = min(missing, key=lambda name: ours[name])
+        return (
+            f"token {token!r} ({ours[token]}) of the target is unknown to the drafter ({len(missing)} such)"
+        )
+    if len(theirs) - len(ours) > MAX_EXTRA_TOKENS:
         return f"the target has {len(ours)} tokens, the drafter {len(theirs)}"
     return ""
 

@@ -132,7 +132,7 @@ def test_a_saved_tokenizer_is_read_back(tmp_path: Path) -> None:
 def test_tokenizers_that_differ() -> None:
     small, large = tokenizer_of_size(320), tokenizer_of_size(400)
     assert same_tokenizer(small, large) == ""
-    assert same_tokenizer(large, small) == ""
+    assert "(320) of the target is unknown to the drafter (80 such)" in same_tokenizer(large, small)
     other = tokenizer_from_gguf(header("smollm", [], []))
     assert same_tokenizer(small, other).startswith(
         "token '<|im_end|>' is 2 in the target, 256 in the drafter"
