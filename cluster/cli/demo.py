@@ -81,18 +81,12 @@ def busy_shares(
 def speed_table(pairs: Sequence[Comparison]) -> Table:
     """Tokens per second with and without drafting, prompt by prompt and over all."""
     table = Table(title="Decoding speed (time to the first token not counted)")
-    for heading in (
-        "prompt",
-        "tokens",
-        "plain tok/s",
-        "speculative tok/s",
-        "speed-up",
-        "acceptance length",
-        "text",
-    ):
-        table.add_column(heading, justify="left" if heading in ("prompt", "text") else "right")
+    table.add_column("prompt")
+    for heading in ("tokens", "plain tok/s", "speculative tok/s", "speed-up", "acceptance length"):
+        table.add_column(heading, justify="right")
+    table.add_column("same text")
     for pair in pairs:
-        same = "identical" if pair.speculative.text == pair.plain.text else "DIFFERENT"
+        same = "yes" if pair.speculative.text == pair.plain.text else "NO"
         table.add_row(pair.name, *_speed_cells([pair]), same)
     table.add_section()
     table.add_row("all", *_speed_cells(pairs), "")
