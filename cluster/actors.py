@@ -4,6 +4,7 @@
 A worker's module, and torch with it, is imported in the worker's process only.
 """
 
+import os
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ class TargetActor:
 
     @ray.method(concurrency_group="control")
     def stats(self) -> dict[str, Any]:
-        return self._worker.stats()
+        return {**self._worker.stats(), "pid": os.getpid()}
 
     @ray.method(concurrency_group="control")
     def trace_events(self) -> list[dict[str, Any]]:
@@ -119,7 +120,7 @@ class DraftActor:
 
     @ray.method(concurrency_group="control")
     def stats(self) -> dict[str, Any]:
-        return self._worker.stats()
+        return {**self._worker.stats(), "pid": os.getpid()}
 
     @ray.method(concurrency_group="control")
     def trace_events(self) -> list[dict[str, Any]]:
