@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from outrider.cluster.actors import spawn_workers
 from outrider.cluster.api import Completion, EngineError, GenerationRequest, Piece, Progress, Prompt
 from outrider.cluster.coordinator import Coordinator
+from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.placement import COORDINATOR_BUNDLE, check_cpus, reserve
 from outrider.cluster.session import RaySession
 from outrider.configs.schema import Config
@@ -150,14 +151,15 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        try:
-            # Loops that end in order leave no messages about lost peers; the rest ends them in any case.
-            ray.get(self._coordinator.stop.remote(), timeout=_STOP_TIMEOUT_S)
-        except RayError:
-            pass  # the Coordinator or a worker is gone or hangs
-        finally:
-            remove_placement_group(self._group)
-            self._session.close()
+        with interrupts_deferred():
+            try:
+                # Loops that end in order leave no complaints about lost peers.
+                ray.get(self._coordinator.stop.remote(), timeout=_STOP_TIMEOUT_S)
+            except RayError:
+                pass  # the Coordinator or a worker is gone or hangs; their place goes, and they with it
+            finally:
+                remove_placement_group(self._group)
+                self._session.close()
 
     def _raise_if_broken(self) -> None:
         failure = _get(self._coordinator.failure.remote())

@@ -82,9 +82,9 @@ def speed_table(pairs: Sequence[Comparison]) -> Table:
     """Tokens per second with and without drafting, prompt by prompt and over all."""
     table = Table(title="Decoding speed (time to the first token not counted)")
     table.add_column("prompt")
-    for heading in ("tokens", "plain tok/s", "speculative tok/s", "speed-up", "acceptance length"):
+    for heading in ("tokens", "plain\ntok/s", "speculative\ntok/s", "speed-up", "acceptance\nlength"):
         table.add_column(heading, justify="right")
-    table.add_column("same text")
+    table.add_column("same\ntext")
     for pair in pairs:
         same = "yes" if pair.speculative.text == pair.plain.text else "NO"
         table.add_row(pair.name, *_speed_cells([pair]), same)
