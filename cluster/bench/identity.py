@@ -9,7 +9,7 @@ is further than the tolerance from the best candidate; anything wider is a failu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -92,7 +92,6 @@ def check_identity(
     prompts: Sequence[EncodedPrompt],
     samplings: Sequence[SamplingParams],
     tolerance: float,
-    on_progress: Callable[[int], None] = lambda num_texts: None,
 ) -> IdentityResult:
     """Decodes every prompt with each of `samplings` (one temperature, different seeds) both ways.
 
@@ -109,7 +108,6 @@ def check_identity(
     for speculative in (False, True):
         questions = [Question(prompt.tokens, sampling, speculative) for prompt, sampling in cases]
         texts[speculative] = answerer.answer(questions)
-        on_progress(len(cases))
     mismatches = [
         explain(answerer, prompt, sampling, plain.tokens, speculative.tokens, tolerance)
         for (prompt, sampling), plain, speculative in zip(cases, texts[False], texts[True], strict=True)

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from outrider.cluster.cli.inputs import Style, open_model, read_prompts
 from outrider.cluster.cli.options import ConfigName, MaxTokens, Overrides, Seed, Temperature, TopP, given
 from outrider.cluster.cli.start import running_engine, save_trace, with_trace
 from outrider.configs.loader import load_config
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from outrider.cluster.engine import Engine
     from outrider.workers.baselines import BaselineProcess
     from outrider.workers.sampling.params import SamplingParams
-
-Style = Literal["chat", "raw"]
 
 _NUM_WARM_UP_TOKENS = 12
 _CHART_FORMATS = (".png", ".svg", ".pdf")
@@ -64,6 +63,7 @@ def bench(
         raise ValueError(f"--chart must end with one of {', '.join(_CHART_FORMATS)}, got {chart!r}")
 
     from outrider.cluster.bench.machine import num_cpus
+    from outrider.cluster.bench.report import wide_console
     from outrider.cluster.bench.runner import Plan
     from outrider.workers.sampling.params import SamplingParams
 
@@ -73,8 +73,8 @@ def bench(
     sampling = replace(sampling, **asked)  # type: ignore[arg-type]
     model = open_model(loaded)
     sampling.validate(model.vocab_size)
-    console = Console()
-    prompts = read_prompts(loaded, model, data, limit, category, style, sampling.max_tokens, console)
+    console = wide_console()
+    prompts = read_prompts(model, data, limit, category, style, sampling.max_tokens, console)
     threads = threads or num_cpus()
     with ExitStack() as stack:
         engine = stack.enter_context(running_engine(loaded))
@@ -99,66 +99,6 @@ def bench(
         "transformers_threads": threads,
     }
     _report(turns, settings, peaks, model.stop_token_ids, json, chart, console)
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the driver needs to know of the target."""
-
-    tokenizer: Any
-    vocab_size: int
-    max_tokens: int
-    """Prompt and output together."""
-    stop_token_ids: tuple[int, ...]
-
-
-def open_model(config: Config) -> ModelFacts:
-    """Tokenizer and limits of the target; fetches the model if need be."""
-    from outrider.workers.setup import max_sequence_tokens
-    from outrider.workers.weights.progress import silent
-    from outrider.workers.weights.resolver import open_source, resolve
-    from outrider.workers.weights.tokenizer import load_tokenizer
-
-    cache_dir = Path(config.cluster.model_cache_dir).expanduser()
-    resolved = resolve(config.target.model, cache_dir, silent, "target.model")
-    model = open_source(resolved).config
-    if config.target.tokenizer:
-        resolved = resolve(config.target.tokenizer, cache_dir, silent, "target.tokenizer")
-    return ModelFacts(
-        tokenizer=load_tokenizer(resolved),
-        vocab_size=model.vocab_size,
-        max_tokens=max_sequence_tokens(config, model),
-        stop_token_ids=tuple(model.eos_token_ids),
-    )
-
-
-def read_prompts(
-    config: Config,
-    model: ModelFacts,
-    data: str,
-    limit: int,
-    categories: Sequence[str],
-    style: Style,
-    max_new_tokens: int,
-    console: Console,
-) -> "list[EncodedPrompt]":
-    """The chosen prompts as tokens; those that do not fit the context are left out, and said so."""
-    from outrider.cluster.bench.prompts import SHIPPED_PROMPTS, encode, load_prompts, select
-    from outrider.cluster.bench.runner import EncodedPrompt
-
-    chosen = select(load_prompts(data or SHIPPED_PROMPTS), limit, categories)
-    encoded = [
-        EncodedPrompt(prompt.id, prompt.category, encode(prompt, model.tokenizer, style)) for prompt in chosen
-    ]
-    fitting = [prompt for prompt in encoded if len(prompt.tokens) + max_new_tokens <= model.max_tokens]
-    if not fitting:
-        raise ValueError(
-            f"target.max_context must hold a prompt and --max-tokens ({max_new_tokens}); "
-            f"none of {len(encoded)} prompts fits into {model.max_tokens} tokens"
-        )
-    if len(fitting) < len(encoded):
-        console.print(f"left out: {len(encoded) - len(fitting)} prompts longer than the context")
-    return fitting
 
 
 def _for_bench(config: Config) -> Config:

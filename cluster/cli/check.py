@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from outrider.cluster.cli.bench import Style, open_model, read_prompts
+from outrider.cluster.cli.inputs import Style, open_model, read_prompts
 from outrider.cluster.cli.options import ConfigName, Overrides
 from outrider.cluster.cli.start import running_engine
 from outrider.configs.loader import load_config
@@ -44,6 +44,7 @@ def check(
     from outrider.cluster.bench.decoders import EngineAnswerer
     from outrider.cluster.bench.first_token import check_first_tokens
     from outrider.cluster.bench.identity import TOLERANCE_OF_DTYPE, check_identity
+    from outrider.cluster.bench.report import wide_console
     from outrider.workers.sampling.params import SamplingParams
 
     tolerance = tolerance or TOLERANCE_OF_DTYPE[loaded.target.dtype]
@@ -53,15 +54,18 @@ def check(
     sampled[0].validate(model.vocab_size)
     if temperature == 0:
         raise ValueError("--temperature must be above 0, got 0: greedy decoding is compared in any case")
-    console = Console()
-    prompts = read_prompts(loaded, model, data, limit, category, style, max_tokens, console)
+    console = wide_console()
+    prompts = read_prompts(model, data, limit, category, style, max_tokens, console)
+    notes = Console(stderr=True)
     with running_engine(loaded) as engine:
         answerer = EngineAnswerer(engine)
         identities = []
         for samplings in ([greedy], sampled):
-            identities.append(check_identity(answerer, prompts, samplings, tolerance))
+            with notes.status(f"T = {samplings[0].temperature:g}: {len(prompts)} prompts, both ways"):
+                identities.append(check_identity(answerer, prompts, samplings, tolerance))
             show_identity(identities[-1], console)
-        laws = check_first_tokens(answerer, prompts, _NUM_LAWS, draws)
+        with notes.status(f"T = 1: {draws} first tokens"):
+            laws = check_first_tokens(answerer, prompts, _NUM_LAWS, draws)
     show_laws(laws, console)
     if not verdict(identities, laws, console):
         raise typer.Exit(_FAILED)

@@ -81,6 +81,7 @@ def test_acceptance_by_depth_adds_runs_of_different_depth() -> None:
     ]
     (summary,) = summarise([turn("a", f"p{i}", answer) for i, answer in enumerate(answers)])
     assert summary.acceptance_by_depth == (0.75, 0.5)
+    assert summary.rounds_by_depth == (8, 2)
 
 
 def test_plain_decoding_has_no_acceptance_rate() -> None:

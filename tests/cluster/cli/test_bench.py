@@ -8,10 +8,11 @@ from typer.testing import CliRunner, Result
 
 from outrider.cluster.cli import bench as bench_command
 from outrider.cluster.cli import check as check_command
+from outrider.cluster.cli.inputs import ModelFacts
 from outrider.cluster.cli.main import app
 from outrider.configs.schema import Config
+from support.answering_engine import AnsweringEngine
 from support.fake_answerer import FakeAnswerer
-from support.fake_engine import FakeEngine
 
 
 class ByteTokenizer:
@@ -24,16 +25,16 @@ class ByteTokenizer:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+def engine(monkeypatch: pytest.MonkeyPatch) -> AnsweringEngine:
     """Commands get this engine instead of one with processes."""
-    fake = FakeEngine()
+    fake = AnsweringEngine()
 
     @contextmanager
-    def fake_engine(config: Config) -> Iterator[FakeEngine]:
+    def fake_engine(config: Config) -> Iterator[AnsweringEngine]:
         yield fake
 
-    def fake_model(config: Config) -> bench_command.ModelFacts:
-        return bench_command.ModelFacts(ByteTokenizer(), 40, 2000, (39,))
+    def fake_model(config: Config) -> ModelFacts:
+        return ModelFacts(ByteTokenizer(), 40, 2000, (39,))
 
     for command in (bench_command, check_command):
         monkeypatch.setattr(command, "running_engine", fake_engine)
@@ -45,7 +46,9 @@ def outrider(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
 
 
-def test_bench_prints_a_table_and_writes_json_chart_and_trace(engine: FakeEngine, tmp_path: Path) -> None:
+def test_bench_prints_a_table_and_writes_json_chart_and_trace(
+    engine: AnsweringEngine, tmp_path: Path
+) -> None:
     files = {"json": tmp_path / "b.json", "chart": tmp_path / "b.png", "trace": tmp_path / "t.json"}
     options = [part for name, path in files.items() for part in (f"--{name}", str(path))]
     result = outrider(
@@ -62,7 +65,7 @@ def test_bench_prints_a_table_and_writes_json_chart_and_trace(engine: FakeEngine
     assert json.loads(files["trace"].read_text())["traceEvents"]
 
 
-def test_bench_uses_the_data_and_the_sampling_it_is_told(engine: FakeEngine, tmp_path: Path) -> None:
+def test_bench_uses_the_data_and_the_sampling_it_is_told(engine: AnsweringEngine, tmp_path: Path) -> None:
     data = tmp_path / "mine.txt"
     data.write_text("one\ntwo\nthree\n")
     result = outrider(
@@ -77,7 +80,7 @@ def test_bench_uses_the_data_and_the_sampling_it_is_told(engine: FakeEngine, tmp
     }
 
 
-def test_prompts_that_do_not_fit_are_left_out_and_counted(engine: FakeEngine, tmp_path: Path) -> None:
+def test_prompts_that_do_not_fit_are_left_out_and_counted(engine: AnsweringEngine, tmp_path: Path) -> None:
     data = tmp_path / "mine.txt"
     data.write_text("short\n" + "long " * 500 + "\n")
     result = outrider("bench", "tiny-random", "--data", str(data), "--max-tokens", "4")
@@ -102,7 +105,7 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(engine: FakeEngine, tm
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(
-    engine: FakeEngine, arguments: list[str], message: str
+    engine: AnsweringEngine, arguments: list[str], message: str
 ) -> None:
     result = outrider("bench", "tiny-random", *arguments)
     assert result.exit_code == 2
@@ -111,11 +114,11 @@ def test_bad_arguments_are_one_line_and_exit_code_2(
     assert engine.requests == []
 
 
-def check(engine: FakeEngine, *arguments: str) -> Result:
+def check(engine: AnsweringEngine, *arguments: str) -> Result:
     return outrider("check", "tiny-random", "--max-tokens", "8", "--limit", "3", "--draws", "200", *arguments)
 
 
-def test_check_passes_an_honest_engine(engine: FakeEngine) -> None:
+def test_check_passes_an_honest_engine(engine: AnsweringEngine) -> None:
     result = check(engine)
     assert result.exit_code == 0, result.output
     assert "T = 0: 3 of 3 texts equal" in result.output
@@ -124,7 +127,7 @@ def test_check_passes_an_honest_engine(engine: FakeEngine) -> None:
     assert "PASS" in result.output
 
 
-def test_check_fails_an_engine_whose_texts_differ(engine: FakeEngine) -> None:
+def test_check_fails_an_engine_whose_texts_differ(engine: AnsweringEngine) -> None:
     engine.answerer = FakeAnswerer(lie_at=3)
     result = check(engine)
     assert result.exit_code == 1
@@ -133,14 +136,14 @@ def test_check_fails_an_engine_whose_texts_differ(engine: FakeEngine) -> None:
     assert "PASS" not in result.output
 
 
-def test_check_fails_an_engine_that_samples_another_law(engine: FakeEngine) -> None:
+def test_check_fails_an_engine_that_samples_another_law(engine: AnsweringEngine) -> None:
     engine.answerer = FakeAnswerer(sharpness=3.0)
     result = check(engine)
     assert result.exit_code == 1
     assert "FAIL: first tokens do not follow" in result.output
 
 
-def test_check_counts_ties(engine: FakeEngine) -> None:
+def test_check_counts_ties(engine: AnsweringEngine) -> None:
     engine.answerer = FakeAnswerer(num_repeats=2, rounding=1e-6)
     result = check(engine)
     assert result.exit_code == 0, result.output
@@ -148,14 +151,14 @@ def test_check_counts_ties(engine: FakeEngine) -> None:
     assert "3 parted at a tie" in result.output
 
 
-def test_check_warns_when_nothing_was_drafted(engine: FakeEngine) -> None:
+def test_check_warns_when_nothing_was_drafted(engine: AnsweringEngine) -> None:
     engine.answerer = FakeAnswerer(drafts=False)
     result = check(engine)
     assert result.exit_code == 0
     assert "Nothing was accepted" in result.output
 
 
-def test_check_wants_a_temperature_for_the_sampled_half(engine: FakeEngine) -> None:
+def test_check_wants_a_temperature_for_the_sampled_half(engine: AnsweringEngine) -> None:
     result = check(engine, "--temperature", "0")
     assert result.exit_code == 2
     assert "--temperature must be above 0" in result.output
