@@ -14,7 +14,7 @@ from outrider.cluster.api import Progress
 from outrider.cluster.cli.main import COMMANDS, app
 from outrider.cluster.engine import Engine
 from outrider.configs.schema import Config
-from support.fake_engine import FakeEngine
+from support.char_engine import CharEngine
 
 ROOT = Path(__file__).parents[3]
 runner = CliRunner()
@@ -24,11 +24,11 @@ class Engines:
     """The engines that commands started; set `death` to make the next one fail."""
 
     def __init__(self) -> None:
-        self.started: list[FakeEngine] = []
+        self.started: list[CharEngine] = []
         self.death = ""
 
-    def start(self, config: Config, progress: Callable[[Sequence[Progress]], None]) -> FakeEngine:
-        engine = FakeEngine(config, progress, str.upper)
+    def start(self, config: Config, progress: Callable[[Sequence[Progress]], None]) -> CharEngine:
+        engine = CharEngine(config, progress, str.upper)
         engine.death = self.death
         self.started.append(engine)
         return engine

@@ -10,7 +10,7 @@ from outrider.workers.rounds.sequence import RequestStats
 from support.fake_workers import char_admission
 
 
-class FakeEngine:
+class CharEngine:
     """Answers with `answer(prompt)`, two tokens a piece: the target's own, then a drafted one.
 
     death: with a text, every request ends in EngineError.
@@ -66,7 +66,7 @@ class FakeEngine:
     def trace(self) -> dict[str, list[dict[str, Any]]]:
         return {"draft": [{"name": "draft", "ph": "X", "ts": 0.0, "dur": 1.0, "args": {}}]}
 
-    def __enter__(self) -> "FakeEngine":
+    def __enter__(self) -> "CharEngine":
         return self
 
     def __exit__(self, *error: object) -> None:
