@@ -28,7 +28,7 @@ class RotaryEmbedding:
 def rope_frequencies(config: ModelConfig) -> Tensor:
     """Radians per position of each pair of dimensions, float32 [head_dim / 2].
 
-    Bit for bit those of transformers: a last bit more is 1e-4 radians at position 1000.
+    Bit for bit those of transformers: a last bit more is 3e-5 radians at position 1000.
     """
     dim, scaling = config.head_dim, config.rope_scaling
     periods = config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
