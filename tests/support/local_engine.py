@@ -190,7 +190,7 @@ class LocalEngine:
             raise
 
 
-def default_options(**changes: bool | int) -> LoopOptions:
+def default_options(**changes: float) -> LoopOptions:
     """Both lanes, everything overlapped, budget measured; `changes` name fields of LoopOptions."""
     values = {
         "overlapped": True,
@@ -200,6 +200,7 @@ def default_options(**changes: bool | int) -> LoopOptions:
         "fixed_budget": False,
         "draft_costs": False,
         "max_round_tokens": 256,
+        "heartbeat_s": 2.0,
     }
     return LoopOptions(**{**values, **changes})
 

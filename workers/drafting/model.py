@@ -123,8 +123,13 @@ class ModelDrafter:
         )
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
-        """Probability that the best node to expand next is accepted."""
-        values = [s.tree.nodes[node].value for s in sequences for _, node in self._frontier(s)[:1]]
+        """Of the nodes that the next step expands and that are not verified now, the best one's value."""
+        values = [
+            sequence.tree.nodes[node].value
+            for sequence in sequences
+            for _, node in self._frontier(sequence)
+            if node not in sequence.sent_tree.growing_nodes
+        ]
         return max(values, default=0.0)
 
     @torch.inference_mode()
@@ -189,10 +194,11 @@ class ModelDrafter:
         The gain of a node is what the model is expected to add to what other methods proposed there already.
         """
         cached, nodes = self._cached[sequence.id], sequence.tree.nodes
-        if not cached.rows:
-            return [(self._gain(sequence, 0), 0)] if cached.lag(sequence) <= _MAX_LAG else []
         # Deeper than this round can use: a path of one round, the token after it, a path of the next.
         depth_limit = min(2 * sequence.request.draft.max_depth + 1, sequence.num_remaining - 1)
+        if not cached.rows:
+            may_start = cached.lag(sequence) <= _MAX_LAG and depth_limit > 0
+            return [(self._gain(sequence, 0), 0)] if may_start else []
         frontier = [
             (self._gain(sequence, child), child)
             for node in cached.rows
