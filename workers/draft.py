@@ -38,7 +38,7 @@ from outrider.workers.setup import (
 )
 from outrider.workers.trace import Tracer
 
-_ROWS_PER_STEP = 4  # nodes of one sequence that a drafter step expands
+_ROWS_PER_STEP = 6  # nodes of one sequence that a drafter step expands
 _PROFILE_REPEATS = 3
 _HEARTBEAT_S = 2.0  # at most: so long after it a lost target is noticed by an idle DraftWorker
 
@@ -176,6 +176,7 @@ class DraftWorker:
             rows_per_sequence=_ROWS_PER_STEP,
             max_rows=max(_ROWS_PER_STEP, rounds.max_sequences),
             prefill_chunk=rounds.prefill_chunk,
+            tracer=self._tracer,
         )
 
     def _loop_options(self) -> LoopOptions:

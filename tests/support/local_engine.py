@@ -111,6 +111,7 @@ class LocalEngine:
                     rows_per_sequence=4,
                     max_rows=16,
                     prefill_chunk=prefill_chunk,
+                    tracer=Tracer("draft model", False),
                 )
             )
         limits = SchedulerLimits(max_sequences, max_round_tokens, prefill_chunk)

@@ -76,16 +76,16 @@ class DraftEngine:
             drafter.finish(sequence)
 
     def look_up(self, sequences: SequenceABC[Sequence]) -> None:
-        """Put the proposals that cost nothing into the trees."""
+        """Put the proposals that cost nothing into the trees: below the root and below every leaf."""
         for sequence in sequences:
-            if "ngram" in sequence.request.draft.methods:
-                propose_ngrams(
-                    self._indexes[sequence.id],
-                    sequence.tokens,
-                    sequence.tree,
-                    min(sequence.request.draft.max_depth, sequence.num_remaining - 1),
-                    self.estimator,
-                )
+            if "ngram" not in sequence.request.draft.methods:
+                continue
+            index, tree = self._indexes[sequence.id], sequence.tree
+            max_depth = min(sequence.request.draft.max_depth, sequence.num_remaining - 1)
+            leaves = [n for n in range(1, len(tree)) if not tree.nodes[n].children]
+            for node in [0, *leaves]:
+                if tree.nodes[node].depth < max_depth:
+                    propose_ngrams(index, sequence.tokens, tree, node, max_depth, self.estimator)
 
     def expected_gain(self, sequences: SequenceABC[Sequence]) -> float:
         """Expected accepted tokens that one more step adds."""
@@ -98,6 +98,8 @@ class DraftEngine:
     def step(self, sequences: SequenceABC[Sequence]) -> bool:
         """One step of the draft model on these sequences' trees; False when there was nothing to do."""
         progress = [drafter.step(drafted_by_model(sequences)) for drafter in self._stepwise]
+        if any(progress):
+            self.look_up(sequences)
         return any(progress)
 
     def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
