@@ -25,8 +25,8 @@ def collapse(address: int, num_bytes: int) -> bool:
 
 
 def prefer(tensor: Tensor) -> bool:
-    """Asks for huge pages where a large tensor on the CPU is not written yet."""
-    return _advise(tensor.data_ptr(), tensor.nbytes, MADV_HUGEPAGE)
+    """Asks for huge pages for the memory of a tensor that is not written yet; a request only on the CPU."""
+    return tensor.device.type == "cpu" and _advise(tensor.data_ptr(), tensor.nbytes, MADV_HUGEPAGE)
 
 
 def _advise(address: int, num_bytes: int, advice: int) -> bool:

@@ -47,9 +47,14 @@ class Linear:
         if not self.packed:
             return F.linear(x, self.weight, self.bias)
         rows = x.shape[0]
-        if rows >= MIN_ROWS:
-            return _multiply(x, self.weight, self.bias)
-        return _multiply(F.pad(x, (0, 0, 0, MIN_ROWS - rows)), self.weight, self.bias)[:rows]
+        product = _multiply(pad_rows(x), self.weight, self.bias)
+        return product if rows >= MIN_ROWS else product[:rows]
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """x [rows, n] with rows of zeros behind it where it has fewer than MIN_ROWS."""
+    rows = x.shape[0]
+    return x if rows >= MIN_ROWS else F.pad(x, (0, 0, 0, MIN_ROWS - rows))
 
 
 @functools.cache
