@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 from outrider.configs.schema import NgramConfig
@@ -26,6 +26,7 @@ from outrider.workers.trace import Tracer
 from support.local_engine import output_tokens
 from support.scripted import ScriptedDrafter, ScriptedTarget
 
+_VERIFY_40_MS = TargetProfile((1,), (0.04,))
 _LIMITS = SchedulerLimits(max_sequences=8, max_round_tokens=256, prefill_chunk=64)
 
 
@@ -43,21 +44,23 @@ class VirtualClock:
 
 
 class VirtualLink:
-    """A target of set latency that works while the clock moves, one round after the other."""
+    """A target of set latencies that works while the clock moves, one round after the other."""
 
-    def __init__(self, clock: VirtualClock, verify_s: float) -> None:
+    def __init__(self, clock: VirtualClock, latencies: TargetProfile) -> None:
         self.drafts: list[Draft] = []  # all that was sent
         self._clock = clock
-        self._verify_s = verify_s
-        self._target = ScriptedTarget(verify_s, sleep=lambda seconds: None)
+        self._latencies = latencies
+        self._target = ScriptedTarget(0.0)
         self._free_at = clock.now_s
         self._under_way: deque[tuple[float, Scores]] = deque()
 
     def send(self, draft: Draft) -> None:
         self.drafts.append(draft)
         if not draft.stop:
-            self._free_at = max(self._clock.now_s, self._free_at) + self._verify_s
-            self._under_way.append((self._free_at, self._target.step(draft)))
+            seconds = self._latencies.at(sum(len(step.tokens) for step in draft.steps))
+            self._free_at = max(self._clock.now_s, self._free_at) + seconds
+            scores = replace(self._target.step(draft), forward_s=seconds)
+            self._under_way.append((self._free_at, scores))
 
     def receive(self) -> Scores:
         done_at, scores = self._under_way.popleft()
@@ -85,21 +88,23 @@ class VirtualRun:
 def run_requests(
     requests: SequenceABC[Request],
     *,
-    verify_s: float = 0.04,
-    step_s: float = 0.01,
     options: LoopOptions,
+    latencies: TargetProfile = _VERIFY_40_MS,
+    step_s: float = 0.01,
     is_right: Callable[[int], bool] = lambda position: True,
-    profile: TargetProfile | None = None,
     limits: SchedulerLimits = _LIMITS,
     num_pages: int = 256,
     on_event: Callable[[RoundLoop, TokenEvent], None] = lambda loop, event: None,
 ) -> VirtualRun:
-    """Run requests to their ends with scripted workers; pages hold 16 rows. `on_event` may use the loop."""
+    """Run requests to their ends with scripted workers; pages hold 16 rows. `on_event` may use the loop.
+
+    `latencies` is what a pass of the target takes, and what the loop knows of it.
+    """
     clock = VirtualClock()
-    link = VirtualLink(clock, verify_s)
+    link = VirtualLink(clock, latencies)
     drafting = DraftEngine(NgramConfig())
     drafting.add(ScriptedDrafter(step_s, is_right, drafting.estimator, clock.sleep))
-    cost = CostModel(profile or TargetProfile((1,), (verify_s,)))
+    cost = CostModel(latencies)
     cost.observe_draft_step(step_s)
     events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
     unfinished = set(events)
@@ -149,4 +154,5 @@ def run_virtual(
 ) -> VirtualRun:
     """`num_sequences` texts of `num_tokens` tokens, drafted as chains: as `support.scripted.run_scripted`."""
     requests = [scripted_request(str(i), num_tokens, depth, depth) for i in range(num_sequences)]
-    return run_requests(requests, verify_s=verify_s, step_s=step_s, options=options, is_right=is_right)
+    latencies = TargetProfile((1,), (verify_s,))
+    return run_requests(requests, options=options, latencies=latencies, step_s=step_s, is_right=is_right)
