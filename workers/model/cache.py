@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.kv_commit import kv_commit
-from outrider.workers.model import huge_pages
+from outrider.workers.model import memory
 from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.shard import ShardPlan
 
@@ -34,7 +34,7 @@ class PagedCache:
         shape = (config.num_layers, 2, num_pages, page_size, plan.num_kv_heads, config.head_dim)
         self.page_size = page_size
         self.kv = torch.empty(shape, dtype=dtype, device=device)
-        huge_pages.prefer(self.kv)
+        memory.prefer(self.kv)
         self.kv.zero_()
         self._keys = self.kv[:, 0].unbind(0)
         self._values = self.kv[:, 1].unbind(0)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outrider.workers.model import huge_pages
+from outrider.workers.model import memory
 
 # oneDNN blocks the matrix alike for every hint of 8 rows or more; a hint of 1 makes float32 several times slower.
 ROWS_HINT = 8
@@ -78,7 +78,7 @@ def packing_works(dtype: torch.dtype) -> bool:
 
 def _pack(weight: Tensor) -> Tensor:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
-    huge_pages.collapse(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
+    memory.collapse(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
     return packed
 
 
