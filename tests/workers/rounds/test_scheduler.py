@@ -334,7 +334,7 @@ def test_a_request_larger_than_the_whole_cache_is_our_own_mistake() -> None:
         scheduler.plan(0)
 
 
-@settings(max_examples=60, stateful_step_count=60, deadline=None)
+@settings(max_examples=60, stateful_step_count=60)
 class ScheduledAtRandom(RuleBasedStateMachine):
     """Requests come, are cancelled, run in one or two lanes with far too few pages, and all end."""
 
