@@ -4,8 +4,9 @@ p̃ is the law after everything the request asked for (`law.py`), G is counter-b
 (`kernels/noise.py`), absent at temperature 0. Plain decoding and every node of a draft tree use it, and the
 drafter proposes with the same noise; so a text is, seed for seed, the same for every way of drafting.
 
-Logits stay on their ranks. A row that nothing truncates costs one exchange of (score, id) per rank; for the
-others see `candidates.py`. All ranks return the same, whatever their number.
+Logits stay on their ranks (those of a GPU are copied to its host). A row that nothing truncates costs one
+exchange of (score, id) per rank; for the others see `candidates.py`. All ranks return the same, whatever
+their number.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Sampler:
             rows: what each row is to be sampled for; the same on every rank.
         """
         assert logits.shape == (len(rows), self._end - self._first)
-        logits = logits.contiguous()
+        logits = logits.cpu().contiguous()
         edits = self._edit(logits, rows)
         shard = ShardLogits(logits, self._first)
         tokens = np.zeros(len(rows), dtype=np.int64)
@@ -99,7 +100,7 @@ class Sampler:
         assert self._communicator.size == 1
         assert logits.shape == (len(rows), self._vocab_size)
         assert num <= self._vocab_size
-        logits = logits.contiguous()
+        logits = logits.cpu().contiguous()
         edits = self._edit(logits, rows)
         shard = ShardLogits(logits, 0)
         truncated = [i for i, row in enumerate(rows) if row.params.truncates]
