@@ -90,20 +90,31 @@ def _is_text_field(names: Sequence[str]) -> bool:
     return kind is str
 
 
-def _build(cls: Any, values: object, key: str) -> Any:
-    values = _mapping(values, key)
+def convert_fields(cls: Any, values: object, key: str) -> dict[str, Any]:
+    """Plain values (as YAML or JSON give them) as field values of dataclass `cls`; a subset of the fields.
+
+    key: what messages call the object, such as "sampling". Raises ValueError naming key and allowed values.
+    """
     hints = typing.get_type_hints(cls)
     prefix = f"{key}." if key else ""
-    for name in values:
+    converted = {}
+    for name, value in _mapping(values, key).items():
         if name not in hints:
             keys = ", ".join(hints)
             hint = _did_you_mean(str(name), hints)
             raise ValueError(f"unknown key {prefix}{name}{hint}; allowed in {key or 'a config'}: {keys}")
+        converted[name] = _convert(hints[name], value, prefix + name)
+    return converted
+
+
+def _build(cls: Any, values: object, key: str) -> Any:
+    converted = convert_fields(cls, values, key)
     for field in dataclasses.fields(cls):
         no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if no_default and field.name not in values:
+        if no_default and field.name not in converted:
+            prefix = f"{key}." if key else ""
             raise ValueError(f"missing key {prefix}{field.name}: every config must set it")
-    return cls(**{name: _convert(hints[name], value, prefix + name) for name, value in values.items()})
+    return cls(**converted)
 
 
 def _convert(kind: Any, value: object, key: str) -> Any:
@@ -119,10 +130,7 @@ def _convert(kind: Any, value: object, key: str) -> Any:
         allowed = ", ".join(str(choice) for choice in choices)
         raise ValueError(f"{key} must be one of {allowed}; got {value!r}{_did_you_mean(str(value), choices)}")
     if origin is tuple:
-        element = typing.get_args(kind)[0]
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{key} must be a list of {_describe(element)}, got {value!r}")
-        return tuple(_convert(element, item, f"{key}[{index}]") for index, item in enumerate(value))
+        return _convert_tuple(typing.get_args(kind), value, key)
     if kind is int and key.endswith("_bytes") and isinstance(value, str):
         return _size_bytes(value, key)
     if kind is float and type(value) is int:
@@ -130,6 +138,17 @@ def _convert(kind: Any, value: object, key: str) -> Any:
     if type(value) is not kind:
         raise ValueError(f"{key} must be {_describe(kind)}, got {value!r}")
     return value
+
+
+def _convert_tuple(elements: tuple[Any, ...], value: object, key: str) -> tuple[Any, ...]:
+    """`elements` as in tuple[X, ...] (any number of X) or tuple[X, Y] (exactly these)."""
+    repeated = elements[-1] is Ellipsis
+    if not isinstance(value, list | tuple) or not (repeated or len(value) == len(elements)):
+        allowed = _describe(elements[0]) if repeated else " and ".join(map(_describe, elements))
+        raise ValueError(f"{key} must be a list of {allowed}, got {value!r}")
+    kinds = elements[:1] * len(value) if repeated else elements
+    pairs = enumerate(zip(kinds, value, strict=True))
+    return tuple(_convert(kind, item, f"{key}[{index}]") for index, (kind, item) in pairs)
 
 
 def _size_bytes(text: str, key: str) -> int:
@@ -148,6 +167,8 @@ def _mapping(value: object, key: str) -> dict[str, Any]:
 def _describe(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " or ".join(str(choice) for choice in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"[{', '.join(map(_describe, typing.get_args(kind)))}]"
     return _SCALAR_NAMES[kind]
 
 

@@ -244,14 +244,17 @@ class BaselineProcess:
 
 
 def _load(spec: BaselineSpec) -> TransformersBaseline:
+    from outrider.workers.weights.progress import silent
     from outrider.workers.weights.reference import load_transformers
     from outrider.workers.weights.resolver import resolve
 
     torch.set_num_threads(spec.num_threads)
     dtype = getattr(torch, spec.dtype)
-    cache_dir = Path(spec.cache_dir)
-    target = load_transformers(resolve(spec.target, cache_dir), dtype)
-    draft = load_transformers(resolve(spec.draft, cache_dir), dtype) if spec.draft else None
+    cache_dir = Path(spec.cache_dir).expanduser()
+    target = load_transformers(resolve(spec.target, cache_dir, silent, "target.model"), dtype)
+    draft = None
+    if spec.draft:
+        draft = load_transformers(resolve(spec.draft, cache_dir, silent, "draft.model"), dtype)
     return TransformersBaseline(target, draft, spec.stop_token_ids)
 
 

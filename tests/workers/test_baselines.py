@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,10 +119,11 @@ def test_peak_memory_is_at_least_what_is_held() -> None:
 RANDOM_LLAMA = "random:llama?hidden_size=32&num_layers=2&num_heads=4&num_kv_heads=2&vocab_size=300&seed=0"
 
 
-def test_the_process_answers_like_the_class(tmp_path: object) -> None:
+def test_the_process_answers_like_the_class(tmp_path: Path) -> None:
     reference = pytest.importorskip("outrider.workers.weights.reference")
     resolver = pytest.importorskip("outrider.workers.weights.resolver")
-    model = reference.load_transformers(resolver.resolve(RANDOM_LLAMA, str(tmp_path)), torch.float32)
+    resolved = resolver.resolve(RANDOM_LLAMA, tmp_path, lambda what, done, total: None, "target.model")
+    model = reference.load_transformers(resolved, torch.float32)
     request = BaselineRequest("transformers", PROMPT, 8)
     expected = TransformersBaseline(model, None, ()).generate(request)
     spec = BaselineSpec(RANDOM_LLAMA, "", "float32", 1, str(tmp_path), ())

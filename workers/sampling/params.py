@@ -27,7 +27,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the likeliest; 0 keeps all."""
     repetition_penalty: float = 1.0
-    """Positive logits of tokens seen in prompt or output are divided by it, negative ones multiplied; 1 is off."""
+    """Divides positive and multiplies negative logits of tokens seen in prompt or output; 1 is off."""
     presence_penalty: float = 0.0
     """Subtracted from the logit of every token seen in the output."""
     frequency_penalty: float = 0.0
@@ -55,7 +55,7 @@ class SamplingParams:
 
     @property
     def truncates(self) -> bool:
-        """Whether top-k, top-p or min-p may remove tokens. Greedy decoding takes the first whatever they say."""
+        """Whether top-k, top-p or min-p can make a difference; greedy takes the likeliest token anyway."""
         return not self.is_greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
 
     @property
@@ -69,17 +69,16 @@ class SamplingParams:
 
     def validate(self, vocab_size: int) -> None:
         """Raise a one-line ValueError that names the first bad field and the values it allows."""
-        _check_number("temperature", self.temperature, f"0 (greedy) or in [{MIN_TEMPERATURE}, 100]")
+        temperatures = f"0 (greedy) or in [{MIN_TEMPERATURE}, 100]"
+        _check_number("temperature", self.temperature, temperatures)
         if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= 100:
-            raise _error("temperature", f"0 (greedy) or in [{MIN_TEMPERATURE}, 100]", self.temperature)
+            raise _error("temperature", temperatures, self.temperature)
         _check_int("top_k", self.top_k, 0, vocab_size)
-        _check_range("top_p", self.top_p, "(0, 1]", 0.0 < self.top_p <= 1.0)
-        _check_range("min_p", self.min_p, "[0, 1]", 0.0 <= self.min_p <= 1.0)
-        _check_range(
-            "repetition_penalty", self.repetition_penalty, "(0, 100]", 0.0 < self.repetition_penalty <= 100.0
-        )
-        _check_range("presence_penalty", self.presence_penalty, "[-2, 2]", -2 <= self.presence_penalty <= 2)
-        _check_range("frequency_penalty", self.frequency_penalty, "[-2, 2]", -2 <= self.frequency_penalty <= 2)
+        _check_fraction("top_p", self.top_p, 1, above_zero=True)
+        _check_fraction("min_p", self.min_p, 1, above_zero=False)
+        _check_fraction("repetition_penalty", self.repetition_penalty, 100, above_zero=True)
+        _check_range("presence_penalty", self.presence_penalty, -2, 2)
+        _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
         self._check_logit_bias(vocab_size)
         _check_int("seed", self.seed, 0, 2**64 - 1)
         _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
@@ -92,7 +91,7 @@ class SamplingParams:
         _check_bool("logprobs", self.logprobs)
         _check_int("top_logprobs", self.top_logprobs, 0, min(MAX_TOP_LOGPROBS, vocab_size))
         if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"sampling.top_logprobs must be 0 unless logprobs is set, got {self.top_logprobs}")
+            raise _error("top_logprobs", "0 unless logprobs is true", self.top_logprobs)
 
     def _check_logit_bias(self, vocab_size: int) -> None:
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
@@ -100,9 +99,7 @@ class SamplingParams:
         seen = set()
         for token, value in self.logit_bias:
             _check_int("logit_bias token ids", token, 0, vocab_size - 1)
-            _check_number("logit_bias values", value, "in [-100, 100]")
-            if not -100 <= value <= 100:
-                raise _error("logit_bias values", "in [-100, 100]", value)
+            _check_range("logit_bias values", value, -100, 100)
             if token in seen:
                 raise _error("logit_bias token ids", "distinct", token)
             seen.add(token)
@@ -117,10 +114,18 @@ def _check_number(field: str, value: object, allowed: str) -> None:
         raise _error(field, allowed, value)
 
 
-def _check_range(field: str, value: float, interval: str, inside: bool) -> None:
-    _check_number(field, value, f"in {interval}")
-    if not inside:
-        raise _error(field, f"in {interval}", value)
+def _check_range(field: str, value: float, low: float, high: float) -> None:
+    allowed = f"in [{low}, {high}]"
+    _check_number(field, value, allowed)
+    if not low <= value <= high:
+        raise _error(field, allowed, value)
+
+
+def _check_fraction(field: str, value: float, high: float, above_zero: bool) -> None:
+    allowed = f"in {'(' if above_zero else '['}0, {high}]"
+    _check_number(field, value, allowed)
+    if not 0 <= value <= high or (above_zero and value == 0):
+        raise _error(field, allowed, value)
 
 
 def _check_int(field: str, value: int, low: int, high: int) -> None:

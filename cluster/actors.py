@@ -1,0 +1,169 @@
+"""The workers as Ray actors: thin wrappers, so that a worker itself knows nothing of Ray.
+
+`run` blocks for as long as the worker lives and has a thread of its own; the other calls share a few.
+"""
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from outrider.cluster.api import Progress
+from outrider.cluster.placement import DRAFT_BUNDLE, target_bundles
+from outrider.configs.schema import Config
+from outrider.workers.draft import DraftWorker
+from outrider.workers.rounds.sequence import Request, TokenEvent
+from outrider.workers.target import TargetWorker
+
+# `max_restarts` is 0 by default: a rank that Ray restarted on its own would have no group.
+_CONCURRENCY_GROUPS = {"loop": 1, "control": 4}
+
+
+class ProgressBoard:
+    """What a worker last said about each stage of its start; written and read by different threads."""
+
+    def __init__(self, worker: str) -> None:
+        self._worker = worker
+        self._lock = threading.Lock()
+        self._stages: dict[str, Progress] = {}
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        with self._lock:
+            self._stages[stage] = Progress(self._worker, stage, done, total)
+
+    def read(self) -> list[Progress]:
+        with self._lock:
+            return list(self._stages.values())
+
+
+@ray.remote(concurrency_groups=_CONCURRENCY_GROUPS)
+class TargetActor:
+    """One rank of the target."""
+
+    def __init__(self, config: Config, rank: int) -> None:
+        self._worker = TargetWorker(config, rank)
+        self._board = ProgressBoard(f"target {rank}")
+
+    def load(self) -> None:
+        self._worker.load(self._board.report)
+
+    def open_store(self) -> tuple[str, int]:
+        return self._worker.open_store()
+
+    def connect(self, host: str, port: int, epoch: int) -> None:
+        self._worker.connect(host, port, epoch)
+
+    @ray.method(concurrency_group="loop")
+    def run(self) -> None:
+        self._worker.run()
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> list[Progress]:
+        return self._board.read()
+
+    @ray.method(concurrency_group="control")
+    def stats(self) -> dict[str, Any]:
+        return self._worker.stats()
+
+    @ray.method(concurrency_group="control")
+    def trace_events(self) -> list[dict[str, Any]]:
+        return self._worker.trace_events()
+
+
+@ray.remote(concurrency_groups=_CONCURRENCY_GROUPS)
+class DraftActor:
+    """The DraftWorker: requests go in here and tokens come out."""
+
+    def __init__(self, config: Config) -> None:
+        self._worker = DraftWorker(config)
+        self._board = ProgressBoard("draft")
+
+    def load(self) -> None:
+        self._worker.load(self._board.report)
+
+    def connect(self, host: str, port: int, epoch: int) -> None:
+        self._worker.connect(host, port, epoch)
+
+    def profile(self) -> None:
+        self._worker.profile(self._board.report)
+
+    @ray.method(concurrency_group="loop")
+    def run(self) -> None:
+        self._worker.run()
+
+    @ray.method(concurrency_group="control")
+    def stop(self) -> None:
+        self._worker.stop()
+
+    @ray.method(concurrency_group="control")
+    def submit(self, request: Request) -> None:
+        self._worker.submit(request)
+
+    @ray.method(concurrency_group="control")
+    def cancel(self, request_id: str) -> None:
+        self._worker.cancel(request_id)
+
+    @ray.method(concurrency_group="control")
+    def next_events(self, timeout_s: float) -> list[TokenEvent]:
+        return self._worker.next_events(timeout_s)
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> list[Progress]:
+        return self._board.read()
+
+    @ray.method(concurrency_group="control")
+    def stats(self) -> dict[str, Any]:
+        return self._worker.stats()
+
+    @ray.method(concurrency_group="control")
+    def trace_events(self) -> list[dict[str, Any]]:
+        return self._worker.trace_events()
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Actor handles of a deployment: what the Coordinator talks to."""
+
+    targets: tuple[Any, ...]  # by rank
+    draft: Any
+
+    def by_name(self) -> dict[str, Any]:
+        """Handles under the names that messages and traces use."""
+        return {"draft": self.draft, **{f"target {rank}": handle for rank, handle in enumerate(self.targets)}}
+
+
+def spawn_workers(config: Config, group: PlacementGroup) -> Workers:
+    """Creates the actors in their bundles; does not wait for them."""
+    cluster = config.cluster
+    draft = DraftActor.options(
+        num_cpus=cluster.num_cpus_per_draft,
+        num_gpus=cluster.num_gpus_per_draft,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, DRAFT_BUNDLE),
+        runtime_env={"env_vars": _thread_variables(config.draft.num_threads)},
+    ).remote(config)
+    targets = tuple(
+        TargetActor.options(
+            num_cpus=cluster.num_cpus_per_target,
+            num_gpus=cluster.num_gpus_per_target,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),
+            runtime_env={"env_vars": _thread_variables(config.target.num_threads)},
+        ).remote(config, rank)
+        for rank, bundle in enumerate(target_bundles(group, config.target.tp_size))
+    )
+    return Workers(targets, draft)
+
+
+def _thread_variables(num_threads: int) -> dict[str, str]:
+    """OpenMP reads these when torch is imported, which is before a worker could call torch.set_num_threads.
+
+    Waiting threads sleep: drafter and ranks may share cores, and one that spins takes the other's time.
+    """
+    return {
+        "OMP_NUM_THREADS": str(num_threads),
+        "MKL_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }

@@ -1,0 +1,89 @@
+"""The door: what a user sends becomes a `Request` that the DraftWorker can run, or a one-line ValueError."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from transformers import PreTrainedTokenizerFast
+
+from outrider.cluster.api import GenerationRequest, Prompt
+from outrider.configs.loader import convert_fields
+from outrider.configs.schema import Config
+from outrider.workers.rounds.sequence import DraftOptions, Request
+from outrider.workers.sampling.params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Turns prompts and options into requests, with the config's defaults and limits.
+
+    vocab_size: of the target. max_context: tokens, prompt and output together.
+    """
+
+    config: Config
+    tokenizer: PreTrainedTokenizerFast
+    vocab_size: int
+    max_context: int
+
+    def admit(self, request_id: str, asked: GenerationRequest) -> Request:
+        """Raises ValueError naming the field and what it may be."""
+        sampling = self._sampling(asked.sampling)
+        draft = self._draft(asked.draft)
+        prompt_tokens = self._tokens(asked.prompt)
+        if not prompt_tokens:
+            raise ValueError("prompt must have at least one token, got an empty one")
+        if len(prompt_tokens) + sampling.max_tokens > self.max_context:
+            raise ValueError(
+                f"prompt and sampling.max_tokens must be at most {self.max_context} tokens together "
+                f"(target.max_context or the model's limit), got {len(prompt_tokens)} + {sampling.max_tokens}"
+            )
+        return Request(request_id, prompt_tokens, sampling, draft)
+
+    def _sampling(self, asked: Mapping[str, object]) -> SamplingParams:
+        defaults = SamplingParams(**asdict(self.config.sampling))
+        sampling = replace(defaults, **convert_fields(SamplingParams, asked, "sampling"))
+        sampling.validate(self.vocab_size)
+        return sampling
+
+    def _draft(self, asked: Mapping[str, object]) -> DraftOptions:
+        draft, tree = self.config.draft, self.config.tree
+        defaults = DraftOptions(draft.methods, tree.max_nodes, tree.max_depth)
+        options = replace(defaults, **convert_fields(DraftOptions, asked, "draft"))
+        for method in options.methods:
+            if method not in draft.methods:
+                allowed = ", ".join(draft.methods) or "none"
+                raise ValueError(f"draft.methods must be among the deployment's ({allowed}), got {method!r}")
+        _require_in_range("draft.max_nodes", options.max_nodes, 0, tree.max_nodes)
+        _require_in_range("draft.max_depth", options.max_depth, 1, tree.max_depth)
+        return options
+
+    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer.encode(prompt))
+        if all(isinstance(item, int) for item in prompt):
+            return self._token_ids(prompt)
+        if all(isinstance(item, Mapping) for item in prompt):
+            return self._chat_tokens(prompt)
+        raise ValueError(f"prompt must be a text, messages or token ids, got {prompt!r}")
+
+    def _token_ids(self, prompt: Sequence[object]) -> tuple[int, ...]:
+        tokens = tuple(item for item in prompt if isinstance(item, int))
+        for token in tokens:
+            _require_in_range("prompt token ids", token, 0, self.vocab_size - 1)
+        return tokens
+
+    def _chat_tokens(self, messages: Sequence[object]) -> tuple[int, ...]:
+        conversation = [dict(message) for message in messages if isinstance(message, Mapping)]
+        for message in conversation:
+            if set(message) != {"role", "content"} or not all(isinstance(v, str) for v in message.values()):
+                raise ValueError(f"a message must have the texts role and content, got {message!r}")
+        if not self.tokenizer.chat_template:
+            raise ValueError("messages need a chat template, which this model lacks; send a text (--raw)")
+        text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        assert isinstance(text, str)
+        # The template writes special tokens itself.
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def _require_in_range(field: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{field} must be in [{low}, {high}], got {value}")

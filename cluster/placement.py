@@ -1,0 +1,79 @@
+"""Where processes go: one placement group with a bundle per process, so that all get a place or none."""
+
+from collections.abc import Mapping
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from outrider.configs.schema import Config
+
+COORDINATOR_BUNDLE = 0
+DRAFT_BUNDLE = 1
+FIRST_TARGET_BUNDLE = 2
+
+
+def bundles(config: Config) -> list[dict[str, float]]:
+    """What each process reserves: the Coordinator, the DraftWorker, then the target ranks."""
+    cluster = config.cluster
+    target = _bundle(cluster.num_cpus_per_target, cluster.num_gpus_per_target)
+    return [
+        _bundle(cluster.num_cpus_for_coordinator, 0.0),
+        _bundle(cluster.num_cpus_per_draft, cluster.num_gpus_per_draft),
+        *(dict(target) for _ in range(config.target.tp_size)),
+    ]
+
+
+def check_cpus(config: Config, num_cpus: int) -> None:
+    """Refuses a deployment that this machine's CPUs cannot hold, before anything starts (ValueError)."""
+    cluster, target = config.cluster, config.target
+    others = cluster.num_cpus_for_coordinator + cluster.num_cpus_per_draft
+    # Ray counts in ten-thousandths; a sum of floats must not fail by less.
+    free = num_cpus - others + 1e-4
+    most = int(free / cluster.num_cpus_per_target)
+    if target.tp_size > most:
+        raise ValueError(
+            f"target.tp_size must be at most {most} on {num_cpus} CPUs: a rank reserves "
+            f"cluster.num_cpus_per_target = {cluster.num_cpus_per_target:g}, the others "
+            f"{others:g}; got {target.tp_size}"
+        )
+
+
+def reserve(config: Config) -> PlacementGroup:
+    """Waits until Ray has a place for every process.
+
+    Raises ValueError that says what is missing after `cluster.start_timeout_s`.
+    """
+    wanted = bundles(config)
+    group = placement_group(wanted, strategy=config.cluster.placement)
+    if group.wait(config.cluster.start_timeout_s):
+        return group
+    remove_placement_group(group)
+    raise ValueError(_what_is_missing(config, wanted))
+
+
+def target_bundles(group: PlacementGroup, tp_size: int) -> list[int]:
+    """Bundle index of each rank, ranks of one node side by side."""
+    nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    indices = range(FIRST_TARGET_BUNDLE, FIRST_TARGET_BUNDLE + tp_size)
+    return sorted(indices, key=lambda index: (nodes[index], index))
+
+
+def _bundle(num_cpus: float, num_gpus: float) -> dict[str, float]:
+    return {"CPU": num_cpus, "GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
+
+
+def _what_is_missing(config: Config, wanted: list[dict[str, float]]) -> str:
+    resources: Mapping[str, float] = ray.cluster_resources()
+    free: Mapping[str, float] = ray.available_resources()
+    shortages = []
+    for name in ("CPU", "GPU"):
+        needed = sum(bundle.get(name, 0.0) for bundle in wanted)
+        if needed > free.get(name, 0.0) + 1e-4:
+            there = f"{free.get(name, 0.0):g} of {resources.get(name, 0.0):g} are free"
+            shortages.append(f"{needed:g} {name}s are needed and {there}")
+    if not shortages:
+        shortages = [f"the free resources do not satisfy cluster.placement = {config.cluster.placement}"]
+    return (
+        f"target.tp_size = {config.target.tp_size} found no place within cluster.start_timeout_s = "
+        f"{config.cluster.start_timeout_s:g} s: {'; '.join(shortages)}"
+    )

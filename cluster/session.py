@@ -1,0 +1,61 @@
+"""The driver's connection to Ray: one started for this run, or one that is there."""
+
+import logging
+import os
+from types import TracebackType
+
+import ray
+from ray._raylet import Config as RayCoreConfig
+
+from outrider.configs.schema import ClusterConfig
+
+# The control plane carries no tensors; Ray's default would map 30 % of the memory.
+_OBJECT_STORE_BYTES = 128 * 2**20
+
+
+class RaySession:
+    """Connects on creation, disconnects on close; a Ray that was started here ends with it.
+
+    A driver that is connected to Ray already keeps its connection, whatever the config says.
+    """
+
+    def __init__(self, cluster: ClusterConfig, num_cpus: int) -> None:
+        self._owned = not ray.is_initialized()
+        if not self._owned:
+            return
+        # Ray takes this from the environment alone and has read it when it was imported.
+        os.environ["RAY_AUTH_MODE"] = cluster.ray_auth
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        RayCoreConfig.initialize("")
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if cluster.ray_address == "local":
+            ray.init(
+                "local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                **quiet,
+            )
+            return
+        try:
+            ray.init(cluster.ray_address, **quiet)
+        except ConnectionError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"cluster.ray_address must be local or a Ray that runs, got {cluster.ray_address!r}: {reason}"
+            ) from error
+
+    def close(self) -> None:
+        if self._owned and ray.is_initialized():
+            ray.shutdown()
+
+    def __enter__(self) -> "RaySession":
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

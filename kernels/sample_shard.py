@@ -1,0 +1,168 @@
+"""Reductions that sampling makes over one rank's shard of the vocabulary. This is the CPU path.
+
+The token of a row is the argmax of logit / temperature + Gumbel(key, id), ties to the smaller id. Only tokens
+that can still win are looked at, which changes the cost and never the result:
+
+- The maximum of every block of 128 logits is taken once; the blocks that hold the likeliest tokens follow.
+- Noise above `_LUCKY_GUMBEL` goes to few ids, and inverting the hash lists them. Every other token must come
+  within that distance of the best score known so far, or it has lost.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from outrider.kernels.noise import (
+    Float32Array,
+    Int64Array,
+    Key,
+    gumbel_from_hash,
+    hash_ids,
+    ids_with_hash_below,
+)
+
+_BLOCK = 128  # logits per block maximum
+_LUCKY_HASHES = 2**14  # hashes below this are found by inverting; one id in 2^18 has one
+_LUCKY_GUMBEL = 12.48  # upper bound of the noise of all other ids: -log(-log(1 - 2^-18)) = 12.4766
+_FIRST_BLOCKS = 32  # likeliest blocks that give the first bound on the best score
+_ROUNDING = 1e-3  # slack of the bounds: float32 scores and logarithms are far finer than this
+
+
+class ShardSample(NamedTuple):
+    """The best token of each row within a shard."""
+
+    values: (
+        torch.Tensor
+    )  # float32 [num_rows]: logit / temperature + noise, or the logit where temperature is 0
+    ids: torch.Tensor  # int64 [num_rows], ids of the whole vocabulary
+    maxima: torch.Tensor  # float32 [num_rows]: the largest logit / temperature (logit where temperature is 0)
+    exp_sums: torch.Tensor  # float64 [num_rows]: sum over the shard of exp(logit / temperature - maximum)
+
+
+def sample_shard(
+    logits: torch.Tensor, temperatures: list[float], keys: list[Key], vocab_offset: int
+) -> ShardSample:
+    """Sample each row of a shard; see the module's docstring.
+
+    Args:
+        logits: float32 [num_rows, shard_size], processed; -inf removes a token.
+        temperatures: one per row; 0 takes the largest logit without noise.
+        keys: `noise_key` of each row's seed and position.
+        vocab_offset: token id of column 0.
+    """
+    shard = ShardLogits(logits, vocab_offset)
+    rows = range(len(temperatures))
+    best = [shard.best(i, temperatures[i], keys[i], 1) for i in rows]
+    divisors = [temperature or 1.0 for temperature in temperatures]
+    return ShardSample(
+        torch.from_numpy(np.array([values[0] for values, _ in best], dtype=np.float32)),
+        torch.from_numpy(np.array([ids[0] for _, ids in best], dtype=np.int64)),
+        torch.from_numpy(np.array([shard.maximum(i) / divisors[i] for i in rows], dtype=np.float32)),
+        torch.from_numpy(np.array([shard.exp_sum(i, divisors[i]) for i in rows], dtype=np.float64)),
+    )
+
+
+class ShardLogits:
+    """Logits of several rows over one shard of the vocabulary, with the reductions sampling needs.
+
+    The memory of `logits` (float32 [num_rows, shard_size], contiguous, on the CPU) is shared and must not
+    change while this object is in use.
+    """
+
+    def __init__(self, logits: torch.Tensor, vocab_offset: int) -> None:
+        assert logits.dtype == torch.float32
+        assert logits.dim() == 2
+        logits = logits.detach().contiguous()
+        self.vocab_offset = vocab_offset
+        self._rows = logits.numpy()  # [num_rows, shard_size]
+        self._size = logits.shape[1]
+        self._logits = logits
+
+    @cached_property
+    def _maxima(self) -> Float32Array:
+        """[num_rows, num_blocks]; the last block may be short."""
+        num_full = self._size // _BLOCK
+        full = self._logits[:, : num_full * _BLOCK].unflatten(1, (num_full, _BLOCK)).amax(-1)
+        if self._size == num_full * _BLOCK:
+            return full.numpy()
+        rest = self._logits[:, num_full * _BLOCK :].amax(-1, keepdim=True)
+        return torch.cat([full, rest], dim=1).numpy()
+
+    def logit(self, row: int, token: int) -> float:
+        """The logit of a token id, -inf where another shard has it."""
+        column = token - self.vocab_offset
+        return float(self._rows[row, column]) if 0 <= column < self._size else -np.inf
+
+    def maximum(self, row: int) -> float:
+        return float(self._maxima[row].max())
+
+    def exp_sum(self, row: int, temperature: float) -> float:
+        """Sum over the shard of exp((logit - maximum of the shard) / temperature)."""
+        maximum = self._maxima[row].max()
+        if maximum == -np.inf:
+            return 0.0
+        x = self._rows[row] - maximum
+        if temperature != 1.0:
+            x *= np.float32(1.0 / temperature)
+        return float(np.exp(x, out=x).sum())
+
+    def top(self, row: int, count: int) -> tuple[Float32Array, Int64Array]:
+        """The `count` largest logits (all, if there are fewer) and their ids: largest first, ties by id."""
+        values, columns = self._at_least(row, self._lower_bound(row, count))
+        order = np.argsort(-values, kind="stable")[:count]
+        return values[order], columns[order] + self.vocab_offset
+
+    def best(self, row: int, temperature: float, key: Key, count: int) -> tuple[Float32Array, Int64Array]:
+        """The `count` best scores logit / temperature + noise and their ids: best first, ties by id."""
+        if temperature == 0.0:
+            if count > 1:
+                return self.top(row, count)
+            column = int(self._rows[row].argmax())  # the first of equals
+            return self._rows[row, column : column + 1], np.array([column + self.vocab_offset])
+        lucky = ids_with_hash_below(key, _LUCKY_HASHES, self.vocab_offset, self.vocab_offset + self._size)
+        lucky_logits = self._rows[row, lucky - self.vocab_offset]
+        # The count-th best score among some tokens is a lower bound of the count-th best of all.
+        first_logits, first = self._at_least(row, self._lower_bound(row, max(count, _FIRST_BLOCKS)))
+        first_scores = perturb(first_logits, first + self.vocab_offset, temperature, key)
+        bound = np.partition(first_scores, -count)[-count] if len(first) >= count else np.float32(-np.inf)
+        if lucky_logits.size and count == 1:
+            bound = max(bound, perturb(lucky_logits, lucky, temperature, key).max())
+        cut = (float(bound) - _LUCKY_GUMBEL - _ROUNDING) * temperature
+        logits, columns = self._at_least(row, cut - _ROUNDING * temperature)
+        missed = lucky_logits < cut - _ROUNDING * temperature
+        logits = np.concatenate([logits, lucky_logits[missed]])
+        ids = np.concatenate([columns + self.vocab_offset, lucky[missed]])
+        scores = perturb(logits, ids, temperature, key)
+        order = np.lexsort((ids, -scores))[:count]
+        return scores[order], ids[order]
+
+    def _lower_bound(self, row: int, count: int) -> float:
+        """A value that at least `count` logits of the row reach, and not many more."""
+        maxima = self._maxima[row]
+        if count <= len(maxima):
+            return float(np.partition(maxima, -count)[-count])
+        if count < self._size:
+            return float(np.partition(self._rows[row], -count)[-count])
+        return -np.inf
+
+    def _at_least(self, row: int, bound: float) -> tuple[Float32Array, Int64Array]:
+        """Logits >= bound and their columns in ascending order."""
+        logits = self._rows[row]
+        blocks = np.flatnonzero(self._maxima[row] >= bound)
+        if 2 * len(blocks) > self._maxima.shape[1]:
+            columns = np.flatnonzero(logits >= bound)
+            return logits[columns], columns
+        columns = (blocks[:, None] * _BLOCK + np.arange(_BLOCK)).ravel()
+        columns = columns[: np.searchsorted(columns, self._size)]  # the last block may be short
+        values = logits[columns]
+        keep = values >= bound
+        return values[keep], columns[keep]
+
+
+def perturb(logits: Float32Array, ids: Int64Array, temperature: float, key: Key) -> Float32Array:
+    """The scores float32 that sampling compares: logit / temperature + noise."""
+    return logits / np.float32(temperature) + gumbel_from_hash(hash_ids(key, ids))

@@ -1,0 +1,153 @@
+"""GGUF files: quantised blocks on disk, plain tensors under Hugging Face names in memory.
+
+Two things differ from safetensors: a row is stored as quantisation blocks (32 or 256 columns each), and the
+converter of llama.cpp reorders the rows of q and k of the Llama architecture inside each head, because ggml
+rotates neighbouring pairs where transformers rotates halves; they are put back here.
+Converter: https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py (`LlamaModel.permute`)
+"""
+
+import math
+import re
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from outrider.workers.model.config import ModelConfig
+from outrider.workers.weights.gguf_config import model_config_from_gguf
+from outrider.workers.weights.gguf_header import GgufTensor, read_gguf_header
+from outrider.workers.weights.source import CHUNK_ELEMENTS, DataFile, bounds, read_rectangle, unknown_tensor
+
+_TOP_LEVEL = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# Consumed by the configuration, or derived data that a model does not need.
+_NOT_WEIGHTS = {"rope_freqs.weight"}
+_LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+
+
+class GgufSource:
+    """One GGUF file (architectures llama, qwen2, qwen3; any type the gguf package can dequantise)."""
+
+    def __init__(self, path: Path) -> None:
+        header = read_gguf_header(path)
+        self.path = path
+        self._file = DataFile(path)
+        self._config = model_config_from_gguf(header)
+        self._tensors: dict[str, GgufTensor] = {}
+        for tensor in header.tensors.values():
+            if tensor.name not in _NOT_WEIGHTS:
+                self._tensors[_hugging_face_name(path, tensor.name)] = tensor
+        if self._config.tied_embeddings:
+            self._tensors.pop("lm_head.weight", None)
+        self._is_permuted = header.metadata["general.architecture"] == "llama"
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensor(name).shape
+
+    def read(self, name: str, rows: slice, columns: slice, dtype: torch.dtype) -> torch.Tensor:
+        tensor = self._tensor(name)
+        if len(tensor.shape) == 1:
+            # One row of blocks; 1-D tensors are small, so the slice is taken after reading all of it.
+            vector = self._decode(tensor, (0, 1), (0, tensor.shape[0]))[0]
+            if self._permuted_head_dim(name):
+                vector = self._unpermute(name, vector[:, None])[:, 0]
+            return vector[slice(*bounds(rows, tensor.shape[0]))].to(dtype, copy=True)
+        start, stop = bounds(rows, tensor.shape[0])
+        left, right = bounds(columns, tensor.shape[1])
+        out = torch.empty(stop - start, right - left, dtype=dtype)
+        head_dim = self._permuted_head_dim(name)
+        unit = head_dim or 1
+        step = max(1, CHUNK_ELEMENTS // max(1, (right - left) * unit)) * unit
+        # Permutation stays inside a head, so chunks are cut at head boundaries and cover the asked rows.
+        for first in range(start // unit * unit, stop, step):
+            last = min(first + step, -(-stop // unit) * unit)
+            values = self._decode(tensor, (first, last), (left, right))
+            if head_dim:
+                values = self._unpermute(name, values)
+            covered = max(first, start), min(last, stop)
+            out[covered[0] - start : covered[1] - start] = values[covered[0] - first : covered[1] - first]
+        return out
+
+    def read_rows(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        assert not self._permuted_head_dim(name), name
+        tensor = self._tensor(name)
+        num_rows, _ = tensor.shape
+        blocks = np.empty((len(ids), tensor.row_bytes), np.uint8)
+        view = blocks.reshape(-1).data
+        for i, row in enumerate(ids.tolist()):
+            assert 0 <= row < num_rows, (name, row)
+            self._file.read_into(
+                view[i * tensor.row_bytes : (i + 1) * tensor.row_bytes],
+                tensor.offset + row * tensor.row_bytes,
+            )
+        return _dequantize(blocks, tensor.type).to(dtype)
+
+    def total_bytes(self, dtype: torch.dtype) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self._tensors.values()) * dtype.itemsize
+
+    def _tensor(self, name: str) -> GgufTensor:
+        if name not in self._tensors:
+            raise unknown_tensor(name, self.path)
+        return self._tensors[name]
+
+    def _decode(self, tensor: GgufTensor, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
+        """Float32 values of a rectangle; whole blocks are read and what is outside the columns is cut off."""
+        block, block_bytes = GGML_QUANT_SIZES[tensor.type]
+        first_block, last_block = columns[0] // block, -(-columns[1] // block)
+        blocks = torch.empty(rows[1] - rows[0], (last_block - first_block) * block_bytes, dtype=torch.uint8)
+        window = first_block * block_bytes, last_block * block_bytes
+        read_rectangle(self._file, tensor.offset, tensor.row_bytes, rows, window, blocks)
+        values = _dequantize(blocks.numpy(), tensor.type)
+        return values[:, columns[0] - first_block * block : columns[1] - first_block * block]
+
+    def _permuted_head_dim(self, name: str) -> int:
+        """Rows of a head when the tensor's rows are permuted inside each head, 0 when they are in order."""
+        is_rotated = ".self_attn.q_proj." in name or ".self_attn.k_proj." in name
+        return self._config.head_dim if self._is_permuted and is_rotated else 0
+
+    def _unpermute(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """[num_heads * head_dim, columns]: row 2*i+s of a head goes to row s*head_dim/2+i."""
+        head_dim = self._permuted_head_dim(name)
+        pairs = values.reshape(-1, head_dim // 2, 2, values.shape[1])
+        return pairs.transpose(1, 2).reshape(values.shape)
+
+
+def _dequantize(blocks: np.ndarray, tensor_type: GGMLQuantizationType) -> torch.Tensor:
+    """u8 [rows, row_bytes] -> float32 [rows, columns]."""
+    if tensor_type == GGMLQuantizationType.BF16:
+        return torch.from_numpy(blocks).view(torch.bfloat16).float()
+    return torch.from_numpy(gguf.dequantize(blocks, tensor_type))
+
+
+def _hugging_face_name(path: Path, name: str) -> str:
+    if name in _TOP_LEVEL:
+        return _TOP_LEVEL[name]
+    match = _LAYER_NAME.fullmatch(name)
+    if match is None or match[2] not in _IN_LAYER:
+        raise ValueError(f"{path}: tensor {name} belongs to no supported model (llama, qwen2, qwen3, dense)")
+    return f"model.layers.{match[1]}.{_IN_LAYER[match[2]]}.{match[3]}"

@@ -1,0 +1,182 @@
+"""Models with random weights, described by one line: `random:llama?hidden_size=64&num_layers=2&...&seed=0`.
+
+For tests, demonstrations and timing without a checkpoint. Every tensor is a pure function of (seed, name), so
+all ranks and a transformers reference see the same model, and a drafter with the same seed and `perturb` > 0
+is a noisy copy of its target that agrees with it often, but not always.
+"""
+
+import hashlib
+import math
+from typing import Any
+from urllib.parse import parse_qsl
+
+import torch
+
+from outrider.workers.model.config import ModelConfig, model_config_from_hf
+from outrider.workers.weights.source import bounds
+
+PREFIX = "random:"
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+_HF_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_context": "max_position_embeddings",
+}
+_INTEGERS = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "vocab_size": 320,
+    "max_context": 4096,
+    "tied": 0,
+    "seed": 0,
+}
+_FLOATS = {"rope_theta": 10000.0, "perturb": 0.0}
+
+
+class RandomSource:
+    """See the module. Raises ValueError for an unknown architecture, key or value."""
+
+    def __init__(self, spec: str) -> None:
+        architecture, options = parse_spec(spec)
+        self._seed = int(options["seed"])
+        self._perturb = float(options["perturb"])
+        self._config = _model_config(architecture, options)
+        self._shapes = tensor_shapes(self._config)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    def names(self) -> set[str]:
+        return set(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._shapes:
+            raise ValueError(f"a random {self._config.architecture} has no tensor {name}")
+        return self._shapes[name]
+
+    def read(self, name: str, rows: slice, columns: slice, dtype: torch.dtype) -> torch.Tensor:
+        whole = self._whole(name)
+        part = whole[slice(*bounds(rows, whole.shape[0]))]
+        if whole.dim() == 2:
+            part = part[:, slice(*bounds(columns, whole.shape[1]))]
+        return part.to(dtype, copy=True).contiguous()
+
+    def read_rows(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self._whole(name)[ids].to(dtype)
+
+    def total_bytes(self, dtype: torch.dtype) -> int:
+        return sum(math.prod(shape) for shape in self._shapes.values()) * dtype.itemsize
+
+    def _whole(self, name: str) -> torch.Tensor:
+        shape = self.shape(name)
+        values = _normal(f"{self._seed}:{name}", shape)
+        if self._perturb:
+            noise = _normal(f"{self._seed}:noise:{name}", shape)
+            values = (values + self._perturb * noise) / math.sqrt(1 + self._perturb**2)
+        return values * _scale(name, shape) + (1.0 if name.endswith("norm.weight") else 0.0)
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, float]]:
+    """`random:llama?key=value&...` -> (architecture, all options with defaults filled in)."""
+    architecture, _, query = spec.removeprefix(PREFIX).partition("?")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"random:{architecture} is unknown; allowed: {', '.join(ARCHITECTURES)}")
+    options: dict[str, float] = {**_INTEGERS, **_FLOATS}
+    optional = {"head_dim"}
+    for key, text in parse_qsl(query, keep_blank_values=True):
+        if key not in options and key not in optional:
+            allowed = ", ".join(sorted({*options, *optional}))
+            raise ValueError(f"random:{architecture} has no option {key}; allowed: {allowed}")
+        kind = float if key in _FLOATS else int
+        try:
+            options[key] = kind(text)
+        except ValueError as error:
+            raise ValueError(
+                f"random:{architecture} option {key} must be a number ({kind.__name__}), got {text!r}"
+            ) from error
+        if not 0 <= options[key] < math.inf or (key in _HF_KEYS and options[key] == 0):
+            raise ValueError(f"random:{architecture} option {key} must be positive, got {text}")
+    return architecture, options
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face names and shapes of all tensors of a dense model."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tied_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        shapes[prefix + "self_attn.q_proj.weight"] = (query, hidden)
+        shapes[prefix + "self_attn.k_proj.weight"] = (key, hidden)
+        shapes[prefix + "self_attn.v_proj.weight"] = (key, hidden)
+        shapes[prefix + "self_attn.o_proj.weight"] = (hidden, query)
+        shapes[prefix + "mlp.gate_proj.weight"] = (inner, hidden)
+        shapes[prefix + "mlp.up_proj.weight"] = (inner, hidden)
+        shapes[prefix + "mlp.down_proj.weight"] = (hidden, inner)
+        if config.qkv_bias:
+            shapes[prefix + "self_attn.q_proj.bias"] = (query,)
+            shapes[prefix + "self_attn.k_proj.bias"] = (key,)
+            shapes[prefix + "self_attn.v_proj.bias"] = (key,)
+        if config.qk_norm:
+            shapes[prefix + "self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[prefix + "self_attn.k_norm.weight"] = (config.head_dim,)
+    return shapes
+
+
+def _model_config(architecture: str, options: dict[str, float]) -> ModelConfig:
+    heads, kv_heads = int(options["num_heads"]), int(options["num_kv_heads"])
+    if heads % kv_heads:
+        raise ValueError(
+            f"random:{architecture} num_heads={heads} must be a multiple of num_kv_heads={kv_heads}"
+        )
+    if "head_dim" not in options and options["hidden_size"] % heads:
+        raise ValueError(
+            f"random:{architecture} hidden_size={int(options['hidden_size'])} must be a multiple of "
+            f"num_heads={heads}, or head_dim given"
+        )
+    fields: dict[str, Any] = {_HF_KEYS[key]: int(value) for key, value in options.items() if key in _HF_KEYS}
+    fields.setdefault("head_dim", int(options["hidden_size"]) // heads)
+    return model_config_from_hf(
+        {
+            "model_type": architecture,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": float(options["rope_theta"]),
+            "tie_word_embeddings": bool(options["tied"]),
+            "bos_token_id": 1,
+            "eos_token_id": [2],
+            **fields,
+        }
+    )
+
+
+def _normal(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal float32 values that depend on `key` alone."""
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _scale(name: str, shape: tuple[int, ...]) -> float:
+    """Standard deviation of a tensor's entries."""
+    if name.endswith("norm.weight"):
+        return 0.1
+    if name.endswith("bias"):
+        return 0.1
+    return 1 / math.sqrt(shape[1])

