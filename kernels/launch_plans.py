@@ -223,26 +223,32 @@ def plan_kv_commit(kv: Tensor, source_slots: Tensor, target_slots: Tensor) -> La
 
 def plan_sample_shard(
     logits: Tensor,
+    temperatures: Tensor,
     keys: Tensor,
-    greedy: Tensor,
     vocab_offset: int,
     scores: Tensor,
     tokens: Tensor,
     largest: Tensor,
     exponential_sums: Tensor,
 ) -> LaunchPlan:
-    """A block per row; outputs float32, int64, float32, float32 [NQ], the others as in `sample_shard`."""
+    """A block per row.
+
+    Args:
+        logits: float32 [num_rows, shard_size]; temperatures: float32 [num_rows], 0 = no noise; keys: int64
+            [num_rows, 2], the halves of `noise_key`; vocab_offset: token id of column 0.
+        scores, tokens, largest, exponential_sums: outputs float32, int64, float32, float32 [num_rows].
+    """
     num_rows, vocab_size = logits.shape
     return LaunchPlan(
         source="sample_shard",
         kernel="sample_shard",
         grid=(num_rows, 1, 1),
         block=512,
-        shared_bytes=0,
+        shared_bytes=16 * (16 + 4 + 4),  # of each of 16 warps: (score, token), largest, sum
         arguments=(
             logits,
             keys,
-            greedy,
+            temperatures,
             scores,
             tokens,
             largest,

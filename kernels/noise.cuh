@@ -1,5 +1,5 @@
 // The Gumbel noise of the sampler, a pure function of (key, token id); the Python twin is noise.py. The uniforms are
-// bit-identical to it; the two logarithms differ by at most 2 ulp.
+// bit-identical to it, and so is the noise but for the last bit of a double-precision logarithm.
 #pragma once
 #include "device.cuh"
 
@@ -13,14 +13,14 @@ DEVICE u32 mix32(u32 x) {
   return x;
 }
 
-// The largest value of gumbel_noise is 33 ln 2 = 22.874.
-constexpr float MAX_GUMBEL = 22.875f;
-
-// Uniform in [2^-33, 1 - 2^-24]; (hash + 0.5) * 2^-32 rounded once to float, as in Python.
+// Hash to uniform in [2^-33, 1 - 2^-24], with the roundings of noise.py.
 DEVICE float uniform_noise(u32 key0, u32 key1, u32 token) {
   u32 hash = mix32(mix32(token ^ key0) ^ key1);
-  float u = __ull2float_rn(2ull * hash + 1ull) * 0x1p-33f;
-  return fminf(fmaxf(u, 0x1p-33f), 1.f - 0x1p-24f);
+  return fminf((__uint2float_rn(hash) + 0.5f) * 0x1p-32f, 1.f - 0x1p-24f);
 }
 
-DEVICE float gumbel_noise(float u) { return -logf(-log1pf(-u)); }
+// In double precision and rounded once; slow, so first see with the estimate whether a token can win at all.
+DEVICE float gumbel_noise(float uniform) { return (float)-log(-log1p(-(double)uniform)); }
+DEVICE float gumbel_estimate(float uniform) { return -logf(-log1pf(-uniform)); }
+constexpr float ESTIMATE_ERROR = 1e-4f;  // far above that of the estimate (see the test), far below what matters
+constexpr float MAX_GUMBEL = 22.875f;    // -log(-log(1 - 2^-33)) = 33 ln 2 = 22.874

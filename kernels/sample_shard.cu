@@ -1,6 +1,6 @@
-// The sampled token of each row over this rank's share of the vocabulary: argmax of logit + Gumbel noise (logits
-// come divided by the temperature; greedy rows get no noise), ties to the smaller id; and, for log-probabilities,
-// the largest logit and the sum of exp(logit - largest). One block per row.
+// The sampled token of each row over this rank's share of the vocabulary: argmax of logit / temperature + Gumbel
+// noise (temperature 0: of the logit), ties to the smaller id; and, for log-probabilities, the largest
+// logit / temperature and the sum of exp(logit / temperature - largest). One block per row.
 #include "noise.cuh"
 
 struct Best {
@@ -35,23 +35,31 @@ DEVICE void warp_exponentials(float& largest, float& sum) {
 // keys: two 32-bit halves per row, each in an int64, from (seed, position); token ids in the noise and in the
 // result count from the start of the whole vocabulary.
 KERNEL(512, 1)
-sample_shard(const float* logits, const i64* keys, const unsigned char* greedy, float* scores, i64* tokens,
+sample_shard(const float* logits, const i64* keys, const float* temperatures, float* scores, i64* tokens,
              float* largest_logits, float* exponential_sums, int vocab_size, i64 vocab_offset, i64 row_stride) {
-  __shared__ Best warp_bests[16];
-  __shared__ float warp_largest[16], warp_sums[16];
+  DYNAMIC_SHARED(shared);
+  Best* warp_bests = reinterpret_cast<Best*>(shared);             // [16]
+  float* warp_largest = reinterpret_cast<float*>(warp_bests + 16);  // [16]
+  float* warp_sums = warp_largest + 16;                           // [16]
   const int row = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, num_warps = blockDim.x >> 5;
   const u32 key0 = (u32)keys[2 * row], key1 = (u32)keys[2 * row + 1];
-  const bool no_noise = greedy[row] != 0;
+  const float temperature = temperatures[row];
+  const bool greedy = temperature == 0.f;
   const float* row_logits = logits + row * row_stride;
 
   Best best = {NEGATIVE_INFINITY, 0x7fffffffffffffffll};
   float largest = NEGATIVE_INFINITY, sum = 0.f;
   for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) {
-    float logit = row_logits[i];
-    i64 token = vocab_offset + i;
+    const float logit = greedy ? row_logits[i] : row_logits[i] / temperature;
+    const i64 token = vocab_offset + i;
     add_exponentials(largest, sum, logit, 1.f);
-    if (!no_noise && logit + MAX_GUMBEL < best.score) continue;  // cannot win whatever the noise
-    float score = no_noise ? logit : logit + gumbel_noise(uniform_noise(key0, key1, (u32)token));
+    float score = logit;
+    if (!greedy) {
+      if (logit + MAX_GUMBEL < best.score) continue;
+      const float uniform = uniform_noise(key0, key1, (u32)token);
+      if (logit + gumbel_estimate(uniform) + ESTIMATE_ERROR < best.score) continue;
+      score = logit + gumbel_noise(uniform);
+    }
     if (beats(score, token, best)) best = {score, token};
   }
   warp_best(best);
