@@ -75,7 +75,7 @@ template <int pending> DEVICE void copy_async_wait() {
 }
 #endif
 
-static constexpr u32 ALL_LANES = 0xffffffffu;
+enum : u32 { ALL_LANES = 0xffffffffu };
 
 DEVICE float warp_max(float x) {
   for (int step = 16; step > 0; step >>= 1) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));

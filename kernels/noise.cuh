@@ -22,5 +22,3 @@ DEVICE float uniform_noise(u32 key0, u32 key1, u32 token) {
 // In double precision and rounded once; slow, so first see with the estimate whether a token can win at all.
 DEVICE float gumbel_noise(float uniform) { return (float)-log(-log1p(-(double)uniform)); }
 DEVICE float gumbel_estimate(float uniform) { return -logf(-log1pf(-uniform)); }
-static constexpr float ESTIMATE_ERROR = 1e-4f;  // far above that of the estimate (see the test), far below what matters
-static constexpr float MAX_GUMBEL = 22.875f;    // -log(-log(1 - 2^-33)) = 33 ln 2 = 22.874

@@ -37,6 +37,8 @@ DEVICE void warp_exponentials(float& largest, float& sum) {
 KERNEL(512, 1)
 sample_shard(const float* logits, const i64* keys, const float* temperatures, float* scores, i64* tokens,
              float* largest_logits, float* exponential_sums, int vocab_size, i64 vocab_offset, i64 row_stride) {
+  constexpr float MAX_GUMBEL = 22.875f;    // -log(-log(1 - 2^-33)) = 33 ln 2 = 22.874
+  constexpr float ESTIMATE_ERROR = 1e-4f;  // far above that of the estimate (see the test), far below what matters
   DYNAMIC_SHARED(shared);
   Best* warp_bests = reinterpret_cast<Best*>(shared);             // [16]
   float* warp_largest = reinterpret_cast<float*>(warp_bests + 16);  // [16]
