@@ -100,13 +100,13 @@ def with_entry(code: str, kernels: list[str]) -> str:
     return f'{code}\n#define KERNEL_LIST(X) {listed}\n#include "entry.h"\n'
 
 
-def build_unit(name: str, unit: Sources, sanitizer: str = "none", optimise: str = "-O2", keep: str = "") -> Path:
+def build_unit(name: str, unit: Sources, sanitizer: str = "none", optimise: str = "-O2", alone: bool = False) -> Path:
     """Compiles a unit; the result is kept under a name that hashes everything it depends on.
 
-    Without a sanitizer it is a shared object, with one a program that replays a case file. `keep`: extra flags.
+    It is a shared object; with a sanitizer, or `alone`, a program that replays a case file.
     """
-    program = sanitizer != "none"
-    flags = [*FLAGS, *keep.split(), *SANITIZERS[sanitizer], *(["-g1", "-DOUTRIDER_REPLAY"] if program else ["-shared"])]
+    program = sanitizer != "none" or alone
+    flags = [*FLAGS, *SANITIZERS[sanitizer], *(["-g1", "-DOUTRIDER_REPLAY"] if program else ["-shared"])]
     support = "".join(path.read_text() for path in sorted(HERE.glob("*.h")) + sorted(HERE.glob("*.cpp")))
     parts = [optimise, *flags, support, *(part for item in sorted(unit.items()) for part in item)]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -10,7 +10,10 @@ INSTRUCTION_SETS = (arithmetic, machine)  # importing them fills the table of in
 
 
 def translated_unit(ptx: str, names: list[str]) -> Sources:
-    """C++ of the PTX executor for some kernels of a module (all where `names` is empty)."""
+    """C++ of the PTX executor for some kernels of a module (all where `names` is empty).
+
+    Targets whose PTX differs only in the `.target` line give the same C++, which is then compiled once.
+    """
     present = names or [kernel.name for kernel in parse_ptx(ptx).kernels]
     return {"main.cpp": with_entry(translate(ptx, names), present)}
 
