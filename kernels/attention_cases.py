@@ -186,6 +186,11 @@ ATTENTION_CASES = (
     AttentionCase("9 of 3 heads, pages of 7", (50, 20), (5, 11), num_heads=9, num_kv_heads=3, page_size=7),
     AttentionCase("14 of 2 heads, pages of 1", (33,), (9,), num_heads=14, num_kv_heads=2, page_size=1),
     AttentionCase("f16", (75, 130), (24, 7), dtype=torch.float16, num_splits=2),
+    AttentionCase("f16, decode", (75, 130), (1, 2), dtype=torch.float16),
+    AttentionCase("f16, rows of 64", (75, 3), (12, 16), dtype=torch.float16, window=9),
+    AttentionCase("f16, head size 128, rows of 128", (30,), (70,), 
+        num_heads=1, num_kv_heads=1, dtype=torch.float16, head_dim=128),
+    AttentionCase("f16, head size 128, rows of 64", (40, 5), (9, 4), dtype=torch.float16, head_dim=128),
     AttentionCase("f16, head size 128", (40, 5), (3, 4), dtype=torch.float16, head_dim=128, window=16),
 )
 # A minute or so each on the CPU executors.

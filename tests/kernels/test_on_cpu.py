@@ -7,11 +7,11 @@ import random
 
 import pytest
 import torch
-from support.cuda_on_cpu.executor import SCHEDULES, Executor, Schedule
+from support.cuda_on_cpu.executor import SCHEDULES, Executor, Schedule, kernel_names
 from support.cuda_on_cpu.kernels import ptx_kernels, source_kernels
 
-from outrider.kernels.attention_cases import ATTENTION_CASES, LARGE_ATTENTION_CASES, AttentionCase
-from outrider.kernels.compiler import TARGETS
+from outrider.kernels.attention_cases import LARGE_ATTENTION_CASES, AttentionCase
+from outrider.kernels.compiler import SOURCES, TARGETS, load_sources
 from outrider.kernels.kernel_cases import PreparedCase, kernel_cases, prepare_attention
 
 CPU = torch.device("cpu")
@@ -104,7 +104,6 @@ def test_large_batches(case):
     assert difference(run(ptx_kernels("sm_90a"), prepare_attention(case, CPU), SCHEDULES[1]), expected) <= EXECUTOR_TOLERANCE
 
 
-def test_the_cases_use_every_attention_kernel():
-    used = {prepare_attention(case, CPU).plans[0].kernel for case in (*ATTENTION_CASES, *LARGE_ATTENTION_CASES)}
-    assert {name.rsplit("_", 1)[1] for name in used} == {"rows16", "rows64", "rows128"}
-    assert {name.split("_")[3] for name in used} == {"d64", "d128"}
+def test_the_cases_use_every_kernel():
+    defined = {name for stem in SOURCES for name in kernel_names(load_sources(stem), stem)}
+    assert {plan.kernel for case in CASES.values() for plan in case(CPU).plans} == defined

@@ -32,3 +32,16 @@ def test_a_fault_in_a_kernel_is_found_by_running_the_source(bug):
 @pytest.mark.parametrize("bug", some_slow(DEVICE_BUGS))
 def test_a_fault_in_an_instruction_is_found_by_running_the_ptx(bug):
     assert hunt(bug, "ptx")
+
+
+@pytest.mark.parametrize(
+    ("name", "sanitizer", "finding"),
+    [
+        ("no barrier before the next load", "thread", "race"),
+        ("splits write the same place", "thread", "race"),
+        ("one key too many", "address", "address"),
+    ],
+)
+def test_the_sanitizers_find_what_they_are_there_for(name, sanitizer, finding):
+    bug = next(bug for bug in SOURCE_BUGS if bug.name == name)
+    assert hunt(bug, "source", [sanitizer]) == finding

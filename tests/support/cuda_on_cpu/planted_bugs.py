@@ -4,7 +4,8 @@ Each fault is a small edit of the source. Those in device.cuh are invisible to t
 that file's instructions: only running the PTX shows them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,8 @@ import torch
 from outrider.kernels.attention_cases import AttentionCase
 from outrider.kernels.compiler import Sources, compile_sources, load_sources
 from outrider.kernels.kernel_cases import PreparedCase, prepare_attention, prepare_kv_commit, prepare_sample_shard
-from support.cuda_on_cpu.executor import SCHEDULES, build_unit, translation_unit
-from support.cuda_on_cpu.kernels import only
+from support.cuda_on_cpu.executor import SCHEDULES, Schedule, build_unit, translation_unit
+from support.cuda_on_cpu.kernels import only, source_kernels
 from support.cuda_on_cpu.ptx.executor import translated_unit
 from support.cuda_on_cpu.replay import replay
 
@@ -110,11 +111,12 @@ def kernels_for(cases: list[PreparedCase], stem: str) -> list[str]:
     return sorted({plan.kernel for case in cases for plan in case.plans if plan.source == stem})
 
 
-def hunt(bug: PlantedBug, executor: str) -> str:
+def hunt(bug: PlantedBug, executor: str, checks: Sequence[str] = ("none", "thread", "address")) -> str:
     """What finds the bug first: "numbers", a finding of the runtime, or a sanitizer's; "" when nothing does.
 
     Args:
         executor: "source" or "ptx".
+        checks: sanitizers of executor.py to use in turn; "none" compares numbers under every schedule.
     """
     cases = list(cases_for(bug))
     names = kernels_for(cases, bug.stem)
@@ -123,7 +125,7 @@ def hunt(bug: PlantedBug, executor: str) -> str:
         unit = translated_unit(compile_sources(bug.stem, sources, "sm_90a").ptx, names)
     else:
         unit = translation_unit(bug.stem, sources)
-    for sanitizer in ("none", "thread", "address"):
+    for sanitizer in checks:
         program = build_unit(f"planted_{bug.stem}", unit, sanitizer, "-O1", alone=True)
         for case in cases_for(bug) if sanitizer == "none" else cases:
             for schedule in SCHEDULES if sanitizer == "none" else (SCHEDULES[0], SCHEDULES[1]):
@@ -133,9 +135,7 @@ def hunt(bug: PlantedBug, executor: str) -> str:
     return ""
 
 
-def _try(program: object, stem: str, case: PreparedCase, schedule: object, numbers: bool) -> str:
-    from support.cuda_on_cpu.kernels import source_kernels
-
+def _try(program: Path, stem: str, case: PreparedCase, schedule: Schedule, numbers: bool) -> str:
     for plan in case.plans:  # the other kernels of the case, e.g. the merge of splits, are the sound ones
         if plan.source != stem:
             source_kernels().launch([plan])

@@ -40,6 +40,7 @@ thread_local u32 thread_number;
 
 namespace {
 constexpr size_t STACK_BYTES = 256 << 10;
+constexpr size_t MAX_COPIES = 256;  // a thread's cp.async under way
 
 struct Block;
 thread_local Block* current;
@@ -57,9 +58,19 @@ struct Fiber {
   unsigned char slots[2][64];   // what it brings to a warp operation; two, so that a fast lane cannot overwrite
   unsigned char* inputs[32];    // the slots of all lanes, filled in when the operation is complete
   Combine combine = nullptr;
-  std::vector<AsyncCopy> copies;
-  size_t next_copy = 0;
+  // A ring, allocated once: memory that fibers allocate and the scheduler frees looks like a race to sanitizers.
+  std::vector<AsyncCopy> copies = std::vector<AsyncCopy>(MAX_COPIES);
+  size_t num_queued = 0, num_taken = 0;
   int num_groups = 0;
+
+  void start(Index thread_index, void* stack) {
+    state = READY;
+    index = thread_index;
+    stack_pointer = stack;
+    tsan = __tsan_create_fiber(0);
+    num_block_barriers = num_warp_barriers = num_operations = 0;
+    num_queued = num_taken = num_groups = 0;
+  }
 
   unsigned char* slot() { return slots[(num_operations - 1) & 1]; }
 };
@@ -172,11 +183,8 @@ void report_deadlock() {
 
 void run_block(char* stacks) {
   for (u32 i = 0; i < current->fibers.size(); i++) {
-    Fiber& f = current->fibers[i];
-    f = Fiber{};
-    f.index = {i % block_size->x, i / block_size->x % block_size->y, i / block_size->x / block_size->y};
-    f.stack_pointer = prepare_stack(stacks + STACK_BYTES * i, STACK_BYTES, begin_thread);
-    f.tsan = __tsan_create_fiber(0);
+    const Index index = {i % block_size->x, i / block_size->x % block_size->y, i / block_size->x / block_size->y};
+    current->fibers[i].start(index, prepare_stack(stacks + STACK_BYTES * i, STACK_BYTES, begin_thread));
   }
   while (current->error.empty()) {
     const bool moved = step_block();
@@ -252,18 +260,18 @@ unsigned char* const* warp_operation(const char* name, u32 mask, const void* in,
 
 bool copies_are_eager() { return current->schedule.eager_copies; }
 void queue_copy(void* target, const void* source, int bytes, bool valid) {
-  self().copies.push_back({target, source, bytes, valid, self().num_groups});
+  Fiber& f = self();
+  if (f.num_queued - f.num_taken == MAX_COPIES) fail("too many asynchronous copies under way", 0);
+  f.copies[f.num_queued++ % MAX_COPIES] = {target, source, bytes, valid, f.num_groups};
 }
 void commit_copies() { self().num_groups++; }
 bool take_copy(int pending, AsyncCopy* copy) {
   Fiber& f = self();
-  if (f.next_copy == f.copies.size()) {
-    f.copies.clear();
-    f.next_copy = 0;
-    return false;
-  }
-  if (f.copies[f.next_copy].group >= f.num_groups - pending) return false;
-  *copy = f.copies[f.next_copy++];
+  if (f.num_taken == f.num_queued) return false;
+  const AsyncCopy& next = f.copies[f.num_taken % MAX_COPIES];
+  if (next.group >= f.num_groups - pending) return false;
+  *copy = next;
+  f.num_taken++;
   return true;
 }
 
