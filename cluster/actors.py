@@ -1,11 +1,13 @@
 """The workers as Ray actors: thin wrappers, so that a worker itself knows nothing of Ray.
 
 `run` blocks for as long as the worker lives and has a thread of its own; the other calls share a few.
+A worker's module, and torch with it, is imported in the worker's process only.
 """
 
+import os
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -14,9 +16,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from outrider.cluster.api import Progress
 from outrider.cluster.placement import DRAFT_BUNDLE, target_bundles
 from outrider.configs.schema import Config
-from outrider.workers.draft import DraftWorker
-from outrider.workers.rounds.sequence import Request, TokenEvent
-from outrider.workers.target import TargetWorker
+
+if TYPE_CHECKING:
+    from outrider.workers.rounds.sequence import Request, TokenEvent
 
 # `max_restarts` is 0 by default: a rank that Ray restarted on its own would have no group.
 _CONCURRENCY_GROUPS = {"loop": 1, "control": 4}
@@ -39,11 +41,12 @@ class ProgressBoard:
             return list(self._stages.values())
 
 
-@ray.remote(concurrency_groups=_CONCURRENCY_GROUPS)
 class TargetActor:
     """One rank of the target."""
 
     def __init__(self, config: Config, rank: int) -> None:
+        from outrider.workers.target import TargetWorker
+
         self._worker = TargetWorker(config, rank)
         self._board = ProgressBoard(f"target {rank}")
 
@@ -51,7 +54,7 @@ class TargetActor:
         self._worker.load(self._board.report)
 
     def open_store(self) -> tuple[str, int]:
-        return self._worker.open_store()
+        return self._worker.open_store(ray.util.get_node_ip_address())
 
     def connect(self, host: str, port: int, epoch: int) -> None:
         self._worker.connect(host, port, epoch)
@@ -66,18 +69,19 @@ class TargetActor:
 
     @ray.method(concurrency_group="control")
     def stats(self) -> dict[str, Any]:
-        return self._worker.stats()
+        return {**self._worker.stats(), "pid": os.getpid()}
 
     @ray.method(concurrency_group="control")
     def trace_events(self) -> list[dict[str, Any]]:
         return self._worker.trace_events()
 
 
-@ray.remote(concurrency_groups=_CONCURRENCY_GROUPS)
 class DraftActor:
     """The DraftWorker: requests go in here and tokens come out."""
 
     def __init__(self, config: Config) -> None:
+        from outrider.workers.draft import DraftWorker
+
         self._worker = DraftWorker(config)
         self._board = ProgressBoard("draft")
 
@@ -99,7 +103,7 @@ class DraftActor:
         self._worker.stop()
 
     @ray.method(concurrency_group="control")
-    def submit(self, request: Request) -> None:
+    def submit(self, request: "Request") -> None:
         self._worker.submit(request)
 
     @ray.method(concurrency_group="control")
@@ -107,7 +111,7 @@ class DraftActor:
         self._worker.cancel(request_id)
 
     @ray.method(concurrency_group="control")
-    def next_events(self, timeout_s: float) -> list[TokenEvent]:
+    def next_events(self, timeout_s: float) -> "list[TokenEvent]":
         return self._worker.next_events(timeout_s)
 
     @ray.method(concurrency_group="control")
@@ -116,7 +120,7 @@ class DraftActor:
 
     @ray.method(concurrency_group="control")
     def stats(self) -> dict[str, Any]:
-        return self._worker.stats()
+        return {**self._worker.stats(), "pid": os.getpid()}
 
     @ray.method(concurrency_group="control")
     def trace_events(self) -> list[dict[str, Any]]:
@@ -138,14 +142,20 @@ class Workers:
 def spawn_workers(config: Config, group: PlacementGroup) -> Workers:
     """Creates the actors in their bundles; does not wait for them."""
     cluster = config.cluster
-    draft = DraftActor.options(
-        num_cpus=cluster.num_cpus_per_draft,
-        num_gpus=cluster.num_gpus_per_draft,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(group, DRAFT_BUNDLE),
-        runtime_env={"env_vars": _thread_variables(config.draft.num_threads)},
-    ).remote(config)
+    remote: Any = ray.remote  # its types do not know concurrency_groups
+    draft = (
+        remote(concurrency_groups=_CONCURRENCY_GROUPS)(DraftActor)
+        .options(
+            num_cpus=cluster.num_cpus_per_draft,
+            num_gpus=cluster.num_gpus_per_draft,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, DRAFT_BUNDLE),
+            runtime_env={"env_vars": _thread_variables(config.draft.num_threads)},
+        )
+        .remote(config)
+    )
+    target_actor = remote(concurrency_groups=_CONCURRENCY_GROUPS)(TargetActor)
     targets = tuple(
-        TargetActor.options(
+        target_actor.options(
             num_cpus=cluster.num_cpus_per_target,
             num_gpus=cluster.num_gpus_per_target,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),

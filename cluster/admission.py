@@ -2,14 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-
-from transformers import PreTrainedTokenizerFast
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from outrider.cluster.api import GenerationRequest, Prompt
+from outrider.cluster.text import Decoder
 from outrider.configs.loader import convert_fields
 from outrider.configs.schema import Config
 from outrider.workers.rounds.sequence import DraftOptions, Request
 from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.weights.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -17,12 +22,14 @@ class Admission:
     """Turns prompts and options into requests, with the config's defaults and limits.
 
     vocab_size: of the target. max_context: tokens, prompt and output together.
+    eos_token_ids: the model's end-of-text tokens; they stop every request that does not say `ignore_eos`.
     """
 
     config: Config
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: "PreTrainedTokenizerFast"
     vocab_size: int
     max_context: int
+    eos_token_ids: tuple[int, ...]
 
     def admit(self, request_id: str, asked: GenerationRequest) -> Request:
         """Raises ValueError naming the field and what it may be."""
@@ -33,16 +40,25 @@ class Admission:
             raise ValueError("prompt must have at least one token, got an empty one")
         if len(prompt_tokens) + sampling.max_tokens > self.max_context:
             raise ValueError(
-                f"prompt and sampling.max_tokens must be at most {self.max_context} tokens together "
-                f"(target.max_context or the model's limit), got {len(prompt_tokens)} + {sampling.max_tokens}"
+                f"prompt and sampling.max_tokens must be at most {self.max_context} tokens together (the "
+                "least of target.max_context, the model's limit and the KV cache), "
+                f"got {len(prompt_tokens)} + {sampling.max_tokens}"
             )
         return Request(request_id, prompt_tokens, sampling, draft)
+
+    def decoder(self) -> Decoder:
+        """For the text of one answer."""
+        from outrider.workers.weights.tokenizer import IncrementalDecoder
+
+        return IncrementalDecoder(self.tokenizer)
 
     def _sampling(self, asked: Mapping[str, object]) -> SamplingParams:
         defaults = SamplingParams(**asdict(self.config.sampling))
         sampling = replace(defaults, **convert_fields(SamplingParams, asked, "sampling"))
         sampling.validate(self.vocab_size)
-        return sampling
+        if sampling.ignore_eos:
+            return sampling
+        return replace(sampling, stop_token_ids=sampling.stop_token_ids + self.eos_token_ids)
 
     def _draft(self, asked: Mapping[str, object]) -> DraftOptions:
         draft, tree = self.config.draft, self.config.tree
@@ -82,6 +98,32 @@ class Admission:
         assert isinstance(text, str)
         # The template writes special tokens itself.
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def prepare_admission(config: Config, report: Progress) -> Admission:
+    """Fetches the models and loads the tokenizer.
+
+    Raises ValueError when a model is missing or the drafter's tokenizer is another one.
+    """
+    # torch comes with these; the driver, which only names this function, does without.
+    from outrider.workers.setup import max_sequence_tokens
+    from outrider.workers.weights.resolver import open_source, resolve
+    from outrider.workers.weights.tokenizer import load_tokenizer, same_tokenizer
+
+    cache_dir = Path(config.cluster.model_cache_dir).expanduser()
+    target = resolve(config.target.model, cache_dir, report, "target.model")
+    tokenizer_model = config.target.tokenizer or config.target.model
+    tokenizer = load_tokenizer(resolve(tokenizer_model, cache_dir, report, "target.tokenizer"))
+    if "model" in config.draft.methods:
+        draft = resolve(config.draft.model, cache_dir, report, "draft.model")
+        difference = same_tokenizer(tokenizer, load_tokenizer(draft))
+        if difference:
+            raise ValueError(
+                f"draft.model must have the target's tokenizer, got {config.draft.model!r}: {difference}"
+            )
+    model = open_source(target).config
+    max_context = max_sequence_tokens(config, model)
+    return Admission(config, tokenizer, model.vocab_size, max_context, model.eos_token_ids)
 
 
 def _require_in_range(field: str, value: int, low: int, high: int) -> None:

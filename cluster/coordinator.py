@@ -4,6 +4,8 @@ One asyncio event loop holds everything; calls to workers are awaited Ray calls,
 """
 
 import asyncio
+import re
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +13,7 @@ from typing import Any, TypeVar
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from outrider.cluster.actors import ProgressBoard, Workers
-from outrider.cluster.admission import Admission
+from outrider.cluster.admission import Admission, prepare_admission
 from outrider.cluster.api import (
     Completion,
     EngineError,
@@ -23,27 +25,37 @@ from outrider.cluster.api import (
 from outrider.cluster.request_table import OpenRequest, RequestTable, completion_of, pieces_of
 from outrider.configs.schema import Config
 from outrider.workers.weights.progress import Progress as Report
-from outrider.workers.weights.resolver import open_source, resolve
-from outrider.workers.weights.tokenizer import IncrementalDecoder, load_tokenizer, same_tokenizer
 
 T = TypeVar("T")
 
+_PLACE = re.compile(r'File "(.+)", line (\d+)')
 _EVENTS_TIMEOUT_S = 1.0  # how long one call waits for tokens
 _PROGRESS_PERIOD_S = 0.2
 _GRACE_S = 0.3  # a death takes others along; the notices of all are here after that
 _STOP_TIMEOUT_S = 5.0
 
 
+class WorkerLostError(EngineError):
+    """A worker's process is gone."""
+
+
 class Coordinator:
     """Starts the workers, admits requests, hands out what they give.
 
     spawn: creates the workers; in tests it gives fakes with the same `.method.remote(...)` calls.
+    prepare: fetches the models and gives what is needed at the door.
     Methods raise ValueError for what the user can change, EngineError when a worker is gone.
     """
 
-    def __init__(self, config: Config, spawn: Callable[[Config], Workers]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        spawn: Callable[[Config], Workers],
+        prepare: Callable[[Config, Report], Admission] = prepare_admission,
+    ) -> None:
         self._config = config
         self._spawn = spawn
+        self._prepare = prepare
         self._board = ProgressBoard("coordinator")
         self._progress: dict[str, list[Progress]] = {}
         self._table = RequestTable(self._cancel_later)
@@ -58,7 +70,7 @@ class Coordinator:
         poll = asyncio.create_task(self._poll_progress())
         try:
             # Models are fetched once, here, before every rank of this node asks for the same files.
-            self._admission = await asyncio.to_thread(prepare_admission, self._config, self._board.report)
+            self._admission = await asyncio.to_thread(self._prepare, self._config, self._board.report)
             await self._bring_up()
         finally:
             poll.cancel()
@@ -149,7 +161,7 @@ class Coordinator:
             raise EngineError(self._failure)
         # Tokenizing a long prompt takes milliseconds; the streams of others go on meanwhile.
         request = await asyncio.to_thread(self._admission.admit, request_id, asked)
-        entry = self._table.open(request, IncrementalDecoder(self._admission.tokenizer))
+        entry = self._table.open(request, self._admission.decoder())
         try:
             await _result("draft", "submit", self._workers.draft.submit.remote(request))
         except ValueError:
@@ -175,13 +187,13 @@ class Coordinator:
             self._fail(self._why())
 
     def _why(self) -> str:
-        """The likeliest cause among the loops that ended: a process that is gone, then one that complains."""
-        reasons = []
-        for name, run in self._runs.items():
-            if run.done():
-                error = run.exception()
-                reasons.append(str(error) if error else f"{name} ended on its own")
-        return min(reasons, key=lambda reason: "its process is gone" not in reason)
+        """The likeliest cause among the loops that ended: a lost process, else an error, else a silent end."""
+        ended = [(name, run.exception()) for name, run in self._runs.items() if run.done()]
+        errors = [error for _, error in ended if error is not None]
+        if not errors:
+            return f"{ended[0][0]} ended on its own"
+        # A worker whose peer is gone complains too; the peer is the cause.
+        return str(min(errors, key=lambda error: not isinstance(error, WorkerLostError)))
 
     def _fail(self, reason: str) -> None:
         self._failure = self._failure or reason
@@ -207,48 +219,26 @@ class Coordinator:
         await asyncio.gather(*(poll(name, handle) for name, handle in self._workers.by_name().items()))
 
 
-def prepare_admission(config: Config, report: Report) -> Admission:
-    """Fetches the models and loads the tokenizer.
-
-    Raises ValueError when a model is missing or the drafter's tokenizer is another one.
-    """
-    cache_dir = Path(config.cluster.model_cache_dir).expanduser()
-    target = resolve(config.target.model, cache_dir, report, "target.model")
-    tokenizer_model = config.target.tokenizer or config.target.model
-    tokenizer = load_tokenizer(resolve(tokenizer_model, cache_dir, report, "target.tokenizer"))
-    if "model" in config.draft.methods:
-        draft = resolve(config.draft.model, cache_dir, report, "draft.model")
-        difference = same_tokenizer(tokenizer, load_tokenizer(draft))
-        if difference:
-            raise ValueError(
-                f"draft.model must have the target's tokenizer, got {config.draft.model!r}: {difference}"
-            )
-    model = open_source(target).config
-    return Admission(
-        config=config,
-        tokenizer=tokenizer,
-        vocab_size=model.vocab_size,
-        max_context=min(config.target.max_context, model.max_context),
-    )
-
-
 async def _result(name: str, doing: str, call: Awaitable[T]) -> T:
     """The result of a worker's call. ValueErrors pass; all else becomes an EngineError of one line."""
     try:
         return await call
     except RayActorError as error:
-        raise EngineError(f"{name} died during {doing}: its process is gone") from error
+        raise WorkerLostError(f"{name} died during {doing}: its process is gone") from error
     except RayTaskError as error:
-        raise _one_line(name, doing, error.cause) from error
+        raise _one_line(name, doing, error.cause, str(error)) from error
     except ValueError:
         raise
     except Exception as error:
         # Whatever ended the worker's call, its callers get to know.
-        raise _one_line(name, doing, error) from error
+        raise _one_line(name, doing, error, traceback.format_exc()) from error
 
 
-def _one_line(name: str, doing: str, error: BaseException) -> Exception:
+def _one_line(name: str, doing: str, error: BaseException, trace: str) -> Exception:
+    """`trace` is the traceback as text: the place of the error is all of it that goes into the message."""
     if isinstance(error, ValueError):
         return error
     lines = str(error).strip().splitlines() or ["no message"]
-    return EngineError(f"{name} failed during {doing}: {type(error).__name__}: {lines[0]}")
+    places = _PLACE.findall(trace)
+    place = f" ({Path(places[-1][0]).name}, line {places[-1][1]})" if places else ""
+    return EngineError(f"{name} failed during {doing}: {type(error).__name__}: {lines[0]}{place}")

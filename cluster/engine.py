@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from outrider.cluster.actors import spawn_workers
 from outrider.cluster.api import Completion, EngineError, GenerationRequest, Piece, Progress, Prompt
 from outrider.cluster.coordinator import Coordinator
+from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.placement import COORDINATOR_BUNDLE, check_cpus, reserve
 from outrider.cluster.session import RaySession
 from outrider.configs.schema import Config
@@ -62,15 +63,12 @@ class Engine:
         except BaseException:
             session.close()
             raise
-        coordinator = (
-            ray.remote(Coordinator)
-            .options(
-                num_cpus=config.cluster.num_cpus_for_coordinator,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, COORDINATOR_BUNDLE),
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
-            )
-            .remote(config, partial(spawn_workers, group=group))
-        )
+        actor: Any = ray.remote(Coordinator)
+        coordinator = actor.options(
+            num_cpus=config.cluster.num_cpus_for_coordinator,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, COORDINATOR_BUNDLE),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
+        ).remote(config, partial(spawn_workers, group=group))
         engine = cls(session, group, coordinator)
         try:
             started = coordinator.start.remote()
@@ -140,25 +138,28 @@ class Engine:
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Counters of every process, by name ("draft", "target 0", ..., "coordinator")."""
-        return _get(self._coordinator.stats.remote())
+        stats: dict[str, dict[str, Any]] = _get(self._coordinator.stats.remote())
+        return stats
 
     def trace(self) -> dict[str, list[dict[str, Any]]]:
         """Spans of every worker for `write_chrome_trace`; empty lists unless `rounds.trace` is set."""
-        return _get(self._coordinator.trace.remote())
+        trace: dict[str, list[dict[str, Any]]] = _get(self._coordinator.trace.remote())
+        return trace
 
     def close(self) -> None:
         """Ends all processes of the deployment, and Ray if `start` started it. May be called again."""
         if self._closed:
             return
         self._closed = True
-        try:
-            # Loops that end in order leave no messages about lost peers; the rest ends them in any case.
-            ray.get(self._coordinator.stop.remote(), timeout=_STOP_TIMEOUT_S)
-        except RayError:
-            pass  # the Coordinator or a worker is gone or hangs
-        finally:
-            remove_placement_group(self._group)
-            self._session.close()
+        with interrupts_deferred():
+            try:
+                # Loops that end in order leave no complaints about lost peers.
+                ray.get(self._coordinator.stop.remote(), timeout=_STOP_TIMEOUT_S)
+            except RayError:
+                pass  # the Coordinator or a worker is gone or hangs; their place goes, and they with it
+            finally:
+                remove_placement_group(self._group)
+                self._session.close()
 
     def _raise_if_broken(self) -> None:
         failure = _get(self._coordinator.failure.remote())

@@ -5,12 +5,27 @@ import os
 from types import TracebackType
 
 import ray
-from ray._raylet import Config as RayCoreConfig
+from ray._raylet import Config as RayCoreConfig  # type: ignore[attr-defined]  # a compiled module
 
+from outrider.cluster.interrupts import interrupts_deferred
 from outrider.configs.schema import ClusterConfig
 
 # The control plane carries no tensors; Ray's default would map 30 % of the memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
+
+
+def _connect(address: str, num_cpus: int) -> None:
+    if address == "local":
+        ray.init(
+            "local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    else:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
 
 
 class RaySession:
@@ -27,18 +42,12 @@ class RaySession:
         os.environ["RAY_AUTH_MODE"] = cluster.ray_auth
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         RayCoreConfig.initialize("")
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if cluster.ray_address == "local":
-            ray.init(
-                "local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                **quiet,
-            )
-            return
         try:
-            ray.init(cluster.ray_address, **quiet)
+            with interrupts_deferred():
+                _connect(cluster.ray_address, num_cpus)
+        except KeyboardInterrupt:
+            self.close()
+            raise
         except ConnectionError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(

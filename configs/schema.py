@@ -115,6 +115,10 @@ class DraftConfig:
     device: Device = "auto"
     """Where the drafter computes; `auto` is `cuda` where Ray gave the DraftWorker a GPU, else `cpu`."""
 
+    placement: Literal["separate", "shared"] = "separate"
+    """Whether the drafter has a processor of its own, or shares the target's: then drafting while the target
+    works is not free, and counts as time when trees are sized and lanes are chosen."""
+
     num_threads: int = 1
     """CPU threads of the DraftWorker."""
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from outrider.cluster.bench.metrics import ModeSummary
-from outrider.cluster.bench.report import BenchReport
+from outrider.cluster.bench.report import BenchReport, well_founded_rates
 
 _COLOUR_OF_MODE = {"outrider": "#c8553d", "plain": "#588b8b"}
 _OTHER_MODE = "#a9aeb4"
@@ -70,12 +70,12 @@ def _draw_speed(axes: Axes, summaries: Sequence[ModeSummary]) -> None:
 
 
 def _draw_depths(axes: Axes, summaries: Sequence[ModeSummary]) -> None:
+    deepest = 1
     for summary in summaries:
-        depths = range(1, len(summary.acceptance_by_depth) + 1)
-        axes.plot(
-            depths, [100 * rate for rate in summary.acceptance_by_depth], marker="o", label=summary.label
-        )
-    deepest = max(len(summary.acceptance_by_depth) for summary in summaries)
+        rates = well_founded_rates(summary)
+        depths = range(1, len(rates) + 1)
+        axes.plot(depths, [100 * rate for rate in rates], marker="o", label=summary.label)
+        deepest = max(deepest, len(rates))
     axes.set_xticks(range(1, deepest + 1))
     axes.set_ylim(0, 103)
     axes.set_xlabel("depth of the drafted token")

@@ -22,15 +22,20 @@ def describe_machine() -> dict[str, Any]:
         "command": ["outrider", *sys.argv[1:]],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
-        "num_cpus": len(psutil.Process().cpu_affinity())
-        if hasattr(psutil.Process, "cpu_affinity")
-        else os.cpu_count(),
+        "num_cpus": num_cpus(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
         "load_average": list(psutil.getloadavg()),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "git_revision": _git_revision(),
     }
+
+
+def num_cpus() -> int:
+    """CPUs this process may use; where the system cannot say, those that exist."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cpu_name() -> str:

@@ -6,7 +6,7 @@ acceptance_rate = accepted / drafted tokens; acceptance_length = tokens per targ
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -60,6 +60,9 @@ class ModeSummary:
     acceptance_length: float
     acceptance_by_depth: tuple[float, ...]
     """At position d: of the rounds that drafted d + 1 tokens deep below accepted ones, how many accepted."""
+
+    rounds_by_depth: tuple[int, ...]
+    """At position d: the number of those rounds."""
 
     busy_share: dict[str, float]
     """Per worker: fraction of the time that it was not waiting."""
@@ -147,6 +150,10 @@ def _summary(mode: str, concurrency: int, turns: Sequence[Turn]) -> ModeSummary:
         for worker, kinds in turn.busy_s.items():
             for kind, value in kinds.items():
                 seconds[worker][kind] += value
+    num_depths = max((len(run.generation.depth_drafted) for run in runs), default=0)
+    rounds_by_depth = _add_by_depth((run.generation.depth_drafted for run in runs), num_depths)
+    accepted_by_depth = _add_by_depth((run.generation.depth_accepted for run in runs), num_depths)
+    time_share = {worker: _time_share(kinds, wall_s) for worker, kinds in seconds.items()}
     return ModeSummary(
         mode=mode,
         concurrency=concurrency,
@@ -160,17 +167,20 @@ def _summary(mode: str, concurrency: int, turns: Sequence[Turn]) -> ModeSummary:
         time_per_token_s=Spread.of(_time_per_token(run) for run in runs),
         acceptance_rate=_ratio(sum(run.generation.num_accepted for run in runs), num_drafted),
         acceptance_length=_ratio(num_tokens, num_steps),
-        acceptance_by_depth=_acceptance_by_depth(runs),
-        busy_share={
-            worker: sum(value for kind, value in kinds.items() if kind != "wait") / wall_s
-            for worker, kinds in seconds.items()
-        },
-        time_share={
-            worker: {kind: value / wall_s for kind, value in kinds.items() if value > 0}
-            for worker, kinds in seconds.items()
-        },
+        acceptance_by_depth=tuple(
+            _ratio(a, d) for a, d in zip(accepted_by_depth, rounds_by_depth, strict=True)
+        ),
+        rounds_by_depth=tuple(rounds_by_depth),
+        busy_share={worker: 1 - shares["wait"] for worker, shares in time_share.items()},
+        time_share=time_share,
         tokens_per_s_by_category=_by_category(runs),
     )
+
+
+def _time_share(seconds: Mapping[str, float], wall_s: float) -> dict[str, float]:
+    """Waiting is what is left: a worker's own count of it includes the turns of other modes."""
+    shares = {kind: value / wall_s for kind, value in seconds.items() if kind != "wait" and value > 0}
+    return {**shares, "wait": max(0.0, 1 - sum(shares.values()))}
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -182,13 +192,12 @@ def _time_per_token(run: Run) -> float:
     return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else float("nan")
 
 
-def _acceptance_by_depth(runs: Sequence[Run]) -> tuple[float, ...]:
-    depths = max((len(run.generation.depth_drafted) for run in runs), default=0)
-    drafted, accepted = np.zeros(depths), np.zeros(depths)
-    for run in runs:
-        drafted[: len(run.generation.depth_drafted)] += run.generation.depth_drafted
-        accepted[: len(run.generation.depth_accepted)] += run.generation.depth_accepted
-    return tuple(_ratio(a, d) for a, d in zip(accepted.tolist(), drafted.tolist(), strict=True))
+def _add_by_depth(counts: Iterable[tuple[int, ...]], num_depths: int) -> list[int]:
+    total = [0] * num_depths
+    for values in counts:
+        for depth, value in enumerate(values):
+            total[depth] += value
+    return total
 
 
 def _by_category(runs: Sequence[Run]) -> dict[str, float]:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from outrider.configs.loader import PRESETS_DIR
+
 PromptStyle = Literal["chat", "raw"]
 
 _CODE_REQUEST = "Complete this Python function. Answer with the complete function.\n```python\n{code}```"
@@ -25,6 +27,10 @@ class Prompt:
     text: str
     is_code: bool = False
     """The text is code to continue: raw as it is, in a chat with a request around it."""
+
+
+SHIPPED_PROMPTS = PRESETS_DIR / "prompts" / "demo.jsonl"
+"""One of each kind that people try first, for a look without a data set."""
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:

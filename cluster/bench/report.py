@@ -10,12 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from outrider.cluster.bench.metrics import Agreement, ModeSummary, Spread, non_model_share
 from outrider.cluster.bench.runner import Turn
+from outrider.workers.trace import SPAN_KINDS
+
+_PADDING = (0, 1, 0, 0)
+_SHORT = {"communicate": "comm.", "schedule": "sched."}
+_WIDTH_OF_A_PIPE = 110
+_FEWEST_ROUNDS = 10  # a rate of fewer is noise
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,12 @@ def write_json(report: BenchReport, path: Path) -> None:
     path.write_text(json.dumps(_jsonable(document), indent=1) + "\n", encoding="utf-8")
 
 
+def wide_console() -> Console:
+    """Standard output; where it is no terminal, wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH_OF_A_PIPE)
+
+
 def show(report: BenchReport, console: Console) -> None:
     """Prints the tables."""
     console.print(render(report))
@@ -76,9 +89,9 @@ def render(report: BenchReport) -> RenderableType:
 
 def _speed_table(report: BenchReport) -> Table:
     reference = report.reference
-    table = Table(title="Speed (median, quartiles in brackets)", title_justify="left")
+    table = Table(title="Speed", title_justify="left", box=SIMPLE, padding=_PADDING)
     table.add_column("mode", no_wrap=True)
-    for heading in ("tokens/s", "per answer", "x", "first token ms", "ms per token", "accepted", "length"):
+    for heading in ("tokens/s", "per answer", "x", "first ms", "ms/token", "accepted", "length"):
         table.add_column(heading, justify="right", no_wrap=True)
     for summary in report.summaries:
         factor = summary.tokens_per_s / reference.tokens_per_s if reference else math.nan
@@ -92,23 +105,40 @@ def _speed_table(report: BenchReport) -> Table:
             _percent(summary.acceptance_rate),
             _number(summary.acceptance_length, 2),
         )
+    drafting = [summary for summary in report.summaries if well_founded_rates(summary)]
     reference_name = reference.label if reference else "nothing"
     table.caption = (
-        f"x: against {reference_name}; accepted: of drafted tokens; length: tokens per step of the target"
+        "± half the distance of the quartiles; per answer: tokens/s up to its last token;\n"
+        f"x: against {reference_name}; first ms: to the first token;\n"
+        "accepted: of drafted tokens; length: tokens per step of the target"
+        + "".join(f"\n{summary.label}, accepted by depth: {_depths(summary)}" for summary in drafting)
     )
     table.caption_justify = "left"
     return table
 
 
+def well_founded_rates(summary: ModeSummary) -> list[float]:
+    """`acceptance_by_depth` down to the last depth that was drafted often enough to tell a rate."""
+    rates = []
+    for rate, num_rounds in zip(summary.acceptance_by_depth, summary.rounds_by_depth, strict=True):
+        if num_rounds < _FEWEST_ROUNDS:
+            break
+        rates.append(rate)
+    return rates
+
+
+def _depths(summary: ModeSummary) -> str:
+    return " ".join(f"{100 * rate:.0f}%" for rate in well_founded_rates(summary))
+
+
 def _worker_table(report: BenchReport) -> Table:
-    kinds = sorted({kind for s in report.summaries for shares in s.time_share.values() for kind in shares})
-    table = Table(title="Share of the time by worker", title_justify="left")
+    used = {kind for s in report.summaries for shares in s.time_share.values() for kind in shares}
+    kinds = [kind for kind in SPAN_KINDS if kind in used]
+    table = Table(title="Share of the time by worker, %", title_justify="left", box=SIMPLE, padding=_PADDING)
     table.add_column("mode", no_wrap=True)
     table.add_column("worker", no_wrap=True)
-    table.add_column("busy", justify="right")
-    for kind in kinds:
-        table.add_column(kind, justify="right")
-    table.add_column("peak MB", justify="right")
+    for heading in ("busy", *kinds, "MB"):
+        table.add_column(_SHORT.get(heading, heading), justify="right", no_wrap=True)
     notes = []
     for summary in report.summaries:
         for worker, shares in summary.time_share.items():
@@ -116,8 +146,8 @@ def _worker_table(report: BenchReport) -> Table:
             table.add_row(
                 summary.label,
                 worker,
-                _percent(summary.busy_share[worker]),
-                *(_percent(shares.get(kind, math.nan)) for kind in kinds),
+                _number(100 * summary.busy_share[worker], 1),
+                *(_number(100 * shares.get(kind, math.nan), 1) for kind in kinds),
                 f"{peak / 1e6:.0f}" if peak else "-",
             )
         if summary.time_share:
@@ -135,7 +165,7 @@ def round_workers(summary: ModeSummary) -> list[str]:
 
 
 def _category_table(report: BenchReport, categories: Sequence[str]) -> Table:
-    table = Table(title="Tokens/s by category", title_justify="left")
+    table = Table(title="Tokens/s by category", title_justify="left", box=SIMPLE, padding=_PADDING)
     table.add_column("category", no_wrap=True)
     for summary in report.summaries:
         table.add_column(summary.label, justify="right")
@@ -150,6 +180,8 @@ def _category_table(report: BenchReport, categories: Sequence[str]) -> Table:
 def _agreement_lines(agreements: Sequence[Agreement]) -> Text:
     lines = Text()
     for agreement in agreements:
+        if agreement.one != agreements[0].one:
+            continue  # the JSON has all pairs
         equal = agreement.num_equal == agreement.num_prompts
         lines.append(f"{agreement.one} = {agreement.other}: ", style="bold")
         lines.append(
@@ -170,11 +202,8 @@ def _percent(value: float) -> str:
 def _spread(spread: Spread, unit: float, digits: int) -> str:
     if spread.num_values == 0:
         return "-"
-    low, middle, high = (
-        f"{unit * value:.{digits}f}"
-        for value in (spread.lower_quartile, spread.median, spread.upper_quartile)
-    )
-    return f"{middle} [{low}-{high}]"
+    half = unit * (spread.upper_quartile - spread.lower_quartile) / 2
+    return f"{unit * spread.median:.{digits}f} ±{half:.{digits}f}"
 
 
 def _jsonable(value: Any) -> Any:

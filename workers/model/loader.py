@@ -14,6 +14,7 @@ ALL = slice(None)
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 READ_CHUNK_BYTES = 64 << 20
+NO_BIAS = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class WeightLoader:
         return matrix.to(self.device)
 
     def linear(self, weight: Tensor, bias: Tensor) -> Linear:
-        """Takes the weight over; a bias of no elements means none."""
-        return Linear.take([weight], bias.to(self.device), self.packed)
+        """A matrix in the layout asked for; a bias of no elements means none."""
+        return Linear(weight.to(self.device), bias.to(self.device), self.packed)
 
     def _read_rows_into(self, out: Tensor, name: str, rows: range) -> None:
         step = max(1, READ_CHUNK_BYTES // (out.shape[1] * out.itemsize))
@@ -118,9 +119,8 @@ class WeightLoader:
             self.progress(read.nbytes)
             if config.qkv_bias:
                 bias[into] = self.vector(f"{prefix}{name}.bias", rows).cpu().view(len(heads), D)
-        return self._fused(
-            weight.view(-1, config.hidden_size), bias.view(-1) if config.qkv_bias else torch.empty(0)
-        )
+        bias = bias.view(-1) if config.qkv_bias else NO_BIAS
+        return self.linear(weight.view(-1, config.hidden_size), bias)
 
     def _attention_output(self, name: str) -> Linear:
         config, plan = self.plan.config, self.plan
@@ -129,20 +129,17 @@ class WeightLoader:
         read = self.source.read(name, ALL, slice(heads.start * D, heads.stop * D), self.dtype)
         weight[:, list(plan.query_places)] = read.view(config.hidden_size, len(heads), D)
         self.progress(read.nbytes)
-        return self._fused(weight.view(config.hidden_size, -1), torch.empty(0))
+        return self.linear(weight.view(config.hidden_size, -1), NO_BIAS)
 
     def _gate_up(self, prefix: str) -> Linear:
         columns, hidden = self.plan.intermediate, self.plan.config.hidden_size
         weight = torch.empty(2, len(columns), hidden, dtype=self.dtype)
         self._read_rows_into(weight[0], prefix + "gate_proj.weight", columns)
         self._read_rows_into(weight[1], prefix + "up_proj.weight", columns)
-        return self._fused(weight.view(-1, hidden), torch.empty(0))
+        return self.linear(weight.view(-1, hidden), NO_BIAS)
 
     def _down(self, name: str) -> Linear:
         columns = self.plan.intermediate
         read = self.source.read(name, ALL, slice(columns.start, columns.stop), self.dtype)
         self.progress(read.nbytes)
-        return self._fused(read, torch.empty(0))
-
-    def _fused(self, weight: Tensor, bias: Tensor) -> Linear:
-        return self.linear(weight.to(self.device), bias)
+        return self.linear(read, NO_BIAS)

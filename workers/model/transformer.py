@@ -12,7 +12,7 @@ from outrider.workers.communicator import Communicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.config import ModelConfig
-from outrider.workers.model.loader import EMBEDDING, HEAD, LayerWeights, WeightLoader
+from outrider.workers.model.loader import EMBEDDING, HEAD, NO_BIAS, LayerWeights, WeightLoader
 from outrider.workers.model.rope import RotaryEmbedding
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.source import WeightSource
@@ -60,15 +60,15 @@ class Transformer:
         self.rope = RotaryEmbedding(config, dtype, device)
         self.scale = config.head_dim**-0.5
         loader = WeightLoader(plan, source, dtype, device, packed, progress)
-        head = loader.vocabulary_matrix(EMBEDDING if config.tied_embeddings else HEAD)
-        # A packed matrix cannot be indexed: tied embedding rows are then read from the source on demand.
-        self.embeds_from_source = config.tied_embeddings and packed
-        self.embedding = torch.empty(0)
-        if config.tied_embeddings and not packed:
-            self.embedding = head
-        self.head = loader.linear(head, torch.empty(0))
-        if not config.tied_embeddings:
-            self.embedding = loader.vocabulary_matrix(EMBEDDING)
+        matrix = loader.vocabulary_matrix(EMBEDDING if config.tied_embeddings else HEAD)
+        self.head = loader.linear(matrix, NO_BIAS)
+        # Rows cannot be read from a packed matrix: tied embedding rows then come from the source on demand.
+        self.embeds_from_source = config.tied_embeddings and self.head.packed
+        if self.embeds_from_source:
+            matrix = torch.empty(0)
+        elif not config.tied_embeddings:
+            matrix = loader.vocabulary_matrix(EMBEDDING)
+        self.embedding = matrix
         self.final_norm = loader.vector("model.norm.weight", slice(None))
         self.layers = [loader.layer(index) for index in range(config.num_layers)]
 

@@ -36,16 +36,16 @@ class Samples:
 
 
 class Sampler:
-    """Samples from logits of which this rank has the columns `vocab_range` = (first id, one past the last).
+    """Samples from logits of which this rank has the token ids `vocab_range`.
 
     The ranges of the ranks ascend with the rank and cover the vocabulary.
     """
 
-    def __init__(self, vocab_size: int, vocab_range: tuple[int, int], communicator: Communicator) -> None:
-        assert 0 <= vocab_range[0] < vocab_range[1] <= vocab_size
-        assert communicator.size > 1 or vocab_range == (0, vocab_size)
+    def __init__(self, vocab_size: int, vocab_range: range, communicator: Communicator) -> None:
+        assert 0 <= vocab_range.start < vocab_range.stop <= vocab_size
+        assert communicator.size > 1 or vocab_range == range(vocab_size)
         self._vocab_size = vocab_size
-        self._first, self._end = vocab_range
+        self._first, self._end = vocab_range.start, vocab_range.stop
         self._communicator = communicator
 
     def sample(self, logits: torch.Tensor, rows: Sequence[RowContext]) -> Samples:

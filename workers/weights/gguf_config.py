@@ -149,7 +149,7 @@ def llama3_scaling(factors: np.ndarray, head_dim: int, theta: float) -> dict[str
     -low / (high - low) leave one of the three free, and low = 1 as in every published model fixes it.
     Raises ValueError when no parameters fit within 1e-3.
     """
-    factor = float(factors.max())
+    factor = round(float(factors.max()), 4)
     if factor <= 1.0:
         return {}
     inverse_wavelength = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)

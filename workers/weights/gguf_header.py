@@ -5,6 +5,7 @@ header is read here; block layouts, type numbers and dequantisation come from th
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import math
 import struct
 from dataclasses import dataclass
 from io import BufferedReader
@@ -42,6 +43,10 @@ class GgufTensor:
     def row_bytes(self) -> int:
         block, block_bytes = GGML_QUANT_SIZES[self.type]
         return self.shape[-1] // block * block_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape[:-1]) * self.row_bytes
 
 
 @dataclass(frozen=True)

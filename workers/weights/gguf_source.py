@@ -50,6 +50,7 @@ class GgufSource:
         header = read_gguf_header(path)
         self.path = path
         self._file = DataFile(path)
+        self._file.require(max((t.offset + t.num_bytes for t in header.tensors.values()), default=0))
         self._config = model_config_from_gguf(header)
         self._tensors: dict[str, GgufTensor] = {}
         for tensor in header.tensors.values():

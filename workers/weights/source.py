@@ -12,8 +12,6 @@ import torch
 
 from outrider.workers.model.config import ModelConfig
 
-ALL = slice(None)
-
 # Elements read and converted at a time: little memory beside the matrix, and intermediates stay in cache
 # (dequantising Q4_K/Q5_0/Q6_K: 231 M elements/s against 144 M with 4 M elements at a time).
 CHUNK_ELEMENTS = 1 << 18
@@ -59,8 +57,14 @@ class DataFile:
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
+    def require(self, num_bytes: int) -> None:
+        """Raises ValueError when the file is shorter, e.g. because a download was interrupted."""
+        size = os.fstat(self._descriptor).st_size
+        if size < num_bytes:
+            raise ValueError(f"{self.path} is truncated: it has {size} of {num_bytes} bytes")
+
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills `buffer` (bytes) from `offset`. Raises ValueError when the file is too short."""
+        """Fills `buffer` (bytes) from `offset`. Raises ValueError when the file ends before."""
         done = 0
         while done < len(buffer):
             count = os.preadv(self._descriptor, [buffer[done:]], offset + done)

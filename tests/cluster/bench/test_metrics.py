@@ -35,7 +35,7 @@ def turn(
     run = Run(mode, concurrency, 0, prompt_id, category, 5, answer)
     busy = {
         "draft": {"draft": 0.25 * wall_s, "forward": 0.25 * wall_s, "wait": 0.5 * wall_s},
-        "target 0": {"forward": 0.875 * wall_s, "sample": 0.125 * wall_s, "commit": 0.0},
+        "target 0": {"forward": 0.75 * wall_s, "sample": 0.125 * wall_s, "commit": 0.0, "wait": 9 * wall_s},
     }
     return Turn(mode, concurrency, 0, wall_s, busy, (run,))
 
@@ -81,6 +81,7 @@ def test_acceptance_by_depth_adds_runs_of_different_depth() -> None:
     ]
     (summary,) = summarise([turn("a", f"p{i}", answer) for i, answer in enumerate(answers)])
     assert summary.acceptance_by_depth == (0.75, 0.5)
+    assert summary.rounds_by_depth == (8, 2)
 
 
 def test_plain_decoding_has_no_acceptance_rate() -> None:
@@ -90,10 +91,10 @@ def test_plain_decoding_has_no_acceptance_rate() -> None:
     assert summary.acceptance_by_depth == ()
 
 
-def test_a_worker_is_busy_when_it_does_not_wait() -> None:
+def test_a_worker_is_busy_when_it_does_not_wait_and_waiting_between_turns_does_not_count() -> None:
     (summary,) = summarise([turn("a", "p0", generation((1, 2)))])
-    assert summary.busy_share == {"draft": 0.5, "target 0": 1.0}
-    assert summary.time_share["target 0"] == {"forward": 0.875, "sample": 0.125}
+    assert summary.busy_share == {"draft": 0.5, "target 0": 0.875}
+    assert summary.time_share["target 0"] == {"forward": 0.75, "sample": 0.125, "wait": 0.125}
 
 
 def test_non_model_share_lists_parts_over_the_workers_of_a_round() -> None:

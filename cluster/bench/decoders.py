@@ -1,0 +1,119 @@
+"""The modes of a benchmark: this engine, speculative or plain, and transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from outrider.cluster.api import Completion, GenerationRequest
+from outrider.cluster.bench.identity import Answer, Question
+from outrider.cluster.bench.runner import BusySeconds
+from outrider.workers.baselines import (
+    BASELINE_MODES,
+    BaselineMode,
+    BaselineProcess,
+    BaselineRequest,
+    Generation,
+)
+from outrider.workers.sampling.params import SamplingParams
+
+MODES: tuple[str, ...] = ("outrider", "plain", *BASELINE_MODES)
+
+_PLAIN: Mapping[str, object] = {"max_nodes": 0}
+_AS_CONFIGURED: Mapping[str, object] = {}
+
+
+class RunningEngine(Protocol):
+    """What a benchmark needs of an `Engine`."""
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]: ...
+
+    def stats(self) -> dict[str, dict[str, Any]]: ...
+
+
+class EngineDecoder:
+    """This engine, drafting as configured or (`speculative` false) not at all."""
+
+    is_concurrent = True
+
+    def __init__(self, mode: str, engine: RunningEngine, speculative: bool) -> None:
+        self.mode = mode
+        self._engine = engine
+        self._speculative = speculative
+
+    def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Generation:
+        request = _request(prompt_tokens, sampling, self._speculative)
+        (answer,) = _complete(self._engine, [request])
+        stats = answer.stats
+        return Generation(
+            tokens=answer.tokens,
+            token_times_s=answer.token_times_s,
+            total_s=answer.total_s,
+            num_target_steps=stats.num_rounds,
+            num_drafted=stats.num_drafted,
+            num_accepted=stats.num_accepted,
+            depth_drafted=stats.depth_drafted,
+            depth_accepted=stats.depth_accepted,
+        )
+
+    def busy_seconds(self) -> BusySeconds:
+        return {
+            name: dict(stats["busy_s"]) for name, stats in self._engine.stats().items() if "busy_s" in stats
+        }
+
+
+class BaselineDecoder:
+    """A mode of transformers, one request at a time. Several modes share one process and its weights."""
+
+    is_concurrent = False
+
+    def __init__(self, mode: BaselineMode, process: BaselineProcess) -> None:
+        self.mode = mode
+        self._process = process
+
+    def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Generation:
+        return self._process.generate(
+            BaselineRequest(
+                mode=self.mode,
+                prompt_tokens=prompt_tokens,
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                repetition_penalty=sampling.repetition_penalty,
+                seed=sampling.seed,
+            )
+        )
+
+    def busy_seconds(self) -> BusySeconds:
+        return {}
+
+
+class EngineAnswerer:
+    """A running engine as `outrider check` asks it: all questions at once."""
+
+    def __init__(self, engine: RunningEngine) -> None:
+        self._engine = engine
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        requests = [_request(q.prompt_tokens, q.sampling, q.speculative) for q in questions]
+        return [
+            Answer(c.tokens, c.logprobs, c.stats.num_drafted, c.stats.num_accepted)
+            for c in _complete(self._engine, requests)
+        ]
+
+
+def _request(
+    prompt_tokens: tuple[int, ...], sampling: SamplingParams, speculative: bool
+) -> GenerationRequest:
+    return GenerationRequest(prompt_tokens, asdict(sampling), _AS_CONFIGURED if speculative else _PLAIN)
+
+
+def _complete(engine: RunningEngine, requests: Sequence[GenerationRequest]) -> list[Completion]:
+    answers = engine.generate(requests)
+    for answer in answers:
+        if answer.finish_reason == "error":
+            raise ValueError(answer.error)
+    return answers

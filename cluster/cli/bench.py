@@ -1,0 +1,237 @@
+"""`outrider bench`: this engine against its own plain decoding and against transformers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from outrider.cluster.cli.inputs import Style, open_model, read_prompts
+from outrider.cluster.cli.options import ConfigName, MaxTokens, Overrides, Seed, Temperature, TopP, given
+from outrider.cluster.cli.start import running_engine, save_trace, with_trace
+from outrider.configs.loader import load_config
+from outrider.configs.schema import Config
+
+if TYPE_CHECKING:
+    from outrider.cluster.bench.runner import Decoder, EncodedPrompt, Plan, Turn
+    from outrider.cluster.engine import Engine
+    from outrider.workers.baselines import BaselineProcess
+    from outrider.workers.sampling.params import SamplingParams
+
+_NUM_WARM_UP_TOKENS = 12
+_CHART_FORMATS = (".png", ".svg", ".pdf")
+
+
+def bench(
+    config: ConfigName,
+    overrides: Overrides = [],
+    data: Annotated[
+        str, typer.Option(metavar="FILE", help="Prompts: .jsonl or .txt; default: those of the demo.")
+    ] = "",
+    against: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: plain, transformers, transformers-assisted, transformers-lookup."
+        ),
+    ] = "plain",
+    limit: Annotated[int, typer.Option(help="Most prompts, spread over categories; 0: all.")] = 8,
+    category: Annotated[list[str], typer.Option(help="Only this category; may be repeated.")] = [],
+    style: Annotated[Style, typer.Option(help="chat: through the chat template; raw: continue.")] = "chat",
+    repeats: Annotated[int, typer.Option(help="How often everything is run.", min=1)] = 1,
+    concurrency: Annotated[str, typer.Option(help="Requests in flight, comma-separated.")] = "1",
+    threads: Annotated[
+        int, typer.Option(help="CPU threads of transformers; 0: the CPUs this process may use.", min=0)
+    ] = 0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    max_tokens: MaxTokens = None,
+    json: Annotated[str, typer.Option(metavar="FILE", help="Write every figure as JSON.")] = "",
+    chart: Annotated[str, typer.Option(metavar="FILE", help="Draw a chart (.png, .svg, .pdf).")] = "",
+    trace: Annotated[str, typer.Option(metavar="FILE", help="Write a trace for ui.perfetto.dev.")] = "",
+) -> None:
+    """Measure speed and acceptance. Modes take turns prompt by prompt, on the same prompts and cores."""
+    loaded = _for_bench(with_trace(load_config(config, overrides), bool(trace)))
+    modes = _modes(against, loaded)
+    _check_writable(json, chart, trace)
+    if chart and Path(chart).suffix not in _CHART_FORMATS:
+        raise ValueError(f"--chart must end with one of {', '.join(_CHART_FORMATS)}, got {chart!r}")
+
+    from outrider.cluster.bench.machine import num_cpus
+    from outrider.cluster.bench.report import wide_console
+    from outrider.cluster.bench.runner import Plan
+    from outrider.workers.sampling.params import SamplingParams
+
+    plan = Plan(_concurrencies(concurrency), repeats)
+    sampling = SamplingParams(**asdict(loaded.sampling))
+    asked = given({"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens})
+    sampling = replace(sampling, **asked)  # type: ignore[arg-type]
+    model = open_model(loaded)
+    sampling.validate(model.vocab_size)
+    console = wide_console()
+    prompts = read_prompts(model, data, limit, category, style, sampling.max_tokens, console)
+    threads = threads or num_cpus()
+    with ExitStack() as stack:
+        engine = stack.enter_context(running_engine(loaded))
+        baseline = stack.enter_context(_baseline(loaded, modes, threads, model.stop_token_ids))
+        decoders = _decoders(modes, engine, baseline)
+        turns = _measure(decoders, prompts, sampling, plan)
+        peaks = {
+            name: s["peak_memory_bytes"] for name, s in engine.stats().items() if "peak_memory_bytes" in s
+        }
+        if baseline is not None:
+            peaks["transformers"] = baseline.peak_memory_bytes()
+        if trace:
+            save_trace(engine, Path(trace))
+    settings = {
+        "title": _title(loaded, data, len(prompts), threads),
+        "config": asdict(loaded),
+        "data": data or "demo.jsonl",
+        "style": style,
+        "num_prompts": len(prompts),
+        "sampling": asdict(sampling),
+        "repeats": repeats,
+        "transformers_threads": threads,
+    }
+    _report(turns, settings, peaks, model.stop_token_ids, json, chart, console)
+
+
+def _for_bench(config: Config) -> Config:
+    """Prompts come several times: pages kept from another mode's turn would be an unfair help."""
+    return replace(config, rounds=replace(config.rounds, prefix_sharing=False))
+
+
+def _modes(against: str, config: Config) -> list[str]:
+    from outrider.cluster.bench.decoders import MODES
+
+    wanted = [name.strip() for name in against.split(",") if name.strip()]
+    for name in wanted:
+        if name not in MODES:
+            raise ValueError(f"--against must be among {', '.join(MODES)}; got {name!r}")
+    if "transformers-assisted" in wanted and not config.draft.model:
+        raise ValueError("draft.model must be set for --against transformers-assisted")
+    return list(dict.fromkeys(["outrider", *wanted]))
+
+
+def _concurrencies(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--concurrency must be whole numbers from 1, such as 1,8; got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def _check_writable(*paths: str) -> None:
+    """Before minutes of measuring, not after."""
+    for path in paths:
+        if path and not Path(path).expanduser().resolve().parent.is_dir():
+            raise ValueError(f"output files must be in a folder that exists, got {path!r}")
+
+
+@contextmanager
+def _baseline(
+    config: Config, modes: Sequence[str], threads: int, stop_token_ids: tuple[int, ...]
+) -> "Iterator[BaselineProcess | None]":
+    """The transformers process, if a mode wants it."""
+    if not any(mode.startswith("transformers") for mode in modes):
+        yield None
+        return
+    from outrider.workers.baselines import BaselineProcess, BaselineSpec
+
+    penalties = (config.sampling.presence_penalty, config.sampling.frequency_penalty)
+    if any(penalties):
+        raise ValueError(
+            "sampling.presence_penalty and frequency_penalty must be 0: transformers has neither"
+        )
+    spec = BaselineSpec(
+        target=config.target.model,
+        draft=config.draft.model if "transformers-assisted" in modes else "",
+        dtype=config.target.dtype,
+        num_threads=threads,
+        cache_dir=config.cluster.model_cache_dir,
+        stop_token_ids=stop_token_ids,
+    )
+    with BaselineProcess(spec) as process:
+        yield process
+
+
+def _decoders(modes: Sequence[str], engine: "Engine", baseline: "BaselineProcess | None") -> "list[Decoder]":
+    from outrider.cluster.bench.decoders import BaselineDecoder, EngineDecoder
+    from outrider.workers.baselines import BASELINE_MODES
+
+    decoders: dict[str, Decoder] = {
+        "outrider": EngineDecoder("outrider", engine, speculative=True),
+        "plain": EngineDecoder("plain", engine, speculative=False),
+    }
+    if baseline is not None:
+        decoders |= {mode: BaselineDecoder(mode, baseline) for mode in BASELINE_MODES}
+    return [decoders[mode] for mode in modes]
+
+
+def _measure(
+    decoders: "Sequence[Decoder]",
+    prompts: "Sequence[EncodedPrompt]",
+    sampling: "SamplingParams",
+    plan: "Plan",
+) -> "list[Turn]":
+    from outrider.cluster.bench.runner import count_turns, run_turns, warm_up
+
+    notes = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bars:
+        task = bars.add_task("warm up", total=None)
+        warm_up(decoders, prompts, sampling, _NUM_WARM_UP_TOKENS)
+        bars.update(task, description="turns", total=count_turns(decoders, prompts, plan))
+        return run_turns(decoders, prompts, sampling, plan, on_turn=lambda turn: bars.advance(task))
+
+
+def _title(config: Config, data: str, num_prompts: int, threads: int) -> str:
+    drafter = Path(config.draft.model).name if "model" in config.draft.methods else ""
+    parts = [
+        Path(config.target.model).name,
+        "drafts: " + "+".join(config.draft.methods) + (f" ({drafter})" if drafter else ""),
+        config.target.dtype,
+        f"{num_prompts} prompts of {Path(data).name or 'the demo'}",
+        f"{threads} threads",
+    ]
+    return ", ".join(parts)
+
+
+def _report(
+    turns: "Sequence[Turn]",
+    settings: dict[str, Any],
+    peaks: dict[str, int],
+    stop_token_ids: tuple[int, ...],
+    json: str,
+    chart: str,
+    console: Console,
+) -> None:
+    from outrider.cluster.bench.machine import describe_machine
+    from outrider.cluster.bench.metrics import agreements, summarise
+    from outrider.cluster.bench.report import BenchReport, show, write_json
+
+    # Sampled, engines draw other noise than transformers does: only our own modes can agree.
+    comparable = [
+        turn
+        for turn in turns
+        if settings["sampling"]["temperature"] == 0 or not turn.mode.startswith("transformers")
+    ]
+    report = BenchReport(
+        machine=describe_machine(),
+        settings=settings,
+        summaries=summarise(turns),
+        agreements=agreements(comparable, stop_token_ids),
+        peak_memory_bytes=peaks,
+        turns=turns,
+    )
+    show(report, console)
+    if json:
+        write_json(report, Path(json))
+    if chart:
+        from outrider.cluster.bench.chart import write_chart
+
+        write_chart(report, Path(chart))

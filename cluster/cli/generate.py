@@ -1,0 +1,150 @@
+"""`outrider generate`: answers to prompts, streamed, or as JSON lines."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from outrider.cluster.cli.options import (
+    ConfigName,
+    DraftDepth,
+    DraftMethods,
+    DraftNodes,
+    FrequencyPenalty,
+    MaxTokens,
+    MinP,
+    Overrides,
+    Plain,
+    PresencePenalty,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    draft_options,
+    given,
+)
+from outrider.cluster.cli.show import completion_json, show_stream, summary
+from outrider.cluster.cli.start import running_engine, save_trace, with_trace
+from outrider.configs.loader import load_config
+
+if TYPE_CHECKING:
+    from outrider.cluster.api import GenerationRequest
+    from outrider.cluster.engine import Engine
+
+
+def generate(
+    config: ConfigName,
+    overrides: Overrides = [],
+    prompt: Annotated[str, typer.Option(help="The prompt.", show_default=False)] = "",
+    prompts: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="Prompts: .txt, one a line, or .jsonl.", show_default=False),
+    ] = "",
+    limit: Annotated[int, typer.Option(help="Use only this many of the file, spread over it; 0: all.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object per answer.")] = False,
+    trace: Annotated[
+        str, typer.Option(metavar="FILE", help="Write a trace for ui.perfetto.dev.", show_default=False)
+    ] = "",
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    seed: Seed = None,
+    max_tokens: MaxTokens = None,
+    stop: Stop = [],
+    top_logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json: log-probs, also of this many.", show_default=False),
+    ] = None,
+    plain: Plain = False,
+    draft_methods: DraftMethods = [],
+    draft_nodes: DraftNodes = None,
+    draft_depth: DraftDepth = None,
+) -> None:
+    """Answer prompts. On a terminal accepted draft tokens are green."""
+    loaded = with_trace(load_config(config, overrides), bool(trace))
+    texts = _read_prompts(prompt, prompts, limit)
+    if top_logprobs is not None and not as_json:
+        raise ValueError("--top-logprobs must come with --json: text has no place for log-probabilities")
+    sampling = given(
+        {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "seed": seed,
+            "max_tokens": max_tokens,
+            "stop": stop,
+            "top_logprobs": top_logprobs,
+            "logprobs": None if top_logprobs is None else True,
+        }
+    )
+    draft = draft_options(plain, draft_methods, draft_nodes, draft_depth)
+
+    from outrider.cluster.api import GenerationRequest
+
+    requests = [
+        GenerationRequest(text if raw else [{"role": "user", "content": text}], sampling, draft)
+        for _, text in texts
+    ]
+    with running_engine(loaded) as engine:
+        if as_json:
+            _print_json(engine, texts, requests)
+        else:
+            _print_text(engine, texts, requests)
+        if trace:
+            save_trace(engine, Path(trace))
+
+
+def _read_prompts(prompt: str, path: str, limit: int) -> list[tuple[str, str]]:
+    """(id, text) of each prompt."""
+    if bool(prompt) == bool(path):
+        raise ValueError("generate must get one of --prompt and --prompts")
+    if prompt:
+        return [("prompt", prompt)]
+    from outrider.cluster.bench.prompts import load_prompts, select
+
+    if not Path(path).is_file():
+        raise ValueError(f"--prompts must be a .txt or .jsonl file, got {path!r}")
+    return [(item.id, item.text) for item in select(load_prompts(path), limit)]
+
+
+def _print_json(
+    engine: "Engine", texts: Sequence[tuple[str, str]], requests: "Sequence[GenerationRequest]"
+) -> None:
+    """All prompts at once, answers in their order."""
+    for (prompt_id, text), completion in zip(texts, engine.completions(requests), strict=True):
+        typer.echo(completion_json(completion, text, prompt_id))
+
+
+def _print_text(
+    engine: "Engine", texts: Sequence[tuple[str, str]], requests: "Sequence[GenerationRequest]"
+) -> None:
+    """One after the other, streamed."""
+    console, notes = Console(), Console(stderr=True)
+    several = len(texts) > 1
+    for (prompt_id, _), request in zip(texts, requests, strict=True):
+        if several:
+            console.rule(prompt_id) if console.is_terminal else console.file.write(f"## {prompt_id}\n")
+        try:
+            answer = show_stream(console, engine.stream(request.prompt, request.sampling, request.draft))
+        except ValueError as error:
+            if not several:
+                raise
+            typer.echo(f"Error: {prompt_id}: {error}", err=True)
+            continue
+        if answer.error:
+            typer.echo(f"Error: {prompt_id}: {answer.error}", err=True)
+        if notes.is_terminal:
+            notes.print(summary(answer), style="dim", highlight=False)

@@ -1,0 +1,74 @@
+"""What bench and check read before an engine runs: facts about the target, prompts as tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from outrider.configs.schema import Config
+
+if TYPE_CHECKING:
+    from outrider.cluster.bench.runner import EncodedPrompt
+
+Style = Literal["chat", "raw"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the driver needs to know of the target."""
+
+    tokenizer: Any
+    vocab_size: int
+    max_tokens: int
+    """Prompt and output together."""
+    stop_token_ids: tuple[int, ...]
+
+
+def open_model(config: Config) -> ModelFacts:
+    """Tokenizer and limits of the target; fetches the model if need be."""
+    from outrider.workers.setup import max_sequence_tokens
+    from outrider.workers.weights.progress import silent
+    from outrider.workers.weights.resolver import open_source, resolve
+    from outrider.workers.weights.tokenizer import load_tokenizer
+
+    cache_dir = Path(config.cluster.model_cache_dir).expanduser()
+    resolved = resolve(config.target.model, cache_dir, silent, "target.model")
+    model = open_source(resolved).config
+    if config.target.tokenizer:
+        resolved = resolve(config.target.tokenizer, cache_dir, silent, "target.tokenizer")
+    return ModelFacts(
+        tokenizer=load_tokenizer(resolved),
+        vocab_size=model.vocab_size,
+        max_tokens=max_sequence_tokens(config, model),
+        stop_token_ids=tuple(model.eos_token_ids),
+    )
+
+
+def read_prompts(
+    model: ModelFacts,
+    data: str,
+    limit: int,
+    categories: Sequence[str],
+    style: Style,
+    max_new_tokens: int,
+    console: Console,
+) -> "list[EncodedPrompt]":
+    """The chosen prompts as tokens; those that do not fit the context are left out, and said so."""
+    from outrider.cluster.bench.prompts import SHIPPED_PROMPTS, encode, load_prompts, select
+    from outrider.cluster.bench.runner import EncodedPrompt
+
+    chosen = select(load_prompts(data or SHIPPED_PROMPTS), limit, categories)
+    encoded = [
+        EncodedPrompt(prompt.id, prompt.category, encode(prompt, model.tokenizer, style)) for prompt in chosen
+    ]
+    fitting = [prompt for prompt in encoded if len(prompt.tokens) + max_new_tokens <= model.max_tokens]
+    if not fitting:
+        raise ValueError(
+            f"target.max_context must hold a prompt and --max-tokens ({max_new_tokens}); "
+            f"none of {len(encoded)} prompts fits into {model.max_tokens} tokens"
+        )
+    if len(fitting) < len(encoded):
+        console.print(f"left out: {len(encoded) - len(fitting)} prompts longer than the context")
+    return fitting

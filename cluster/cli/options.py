@@ -1,0 +1,54 @@
+"""Options that several commands share, and what they come to."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+
+ConfigName = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="YAML file or preset name (quickstart, ...).")
+]
+Overrides = Annotated[
+    list[str],
+    typer.Argument(metavar="[a.b=c ...]", help="Configuration to change.", show_default=False),
+]
+
+# None means "not on the command line": the value of the config's `sampling` section holds.
+Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token.", show_default=False)]
+TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0: all.", show_default=False)]
+TopP = Annotated[float | None, typer.Option(help="Keep this much probability.", show_default=False)]
+MinP = Annotated[
+    float | None, typer.Option(help="Keep tokens this likely, relative to the likeliest.", show_default=False)
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="On tokens of prompt and output; 1: off.", show_default=False)
+]
+PresencePenalty = Annotated[
+    float | None, typer.Option(help="On tokens that occurred in the output.", show_default=False)
+]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(help="As presence, for each occurrence.", show_default=False)
+]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text.", show_default=False)]
+MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", show_default=False)]
+Stop = Annotated[list[str], typer.Option(help="End before this text; may be repeated.", show_default=False)]
+
+Plain = Annotated[bool, typer.Option("--plain", help="Decode without drafting.")]
+DraftMethods = Annotated[
+    list[str],
+    typer.Option("--draft-method", help="Draft with this method only; may be repeated.", show_default=False),
+]
+DraftNodes = Annotated[int | None, typer.Option(help="Most drafted tokens per round.", show_default=False)]
+DraftDepth = Annotated[int | None, typer.Option(help="Longest drafted path, in tokens.", show_default=False)]
+
+
+def given(options: Mapping[str, object]) -> dict[str, object]:
+    """The options that were on the command line."""
+    return {name: value for name, value in options.items() if value is not None and value != []}
+
+
+def draft_options(plain: bool, methods: list[str], nodes: int | None, depth: int | None) -> dict[str, object]:
+    """The `draft` part of a GenerationRequest."""
+    if plain and (methods or nodes is not None or depth is not None):
+        raise ValueError("--plain must stand alone: without drafting there is no method, size or depth")
+    return given({"methods": methods, "max_nodes": 0 if plain else nodes, "max_depth": depth})

@@ -1,0 +1,215 @@
+"""The command line on a fake engine: what is printed where, and exit codes."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from outrider.cluster.api import Progress
+from outrider.cluster.cli.main import COMMANDS, app
+from outrider.cluster.engine import Engine
+from outrider.configs.schema import Config
+from support.char_engine import CharEngine
+
+ROOT = Path(__file__).parents[3]
+runner = CliRunner()
+
+
+class Engines:
+    """The engines that commands started; set `death` to make the next one fail."""
+
+    def __init__(self) -> None:
+        self.started: list[CharEngine] = []
+        self.death = ""
+
+    def start(self, config: Config, progress: Callable[[Sequence[Progress]], None]) -> CharEngine:
+        engine = CharEngine(config, progress, str.upper)
+        engine.death = self.death
+        self.started.append(engine)
+        return engine
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
+    started = Engines()
+    monkeypatch.setattr(Engine, "start", started.start)
+    return started
+
+
+def run(*arguments: str, stdin: str = "") -> Any:
+    return runner.invoke(app, list(arguments), input=stdin)
+
+
+def test_config_prints_what_it_reads() -> None:
+    result = run("config", "quickstart", "target.tp_size=1")
+    assert result.exit_code == 0
+    assert yaml.safe_load(result.stdout)["target"]["tp_size"] == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.stdout
+
+
+def test_a_piped_answer_is_the_text_and_a_line_feed(engines: Engines) -> None:
+    result = run("generate", "quickstart", "--prompt", "hello")
+    assert result.exit_code == 0
+    assert result.stdout == "<USER>HELLO\n"
+    assert engines.started[0].closed
+
+
+def test_raw_prompts_pass_by_the_chat_template(engines: Engines) -> None:
+    assert run("generate", "quickstart", "--raw", "--prompt", "hello").stdout == "HELLO\n"
+
+
+def test_options_reach_the_request(engines: Engines) -> None:
+    sampling = ["--temperature", "0.5", "--top-p", "0.9", "--seed", "7", "--stop", "END"]
+    draft = ["--draft-nodes", "4", "--draft-method", "ngram"]
+    run("generate", "quickstart", "target.tp_size=1", "--prompt", "x", *sampling, *draft)
+    (asked,) = engines.started[0].asked
+    assert asked.sampling == {"temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["END"]}
+    assert asked.draft == {"max_nodes": 4, "methods": ["ngram"]}
+    assert engines.started[0].config.target.tp_size == 1
+
+
+def test_plain_is_a_tree_of_the_root_alone(engines: Engines) -> None:
+    run("generate", "quickstart", "--prompt", "x", "--plain")
+    assert engines.started[0].asked[0].draft == {"max_nodes": 0}
+
+
+def test_json_is_one_object_per_prompt_bad_ones_included(engines: Engines, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"one\n{'x' * 5000}\nthree\n")
+    result = run("generate", "quickstart", "--prompts", str(path), "--json", "--raw")
+    assert result.exit_code == 0
+    first, long, last = map(json.loads, result.stdout.splitlines())
+    assert (first["text"], last["text"]) == ("ONE", "THREE")
+    assert first["from_draft"] == [False, True, False]
+    assert first["stats"]["num_rounds"] == 2
+    assert long["finish_reason"] == "error"
+    assert long["error"].startswith("prompt and sampling.max_tokens must be at most")
+
+
+def test_prompt_files_may_be_rows_of_spec_bench_and_humaneval(engines: Engines, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    rows: list[dict[str, object]] = [
+        {"question_id": 1, "category": "qa", "turns": ["first", "second"]},
+        {"task_id": "HumanEval/0", "prompt": "def f", "entry_point": "f"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    result = run("generate", "quickstart", "--prompts", str(path), "--raw")
+    assert result.stdout == "## prompts/1\nFIRST\n## HumanEval/0\nDEF F\n"
+
+
+def test_one_bad_prompt_among_streamed_ones_is_one_line(engines: Engines, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"{'x' * 5000}\nfine\n")
+    result = run("generate", "quickstart", "--prompts", str(path), "--raw")
+    assert result.exit_code == 0
+    assert "FINE" in result.stdout
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_trace_is_written_and_switched_on(engines: Engines, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    assert run("generate", "quickstart", "--prompt", "x", "--trace", str(path)).exit_code == 0
+    assert engines.started[0].config.rounds.trace
+    names = {event["name"] for event in json.loads(path.read_text())["traceEvents"]}
+    assert "draft" in names
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("config", "quickstart", "target.tp_sise=2"),
+        ("config", "nowhere.yaml"),
+        ("generate", "quickstart"),
+        ("generate", "quickstart", "--prompt", "x", "--prompts", "y"),
+        ("generate", "quickstart", "--prompts", "missing.txt"),
+        ("generate", "quickstart", "--prompt", "x", "--top-p", "2"),
+        ("generate", "quickstart", "--prompt", "x", "--draft-nodes", "1000"),
+        ("generate", "quickstart", "--prompt", "x", "--plain", "--draft-nodes", "1"),
+        ("generate", "quickstart", "--prompt", "x", "--top-logprobs", "1"),
+        ("generate", "quickstart", "--prompt", "x" * 5000),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(engines: Engines, arguments: Sequence[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_dead_worker_is_one_line_and_exit_code_1(engines: Engines) -> None:
+    engines.death = "target 1 died during run: its process is gone"
+    result = run("generate", "quickstart", "--prompt", "x")
+    assert (result.exit_code, result.stderr) == (1, f"Error: {engines.death}\n")
+    assert engines.started[0].closed
+
+
+def test_chat_remembers_the_conversation_and_starts_over(engines: Engines) -> None:
+    result = run("chat", "quickstart", "--system", "be brief", stdin="one\n\ntwo\n/new\nthree\n/exit\n")
+    assert result.exit_code == 0
+    conversations = [
+        [dict(message)["content"] for message in asked.prompt] for asked in engines.started[0].asked
+    ]  # type: ignore[arg-type]
+    first_answer = "<SYSTEM>BE BRIEF<USER>ONE"
+    assert conversations == [
+        ["be brief", "one"],
+        ["be brief", "one", first_answer, "two"],
+        ["be brief", "three"],
+    ]
+
+
+def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(engines: Engines) -> None:
+    result = run("chat", "quickstart", stdin=f"{'x' * 5000}\nfine\n")
+    assert result.exit_code == 0
+    assert "Error: prompt and sampling.max_tokens" in result.stderr
+    assert result.stdout == "<USER>FINE\n"
+
+
+def test_demo_compares_every_prompt_and_shows_how_busy_the_workers_were(engines: Engines) -> None:
+    result = run("demo", "--max-tokens", "10")
+    assert result.exit_code == 0
+    assert result.stdout.count("│ yes") == 5
+    assert "target 0" in result.stdout
+    plain = [asked.draft == {"max_nodes": 0} for asked in engines.started[0].asked]
+    assert plain == [False] * 6 + [True] * 5
+
+
+def documented_commands() -> list[tuple[str, str]]:
+    """(file, command line) of every `outrider ...` line in the documents and presets."""
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "configs").glob("*.yaml"))]
+    found = []
+    for path in files:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            for command in re.findall(r"^[\s#$|`]*(?:\.venv/bin/)?outrider ([^`|]*)", line):
+                found.append((path.name, command))
+            for command in re.findall(r"`outrider ([^`]*)`", line):
+                found.append((path.name, command))
+    return found
+
+
+@pytest.mark.parametrize(("file", "command"), documented_commands())
+def test_documented_commands_and_options_exist(file: str, command: str) -> None:
+    name, *arguments = command.split("#")[0].split()
+    assert name in COMMANDS
+    help_text = run(name, "--help").stdout
+    for argument in arguments:
+        if argument.startswith("--"):
+            assert re.search(rf"{argument}\b", help_text), f"{file}: {argument}"
+
+
+def test_documented_make_targets_exist() -> None:
+    rules = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"`make ([\w-]+)", path.read_text(encoding="utf-8")):
+            assert re.search(rf"^{target}:", rules, re.MULTILINE), f"{path.name}: make {target}"

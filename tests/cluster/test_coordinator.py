@@ -1,0 +1,191 @@
+"""The Coordinator on fake workers: no Ray, no model; a token is a character."""
+
+import asyncio
+
+import pytest
+
+from outrider.cluster.api import EngineError, GenerationRequest, Piece
+from outrider.cluster.coordinator import Coordinator
+from support.fake_workers import EOS_TOKEN_IDS, FAKE_CONFIG, char_admission, endless, fake_deployment
+
+
+def echo(prompt: str) -> str:
+    return prompt.upper()
+
+
+async def pieces_of(coordinator: Coordinator, asked: GenerationRequest, name: str = "a") -> list[Piece]:
+    return [piece async for piece in coordinator.stream(name, asked)]
+
+
+def test_streams_text_tokens_and_origins_as_rounds_give_them() -> None:
+    async def scenario() -> None:
+        async with fake_deployment(echo) as fake:
+            pieces = await pieces_of(fake.coordinator, GenerationRequest("hello"))
+            assert [piece.text for piece in pieces] == ["HEL", "LO"]
+            assert pieces[0].tokens == tuple(map(ord, "HEL"))
+            assert pieces[0].from_draft == (False, True, True)
+            assert [(s.text, s.from_draft) for s in pieces[0].segments] == [
+                ("H", False),
+                ("E", True),
+                ("L", True),
+            ]
+            assert [piece.finish_reason for piece in pieces] == ["", "stop"]
+            assert pieces[-1].stats.num_rounds == 2
+
+    asyncio.run(scenario())
+
+
+def test_messages_go_through_the_chat_template() -> None:
+    async def scenario() -> None:
+        async with fake_deployment(echo) as fake:
+            asked = GenerationRequest([{"role": "user", "content": "hi"}])
+            completion = await fake.coordinator.complete("a", asked)
+            assert completion.text == "<USER>HI"
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_string_ends_the_answer_before_it_and_cancels_the_request() -> None:
+    async def scenario() -> None:
+        async with fake_deployment(endless) as fake:
+            asked = GenerationRequest("x", {"stop": [" so"], "max_tokens": 150})
+            completion = await fake.coordinator.complete("a", asked)
+            assert completion.text == "and"
+            assert completion.finish_reason == "stop"
+            # The tokens up to the one that completes the stop string; of its round, those after it are gone.
+            assert completion.tokens == tuple(map(ord, "and so"))
+            assert len(completion.token_times_s) == len(completion.tokens)
+            assert fake.draft.cancelled == ["a"]
+
+    asyncio.run(scenario())
+
+
+def test_the_end_of_text_stops_a_request_unless_it_says_otherwise() -> None:
+    async def scenario() -> None:
+        async with fake_deployment(echo) as fake:
+            await fake.coordinator.complete("a", GenerationRequest("x", {"stop_token_ids": [7]}))
+            await fake.coordinator.complete("b", GenerationRequest("x", {"ignore_eos": True}))
+            stops = [request.sampling.stop_token_ids for request in fake.draft.submitted]
+            assert stops == [(7, *EOS_TOKEN_IDS), ()]
+
+    asyncio.run(scenario())
+
+
+def test_log_probabilities_come_with_their_tokens() -> None:
+    async def scenario() -> None:
+        async with fake_deployment(echo) as fake:
+            asked = GenerationRequest("hello", {"logprobs": True})
+            completion = await fake.coordinator.complete("a", asked)
+            assert [entry.logprob for entry in completion.logprobs] == [-0.5] * 5
+
+    asyncio.run(scenario())
+
+
+def test_cancelling_closes_the_stream() -> None:
+    async def scenario() -> None:
+        async with fake_deployment(endless) as fake:
+            reasons = []
+            async for piece in fake.coordinator.stream("a", GenerationRequest("x", {"max_tokens": 150})):
+                if not reasons:
+                    await fake.coordinator.cancel("a")
+                reasons.append(piece.finish_reason)
+            assert reasons[-1] == "cancelled"
+
+    asyncio.run(scenario())
+
+
+def test_a_bad_request_fails_alone_among_good_ones() -> None:
+    async def scenario() -> None:
+        async with fake_deployment(echo) as fake:
+            asked = [
+                GenerationRequest("one"),
+                GenerationRequest("two", {"top_p": 2.0}),
+                GenerationRequest("three"),
+            ]
+            calls = (fake.coordinator.complete(str(i), request) for i, request in enumerate(asked))
+            first, bad, last = await asyncio.gather(*calls)
+            assert (first.text, last.text) == ("ONE", "THREE")
+            assert bad.finish_reason == "error"
+            assert bad.error.startswith("sampling.top_p must be in (0, 1]")
+            assert "\n" not in bad.error
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (GenerationRequest(""), "prompt must have at least one token"),
+        (GenerationRequest("x" * 300), "prompt and sampling.max_tokens must be at most 200 tokens"),
+        (GenerationRequest("x", {"max_tokens": 200}), r"got 1 \+ 200"),
+        (GenerationRequest("x", {"max_tokens": "many"}), "sampling.max_tokens must be an integer"),
+        (
+            GenerationRequest("x", {"temprature": 1}),
+            r"unknown key sampling.temprature \(did you mean temperature",
+        ),
+        (GenerationRequest("x", {"logit_bias": [[1, 2, 3]]}), r"sampling.logit_bias\[0\] must be a list of"),
+        (GenerationRequest("x", {}, {"methods": ["model"]}), r"draft.methods must be among .* \(ngram\)"),
+        (GenerationRequest("x", {}, {"max_nodes": 99}), r"draft.max_nodes must be in \[0, 16\], got 99"),
+        (GenerationRequest("x", {}, {"max_depth": 0}), "draft.max_depth must be in"),
+        (GenerationRequest([1, 500]), "prompt token ids must be in"),
+        (GenerationRequest([{"role": "user"}]), "a message must have the texts role and content"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said_at_the_door(asked: GenerationRequest, message: str) -> None:
+    async def scenario() -> None:
+        async with fake_deployment(echo) as fake:
+            with pytest.raises(ValueError, match=message):
+                await pieces_of(fake.coordinator, asked)
+            assert not fake.draft.submitted
+
+    asyncio.run(scenario())
+
+
+def test_the_death_of_a_worker_ends_all_requests_with_its_reason() -> None:
+    async def scenario() -> None:
+        async with fake_deployment(endless) as fake:
+            asked = GenerationRequest("x", {"max_tokens": 150})
+            calls = [asyncio.create_task(fake.coordinator.complete(name, asked)) for name in "ab"]
+            while len(fake.draft.submitted) < 2:
+                await asyncio.sleep(0.001)
+            fake.draft.stop()  # or the answers end before the death is noticed
+            fake.targets[1].die("out of memory")
+            for completion in await asyncio.gather(*calls):
+                assert completion.finish_reason == "error"
+                assert completion.error.startswith(
+                    "target 1 failed during run: RuntimeError: out of memory ("
+                )
+            assert "out of memory" in await fake.coordinator.failure()
+            with pytest.raises(EngineError, match="out of memory"):
+                await fake.coordinator.complete("c", asked)
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_cannot_load_stops_the_start_with_one_line() -> None:
+    async def scenario() -> None:
+        async with fake_deployment(echo) as fake:
+            workers = fake.coordinator._workers
+
+            def fail() -> None:
+                raise RuntimeError("no space left\nand a second line")
+
+            fake.targets[0].load = fail  # type: ignore[method-assign]
+            second = Coordinator(FAKE_CONFIG, lambda _: workers, char_admission)
+            with pytest.raises(
+                EngineError,
+                match=r"^target 0 failed during load: RuntimeError: no space left \(\S+, line \d+\)$",
+            ):
+                await second.start()
+
+    asyncio.run(scenario())
+
+
+def test_stats_and_trace_are_by_worker() -> None:
+    async def scenario() -> None:
+        async with fake_deployment(echo) as fake:
+            assert list(await fake.coordinator.stats()) == ["draft", "target 0", "target 1", "coordinator"]
+            assert list(await fake.coordinator.trace()) == ["draft", "target 0", "target 1"]
+            assert [stage.worker for stage in await fake.coordinator.progress()] == ["coordinator"]
+
+    asyncio.run(scenario())

@@ -1,0 +1,144 @@
+"""Configuration: every kind of mistake is one line that names the key and what it may be."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from outrider.configs.loader import config_from_dict, config_to_yaml, load_config, preset_names
+from outrider.configs.schema import DraftConfig, RoundsConfig
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_presets_load_and_survive_being_printed(preset: str) -> None:
+    config = load_config(preset)
+    assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
+
+
+def test_the_documented_presets_ship() -> None:
+    documented = {
+        "quickstart",
+        "qwen-coder-cpu",
+        "llama3-70b-h100x8",
+        "llama3-405b-h100x8",
+        "tiny-random",
+    }
+    assert documented <= set(preset_names())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "target.tp_sise=2",
+            r"unknown key target.tp_sise \(did you mean tp_size\?\); allowed in target: model,",
+        ),
+        (
+            "targets.tp_size=2",
+            r"unknown key targets \(did you mean target\?\); allowed in a config: target, draft",
+        ),
+        ("draft.ngram.min_mach=2", r"unknown key draft.ngram.min_mach \(did you mean min_match\?\)"),
+        ("target.tp_size=two", "target.tp_size must be an integer, got 'two'"),
+        ("target.tp_size=1.5", "target.tp_size must be an integer, got 1.5"),
+        ("target.tp_size=true", "target.tp_size must be an integer, got True"),
+        ("target.tp_size=0", "target.tp_size must be at least 1, got 0"),
+        ("rounds.draft_ahead=maybe", "rounds.draft_ahead must be true or false, got 'maybe'"),
+        ("sampling.temperature=hot", "sampling.temperature must be a number, got 'hot'"),
+        (
+            "target.dtype=bfloat61",
+            r"target.dtype must be one of float32, bfloat16, .* \(did you mean bfloat16\?\)",
+        ),
+        ("rounds.lanes=3", "rounds.lanes must be one of 1, 2; got 3"),
+        ("rounds.lanes=true", "rounds.lanes must be one of 1, 2; got True"),
+        ("draft.methods=[ngrm]", r"draft.methods\[0\] must be one of ngram, model; got 'ngrm'"),
+        ("draft.methods=ngram", "draft.methods must be a list of ngram or model, got 'ngram'"),
+        ("draft.methods=[ngram,ngram]", "draft.methods must be without repetition"),
+        (
+            "draft.methods=[model]",
+            "draft.model must be a checkpoint, because draft.methods has `model`, got ''",
+        ),
+        ("tree=3", "tree must be a mapping of keys to values, got 3"),
+        (
+            "target.kv_cache_bytes=3GB",
+            "must be a number of bytes or a size such as 512MiB or 2GiB, got '3GB'",
+        ),
+        (
+            "draft.ngram.max_match=1",
+            r"draft.ngram.max_match must be at least draft.ngram.min_match \(2\), got 1",
+        ),
+        ("rounds.max_round_tokens=8", "rounds.max_round_tokens must be at least rounds.max_sequences and"),
+        ("rounds.profile_node_counts=[2,1]", "rounds.profile_node_counts must be increasing from 1"),
+        ("cluster.num_cpus_per_target=0", "cluster.num_cpus_per_target must be more than 0, got 0"),
+        ("target.model=", "target.model must be a checkpoint"),
+        ("tp_size", "an override must look like a.b=c, got 'tp_size'"),
+        (".=1", "an override must look like a.b=c, got '.=1'"),
+    ],
+)
+def test_a_mistake_is_one_line_naming_the_key_and_what_it_may_be(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config("quickstart", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_reach_their_fields() -> None:
+    overrides = [
+        "target.tp_size=1",
+        "draft.methods=[ngram, model]",
+        "draft.model=2024",
+        "draft.ngram.max_match=6",
+        "target.kv_cache_bytes=1.5GiB",
+        "sampling.temperature=1",
+    ]
+    config = load_config("quickstart", overrides)
+    assert config.target.tp_size == 1
+    assert config.draft.methods == ("ngram", "model")
+    assert config.draft.model == "2024"
+    assert config.draft.ngram.max_match == 6
+    assert config.target.kv_cache_bytes == 3 * 2**29
+    assert type(config.sampling.temperature) is float
+
+
+def test_an_override_can_empty_a_text_and_a_list() -> None:
+    config = load_config("tiny-random", ["draft.methods=[]", "draft.model="])
+    assert config.draft.methods == ()
+    assert config.draft.model == ""
+
+
+def test_an_unknown_preset_is_told_the_known_ones() -> None:
+    with pytest.raises(
+        ValueError, match=r"one of .*quickstart.*; got 'quikstart' \(did you mean quickstart\?\)"
+    ):
+        load_config("quikstart")
+
+
+def test_a_file_needs_its_target(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("draft:\n  methods: []\n")
+    with pytest.raises(ValueError, match="missing key target"):
+        load_config(str(path))
+    path.write_text("target:\n  tp_size: 2\n")
+    with pytest.raises(ValueError, match=r"missing key target\.model"):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize("text", ["target: [", "- a\n- b\n", "just a text", "\x00"])
+def test_a_file_that_is_no_mapping_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="config") as caught:
+        load_config(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_file_says_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("# nothing yet\n")
+    with pytest.raises(ValueError, match="missing key target"):
+        load_config(str(path))
+
+
+def test_ranges_hold_for_configs_made_in_python() -> None:
+    with pytest.raises(ValueError, match=r"draft\.num_threads must be at least 1"):
+        DraftConfig(num_threads=0)
+    with pytest.raises(ValueError, match=r"rounds\.max_sequences must be at least 1"):
+        RoundsConfig(max_sequences=0)

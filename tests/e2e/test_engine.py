@@ -1,0 +1,107 @@
+"""The whole deployment on real Ray: a two-rank target with random weights, a drafter, a Coordinator."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from outrider.cluster.api import EngineError, GenerationRequest
+from outrider.cluster.engine import Engine
+from outrider.cluster.session import RaySession
+from outrider.configs.loader import load_config
+from outrider.configs.schema import ClusterConfig
+
+TWO_RANKS = ["target.tp_size=2", "cluster.num_cpus_per_target=0.5"]
+PLAIN = {"max_nodes": 0}
+PROMPTS = ["once upon a time", "one two three one two three one two", "x"]
+
+pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two CPUs")
+
+
+def test_a_worker_that_cannot_have_a_place_is_refused_before_anything_starts() -> None:
+    config = load_config("tiny-random", ["target.tp_size=4096"])
+    with pytest.raises(ValueError, match=r"target\.tp_size must be at most \d+ on \d+ CPUs.*got 4096"):
+        Engine.start(config)
+    assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def ray_with_room() -> Iterator[None]:
+    """One Ray for all tests here, with CPUs for several deployments (Ray only counts them)."""
+    with RaySession(ClusterConfig(), num_cpus=8):
+        yield
+
+
+@pytest.fixture(scope="module")
+def engine(ray_with_room: None) -> Iterator[Engine]:
+    with Engine.start(load_config("tiny-random", TWO_RANKS)) as engine:
+        yield engine
+
+
+def test_speculative_answers_are_those_of_plain_decoding(engine: Engine) -> None:
+    for sampling in ({}, {"temperature": 0.8, "top_p": 0.95, "seed": 3, "frequency_penalty": 0.5}):
+        drafted = engine.generate([GenerationRequest(prompt, sampling) for prompt in PROMPTS])
+        plain = engine.generate([GenerationRequest(prompt, sampling, PLAIN) for prompt in PROMPTS])
+        assert [answer.tokens for answer in drafted] == [answer.tokens for answer in plain]
+        assert sum(answer.stats.num_accepted for answer in drafted) > 0
+        assert sum(answer.stats.num_accepted for answer in plain) == 0
+
+
+def test_a_stream_gives_the_same_tokens_as_the_whole_answer(engine: Engine) -> None:
+    (whole,) = engine.generate([GenerationRequest(PROMPTS[0])])
+    pieces = list(engine.stream(PROMPTS[0]))
+    assert tuple(token for piece in pieces for token in piece.tokens) == whole.tokens
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert [piece.finish_reason for piece in pieces[-2:]] == ["", "length"]
+
+
+def test_a_bad_request_fails_alone(engine: Engine) -> None:
+    good, bad = engine.generate([GenerationRequest("a"), GenerationRequest("b", {"top_p": 2.0})])
+    assert len(good.tokens) == 32
+    assert bad.error.startswith("sampling.top_p must be in")
+    with pytest.raises(ValueError, match=r"sampling\.top_p must be in"):
+        list(engine.stream("b", {"top_p": 2.0}))
+
+
+def test_a_stream_that_is_left_early_is_cancelled(engine: Engine) -> None:
+    stream = engine.stream("a", {"max_tokens": 400})
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    limit = time.monotonic() + 20
+    while engine.stats()["coordinator"]["num_open_requests"]:
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def test_a_killed_rank_ends_requests_with_its_name_and_close_leaves_no_process(
+    ray_with_room: None,
+) -> None:
+    engine = Engine.start(load_config("tiny-random", TWO_RANKS))
+    try:
+        stats = engine.stats()
+        pids = [stats[name]["pid"] for name in ("draft", "target 0", "target 1")]
+        stream = engine.stream("a", {"max_tokens": 450, "ignore_eos": True})
+        next(stream)
+        os.kill(stats["target 1"]["pid"], signal.SIGKILL)
+        with pytest.raises(EngineError, match="target 1 died during run"):
+            list(stream)
+        with pytest.raises(EngineError, match="target 1 died during run"):
+            engine.generate([GenerationRequest("b")])
+    finally:
+        engine.close()
+    limit = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def test_a_missing_model_is_one_line(ray_with_room: None, tmp_path: Path) -> None:
+    config = load_config("tiny-random", [f"target.model={tmp_path}/nothing.gguf"])
+    with pytest.raises(ValueError, match=r"target\.model: no file or directory") as caught:
+        Engine.start(config)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,80 @@
+"""An Engine in this process: real admission, text and pieces; answers from a script; no Ray."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from outrider.cluster.api import Completion, EngineError, GenerationRequest, Piece, Progress, Prompt, Segment
+from outrider.cluster.api import failed_completion as failed
+from outrider.configs.schema import Config
+from outrider.workers.rounds.sequence import RequestStats
+from support.fake_workers import char_admission
+
+
+class CharEngine:
+    """Answers with `answer(prompt)`, two tokens a piece: the target's own, then a drafted one.
+
+    death: with a text, every request ends in EngineError.
+    """
+
+    def __init__(
+        self, config: Config, progress: Callable[[Sequence[Progress]], None], answer: Callable[[str], str]
+    ) -> None:
+        progress([Progress("target 0", "load", 1, 2), Progress("draft", "profile", 0, 0)])
+        self.config = config
+        self.asked: list[GenerationRequest] = []
+        self.death = ""
+        self.closed = False
+        self._answer = answer
+        self._admission = char_admission(config, lambda what, done, total: None)
+
+    def stream(
+        self, prompt: Prompt, sampling: Mapping[str, object] = {}, draft: Mapping[str, object] = {}
+    ) -> Iterator[Piece]:
+        asked = GenerationRequest(prompt, sampling, draft)
+        self.asked.append(asked)
+        if self.death:
+            raise EngineError(self.death)
+        request = self._admission.admit("fake", asked)
+        text = self._answer("".join(map(chr, request.prompt_tokens)))[: request.sampling.max_tokens]
+        for at in range(0, len(text), 2):
+            yield _piece(text[at : at + 2], at + 2 >= len(text), at // 2 + 1)
+
+    def completions(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
+        for asked in requests:
+            try:
+                pieces = list(self.stream(asked.prompt, asked.sampling, asked.draft))
+            except ValueError as error:
+                yield failed(str(error))
+                continue
+            yield Completion(
+                text="".join(piece.text for piece in pieces),
+                tokens=tuple(token for piece in pieces for token in piece.tokens),
+                from_draft=tuple(flag for piece in pieces for flag in piece.from_draft),
+                logprobs=(),
+                token_times_s=(),
+                finish_reason="stop",
+                error="",
+                num_prompt_tokens=1,
+                stats=pieces[-1].stats,
+                total_s=0.0,
+            )
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        busy_s = {"forward": 1.0, "wait": 1.0}
+        return {"draft": {"busy_s": busy_s}, "target 0": {"busy_s": busy_s}, "coordinator": {}}
+
+    def trace(self) -> dict[str, list[dict[str, Any]]]:
+        return {"draft": [{"name": "draft", "ph": "X", "ts": 0.0, "dur": 1.0, "args": {}}]}
+
+    def __enter__(self) -> "CharEngine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.closed = True
+
+
+def _piece(text: str, last: bool, num_rounds: int) -> Piece:
+    from_draft = (False, True)[: len(text)]
+    segments = tuple(Segment(char, flag) for char, flag in zip(text, from_draft, strict=True))
+    stats = RequestStats(num_rounds=num_rounds)
+    return Piece(segments, tuple(map(ord, text)), from_draft, (), "stop" if last else "", "", stats)

@@ -1,0 +1,209 @@
+"""A whole deployment inside one process: target ranks as threads, the DraftWorker's loop as another.
+
+The workers' own code runs, messages are encoded and decoded; only the transport is a queue.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable
+
+import torch
+
+from outrider.configs.schema import NgramConfig
+from outrider.workers.communicator import Communicator, SoloCommunicator
+from outrider.workers.drafting.engine import DraftEngine
+from outrider.workers.drafting.model import ModelDrafter
+from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.transformer import Transformer
+from outrider.workers.rounds.budget import CostModel, TargetProfile
+from outrider.workers.rounds.link import DraftReceiver, DraftSender
+from outrider.workers.rounds.loop import LoopOptions, RoundLoop
+from outrider.workers.rounds.messages import MessageCapacity, decode_draft
+from outrider.workers.rounds.pages import PagePool
+from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
+from outrider.workers.rounds.sequence import Request, TokenEvent
+from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.target import TargetRank
+from outrider.workers.trace import Tracer
+from outrider.workers.weights.source import WeightSource
+
+
+class QueueLink:
+    """One end of a link inside a process."""
+
+    def __init__(
+        self, outbox: queue.SimpleQueue[torch.Tensor], inbox: queue.SimpleQueue[torch.Tensor]
+    ) -> None:
+        self._outbox, self._inbox = outbox, inbox
+
+    def send(self, buffer: torch.Tensor) -> None:
+        self._outbox.put(buffer.clone())
+
+    def receive(self) -> torch.Tensor:
+        return self._inbox.get(timeout=60)
+
+    def poll(self) -> bool:
+        return not self._inbox.empty()
+
+    def close(self) -> None:
+        pass
+
+
+def queue_links() -> tuple[QueueLink, QueueLink]:
+    """Two ends that talk to each other."""
+    there: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+    back: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+    return QueueLink(there, back), QueueLink(back, there)
+
+
+class LocalEngine:
+    """Runs requests through the real round loop. Use as a context manager."""
+
+    def __init__(
+        self,
+        target: WeightSource,
+        draft: WeightSource | None = None,
+        *,
+        communicators: tuple[Communicator, ...] = (SoloCommunicator(),),
+        options: LoopOptions | None = None,
+        num_pages: int = 512,
+        page_size: int = 16,
+        max_sequences: int = 8,
+        max_round_tokens: int = 256,
+        prefill_chunk: int = 64,
+        prefix_sharing: bool = True,
+        max_children: int = 3,
+        ngram: NgramConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        profile: TargetProfile | None = None,
+    ) -> None:
+        self.capacity = MessageCapacity.for_limits(max_round_tokens, max_sequences, num_pages)
+        draft_end, target_end = queue_links()
+        self.ranks = []
+        for rank, communicator in enumerate(communicators):
+            plan = ShardPlan(target.config, rank, len(communicators))
+            model = Transformer(
+                target.config, plan, target, communicator, dtype, torch.device("cpu"), packed=True
+            )
+            cache = PagedCache(target.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
+            self.ranks.append(TargetRank(model, cache, Tracer(f"target {rank}", False)))
+        self._target_end = DraftReceiver(target_end, self.capacity)
+        self.drafting = DraftEngine(ngram or NgramConfig())
+        if draft is not None:
+            plan = ShardPlan(draft.config, 0, 1)
+            model = Transformer(
+                draft.config, plan, draft, SoloCommunicator(), dtype, torch.device("cpu"), packed=True
+            )
+            cache = PagedCache(draft.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
+            vocab = draft.config.vocab_size
+            self.drafting.add(
+                ModelDrafter(
+                    model=model,
+                    cache=cache,
+                    pool=PagePool(num_pages, page_size, prefix_sharing),
+                    sampler=Sampler(vocab, range(vocab), SoloCommunicator()),
+                    estimator=self.drafting.estimator,
+                    num_target_tokens=target.config.vocab_size,
+                    max_children=max_children,
+                    rows_per_sequence=4,
+                    max_rows=16,
+                    prefill_chunk=prefill_chunk,
+                )
+            )
+        limits = SchedulerLimits(max_sequences, max_round_tokens, prefill_chunk)
+        self.pool = PagePool(num_pages, page_size, prefix_sharing)
+        self.events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self.loop = RoundLoop(
+            DraftSender(draft_end, self.capacity),
+            Scheduler(limits, self.pool),
+            self.drafting,
+            CostModel(profile or TargetProfile((1, 64), (0.010, 0.012))),
+            options or default_options(),
+            Tracer("draft", False),
+            self.events.put,
+        )
+        self.errors: list[BaseException] = []
+        self._threads = [threading.Thread(target=self._guard, args=(self.loop.run,), daemon=True)]
+        self._threads += [
+            threading.Thread(target=self._guard, args=(lambda r=r: self._serve(r),), daemon=True)
+            for r in range(len(self.ranks))
+        ]
+
+    def __enter__(self) -> LocalEngine:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.loop.stop()
+        for thread in self._threads:
+            thread.join(timeout=30)
+        if self.errors:
+            raise self.errors[0]
+
+    def generate(
+        self, requests: Iterable[Request], on_event: Callable[[TokenEvent], None] | None = None
+    ) -> dict[str, list[TokenEvent]]:
+        """Run requests concurrently to their ends; the events of each, in order."""
+        collected: dict[str, list[TokenEvent]] = {}
+        for request in requests:
+            collected[request.id] = []
+            self.loop.submit(request)
+        unfinished = set(collected)
+        while unfinished:
+            if self.errors:
+                raise self.errors[0]
+            try:
+                event = self.events.get(timeout=1)
+            except queue.Empty:
+                continue
+            collected[event.request_id].append(event)
+            if on_event is not None:
+                on_event(event)
+            if event.finish_reason:
+                unfinished.discard(event.request_id)
+        return collected
+
+    def _serve(self, rank: int) -> None:
+        communicator = self.ranks[rank].model.communicator
+        buffer = torch.zeros(self.capacity.draft_ints, dtype=torch.int32)
+        while True:
+            if rank == 0:
+                buffer = self._target_end.receive_buffer()
+            communicator.broadcast(buffer)
+            draft = decode_draft(buffer)
+            if draft.stop:
+                return
+            scores = self.ranks[rank].step(draft)
+            if rank == 0:
+                self._target_end.send(scores)
+
+    def _guard(self, run: Callable[[], None]) -> None:
+        try:
+            torch.set_num_threads(1)
+            run()
+        except BaseException as error:
+            self.errors.append(error)
+            raise
+
+
+def default_options(**changes: bool | int) -> LoopOptions:
+    """Both lanes, everything overlapped, budget measured; `changes` name fields of LoopOptions."""
+    values = {
+        "overlapped": True,
+        "num_lanes": 2,
+        "merge_lanes": False,
+        "draft_ahead": True,
+        "fixed_budget": False,
+        "draft_costs": False,
+        "max_round_tokens": 256,
+    }
+    return LoopOptions(**{**values, **changes})
+
+
+def output_tokens(events: list[TokenEvent]) -> list[int]:
+    """All tokens of one request."""
+    return [token for event in events for token in event.tokens]

@@ -1,0 +1,157 @@
+"""Workers that only sleep: a target and a drafter of set latencies, to see what overlaps with what."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceABC
+
+import torch
+
+from outrider.configs.schema import NgramConfig
+from outrider.workers.drafting.acceptance import AcceptanceEstimator
+from outrider.workers.drafting.engine import DraftEngine
+from outrider.workers.rounds.budget import CostModel, TargetProfile
+from outrider.workers.rounds.link import DraftReceiver, DraftSender
+from outrider.workers.rounds.loop import LoopOptions, RoundLoop
+from outrider.workers.rounds.messages import Draft, MessageCapacity, Scores, StepScores, decode_draft
+from outrider.workers.rounds.pages import PagePool
+from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
+from outrider.workers.rounds.sequence import DraftOptions, Request, Sequence, TokenEvent
+from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.trace import Tracer
+from support.local_engine import queue_links
+
+
+def right_token(position: int) -> int:
+    """The scripted target's token at a position, whatever came before."""
+    return (position * 7 + 3) % 101
+
+
+class ScriptedTarget:
+    """Answers a round after `verify_s`, whatever its size."""
+
+    def __init__(self, verify_s: float) -> None:
+        self._verify_s = verify_s
+        self._context: dict[int, int] = {}
+
+    def step(self, draft: Draft) -> Scores:
+        for slot in draft.released_slots:
+            del self._context[slot]
+        for start in draft.starts:
+            self._context[start.slot] = start.num_shared_tokens
+        steps = []
+        for step in draft.steps:
+            self._context[step.slot] += len(step.accepted)
+            depths = [0]
+            for node in range(1, len(step.tokens)):
+                depths.append(depths[step.parents[node]] + 1)
+            first = self._context[step.slot] + 1
+            sampled = [right_token(first + depth) for depth in depths[step.first_sampled :]]
+            steps.append(StepScores(tuple(sampled), (), (), ()))
+        if draft.steps:
+            time.sleep(self._verify_s)
+        return Scores(draft.round_id, tuple(steps), 0.0, self._verify_s, 0.0)
+
+
+class ScriptedDrafter:
+    """One more token on the deepest path of each tree, every `step_s`; right, or always wrong."""
+
+    def __init__(
+        self, step_s: float, is_right: Callable[[int], bool], estimator: AcceptanceEstimator
+    ) -> None:
+        self._step_s = step_s
+        self._estimator = estimator
+        self._is_right = is_right  # by position
+
+    def start(self, sequence: Sequence) -> None: ...
+
+    def finish(self, sequence: Sequence) -> None: ...
+
+    def read_prompts(self, sequences: SequenceABC[Sequence]) -> None: ...
+
+    def rerooted(self, sequence: Sequence, path: list[int], survivors: dict[int, int]) -> None: ...
+
+    def expected_gain(self, sequences: SequenceABC[Sequence]) -> float:
+        return sum(self._deepest(s) < s.request.draft.max_depth for s in sequences)
+
+    def survival(self, sequences: SequenceABC[Sequence]) -> float:
+        return max(max(s.tree.nodes, key=lambda node: node.depth).value for s in sequences)
+
+    def step(self, sequences: SequenceABC[Sequence]) -> bool:
+        open_sequences = [s for s in sequences if self._deepest(s) <= 2 * s.request.draft.max_depth]
+        if not open_sequences:
+            return False
+        time.sleep(self._step_s)
+        for sequence in open_sequences:
+            nodes = sequence.tree.nodes
+            deepest = max(range(len(nodes)), key=lambda n: nodes[n].depth)
+            position = nodes[deepest].position + 1
+            token = right_token(position) + (0 if self._is_right(position) else 200)
+            sequence.tree.add_child(deepest, token, self._estimator.estimate((1,), 0.5), (1,))
+        return True
+
+    @staticmethod
+    def _deepest(sequence: Sequence) -> int:
+        return max(node.depth for node in sequence.tree.nodes)
+
+
+def run_scripted(
+    *,
+    verify_s: float,
+    step_s: float,
+    depth: int,
+    options: LoopOptions,
+    num_sequences: int,
+    num_tokens: int,
+    is_right: Callable[[int], bool],
+) -> tuple[float, dict[str, list[int]]]:
+    """Seconds that `num_sequences` texts of `num_tokens` take, and the texts."""
+    capacity = MessageCapacity.for_limits(256, 8, 64)
+    draft_end, target_end = queue_links()
+    receiver = DraftReceiver(target_end, capacity)
+    target = ScriptedTarget(verify_s)
+
+    def serve() -> None:
+        while True:
+            draft = decode_draft(receiver.receive_buffer())
+            if draft.stop:
+                return
+            receiver.send(target.step(draft))
+
+    drafting = DraftEngine(NgramConfig())
+    drafting.add(ScriptedDrafter(step_s, is_right, drafting.estimator))
+    cost = CostModel(TargetProfile((1,), (verify_s,)))
+    cost.observe_draft_step(step_s)
+    events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+    loop = RoundLoop(
+        DraftSender(draft_end, capacity),
+        Scheduler(SchedulerLimits(8, 256, 64), PagePool(256, 16, False)),
+        drafting,
+        cost,
+        options,
+        Tracer("draft", False),
+        events.put,
+    )
+    for i in range(num_sequences):
+        sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens)
+        loop.submit(Request(str(i), (1, 2, 3), sampling, DraftOptions(("model",), depth, depth)))
+    threads = [threading.Thread(target=serve, daemon=True), threading.Thread(target=loop.run, daemon=True)]
+    begun = time.monotonic()
+    for thread in threads:
+        thread.start()
+    texts: dict[str, list[int]] = {str(i): [] for i in range(num_sequences)}
+    unfinished = set(texts)
+    while unfinished:
+        event = events.get(timeout=60)
+        texts[event.request_id] += event.tokens
+        if event.finish_reason:
+            unfinished.discard(event.request_id)
+    seconds = time.monotonic() - begun
+    loop.stop()
+    for thread in threads:
+        thread.join(timeout=10)
+    torch.set_num_threads(1)
+    return seconds, texts

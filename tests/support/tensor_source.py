@@ -1,0 +1,89 @@
+"""Weights for model tests: tensors in memory, and a transformers model with the same ones."""
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from outrider.workers.model.config import ModelConfig, RopeScaling, to_hf_config
+
+
+class TensorSource:
+    """A weight source over tensors in memory. Remembers what was read: (name, first row, end row, columns)."""
+
+    def __init__(self, config: ModelConfig, tensors: dict[str, torch.Tensor]) -> None:
+        self._config = config
+        self._tensors = tensors
+        self.reads: list[tuple[str, int]] = []
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, rows: slice, columns: slice, dtype: torch.dtype) -> torch.Tensor:
+        tensor = self._tensors[name]
+        part = (tensor[rows] if tensor.dim() == 1 else tensor[rows, columns]).to(dtype, copy=True)
+        self.reads.append((name, part.numel()))
+        return part.contiguous()
+
+    def read_rows(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self._tensors[name][ids].to(dtype)
+
+    def total_bytes(self, dtype: torch.dtype) -> int:
+        return sum(tensor.numel() for tensor in self._tensors.values()) * dtype.itemsize
+
+
+def tiny_config(
+    architecture: str = "llama",
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    intermediate_size: int = 160,
+    vocab_size: int = 300,
+    rope_scaling: RopeScaling | None = None,
+    tied_embeddings: bool = False,
+    max_context: int = 1024,
+) -> ModelConfig:
+    """Two layers with heads of size 16; heads * 16 need not be the hidden size, as in Qwen3."""
+    return ModelConfig(
+        architecture=architecture,
+        num_layers=2,
+        hidden_size=8 * num_heads,
+        intermediate_size=intermediate_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=16,
+        vocab_size=vocab_size,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=rope_scaling or RopeScaling(),
+        max_context=max_context,
+        tied_embeddings=tied_embeddings,
+        qkv_bias=architecture == "qwen2",
+        qk_norm=architecture == "qwen3",
+    )
+
+
+def reference_model(config: ModelConfig, seed: int = 0) -> tuple[PreTrainedModel, TensorSource]:
+    """transformers' model in float32 with random weights, and a source that reads them.
+
+    Weights are large enough that attention is peaked and logits are of order 1, norms and biases are not
+    trivial: with transformers' own initialisation a wrong mask would hide within the tolerance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    # head_dim * num_heads != hidden_size is refused by nothing but the check for a divisible hidden size.
+    model = AutoModelForCausalLM.from_config(to_hf_config(config)).float().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.dim() == 2:
+                weight.copy_(1.5 * noise / weight.shape[1] ** 0.5)
+            else:
+                weight.copy_(0.2 * noise + (1.0 if name.endswith("norm.weight") else 0.0))
+    tensors = dict(model.state_dict())
+    if config.tied_embeddings:
+        tensors.pop("lm_head.weight", None)
+    return model, TensorSource(config, tensors)

@@ -1,0 +1,25 @@
+import torch
+
+from outrider.workers.model.cache import PagedCache, bytes_per_page
+from outrider.workers.model.shard import ShardPlan
+from support.tensor_source import tiny_config
+
+
+def test_a_page_costs_what_it_is_said_to_cost() -> None:
+    config = tiny_config(num_heads=9, num_kv_heads=3)
+    for rank in (0, 1):
+        plan = ShardPlan(config, rank, 2)
+        cache = PagedCache(config, plan, 10, 16, torch.bfloat16, torch.device("cpu"))
+        assert cache.kv.nbytes == 10 * bytes_per_page(config, plan, torch.bfloat16, 16)
+        assert cache.num_pages == 10
+
+
+def test_layers_and_commit_share_one_memory() -> None:
+    config = tiny_config()
+    cache = PagedCache(config, ShardPlan(config, 0, 1), 2, 4, torch.float32, torch.device("cpu"))
+    cache.keys(1)[1, 2] = 3.0
+    cache.values(0)[1, 2] = 4.0
+    cache.commit(torch.tensor([6]), torch.tensor([1]))
+    assert (cache.keys(1)[0, 1] == 3.0).all()
+    assert (cache.values(0)[0, 1] == 4.0).all()
+    assert (cache.keys(0)[0, 1] == 0.0).all()

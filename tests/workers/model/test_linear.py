@@ -1,0 +1,51 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from outrider.workers.model import huge_pages, linear
+from outrider.workers.model.linear import Linear, packing_works
+
+NO_BIAS = torch.empty(0)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 8, 33])
+@pytest.mark.parametrize(("features", "outputs"), [(24, 40), (65, 31), (256, 512)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_gives_what_a_plain_product_gives(
+    rows: int, features: int, outputs: int, dtype: torch.dtype
+) -> None:
+    if not packing_works(dtype):
+        pytest.skip(f"no packed layout for {dtype} on this machine")
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(outputs, features, generator=generator) / features**0.5).to(dtype)
+    bias = torch.randn(outputs, generator=generator).to(dtype)
+    x = torch.randn(rows, features, generator=generator).to(dtype)
+    for b in (bias, NO_BIAS):
+        packed = Linear(weight, b, packed=True)
+        assert packed.packed
+        want = F.linear(x, weight, b if b.numel() else None)
+        # Sums of order 1 in another order: some 1e-7 in float32, one rounding (2^-8 of up to 4) in bfloat16.
+        tolerance = 2e-6 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(packed(x), want, atol=tolerance, rtol=0)
+
+
+def test_a_row_is_the_same_alone_and_padded() -> None:
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    packed = Linear(weight, NO_BIAS, packed=True)
+    x = torch.randn(4, 32)
+    torch.testing.assert_close(packed(x[:1]), packed(x)[:1], atol=1e-6, rtol=0)
+
+
+def test_falls_back_where_packing_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "packing_works", lambda dtype: False)
+    weight, x = torch.randn(6, 5), torch.randn(2, 5)
+    plain = Linear(weight, NO_BIAS, packed=True)
+    assert not plain.packed
+    assert torch.equal(plain(x), F.linear(x, weight))
+
+
+def test_huge_pages_are_asked_for_inside_the_range_only() -> None:
+    assert not huge_pages.collapse(4096, huge_pages.HUGE_PAGE_BYTES)  # holds no whole aligned huge page
+    values = torch.arange(3 * huge_pages.HUGE_PAGE_BYTES // 4, dtype=torch.int32)
+    huge_pages.collapse(values.data_ptr(), values.nbytes)
+    assert torch.equal(values, torch.arange(values.numel(), dtype=torch.int32))

@@ -1,0 +1,81 @@
+"""Ranks together compute what one rank computes, whether or not anything divides."""
+
+import pytest
+import torch
+
+from outrider.workers.model.batch import SequenceRows, build_batch, chain
+from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.config import ModelConfig
+from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.transformer import Transformer
+from support.tensor_source import TensorSource, reference_model, tiny_config
+from support.threaded_communicator import ThreadedCommunicator, run_ranks
+
+CPU = torch.device("cpu")
+PAGE = 8
+TREE = [0, 0, 0, 1, 1, 2]
+
+CONFIGS = {
+    "9 heads on 3": tiny_config(num_heads=9, num_kv_heads=3),
+    "4 heads on 2": tiny_config(num_heads=4, num_kv_heads=2),
+    "14 heads on 2, qwen2": tiny_config("qwen2", num_heads=14, num_kv_heads=2),
+    "6 heads on 1, tied": tiny_config(num_heads=6, num_kv_heads=1, tied_embeddings=True),
+    "qwen3": tiny_config("qwen3", num_heads=5, num_kv_heads=5),
+    "odd MLP and vocabulary": tiny_config(num_heads=4, intermediate_size=101, vocab_size=307),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def logits_on(size: int, config: ModelConfig, source: TensorSource, packed: bool) -> torch.Tensor:
+    """A prompt, then a tree behind it, on `size` ranks: [rows, vocab]."""
+    tokens = torch.randint(0, config.vocab_size, (76,), generator=torch.Generator().manual_seed(3)).tolist()
+
+    def work(communicator: ThreadedCommunicator) -> list[torch.Tensor]:
+        plan = ShardPlan(config, communicator.rank, size)
+        model = Transformer(config, plan, source, communicator, torch.float32, CPU, packed)
+        cache = PagedCache(config, plan, 16, PAGE, torch.float32, CPU)
+        pages = [3, 9, 1, 0, 7, 5, 11, 2, 4, 6]
+        out = []
+        for rows in (
+            SequenceRows(pages, 0, chain(70), 0, tokens[:70]),
+            SequenceRows(pages, 70, TREE, 0, tokens[70:]),
+        ):
+            hidden = model.forward(build_batch([rows], PAGE, CPU), cache)
+            shard = model.logits(hidden)
+            assert shard.shape[1] == len(plan.vocab)
+            out.append(shard)
+        return out
+
+    shards = run_ranks(size, work)
+    return torch.cat([torch.cat(step, dim=1) for step in zip(*shards, strict=True)])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_ranks_agree_with_one(config: ModelConfig, size: int, packed: bool) -> None:
+    source = reference_model(config)[1]
+    # Logits of order 1 to 10 whose sums are split otherwise: seen up to 7e-6.
+    torch.testing.assert_close(
+        logits_on(size, config, source, packed), logits_on(1, config, source, packed), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_rank_reads_only_its_own_slices(size: int) -> None:
+    config = tiny_config(num_heads=12, num_kv_heads=6, intermediate_size=768, vocab_size=768)
+    tensors = reference_model(config)[1]
+    matrices = sum(
+        tensors.shape(name)[0] * tensors.shape(name)[1] for name in tensors.names() if "norm" not in name
+    )
+    for rank in range(size):
+        tensors.reads.clear()
+        plan = ShardPlan(config, rank, size)
+        communicator = run_ranks(1, lambda solo: solo)[0]
+        Transformer(config, plan, tensors, communicator, torch.float32, CPU, True)
+        read = sum(numel for name, numel in tensors.reads if "norm" not in name)
+        assert read == matrices // size

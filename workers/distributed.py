@@ -1,0 +1,327 @@
+"""Everything that touches torch.distributed: the meeting point, the target's group, the link to the DraftWorker.
+
+The target's ranks are the default process group, as libraries that know tensor parallelism expect. The link
+is a group of two that stands outside of it: either side can die without the other, and comes back under the
+next epoch. No port is fixed: rank 0 of the target opens a store and hands out its address.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from outrider.workers.communicator import Communicator, PeerLostError, SoloCommunicator
+from outrider.workers.shared_memory import (
+    SharedSegment,
+    ShmCommunicator,
+    host_identity,
+    shared_memory_supported,
+)
+
+_FOREVER = timedelta(days=365)
+_TARGET, _DRAFT = 0, 1  # ranks of the link
+
+
+def open_store(host: str, timeout_s: float) -> dist.TCPStore:
+    """Open the meeting point on a free port of this host, as which others reach it by `host`. See `.port`."""
+    return dist.TCPStore(
+        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+    )
+
+
+def connect_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """Connect to the meeting point; whatever waits in it gives up after `timeout_s`.
+
+    Raises:
+        PeerLostError: nobody answers there.
+    """
+    try:
+        return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise PeerLostError(f"no store at {host}:{port}") from error
+
+
+def join_group(
+    store: dist.TCPStore, epoch: int, rank: int, size: int, transport: str, timeout_s: float
+) -> Communicator:
+    """Join the target's group. All ranks call it with the same arguments but their rank.
+
+    Args:
+        transport: `nccl`, `gloo`, `shm`, or `auto`: shm where all ranks share a host, else gloo. The tensors
+            of nccl groups may be on GPU or CPU.
+        timeout_s: how long to wait for a rank that does not answer.
+
+    Raises:
+        ValueError: `shm` where it cannot work.
+        PeerLostError: a rank has not come.
+    """
+    if size == 1:
+        return SoloCommunicator()
+    meeting = dist.PrefixStore(f"epoch{epoch}/target", store)
+    with _peer_errors(f"target rank {rank} did not meet the other ranks"):
+        if transport == "auto":
+            transport = "shm" if _share_memory(meeting, rank, size) else "gloo"
+        if transport == "shm":
+            return _join_shared_memory(meeting, rank, size, timeout_s)
+        return GroupCommunicator(store, meeting, rank, size, transport, timeout_s)
+
+
+class GroupCommunicator:
+    """A Communicator over the default process group."""
+
+    def __init__(
+        self,
+        store: dist.TCPStore,
+        meeting: dist.Store,
+        rank: int,
+        size: int,
+        transport: str,
+        timeout_s: float,
+    ) -> None:
+        """Join the default process group; one that is left from an earlier epoch is dropped.
+
+        Args:
+            store: the meeting point; the interface that leads there carries the group.
+            meeting: the group's own part of it.
+            transport: `gloo` or `nccl`.
+        """
+        if dist.is_initialized():
+            _drop_default_group()
+        # torch takes the interface of a default group from the environment and from nowhere else.
+        interface = _interface_towards(store.host, store.port)
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
+        dist.init_process_group(
+            "gloo" if transport == "gloo" else "cpu:gloo,cuda:nccl",
+            store=meeting,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        self._store = store  # the group stops working when its store is gone
+        self.rank = rank
+        self.size = size
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place where `x` is contiguous."""
+        x = x.contiguous()
+        with self._abort_on_error():
+            dist.all_reduce(x)
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[size, *x.shape]."""
+        x = x.contiguous()
+        out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
+        with self._abort_on_error():
+            dist.all_gather(list(out.unbind()), x)
+        return out
+
+    def broadcast(self, x: torch.Tensor) -> None:
+        """Overwrite `x` (contiguous) with that of rank 0."""
+        with self._abort_on_error():
+            dist.broadcast(x, 0)
+
+    def abort(self) -> None:
+        """Break the connections: waiting ranks, here and elsewhere, raise PeerLostError."""
+        if dist.is_initialized():
+            _drop_default_group()
+
+    def close(self) -> None:
+        """Leave the group."""
+        if dist.is_initialized():
+            _drop_default_group()
+
+    @contextmanager
+    def _abort_on_error(self) -> Iterator[None]:
+        # gloo does not pass errors on: a rank that waits for this one would hang until the time limit.
+        try:
+            if not dist.is_initialized():
+                raise PeerLostError("this rank has left its group")
+            yield
+        except RuntimeError as error:
+            self.abort()
+            raise PeerLostError(f"target group: {_first_line(error)}") from error
+
+
+class Link:
+    """Messages in order between rank 0 of the target and the DraftWorker, over gloo.
+
+    Each direction has one fixed length: int32 buffers, always sent whole. Receiving is a thread of its own,
+    because gloo cannot tell whether a message has come without waiting for it.
+    """
+
+    def __init__(
+        self,
+        store: dist.TCPStore,
+        epoch: int,
+        is_target: bool,
+        send_length: int,
+        receive_length: int,
+        timeout_s: float,
+    ) -> None:
+        """Connect the two ends; both call it.
+
+        Args:
+            store: the meeting point.
+            epoch: the same on both sides; another for each attempt.
+            is_target: which end this is.
+            send_length: int32 elements of the messages to the other end: its `receive_length`.
+            timeout_s: how long to wait for the other end, now and in `receive` and `send`.
+
+        Raises:
+            PeerLostError: the other end has not come.
+        """
+        self._peer = _DRAFT if is_target else _TARGET
+        self._timeout_s = timeout_s
+        self._out = torch.zeros(1 + send_length, dtype=torch.int32)  # a flag, then the message
+        self._in = torch.zeros(1 + receive_length, dtype=torch.int32)
+        self._sending = threading.Lock()
+        self._received: queue.Queue[torch.Tensor | PeerLostError] = queue.Queue()
+        self._lost: PeerLostError | None = None
+        self._closed = False
+        self._store = store
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        local = _address_towards(store.host, store.port)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=local)]
+        meeting = dist.PrefixStore(f"epoch{epoch}/link", store)
+        with _peer_errors("the link was not met by its other end"):
+            self._group = dist.ProcessGroupGloo(meeting, _TARGET if is_target else _DRAFT, 2, options)
+        threading.Thread(target=self._receive_all, name="link receiver", daemon=True).start()
+
+    def send(self, buffer: torch.Tensor) -> None:
+        """Send int32 [send_length]; the buffer may be changed afterwards. Raises PeerLostError."""
+        if self._lost is not None:
+            raise self._lost
+        assert not self._closed
+        assert buffer.shape == (len(self._out) - 1,)
+        with self._sending:
+            self._out[1:].copy_(buffer)
+            self._put(_MESSAGE)
+
+    def receive(self) -> torch.Tensor:
+        """The next message, int32 [receive_length], the caller's own.
+
+        Raises PeerLostError when the other end is gone (after the messages that it sent before) or silent.
+        """
+        try:
+            message = self._received.get(timeout=self._timeout_s)
+        except queue.Empty:
+            self._fail(PeerLostError(f"link: nothing received for {self._timeout_s:.0f} s"))
+            message = self._received.get()
+        if isinstance(message, PeerLostError):
+            self._received.put(message)  # for the next caller
+            raise message
+        return message
+
+    def poll(self) -> bool:
+        """Whether `receive` would return or raise at once."""
+        return not self._received.empty()
+
+    def abort(self) -> None:
+        """Wake whoever waits in `receive` with PeerLostError. May be called from any thread."""
+        self._fail(PeerLostError("link: aborted"))
+
+    def close(self) -> None:
+        """Say goodbye: the other end gets PeerLostError once it has read what was sent before."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._lost is None:
+            with self._sending:
+                try:
+                    self._put(_GOODBYE)
+                except PeerLostError:
+                    return
+
+    def _put(self, flag: int) -> None:
+        self._out[0] = flag
+        try:
+            self._group.send([self._out], self._peer, 0).wait(timedelta(seconds=self._timeout_s))
+        except RuntimeError as error:
+            raise self._fail(PeerLostError(f"link: {_first_line(error)}")) from error
+
+    def _fail(self, error: PeerLostError) -> PeerLostError:
+        if self._lost is None:
+            self._lost = error
+            self._received.put(error)
+        return self._lost
+
+    def _receive_all(self) -> None:
+        while True:
+            try:
+                # Not a time limit: one that runs out would leave the pair unusable.
+                self._group.recv([self._in], self._peer, 0).wait(_FOREVER)
+            except RuntimeError as error:
+                self._fail(PeerLostError(f"link: {_first_line(error)}"))
+                return
+            if int(self._in[0]) == _GOODBYE:
+                self._fail(PeerLostError("link: closed by the other end"))
+                self.close()  # answers, which ends the other end's thread
+                return
+            self._received.put(self._in[1:].clone())
+
+
+_MESSAGE, _GOODBYE = 1, 2
+
+
+def _join_shared_memory(meeting: dist.Store, rank: int, size: int, timeout_s: float) -> ShmCommunicator:
+    if not shared_memory_supported():
+        raise ValueError("target.all_reduce must be gloo on processors other than x86-64, got 'shm'")
+    if rank == 0:
+        segment = SharedSegment.create(size)
+        meeting.set("segment", segment.address)
+    else:
+        segment = SharedSegment.open(meeting.get("segment").decode())
+    return ShmCommunicator(segment, rank, size, timeout_s)
+
+
+def _share_memory(meeting: dist.Store, rank: int, size: int) -> bool:
+    meeting.set(f"host{rank}", host_identity() if shared_memory_supported() else f"rank {rank} alone")
+    return len({meeting.get(f"host{other}") for other in range(size)}) == 1
+
+
+def _drop_default_group() -> None:
+    # destroy_process_group alone leaves calls that wait on a dead rank waiting.
+    dist.distributed_c10d._abort_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _peer_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except PeerLostError:
+        raise
+    except RuntimeError as error:
+        raise PeerLostError(f"{what}: {_first_line(error)}") from error
+
+
+def _address_towards(host: str, port: int) -> str:
+    """The address of this machine from which packets to `host` go out."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing
+        address: str = probe.getsockname()[0]
+        return address
+
+
+def _interface_towards(host: str, port: int) -> str:
+    address = _address_towards(host, port)
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            return name
+    raise AssertionError(f"no interface has address {address}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

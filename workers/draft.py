@@ -1,0 +1,206 @@
+"""The DraftWorker: owns the drafter, drives the token loop, decides what is accepted."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from outrider.configs.schema import Config
+from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.distributed import Link, connect_store
+from outrider.workers.drafting.engine import DraftEngine
+from outrider.workers.drafting.model import ModelDrafter
+from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.config import ModelConfig
+from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.transformer import Transformer
+from outrider.workers.rounds.budget import CostModel, TargetProfile
+from outrider.workers.rounds.link import DraftSender
+from outrider.workers.rounds.loop import LoopOptions, RoundLoop
+from outrider.workers.rounds.messages import Draft, SequenceStart, SequenceStep
+from outrider.workers.rounds.pages import PagePool
+from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
+from outrider.workers.rounds.sequence import Request, TokenEvent
+from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.setup import (
+    load_model,
+    message_capacity,
+    num_draft_pages,
+    num_target_pages,
+    peak_memory_bytes,
+    torch_device,
+    torch_dtype,
+)
+from outrider.workers.trace import Tracer
+
+_ROWS_PER_STEP = 4  # nodes of one sequence that a drafter step expands
+_PROFILE_REPEATS = 3
+
+
+class DraftWorker:
+    """One process: `load`, `connect`, `profile`, then `run` until `stop`; requests come from other threads."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._tracer = Tracer("draft", config.rounds.trace)
+        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+
+    def load(self, progress: Callable[[str, int, int], None]) -> None:
+        """Read the draft model, where there is one. `progress(what, done_bytes, total_bytes)`.
+
+        Raises:
+            ValueError: a checkpoint is missing or does not fit the configuration.
+        """
+        torch.set_num_threads(self.config.draft.num_threads)
+        target = load_model(self.config, "target", progress).config
+        num_pages = num_target_pages(self.config, target)
+        self._drafting = DraftEngine(self.config.draft.ngram)
+        if "model" in self.config.draft.methods:
+            self._drafting.add(self._load_model(target, progress))
+        rounds = self.config.rounds
+        limits = SchedulerLimits(rounds.max_sequences, rounds.max_round_tokens, rounds.prefill_chunk)
+        pool = PagePool(num_pages, self.config.target.page_size, rounds.prefix_sharing)
+        self._scheduler = Scheduler(limits, pool)
+
+    def connect(self, host: str, port: int, epoch: int) -> None:
+        """Open the link to rank 0 of the target, which must call its own `connect` meanwhile."""
+        timeout_s = self.config.cluster.group_timeout_s
+        capacity = message_capacity(self.config)
+        store = connect_store(host, port, timeout_s)
+        link = Link(store, epoch, False, capacity.draft_ints, capacity.scores_ints, timeout_s)
+        self._link = DraftSender(link, capacity)
+
+    def profile(self, progress: Callable[[str, int, int], None]) -> TargetProfile:
+        """Time the target for the row counts of `rounds.profile_node_counts`; call before `run`.
+
+        Each count is timed with a chain of rows and no context, all of them sampled: the median of a few runs.
+        """
+        counts = self.config.rounds.profile_node_counts
+        seconds = []
+        for done, count in enumerate(counts):
+            progress("profile", done, len(counts))
+            times = sorted(self._time_target(count) for _ in range(_PROFILE_REPEATS))
+            seconds.append(times[len(times) // 2])
+        progress("profile", len(counts), len(counts))
+        profile = TargetProfile(tuple(counts), tuple(seconds))
+        self._loop = RoundLoop(
+            self._link,
+            self._scheduler,
+            self._drafting,
+            CostModel(profile),
+            self._loop_options(),
+            self._tracer,
+            self._events.put,
+        )
+        return profile
+
+    def run(self) -> None:
+        """The token loop, until `stop` or until the target is gone (PeerLostError)."""
+        try:
+            self._loop.run()
+        finally:
+            self._link.close()
+
+    def stop(self) -> None:
+        """End `run` after the rounds under way."""
+        self._loop.stop()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request that was checked at the door; its tokens come out of `next_events`."""
+        self._loop.submit(request)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request early; ids that are not running are ignored."""
+        self._loop.cancel(request_id)
+
+    def next_events(self, timeout_s: float) -> list[TokenEvent]:
+        """Events since the last call; waits up to `timeout_s` for the first."""
+        events = []
+        try:
+            events.append(self._events.get(timeout=timeout_s))
+            while True:
+                events.append(self._events.get_nowait())
+        except queue.Empty:
+            return events
+
+    def stats(self) -> dict[str, Any]:
+        """Seconds per kind of work since the start, measured costs, and the peak memory of this process."""
+        cost = self._loop.cost
+        return {
+            "busy_s": self._tracer.totals(),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "profile": dict(zip(cost.profile.num_rows, cost.profile.seconds, strict=True)),
+            "target_correction": cost.correction,
+            "draft_step_s": cost.draft_step_s,
+            "num_available_pages": self._scheduler.pool.num_available,
+        }
+
+    def trace_events(self) -> list[dict[str, Any]]:
+        """Spans for a Chrome trace; empty unless `rounds.trace` is on."""
+        return self._tracer.events()
+
+    def _load_model(self, target: ModelConfig, progress: Callable[[str, int, int], None]) -> ModelDrafter:
+        draft, rounds = self.config.draft, self.config.rounds
+        device, dtype = torch_device(draft.device), torch_dtype(draft.dtype)
+        source = load_model(self.config, "draft", progress)
+        plan = ShardPlan(source.config, 0, 1)
+        total, done = source.total_bytes(dtype), 0
+
+        def count(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            progress("load", min(done, total), total)
+
+        model = Transformer(
+            source.config, plan, source, SoloCommunicator(), dtype, device, draft.packed_weights, count
+        )
+        page_size = self.config.target.page_size
+        cache = PagedCache(
+            source.config, plan, num_draft_pages(self.config, source.config), page_size, dtype, device
+        )
+        vocab_size = source.config.vocab_size
+        return ModelDrafter(
+            model=model,
+            cache=cache,
+            pool=PagePool(cache.num_pages, page_size, rounds.prefix_sharing),
+            sampler=Sampler(vocab_size, range(vocab_size), SoloCommunicator()),
+            estimator=self._drafting.estimator,
+            num_target_tokens=target.vocab_size,
+            max_children=self.config.tree.max_children,
+            rows_per_sequence=_ROWS_PER_STEP,
+            max_rows=max(_ROWS_PER_STEP, rounds.max_sequences),
+            prefill_chunk=rounds.prefill_chunk,
+        )
+
+    def _loop_options(self) -> LoopOptions:
+        rounds = self.config.rounds
+        return LoopOptions(
+            overlapped=rounds.loop == "overlapped",
+            num_lanes=rounds.lanes,
+            merge_lanes=rounds.merge_lanes,
+            draft_ahead=rounds.draft_ahead,
+            fixed_budget=self.config.tree.budget == "fixed",
+            draft_costs=self.config.draft.placement == "shared",
+            max_round_tokens=rounds.max_round_tokens,
+        )
+
+    def _time_target(self, num_rows: int) -> float:
+        """Seconds from sending a chain of `num_rows` rows to having the scores of all of them."""
+        pool, sampling = self._scheduler.pool, SamplingParams(temperature=0.0)
+        pages = pool.allocate(min(pool.pages_for(num_rows), pool.num_available))
+        num_rows = min(num_rows, len(pages) * pool.page_size)
+        chain = (0, *range(num_rows - 1))
+        step = SequenceStep(0, (), tuple(pages), (0,) * num_rows, chain, 0)
+        begun = time.monotonic()
+        self._link.send(Draft(0, (SequenceStart(0, 1, 0, sampling),), (), (step,)))
+        self._link.receive()
+        seconds = time.monotonic() - begun
+        self._link.send(Draft(0, (), (0,), ()))
+        self._link.receive()
+        pool.release(pages)
+        return seconds

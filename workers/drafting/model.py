@@ -1,0 +1,291 @@
+"""Draft method `model`: a small language model grows the tree best first, under the noise of the target.
+
+Each step runs the nodes whose continuations promise most through the model, with their KV rows written behind
+the committed prefix of the drafter's own paged cache. A verdict keeps the rows of the path that came out and
+of everything that survives below it (SwiftSpec, arXiv 2506.11309).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field
+
+import torch
+
+from outrider.workers.drafting.acceptance import AcceptanceEstimator, model_source
+from outrider.workers.model.batch import SequenceRows, build_batch, chain
+from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.transformer import Transformer
+from outrider.workers.rounds.pages import PagePool
+from outrider.workers.rounds.sequence import Sequence
+from outrider.workers.sampling.context import PenaltyState
+from outrider.workers.sampling.sampler import RowContext, Sampler
+
+MODEL_METHOD = 1
+_MAX_LAG = 32  # tokens the model reads on the way to drafting; more are read in chunks beforehand
+_MIN_GAIN = 0.01  # expected accepted tokens below which a node is not worth a row
+_SMOOTHING = 0.05
+
+
+@dataclass
+class _CachedSequence:
+    """The drafter's rows of one sequence: `context_len` committed ones, then one per expanded tree node."""
+
+    penalties: PenaltyState
+    pages: list[int] = field(default_factory=list)
+    context_len: int = 0
+    num_pages_remembered: int = 0
+    rows: dict[int, int] = field(default_factory=dict)  # tree node -> tree row; row 0 is the root
+    parents: list[int] = field(default_factory=list)  # tree row -> parent's tree row
+
+    def lag(self, sequence: Sequence) -> int:
+        """Known tokens without a row, the root included; 0 once the root has been expanded."""
+        return 0 if self.rows else len(sequence.tokens) - self.context_len
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Rows that one sequence puts into a forward, and which tree nodes the last of them stand for."""
+
+    sequence: Sequence
+    nodes: tuple[int, ...]
+    rows: SequenceRows
+
+
+class ModelDrafter:
+    """Grows trees with a draft model. Never fails a request: without pages it just proposes nothing."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: PagedCache,
+        pool: PagePool,
+        sampler: Sampler,
+        estimator: AcceptanceEstimator,
+        num_target_tokens: int,
+        max_children: int,
+        rows_per_sequence: int,
+        max_rows: int,
+        prefill_chunk: int,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._pool = pool
+        self._sampler = sampler
+        self._estimator = estimator
+        self._num_target_tokens = num_target_tokens  # a padded vocabulary may have more ids than the target
+        self._max_children = max_children
+        self._rows_per_sequence = rows_per_sequence
+        self._max_rows = max_rows
+        self._prefill_chunk = prefill_chunk
+        self._cached: dict[str, _CachedSequence] = {}
+        self._yield = 0.6  # accepted tokens expected below a node that is accepted itself
+
+    def start(self, sequence: Sequence) -> None:
+        """Take the shared pages that hold the beginning of the prompt."""
+        pages = self._pool.share_prefix(sequence.tokens, len(sequence.tokens) - 1)
+        self._cached[sequence.id] = _CachedSequence(
+            penalties=PenaltyState(sequence.request.prompt_tokens),
+            pages=pages,
+            context_len=len(pages) * self._pool.page_size,
+            num_pages_remembered=len(pages),
+        )
+
+    def finish(self, sequence: Sequence) -> None:
+        """Give the pages back."""
+        self._pool.release(self._cached.pop(sequence.id).pages)
+
+    def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
+        """Read one chunk, shared between the sequences that lag far behind."""
+        room, work = self._prefill_chunk, []
+        for sequence in sequences:
+            cached = self._cached[sequence.id]
+            missing = cached.lag(sequence) - 1  # the root is left for drafting
+            count = min(missing, room)
+            if missing < _MAX_LAG or count <= 0 or not self._take_pages(cached, cached.context_len + count):
+                continue
+            room -= count
+            tokens = sequence.tokens[cached.context_len : cached.context_len + count]
+            rows = SequenceRows(cached.pages, cached.context_len, chain(count), 0, tokens)
+            work.append(_Work(sequence, (), rows))
+        if work:
+            self._forward(work)
+            for item in work:
+                self._commit_rows(item.sequence, len(item.rows.tokens))
+
+    def expected_gain(self, sequences: SequenceABC[Sequence]) -> float:
+        """Expected accepted tokens that the next step adds to this round's trees."""
+        return sum(
+            gain
+            for sequence in sequences
+            for gain, node in self._frontier(sequence)
+            if sequence.tree.nodes[node].depth < sequence.request.draft.max_depth
+        )
+
+    def survival(self, sequences: SequenceABC[Sequence]) -> float:
+        """Probability that the best node to expand next is accepted."""
+        values = [s.tree.nodes[node].value for s in sequences for _, node in self._frontier(s)[:1]]
+        return max(values, default=0.0)
+
+    @torch.inference_mode()
+    def step(self, sequences: SequenceABC[Sequence]) -> bool:
+        """Expand the most promising nodes of these trees in one forward."""
+        work = self._choose(sequences)
+        if not work:
+            return False
+        hidden = self._forward(work)
+        proposing: list[int] = []
+        contexts: list[RowContext] = []
+        at = 0
+        for item in work:
+            at += len(item.rows.tokens)
+            proposing += range(at - len(item.nodes), at)
+            contexts += [self._context(item.sequence, node) for node in item.nodes]
+        logits = self._model.logits(hidden[torch.tensor(proposing)])
+        tokens, log_probs = self._sampler.propose(logits, contexts, self._max_children)
+        proposals = zip(tokens.tolist(), log_probs.tolist(), strict=True)
+        promised = gained = 0.0
+        for item in work:
+            self._remember_rows(item)
+            for node in item.nodes:
+                promised += item.sequence.tree.nodes[node].value
+                gained += self._add_children(item.sequence, node, *next(proposals))
+        self._yield += _SMOOTHING * (gained / max(promised, 1e-9) - self._yield)
+        return True
+
+    def rerooted(self, sequence: Sequence, path: list[int], survivors: dict[int, int]) -> None:
+        """Keep the rows of the path that came out and of the survivors below it, contiguous again."""
+        cached = self._cached[sequence.id]
+        old_rows = cached.rows
+        for token in sequence.tokens[len(sequence.tokens) - len(path) :]:
+            cached.penalties.add(token)
+        kept = [old_rows[node] for node in path if node in old_rows]
+        new_root = next((old for old, new in survivors.items() if new == 0), -1)
+        alive = len(kept) == len(path) and new_root in old_rows
+        staying = sorted((new, old) for old, new in survivors.items() if old in old_rows) if alive else []
+        kept_and_staying = kept + [old_rows[old] for _, old in staying]
+        self._move_rows(cached, kept_and_staying)
+        self._commit_rows(sequence, len(kept))
+        cached.rows = {new: row for row, (new, _) in enumerate(staying)}
+        nodes = sequence.tree.nodes
+        cached.parents = [cached.rows[nodes[new].parent] for new, _ in staying]
+
+    def _choose(self, sequences: SequenceABC[Sequence]) -> list[_Work]:
+        candidates = [
+            (gain, index, node)
+            for index, sequence in enumerate(sequences)
+            for gain, node in self._frontier(sequence)
+        ]
+        candidates.sort(reverse=True)
+        chosen: dict[int, list[int]] = {}
+        for _, index, node in candidates[: self._max_rows]:
+            chosen.setdefault(index, []).append(node)
+        work = [self._work(sequences[index], sorted(nodes)) for index, nodes in sorted(chosen.items())]
+        return [item for item in work if item.nodes]
+
+    def _frontier(self, sequence: Sequence) -> list[tuple[float, int]]:
+        """(expected gain, node) of the nodes that may be expanded next, best first.
+
+        The gain of a node is what the model is expected to add to what other methods proposed there already.
+        """
+        cached, nodes = self._cached[sequence.id], sequence.tree.nodes
+        if not cached.rows:
+            return [(self._gain(sequence, 0), 0)] if cached.lag(sequence) <= _MAX_LAG else []
+        # Deeper than this round can use: a path of one round, the token after it, a path of the next.
+        depth_limit = min(2 * sequence.request.draft.max_depth + 1, sequence.num_remaining - 1)
+        frontier = [
+            (self._gain(sequence, child), child)
+            for node in cached.rows
+            for child in nodes[node].children.values()
+            if child not in cached.rows and nodes[child].depth < depth_limit
+        ]
+        frontier = [item for item in frontier if item[0] > _MIN_GAIN]
+        return sorted(frontier, reverse=True)[: self._rows_per_sequence]
+
+    def _gain(self, sequence: Sequence, node: int) -> float:
+        nodes = sequence.tree.nodes
+        proposed = sum(nodes[child].acceptance for child in nodes[node].children.values())
+        return nodes[node].value * max(0.0, self._yield - proposed)
+
+    def _work(self, sequence: Sequence, nodes: list[int]) -> _Work:
+        cached = self._cached[sequence.id]
+        num_new = len(nodes) if cached.rows else cached.lag(sequence)
+        if not self._take_pages(cached, cached.context_len + len(cached.rows) + num_new):
+            return _Work(sequence, (), SequenceRows([], 0, [], 0, []))
+        if not cached.rows:
+            tokens = sequence.tokens[cached.context_len :]
+            rows = SequenceRows(cached.pages, cached.context_len, chain(len(tokens)), 0, tokens)
+            return _Work(sequence, (0,), rows)
+        tree = sequence.tree.nodes
+        parents = cached.parents + [cached.rows[tree[node].parent] for node in nodes]
+        tokens = [tree[node].token for node in nodes]
+        rows = SequenceRows(cached.pages, cached.context_len, parents, len(cached.parents), tokens)
+        return _Work(sequence, tuple(nodes), rows)
+
+    def _forward(self, work: list[_Work]) -> torch.Tensor:
+        batch = build_batch([item.rows for item in work], self._cache.page_size, self._model.device)
+        return self._model.forward(batch, self._cache)  # [num_rows, hidden]
+
+    def _context(self, sequence: Sequence, node: int) -> RowContext:
+        tree = sequence.tree
+        return RowContext(
+            params=sequence.request.sampling,
+            position=tree.nodes[node].position + 1,
+            penalties=self._cached[sequence.id].penalties,
+            path_tokens=tuple(tree.path_tokens(node)),
+        )
+
+    def _remember_rows(self, item: _Work) -> None:
+        cached = self._cached[item.sequence.id]
+        if not cached.rows:
+            self._commit_rows(item.sequence, len(item.rows.tokens) - 1)
+            cached.rows, cached.parents = {0: 0}, [0]
+            return
+        for node in item.nodes:
+            cached.rows[node] = len(cached.rows)
+        cached.parents = list(item.rows.parents)
+
+    def _add_children(
+        self, sequence: Sequence, node: int, tokens: list[int], log_probs: list[float]
+    ) -> float:
+        """Put the proposals into the tree; returns the expected accepted tokens among them."""
+        tree, gained = sequence.tree, 0.0
+        for rank, token in enumerate(tokens):
+            if log_probs[rank] == float(
+                "-inf"
+            ):  # top-k, top-p or min-p removed it: the target cannot pick it
+                break
+            if token >= self._num_target_tokens:
+                continue
+            source, prior = model_source(MODEL_METHOD, rank, log_probs)
+            child = tree.add_child(node, token, self._estimator.estimate(source, prior), source)
+            gained += tree.nodes[child].value
+        return gained
+
+    def _take_pages(self, cached: _CachedSequence, num_rows: int) -> bool:
+        missing = self._pool.pages_for(num_rows) - len(cached.pages)
+        if missing > self._pool.num_available:
+            return False
+        if missing > 0:
+            cached.pages += self._pool.allocate(missing)
+        return True
+
+    def _commit_rows(self, sequence: Sequence, count: int) -> None:
+        cached = self._cached[sequence.id]
+        cached.context_len += count
+        known = sequence.tokens[: cached.context_len]
+        cached.num_pages_remembered = self._pool.remember_prefix(
+            cached.pages, known, cached.num_pages_remembered
+        )
+
+    def _move_rows(self, cached: _CachedSequence, rows: list[int]) -> None:
+        """Move tree rows `rows` to rows 0, 1, 2, …"""
+        moves = [(old, new) for new, old in enumerate(rows) if old != new]
+        if moves:
+            sources = torch.tensor([self._slot(cached, old) for old, _ in moves])
+            targets = torch.tensor([self._slot(cached, new) for _, new in moves])
+            self._cache.commit(sources.to(self._model.device), targets.to(self._model.device))
+
+    def _slot(self, cached: _CachedSequence, row: int) -> int:
+        page, offset = divmod(cached.context_len + row, self._pool.page_size)
+        return cached.pages[page] * self._pool.page_size + offset

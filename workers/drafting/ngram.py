@@ -1,0 +1,82 @@
+"""Draft method `ngram`: look the last tokens up in the prompt and the output, propose what followed there.
+
+The idea is prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding), also transformers'
+`prompt_lookup_num_tokens`. Here the occurrences are kept in an index, ranked by how far back they agree, and
+enter the same tree as the proposals of other methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceABC
+
+from outrider.configs.schema import NgramConfig
+from outrider.workers.drafting.acceptance import AcceptanceEstimator
+from outrider.workers.rounds.tree import GrowingTree
+
+NGRAM_METHOD = 0
+_MAX_OCCURRENCES = 16  # the most recent ones are compared
+_MATCH_EDGES = (3, 4, 5, 7, 10, 15, 24)  # tokens
+
+
+class NgramIndex:
+    """Where each run of `min_match` tokens of one sequence ends; extended as the sequence grows."""
+
+    def __init__(self, config: NgramConfig) -> None:
+        self.config = config
+        self._ends: dict[tuple[int, ...], list[int]] = {}
+        self._num_indexed = 0
+
+    def continuations(self, tokens: SequenceABC[int], max_length: int) -> list[tuple[int, list[int]]]:
+        """(match length, tokens that followed) of earlier occurrences of the last tokens, longest match first."""
+        self._extend(tokens)
+        width = self.config.min_match
+        if len(tokens) <= width or max_length < 1:
+            return []
+        ends = self._ends.get(tuple(tokens[-width:]), [])
+        ranked = sorted(
+            ((self._match_length(tokens, end), end) for end in ends[-_MAX_OCCURRENCES:] if end < len(tokens)),
+            reverse=True,
+        )
+        found: list[tuple[int, list[int]]] = []
+        for length, end in ranked:
+            # A match that overlaps the end repeats itself: its continuation wraps around with the period.
+            period = len(tokens) - end
+            follow = [tokens[end + i % period] for i in range(max_length)]
+            if all(follow != other for _, other in found):
+                found.append((length, follow))
+            if len(found) == self.config.max_candidates:
+                break
+        return found
+
+    def _extend(self, tokens: SequenceABC[int]) -> None:
+        width = self.config.min_match
+        for end in range(max(self._num_indexed + 1, width), len(tokens) + 1):
+            self._ends.setdefault(tuple(tokens[end - width : end]), []).append(end)
+        self._num_indexed = len(tokens)
+
+    def _match_length(self, tokens: SequenceABC[int], end: int) -> int:
+        length, limit = self.config.min_match, min(self.config.max_match, end)
+        while length < limit and tokens[end - 1 - length] == tokens[-1 - length]:
+            length += 1
+        return length
+
+
+def propose_ngrams(
+    index: NgramIndex,
+    tokens: SequenceABC[int],
+    tree: GrowingTree,
+    max_depth: int,
+    estimator: AcceptanceEstimator,
+) -> None:
+    """Add the continuations of the last tokens to the tree, whose root is `tokens[-1]`."""
+    for rank, (length, follow) in enumerate(index.continuations(tokens, max_depth)):
+        node = 0
+        for depth, token in enumerate(follow):
+            # Once the tokens before it are accepted, the match is longer by as many.
+            source = (NGRAM_METHOD, rank, _match_bucket(length + depth))
+            prior = 0.5 * (1.0 - 0.85 ** (length + depth)) + (0.35 if rank == 0 else 0.0)
+            node = tree.add_child(node, token, estimator.estimate(source, prior), source)
+
+
+def _match_bucket(length: int) -> int:
+    return sum(length >= edge for edge in _MATCH_EDGES)

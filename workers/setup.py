@@ -1,0 +1,100 @@
+"""From a configuration to loaded models, cache sizes, groups and links: what both workers do to get ready."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from outrider.configs.schema import Config
+from outrider.workers.model.cache import bytes_per_page
+from outrider.workers.model.config import ModelConfig
+from outrider.workers.model.shard import ShardPlan
+from outrider.workers.rounds.messages import MessageCapacity
+from outrider.workers.weights.progress import Progress
+from outrider.workers.weights.resolver import open_source, resolve
+from outrider.workers.weights.source import WeightSource
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The configuration's dtype as torch's."""
+    return _DTYPES[name]
+
+
+def torch_device(name: str) -> torch.device:
+    """`auto` is the GPU that this process was given, or the CPU where it was given none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be auto or cpu on a machine without a usable GPU, got 'cuda'")
+    return torch.device(name)
+
+
+def load_model(config: Config, role: Literal["target", "draft"], progress: Progress) -> WeightSource:
+    """Find (or download) the checkpoint of the target or the drafter and open it.
+
+    Raises:
+        ValueError: names `target.model` or `draft.model` and what was tried.
+    """
+    model = config.target.model if role == "target" else config.draft.model
+    cache_dir = Path(config.cluster.model_cache_dir).expanduser()
+    return open_source(resolve(model, cache_dir, progress, f"{role}.model"))
+
+
+def num_target_pages(config: Config, model: ModelConfig) -> int:
+    """KV pages of the target: the same on every rank, so the rank with the most KV heads decides.
+
+    Raises:
+        ValueError: `target.kv_cache_bytes` does not hold one page.
+    """
+    target = config.target
+    per_page = max(
+        bytes_per_page(
+            model, ShardPlan(model, rank, target.tp_size), torch_dtype(target.dtype), target.page_size
+        )
+        for rank in range(target.tp_size)
+    )
+    return _num_pages("target", target.kv_cache_bytes, per_page)
+
+
+def num_draft_pages(config: Config, model: ModelConfig) -> int:
+    """KV pages of the draft model.
+
+    Raises:
+        ValueError: `draft.kv_cache_bytes` does not hold one page.
+    """
+    draft = config.draft
+    per_page = bytes_per_page(
+        model, ShardPlan(model, 0, 1), torch_dtype(draft.dtype), config.target.page_size
+    )
+    return _num_pages("draft", draft.kv_cache_bytes, per_page)
+
+
+def max_sequence_tokens(config: Config, model: ModelConfig) -> int:
+    """Longest sequence (prompt and output, tokens) that can be served: context limits and the whole KV cache."""
+    rows = num_target_pages(config, model) * config.target.page_size
+    return min(config.target.max_context, model.max_context, rows)
+
+
+def message_capacity(config: Config) -> MessageCapacity:
+    """Buffer sizes of the link; both ends and all ranks must use the same."""
+    rounds = config.rounds
+    pages_per_sequence = -(-config.target.max_context // config.target.page_size)
+    return MessageCapacity.for_limits(rounds.max_round_tokens, rounds.max_sequences, pages_per_sequence)
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _num_pages(role: str, kv_cache_bytes: int, bytes_per_page: int) -> int:
+    if kv_cache_bytes < bytes_per_page:
+        raise ValueError(
+            f"{role}.kv_cache_bytes must be at least {bytes_per_page} (one page), got {kv_cache_bytes}"
+        )
+    return kv_cache_bytes // bytes_per_page
