@@ -80,11 +80,11 @@ class TargetConfig:
 class NgramConfig:
     """Draft method `ngram`: continuations of earlier occurrences of the last tokens, in prompt and output."""
 
-    min_match: int = 2
+    min_match: int = 1
     """Shortest run of last tokens that is looked up."""
 
-    max_match: int = 4
-    """Longest run of last tokens that is looked up; longer matches are tried first."""
+    max_match: int = 16
+    """Longest run of last tokens that is compared: occurrences that agree further back are trusted more."""
 
     max_candidates: int = 2
     """Most occurrences whose continuations enter one tree."""
@@ -147,10 +147,10 @@ class TreeConfig:
     budget: Literal["measured", "fixed"] = "measured"
     """`measured`: as many nodes as pay, from target times taken at start-up; `fixed`: always `max_nodes`."""
 
-    max_nodes: int = 16
+    max_nodes: int = 24
     """Most drafted nodes per sequence and round, the root not counted; 0: plain decoding."""
 
-    max_depth: int = 8
+    max_depth: int = 16
     """Longest drafted path, in tokens."""
 
     max_children: int = 3

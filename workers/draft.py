@@ -38,8 +38,9 @@ from outrider.workers.setup import (
 )
 from outrider.workers.trace import Tracer
 
-_ROWS_PER_STEP = 4  # nodes of one sequence that a drafter step expands
+_ROWS_PER_STEP = 6  # nodes of one sequence that a drafter step expands
 _PROFILE_REPEATS = 3
+_HEARTBEAT_S = 2.0  # at most: so long after it a lost target is noticed by an idle DraftWorker
 
 
 class DraftWorker:
@@ -175,6 +176,7 @@ class DraftWorker:
             rows_per_sequence=_ROWS_PER_STEP,
             max_rows=max(_ROWS_PER_STEP, rounds.max_sequences),
             prefill_chunk=rounds.prefill_chunk,
+            tracer=self._tracer,
         )
 
     def _loop_options(self) -> LoopOptions:
@@ -187,6 +189,7 @@ class DraftWorker:
             fixed_budget=self.config.tree.budget == "fixed",
             draft_costs=self.config.draft.placement == "shared",
             max_round_tokens=rounds.max_round_tokens,
+            heartbeat_s=min(_HEARTBEAT_S, self.config.cluster.group_timeout_s / 4),
         )
 
     def _time_target(self, num_rows: int) -> float:

@@ -111,6 +111,7 @@ class LocalEngine:
                     rows_per_sequence=4,
                     max_rows=16,
                     prefill_chunk=prefill_chunk,
+                    tracer=Tracer("draft model", False),
                 )
             )
         limits = SchedulerLimits(max_sequences, max_round_tokens, prefill_chunk)
@@ -190,7 +191,7 @@ class LocalEngine:
             raise
 
 
-def default_options(**changes: bool | int) -> LoopOptions:
+def default_options(**changes: float) -> LoopOptions:
     """Both lanes, everything overlapped, budget measured; `changes` name fields of LoopOptions."""
     values = {
         "overlapped": True,
@@ -200,6 +201,7 @@ def default_options(**changes: bool | int) -> LoopOptions:
         "fixed_budget": False,
         "draft_costs": False,
         "max_round_tokens": 256,
+        "heartbeat_s": 2.0,
     }
     return LoopOptions(**{**values, **changes})
 

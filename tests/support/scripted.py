@@ -20,6 +20,7 @@ from outrider.workers.rounds.messages import Draft, MessageCapacity, Scores, Ste
 from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
 from outrider.workers.rounds.sequence import DraftOptions, Request, Sequence, TokenEvent
+from outrider.workers.rounds.tree import GrowingNode
 from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.trace import Tracer
 from support.local_engine import queue_links
@@ -33,8 +34,9 @@ def right_token(position: int) -> int:
 class ScriptedTarget:
     """Answers a round after `verify_s`, whatever its size."""
 
-    def __init__(self, verify_s: float) -> None:
+    def __init__(self, verify_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
         self._verify_s = verify_s
+        self._sleep = sleep
         self._context: dict[int, int] = {}
 
     def step(self, draft: Draft) -> Scores:
@@ -52,7 +54,7 @@ class ScriptedTarget:
             sampled = [right_token(first + depth) for depth in depths[step.first_sampled :]]
             steps.append(StepScores(tuple(sampled), (), (), ()))
         if draft.steps:
-            time.sleep(self._verify_s)
+            self._sleep(self._verify_s)
         return Scores(draft.round_id, tuple(steps), 0.0, self._verify_s, 0.0)
 
 
@@ -60,9 +62,14 @@ class ScriptedDrafter:
     """One more token on the deepest path of each tree, every `step_s`; right, or always wrong."""
 
     def __init__(
-        self, step_s: float, is_right: Callable[[int], bool], estimator: AcceptanceEstimator
+        self,
+        step_s: float,
+        is_right: Callable[[int], bool],
+        estimator: AcceptanceEstimator,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._step_s = step_s
+        self._sleep = sleep
         self._estimator = estimator
         self._is_right = is_right  # by position
 
@@ -75,27 +82,27 @@ class ScriptedDrafter:
     def rerooted(self, sequence: Sequence, path: list[int], survivors: dict[int, int]) -> None: ...
 
     def expected_gain(self, sequences: SequenceABC[Sequence]) -> float:
-        return sum(self._deepest(s) < s.request.draft.max_depth for s in sequences)
+        open_trees = [s for s in sequences if self._deepest(s).depth < s.request.draft.max_depth]
+        return self._estimator.estimate((1,), 0.5) * sum(self._deepest(s).value for s in open_trees)
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
-        return max(max(s.tree.nodes, key=lambda node: node.depth).value for s in sequences)
+        return max(self._deepest(s).value * (len(s.tree) > len(s.sent_tree.tokens)) for s in sequences)
 
     def step(self, sequences: SequenceABC[Sequence]) -> bool:
-        open_sequences = [s for s in sequences if self._deepest(s) <= 2 * s.request.draft.max_depth]
+        open_sequences = [s for s in sequences if self._deepest(s).depth <= 2 * s.request.draft.max_depth]
         if not open_sequences:
             return False
-        time.sleep(self._step_s)
+        self._sleep(self._step_s)
         for sequence in open_sequences:
-            nodes = sequence.tree.nodes
-            deepest = max(range(len(nodes)), key=lambda n: nodes[n].depth)
-            position = nodes[deepest].position + 1
+            position = self._deepest(sequence).position + 1
             token = right_token(position) + (0 if self._is_right(position) else 200)
-            sequence.tree.add_child(deepest, token, self._estimator.estimate((1,), 0.5), (1,))
+            acceptance = self._estimator.estimate((1,), 0.5)
+            sequence.tree.add_child(len(sequence.tree) - 1, token, acceptance, (1,))
         return True
 
     @staticmethod
-    def _deepest(sequence: Sequence) -> int:
-        return max(node.depth for node in sequence.tree.nodes)
+    def _deepest(sequence: Sequence) -> GrowingNode:
+        return sequence.tree.nodes[-1]  # the tree is a chain
 
 
 def run_scripted(

@@ -13,6 +13,7 @@ from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.ngram import NgramIndex, propose_ngrams
 from outrider.workers.rounds.sequence import Sequence
+from outrider.workers.rounds.tree import GrowingTree
 from outrider.workers.rounds.verify import Verdict
 
 
@@ -29,7 +30,11 @@ class StepwiseDrafter(Protocol):
         """Expected accepted tokens that the next `step` adds; 0 when nothing is left to expand."""
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
-        """Probability that the node which the next `step` expands first is accepted; 0 when there is none."""
+        """Probability that the next `step`, taken while these trees are verified, spares one afterwards.
+
+        A node counts with its value if it is not in the tree that is verified. Those that are spare nothing:
+        the verdict makes one of their children the root, or a node further down, and that has to be expanded.
+        """
 
     def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
         """Read one chunk of what these sequences' caches lack."""
@@ -71,28 +76,30 @@ class DraftEngine:
             drafter.finish(sequence)
 
     def look_up(self, sequences: SequenceABC[Sequence]) -> None:
-        """Put the proposals that cost nothing into the trees."""
+        """Put the proposals that cost nothing into the trees: below the root and below every leaf."""
         for sequence in sequences:
-            if "ngram" in sequence.request.draft.methods:
-                propose_ngrams(
-                    self._indexes[sequence.id],
-                    sequence.tokens,
-                    sequence.tree,
-                    min(sequence.request.draft.max_depth, sequence.num_remaining - 1),
-                    self.estimator,
-                )
+            if "ngram" not in sequence.request.draft.methods:
+                continue
+            index, tree = self._indexes[sequence.id], sequence.tree
+            max_depth = min(sequence.request.draft.max_depth, sequence.num_remaining - 1)
+            leaves = [n for n in range(1, len(tree)) if not tree.nodes[n].children]
+            for node in [0, *leaves]:
+                if tree.nodes[node].depth < max_depth:
+                    propose_ngrams(index, sequence.tokens, tree, node, max_depth, self.estimator)
 
     def expected_gain(self, sequences: SequenceABC[Sequence]) -> float:
         """Expected accepted tokens that one more step adds."""
         return sum(d.expected_gain(drafted_by_model(sequences)) for d in self._stepwise)
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
-        """Probability that one more step, taken before the verdict is known, is of use after it."""
+        """Probability that one more step, taken before the verdict is known, spares one after it."""
         return max((d.survival(drafted_by_model(sequences)) for d in self._stepwise), default=0.0)
 
     def step(self, sequences: SequenceABC[Sequence]) -> bool:
         """One step of the draft model on these sequences' trees; False when there was nothing to do."""
         progress = [drafter.step(drafted_by_model(sequences)) for drafter in self._stepwise]
+        if any(progress):
+            self.look_up(sequences)
         return any(progress)
 
     def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
@@ -105,19 +112,22 @@ class DraftEngine:
 
         The sequence's `tokens` have been extended already; `sent_tree` is what the verdict is about.
         """
-        self._learn(sequence, verdict)
         tree, sent = sequence.tree, sequence.sent_tree
         path = [sent.growing_nodes[node] for node in verdict.path]
-        survivors = tree.reroot(verdict.emitted(sent))
+        emitted = verdict.emitted(sent)
+        self._learn(tree, path, emitted)
+        survivors = tree.reroot(emitted)
         for drafter in self._stepwise:
             drafter.rerooted(sequence, path, survivors)
 
-    def _learn(self, sequence: Sequence, verdict: Verdict) -> None:
-        sent, path = sequence.sent_tree, set(verdict.path)
-        for node in range(1, len(sent.tokens)):
-            if sent.parents[node] in path:
-                source = sequence.tree.nodes[sent.growing_nodes[node]].source
-                self.estimator.observe(source, node in path)
+    def _learn(self, tree: GrowingTree, path: list[int], emitted: list[int]) -> None:
+        """Every proposal after a node of the path met its answer, also one that was not worth sending.
+
+        Learning from those alone that are sent, a method that once failed would never be tried again.
+        """
+        for node, token in zip(path, emitted, strict=True):
+            for proposed, child in tree.nodes[node].children.items():
+                self.estimator.observe(tree.nodes[child].source, proposed == token)
 
 
 def drafted_by_model(sequences: SequenceABC[Sequence]) -> list[Sequence]:

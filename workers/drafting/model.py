@@ -20,6 +20,7 @@ from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.sequence import Sequence
 from outrider.workers.sampling.context import PenaltyState
 from outrider.workers.sampling.sampler import RowContext, Sampler
+from outrider.workers.trace import Tracer
 
 MODEL_METHOD = 1
 _MAX_LAG = 32  # tokens the model reads on the way to drafting; more are read in chunks beforehand
@@ -49,6 +50,7 @@ class _Work:
 
     sequence: Sequence
     nodes: tuple[int, ...]
+    row_of: dict[int, int]  # tree node -> tree row, for all nodes that have one once this is computed
     rows: SequenceRows
 
 
@@ -67,8 +69,10 @@ class ModelDrafter:
         rows_per_sequence: int,
         max_rows: int,
         prefill_chunk: int,
+        tracer: Tracer,
     ) -> None:
         self._model = model
+        self._tracer = tracer
         self._cache = cache
         self._pool = pool
         self._sampler = sampler
@@ -107,7 +111,7 @@ class ModelDrafter:
             room -= count
             tokens = sequence.tokens[cached.context_len : cached.context_len + count]
             rows = SequenceRows(cached.pages, cached.context_len, chain(count), 0, tokens)
-            work.append(_Work(sequence, (), rows))
+            work.append(_Work(sequence, (), {}, rows))
         if work:
             self._forward(work)
             for item in work:
@@ -123,8 +127,13 @@ class ModelDrafter:
         )
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
-        """Probability that the best node to expand next is accepted."""
-        values = [s.tree.nodes[node].value for s in sequences for _, node in self._frontier(s)[:1]]
+        """Of the nodes that the next step expands and that are not verified now, the best one's value."""
+        values = [
+            sequence.tree.nodes[node].value
+            for sequence in sequences
+            for _, node in self._frontier(sequence)
+            if node not in sequence.sent_tree.growing_nodes
+        ]
         return max(values, default=0.0)
 
     @torch.inference_mode()
@@ -141,8 +150,10 @@ class ModelDrafter:
             at += len(item.rows.tokens)
             proposing += range(at - len(item.nodes), at)
             contexts += [self._context(item.sequence, node) for node in item.nodes]
-        logits = self._model.logits(hidden[torch.tensor(proposing)])
-        tokens, log_probs = self._sampler.propose(logits, contexts, self._max_children)
+        with self._tracer.span("forward", len(proposing)):
+            logits = self._model.logits(hidden[torch.tensor(proposing)])
+        with self._tracer.span("sample", len(proposing)):
+            tokens, log_probs = self._sampler.propose(logits, contexts, self._max_children)
         proposals = zip(tokens.tolist(), log_probs.tolist(), strict=True)
         promised = gained = 0.0
         for item in work:
@@ -171,36 +182,46 @@ class ModelDrafter:
         cached.parents = [cached.rows[nodes[new].parent] for new, _ in staying]
 
     def _choose(self, sequences: SequenceABC[Sequence]) -> list[_Work]:
-        candidates = [
-            (gain, index, node)
-            for index, sequence in enumerate(sequences)
-            for gain, node in self._frontier(sequence)
-        ]
-        candidates.sort(reverse=True)
-        chosen: dict[int, list[int]] = {}
-        for _, index, node in candidates[: self._max_rows]:
-            chosen.setdefault(index, []).append(node)
-        work = [self._work(sequences[index], sorted(nodes)) for index, nodes in sorted(chosen.items())]
-        return [item for item in work if item.nodes]
+        """The rows of the next forward: the sequences that gain most, as long as there is room."""
+        frontiers = [(sequence, self._frontier(sequence)) for sequence in sequences]
+        frontiers.sort(key=lambda item: -sum(gain for gain, _ in item[1]))
+        work, room = [], self._max_rows
+        for sequence, frontier in frontiers:
+            nodes = [node for _, node in frontier]
+            if nodes and len(nodes) <= room and self._take_rows(sequence, len(nodes)):
+                room -= len(nodes)
+                work.append(self._work(sequence, nodes))
+        return work
 
     def _frontier(self, sequence: Sequence) -> list[tuple[float, int]]:
-        """(expected gain, node) of the nodes that may be expanded next, best first.
+        """(expected gain, node) of the nodes that the next step expands, parents first.
 
         The gain of a node is what the model is expected to add to what other methods proposed there already.
+        The end of a looked-up chain may promise most: then the chain above it comes along, in one forward.
         """
         cached, nodes = self._cached[sequence.id], sequence.tree.nodes
-        if not cached.rows:
-            return [(self._gain(sequence, 0), 0)] if cached.lag(sequence) <= _MAX_LAG else []
+        if cached.lag(sequence) > _MAX_LAG:
+            return []
         # Deeper than this round can use: a path of one round, the token after it, a path of the next.
         depth_limit = min(2 * sequence.request.draft.max_depth + 1, sequence.num_remaining - 1)
-        frontier = [
-            (self._gain(sequence, child), child)
-            for node in cached.rows
-            for child in nodes[node].children.values()
-            if child not in cached.rows and nodes[child].depth < depth_limit
-        ]
-        frontier = [item for item in frontier if item[0] > _MIN_GAIN]
-        return sorted(frontier, reverse=True)[: self._rows_per_sequence]
+        gains = {
+            node: self._gain(sequence, node)
+            for node in range(len(nodes))
+            if node not in cached.rows and nodes[node].depth < depth_limit
+        }
+        chosen: set[int] = set()
+        for node in sorted(gains, key=lambda n: (-gains[n], n)):
+            if gains[node] <= _MIN_GAIN or len(chosen) == self._rows_per_sequence:
+                break
+            needed, above = [], node
+            while above not in cached.rows and above not in chosen:
+                needed.append(above)
+                if above == 0:
+                    break
+                above = nodes[above].parent
+            if len(chosen) + len(needed) <= self._rows_per_sequence:
+                chosen.update(needed)
+        return [(gains[node], node) for node in sorted(chosen)]
 
     def _gain(self, sequence: Sequence, node: int) -> float:
         nodes = sequence.tree.nodes
@@ -208,23 +229,25 @@ class ModelDrafter:
         return nodes[node].value * max(0.0, self._yield - proposed)
 
     def _work(self, sequence: Sequence, nodes: list[int]) -> _Work:
-        cached = self._cached[sequence.id]
-        num_new = len(nodes) if cached.rows else cached.lag(sequence)
-        if not self._take_pages(cached, cached.context_len + len(cached.rows) + num_new):
-            return _Work(sequence, (), SequenceRows([], 0, [], 0, []))
+        """Rows for `nodes`, parents first; before the root come the tokens that the cache lacks."""
+        cached, tree = self._cached[sequence.id], sequence.tree.nodes
+        tokens, parents, row_of = [], list(cached.parents), dict(cached.rows)
         if not cached.rows:
             tokens = sequence.tokens[cached.context_len :]
-            rows = SequenceRows(cached.pages, cached.context_len, chain(len(tokens)), 0, tokens)
-            return _Work(sequence, (0,), rows)
-        tree = sequence.tree.nodes
-        parents = cached.parents + [cached.rows[tree[node].parent] for node in nodes]
-        tokens = [tree[node].token for node in nodes]
+            parents = chain(len(tokens))
+            row_of = {0: len(tokens) - 1}
+        for node in nodes:
+            if node:
+                row_of[node] = len(parents)
+                parents.append(row_of[tree[node].parent])
+                tokens.append(tree[node].token)
         rows = SequenceRows(cached.pages, cached.context_len, parents, len(cached.parents), tokens)
-        return _Work(sequence, tuple(nodes), rows)
+        return _Work(sequence, tuple(nodes), row_of, rows)
 
     def _forward(self, work: list[_Work]) -> torch.Tensor:
         batch = build_batch([item.rows for item in work], self._cache.page_size, self._model.device)
-        return self._model.forward(batch, self._cache)  # [num_rows, hidden]
+        with self._tracer.span("forward", len(batch.tokens)):
+            return self._model.forward(batch, self._cache)  # [num_rows, hidden]
 
     def _context(self, sequence: Sequence, node: int) -> RowContext:
         tree = sequence.tree
@@ -236,14 +259,11 @@ class ModelDrafter:
         )
 
     def _remember_rows(self, item: _Work) -> None:
-        cached = self._cached[item.sequence.id]
-        if not cached.rows:
-            self._commit_rows(item.sequence, len(item.rows.tokens) - 1)
-            cached.rows, cached.parents = {0: 0}, [0]
-            return
-        for node in item.nodes:
-            cached.rows[node] = len(cached.rows)
-        cached.parents = list(item.rows.parents)
+        """The computed rows are the tree's now; what came before the root is committed."""
+        cached, root_row = self._cached[item.sequence.id], item.row_of[0]
+        self._commit_rows(item.sequence, root_row)
+        cached.rows = {node: row - root_row for node, row in item.row_of.items()}
+        cached.parents = [max(0, parent - root_row) for parent in item.rows.parents[root_row:]]
 
     def _add_children(
         self, sequence: Sequence, node: int, tokens: list[int], log_probs: list[float]
@@ -261,6 +281,13 @@ class ModelDrafter:
             child = tree.add_child(node, token, self._estimator.estimate(source, prior), source)
             gained += tree.nodes[child].value
         return gained
+
+    def _take_rows(self, sequence: Sequence, num_nodes: int) -> bool:
+        cached = self._cached[sequence.id]
+        num_rows = (
+            len(cached.rows) + cached.lag(sequence) + num_nodes
+        )  # one too many where the root is among them
+        return self._take_pages(cached, cached.context_len + num_rows)
 
     def _take_pages(self, cached: _CachedSequence, num_rows: int) -> bool:
         missing = self._pool.pages_for(num_rows) - len(cached.pages)

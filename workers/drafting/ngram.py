@@ -26,24 +26,35 @@ class NgramIndex:
         self._ends: dict[tuple[int, ...], list[int]] = {}
         self._num_indexed = 0
 
-    def continuations(self, tokens: SequenceABC[int], max_length: int) -> list[tuple[int, list[int]]]:
-        """(match length, tokens that followed) of earlier occurrences of the last tokens, longest match first."""
+    def continuations(
+        self, tokens: SequenceABC[int], path: SequenceABC[int], max_length: int
+    ) -> list[tuple[int, list[int]]]:
+        """(match length, tokens that followed) of earlier occurrences of the last tokens, longest match first.
+
+        The last tokens are those of `tokens` followed by `path`, draft tokens that may come next.
+        """
         self._extend(tokens)
         width = self.config.min_match
-        if len(tokens) <= width or max_length < 1:
+        num_known, length = len(tokens), len(tokens) + len(path)
+        tail = [*tokens[max(0, num_known - self.config.max_match) :], *path]
+        if length <= width or max_length < 1:
             return []
-        ends = self._ends.get(tuple(tokens[-width:]), [])
+        ends = self._ends.get(tuple(tail[-width:]), [])
         ranked = sorted(
-            ((self._match_length(tokens, end), end) for end in ends[-_MAX_OCCURRENCES:] if end < len(tokens)),
+            (
+                (self._match_length(tokens, tail, end), end)
+                for end in ends[-_MAX_OCCURRENCES:]
+                if end < length
+            ),
             reverse=True,
         )
         found: list[tuple[int, list[int]]] = []
-        for length, end in ranked:
-            # A match that overlaps the end repeats itself: its continuation wraps around with the period.
-            period = len(tokens) - end
-            follow = [tokens[end + i % period] for i in range(max_length)]
+        for match, end in ranked:
+            # A match that reaches the end repeats itself: its continuation goes round with the period.
+            reach = [*tokens[end : end + max_length], *path]
+            follow = [reach[i % len(reach)] for i in range(max_length)]
             if all(follow != other for _, other in found):
-                found.append((length, follow))
+                found.append((match, follow))
             if len(found) == self.config.max_candidates:
                 break
         return found
@@ -54,9 +65,9 @@ class NgramIndex:
             self._ends.setdefault(tuple(tokens[end - width : end]), []).append(end)
         self._num_indexed = len(tokens)
 
-    def _match_length(self, tokens: SequenceABC[int], end: int) -> int:
-        length, limit = self.config.min_match, min(self.config.max_match, end)
-        while length < limit and tokens[end - 1 - length] == tokens[-1 - length]:
+    def _match_length(self, tokens: SequenceABC[int], tail: SequenceABC[int], end: int) -> int:
+        length, limit = self.config.min_match, min(self.config.max_match, end, len(tail))
+        while length < limit and tokens[end - 1 - length] == tail[-1 - length]:
             length += 1
         return length
 
@@ -65,16 +76,18 @@ def propose_ngrams(
     index: NgramIndex,
     tokens: SequenceABC[int],
     tree: GrowingTree,
+    below: int,
     max_depth: int,
     estimator: AcceptanceEstimator,
 ) -> None:
-    """Add the continuations of the last tokens to the tree, whose root is `tokens[-1]`."""
-    for rank, (length, follow) in enumerate(index.continuations(tokens, max_depth)):
-        node = 0
+    """Add what followed the last tokens earlier, below node `below` of the tree, whose root is `tokens[-1]`."""
+    room = max_depth - tree.nodes[below].depth
+    for rank, (match, follow) in enumerate(index.continuations(tokens, tree.path_tokens(below), room)):
+        node = below
         for depth, token in enumerate(follow):
             # Once the tokens before it are accepted, the match is longer by as many.
-            source = (NGRAM_METHOD, rank, _match_bucket(length + depth))
-            prior = 0.5 * (1.0 - 0.85 ** (length + depth)) + (0.35 if rank == 0 else 0.0)
+            source = (NGRAM_METHOD, rank, _match_bucket(match + depth))
+            prior = 0.5 * (1.0 - 0.85 ** (match + depth)) + (0.35 if rank == 0 else 0.0)
             node = tree.add_child(node, token, estimator.estimate(source, prior), source)
 
 

@@ -22,8 +22,6 @@ from outrider.workers.rounds.settle import settle_step
 from outrider.workers.rounds.tree import DraftTree
 from outrider.workers.trace import Tracer
 
-_HEARTBEAT_S = 2.0  # an idle loop still sends empty rounds, so that a group's time limit means a dead peer
-
 
 class TargetLink(Protocol):
     """The way to the target: rounds go out and their scores come back in the same order."""
@@ -47,6 +45,7 @@ class LoopOptions:
     fixed_budget: bool
     draft_costs: bool  # drafting takes processor time from the target, also when it overlaps
     max_round_tokens: int
+    heartbeat_s: float  # an idle loop sends empty rounds, so that a group's time limit means a dead peer
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class RoundLoop:
         while True:
             try:
                 wait = may_wait and self.scheduler.is_idle and not self._stopping
-                self._commands.get(block=wait, timeout=_HEARTBEAT_S if wait else None)()
+                self._commands.get(block=wait, timeout=self._options.heartbeat_s if wait else None)()
             except queue.Empty:
                 if not wait:
                     return not self._stopping

@@ -89,11 +89,15 @@ class MessageCapacity:
 
     @staticmethod
     def for_limits(max_round_tokens: int, max_sequences: int, pages_per_sequence: int) -> MessageCapacity:
-        """Room for a full round: `max_round_tokens` nodes (rows) spread over `max_sequences` sequences."""
+        """Room for a full round: `max_round_tokens` nodes (rows) spread over `max_sequences` sequences.
+
+        Of each node the token, the parent and at most one new page travel. The sequences may have accepted two
+        rounds' worth of nodes: when two lanes become one, it commits what both of them did last.
+        """
         headers = 64 + max_sequences * _INTS_PER_STEP
         starts = MAX_STARTS_PER_ROUND * (_INTS_PER_START + pages_per_sequence)
         return MessageCapacity(
-            draft_ints=headers + starts + max_sequences * 2 + 4 * max_round_tokens,
+            draft_ints=headers + starts + max_sequences + 5 * max_round_tokens,
             scores_ints=headers + max_round_tokens * _INTS_PER_SCORE,
         )
 

@@ -46,7 +46,6 @@ class GrowingNode:
     source: tuple[int, ...]  # key of the acceptance estimate, so that the outcome can teach it
     position: int  # index in the sequence of this token
     children: dict[int, int]  # token -> node
-    expanded: bool = False  # the drafter has proposed children here
 
 
 class GrowingTree:
@@ -131,7 +130,7 @@ class GrowingTree:
         """Follow the tokens that came out; keep what hangs below the last of them.
 
         Returns old node -> new node for the survivors (the new root included); empty when the tree held no
-        such path, and then only the new root is left, unexpanded.
+        such path, and then only the new root is left.
         """
         node = 0
         for token in emitted:
