@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import (
@@ -26,6 +27,8 @@ from outrider.kernels.noise import (
 )
 from outrider.kernels.operators import sample_shard_op
 from outrider.kernels.shapes import check_kernel_arguments, check_shapes
+
+UInt64Array = npt.NDArray[np.uint64]
 
 _BLOCK = 128  # logits per block maximum
 _LUCKY_HASHES = 2**14  # hashes below this are found by inverting; one id in 2^18 has one
@@ -86,11 +89,12 @@ def sample_shard_by_reference(
     """The CPU path; arguments as in `sample_shard`."""
     shard = ShardLogits(logits, vocab_offset)
     rows = range(len(temperatures))
-    best = [shard.best(i, temperatures[i], keys[i], 1) for i in rows]
+    best = np.concatenate([shard.best(i, temperatures[i], keys[i], 1) for i in rows])
+    values, ids = unpack_tokens(best)
     divisors = [temperature or 1.0 for temperature in temperatures]
     return ShardSample(
-        torch.from_numpy(np.array([values[0] for values, _ in best], dtype=np.float32)),
-        torch.from_numpy(np.array([ids[0] for _, ids in best], dtype=np.int64)),
+        torch.from_numpy(values),
+        torch.from_numpy(ids),
         torch.from_numpy(np.array([shard.maximum(i) / divisors[i] for i in rows], dtype=np.float32)),
         torch.from_numpy(np.array([shard.exp_sum(i, divisors[i]) for i in rows], dtype=np.float64)),
     )
@@ -140,35 +144,45 @@ class ShardLogits:
             x *= np.float32(1.0 / temperature)
         return float(np.exp(x, out=x).sum())
 
-    def top(self, row: int, count: int) -> tuple[Float32Array, Int64Array]:
-        """The `count` largest logits (all, if there are fewer) and their ids: largest first, ties by id."""
-        values, columns = self._at_least(row, self._lower_bound(row, count))
-        order = np.argsort(-values, kind="stable")[:count]
-        return values[order], columns[order] + self.vocab_offset
+    def top(self, row: int, count: int) -> UInt64Array:
+        """Packed tokens of the `count` largest logits (of all, if there are fewer), largest first."""
+        logits, columns = self._at_least(row, self._lower_bound(row, count))
+        return first_packed(pack_tokens(logits, columns + self.vocab_offset), count)
 
-    def best(self, row: int, temperature: float, key: Key, count: int) -> tuple[Float32Array, Int64Array]:
-        """The `count` best scores logit / temperature + noise and their ids: best first, ties by id."""
+    def best(self, row: int, temperature: float, key: Key, count: int) -> UInt64Array:
+        """Packed tokens of the `count` best scores logit / temperature + noise, best first.
+
+        Temperature 0 ranks by the logits alone.
+        """
         if temperature == 0.0:
             if count > 1:
                 return self.top(row, count)
             column = int(self._rows[row].argmax())  # the first of equals
-            return self._rows[row, column : column + 1], np.array([column + self.vocab_offset])
-        lucky = ids_with_hash_below(key, _LUCKY_HASHES, self.vocab_offset, self.vocab_offset + self._size)
+            return pack_tokens(self._rows[row, column : column + 1], np.array([column + self.vocab_offset]))
+        bound = self._score_bound(row, temperature, key, count)
+        # Tokens below `cut` would need more noise than any but the lucky ids have.
+        cut = (bound - _LUCKY_GUMBEL - _ROUNDING) * temperature
+        logits, columns = self._at_least(row, cut)
+        ids = columns + self.vocab_offset
+        hashes = hash_ids(key, ids)
+        possible = hashes <= _largest_hash(bound - self.maximum(row) / temperature - _ROUNDING)
+        scores = logits[possible] / np.float32(temperature) + gumbel_from_hash(hashes[possible])
+        lucky = self._lucky(key)
         lucky_logits = self._rows[row, lucky - self.vocab_offset]
-        # The count-th best score among some tokens is a lower bound of the count-th best of all.
-        first_logits, first = self._at_least(row, self._lower_bound(row, max(count, _FIRST_BLOCKS)))
-        first_scores = perturb(first_logits, first + self.vocab_offset, temperature, key)
-        bound = np.partition(first_scores, -count)[-count] if len(first) >= count else np.float32(-np.inf)
-        if lucky_logits.size and count == 1:
-            bound = max(bound, perturb(lucky_logits, lucky, temperature, key).max())
-        cut = (float(bound) - _LUCKY_GUMBEL - _ROUNDING) * temperature
-        logits, columns = self._at_least(row, cut - _ROUNDING * temperature)
-        missed = lucky_logits < cut - _ROUNDING * temperature
-        logits = np.concatenate([logits, lucky_logits[missed]])
-        ids = np.concatenate([columns + self.vocab_offset, lucky[missed]])
-        scores = perturb(logits, ids, temperature, key)
-        order = np.lexsort((ids, -scores))[:count]
-        return scores[order], ids[order]
+        lucky, lucky_logits = lucky[lucky_logits < cut], lucky_logits[lucky_logits < cut]
+        scores = np.concatenate([scores, perturb(lucky_logits, lucky, temperature, key)])
+        return first_packed(pack_tokens(scores, np.concatenate([ids[possible], lucky])), count)
+
+    def _lucky(self, key: Key) -> Int64Array:
+        return ids_with_hash_below(key, _LUCKY_HASHES, self.vocab_offset, self.vocab_offset + self._size)
+
+    def _score_bound(self, row: int, temperature: float, key: Key, count: int) -> float:
+        """A score that at least `count` tokens of the row reach: the count-th best of the likeliest ones."""
+        logits, columns = self._at_least(row, self._lower_bound(row, max(count, _FIRST_BLOCKS)))
+        if len(columns) < count:
+            return -np.inf
+        scores = perturb(logits, columns + self.vocab_offset, temperature, key)
+        return float(np.partition(scores, -count)[-count])
 
     def _lower_bound(self, row: int, count: int) -> float:
         """A value that at least `count` logits of the row reach, and not many more."""
@@ -196,3 +210,30 @@ class ShardLogits:
 def perturb(logits: Float32Array, ids: Int64Array, temperature: float, key: Key) -> Float32Array:
     """The scores float32 that sampling compares: logit / temperature + noise."""
     return logits / np.float32(temperature) + gumbel_from_hash(hash_ids(key, ids))
+
+
+def pack_tokens(values: Float32Array, ids: Int64Array) -> UInt64Array:
+    """(value, id) pairs as integers that sort by falling value, then by rising id."""
+    bits = (values + np.float32(0.0)).view(np.uint32)  # -0.0 becomes 0.0
+    falling = np.where(bits >> np.uint32(31), bits, ~bits & np.uint32(0x7FFFFFFF))
+    return (falling.astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)
+
+
+def unpack_tokens(packed: UInt64Array) -> tuple[Float32Array, Int64Array]:
+    """Values and ids of packed tokens."""
+    falling = (packed >> np.uint64(32)).astype(np.uint32)
+    bits = np.where(falling >> np.uint32(31), falling, ~falling & np.uint32(0x7FFFFFFF))
+    return bits.view(np.float32), (packed & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+def first_packed(packed: UInt64Array, count: int) -> UInt64Array:
+    """The `count` first packed tokens (all, if there are fewer) in order."""
+    if count < len(packed):
+        packed = np.partition(packed, count - 1)[:count]
+    return np.sort(packed)
+
+
+def _largest_hash(gumbel: float) -> np.uint32:
+    """No hash above this has noise of at least `gumbel`."""
+    uniform = -np.expm1(-np.exp(-gumbel)) if gumbel > -4.0 else 1.0
+    return np.uint32(min(2**32 - 1, int(uniform * 2**32) + 1))

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch
@@ -29,6 +30,9 @@ from outrider.workers.shared_memory import (
 
 _FOREVER = timedelta(days=365)
 _TARGET, _DRAFT = 0, 1  # ranks of the link
+_MESSAGE, _GOODBYE = 1, 2  # flags in front of what travels on the link
+
+_Gloo: Any = dist.ProcessGroupGloo  # its stubs lack most of it
 
 
 def open_store(host: str, timeout_s: float) -> dist.TCPStore:
@@ -189,13 +193,13 @@ class Link:
         self._lost: PeerLostError | None = None
         self._closed = False
         self._store = store
-        options = dist.ProcessGroupGloo._Options()
+        options = _Gloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
         local = _address_towards(store.host, store.port)
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=local)]
+        options._devices = [_Gloo.create_device(hostname=local)]
         meeting = dist.PrefixStore(f"epoch{epoch}/link", store)
         with _peer_errors("the link was not met by its other end"):
-            self._group = dist.ProcessGroupGloo(meeting, _TARGET if is_target else _DRAFT, 2, options)
+            self._group = _Gloo(meeting, _TARGET if is_target else _DRAFT, 2, options)
         threading.Thread(target=self._receive_all, name="link receiver", daemon=True).start()
 
     def send(self, buffer: torch.Tensor) -> None:
@@ -271,9 +275,6 @@ class Link:
             self._received.put(self._in[1:].clone())
 
 
-_MESSAGE, _GOODBYE = 1, 2
-
-
 def _join_shared_memory(meeting: dist.Store, rank: int, size: int, timeout_s: float) -> ShmCommunicator:
     if not shared_memory_supported():
         raise ValueError("target.all_reduce must be gloo on processors other than x86-64, got 'shm'")
@@ -324,4 +325,6 @@ def _interface_towards(host: str, port: int) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """What gloo says, without its advice."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line.split(" This is typically caused")[0]

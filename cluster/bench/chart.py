@@ -28,7 +28,7 @@ _COLOUR_OF_KIND = {
 def write_chart(report: BenchReport, path: Path) -> None:
     """Writes a PNG (or whatever format the suffix says)."""
     summaries = list(report.summaries)
-    with_depths = [summary for summary in summaries if summary.acceptance_by_depth]
+    with_depths = [summary for summary in summaries if well_founded_rates(summary)]
     with_workers = [summary for summary in summaries if summary.mode == "outrider" and summary.time_share]
     num_panels = 1 + bool(with_depths) + bool(with_workers)
     height = max(3.2, 1.2 + 0.5 * len(summaries))

@@ -154,6 +154,8 @@ def _worker_table(report: BenchReport) -> Table:
             parts = non_model_share(summary, round_workers(summary))
             listed = ", ".join(f"{kind} {_percent(share)}" for kind, share in sorted(parts.items()))
             notes.append(f"{summary.label}: {_percent(sum(parts.values()))} not in a model: {listed}")
+    others = [name for name in report.peak_memory_bytes if name not in report.summaries[0].time_share]
+    notes += [f"{name}: {report.peak_memory_bytes[name] / 1e6:.0f} MB at most" for name in others]
     table.caption = "\n".join(notes)
     table.caption_justify = "left"
     return table

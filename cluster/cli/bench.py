@@ -195,7 +195,7 @@ def _title(config: Config, data: str, num_prompts: int, threads: int) -> str:
         Path(config.target.model).name,
         "drafts: " + "+".join(config.draft.methods) + (f" ({drafter})" if drafter else ""),
         config.target.dtype,
-        f"{num_prompts} prompts of {Path(data).name or 'the demo'}",
+        f"{num_prompts} {'prompt' if num_prompts == 1 else 'prompts'} of {Path(data).name or 'the demo'}",
         f"{threads} threads",
     ]
     return ", ".join(parts)

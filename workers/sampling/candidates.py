@@ -13,13 +13,15 @@ import numpy as np
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import ShardLogits
+from outrider.kernels.sample_shard import ShardLogits, UInt64Array, pack_tokens, unpack_tokens
 from outrider.workers.communicator import Communicator
 from outrider.workers.sampling.law import num_in_top_k, num_kept
 from outrider.workers.sampling.params import SamplingParams
 
 _FIRST_COUNT = 128  # tokens a rank sends per row at first: most nuclei of 0.95 are smaller
 _GROWTH = 8
+_PADDING = np.uint64(2**64 - 1)
+_REMOVED = pack_tokens(np.array([-np.inf], dtype=np.float32), np.zeros(1, dtype=np.int64))[0]
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,8 @@ def kept_tokens(
     count = max(_FIRST_COUNT, 1 + max(p.top_k for p in params))
     while pending:
         message = _pack(shard, [rows[i] for i in pending], sums[pending], count)
-        gathered = communicator.all_gather(
-            torch.from_numpy(message)
-        ).numpy()  # [size, num_pending, 2 + 2 count]
+        # [size, num_pending, 2 + count]
+        gathered = communicator.all_gather(message).numpy().view(np.uint64)
         unfinished = []
         for j, i in enumerate(pending):
             kept = _merge(gathered[:, j], params[i])
@@ -63,39 +64,33 @@ def kept_tokens(
 
 def _maximum_and_sum(shard: ShardLogits, row: int, params: SamplingParams) -> tuple[float, float]:
     if params.top_p == 1.0 or params.top_k > 0:
-        return 0.0, 0.0  # the mass of the whole vocabulary is not needed
+        return -np.inf, 0.0  # the mass of the whole vocabulary is not needed
     return shard.maximum(row), shard.exp_sum(row, params.temperature)
 
 
-def _pack(shard: ShardLogits, rows: list[int], sums: np.ndarray, count: int) -> np.ndarray:
-    """float64 [num_rows, 2 + 2 count]: maximum, sum, then logits and ids; -inf where there are no more."""
-    message = np.full((len(rows), 2 + 2 * count), -np.inf)
-    message[:, :2] = sums
+def _pack(shard: ShardLogits, rows: list[int], sums: np.ndarray, count: int) -> torch.Tensor:
+    """int64 [num_rows, 2 + count]: bits of maximum and sum (float64), then packed tokens and padding."""
+    message = np.full((len(rows), 2 + count), _PADDING)
+    message[:, :2] = sums.view(np.uint64)
     for j, row in enumerate(rows):
-        logits, ids = shard.top(row, count)
-        message[j, 2 : 2 + len(logits)] = logits
-        message[j, 2 + count : 2 + count + len(ids)] = ids
-    return message
+        tokens = shard.top(row, count)
+        message[j, 2 : 2 + len(tokens)] = tokens
+    return torch.from_numpy(message.view(np.int64))
 
 
-def _merge(parts: np.ndarray, params: SamplingParams) -> KeptTokens | None:
-    """Kept tokens of one row from what the ranks sent, float64 [size, 2 + 2 count]; None if too little."""
-    count = (parts.shape[1] - 2) // 2
-    values = parts[:, 2 : 2 + count]
-    floor = values[:, -1].max()  # tokens above it are all here; -inf when no rank has more
-    logits = values.reshape(-1).astype(np.float32)
-    finite = logits > -np.inf
-    logits = logits[finite]
-    assert logits.size, "every token of a row has logit -inf"
-    ids = parts[:, 2 + count :].reshape(-1)[finite].astype(np.int64)
-    order = np.lexsort((ids, -logits))
-    logits, ids = logits[order], ids[order]
-    top_k = num_in_top_k(logits, params.top_k)
-    if params.top_k > 0 and logits[top_k - 1] <= floor:
+def _merge(parts: UInt64Array, params: SamplingParams) -> KeptTokens | None:
+    """Kept tokens of one row from the ranks' messages, [size, 2 + count]; None if they are too few."""
+    maxima, sums = parts[:, 0].view(np.float64), parts[:, 1].view(np.float64)
+    last_sent, _ = unpack_tokens(parts[parts[:, -1] != _PADDING, -1])  # of ranks that may have more
+    floor = last_sent.max(initial=-np.inf)  # tokens above it are all here
+    packed = parts[:, 2:].reshape(-1)
+    packed = packed[packed < _REMOVED] if len(parts) == 1 else np.sort(packed[packed < _REMOVED])
+    assert packed.size, "every token of a row has logit -inf"
+    logits, ids = unpack_tokens(packed)
+    in_top_k = num_in_top_k(logits, params.top_k)
+    if params.top_k > 0 and logits[in_top_k - 1] <= floor:
         return None
-    with np.errstate(invalid="ignore"):  # a shard of -inf only: its sum is 0
-        scaled = np.exp((parts[:, 0] - logits[0]) / np.float32(params.temperature))
-    total = float(np.sum(np.where(parts[:, 1] > 0, scaled, 0.0) * parts[:, 1]))
+    total = float(np.sum(sums * np.exp((maxima - logits[0]) / np.float32(params.temperature))))
     kept = num_kept(logits, params, total)
     if logits[kept - 1] <= floor:
         return None

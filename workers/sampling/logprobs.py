@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from outrider.kernels.noise import Int64Array
-from outrider.kernels.sample_shard import ShardLogits
+from outrider.kernels.sample_shard import ShardLogits, unpack_tokens
 from outrider.workers.communicator import Communicator
 
 
@@ -40,7 +40,7 @@ def raw_logprobs(
         for j, row in enumerate(asking):
             message[j, :3] = shard.logit(row, int(tokens[row])), shard.maximum(row), shard.exp_sum(row, 1.0)
             if num_top > 0:
-                values, ids = shard.top(row, num_top)
+                values, ids = unpack_tokens(shard.top(row, num_top))
                 message[j, 3 : 3 + len(values)] = values
                 message[j, 3 + num_top : 3 + num_top + len(ids)] = ids
         gathered = communicator.all_gather(

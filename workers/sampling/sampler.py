@@ -16,10 +16,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from outrider.kernels.noise import Float32Array, Int64Array, noise_key
-from outrider.kernels.sample_shard import ShardLogits, perturb
+from outrider.kernels.noise import Int64Array, noise_key
+from outrider.kernels.sample_shard import (
+    ShardLogits,
+    UInt64Array,
+    first_packed,
+    pack_tokens,
+    perturb,
+    unpack_tokens,
+)
 from outrider.workers.communicator import Communicator
-from outrider.workers.sampling.candidates import kept_tokens
+from outrider.workers.sampling.candidates import KeptTokens, kept_tokens
 from outrider.workers.sampling.context import RowContext
 from outrider.workers.sampling.law import Edit, edit_row
 from outrider.workers.sampling.logprobs import RawLogprobs, raw_logprobs
@@ -101,19 +108,22 @@ class Sampler:
         for i, row in enumerate(rows):
             if not row.params.truncates:
                 temperature = row.params.temperature
-                _, ids[i] = shard.best(i, temperature, noise_key(row.params.seed, row.position), num)
+                key = noise_key(row.params.seed, row.position)
+                _, ids[i] = unpack_tokens(shard.best(i, temperature, key, num))
                 divisor = temperature or 1.0
                 x = (logits[i].numpy()[ids[i]] - np.float32(shard.maximum(i))) / np.float32(divisor)
                 log_probs[i] = x - np.log(shard.exp_sum(i, divisor))
         params = [rows[i].params for i in truncated]
         kept_rows = kept_tokens(shard, truncated, params, self._communicator) if truncated else []
         for i, kept in zip(truncated, kept_rows, strict=True):
-            order = np.lexsort((kept.ids, -_scores(kept.logits, kept.ids, rows[i])))[:num]
-            x = (kept.logits - kept.logits[0]).astype(np.float64) / np.float32(rows[i].params.temperature)
-            log_probs[i, : len(order)] = (x - np.log(np.exp(x).sum()))[order]
-            ids[i, : len(order)] = kept.ids[order]
-            if len(order) < num:  # kept tokens are the first of the likeliest: go on with the next ones
-                ids[i, len(order) :] = shard.top(i, num)[1][len(order) :]
+            packed = first_packed(_scored(kept, rows[i]), num)
+            count = len(packed)
+            ids[i, :count] = unpack_tokens(packed)[1]
+            divisor = np.float32(rows[i].params.temperature)
+            log_total = np.log(np.exp((kept.logits - kept.logits[0]) / divisor).sum())
+            log_probs[i, :count] = (logits[i].numpy()[ids[i, :count]] - kept.logits[0]) / divisor - log_total
+            if count < num:  # kept tokens are the first of the likeliest: go on with the next ones
+                ids[i, count:] = unpack_tokens(shard.top(i, num))[1][count:]
         for i, edit in edits:
             edit.undo(logits[i])
         return torch.from_numpy(ids), torch.from_numpy(log_probs)
@@ -126,25 +136,20 @@ class Sampler:
         ]
 
     def _sample_whole(self, shard: ShardLogits, indices: list[int], rows: Sequence[RowContext]) -> Int64Array:
-        message = np.empty((len(indices), 2))  # float64 holds float32 scores and ids exactly
-        for j, i in enumerate(indices):
-            params = rows[i].params
-            key = noise_key(params.seed, rows[i].position)
-            scores, ids = shard.best(i, params.temperature, key, 1)
-            message[j] = scores[0], ids[0]
-        gathered = self._communicator.all_gather(torch.from_numpy(message)).numpy()  # [size, num_rows, 2]
-        winner = gathered[:, :, 0].argmax(axis=0)  # the first of equals has the smaller id
-        return gathered[winner, np.arange(len(indices)), 1].astype(np.int64)
+        best = [
+            shard.best(i, rows[i].params.temperature, noise_key(rows[i].params.seed, rows[i].position), 1)
+            for i in indices
+        ]
+        message = torch.from_numpy(np.concatenate(best).view(np.int64))  # [num_rows]
+        gathered = self._communicator.all_gather(message).numpy().view(np.uint64)  # [size, num_rows]
+        return unpack_tokens(gathered.min(axis=0))[1]
 
     def _sample_truncated(
         self, shard: ShardLogits, indices: list[int], rows: Sequence[RowContext]
     ) -> Int64Array:
         kept_rows = kept_tokens(shard, indices, [rows[i].params for i in indices], self._communicator)
-        tokens = []
-        for i, kept in zip(indices, kept_rows, strict=True):
-            scores = _scores(kept.logits, kept.ids, rows[i])
-            tokens.append(kept.ids[scores == scores.max()].min())
-        return np.array(tokens, dtype=np.int64)
+        best = [_scored(kept, rows[i]).min() for i, kept in zip(indices, kept_rows, strict=True)]
+        return unpack_tokens(np.array(best))[1]
 
     def _raw_logprobs(
         self, shard: ShardLogits, tokens: Int64Array, rows: Sequence[RowContext]
@@ -154,5 +159,7 @@ class Sampler:
         return raw_logprobs(shard, tokens, asking, num_top, self._communicator)
 
 
-def _scores(logits: Float32Array, ids: Int64Array, row: RowContext) -> Float32Array:
-    return perturb(logits, ids, row.params.temperature, noise_key(row.params.seed, row.position))
+def _scored(kept: KeptTokens, row: RowContext) -> UInt64Array:
+    """Kept tokens packed with their scores."""
+    key = noise_key(row.params.seed, row.position)
+    return pack_tokens(perturb(kept.logits, kept.ids, row.params.temperature, key), kept.ids)

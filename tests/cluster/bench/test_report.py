@@ -31,7 +31,7 @@ def report() -> BenchReport:
         settings={"title": "fake"},
         summaries=summarise(turns),
         agreements=agreements(turns, ()),
-        peak_memory_bytes={"target 0": 123_000_000},
+        peak_memory_bytes={"target 0": 123_000_000, "transformers": 456_000_000},
         turns=turns,
     )
 
@@ -45,6 +45,7 @@ def test_the_table_names_modes_factors_workers_and_agreement(report: BenchReport
         "x: against transformers",
         "target 0",
         "123",
+        "transformers: 456 MB at most",
         "not in a model: sample",
         "math",
         "outrider = plain: the same tokens on 3 of 3 prompts",

@@ -42,9 +42,7 @@ SAMPLING = st.builds(
     logprobs=st.booleans(),
     top_logprobs=st.integers(0, MAX_TOP_LOGPROBS),
 )
-STARTS = st.builds(
-    SequenceStart, slot=INT32, prompt_length=INT32, num_shared_tokens=INT32, sampling=SAMPLING
-)
+STARTS = st.builds(SequenceStart, slot=INT32, prompt_length=INT32, num_shared_tokens=INT32, sampling=SAMPLING)
 
 
 @st.composite

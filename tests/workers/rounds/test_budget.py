@@ -1,0 +1,138 @@
+"""Tokens per second on literal numbers."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outrider.workers.rounds.budget import CostModel, TargetProfile
+
+# A pass reads the weights (40 ms) and takes 1 ms more per row up to 8 rows, then 5 ms per row.
+PROFILE = TargetProfile((1, 8, 16), (0.041, 0.048, 0.088))
+
+
+@pytest.mark.parametrize(
+    ("rows", "seconds"),
+    [(1, 0.041), (3, 0.043), (8, 0.048), (12, 0.068), (16, 0.088), (20, 0.108), (0, 0.041)],
+)
+def test_times_between_the_measured_counts_are_interpolated(rows: int, seconds: float) -> None:
+    assert PROFILE.at(rows) == pytest.approx(seconds)
+
+
+def test_a_profile_of_one_count_is_flat() -> None:
+    assert TargetProfile((1,), (0.05,)).at(100) == 0.05
+
+
+def test_a_noisy_profile_never_says_that_more_rows_are_cheaper() -> None:
+    cost = CostModel(TargetProfile((1, 2, 4, 8), (0.050, 0.045, 0.060, 0.055)))
+    assert cost.profile.seconds == (0.050, 0.050, 0.060, 0.060)
+
+
+@given(
+    st.lists(st.floats(0.001, 1.0), min_size=2, max_size=6),
+    st.lists(st.integers(1, 300), min_size=2, max_size=20),
+)
+def test_a_pass_over_more_rows_never_costs_less(seconds: list[float], rows: list[int]) -> None:
+    counts = tuple(2**i for i in range(len(seconds)))
+    cost = CostModel(TargetProfile(counts, tuple(seconds)))
+    times = [cost.target_s(count) for count in sorted(rows)]
+    assert all(b >= a - 1e-12 for a, b in pairwise(times))
+
+
+def test_served_rounds_correct_the_profile() -> None:
+    cost = CostModel(TargetProfile((1,), (0.050,)))
+    for _ in range(100):
+        cost.observe_target(1, 0.060)
+    assert cost.target_s(1) == pytest.approx(0.060, rel=1e-3)
+
+
+def test_a_stalled_round_hardly_counts() -> None:
+    cost = CostModel(TargetProfile((1,), (0.050,)))
+    cost.observe_target(1, 50.0)
+    assert cost.target_s(1) == pytest.approx(0.055)  # as if it had taken 0.1 s, weighted by a tenth
+
+
+def test_the_first_drafter_step_counts_whole_and_later_ones_a_tenth() -> None:
+    cost = CostModel(PROFILE)
+    cost.observe_draft_step(0.010)
+    assert cost.draft_step_s == 0.010
+    cost.observe_draft_step(0.020)
+    assert cost.draft_step_s == pytest.approx(0.011)
+    cost.doubt_draft_step()
+    assert cost.draft_step_s == pytest.approx(0.011 * 0.995)
+
+
+def test_nodes_are_verified_while_they_pay() -> None:
+    # Row for row: 1/41 per ms, (1 + 0.8)/42, (1 + 0.8 + 0.5)/43, ... A node must be worth 2.5 % of a token per
+    # token that the round gives anyway, as it adds 1 ms to some 43.
+    cost = CostModel(PROFILE)
+    assert cost.best_num_nodes([0.8, 0.5, 0.2, 0.06, 0.05], 1, 1, 0.0) == 4
+    # 2.56/45 = 0.0569 per ms; a fifth node of 0.05 gives 2.61/46 = 0.0567: less.
+    assert cost.best_num_nodes([0.8, 0.5, 0.2, 0.06], 1, 1, 0.0) == 4
+
+
+def test_the_budget_jumps_over_a_node_that_does_not_pay_alone() -> None:
+    # Not concave: the profile's second half is the cheap one (a kernel that pads to 4 rows).
+    cost = CostModel(TargetProfile((1, 2, 4), (0.010, 0.020, 0.020)))
+    assert cost.best_num_nodes([0.7], 1, 1, 0.0) == 0
+    assert cost.best_num_nodes([0.7, 0.7, 0.7], 1, 1, 0.0) == 3
+
+
+def test_only_the_root_is_verified_where_speculation_loses() -> None:
+    # Each row costs as much as the first one (no memory-bound regime), and drafts are right every other time.
+    cost = CostModel(TargetProfile((1, 2), (0.010, 0.020)))
+    assert cost.best_num_nodes([0.5, 0.25, 0.12], 1, 1, 0.0) == 0
+    assert cost.best_num_nodes([], 1, 1, 0.0) == 0
+
+
+def test_time_already_spent_on_drafting_makes_a_larger_tree_pay() -> None:
+    cost = CostModel(PROFILE)
+    values = [0.5, 0.1, 0.02, 0.02]
+    assert cost.best_num_nodes(values, 1, 1, 0.0) == 2
+    assert cost.best_num_nodes(values, 1, 1, 0.050) == 4
+
+
+def test_more_sequences_share_the_weights_but_fill_the_rows() -> None:
+    # Eight sequences in one round: the next rows cost 5 ms each against 8 tokens in 48 ms.
+    cost = CostModel(PROFILE)
+    assert cost.best_num_nodes([0.9, 0.8, 0.5], 8, 8, 0.0) == 1
+    assert cost.best_num_nodes([0.9, 0.8, 0.5], 1, 1, 0.0) == 3
+
+
+def test_another_drafter_step_pays_when_it_brings_more_than_the_same_time_does_now() -> None:
+    # Now: 1 token in 50 ms. A step of 10 ms costs what 0.2 tokens take.
+    cost = CostModel(TargetProfile((1, 2), (0.050, 0.050)))
+    assert cost.another_step_pays([], 1, 1, 0.0, step_gain=0.21, step_s=0.010)
+    assert not cost.another_step_pays([], 1, 1, 0.0, step_gain=0.19, step_s=0.010)
+    # With 0.8 + 0.6 drafted in 20 ms the rate is 2.4 in 70 ms: 10 ms are worth 0.34.
+    assert not cost.another_step_pays([0.8, 0.6], 1, 1, 0.020, step_gain=0.33, step_s=0.010)
+    assert cost.another_step_pays([0.8, 0.6], 1, 1, 0.020, step_gain=0.35, step_s=0.010)
+
+
+def test_a_step_that_costs_nothing_still_has_to_pay_for_its_row() -> None:
+    # Drafted while the target works: the step is free, a row more in the pass is not.
+    cost = CostModel(TargetProfile((1, 2), (0.050, 0.055)))
+    assert cost.another_step_pays([], 1, 1, 0.0, step_gain=0.11, step_s=0.0)
+    assert not cost.another_step_pays([], 1, 1, 0.0, step_gain=0.09, step_s=0.0)
+
+
+def test_one_lane_when_half_the_rows_cost_nearly_the_same() -> None:
+    # 8 rows 48 ms, 4 rows 44 ms. Drafting takes 10 ms: one lane 10 + 48 ms, two lanes 2 * 44 ms.
+    cost = CostModel(PROFILE)
+    cost.observe_draft_round(0.010)
+    assert cost.one_lane_is_faster(8)
+
+
+def test_one_lane_when_a_drafter_busy_with_two_is_the_bottleneck() -> None:
+    # Drafting takes 60 ms, also for half the sequences: one lane 60 + 48 ms, two lanes 2 * 60 ms.
+    cost = CostModel(PROFILE)
+    cost.observe_draft_round(0.060)
+    assert cost.one_lane_is_faster(8)
+
+
+def test_two_lanes_when_the_time_of_a_pass_is_in_its_rows() -> None:
+    # 16 rows 160 ms, 8 rows 80 ms. Drafting takes 60 ms: one lane 60 + 160 ms, two lanes 2 * 80 ms.
+    cost = CostModel(TargetProfile((1, 16), (0.010, 0.160)))
+    cost.observe_draft_round(0.060)
+    assert not cost.one_lane_is_faster(16)
