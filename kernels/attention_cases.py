@@ -65,8 +65,8 @@ class AttentionInputs:
 
 
 def build_attention_inputs(case: AttentionCase) -> AttentionInputs:
-    """Random inputs on the CPU. Whatever the kernel must not read holds NaN, or a page number that does not exist:
-    unused pages (page 0 among them), slots behind a request's rows, and, with a window, tokens that fell out of it."""
+    """Random inputs on the CPU. What the kernel must not read holds NaN, or a page number that does not exist:
+    unused pages (page 0 among them), slots behind a request's rows, and tokens that fell out of the window."""
     random = torch.Generator().manual_seed(case.seed)
     num_requests = len(case.query_lens)
     totals = [c + t for c, t in zip(case.context_lens, case.tree_lens, strict=True)]
@@ -88,7 +88,8 @@ def build_attention_inputs(case: AttentionCase) -> AttentionInputs:
             cache.view(-1, *cache_shape[2:])[slots] = values
         parents.append(_random_parents(case.tree_lens[b], case.chain, random))
     q = torch.randn(sum(case.query_lens), case.num_heads, case.head_dim, generator=random) * case.query_scale
-    return AttentionInputs(q.to(case.dtype), *caches, _tree_batch(case, page_table, parents), tuple(parents))
+    batch = _tree_batch(case, page_table, parents)
+    return AttentionInputs(q.to(case.dtype), caches[0], caches[1], batch, tuple(parents))
 
 
 def _random_parents(num_rows: int, chain: bool, random: torch.Generator) -> tuple[int, ...]:
@@ -144,12 +145,17 @@ def attention_in_float64(case: AttentionCase, inputs: AttentionInputs) -> Tensor
         context = case.context_lens[b]
         for path in paths_to_root(tree)[len(tree) - case.query_lens[b] :]:
             # (row in the cache, position) of the keys this node sees
-            seen = [(n, n) for n in range(context)] + [(context + row, context + d) for d, row in enumerate(path)]
+            seen = [(n, n) for n in range(context)] + [
+                (context + row, context + d) for d, row in enumerate(path)
+            ]
             position = context + len(path) - 1
             if case.window:
                 seen = [(row, p) for row, p in seen if position - p < case.window]
             rows = torch.tensor([row for row, _ in seen])
-            slots = inputs.batch.page_table[b].long()[rows // case.page_size] * case.page_size + rows % case.page_size
+            slots = (
+                inputs.batch.page_table[b].long()[rows // case.page_size] * case.page_size
+                + rows % case.page_size
+            )
             group = case.num_heads // case.num_kv_heads
             k, v = (x[slots].repeat_interleave(group, dim=1) for x in (keys, values))  # [n, HQ, D]
             scores = torch.einsum("hd,nhd->hn", inputs.q[query_row].double(), k) * case.scale
@@ -171,7 +177,9 @@ ATTENTION_CASES = (
     AttentionCase("two mask words", (33,), (100,), num_heads=2, num_kv_heads=1),
     AttentionCase("three mask words", (10, 3), (130, 2), num_heads=2, num_kv_heads=2, num_splits=2),
     AttentionCase("rows of 128", (70, 20), (40, 3), num_heads=4, num_kv_heads=1, head_dim=128),
-    AttentionCase("head size 128", (100, 9), (12, 5), num_heads=4, num_kv_heads=1, head_dim=128, num_splits=2),
+    AttentionCase(
+        "head size 128", (100, 9), (12, 5), num_heads=4, num_kv_heads=1, head_dim=128, num_splits=2
+    ),
     AttentionCase("head size 128, decode", (100, 300), (1, 1), num_kv_heads=1, head_dim=128, num_splits=4),
     AttentionCase("window", (75, 3, 0), (24, 7, 9), window=20),
     AttentionCase("window below the tree", (75, 0), (40, 30), window=3, chain=True),
@@ -188,8 +196,15 @@ ATTENTION_CASES = (
     AttentionCase("f16", (75, 130), (24, 7), dtype=torch.float16, num_splits=2),
     AttentionCase("f16, decode", (75, 130), (1, 2), dtype=torch.float16),
     AttentionCase("f16, rows of 64", (75, 3), (12, 16), dtype=torch.float16, window=9),
-    AttentionCase("f16, head size 128, rows of 128", (30,), (70,), 
-        num_heads=1, num_kv_heads=1, dtype=torch.float16, head_dim=128),
+    AttentionCase(
+        "f16, head size 128, rows of 128",
+        (30,),
+        (70,),
+        num_heads=1,
+        num_kv_heads=1,
+        dtype=torch.float16,
+        head_dim=128,
+    ),
     AttentionCase("f16, head size 128, rows of 64", (40, 5), (9, 4), dtype=torch.float16, head_dim=128),
     AttentionCase("f16, head size 128", (40, 5), (3, 4), dtype=torch.float16, head_dim=128, window=16),
 )
@@ -197,5 +212,7 @@ ATTENTION_CASES = (
 LARGE_ATTENTION_CASES = (
     AttentionCase("long context", (8192, 100), (2, 3), num_heads=8, num_kv_heads=1, num_splits=8),
     AttentionCase("64 of 8 heads", (300, 64), (20, 64), num_heads=64, num_kv_heads=8, head_dim=128),
-    AttentionCase("long context, head size 128", (8192,), (9,), num_heads=8, num_kv_heads=1, head_dim=128, num_splits=4),
+    AttentionCase(
+        "long context, head size 128", (8192,), (9,), num_heads=8, num_kv_heads=1, head_dim=128, num_splits=4
+    ),
 )

@@ -41,7 +41,9 @@ def target_of(capability: tuple[int, int]) -> str:
     targets = {8: "sm_80", 9: "sm_90a", 10: "sm_100", 12: "sm_120"}
     major, minor = capability
     if major not in targets:
-        raise ValueError(f"no kernels for compute capability {major}.{minor}; there are for {sorted(targets)}.x")
+        raise ValueError(
+            f"no kernels for compute capability {major}.{minor}; there are for {sorted(targets)}.x"
+        )
     return targets[major]
 
 

@@ -98,7 +98,9 @@ class Guards:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
-        buffer = torch.full((num_bytes + 2 * GUARD_BYTES,), GUARD_VALUE, dtype=torch.uint8, device=self.device)
+        buffer = torch.full(
+            (num_bytes + 2 * GUARD_BYTES,), GUARD_VALUE, dtype=torch.uint8, device=self.device
+        )
         self.buffers.append(buffer)
         inside = buffer[GUARD_BYTES : GUARD_BYTES + num_bytes].view(dtype).view(shape)
         return inside.fill_(float("nan") if dtype.is_floating_point else -7)

@@ -28,7 +28,9 @@ def kv_commit(kv: Tensor, source_slots: Tensor, target_slots: Tensor, use_kernel
     check_kernel_arguments((("kv", kv, kv.dtype), *slots))
     row_bytes = kv.shape[4] * kv.shape[5] * kv.element_size()
     if not kv.is_contiguous() or row_bytes % 16 != 0:
-        raise ValueError(f"kv must be contiguous with rows of a multiple of 16 bytes, got rows of {row_bytes}")
+        raise ValueError(
+            f"kv must be contiguous with rows of a multiple of 16 bytes, got rows of {row_bytes}"
+        )
     if source_slots.shape[0] > MAX_COMMIT_ROWS:
         raise ValueError(f"source_slots has {source_slots.shape[0]} rows, the kernel takes {MAX_COMMIT_ROWS}")
     kv_commit_op(kv, source_slots, target_slots)

@@ -144,7 +144,14 @@ def plan_tree_attention(
         grid=(-(-num_rows // 4), 1, 1),  # a warp per row
         block=128,
         shared_bytes=0,
-        arguments=(partial_out, partial_lse, out, np.int32(num_rows), np.int32(head_dim), np.int32(shape.num_splits)),
+        arguments=(
+            partial_out,
+            partial_lse,
+            out,
+            np.int32(num_rows),
+            np.int32(head_dim),
+            np.int32(shape.num_splits),
+        ),
     )
     return attention, merge
 
@@ -265,7 +272,9 @@ def plan_gather_rows(rows: Tensor, indices: Tensor, out: Tensor) -> LaunchPlan:
     row_bytes = out[0].numel() * out.element_size()
     stride_bytes = rows.stride(0) * rows.element_size()
     unit = next(
-        u for u in (16, 4, 2) if not any(x % u for x in (row_bytes, stride_bytes, rows.data_ptr(), out.data_ptr()))
+        u
+        for u in (16, 4, 2)
+        if not any(x % u for x in (row_bytes, stride_bytes, rows.data_ptr(), out.data_ptr()))
     )
     return LaunchPlan(
         source="gather_rows",

@@ -30,7 +30,9 @@ class StreamHandle:
 class Launcher:
     """Kernels of one GPU, compiled and loaded on first use."""
 
-    def __init__(self, device_index: int, target: str, current_stream: Callable[[], int], cache: Path) -> None:
+    def __init__(
+        self, device_index: int, target: str, current_stream: Callable[[], int], cache: Path
+    ) -> None:
         """
         Args:
             device_index: CUDA ordinal.
@@ -69,9 +71,13 @@ class Launcher:
         kernel = self._kernels[plan.kernel]
         if plan.shared_bytes > self._shared_bytes[plan.kernel]:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            (status,) = driver.cuKernelSetAttribute(attribute, plan.shared_bytes, kernel.handle, self._device_index)
+            (status,) = driver.cuKernelSetAttribute(
+                attribute, plan.shared_bytes, kernel.handle, self._device_index
+            )
             if status != driver.CUresult.CUDA_SUCCESS:
-                raise RuntimeError(f"{plan.kernel}: {plan.shared_bytes} bytes of shared memory refused: {status.name}")
+                raise RuntimeError(
+                    f"{plan.kernel}: {plan.shared_bytes} bytes of shared memory refused: {status.name}"
+                )
             self._shared_bytes[plan.kernel] = plan.shared_bytes
         return kernel
 

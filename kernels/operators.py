@@ -22,7 +22,7 @@ from outrider.kernels.tree_batch import TreeBatch
 
 
 @cache
-def _launcher(device: torch.device):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _launcher(device: torch.device):  # type: ignore[no-untyped-def]
     # A machine without a GPU need not have cuda-core.
     from outrider.kernels.launcher import launcher_of
 

@@ -52,8 +52,18 @@ def rope_append(
         return rope_append_by_reference(q, k, v, cos, sin, slots, k_pages, v_pages)
     if q.dtype not in TYPE_NAMES:
         raise ValueError(f"q is {q.dtype}, the kernel takes {', '.join(str(dtype) for dtype in TYPE_NAMES)}")
-    named = (("q", q), ("k", k), ("v", v), ("cos", cos), ("sin", sin), ("k_pages", k_pages), ("v_pages", v_pages))
-    check_kernel_arguments((*((name, tensor, q.dtype) for name, tensor in named), ("slots", slots, torch.int64)))
+    named = (
+        ("q", q),
+        ("k", k),
+        ("v", v),
+        ("cos", cos),
+        ("sin", sin),
+        ("k_pages", k_pages),
+        ("v_pages", v_pages),
+    )
+    check_kernel_arguments(
+        (*((name, tensor, q.dtype) for name, tensor in named), ("slots", slots, torch.int64))
+    )
     for name, tensor in named[:3]:
         if tensor.stride(1) != tensor.shape[2]:
             raise ValueError(f"{name} must have its heads side by side, got strides {tensor.stride()}")

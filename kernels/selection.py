@@ -53,13 +53,17 @@ def self_test(launch: Launch, device: torch.device, cases: Sequence[Preparation]
     return problems
 
 
-def remembered_self_test(launch: Launch, device: torch.device, key: str, memory: Path) -> dict[str, list[str]]:
+def remembered_self_test(
+    launch: Launch, device: torch.device, key: str, memory: Path
+) -> dict[str, list[str]]:
     """`self_test` of all cases, once per `key` (GPU, driver, sources); the results are kept in the file `memory`."""
     known: dict[str, dict[str, list[str]]] = json.loads(memory.read_text()) if memory.exists() else {}
     if key not in known:
         known[key] = self_test(launch, device, kernel_cases())
         memory.parent.mkdir(parents=True, exist_ok=True)
-        partial = memory.with_suffix(f".{torch.randint(1 << 62, ()).item()}")  # ranks may test at the same time
+        partial = memory.with_suffix(
+            f".{torch.randint(1 << 62, ()).item()}"
+        )  # ranks may test at the same time
         partial.write_text(json.dumps(known, indent=1))
         partial.replace(memory)
     return known[key]
@@ -113,8 +117,12 @@ def select_kernels(
     selected = passed(remembered_self_test(launcher.launch, device, _memory_key(name), memory), name)
     if attention_fits:
         return selected
-    warnings.warn(f"no attention kernel for {dtype} with head size {head_dim}: torch's SDPA is used", stacklevel=2)
-    return KernelSelection.of([x for x in ENTRIES if getattr(selected, x) and x not in ("tree_attention", "rope_append")])
+    warnings.warn(
+        f"no attention kernel for {dtype} with head size {head_dim}: torch's SDPA is used", stacklevel=2
+    )
+    return KernelSelection.of(
+        [x for x in ENTRIES if getattr(selected, x) and x not in ("tree_attention", "rope_append")]
+    )
 
 
 def _memory_key(device_name: str) -> str:

@@ -30,7 +30,9 @@ def check_shapes(tensors: Sequence[NamedTensor]) -> None:
             else:
                 expected, where = sizes.setdefault(dimension, (size, name))
                 if size != expected:
-                    raise ValueError(_message(name, tensor, dimensions, f"{dimension} is {expected} in {where}"))
+                    raise ValueError(
+                        _message(name, tensor, dimensions, f"{dimension} is {expected} in {where}")
+                    )
 
 
 def _message(name: str, tensor: Tensor, dimensions: Sequence[Dimension], reason: str) -> str:
@@ -51,4 +53,6 @@ def check_kernel_arguments(tensors: Sequence[tuple[str, Tensor, torch.dtype]]) -
         if tensor.dtype != dtype:
             raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
         if tensor.dim() > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must have its last dimension contiguous, got strides {list(tensor.stride())}")
+            raise ValueError(
+                f"{name} must have its last dimension contiguous, got strides {list(tensor.stride())}"
+            )

@@ -50,7 +50,9 @@ def tree_attention(
         )
     )
     if q.shape[1] % k_pages.shape[2] != 0:
-        raise ValueError(f"q has {q.shape[1]} heads, which {k_pages.shape[2]} KV heads of k_pages do not divide")
+        raise ValueError(
+            f"q has {q.shape[1]} heads, which {k_pages.shape[2]} KV heads of k_pages do not divide"
+        )
     if not use_kernel:
         return attention_by_reference(q, k_pages, v_pages, batch, scale, window, soft_cap)
     if q.dtype not in TYPE_NAMES or q.shape[2] not in HEAD_DIMS:

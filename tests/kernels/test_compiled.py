@@ -3,9 +3,6 @@
 import re
 
 import pytest
-from support.cuda_on_cpu.executor import kernel_names
-from support.cuda_on_cpu.kernels import compiled
-from support.kernel_table import TABLE, KernelReport, all_reports, document, status_table
 
 from outrider.kernels.compiler import (
     SOURCES,
@@ -16,6 +13,9 @@ from outrider.kernels.compiler import (
     load_sources,
     target_of,
 )
+from support.cuda_on_cpu.executor import kernel_names
+from support.cuda_on_cpu.kernels import compiled
+from support.kernel_table import TABLE, KernelReport, all_reports, document, status_table
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,11 @@ def test_a_compile_error_is_reported_with_the_compilers_words():
 
 
 def test_capabilities_without_kernels_are_named():
-    assert [target_of(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))] == ["sm_80", "sm_80", *TARGETS[1:]]
+    assert [target_of(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))] == [
+        "sm_80",
+        "sm_80",
+        *TARGETS[1:],
+    ]
     with pytest.raises(ValueError, match=r"no kernels for compute capability 7\.5"):
         target_of((7, 5))
 

@@ -84,7 +84,9 @@ def test_kv_commit_names_the_argument_that_disagrees():
     with pytest.raises(ValueError, match=r"target_slots must be \[M\], got \[1\]; M is 2 in source_slots"):
         kv_commit(kv, slots, slots[:1])
     with pytest.raises(ValueError, match="source_slots has 9000 rows, the kernel takes 6144"):
-        kv_commit(kv, torch.zeros(9000, dtype=torch.int64), torch.zeros(9000, dtype=torch.int64), use_kernel=True)
+        kv_commit(
+            kv, torch.zeros(9000, dtype=torch.int64), torch.zeros(9000, dtype=torch.int64), use_kernel=True
+        )
 
 
 def test_gather_rows_and_sample_shard_name_the_argument_that_disagrees():
@@ -96,7 +98,14 @@ def test_gather_rows_and_sample_shard_name_the_argument_that_disagrees():
 
 def test_operators_have_fake_implementations_that_agree(attention, rope):
     batch = attention["batch"]
-    tensors = (batch.page_table, batch.context_lens, batch.tree_lens, batch.query_indptr, batch.ancestors, batch.depths)
+    tensors = (
+        batch.page_table,
+        batch.context_lens,
+        batch.tree_lens,
+        batch.query_indptr,
+        batch.ancestors,
+        batch.depths,
+    )
     lens = (list(batch.host_context_lens), list(batch.host_tree_lens), list(batch.host_query_lens))
     pages = [attention[name].nan_to_num() for name in ("k_pages", "v_pages")]
     tests = ("test_schema", "test_faketensor")
@@ -107,7 +116,12 @@ def test_operators_have_fake_implementations_that_agree(attention, rope):
         (operators.gather_rows_op, (torch.randn(5, 3), torch.tensor([4, 0]))),
         (
             operators.sample_shard_op,
-            (torch.randn(2, 50), torch.tensor([1.0, 0.0]), torch.tensor([noise_key(1, 2), noise_key(3, 4)]), 7),
+            (
+                torch.randn(2, 50),
+                torch.tensor([1.0, 0.0]),
+                torch.tensor([noise_key(1, 2), noise_key(3, 4)]),
+                7,
+            ),
         ),
     )
     for operator, arguments in checks:

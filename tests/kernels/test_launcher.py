@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from support.cuda_on_cpu.executor import BUILD, build_unit
 from support.cuda_on_cpu.kernels import compiled
 from support.cuda_on_cpu.ptx.executor import translated_unit

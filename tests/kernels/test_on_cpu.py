@@ -7,12 +7,12 @@ import random
 
 import pytest
 import torch
-from support.cuda_on_cpu.executor import SCHEDULES, Executor, Schedule, kernel_names
-from support.cuda_on_cpu.kernels import ptx_kernels, source_kernels
 
 from outrider.kernels.attention_cases import LARGE_ATTENTION_CASES, AttentionCase
 from outrider.kernels.compiler import SOURCES, TARGETS, load_sources
 from outrider.kernels.kernel_cases import PreparedCase, kernel_cases, prepare_attention
+from support.cuda_on_cpu.executor import SCHEDULES, Executor, Schedule, kernel_names
+from support.cuda_on_cpu.kernels import ptx_kernels, source_kernels
 
 CPU = torch.device("cpu")
 # Both executors compute the same numbers in the same order up to fused multiply-adds; where one of them falls on a
@@ -101,7 +101,10 @@ def test_many_random_batches_of_trees(target):
 @pytest.mark.parametrize("case", LARGE_ATTENTION_CASES, ids=lambda case: case.name)
 def test_large_batches(case):
     expected = run(source_kernels(), prepare_attention(case, CPU), SCHEDULES[0])
-    assert difference(run(ptx_kernels("sm_90a"), prepare_attention(case, CPU), SCHEDULES[1]), expected) <= EXECUTOR_TOLERANCE
+    assert (
+        difference(run(ptx_kernels("sm_90a"), prepare_attention(case, CPU), SCHEDULES[1]), expected)
+        <= EXECUTOR_TOLERANCE
+    )
 
 
 def test_the_cases_use_every_kernel():

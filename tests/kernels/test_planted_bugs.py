@@ -1,6 +1,7 @@
 """The checks catch the faults they are there for. One fault each of the hardest kinds always, all under -m slow."""
 
 import pytest
+
 from support.cuda_on_cpu.planted_bugs import DEVICE_BUGS, SOURCE_BUGS, PlantedBug, hunt
 
 ALWAYS = {

@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-from support.cuda_on_cpu.kernels import source_kernels
 
 from outrider.kernels.attention_cases import ATTENTION_CASES
 from outrider.kernels.kernel_cases import prepare_attention, prepare_gather_rows, prepare_kv_commit
@@ -21,6 +20,7 @@ from outrider.kernels.selection import (
     select_kernels,
     self_test,
 )
+from support.cuda_on_cpu.kernels import source_kernels
 
 CPU = torch.device("cpu")
 CASES = (
@@ -47,7 +47,9 @@ def test_a_sound_device_passes_and_nothing_is_said():
 
 def test_a_wrong_result_turns_that_kernel_off_with_one_warning():
     problems = self_test(spoiled_attention, CPU, CASES)
-    with pytest.warns(UserWarning, match=r"tree_attention failed the self-test on device .* SDPA .* off by") as said:
+    with pytest.warns(
+        UserWarning, match=r"tree_attention failed the self-test on device .* SDPA .* off by"
+    ) as said:
         selected = passed(problems, "device")
     assert len(said) == 1
     assert selected == KernelSelection.of([name for name in ENTRIES if name != "tree_attention"])
@@ -78,5 +80,7 @@ def test_a_cpu_and_sdpa_use_the_references(tmp_path):
 
 
 def test_asking_for_a_kernel_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"target\.attention is kernel, but there is none for torch\.float32"):
+    with pytest.raises(
+        ValueError, match=r"target\.attention is kernel, but there is none for torch\.float32"
+    ):
         select_kernels("kernel", torch.device("cuda"), torch.float32, 64, tmp_path / "x")

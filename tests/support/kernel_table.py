@@ -15,11 +15,10 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.cuda_on_cpu.kernels import compiled
-
 from outrider.kernels.attention_cases import ATTENTION_CASES
 from outrider.kernels.compiler import SOURCES, TARGETS, CompiledKernels
 from outrider.kernels.kernel_cases import kernel_cases
+from support.cuda_on_cpu.kernels import compiled
 
 TABLE = Path(__file__).parents[2] / "docs" / "kernels.md"
 # Of one multiprocessor or block; NVIDIA, "CUDA C++ Programming Guide", technical specifications per capability.
@@ -131,7 +130,9 @@ def resource_table(found: list[KernelReport]) -> str:
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in found:
-        counts = " | ".join(str(r.instructions.get(name, 0)) for name in (TENSOR_CORE, MATRIX_LOAD, ASYNC_COPY))
+        counts = " | ".join(
+            str(r.instructions.get(name, 0)) for name in (TENSOR_CORE, MATRIX_LOAD, ASYNC_COPY)
+        )
         fields = f"{r.registers} | {r.stack_bytes} | {r.spill_bytes} | {r.shared_bytes} | {counts}"
         lines.append(f"| `{r.kernel}` | {r.target} | {fields} |")
     return "\n".join(lines)

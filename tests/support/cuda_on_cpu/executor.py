@@ -51,7 +51,7 @@ class Executor:
     def __init__(self, libraries: Sequence[Path]) -> None:
         self._libraries = {path.name.split("-")[0]: ctypes.CDLL(str(path)) for path in libraries}
 
-    def launch(self, plans: Iterable[LaunchPlan], schedule: Schedule = Schedule()) -> None:  # noqa: B008
+    def launch(self, plans: Iterable[LaunchPlan], schedule: Schedule = Schedule()) -> None:
         """Raises KernelError when the runtime stops a kernel. A wild access ends the process: replay untrusted
         kernels (`replay.py`)."""
         for plan in plans:
@@ -100,7 +100,9 @@ def with_entry(code: str, kernels: list[str]) -> str:
     return f'{code}\n#define KERNEL_LIST(X) {listed}\n#include "entry.h"\n'
 
 
-def build_unit(name: str, unit: Sources, sanitizer: str = "none", optimise: str = "-O2", alone: bool = False) -> Path:
+def build_unit(
+    name: str, unit: Sources, sanitizer: str = "none", optimise: str = "-O2", alone: bool = False
+) -> Path:
     """Compiles a unit; the result is kept under a name that hashes everything it depends on.
 
     It is a shared object; with a sanitizer, or `alone`, a program that replays a case file.
@@ -127,7 +129,9 @@ def build_unit(name: str, unit: Sources, sanitizer: str = "none", optimise: str 
 
 def build_runtime(for_tsan: bool, source: str) -> Path:
     """The runtime is never instrumented; under ThreadSanitizer it announces fibers and barriers."""
-    text = "".join(path.read_text() for path in sorted(HERE.glob("*.h"))) + (HERE / f"{source}.cpp").read_text()
+    text = (
+        "".join(path.read_text() for path in sorted(HERE.glob("*.h"))) + (HERE / f"{source}.cpp").read_text()
+    )
     output = BUILD / f"{source}-{int(for_tsan)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.o"
     if not output.exists():
         BUILD.mkdir(parents=True, exist_ok=True)

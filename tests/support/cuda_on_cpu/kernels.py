@@ -27,5 +27,9 @@ def ptx_kernels(target: str) -> Executor:
 def only(sources: Sources, stem: str, names: list[str]) -> Sources:
     """The sources without the instantiations of other kernels, to save the compilers' time."""
     dropped = "|".join(name for name in kernel_names(sources, stem) if name not in names)
-    text = re.sub(rf"(?m)^[A-Z_]+\((?:{dropped}), .*$", "", sources[f"{stem}.cu"]) if dropped else sources[f"{stem}.cu"]
+    text = (
+        re.sub(rf"(?m)^[A-Z_]+\((?:{dropped}), .*$", "", sources[f"{stem}.cu"])
+        if dropped
+        else sources[f"{stem}.cu"]
+    )
     return {**sources, f"{stem}.cu": text}

@@ -5,14 +5,19 @@ that file's instructions: only running the PTX shows them.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from outrider.kernels.attention_cases import AttentionCase
 from outrider.kernels.compiler import Sources, compile_sources, load_sources
-from outrider.kernels.kernel_cases import PreparedCase, prepare_attention, prepare_kv_commit, prepare_sample_shard
+from outrider.kernels.kernel_cases import (
+    PreparedCase,
+    prepare_attention,
+    prepare_kv_commit,
+    prepare_sample_shard,
+)
 from support.cuda_on_cpu.executor import SCHEDULES, Schedule, build_unit, translation_unit
 from support.cuda_on_cpu.kernels import only, source_kernels
 from support.cuda_on_cpu.ptx.executor import translated_unit
@@ -32,7 +37,9 @@ class PlantedBug:
     new: str
 
     def plant(self, sources: Sources) -> Sources:
-        assert sources[self.file].count(self.old) == 1, f"{self.name}: {sources[self.file].count(self.old)} places"
+        assert sources[self.file].count(self.old) == 1, (
+            f"{self.name}: {sources[self.file].count(self.old)} places"
+        )
         return {**sources, self.file: sources[self.file].replace(self.old, self.new)}
 
 
@@ -56,7 +63,8 @@ SOURCE_BUGS = (
     _attention("mask words joined with a 32-bit shift", "word >> -shift", "word >> (-shift & 31)"),
     _attention("half of the quad's maximum lost",
                "new_max = fmaxf(new_max, __shfl_xor_sync(ALL_LANES, new_max, 2));", ""),
-    _attention("accumulator not rescaled", "acc[i][2 * r] *= rescale; acc[i][2 * r + 1] *= rescale; }\n    }\n\n    // acc",
+    _attention("accumulator not rescaled",
+               "acc[i][2 * r] *= rescale; acc[i][2 * r + 1] *= rescale; }\n    }\n\n    // acc",
                "}\n    }\n\n    // acc"),
     _attention("one key too many", "key >= first_key && key < num_keys", "key >= first_key && key <= num_keys"),
     _attention("keys before the window are read", "key >= first_key && key", "key"),
@@ -67,8 +75,8 @@ SOURCE_BUGS = (
     _attention("warps added without a barrier",
                "acc[i][e];\n          }\n      __syncthreads();", "acc[i][e];\n          }"),
     _attention("queries taken for the first rows of the tree", "tree_lens[request] - num_nodes;", "0;"),
-    PlantedBug("split of smaller maximum not scaled", "merge_splits", "merge_splits.cu", "+ row] - largest) * inverse",
-               "+ row] - partial_lse[row]) * inverse"),
+    PlantedBug("split of smaller maximum not scaled", "merge_splits", "merge_splits.cu",
+               "+ row] - largest) * inverse", "+ row] - partial_lse[row]) * inverse"),
     PlantedBug("commit writes before all is read", "kv_commit", "kv_commit.cu", "  __syncthreads();\n", ""),
     PlantedBug("samples of the warps read too early", "sample_shard", "sample_shard.cu", "  __syncthreads();\n", ""),
     PlantedBug("noise of another token", "sample_shard", "sample_shard.cu", "(u32)token)", "(u32)i)"),
@@ -83,7 +91,8 @@ DEVICE_BUGS = (
     _device("ldmatrix not transposed", "m8n8.x4.trans.shared", "m8n8.x4.shared"),
     _device("cp.async does not fill with zeros", "valid ? 16 : 0", "16"),
     _device("cp.async waits for one group too few", '"n"(pending)', '"n"(pending + 1)'),
-    _device("bf16 halves swapped", '"f"(high), "f"(low)); return y;\n}\nDEVICE u32 pack2(f16*', '"f"(low), "f"(high)); return y;\n}\nDEVICE u32 pack2(f16*'),
+    _device("bf16 halves swapped", '"f"(high), "f"(low)); return y;\n}\nDEVICE u32 pack2(f16*',
+            '"f"(low), "f"(high)); return y;\n}\nDEVICE u32 pack2(f16*'),
     _device("ex2 of the wrong operand", "ex2.approx.ftz.f32 %0, %1", "ex2.approx.ftz.f32 %0, %0"),
 )  # fmt: skip
 

@@ -49,7 +49,9 @@ def replay(program: Path, plans: Sequence[LaunchPlan], schedule: Schedule, timeo
             return f"{FINDINGS.get(done.returncode, 'crash')}: {done.stderr[:2000]}"
         data = result.read_bytes()
     for storage in buffers:
-        storage.copy_(torch.frombuffer(bytearray(data[: len(storage)]), dtype=torch.uint8)) if len(storage) else None
+        storage.copy_(torch.frombuffer(bytearray(data[: len(storage)]), dtype=torch.uint8)) if len(
+            storage
+        ) else None
         data = data[len(storage) :]
     return ""
 
@@ -67,7 +69,8 @@ def _write_case(path: Path, plans: Sequence[LaunchPlan]) -> list[Tensor]:
                 number, _ = buffers.setdefault(storage.data_ptr(), (len(buffers), data))
                 arguments.append((1, number << 32 | argument.data_ptr() - storage.data_ptr()))
             else:
-                arguments.append((0, int.from_bytes(np.asarray(argument).tobytes().ljust(8, b"\0"), "little", signed=True)))
+                scalar = np.asarray(argument).tobytes().ljust(8, b"\0")
+                arguments.append((0, int.from_bytes(scalar, "little", signed=True)))
         head = struct.pack("<q", len(plan.kernel)) + plan.kernel.encode()
         head += struct.pack("<6q", *plan.grid, plan.block, plan.shared_bytes, len(arguments))
         launches.append(head + b"".join(struct.pack("<2q", *argument) for argument in arguments))

@@ -105,7 +105,9 @@ def absolute(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
 @instruction("shl", "shr")
 def shift(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
     name = "shift_left" if op.root == "shl" else "shift_right"
-    return e.write(a[0], op.type, f"{name}<{CPP_TYPES[op.type]}>({e.read(a[1], op.type)}, {e.read(a[2], 'u32')})")
+    return e.write(
+        a[0], op.type, f"{name}<{CPP_TYPES[op.type]}>({e.read(a[1], op.type)}, {e.read(a[2], 'u32')})"
+    )
 
 
 @instruction("shf", modifiers="l r wrap clamp")
@@ -156,8 +158,8 @@ def elementary(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
 
 
 COMPARISONS = {
-    **{"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="},
-    **{"lo": "<", "ls": "<=", "hi": ">", "hs": ">="},
+    "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
+    "lo": "<", "ls": "<=", "hi": ">", "hs": ">=",
 }
 
 
@@ -174,7 +176,9 @@ def comparison(relation: str, x: str, y: str, is_float: bool) -> str:
     return f"({x} {COMPARISONS[relation]} {y})"
 
 
-@instruction("setp", modifiers=" ".join([*COMPARISONS, *(f"{c}u" for c in COMPARISONS), "num nan ftz and or xor"]))
+@instruction(
+    "setp", modifiers=" ".join([*COMPARISONS, *(f"{c}u" for c in COMPARISONS), "num nan ftz and or xor"])
+)
 def set_predicate(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
     held = comparison(op.parts[0], e.read(a[1], op.type), e.read(a[2], op.type), op.is_float)
     combine = op.one_of({"and": "&&", "or": "||", "xor": "!="}, "")
@@ -187,7 +191,9 @@ def set_predicate(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
 
 @instruction("selp")
 def select(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
-    return e.write(a[0], op.type, f"{e.read(a[3], 'pred')} ? {e.read(a[1], op.type)} : {e.read(a[2], op.type)}")
+    return e.write(
+        a[0], op.type, f"{e.read(a[3], 'pred')} ? {e.read(a[1], op.type)} : {e.read(a[2], op.type)}"
+    )
 
 
 @instruction("mov")
@@ -231,7 +237,12 @@ def convert(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
         if not function:
             raise PtxError("conversion to an integer without rounding")
         return e.write(a[0], target, f"to_integer<{CPP_TYPES[target]}>(std::{function}({value}))")
-    if from_float and to_float and source == target and any(m in op.modifiers for m in ("rni", "rzi", "rmi", "rpi")):
+    if (
+        from_float
+        and to_float
+        and source == target
+        and any(m in op.modifiers for m in ("rni", "rzi", "rmi", "rpi"))
+    ):
         rounding = {"rni": "nearbyint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}
         return e.write(a[0], target, f"std::{op.one_of(rounding, '')}({value})")
     if to_float and "rz" in op.modifiers:

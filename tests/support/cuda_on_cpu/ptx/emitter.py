@@ -171,7 +171,10 @@ def emit_statement(emitter: Emitter, statement: Statement) -> str:
 
 def emit_kernel(kernel: PtxKernel, shared: dict[str, int]) -> str:
     emitter = Emitter(kernel, shared)
-    lines = [f"static void {kernel.name}(void** parameters) {{", "char* const shared_memory = (char*)cuda_on_cpu::dynamic_shared();"]
+    lines = [
+        f"static void {kernel.name}(void** parameters) {{",
+        "char* const shared_memory = (char*)cuda_on_cpu::dynamic_shared();",
+    ]
     for width, poison in POISON.items():
         names = [f"{identifier(r)} = {poison}" for r, w in kernel.registers.items() if w == width]
         if names:

@@ -20,5 +20,8 @@ def translated_unit(ptx: str, names: list[str]) -> Sources:
 
 def ptx_executor(modules: dict[str, str], names: list[str]) -> Executor:
     """{stem: PTX}; `names` restricts the kernels, to save the C++ compiler time."""
-    units = {stem: translated_unit(ptx, [n for n in names if f".entry {n}(" in ptx]) for stem, ptx in modules.items()}
+    units = {
+        stem: translated_unit(ptx, [n for n in names if f".entry {n}(" in ptx])
+        for stem, ptx in modules.items()
+    }
     return Executor([build_unit(stem, unit, optimise="-O1") for stem, unit in units.items()])

@@ -7,7 +7,7 @@ Operands = tuple[str, ...]
 SPACES = {space: space for space in ("global", "shared", "param", "local")}
 
 
-@instruction("ld", modifiers="global shared param nc ca cg v2 v4 L1_evict_last L1_evict_first L1_no_allocate volatile")
+@instruction("ld", modifiers="global shared param nc v2 v4 L1_evict_last L1_evict_first")
 def load(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
     targets, kind = elements(a[0]), CPP_TYPES[op.type]
     code = f"char* const from = {e.address(a[1], op.one_of(SPACES, 'generic'))}; "
@@ -15,7 +15,7 @@ def load(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
     return code + " ".join(e.write(x, op.type, f"(({kind}*)from)[{i}]") for i, x in enumerate(targets))
 
 
-@instruction("st", modifiers="global shared v2 v4 volatile")
+@instruction("st", modifiers="global shared v2 v4")
 def store(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
     values, kind = elements(a[1]), CPP_TYPES[op.type]
     code = f"char* const to = {e.address(a[0], op.one_of(SPACES, 'generic'))}; "
@@ -73,7 +73,11 @@ def vote(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
 @instruction("mma", modifiers="sync aligned m16n8k16 row col")
 def matrix_multiply(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
     kind = op.types[1]
-    if op.types != ("f32", kind, kind, "f32") or kind not in ("bf16", "f16") or op.parts[3:5] != ("row", "col"):
+    if (
+        op.types != ("f32", kind, kind, "f32")
+        or kind not in ("bf16", "f16")
+        or op.parts[3:5] != ("row", "col")
+    ):
         raise PtxError("mma of these types")
     code = f"float d[4] = {{{', '.join(e.read(x, 'f32') for x in elements(a[3]))}}}; "
     code += f"const uint32_t A[4] = {{{', '.join(e.read(x, 'u32') for x in elements(a[1]))}}}; "
