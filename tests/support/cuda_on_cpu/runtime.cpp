@@ -162,7 +162,7 @@ bool step_block() {
     const u32 warp = random ? current->random() % n : current->schedule.order == Order::descending ? n - 1 - i : i;
     for (u32 left = random ? current->random() % 200 : ~0u; left > 0 && step_warp(warp); left--) moved = true;
   }
-  for (u32 warp = 0; !moved && warp < n; warp++) moved = step_warp(warp);  // the random choice may miss the only one
+  for (u32 warp = 0; current->error.empty() && !moved && warp < n; warp++) moved = step_warp(warp);  // the random choice may miss the only one
   return moved;
 }
 

@@ -7,7 +7,7 @@ Operands = tuple[str, ...]
 SPACES = {space: space for space in ("global", "shared", "param", "local")}
 
 
-@instruction("ld", modifiers="global shared param nc v2 v4 L1_evict_last L1_evict_first")
+@instruction("ld", modifiers="global shared param nc volatile v2 v4 L1_evict_last L1_evict_first")
 def load(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
     targets, kind = elements(a[0]), CPP_TYPES[op.type]
     code = f"char* const from = {e.address(a[1], op.one_of(SPACES, 'generic'))}; "
@@ -15,7 +15,7 @@ def load(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
     return code + " ".join(e.write(x, op.type, f"(({kind}*)from)[{i}]") for i, x in enumerate(targets))
 
 
-@instruction("st", modifiers="global shared v2 v4")
+@instruction("st", modifiers="global shared volatile v2 v4")
 def store(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
     values, kind = elements(a[1]), CPP_TYPES[op.type]
     code = f"char* const to = {e.address(a[0], op.one_of(SPACES, 'generic'))}; "
