@@ -23,6 +23,8 @@ def _connect(address: str, num_cpus: int) -> None:
             object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=False,
             logging_level=logging.ERROR,
+            # Ray gives workers way to everything else (nice 15); here the workers are what the machine is for.
+            _system_config={"worker_niceness": 0},
         )
     else:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)

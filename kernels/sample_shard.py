@@ -34,17 +34,16 @@ _BLOCK = 128  # logits per block maximum
 _LUCKY_HASHES = 2**14  # hashes below this are found by inverting; one id in 2^18 has one
 _LUCKY_GUMBEL = 12.48  # upper bound of the noise of all other ids: -log(-log(1 - 2^-18)) = 12.4766
 _FIRST_BLOCKS = 32  # likeliest blocks that give the first bound on the best score
-_ROUNDING = 1e-3  # slack of the bounds: float32 scores and logarithms are far finer than this
+_ROUNDING = 1e-3  # slack of the bounds, many times the rounding of the noise
+_RELATIVE_ROUNDING = 1e-6  # and of scores: at low temperatures they are large
 
 
 class ShardSample(NamedTuple):
     """The best token of each row within a shard."""
 
-    values: (
-        torch.Tensor
-    )  # float32 [num_rows]: logit / temperature + noise, or the logit where temperature is 0
-    ids: torch.Tensor  # int64 [num_rows], ids of the whole vocabulary
-    maxima: torch.Tensor  # float32 [num_rows]: the largest logit / temperature (logit where temperature is 0)
+    values: torch.Tensor  # float32 [num_rows]: logit / temperature + noise; the logit at temperature 0
+    ids: torch.Tensor  # int64 [num_rows]: ids of the whole vocabulary
+    maxima: torch.Tensor  # float32 [num_rows]: the largest logit / temperature; temperature 0 counts as 1
     exp_sums: torch.Tensor  # float64 [num_rows]: sum over the shard of exp(logit / temperature - maximum)
 
 
@@ -126,10 +125,13 @@ class ShardLogits:
         rest = self._logits[:, num_full * _BLOCK :].amax(-1, keepdim=True)
         return torch.cat([full, rest], dim=1).numpy()
 
-    def logit(self, row: int, token: int) -> float:
-        """The logit of a token id, -inf where another shard has it."""
-        column = token - self.vocab_offset
-        return float(self._rows[row, column]) if 0 <= column < self._size else -np.inf
+    def logits(self, row: int, ids: Int64Array) -> Float32Array:
+        """Logits float32 [num_ids] of tokens of this shard."""
+        return self._rows[row, ids - self.vocab_offset]
+
+    def has(self, token: int) -> bool:
+        """Whether a token id is in this shard."""
+        return self.vocab_offset <= token < self.vocab_offset + self._size
 
     def maximum(self, row: int) -> float:
         return float(self._maxima[row].max())
@@ -160,21 +162,20 @@ class ShardLogits:
             column = int(self._rows[row].argmax())  # the first of equals
             return pack_tokens(self._rows[row, column : column + 1], np.array([column + self.vocab_offset]))
         bound = self._score_bound(row, temperature, key, count)
+        bound -= _ROUNDING + _RELATIVE_ROUNDING * abs(bound)
         # Tokens below `cut` would need more noise than any but the lucky ids have.
-        cut = (bound - _LUCKY_GUMBEL - _ROUNDING) * temperature
+        cut = (bound - _LUCKY_GUMBEL) * temperature
         logits, columns = self._at_least(row, cut)
         ids = columns + self.vocab_offset
         hashes = hash_ids(key, ids)
-        possible = hashes <= _largest_hash(bound - self.maximum(row) / temperature - _ROUNDING)
+        possible = hashes <= _largest_hash(bound - self.maximum(row) / temperature)
         scores = logits[possible] / np.float32(temperature) + gumbel_from_hash(hashes[possible])
-        lucky = self._lucky(key)
-        lucky_logits = self._rows[row, lucky - self.vocab_offset]
+        end = self.vocab_offset + self._size
+        lucky = ids_with_hash_below(key, _LUCKY_HASHES, self.vocab_offset, end)
+        lucky_logits = self.logits(row, lucky)
         lucky, lucky_logits = lucky[lucky_logits < cut], lucky_logits[lucky_logits < cut]
         scores = np.concatenate([scores, perturb(lucky_logits, lucky, temperature, key)])
         return first_packed(pack_tokens(scores, np.concatenate([ids[possible], lucky])), count)
-
-    def _lucky(self, key: Key) -> Int64Array:
-        return ids_with_hash_below(key, _LUCKY_HASHES, self.vocab_offset, self.vocab_offset + self._size)
 
     def _score_bound(self, row: int, temperature: float, key: Key, count: int) -> float:
         """A score that at least `count` tokens of the row reach: the count-th best of the likeliest ones."""
@@ -234,6 +235,7 @@ def first_packed(packed: UInt64Array, count: int) -> UInt64Array:
 
 
 def _largest_hash(gumbel: float) -> np.uint32:
-    """No hash above this has noise of at least `gumbel`."""
-    uniform = -np.expm1(-np.exp(-gumbel)) if gumbel > -4.0 else 1.0
-    return np.uint32(min(2**32 - 1, int(uniform * 2**32) + 1))
+    """No hash above this has noise of `gumbel` or more."""
+    if gumbel <= 0.0:
+        return np.uint32(2**32 - 1)  # where hashes are large, float32 uniforms are too coarse to tell
+    return np.uint32(int(-np.expm1(-np.exp(-gumbel)) * 2**32) + 1)

@@ -22,6 +22,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from outrider.workers.memory import peak_memory_bytes
+
 BaselineMode = Literal["transformers", "transformers-assisted", "transformers-lookup"]
 BASELINE_MODES: tuple[BaselineMode, ...] = ("transformers", "transformers-assisted", "transformers-lookup")
 
@@ -162,17 +164,6 @@ class TransformersBaseline:
             # Every step adds one token of the target's own, the rest was drafted.
             num_accepted=len(streamer.tokens) - num_steps,
         )
-
-
-def peak_memory_bytes() -> int:
-    """Highest resident memory of this process so far, in bytes (0 where /proc is missing)."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    for line in status.read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 class BaselineProcess:

@@ -14,6 +14,7 @@ from outrider.workers.communicator import SoloCommunicator
 from outrider.workers.distributed import Link, connect_store
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.model import ModelDrafter
+from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.shard import ShardPlan
@@ -32,7 +33,6 @@ from outrider.workers.setup import (
     message_capacity,
     num_draft_pages,
     num_target_pages,
-    peak_memory_bytes,
     torch_device,
     torch_dtype,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 from typing import Literal
 
@@ -85,11 +84,6 @@ def message_capacity(config: Config) -> MessageCapacity:
     rounds = config.rounds
     pages_per_sequence = -(-config.target.max_context // config.target.page_size)
     return MessageCapacity.for_limits(rounds.max_round_tokens, rounds.max_sequences, pages_per_sequence)
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _num_pages(role: str, kv_cache_bytes: int, bytes_per_page: int) -> int:

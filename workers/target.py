@@ -12,6 +12,7 @@ import torch
 from outrider.configs.schema import Config
 from outrider.workers.communicator import Communicator, SoloCommunicator
 from outrider.workers.distributed import Link, connect_store, join_group, open_store
+from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.batch import build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
@@ -23,7 +24,6 @@ from outrider.workers.setup import (
     load_model,
     message_capacity,
     num_target_pages,
-    peak_memory_bytes,
     torch_device,
     torch_dtype,
 )

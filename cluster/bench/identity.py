@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
-
 from outrider.cluster.bench.metrics import first_difference
 from outrider.cluster.bench.runner import EncodedPrompt
-from outrider.kernels.noise import gumbel
 from outrider.workers.rounds.sequence import TokenLogprobs
 from outrider.workers.sampling.params import MAX_TOP_LOGPROBS, SamplingParams
+from outrider.workers.sampling.token_noise import token_noise
 
 # Largest score difference that rounding explains. float32: the project's rule. bfloat16: logits between 16 and
 # 32 are multiples of 0.125, and each of two computations may be a few of those off; the largest gap seen over
@@ -191,7 +189,7 @@ def _perturb(logprobs: dict[int, float], sampling: SamplingParams, position: int
     if sampling.is_greedy:
         return logprobs
     tokens = list(logprobs)
-    noise = gumbel(sampling.seed, position, torch.tensor(tokens, dtype=torch.int64)).tolist()
+    noise = token_noise(sampling.seed, position, tokens)
     return {
         token: logprobs[token] / sampling.temperature + noise
         for token, noise in zip(tokens, noise, strict=True)

@@ -12,8 +12,8 @@ from outrider.workers.baselines import (
     BaselineRequest,
     BaselineSpec,
     TransformersBaseline,
-    peak_memory_bytes,
 )
+from outrider.workers.memory import peak_memory_bytes
 
 PROMPT = (5, 9, 5, 9, 5, 9, 5, 9)
 

@@ -38,7 +38,9 @@ def raw_logprobs(
     if asking:
         message = np.full((len(asking), 3 + 2 * num_top), -np.inf)
         for j, row in enumerate(asking):
-            message[j, :3] = shard.logit(row, int(tokens[row])), shard.maximum(row), shard.exp_sum(row, 1.0)
+            message[j, 1:3] = shard.maximum(row), shard.exp_sum(row, 1.0)
+            if shard.has(int(tokens[row])):
+                message[j, 0] = shard.logits(row, tokens[row : row + 1])[0]
             if num_top > 0:
                 values, ids = unpack_tokens(shard.top(row, num_top))
                 message[j, 3 : 3 + len(values)] = values

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from outrider.kernels.noise import Int64Array, noise_key
+from outrider.kernels.noise import Float32Array, Int64Array, Key, noise_key
 from outrider.kernels.sample_shard import (
     ShardLogits,
     UInt64Array,
@@ -102,31 +102,18 @@ class Sampler:
         logits = logits.contiguous()
         edits = self._edit(logits, rows)
         shard = ShardLogits(logits, 0)
-        ids = np.zeros((len(rows), num), dtype=np.int64)
-        log_probs = np.full((len(rows), num), -np.inf, dtype=np.float32)
         truncated = [i for i, row in enumerate(rows) if row.params.truncates]
-        for i, row in enumerate(rows):
-            if not row.params.truncates:
-                temperature = row.params.temperature
-                key = noise_key(row.params.seed, row.position)
-                _, ids[i] = unpack_tokens(shard.best(i, temperature, key, num))
-                divisor = temperature or 1.0
-                x = (logits[i].numpy()[ids[i]] - np.float32(shard.maximum(i))) / np.float32(divisor)
-                log_probs[i] = x - np.log(shard.exp_sum(i, divisor))
         params = [rows[i].params for i in truncated]
         kept_rows = kept_tokens(shard, truncated, params, self._communicator) if truncated else []
-        for i, kept in zip(truncated, kept_rows, strict=True):
-            packed = first_packed(_scored(kept, rows[i]), num)
-            count = len(packed)
-            ids[i, :count] = unpack_tokens(packed)[1]
-            divisor = np.float32(rows[i].params.temperature)
-            log_total = np.log(np.exp((kept.logits - kept.logits[0]) / divisor).sum())
-            log_probs[i, :count] = (logits[i].numpy()[ids[i, :count]] - kept.logits[0]) / divisor - log_total
-            if count < num:  # kept tokens are the first of the likeliest: go on with the next ones
-                ids[i, count:] = unpack_tokens(shard.top(i, num))[1][count:]
+        kept = dict(zip(truncated, kept_rows, strict=True))
+        proposals = [
+            _propose_kept(shard, i, row, kept[i], num) if i in kept else _propose_whole(shard, i, row, num)
+            for i, row in enumerate(rows)
+        ]
         for i, edit in edits:
             edit.undo(logits[i])
-        return torch.from_numpy(ids), torch.from_numpy(log_probs)
+        ids = np.stack([row_ids for row_ids, _ in proposals])
+        return torch.from_numpy(ids), torch.from_numpy(np.stack([log_probs for _, log_probs in proposals]))
 
     def _edit(self, logits: torch.Tensor, rows: Sequence[RowContext]) -> list[tuple[int, Edit]]:
         return [
@@ -136,10 +123,7 @@ class Sampler:
         ]
 
     def _sample_whole(self, shard: ShardLogits, indices: list[int], rows: Sequence[RowContext]) -> Int64Array:
-        best = [
-            shard.best(i, rows[i].params.temperature, noise_key(rows[i].params.seed, rows[i].position), 1)
-            for i in indices
-        ]
+        best = [shard.best(i, rows[i].params.temperature, _key(rows[i]), 1) for i in indices]
         message = torch.from_numpy(np.concatenate(best).view(np.int64))  # [num_rows]
         gathered = self._communicator.all_gather(message).numpy().view(np.uint64)  # [size, num_rows]
         return unpack_tokens(gathered.min(axis=0))[1]
@@ -159,7 +143,34 @@ class Sampler:
         return raw_logprobs(shard, tokens, asking, num_top, self._communicator)
 
 
+def _propose_whole(
+    shard: ShardLogits, index: int, row: RowContext, num: int
+) -> tuple[Int64Array, Float32Array]:
+    """Ids and log-probabilities, [num] each, of a row that nothing truncates."""
+    _, ids = unpack_tokens(shard.best(index, row.params.temperature, _key(row), num))
+    temperature = row.params.temperature or 1.0
+    scaled = (shard.logits(index, ids) - np.float32(shard.maximum(index))) / np.float32(temperature)
+    return ids, scaled - np.float32(np.log(shard.exp_sum(index, temperature)))
+
+
+def _propose_kept(
+    shard: ShardLogits, index: int, row: RowContext, kept: KeptTokens, num: int
+) -> tuple[Int64Array, Float32Array]:
+    """Ids and log-probabilities, [num] each, of a row with these tokens left."""
+    ids = unpack_tokens(first_packed(_scored(kept, row), num))[1]
+    temperature = np.float32(row.params.temperature)
+    log_total = np.log(np.exp((kept.logits - kept.logits[0]) / temperature).sum())
+    log_probs = np.full(num, -np.inf, dtype=np.float32)
+    log_probs[: len(ids)] = (shard.logits(index, ids) - kept.logits[0]) / temperature - log_total
+    # The kept tokens are the first of the likeliest: where they are too few, go on with the next ones.
+    more = unpack_tokens(shard.top(index, num))[1][len(ids) :] if len(ids) < num else ids[:0]
+    return np.concatenate([ids, more]), log_probs
+
+
 def _scored(kept: KeptTokens, row: RowContext) -> UInt64Array:
     """Kept tokens packed with their scores."""
-    key = noise_key(row.params.seed, row.position)
-    return pack_tokens(perturb(kept.logits, kept.ids, row.params.temperature, key), kept.ids)
+    return pack_tokens(perturb(kept.logits, kept.ids, row.params.temperature, _key(row)), kept.ids)
+
+
+def _key(row: RowContext) -> Key:
+    return noise_key(row.params.seed, row.position)
