@@ -127,3 +127,9 @@ def _text(program: object, size_of: object, read: object, strip: bool = True) ->
     buffer = b" " * size  # type: ignore[operator]
     _checked(read(program, buffer))  # type: ignore[operator]
     return buffer.rstrip(b"\0 ") if strip else buffer
+
+
+def nvrtc_version() -> str:
+    """As "13.2", of the library in use."""
+    _, major, minor = nvrtc.nvrtcVersion()
+    return f"{major}.{minor}"

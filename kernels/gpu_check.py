@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.attention_cases import ATTENTION_CASES, LARGE_ATTENTION_CASES
-from outrider.kernels.kernel_cases import PreparedCase, Preparation, kernel_cases
+from outrider.kernels.kernel_cases import Preparation, PreparedCase, kernel_cases
 from outrider.kernels.launch_plans import LaunchPlan
 from outrider.kernels.roofline import Roofline, least_time_s
 
@@ -68,7 +68,9 @@ def all_cases() -> list[Preparation]:
     return kernel_cases((*ATTENTION_CASES, *LARGE_ATTENTION_CASES))
 
 
-def check_gpu(gpu: Gpu, cases: Sequence[Preparation], roofline: Roofline, num_repeats: int = REPEATS) -> GpuReport:
+def check_gpu(
+    gpu: Gpu, cases: Sequence[Preparation], roofline: Roofline, num_repeats: int = REPEATS
+) -> GpuReport:
     reports = tuple(check_case(gpu, prepare, roofline, num_repeats) for prepare in cases)
     return GpuReport(gpu.name, not any(report.problems for report in reports), reports)
 
@@ -119,7 +121,11 @@ def _check_graph(gpu: Gpu, prepare: Preparation, first: PreparedCase) -> list[st
         tensor.copy_(original)
     graph.replay()
     gpu.synchronize()
-    return [] if _bits(case.outputs()) == _bits(first.outputs()) else [f"{case.name}: a graph replay gave other bits"]
+    return (
+        []
+        if _bits(case.outputs()) == _bits(first.outputs())
+        else [f"{case.name}: a graph replay gave other bits"]
+    )
 
 
 def _bits(tensors: Sequence[Tensor]) -> list[bytes]:

@@ -328,3 +328,9 @@ def _first_line(error: BaseException) -> str:
     """What gloo says, without its advice."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return line.split(" This is typically caused")[0]
+
+
+def available_backends() -> tuple[str, ...]:
+    """Transports that this build of torch brings."""
+    available = (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available()))
+    return tuple(name for name, is_there in available if is_there)

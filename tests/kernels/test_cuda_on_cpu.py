@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch
+
+from outrider.kernels.compiler import compile_sources, load_sources
+from outrider.kernels.launch_plans import LaunchPlan
 from support.cuda_on_cpu.executor import (
     SCHEDULES,
     Executor,
@@ -16,9 +19,6 @@ from support.cuda_on_cpu.ptx.emitter import translate
 from support.cuda_on_cpu.ptx.executor import ptx_executor
 from support.cuda_on_cpu.ptx.parser import PtxError, parse_ptx
 from support.cuda_on_cpu.replay import replay
-
-from outrider.kernels.compiler import compile_sources, load_sources
-from outrider.kernels.launch_plans import LaunchPlan
 
 LATE, EAGER = Schedule("ascending", eager_copies=False), Schedule("ascending", eager_copies=True)
 
@@ -60,7 +60,9 @@ def test_shared_memory_starts_as_nan(build):
 
 
 def test_a_missing_barrier_shows_in_one_of_the_orders(build):
-    body = "float* s = (float*)shared; s[threadIdx.x] = threadIdx.x; {} out[threadIdx.x] = s[63 - threadIdx.x];"
+    body = (
+        "float* s = (float*)shared; s[threadIdx.x] = threadIdx.x; {} out[threadIdx.x] = s[63 - threadIdx.x];"
+    )
     out, expected = torch.zeros(64), torch.arange(63, -1, -1.0)
     for schedule in SCHEDULES:
         build(body.format("__syncthreads();")).launch([plan_of(out.zero_())], schedule)
@@ -140,13 +142,19 @@ def test_argument_widths_are_those_of_the_signature(build):
 
 def test_replay_brings_results_back_and_names_what_went_wrong():
     def program(body, sanitizer):
-        return build_unit("probe", translation_unit("probe", small_sources(body)), sanitizer, "-O1", alone=True)
+        return build_unit(
+            "probe", translation_unit("probe", small_sources(body)), sanitizer, "-O1", alone=True
+        )
 
     out = torch.zeros(64)
     assert replay(program("out[threadIdx.x] = 2.f;", "none"), [plan_of(out)], LATE) == ""
     assert (out == 2).all()
-    assert replay(program("out[64 + threadIdx.x] = 2.f;", "address"), [plan_of(out)], LATE).startswith("address")
-    assert replay(program("out[threadIdx.x / 2] = threadIdx.x;", "thread"), [plan_of(out)], LATE).startswith("race")
+    assert replay(program("out[64 + threadIdx.x] = 2.f;", "address"), [plan_of(out)], LATE).startswith(
+        "address"
+    )
+    assert replay(program("out[threadIdx.x / 2] = threadIdx.x;", "thread"), [plan_of(out)], LATE).startswith(
+        "race"
+    )
 
 
 PTX = """.version 8.0
@@ -196,7 +204,10 @@ def test_instructions_follow_the_isa(instruction, expected):
         ("fancy.u32 %r2, %r1", "unknown instruction, probe line 9: fancy.u32 %r2, %r1"),
         ("add.sat.s32 %r2, %r1, %r1", "unknown modifier sat"),
         ("add.s32 %r9, %r1, %r1", "register %r9 is not declared"),
-        ("mma.sync.aligned.m16n8k16.row.row.f32.f16.f16.f32 {%r2}, {%r1}, {%r1}, {%r1}", "mma of these types"),
+        (
+            "mma.sync.aligned.m16n8k16.row.row.f32.f16.f16.f32 {%r2}, {%r1}, {%r1}, {%r1}",
+            "mma of these types",
+        ),
         ("bar.sync 1", "barrier of another kind"),
         ("ld.const.u32 %r2, [%rd1]", "unknown modifier const"),
     ],
@@ -207,9 +218,16 @@ def test_what_the_translator_does_not_know_is_an_error(instruction, message):
 
 
 def test_the_parser_keeps_labels_guards_and_operands():
-    (kernel,) = parse_ptx(PTX.format(x=7, instruction="$L1: @!%p1 bra $L1; mma.x {%r1, %r2}, [%rd1+8]")).kernels
+    (kernel,) = parse_ptx(
+        PTX.format(x=7, instruction="$L1: @!%p1 bra $L1; mma.x {%r1, %r2}, [%rd1+8]")
+    ).kernels
     assert kernel.parameters == ("probe_param_0",)
     assert (kernel.registers["%rd2"], kernel.registers["%p1"]) == (64, 1)
     branch, product = kernel.statements[2:4]
-    assert (branch.labels, branch.guard, branch.opcode, branch.operands) == (("$L1",), "!%p1", "bra", ("$L1",))
+    assert (branch.labels, branch.guard, branch.opcode, branch.operands) == (
+        ("$L1",),
+        "!%p1",
+        "bra",
+        ("$L1",),
+    )
     assert product.operands == ("{%r1, %r2}", "[%rd1+8]")

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from support.cuda_on_cpu.kernels import source_kernels
 
 from outrider.kernels.gpu_check import TorchGpu, all_cases, check_gpu
 from outrider.kernels.kernel_cases import kernel_cases
 from outrider.kernels.roofline import Roofline, least_time_s, roofline_of
+from support.cuda_on_cpu.kernels import source_kernels
 
 SMALL = kernel_cases()[::9]
 
@@ -91,7 +91,7 @@ def test_a_write_beside_an_output_is_found():
 
 def test_a_launch_that_fails_is_a_problem_of_its_case():
     report = check_gpu(Refusing(), SMALL, Roofline(0, 0), num_repeats=1)
-    assert [case.problems for case in report.cases][0][0].endswith("no kernel image is available")
+    assert report.cases[0].problems[0].endswith("no kernel image is available")
 
 
 def test_rooflines_are_known_by_name():

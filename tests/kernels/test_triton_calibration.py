@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.cuda_on_cpu.executor import SCHEDULES
-from support.cuda_on_cpu.ptx.executor import ptx_executor
 
 from outrider.kernels.launch_plans import LaunchPlan
+from support.cuda_on_cpu.executor import SCHEDULES
+from support.cuda_on_cpu.ptx.executor import ptx_executor
 
 pytest.importorskip("triton", reason="Triton makes the PTX")
 
@@ -31,7 +31,16 @@ def test_triton_attention_runs_right_in_the_ptx_executor(dtype):
         expected = scores.masked_fill(future, -math.inf).softmax(-1) @ v.double()
         for schedule in SCHEDULES:
             out, scratch = torch.full((num_rows, HEAD_DIM), math.nan), torch.zeros(64)
-            arguments = (q, k, v, out, np.int32(num_rows), np.float32(1 / math.sqrt(HEAD_DIM)), scratch, scratch)
+            arguments = (
+                q,
+                k,
+                v,
+                out,
+                np.int32(num_rows),
+                np.float32(1 / math.sqrt(HEAD_DIM)),
+                scratch,
+                scratch,
+            )
             grid = (-(-num_rows // BLOCK_QUERIES), 1, 1)
             plan = LaunchPlan("triton", "causal_attention", grid, 32 * NUM_WARPS, shared_bytes, arguments)
             executor.launch([plan], schedule)
