@@ -11,6 +11,7 @@ from outrider.kernels.compiler import (
     compile_sources,
     digest,
     load_sources,
+    nvrtc_version,
     target_of,
 )
 from support.cuda_on_cpu.executor import kernel_names
@@ -46,6 +47,8 @@ def test_the_gates_see_a_bad_kernel():
 
 def test_the_table_in_the_repository_is_the_generated_one(found):
     print(document(found))
+    if f"NVRTC {nvrtc_version()}." not in TABLE.read_text():
+        pytest.skip("the table was made by another NVRTC; constraints.txt says which")
     assert TABLE.read_text() == document(found), "run: python tests/support/kernel_table.py"
 
 

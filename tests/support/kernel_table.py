@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from outrider.kernels.attention_cases import ATTENTION_CASES
-from outrider.kernels.compiler import SOURCES, TARGETS, CompiledKernels
+from outrider.kernels.compiler import SOURCES, TARGETS, CompiledKernels, nvrtc_version
 from outrider.kernels.kernel_cases import kernel_cases
 from support.cuda_on_cpu.kernels import compiled
 
@@ -153,7 +153,7 @@ on your GPU.
 
 ## What the compiler made of them
 
-Shared bytes: the most that a test case asks for. HMMA: tensor-core products, LDSM: matrix loads from shared
+NVRTC {nvrtc_version()}. Shared bytes: the most that a test case asks for. HMMA: tensor-core products, LDSM: matrix loads from shared
 memory, LDGSTS: asynchronous copies, counted in the machine code.
 
 {resource_table(found)}
