@@ -69,7 +69,7 @@ class TargetActor:
 
     @ray.method(concurrency_group="control")
     def stats(self) -> dict[str, Any]:
-        return {**self._worker.stats(), "pid": os.getpid()}
+        return {**self._worker.stats(), **_whereabouts()}
 
     @ray.method(concurrency_group="control")
     def trace_events(self) -> list[dict[str, Any]]:
@@ -120,7 +120,7 @@ class DraftActor:
 
     @ray.method(concurrency_group="control")
     def stats(self) -> dict[str, Any]:
-        return {**self._worker.stats(), "pid": os.getpid()}
+        return {**self._worker.stats(), **_whereabouts()}
 
     @ray.method(concurrency_group="control")
     def trace_events(self) -> list[dict[str, Any]]:
@@ -164,6 +164,10 @@ def spawn_workers(config: Config, group: PlacementGroup) -> Workers:
         for rank, bundle in enumerate(target_bundles(group, config.target.tp_size))
     )
     return Workers(targets, draft)
+
+
+def _whereabouts() -> dict[str, Any]:
+    return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
 
 def _thread_variables(num_threads: int) -> dict[str, str]:

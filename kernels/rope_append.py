@@ -75,10 +75,25 @@ def rope_append_by_reference(
 ) -> Tensor:
     """The CPU path; arguments as in `rope_append`."""
     num_pages, page_size, HK, D = k_pages.shape
+    HQ = q.shape[1]
     cos, sin = cos[:, None], sin[:, None]  # [N, 1, D/2]
-    k_pages.view(num_pages * page_size, HK, D).index_copy_(0, slots, _rotate(k, cos, sin))
+    if _adjacent(q, k):
+        # Parts of one fused projection are turned in one go.
+        rotated = _rotate(q.as_strided((q.shape[0], HQ + HK, D), q.stride()), cos, sin)
+        rotated_q, rotated_k = rotated[:, :HQ], rotated[:, HQ:]
+    else:
+        rotated_q, rotated_k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    k_pages.view(num_pages * page_size, HK, D).index_copy_(0, slots, rotated_k)
     v_pages.view(num_pages * page_size, HK, D).index_copy_(0, slots, v)
-    return _rotate(q, cos, sin)
+    return rotated_q
+
+
+def _adjacent(q: Tensor, k: Tensor) -> bool:
+    """Whether the heads of k follow those of q in memory, row by row."""
+    row, head, _ = q.stride()
+    behind_q = q.data_ptr() + q.shape[1] * head * q.itemsize
+    fits_in_row = row >= (q.shape[1] + k.shape[1]) * head
+    return k.stride() == q.stride() and k.data_ptr() == behind_q and fits_in_row
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ class ShardLogits:
         x = self._rows[row] - maximum
         if temperature != 1.0:
             x *= np.float32(1.0 / temperature)
-        return float(np.exp(x, out=x).sum())
+        return float(np.exp(x, out=x).sum(dtype=np.float64))
 
     def top(self, row: int, count: int) -> UInt64Array:
         """Packed tokens of the `count` largest logits (of all, if there are fewer), largest first."""
@@ -236,6 +236,6 @@ def first_packed(packed: UInt64Array, count: int) -> UInt64Array:
 
 def _largest_hash(gumbel: float) -> np.uint32:
     """No hash above this has noise of `gumbel` or more."""
-    if gumbel <= 0.0:
+    if not gumbel > 0.0:  # NaN where every token is removed
         return np.uint32(2**32 - 1)  # where hashes are large, float32 uniforms are too coarse to tell
     return np.uint32(int(-np.expm1(-np.exp(-gumbel)) * 2**32) + 1)

@@ -122,21 +122,24 @@ def _attend(
     n, T, S = group.num_sequences, group.num_queries, group.num_keys
     _, _, HK, D = k_pages.shape
     G = q.shape[1] // HK
-    if group.contiguous:
-        rows = q[group.first_query : group.first_query + n * T]
-    else:
-        rows = q.index_select(0, group.query_rows)
+    if not group.contiguous:
+        q = q.index_select(0, group.query_rows)
+    elif q.shape[0] != n * T:
+        q = q[group.first_query : group.first_query + n * T]
     keys = _rows_of(k_pages, group).view(n, S, HK, D).transpose(1, 2)  # [n, HK, S, D]
     values = _rows_of(v_pages, group).view(n, S, HK, D).transpose(1, 2)
     if group.folded:
         # The G query heads of a KV head become rows of one product, so K and V are read once.
-        folded = rows.view(n, T, HK, G, D).permute(0, 2, 1, 3, 4).reshape(n, HK, T * G, D)
         mask = group.mask(window, G, q.dtype)
+        if T == 1:
+            folded = q.view(n, HK, G, D)
+            return _attention(folded, keys, values, mask, scale, soft_cap).reshape(n, HK * G, D)
+        folded = q.view(n, T, HK, G, D).permute(0, 2, 1, 3, 4).reshape(n, HK, T * G, D)
         out = _attention(folded, keys, values, mask, scale, soft_cap)  # [n, HK, T * G, D]
         return out.reshape(n, HK, T, G, D).permute(0, 2, 1, 3, 4).reshape(n * T, HK * G, D)
     # One long chain: KV heads are the batch, its query heads share K and V through a zero stride.
     assert n == 1
-    queries = rows.view(T, HK, G, D).permute(1, 2, 0, 3)  # [HK, G, T, D]
+    queries = q.view(T, HK, G, D).permute(1, 2, 0, 3)  # [HK, G, T, D]
     expanded = (HK, G, S, D)
     mask = group.mask(window, 1, q.dtype)
     keys, values = keys[0][:, None].expand(expanded), values[0][:, None].expand(expanded)

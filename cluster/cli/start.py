@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from outrider.configs.schema import Config
@@ -22,10 +22,13 @@ class StartBars:
 
     def __init__(self, bars: Bars) -> None:
         self._bars = bars
-        self._tasks = {"": bars.add_task("start processes", total=None)}
+        self._processes = bars.add_task("start processes", total=None)
+        self._tasks: dict[str, TaskID] = {}
 
     def show(self, stages: "Sequence[Progress]") -> None:
         """A report of all stages so far; may be called any number of times."""
+        if stages:
+            self._bars.update(self._processes, completed=1, total=1)
         for stage in stages:
             name = f"{stage.worker}: {stage.stage}"
             total = stage.total or None

@@ -63,8 +63,8 @@ def test_the_documented_presets_ship() -> None:
             "must be a number of bytes or a size such as 512MiB or 2GiB, got '3GB'",
         ),
         (
-            "draft.ngram.max_match=1",
-            r"draft.ngram.max_match must be at least draft.ngram.min_match \(2\), got 1",
+            "draft.ngram.max_match=0",
+            r"draft.ngram.max_match must be at least draft.ngram.min_match \(1\), got 0",
         ),
         ("rounds.max_round_tokens=8", "rounds.max_round_tokens must be at least rounds.max_sequences and"),
         ("rounds.profile_node_counts=[2,1]", "rounds.profile_node_counts must be increasing from 1"),

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from outrider.kernels.rope_append import rope_append
@@ -16,10 +17,13 @@ def rotate_by_hand(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def test_rotates_queries_and_keys_and_writes_the_cache_at_its_slots() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_rotates_queries_and_keys_and_writes_the_cache_at_its_slots(fused: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(3, 3 + 2 + 2, 8, generator=generator)
     q, k, v = qkv.split((3, 2, 2), dim=1)  # views, as a fused projection gives them
+    if not fused:
+        q, k = q.clone(), k.clone()
     angles = torch.randn(3, 4, generator=generator)
     k_pages = torch.full((4, 2, 2, 8), 7.0)
     v_pages = torch.full((4, 2, 2, 8), 8.0)

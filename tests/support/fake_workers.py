@@ -13,11 +13,12 @@ from outrider.cluster.actors import Workers
 from outrider.cluster.admission import Admission
 from outrider.cluster.coordinator import Coordinator
 from outrider.cluster.text import Decoder
-from outrider.configs.schema import Config, SamplingConfig, TargetConfig
+from outrider.configs.schema import Config, SamplingConfig, TargetConfig, TreeConfig
 from outrider.workers.rounds.sequence import Request, RequestStats, TokenEvent, TokenLogprobs
 
 FAKE_CONFIG = Config(
     target=TargetConfig(model="random:fake", tp_size=2, max_context=200),
+    tree=TreeConfig(max_nodes=16, max_depth=8),
     sampling=SamplingConfig(max_tokens=50),
 )
 ROUND_S = 0.002

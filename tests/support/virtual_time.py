@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 from outrider.configs.schema import NgramConfig
@@ -22,7 +23,11 @@ from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
 from outrider.workers.rounds.sequence import DraftOptions, Request, TokenEvent
 from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.trace import Tracer
+from support.local_engine import output_tokens
 from support.scripted import ScriptedDrafter, ScriptedTarget
+
+_VERIFY_40_MS = TargetProfile((1,), (0.04,))
+_LIMITS = SchedulerLimits(max_sequences=8, max_round_tokens=256, prefill_chunk=64)
 
 
 class VirtualClock:
@@ -39,22 +44,23 @@ class VirtualClock:
 
 
 class VirtualLink:
-    """A target of set latency that works while the clock moves, one round after the other."""
+    """A target of set latencies that works while the clock moves, one round after the other."""
 
-    def __init__(self, clock: VirtualClock, verify_s: float) -> None:
-        self.num_rounds = 0
+    def __init__(self, clock: VirtualClock, latencies: TargetProfile) -> None:
+        self.drafts: list[Draft] = []  # all that was sent
         self._clock = clock
-        self._verify_s = verify_s
-        self._target = ScriptedTarget(verify_s, sleep=lambda seconds: None)
+        self._latencies = latencies
+        self._target = ScriptedTarget(0.0)
         self._free_at = clock.now_s
         self._under_way: deque[tuple[float, Scores]] = deque()
 
     def send(self, draft: Draft) -> None:
-        if draft.stop:
-            return
-        self.num_rounds += 1
-        self._free_at = max(self._clock.now_s, self._free_at) + self._verify_s
-        self._under_way.append((self._free_at, self._target.step(draft)))
+        self.drafts.append(draft)
+        if not draft.stop:
+            seconds = self._latencies.at(sum(len(step.tokens) for step in draft.steps))
+            self._free_at = max(self._clock.now_s, self._free_at) + seconds
+            scores = replace(self._target.step(draft), forward_s=seconds)
+            self._under_way.append((self._free_at, scores))
 
     def receive(self) -> Scores:
         done_at, scores = self._under_way.popleft()
@@ -67,11 +73,73 @@ class VirtualLink:
 
 @dataclass(frozen=True)
 class VirtualRun:
-    """What `run_virtual` saw."""
+    """What `run_requests` saw."""
 
     seconds: float
-    num_rounds: int
-    texts: dict[str, list[int]]
+    drafts: list[Draft]  # what the target was sent, without the message that stops it
+    events: dict[str, list[TokenEvent]]
+    num_available_pages: int  # at the end
+
+    @property
+    def texts(self) -> dict[str, list[int]]:
+        return {request_id: output_tokens(events) for request_id, events in self.events.items()}
+
+
+def run_requests(
+    requests: SequenceABC[Request],
+    *,
+    options: LoopOptions,
+    latencies: TargetProfile = _VERIFY_40_MS,
+    step_s: float = 0.01,
+    is_right: Callable[[int], bool] = lambda position: True,
+    limits: SchedulerLimits = _LIMITS,
+    num_pages: int = 256,
+    on_event: Callable[[RoundLoop, TokenEvent], None] = lambda loop, event: None,
+) -> VirtualRun:
+    """Run requests to their ends with scripted workers; pages hold 16 rows. `on_event` may use the loop.
+
+    `latencies` is what a pass of the target takes, and what the loop knows of it.
+    """
+    clock = VirtualClock()
+    link = VirtualLink(clock, latencies)
+    drafting = DraftEngine(NgramConfig())
+    drafting.add(ScriptedDrafter(step_s, is_right, drafting.estimator, clock.sleep))
+    cost = CostModel(latencies)
+    cost.observe_draft_step(step_s)
+    events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
+    unfinished = set(events)
+
+    def emit(event: TokenEvent) -> None:
+        events[event.request_id].append(event)
+        if event.finish_reason:
+            unfinished.remove(event.request_id)
+        on_event(loop, event)
+        if not unfinished:
+            loop.stop()
+
+    pool = PagePool(num_pages, 16, prefix_sharing=False)
+    loop = RoundLoop(link, Scheduler(limits, pool), drafting, cost, options, Tracer("draft", False), emit)
+    for request in requests:
+        loop.submit(request)
+    begun = clock.now_s
+    with patch.object(loop_module, "time", clock):
+        loop.run()
+    assert link.drafts.pop().stop
+    return VirtualRun(clock.now_s - begun, link.drafts, events, pool.num_available)
+
+
+def scripted_request(
+    request_id: str,
+    num_tokens: int,
+    max_nodes: int = 4,
+    max_depth: int = 4,
+    prompt_length: int = 3,
+    methods: tuple[str, ...] = ("model",),
+) -> Request:
+    """A greedy request; what it says does not matter to scripted workers."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens)
+    prompt = tuple(range(1, prompt_length + 1))
+    return Request(request_id, prompt, sampling, DraftOptions(methods, max_nodes, max_depth))
 
 
 def run_virtual(
@@ -84,29 +152,7 @@ def run_virtual(
     num_tokens: int,
     is_right: Callable[[int], bool],
 ) -> VirtualRun:
-    """Texts of `num_tokens` tokens, and the virtual seconds they take. As `support.scripted.run_scripted`."""
-    clock = VirtualClock()
-    link = VirtualLink(clock, verify_s)
-    drafting = DraftEngine(NgramConfig())
-    drafting.add(ScriptedDrafter(step_s, is_right, drafting.estimator, clock.sleep))
-    cost = CostModel(TargetProfile((1,), (verify_s,)))
-    cost.observe_draft_step(step_s)
-    texts: dict[str, list[int]] = {str(i): [] for i in range(num_sequences)}
-    unfinished = set(texts)
-
-    def emit(event: TokenEvent) -> None:
-        texts[event.request_id] += event.tokens
-        if event.finish_reason:
-            unfinished.discard(event.request_id)
-        if not unfinished:
-            loop.stop()
-
-    scheduler = Scheduler(SchedulerLimits(8, 256, 64), PagePool(256, 16, False))
-    loop = RoundLoop(link, scheduler, drafting, cost, options, Tracer("draft", False), emit)
-    for request_id in texts:
-        sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens)
-        loop.submit(Request(request_id, (1, 2, 3), sampling, DraftOptions(("model",), depth, depth)))
-    begun = clock.now_s
-    with patch.object(loop_module, "time", clock):
-        loop.run()
-    return VirtualRun(clock.now_s - begun, link.num_rounds, texts)
+    """`num_sequences` texts of `num_tokens` tokens, drafted as chains: as `support.scripted.run_scripted`."""
+    requests = [scripted_request(str(i), num_tokens, depth, depth) for i in range(num_sequences)]
+    latencies = TargetProfile((1,), (verify_s,))
+    return run_requests(requests, options=options, latencies=latencies, step_s=step_s, is_right=is_right)

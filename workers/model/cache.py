@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.kv_commit import kv_commit
+from outrider.workers.model import memory
 from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.shard import ShardPlan
 
@@ -31,8 +32,12 @@ class PagedCache:
         device: torch.device,
     ) -> None:
         shape = (config.num_layers, 2, num_pages, page_size, plan.num_kv_heads, config.head_dim)
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.page_size = page_size
+        self.kv = torch.empty(shape, dtype=dtype, device=device)
+        memory.prefer(self.kv)
+        self.kv.zero_()
+        self._keys = self.kv[:, 0].unbind(0)
+        self._values = self.kv[:, 1].unbind(0)
 
     @property
     def num_pages(self) -> int:
@@ -40,11 +45,11 @@ class PagedCache:
 
     def keys(self, layer: int) -> Tensor:
         """[P, PAGE, HK, D] of one layer."""
-        return self.kv[layer, 0]
+        return self._keys[layer]
 
     def values(self, layer: int) -> Tensor:
         """[P, PAGE, HK, D] of one layer."""
-        return self.kv[layer, 1]
+        return self._values[layer]
 
     def commit(self, source_slots: Tensor, target_slots: Tensor) -> None:
         """Moves accepted rows; int64 [M] each, see `kv_commit`."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outrider.workers.model import huge_pages
+from outrider.workers.model import memory
 
 # oneDNN blocks the matrix alike for every hint of 8 rows or more; a hint of 1 makes float32 several times slower.
 ROWS_HINT = 8
@@ -47,9 +47,14 @@ class Linear:
         if not self.packed:
             return F.linear(x, self.weight, self.bias)
         rows = x.shape[0]
-        if rows >= MIN_ROWS:
-            return _multiply(x, self.weight, self.bias)
-        return _multiply(F.pad(x, (0, 0, 0, MIN_ROWS - rows)), self.weight, self.bias)[:rows]
+        product = _multiply(pad_rows(x), self.weight, self.bias)
+        return product if rows >= MIN_ROWS else product[:rows]
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """x [rows, n] with rows of zeros behind it where it has fewer than MIN_ROWS."""
+    rows = x.shape[0]
+    return x if rows >= MIN_ROWS else F.pad(x, (0, 0, 0, MIN_ROWS - rows))
 
 
 @functools.cache
@@ -73,7 +78,7 @@ def packing_works(dtype: torch.dtype) -> bool:
 
 def _pack(weight: Tensor) -> Tensor:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
-    huge_pages.collapse(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
+    memory.collapse(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
     return packed
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from outrider.workers.model import memory
 from outrider.workers.model.linear import Linear
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.source import WeightSource
@@ -60,9 +61,10 @@ class WeightLoader:
         self.progress = progress
 
     def layer(self, index: int) -> LayerWeights:
+        """Weights of one layer; what reading them took beside is given back."""
         prefix = f"model.layers.{index}."
         attention = prefix + "self_attn."
-        return LayerWeights(
+        weights = LayerWeights(
             attention_norm=self.vector(prefix + "input_layernorm.weight", ALL),
             qkv=self._qkv(attention),
             q_norm=self._head_norm(attention + "q_norm.weight"),
@@ -72,6 +74,8 @@ class WeightLoader:
             gate_up=self._gate_up(prefix + "mlp."),
             down=self._down(prefix + "mlp.down_proj.weight"),
         )
+        memory.release_freed()
+        return weights
 
     def vector(self, name: str, rows: slice) -> Tensor:
         """A 1-D weight, or the part of it in `rows`."""

@@ -12,6 +12,7 @@ from outrider.workers.communicator import Communicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.config import ModelConfig
+from outrider.workers.model.linear import pad_rows
 from outrider.workers.model.loader import EMBEDDING, HEAD, NO_BIAS, LayerWeights, WeightLoader
 from outrider.workers.model.rope import RotaryEmbedding
 from outrider.workers.model.shard import ShardPlan
@@ -85,7 +86,8 @@ class Transformer:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: PagedCache) -> Tensor:
         """Runs all layers, writing the rows' keys and values: [N, hidden] before the final norm."""
-        hidden = self.embed(batch.tokens)
+        num_rows = batch.tokens.shape[0]
+        hidden = self._padded(self.embed(batch.tokens))
         cos, sin = self.rope(batch.positions)
         eps = self.config.rms_norm_eps
         width = (self.config.hidden_size,)
@@ -96,7 +98,7 @@ class Transformer:
             normed = F.rms_norm(hidden, width, layer.mlp_norm, eps)
             gate, up = layer.gate_up(normed).chunk(2, dim=-1)
             hidden = hidden + self.communicator.all_reduce(layer.down(F.silu(gate) * up))
-        return hidden
+        return hidden[:num_rows]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -115,14 +117,18 @@ class Transformer:
         v_pages: Tensor,
     ) -> Tensor:
         HQ, HK, D = self.plan.num_query_places, self.plan.num_kv_heads, self.config.head_dim
-        heads = layer.qkv(normed).view(-1, HQ + 2 * HK, D)
+        heads = layer.qkv(normed).view(-1, HQ + 2 * HK, D)[: batch.tree.num_queries]
         q, k, v = heads.split((HQ, HK, HK), dim=1)
         if self.config.qk_norm:
             q = F.rms_norm(q, (D,), layer.q_norm, self.config.rms_norm_eps)
             k = F.rms_norm(k, (D,), layer.k_norm, self.config.rms_norm_eps)
         q = rope_append(q, k, v, cos, sin, batch.slots, k_pages, v_pages)
         out = tree_attention(q, k_pages, v_pages, batch.tree, self.scale)  # [N, HQ, D]
-        return layer.attention_output(out.flatten(1))
+        return layer.attention_output(self._padded(out.flatten(1)))
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        """Enough rows for packed products, once for all that follow; attention leaves the added ones out."""
+        return pad_rows(rows) if self.head.packed else rows
 
     def _embedding_rows(self, tokens: Tensor) -> Tensor:
         """Rows of ids that this rank holds, [N, hidden]."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from outrider.workers.model import huge_pages, linear
+from outrider.workers.model import linear, memory
 from outrider.workers.model.linear import Linear, packing_works
 
 NO_BIAS = torch.empty(0)
@@ -45,7 +45,7 @@ def test_falls_back_where_packing_does_not_work(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_huge_pages_are_asked_for_inside_the_range_only() -> None:
-    assert not huge_pages.collapse(4096, huge_pages.HUGE_PAGE_BYTES)  # holds no whole aligned huge page
-    values = torch.arange(3 * huge_pages.HUGE_PAGE_BYTES // 4, dtype=torch.int32)
-    huge_pages.collapse(values.data_ptr(), values.nbytes)
+    assert not memory.collapse(4096, memory.HUGE_PAGE_BYTES)  # holds no whole aligned huge page
+    values = torch.arange(3 * memory.HUGE_PAGE_BYTES // 4, dtype=torch.int32)
+    memory.collapse(values.data_ptr(), values.nbytes)
     assert torch.equal(values, torch.arange(values.numel(), dtype=torch.int32))

@@ -1,7 +1,7 @@
-"""Huge pages for memory that is read from end to end in every forward.
+"""Memory of weights and caches: huge pages, and freed memory given back.
 
-With 4 KB pages a matrix product spends part of its time on page-table walks. Linux gives processes 2 MB pages only
-on request in its usual setting, and the allocations of interest are made inside libraries, so the request comes
+With 4 KB pages a product with a large matrix spends part of its time on page-table walks. Linux gives processes
+2 MB pages only on request in its usual setting; where the allocation is made inside a library, the request comes
 afterwards.
 """
 
@@ -25,8 +25,15 @@ def collapse(address: int, num_bytes: int) -> bool:
 
 
 def prefer(tensor: Tensor) -> bool:
-    """Asks for huge pages where a large tensor on the CPU is not written yet."""
-    return _advise(tensor.data_ptr(), tensor.nbytes, MADV_HUGEPAGE)
+    """Asks for huge pages for the memory of a tensor that is not written yet; a request only on the CPU."""
+    return tensor.device.type == "cpu" and _advise(tensor.data_ptr(), tensor.nbytes, MADV_HUGEPAGE)
+
+
+def release_freed() -> None:
+    """Gives freed memory inside the heap back to the system: packing leaves holes of the size of a matrix."""
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(ctypes.c_size_t(0))
 
 
 def _advise(address: int, num_bytes: int, advice: int) -> bool:

@@ -1,0 +1,62 @@
+"""The door with real tokenizers: what is loaded for it, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from outrider.cluster.admission import Admission, prepare_admission
+from outrider.cluster.api import GenerationRequest
+from outrider.configs.loader import load_config
+
+
+def prepared(*overrides: str) -> Admission:
+    return prepare_admission(load_config("tiny-random", overrides), lambda what, done, total: None)
+
+
+def test_a_text_becomes_tokens_with_the_defaults_of_the_config() -> None:
+    admission = prepared("sampling.temperature=0.5")
+    request = admission.admit("a", GenerationRequest("hello"))
+    assert admission.tokenizer.decode(request.prompt_tokens) == "hello"
+    assert request.sampling.temperature == 0.5
+    assert request.sampling.max_tokens == 32
+    assert set(admission.eos_token_ids) <= set(request.sampling.stop_token_ids)
+    assert (request.draft.methods, request.draft.max_nodes) == (("ngram", "model"), 8)
+
+
+def test_the_chat_template_writes_its_special_tokens_once() -> None:
+    admission = prepared()
+    messages = [{"role": "user", "content": "hello"}]
+    request = admission.admit("a", GenerationRequest(messages))
+    expected = admission.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    assert list(request.prompt_tokens) == list(expected)
+
+
+def test_messages_need_a_chat_template() -> None:
+    admission = prepared()
+    admission.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="messages need a chat template"):
+        admission.admit("a", GenerationRequest([{"role": "user", "content": "hello"}]))
+
+
+def test_the_context_is_the_least_of_config_model_and_cache() -> None:
+    model = "target.model=random:llama?hidden_size=64&num_layers=2&num_heads=4&num_kv_heads=2&seed=0"
+    assert prepared().max_context == 512
+    assert prepared(f"{model}&max_context=100").max_context == 100
+    assert prepared("target.kv_cache_bytes=64KiB").max_context == 128
+
+
+def test_a_drafter_with_another_tokenizer_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"draft\.model must have the target's tokenizer, got 'random:"
+    ) as caught:
+        prepared("draft.model=random:llama?vocab_size=2000")
+    assert "\n" not in str(caught.value)
+    assert prepared("draft.model=random:llama?vocab_size=2000", "draft.methods=[ngram]")
+
+
+def test_a_missing_model_is_named_with_its_key(tmp_path: Path) -> None:
+    for key in ("target.model", "draft.model", "target.tokenizer"):
+        with pytest.raises(ValueError, match=key):
+            prepared(f"{key}={tmp_path}/nothing.gguf")

@@ -1,0 +1,26 @@
+"""What is reserved for whom, and what is refused."""
+
+import pytest
+
+from outrider.cluster.placement import bundles, check_cpus
+from outrider.configs.loader import load_config
+
+
+def test_there_is_a_bundle_for_every_process() -> None:
+    config = load_config("llama3-70b-h100x8")
+    coordinator, draft, *targets = bundles(config)
+    assert coordinator == {"CPU": 0.1}
+    assert draft == {"CPU": 0.5, "GPU": 1.0}
+    assert targets == [{"CPU": 1.0, "GPU": 1.0}] * 7
+
+
+def test_the_quickstart_fits_two_cpus_exactly() -> None:
+    check_cpus(load_config("quickstart"), num_cpus=2)
+    with pytest.raises(ValueError, match=r"target\.tp_size must be at most 0 on 1 CPUs"):
+        check_cpus(load_config("quickstart"), num_cpus=1)
+
+
+def test_more_ranks_than_cpus_are_refused_by_name() -> None:
+    config = load_config("quickstart", ["target.tp_size=3"])
+    with pytest.raises(ValueError, match=r"target\.tp_size must be at most 2 on 2 CPUs: .*; got 3"):
+        check_cpus(config, num_cpus=2)

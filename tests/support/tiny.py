@@ -1,0 +1,50 @@
+"""A random target small enough to try every combination on, its noisy drafter, and prompts for them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from outrider.workers.rounds.sequence import DraftOptions
+from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.weights.resolver import ResolvedModel
+from support.equality import Case
+from support.models import random_model
+
+VOCAB_SIZE = 320
+GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
+
+NGRAM = DraftOptions(("ngram",), 8, 6)
+MODEL = DraftOptions(("model",), 8, 6)
+BOTH = DraftOptions(("ngram", "model"), 10, 6)
+METHODS = {"ngram": NGRAM, "model": MODEL, "both": BOTH}
+
+# Five query heads and 24 blocks of the MLP: nothing divides by 2 or 3.
+_SHAPE = f"hidden_size=80&num_layers=2&num_heads=5&num_kv_heads=1&head_dim=16&vocab_size={VOCAB_SIZE}"
+
+
+def tiny_target() -> ResolvedModel:
+    return random_model(f"{_SHAPE}&seed=0")
+
+
+def tiny_drafter() -> ResolvedModel:
+    """The target's weights with noise: often right, but not always."""
+    return random_model(f"{_SHAPE}&seed=0&perturb=0.15")
+
+
+def random_tokens(seed: int, count: int) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(VOCAB_SIZE) for _ in range(count)]
+
+
+def tiny_cases(
+    lengths: Sequence[int] = (5, 17, 40, 130, 3, 64, 99, 200), sampling: SamplingParams = GREEDY
+) -> list[Case]:
+    """Prompts of these lengths, every other one repeating itself; the seed of a case is its number."""
+    cases = []
+    for number, length in enumerate(lengths):
+        block = random_tokens(number, 12 if number % 2 else length)
+        prompt = (block * (length // len(block) + 1))[:length]
+        cases.append(Case(f"prompt {number}", tuple(prompt), replace(sampling, seed=number)))
+    return cases

@@ -1,0 +1,217 @@
+"""A DraftWorker and a one-rank TargetWorker as threads of this process, over the real link."""
+
+import dataclasses
+import pickle
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from outrider.configs.loader import load_config
+from outrider.workers.draft import DraftWorker
+from outrider.workers.rounds.budget import TargetProfile
+from outrider.workers.rounds.sequence import DraftOptions, Request, TokenEvent
+from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.target import TargetWorker
+from outrider.workers.weights.progress import silent
+from support.local_engine import output_tokens
+
+DRAFT = DraftOptions(("ngram", "model"), 8, 8)
+EVERYTHING = SamplingParams(
+    temperature=0.9,
+    top_k=50,
+    top_p=0.9,
+    min_p=0.01,
+    repetition_penalty=1.1,
+    presence_penalty=0.1,
+    frequency_penalty=0.1,
+    logit_bias=((5, 1.5), (6, -1.5)),
+    seed=2**64 - 1,
+    max_tokens=12,
+    stop_token_ids=(319,),
+    stop=("end",),
+    ignore_eos=True,
+    logprobs=True,
+    top_logprobs=3,
+)
+
+
+class Pair:
+    """Both workers, connected; the progress reports of the DraftWorker are kept."""
+
+    def __init__(self, *overrides: str) -> None:
+        config = load_config("tiny-random", list(overrides))
+        self.draft, self.target = DraftWorker(config), TargetWorker(config, 0)
+        self.reports: list[tuple[str, int, int]] = []
+        self.draft.load(self.report)
+        self.target.load(silent)
+        host, port = self.target.open_store("127.0.0.1")
+        joining = threading.Thread(target=self.target.connect, args=(host, port, 1))
+        joining.start()
+        self.draft.connect(host, port, 1)
+        joining.join()
+        self._threads = [threading.Thread(target=self.target.run, daemon=True)]
+        self._threads[0].start()
+        self.profile: TargetProfile = self.draft.profile(self.report)
+
+    def report(self, what: str, done: int, total: int) -> None:
+        self.reports.append((what, done, total))
+
+    def run(self) -> None:
+        self._threads.append(threading.Thread(target=self.draft.run, daemon=True))
+        self._threads[1].start()
+
+    def generate(self, *requests: Request) -> dict[str, list[TokenEvent]]:
+        collected: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
+        for request in requests:
+            self.draft.submit(request)
+        unfinished = set(collected)
+        while unfinished:
+            for event in self.draft.next_events(20.0):
+                collected[event.request_id].append(event)
+                if event.finish_reason:
+                    unfinished.remove(event.request_id)
+        return collected
+
+    def stop(self) -> None:
+        self.draft.stop()
+        for thread in self._threads:
+            thread.join(timeout=20)
+            assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    pair = Pair("rounds.trace=true", "rounds.profile_node_counts=[1,2,8]")
+    pair.run()
+    yield pair
+    pair.stop()
+
+
+def request(request_id: str = "a", num_tokens: int = 12, prompt: tuple[int, ...] = (5, 6, 7)) -> Request:
+    return Request(request_id, prompt, SamplingParams(temperature=0.0, max_tokens=num_tokens), DRAFT)
+
+
+def test_the_profile_times_each_row_count(pair: Pair) -> None:
+    assert pair.profile.num_rows == (1, 2, 8)
+    assert all(seconds > 0 for seconds in pair.profile.seconds)
+    assert [report for report in pair.reports if report[0] == "profile"] == [
+        ("profile", 0, 3),
+        ("profile", 1, 3),
+        ("profile", 2, 3),
+        ("profile", 3, 3),
+    ]
+
+
+def test_loading_reports_bytes_up_to_the_total(pair: Pair) -> None:
+    loading = [(done, total) for what, done, total in pair.reports if what == "load"]
+    assert loading[-1][0] == loading[-1][1] > 0
+    assert loading == sorted(loading)
+
+
+def test_profiling_leaves_no_page_taken() -> None:
+    pair = Pair()
+    try:
+        pool = pair.draft._scheduler.pool
+        assert pool.num_available == pool.num_pages
+    finally:
+        pair.run()
+        pair.stop()
+
+
+def test_the_same_request_gives_the_same_text_at_any_time(pair: Pair) -> None:
+    alone = output_tokens(pair.generate(request("1"))["1"])
+    together = pair.generate(*(request(str(i), prompt=(5 + i % 2, 6, 7)) for i in range(6)))
+    assert [output_tokens(together[str(i)]) for i in (0, 2, 4)] == [alone] * 3
+
+
+def test_pages_are_back_when_all_is_said(pair: Pair) -> None:
+    pair.generate(*(request(str(i), prompt=tuple(range(1, 60))) for i in range(5)))
+    pool = pair.draft._scheduler.pool
+    assert pair.draft.stats()["num_available_pages"] == pool.num_pages
+
+
+def test_waiting_for_events_ends_with_the_first_or_with_the_time(pair: Pair) -> None:
+    assert pair.draft.next_events(0.01) == []
+    begun = time.monotonic()
+    pair.draft.submit(request("a", num_tokens=1))
+    (event,) = pair.draft.next_events(20.0)
+    assert time.monotonic() - begun < 15.0
+    assert (event.request_id, event.finish_reason) == ("a", "length")
+
+
+def test_a_trace_has_the_work_of_both(pair: Pair) -> None:
+    pair.generate(request("a"))
+    draft = {event["name"] for event in pair.draft.trace_events()}
+    target = {event["name"] for event in pair.target.trace_events()}
+    assert {"draft", "verify", "wait", "communicate", "schedule"} <= draft
+    assert {"commit", "forward", "sample", "wait", "communicate"} <= target
+
+
+def test_log_probabilities_come_with_every_token(pair: Pair) -> None:
+    events = pair.generate(Request("a", (5, 6, 7), EVERYTHING, DRAFT))["a"]
+    logprobs = [entry for event in events for entry in event.logprobs]
+    assert len(logprobs) == len(output_tokens(events)) > 0
+    assert all(entry.logprob <= 0.0 and len(entry.top) == 3 for entry in logprobs)
+    assert all(entry.top[0][1] >= entry.logprob - 1e-4 for entry in logprobs)
+
+
+def test_the_heartbeat_is_quicker_than_a_group_loses_patience() -> None:
+    for timeout_s, heartbeat_s in ((60.0, 2.0), (2.0, 0.5)):
+        config = load_config("tiny-random", [f"cluster.group_timeout_s={timeout_s}"])
+        assert DraftWorker(config)._loop_options().heartbeat_s == heartbeat_s
+
+
+PLAIN_TYPES = (str, int, float, bool)
+
+
+def assert_plain(value: object) -> None:
+    """Built-in values all the way down: no tensor, no array, no number of either."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            assert_plain(getattr(value, field.name))
+    elif type(value) in (tuple, list):
+        for item in value:
+            assert_plain(item)
+    elif type(value) is dict:
+        for key, item in value.items():
+            assert_plain(key)
+            assert_plain(item)
+    else:
+        assert type(value) in PLAIN_TYPES, f"{value!r} is a {type(value)}"
+
+
+def test_the_control_plane_carries_no_tensors(pair: Pair) -> None:
+    asked = Request("a", (5, 6, 7), EVERYTHING, DRAFT)
+    events = pair.generate(asked, request("b"))
+    crossing = [
+        asked,
+        *events["a"],
+        *events["b"],
+        pair.profile,
+        pair.draft.stats(),
+        pair.target.stats(),
+        pair.draft.trace_events(),
+        pair.target.trace_events(),
+    ]
+    for value in crossing:
+        assert_plain(value)
+        pickled = pickle.dumps(value)
+        assert b"torch" not in pickled
+        assert b"numpy" not in pickled
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("target.model=random:llama?layers=2", r"has no option layers"),
+        ("draft.model=/nowhere/draft.gguf", r"draft\.model"),
+        ("target.kv_cache_bytes=100", r"target\.kv_cache_bytes must be at least \d+ \(one page\), got 100"),
+        ("draft.kv_cache_bytes=100", r"draft\.kv_cache_bytes must be at least \d+ \(one page\), got 100"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        DraftWorker(load_config("tiny-random", [override])).load(silent)
+    assert "\n" not in str(error.value)

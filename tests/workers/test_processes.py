@@ -1,0 +1,143 @@
+"""Real processes, real groups, a real link; no Ray. Two target ranks and a DraftWorker with random weights."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import pytest
+
+from outrider.configs.loader import load_config
+from outrider.configs.schema import Config
+from outrider.workers.communicator import PeerLostError
+from outrider.workers.rounds.sequence import DraftOptions, Request, TokenEvent
+from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.weights.random_source import RandomSource
+from support.local_engine import LocalEngine, default_options, output_tokens
+from support.processes import Deployment, deployed, start_draft
+
+# A lost process is noticed by its broken connections, not by the time limit of the group (60 s).
+NOTICED_S = 20.0
+DRAFT = DraftOptions(("ngram", "model"), 8, 8)
+PROMPTS = [tuple(range(5, 60)), (7, 8, 9, 7, 8, 9, 7, 8), (100,), tuple(range(200, 120, -3))]
+
+
+def two_ranks(**cluster: float) -> Config:
+    overrides = [f"cluster.{name}={value}" for name, value in cluster.items()]
+    return load_config("tiny-random", ["target.tp_size=2", *overrides])
+
+
+def requests(num_tokens: int = 24) -> list[Request]:
+    """Greedy and sampled ones."""
+    samplings = [
+        SamplingParams(temperature=0.0, max_tokens=num_tokens),
+        SamplingParams(
+            temperature=0.8, top_p=0.95, frequency_penalty=0.4, seed=2**63 + 5, max_tokens=num_tokens
+        ),
+    ]
+    return [
+        Request(f"{i} {sampling.temperature}", prompt, sampling, DRAFT)
+        for i, prompt in enumerate(PROMPTS)
+        for sampling in samplings
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected_texts() -> dict[str, list[int]]:
+    """What one rank and the same drafter say inside one process."""
+    config = two_ranks()
+    target = RandomSource(config.target.model)
+    draft = RandomSource(config.draft.model)
+    with LocalEngine(target, draft, options=default_options(fixed_budget=True)) as engine:
+        return {name: output_tokens(events) for name, events in engine.generate(requests()).items()}
+
+
+@pytest.fixture(scope="module")
+def deployment() -> Iterator[Deployment]:
+    """Ranks over shared memory; its tests leave it idle and whole."""
+    with deployed(two_ranks()) as running:
+        yield running
+        running.stop()
+
+
+def assert_lost(run: Future[None]) -> None:
+    assert isinstance(run.exception(NOTICED_S), PeerLostError)
+
+
+def test_processes_say_what_one_process_says(
+    deployment: Deployment, expected_texts: dict[str, list[int]]
+) -> None:
+    events = deployment.generate(requests())
+    assert {name: output_tokens(list_) for name, list_ in events.items()} == expected_texts
+    last = [list_[-1] for list_ in events.values()]
+    assert all(event.finish_reason == "length" for event in last)
+    assert sum(event.stats.num_accepted for event in last) > 0
+
+
+def test_a_cancelled_request_ends_and_the_others_go_on(
+    deployment: Deployment, expected_texts: dict[str, list[int]]
+) -> None:
+    endless = Request("endless", (3, 4, 5), SamplingParams(temperature=0.9, max_tokens=400), DRAFT)
+
+    def cancel_once_it_speaks(event: TokenEvent) -> None:
+        if event.request_id == "endless" and not event.finish_reason:
+            deployment.draft.call("cancel", "endless")
+
+    events = deployment.generate([endless, *requests()], cancel_once_it_speaks)
+    assert events["endless"][-1].finish_reason == "cancelled"
+    assert 0 < len(output_tokens(events.pop("endless"))) < 400
+    assert {name: output_tokens(list_) for name, list_ in events.items()} == expected_texts
+
+
+def test_every_worker_says_what_it_did(deployment: Deployment) -> None:
+    deployment.generate(requests(4))
+    draft = deployment.draft.call("stats")
+    assert list(draft["profile"]) == [1, 2]
+    assert draft["busy_s"]["verify"] > 0.0
+    for target in deployment.targets:
+        stats = target.call("stats")
+        assert stats["busy_s"]["forward"] > 0.0
+        assert stats["peak_memory_bytes"] > 10 * 2**20
+
+
+def test_ranks_over_gloo_and_an_idle_time_longer_than_the_group_waits(
+    expected_texts: dict[str, list[int]],
+) -> None:
+    timeout_s = 4.0
+    config = load_config(
+        "tiny-random",
+        ["target.tp_size=2", "target.all_reduce=gloo", f"cluster.group_timeout_s={timeout_s}"],
+    )
+    with deployed(config) as running:
+        time.sleep(1.5 * timeout_s)
+        assert not any(run.done() for run in running.runs)
+        events = running.generate(requests())
+        assert {name: output_tokens(list_) for name, list_ in events.items()} == expected_texts
+        running.stop()
+
+
+def test_target_ranks_notice_a_dead_draft_worker_and_serve_the_next_one(
+    expected_texts: dict[str, list[int]],
+) -> None:
+    config = two_ranks()
+    with deployed(config) as running:
+        running.draft.call("submit", Request("1", (1, 2), SamplingParams(max_tokens=400), DRAFT))
+        assert running.draft.call("next_events", 10.0)  # in the middle of its work
+        running.draft.kill()
+        for run in running.runs[:2]:
+            assert_lost(run)
+        running.draft = start_draft(config)
+        running.connect(epoch=2)
+        events = running.generate(requests())
+        assert {name: output_tokens(list_) for name, list_ in events.items()} == expected_texts
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
+def test_everybody_notices_a_dead_target_rank(rank: int, busy: bool) -> None:
+    with deployed(two_ranks()) as running:
+        if busy:
+            running.draft.call("submit", Request("1", (1, 2), SamplingParams(max_tokens=400), DRAFT))
+            assert running.draft.call("next_events", 10.0)
+        running.targets[rank].kill()
+        assert_lost(running.runs[1 - rank])
+        assert_lost(running.runs[2])
