@@ -59,7 +59,8 @@ sample_shard(const float* logits, const i64* keys, const float* temperatures, fl
     if (!greedy) {
       if (logit + MAX_GUMBEL < best.score) continue;
       const float uniform = uniform_noise(key0, key1, (u32)token);
-      if (logit + gumbel_estimate(uniform) + ESTIMATE_ERROR < best.score) continue;
+      const float slack = ESTIMATE_ERROR + 1e-6f * fabsf(logit);  // of the estimate, and of rounding the sum
+      if (logit + gumbel_estimate(uniform) + slack < best.score) continue;
       score = logit + gumbel_noise(uniform);
     }
     if (beats(score, token, best)) best = {score, token};

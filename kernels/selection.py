@@ -14,6 +14,7 @@ from outrider.kernels.kernel_cases import Preparation, kernel_cases
 from outrider.kernels.launch_plans import HEAD_DIMS, TYPE_NAMES, LaunchPlan
 
 AttentionChoice = Literal["auto", "kernel", "sdpa"]
+DEFAULT_MEMORY = Path.home() / ".cache" / "outrider" / "kernels" / "self_test.json"
 ENTRIES = ("tree_attention", "rope_append", "kv_commit", "sample_shard", "gather_rows")
 Launch = Callable[[Sequence[LaunchPlan]], None]
 

@@ -111,6 +111,7 @@ class GroupCommunicator:
             timeout=timedelta(seconds=timeout_s),
         )
         self._store = store  # the group stops working when its store is gone
+        self.transport = transport
         self.rank = rank
         self.size = size
 

@@ -11,10 +11,9 @@ import torch
 
 from outrider.kernels.gpu_check import GpuReport, TorchGpu, all_cases, check_gpu
 from outrider.kernels.roofline import roofline_of
-from outrider.kernels.selection import KernelSelection, select_kernels
+from outrider.kernels.selection import DEFAULT_MEMORY, KernelSelection, select_kernels
 from outrider.workers.distributed import available_backends
 
-KERNEL_MEMORY = Path.home() / ".cache" / "outrider" / "kernels" / "self_test.json"
 NOT_INSTALLED = "not installed"
 
 
@@ -56,7 +55,7 @@ def usage() -> list[Fact]:
             Fact("all-reduce", "shm within this host, gloo between hosts"),
         ]
     device = torch.device("cuda", 0)
-    selected = select_kernels("auto", device, torch.bfloat16, 128, KERNEL_MEMORY)
+    selected = select_kernels("auto", device, torch.bfloat16, 128, DEFAULT_MEMORY)
     return [
         Fact("device", f"cuda: {torch.cuda.device_count()} GPUs"),
         Fact("attention", "kernel" if selected.tree_attention else "torch SDPA over gathered pages"),

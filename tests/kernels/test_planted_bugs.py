@@ -40,7 +40,7 @@ def test_a_fault_in_an_instruction_is_found_by_running_the_ptx(bug):
     [
         ("no barrier before the next load", "thread", "race"),
         ("splits write the same place", "thread", "race"),
-        ("one key too many", "address", "address"),
+        ("more shared memory than planned", "address", "address"),
     ],
 )
 def test_the_sanitizers_find_what_they_are_there_for(name, sanitizer, finding):

@@ -153,8 +153,8 @@ on your GPU.
 
 ## What the compiler made of them
 
-NVRTC {nvrtc_version()}. Shared bytes: the most that a test case asks for. HMMA: tensor-core products, LDSM: matrix loads from shared
-memory, LDGSTS: asynchronous copies, counted in the machine code.
+NVRTC {nvrtc_version()}. Shared bytes: the most that a test case asks for. HMMA: tensor-core products, LDSM: matrix
+loads from shared memory, LDGSTS: asynchronous copies, counted in the machine code.
 
 {resource_table(found)}
 """

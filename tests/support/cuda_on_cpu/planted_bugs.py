@@ -71,6 +71,7 @@ SOURCE_BUGS = (
     _attention("window by row instead of depth", "context_len + depth - window + 1 - first_key",
                "context_len + max(row, 0) - window + 1 - first_key"),
     _attention("tree part of the window off by one", "__popc(tree) - window;", "__popc(tree) - window - 1;"),
+    _attention("more shared memory than planned", "LINE = D + 8;", "LINE = D + 16;"),
     _attention("splits write the same place", "row += (i64)split * num_queries * num_heads;", ""),
     _attention("warps added without a barrier",
                "acc[i][e];\n          }\n      __syncthreads();", "acc[i][e];\n          }"),
