@@ -152,7 +152,13 @@ def run_virtual(
     num_tokens: int,
     is_right: Callable[[int], bool],
 ) -> VirtualRun:
-    """`num_sequences` texts of `num_tokens` tokens, drafted as chains: as `support.scripted.run_scripted`."""
-    requests = [scripted_request(str(i), num_tokens, depth, depth) for i in range(num_sequences)]
+    """`num_sequences` texts of `num_tokens` tokens, drafted as chains: as `support.scripted.run_scripted`.
+
+    The prompts differ in length, so that the drafter is not wrong for all of them at the same time.
+    """
+    requests = [
+        scripted_request(str(i), num_tokens, depth, depth, prompt_length=3 + 7 * i)
+        for i in range(num_sequences)
+    ]
     latencies = TargetProfile((1,), (verify_s,))
     return run_requests(requests, options=options, latencies=latencies, step_s=step_s, is_right=is_right)

@@ -175,9 +175,9 @@ class RoundLoop:
         drafted = [s for s in steps if s.reaches_end and s.sequence.request.draft.max_nodes > 0]
         sequences = [s.sequence for s in drafted]
         with self._tracer.span("draft", len(sequences)):
-            survived = any(len(sequence.tree) > 1 for sequence in sequences)
+            afresh = [s for s in drafted if len(s.sequence.tree) == 1]
             self._drafting.look_up(sequences)
-            while self._another_step_pays(steps, drafted, begun, survived):
+            while self._another_step_pays(steps, drafted, afresh, begun):
                 step_begun = time.monotonic()
                 if not self._drafting.step(sequences):
                     break
@@ -193,17 +193,14 @@ class RoundLoop:
         return max(0.0, now - max(begun, self._last_expected_at))
 
     def _another_step_pays(
-        self, steps: list[PlannedStep], drafted: list[PlannedStep], begun: float, survived: bool
+        self, steps: list[PlannedStep], drafted: list[PlannedStep], afresh: list[PlannedStep], begun: float
     ) -> bool:
+        if self._options.fixed_budget:
+            # What survived a verdict is sent at once; trees that were started afresh are filled.
+            return any(self._has_room_to_grow(s) for s in afresh)
         gain = self._drafting.expected_gain([s.sequence for s in drafted])
         if gain == 0.0:
             return False
-        if self._options.fixed_budget:
-            # What survived a verdict is sent at once. A tree started afresh is full when it has its nodes;
-            # expected_gain ends it at the depth limit.
-            return not survived and any(
-                len(self._offer(s)) < s.sequence.request.draft.max_nodes for s in drafted
-            )
         values = sorted((v for s in drafted for v, _ in self._offer(s)), reverse=True)
         base_rows = sum(s.chain_length for s in steps)
         now = time.monotonic()
@@ -213,6 +210,10 @@ class RoundLoop:
         if not pays:
             self.cost.doubt_draft_step()
         return pays
+
+    def _has_room_to_grow(self, step: PlannedStep) -> bool:
+        is_full = len(self._offer(step)) == step.sequence.request.draft.max_nodes
+        return not is_full and self._drafting.expected_gain([step.sequence]) > 0.0
 
     def _offer(self, step: PlannedStep) -> list[tuple[float, int]]:
         """(value, node) of the draft nodes that this step may verify, best first."""
