@@ -16,7 +16,15 @@ from outrider.kernels.compiler import (
 )
 from support.cuda_on_cpu.executor import kernel_names
 from support.cuda_on_cpu.kernels import compiled
-from support.kernel_table import TABLE, KernelReport, all_reports, document, status_table
+from support.kernel_table import (
+    README,
+    TABLE,
+    KernelReport,
+    all_reports,
+    document,
+    status_table,
+    with_status_table,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +64,12 @@ def test_the_status_table_claims_nothing_about_gpus():
     rows = status_table().splitlines()[2:]
     assert len(rows) == len(SOURCES) * len(TARGETS)
     assert all(row.endswith("| yes | yes | yes | |") for row in rows)
+
+
+def test_the_readme_has_the_status_table():
+    assert with_status_table(README.read_text()) == README.read_text(), (
+        "run: python tests/support/kernel_table.py"
+    )
 
 
 def test_kernels_include_only_their_own_headers():
