@@ -1,10 +1,17 @@
 """The Python entries: what they check, and that torch.compile can trace the operators behind them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from outrider.kernels import operators
-from outrider.kernels.attention_cases import AttentionCase, attention_in_float64, build_attention_inputs
+from outrider.kernels.attention_cases import (
+    ATTENTION_CASES,
+    AttentionCase,
+    attention_in_float64,
+    build_attention_inputs,
+)
 from outrider.kernels.gather_rows import gather_rows
 from outrider.kernels.kv_commit import kv_commit
 from outrider.kernels.noise import noise_key
@@ -139,3 +146,21 @@ def test_a_layer_of_kernels_is_traced_in_one_graph(attention, rope):
     first, second = (tuple(rope[name].clone() for name in ("k_pages", "v_pages")) for _ in range(2))
     assert torch.equal(compiled(*first), layer(*second))
     assert torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
+def test_the_reference_computes_every_case_of_the_kernels(case):
+    """Inputs without a window keep pages that fell out of it, which the reference gathers and then masks."""
+    inputs = build_attention_inputs(replace(case, window=0))
+    arguments = (
+        inputs.q,
+        inputs.k_pages,
+        inputs.v_pages,
+        inputs.batch,
+        case.scale,
+        case.window,
+        case.soft_cap,
+    )
+    expected = attention_in_float64(case, inputs)
+    error = (tree_attention(*arguments).double() - expected).norm() / expected.norm()
+    assert error < (1e-2 if case.query_scale > 1 else 4e-3)

@@ -1,6 +1,8 @@
 """Run in a process whose libcuda is the stand-in: every case goes through the real cuda.core. Prints problems."""
 
 import sys
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -9,14 +11,14 @@ from outrider.kernels.kernel_cases import kernel_cases
 from outrider.kernels.launch_plans import LaunchPlan
 from outrider.kernels.launcher import Launcher
 
-STREAM = 0x77
+STREAMS = (0, 0x77)  # torch's default stream has handle 0
 
 
 def main(cache: Path) -> None:
     torch.set_num_threads(1)
-    launcher = Launcher(0, "sm_90a", lambda: STREAM, cache)
     num_cases = 0
-    for prepare in kernel_cases():
+    launchers = [Launcher(0, "sm_90a", partial(int, stream), cache) for stream in STREAMS]
+    for launcher, prepare in zip(cycle(launchers), kernel_cases(), strict=False):
         case = prepare(torch.device("cpu"))
         launcher.launch(case.plans)
         for problem in case.verify():
