@@ -12,7 +12,7 @@ import queue
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -31,6 +31,7 @@ from outrider.workers.shared_memory import (
 _FOREVER = timedelta(days=365)
 _TARGET, _DRAFT = 0, 1  # ranks of the link
 _MESSAGE, _GOODBYE = 1, 2  # flags in front of what travels on the link
+_GOODBYE_S = 1.0  # an end that leaves does not wait longer for one that no longer reads
 
 _Gloo: Any = dist.ProcessGroupGloo  # its stubs lack most of it
 
@@ -211,7 +212,7 @@ class Link:
         assert buffer.shape == (len(self._out) - 1,)
         with self._sending:
             self._out[1:].copy_(buffer)
-            self._put(_MESSAGE)
+            self._put(_MESSAGE, self._timeout_s)
 
     def receive(self) -> torch.Tensor:
         """The next message, int32 [receive_length], the caller's own.
@@ -241,17 +242,13 @@ class Link:
         if self._closed:
             return
         self._closed = True
-        if self._lost is None:
-            with self._sending:
-                try:
-                    self._put(_GOODBYE)
-                except PeerLostError:
-                    return
+        with self._sending, suppress(PeerLostError):
+            self._put(_GOODBYE, min(self._timeout_s, _GOODBYE_S))
 
-    def _put(self, flag: int) -> None:
+    def _put(self, flag: int, timeout_s: float) -> None:
         self._out[0] = flag
         try:
-            self._group.send([self._out], self._peer, 0).wait(timedelta(seconds=self._timeout_s))
+            self._group.send([self._out], self._peer, 0).wait(timedelta(seconds=timeout_s))
         except RuntimeError as error:
             raise self._fail(PeerLostError(f"link: {_first_line(error)}")) from error
 

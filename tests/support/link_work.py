@@ -1,0 +1,44 @@
+"""What the far end of the link does in the link tests, in a process of its own."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from support.rank_processes import LinkPlace, die
+
+
+def echo(place: LinkPlace) -> int:
+    """Answer each message with its first two numbers until the other end closes."""
+    link = place.target_end()
+    count = 0
+    while True:
+        try:
+            message = link.receive()
+        except ConnectionError:
+            link.close()
+            return count
+        link.send(message[:2].clone())
+        count += 1
+
+
+def answer_once_then_die(place: LinkPlace) -> None:
+    link = place.target_end()
+    link.send(link.receive()[:2].clone())
+    time.sleep(0.2)  # the answer leaves; data that a dead process still had in hand would be lost
+    die()
+
+
+def send_a_burst_then_close(place: LinkPlace) -> None:
+    link = place.target_end()
+    for i in range(50):
+        link.send(torch.tensor([i, -i], dtype=torch.int32))
+    link.close()
+    place.wait_until_done()
+
+
+def stay_silent(place: LinkPlace) -> None:
+    link = place.target_end()
+    link.receive()
+    place.wait_until_done()

@@ -1,0 +1,255 @@
+"""The target's group and the link, between real processes. A process that hangs fails its test."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from outrider.workers.communicator import PeerLostError, SoloCommunicator
+from outrider.workers.distributed import connect_store, join_group, open_store
+from outrider.workers.shared_memory import shared_memory_supported
+from support import group_work, link_work
+from support.group_work import SHAPES, data_of
+from support.rank_processes import GROUP_TIMEOUT_S, HOST, GroupPlace, LinkPlace, RankProcesses, run_group
+
+TRANSPORTS = [
+    "gloo",
+    pytest.param("shm", marks=pytest.mark.skipif(not shared_memory_supported(), reason="needs x86-64")),
+]
+GROUPS = [(transport, size) for transport in ("gloo", "shm") for size in (2, 3)]
+groups = pytest.mark.parametrize(("transport", "size"), GROUPS)
+
+
+@groups
+def test_all_reduce_gives_every_rank_the_same_bits(transport: str, size: int) -> None:
+    outcomes = run_group(group_work.all_reduce_everything, size, transport)
+    for case, shape in enumerate(SHAPES):
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.05)):
+            expected = sum(data_of(rank, case, shape, dtype).float() for rank in range(size))
+            for outcome in outcomes:
+                result = torch.from_numpy(outcome.value[f"{case} {dtype}"])
+                torch.testing.assert_close(
+                    result, expected.reshape(-1)[:5000], atol=tolerance, rtol=tolerance
+                )
+    strided = sum(data_of(rank, 99, (6, 4), torch.float32) for rank in range(size)).t()
+    for outcome in outcomes:
+        torch.testing.assert_close(torch.from_numpy(outcome.value["strided"]), strided)
+
+
+@groups
+def test_all_gather_and_broadcast(transport: str, size: int) -> None:
+    for outcome in run_group(group_work.gather_and_broadcast, size, transport):
+        assert outcome.value == ([[[rank, 10 * rank]] for rank in range(size)], 2.5)
+
+
+@groups
+def test_many_calls_at_different_paces(transport: str, size: int) -> None:
+    assert all(outcome.value for outcome in run_group(group_work.many_mixed_calls, size, transport))
+
+
+@groups
+@pytest.mark.parametrize(
+    "work", [group_work.last_rank_dies_others_reduce, group_work.last_rank_dies_others_wait_for_rank_0]
+)
+def test_a_killed_rank_is_noticed_by_all(transport: str, size: int, work: object) -> None:
+    outcomes = run_group(work, size, transport)
+    assert outcomes[-1].exit_code == -9
+    assert all(outcome.lost for outcome in outcomes[:-1])
+
+
+@groups
+def test_a_killed_rank_0_is_noticed_by_those_who_wait_for_it(transport: str, size: int) -> None:
+    outcomes = run_group(group_work.rank_0_dies_others_wait_for_it, size, transport)
+    assert outcomes[0].exit_code == -9
+    assert all(outcome.lost for outcome in outcomes[1:])
+
+
+@groups
+def test_a_rank_that_leaves_is_noticed(transport: str, size: int) -> None:
+    outcomes = run_group(group_work.rank_0_closes_others_wait_for_it, size, transport)
+    assert outcomes[0].value == "closed"
+    assert all(outcome.lost for outcome in outcomes[1:])
+
+
+@groups
+def test_abort_from_another_thread_wakes_all_ranks(transport: str, size: int) -> None:
+    outcomes = run_group(group_work.rank_0_gives_up, size, transport)
+    assert all(outcome.lost for outcome in outcomes)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_rank_that_lives_but_does_not_answer_is_given_up(transport: str) -> None:
+    outcomes = run_group(group_work.last_rank_stays_silent, 2, transport, timeout_s=3.0)
+    assert outcomes[0].lost
+    assert outcomes[1].value == "waited"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_group_is_rebuilt_under_the_next_epoch(transport: str) -> None:
+    store = open_store(HOST, GROUP_TIMEOUT_S)
+    processes = RankProcesses()
+    for epoch, rank in ((0, 0), (0, 1), (1, 1)):
+        place = GroupPlace(store.port, epoch, rank, 2, transport, GROUP_TIMEOUT_S)
+        processes.start(group_work.survive_the_death_of_rank_1, place)
+    survivor, dead, successor = processes.outcomes()
+    assert dead.exit_code == -9
+    assert survivor.value == successor.value == 9.0
+
+
+def test_shared_memory_has_no_name_that_could_be_left_behind() -> None:
+    assert all(not outcome.value for outcome in run_group(group_work.mapped_files, 2, "shm"))
+
+
+def test_auto_takes_shared_memory_on_one_host() -> None:
+    kinds = [outcome.value for outcome in run_group(group_work.kind_of_group, 2, "auto")]
+    assert kinds == ["ShmCommunicator" if shared_memory_supported() else "GroupCommunicator"] * 2
+
+
+def test_a_group_of_one_needs_nobody() -> None:
+    group = join_group(open_store(HOST, 5.0), 0, 0, 1, "gloo", 5.0)
+    assert isinstance(group, SoloCommunicator)
+    x = torch.randn(3)
+    assert torch.equal(group.all_reduce(x), x)
+    assert torch.equal(group.all_gather(x), x[None])
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_rank_whose_peers_do_not_come_says_so(transport: str) -> None:
+    store = open_store(HOST, 1.0)
+    with pytest.raises(PeerLostError):
+        join_group(store, 0, 0, 2, transport, 1.0)
+
+
+def test_a_store_that_is_not_there() -> None:
+    store = open_store(HOST, 5.0)
+    port = store.port
+    del store
+    with pytest.raises(PeerLostError, match=f"no store at {HOST}:{port}"):
+        connect_store(HOST, port, 1.0)
+
+
+def start_link(work: object, timeout_s: float = GROUP_TIMEOUT_S) -> tuple[LinkPlace, RankProcesses, object]:
+    store = open_store(HOST, timeout_s)
+    place = LinkPlace(store.port, 0, timeout_s)
+    processes = RankProcesses()
+    processes.start(work, place)
+    return place, processes, store
+
+
+def test_link_carries_messages_in_order_both_ways() -> None:
+    place, processes, _store = start_link(link_work.echo)
+    link = place.draft_end()
+    buffer = torch.zeros(4, dtype=torch.int32)
+    for i in range(100):
+        buffer[0], buffer[1] = i, -i
+        link.send(buffer)  # the same buffer again at once: it was copied
+    received = [link.receive() for _ in range(100)]
+    assert [message.tolist() for message in received] == [[i, -i] for i in range(100)]
+    assert received[0].dtype == torch.int32
+    link.close()
+    assert processes.outcomes()[0].value == 100
+
+
+def test_link_polls() -> None:
+    place, processes, _store = start_link(link_work.echo)
+    link = place.draft_end()
+    assert not link.poll()
+    link.send(torch.ones(4, dtype=torch.int32))
+    while not link.poll():
+        pass
+    assert link.receive().tolist() == [1, 1]
+    assert not link.poll()
+    link.close()
+    processes.outcomes()
+
+
+def test_link_refuses_messages_of_another_length() -> None:
+    place, processes, _store = start_link(link_work.echo)
+    link = place.draft_end()
+    with pytest.raises(AssertionError):
+        link.send(torch.ones(3, dtype=torch.int32))
+    link.close()
+    processes.outcomes()
+
+
+def test_link_reports_a_dead_peer_after_its_last_message() -> None:
+    place, processes, _store = start_link(link_work.answer_once_then_die)
+    link = place.draft_end()
+    link.send(torch.ones(4, dtype=torch.int32))
+    assert link.receive().tolist() == [1, 1]
+    for _ in range(2):  # and again for whoever asks next
+        with pytest.raises(PeerLostError):
+            link.receive()
+    assert link.poll()
+    with pytest.raises(PeerLostError):
+        link.send(torch.ones(4, dtype=torch.int32))
+    link.close()
+    assert processes.outcomes()[0].exit_code == -9
+
+
+def test_link_delivers_what_was_sent_before_it_was_closed() -> None:
+    place, processes, _store = start_link(link_work.send_a_burst_then_close)
+    link = place.draft_end()
+    assert [link.receive()[0].item() for _ in range(50)] == list(range(50))
+    with pytest.raises(PeerLostError, match="closed by the other end"):
+        link.receive()
+    place.say_done()
+    processes.outcomes()
+
+
+def test_link_gives_up_a_silent_peer() -> None:
+    place, processes, _store = start_link(link_work.stay_silent, timeout_s=3.0)
+    link = place.draft_end()
+    link.send(torch.ones(4, dtype=torch.int32))
+    with pytest.raises(PeerLostError, match="nothing received"):
+        link.receive()
+    place.say_done()
+    processes.outcomes()
+
+
+def test_link_abort_wakes_a_waiting_receive() -> None:
+    place, processes, _store = start_link(link_work.echo)
+    link = place.draft_end()
+    threading.Timer(0.2, link.abort).start()
+    with pytest.raises(PeerLostError, match="aborted"):
+        link.receive()
+    link.close()
+    processes.outcomes()
+
+
+def test_link_is_rebuilt_under_the_next_epoch() -> None:
+    store = open_store(HOST, GROUP_TIMEOUT_S)
+    processes = RankProcesses()
+    first, second = (LinkPlace(store.port, epoch, GROUP_TIMEOUT_S) for epoch in (0, 1))
+    processes.start(link_work.answer_once_then_die, first)
+    link = first.draft_end()
+    link.send(torch.ones(4, dtype=torch.int32))
+    link.receive()
+    with pytest.raises(PeerLostError):
+        link.receive()
+    link.close()
+    processes.start(link_work.echo, second)
+    link = second.draft_end()
+    link.send(torch.full((4,), 7, dtype=torch.int32))
+    assert link.receive().tolist() == [7, 7]
+    link.close()
+    assert [outcome.exit_code for outcome in processes.outcomes()] == [-9, 0]
+
+
+def test_link_threads_end_when_both_sides_close() -> None:
+    place, processes, _store = start_link(link_work.echo)
+    link = place.draft_end()
+    link.close()
+    processes.outcomes()
+    receivers = [thread for thread in threading.enumerate() if thread.name == "link receiver"]
+    for thread in receivers:
+        thread.join(10.0)
+    assert not any(thread.is_alive() for thread in receivers)
+
+
+def test_link_that_nobody_meets() -> None:
+    store = open_store(HOST, 1.0)
+    with pytest.raises(PeerLostError, match="not met by its other end"):
+        LinkPlace(store.port, 0, 1.0).draft_end()
