@@ -6,7 +6,6 @@
 import re
 import subprocess
 import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +95,9 @@ def reports(binary: CompiledKernels, launches: dict[str, tuple[int, int]]) -> li
 
 def disassemble(cubin: bytes) -> dict[str, dict[str, int]]:
     """Counts of SASS instructions per kernel."""
-    tool = Path(sysconfig.get_paths()["purelib"], "nvidia", "cu13", "bin", "cuobjdump")
+    tool = next(
+        tool for path in sys.path if (tool := Path(path, "nvidia", "cu13", "bin", "cuobjdump")).exists()
+    )
     path = TABLE.parents[1] / "build" / "disassembled.cubin"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(cubin)
