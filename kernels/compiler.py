@@ -108,6 +108,11 @@ def compile_cached(stem: str, target: str, cache: Path = DEFAULT_CACHE) -> Compi
     return compiled
 
 
+def compile_all(target: str, cache: Path = DEFAULT_CACHE) -> dict[str, CompiledKernels]:
+    """Every kernel for a target, by stem; also a way to fill the cache of machines ahead of time, without a GPU."""
+    return {stem: compile_cached(stem, target, cache) for stem in SOURCES}
+
+
 def digest(sources: Mapping[str, str], target: str) -> str:
     """Sixteen hex digits over everything a binary depends on."""
     parts = [target, *FLAGS, repr(nvrtc.nvrtcVersion()[1:])]

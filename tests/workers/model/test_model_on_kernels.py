@@ -86,7 +86,7 @@ def test_the_model_computes_on_kernels_what_it_computes_on_the_references(launch
     expected = generate(REFERENCES)
     assert launcher.kernels == []
     for logits, reference in zip(generate(ALL_KERNELS), expected, strict=True):
-        # bf16 activations: the references round after every operation, the kernels once. Seen: 1e-2.
+        # bf16 activations: the references round after every operation, the kernels once. Seen: 1.3e-2.
         error = (logits - reference).norm() / reference.norm()
         assert error < 3e-2
     assert {"tree_attention", "rope_append", "kv_commit"} <= set(launcher.kernels)
