@@ -50,7 +50,7 @@ class VirtualLink:
         self.drafts: list[Draft] = []  # all that was sent
         self._clock = clock
         self._latencies = latencies
-        self._target = ScriptedTarget(0.0)
+        self._target = ScriptedTarget(0.0, sleep=lambda seconds: None)
         self._free_at = clock.now_s
         self._under_way: deque[tuple[float, Scores]] = deque()
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider.workers.rounds.messages import (
@@ -91,7 +91,6 @@ def sent_scores(scores: Scores) -> Scores:
     return decode_scores(buffer.clone())
 
 
-@settings(deadline=None)
 @given(
     st.builds(
         Draft,
@@ -106,7 +105,6 @@ def test_a_draft_arrives_as_it_was_sent(draft: Draft) -> None:
     assert repr(sent_draft(draft)) == repr(draft)  # repr tells -0.0 from 0.0
 
 
-@settings(deadline=None)
 @given(
     st.builds(
         Scores,

@@ -131,7 +131,7 @@ def test_drafting_ahead_is_never_slower_when_all_drafts_are_wrong(
     assert serial.seconds / overlapped.seconds >= 0.97
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     verify_ms=st.integers(5, 80),
     step_ms=st.integers(1, 120),

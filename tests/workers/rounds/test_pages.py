@@ -164,7 +164,7 @@ def test_without_prefix_sharing_nothing_is_remembered() -> None:
     assert pool.allocate(8) == [3, 4, 5, 6, 7, *pages[::-1]]
 
 
-@settings(max_examples=60, stateful_step_count=40, deadline=None)
+@settings(max_examples=60, stateful_step_count=40)
 class PagesUnderRandomUse(RuleBasedStateMachine):
     """Sequences over three tokens come, grow and go. What each page's rows hold is kept beside the pool."""
 
