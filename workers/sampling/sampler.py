@@ -4,8 +4,9 @@ p̃ is the law after everything the request asked for (`law.py`), G is counter-b
 (`kernels/noise.py`), absent at temperature 0. Plain decoding and every node of a draft tree use it, and the
 drafter proposes with the same noise; so a text is, seed for seed, the same for every way of drafting.
 
-Logits stay on their ranks. A row that nothing truncates costs one exchange of (score, id) per rank; for the
-others see `candidates.py`. All ranks return the same, whatever their number.
+Logits stay on their ranks (those of a GPU are copied to its host, unless its kernel samples them). A row that
+nothing truncates costs one exchange of (score, id) per rank; for the others see `candidates.py`. All ranks
+return the same, whatever their number.
 """
 
 from __future__ import annotations
