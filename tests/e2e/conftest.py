@@ -54,4 +54,4 @@ def drafter() -> WeightSource:
 @pytest.fixture(scope="session")
 def reference() -> Reference:
     """transformers' view of the tiny target."""
-    return Reference(tiny_target(), num_threads=1)
+    return Reference(tiny_target())

@@ -51,7 +51,7 @@ def test_a_tiny_deployment_gives_the_text_of_one_process_and_of_transformers(
     target, drafter = (
         resolve(model, tmp_path, silent, "model") for model in (config.target.model, config.draft.model)
     )
-    reference = Reference(target, num_threads=1)
+    reference = Reference(target)
     cases = tiny_cases() + [replace(c, id=f"warm {c.id}") for c in tiny_cases(sampling=WARM)]
     with deployed(config) as engine:
         plain = ask(engine, cases, PLAIN)

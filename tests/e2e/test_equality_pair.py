@@ -44,7 +44,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
         options=default_options(fixed_budget=True),
         num_pages=160,
     ) as engine:
-        yield Pair(engine, Reference(target, num_threads=2), cases[:4])
+        yield Pair(engine, Reference(target), cases[:4])
 
 
 def test_both_methods_give_the_text_of_transformers(pair: Pair, ties: list[Mismatch]) -> None:

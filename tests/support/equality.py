@@ -9,7 +9,7 @@ product rounds differently for one row and for eight; anything wider fails.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import (
@@ -37,6 +37,7 @@ from support.local_engine import LocalEngine, output_tokens
 
 TOLERANCE = TOLERANCE_OF_DTYPE["float32"]
 PLAIN = DraftOptions((), 0, 0)
+_MAX_PADDING = 32  # tokens that one prompt of a batch may be shorter than another
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,13 @@ def num_accepted(texts: dict[str, Text]) -> int:
 
 
 class Reference:
-    """transformers' float32 model of a checkpoint. Texts are remembered: several tests ask for the same."""
+    """transformers' float32 model of a checkpoint. Texts are remembered: several tests ask for the same.
 
-    def __init__(self, resolved: ResolvedModel, num_threads: int) -> None:
+    On one thread (see conftest.py): two of a busy machine's processors would spend their time waiting.
+    """
+
+    def __init__(self, resolved: ResolvedModel) -> None:
         self._model = load_transformers(resolved, torch.float32)
-        self._num_threads = num_threads
         self._texts: dict[Case, tuple[int, ...]] = {}
 
     def text(self, case: Case) -> tuple[int, ...]:
@@ -98,17 +101,18 @@ class Reference:
 
     def prepare(self, cases: Sequence[Case], batch_size: int) -> None:
         """Decode greedy cases of one kind in batches of like length, which is several times faster."""
-        cases = sorted((case for case in cases if case not in self._texts), key=lambda c: len(c.prompt))
-        for start in range(0, len(cases), batch_size):
-            batch = cases[start : start + batch_size]
-            assert {replace(case.sampling, seed=0) for case in batch} == {replace(batch[0].sampling, seed=0)}
+        left = sorted((case for case in cases if case not in self._texts), key=lambda c: len(c.prompt))
+        while left:
+            longest = len(left[-1].prompt)
+            batch = [case for case in left[-batch_size:] if len(case.prompt) > longest - _MAX_PADDING]
+            del left[-len(batch) :]
+            assert len({replace(case.sampling, seed=0) for case in batch}) == 1
             self._texts.update(zip(batch, self._generate(batch), strict=True))
 
     @torch.inference_mode()
     def logits(self, context: Sequence[int]) -> torch.Tensor:
         """float32 [vocab_size] after `context`, computed in one pass."""
-        with _Threads(self._num_threads):
-            logits: torch.Tensor = self._model(torch.tensor([context]), logits_to_keep=1).logits
+        logits: torch.Tensor = self._model(torch.tensor([context]), logits_to_keep=1).logits
         return logits[0, -1]
 
     @torch.inference_mode()
@@ -126,10 +130,9 @@ class Reference:
         length = max(len(case.prompt) for case in cases)
         prompts = torch.tensor([[0] * (length - len(case.prompt)) + list(case.prompt) for case in cases])
         mask = torch.tensor([[i >= length - len(case.prompt) for i in range(length)] for case in cases])
-        with _Threads(self._num_threads):
-            whole = self._model.generate(
-                prompts, attention_mask=mask.long(), logits_processor=LogitsProcessorList(processors)
-            )
+        whole = self._model.generate(
+            prompts, attention_mask=mask.long(), logits_processor=LogitsProcessorList(processors)
+        )
         return [_until_stop(row, sampling.stop_token_ids) for row in whole[:, length:].tolist()]
 
 
@@ -254,18 +257,3 @@ class _SharedNoise(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores + gumbel(self.seed, input_ids.shape[1], torch.arange(scores.shape[1]))
-
-
-@dataclass
-class _Threads:
-    """torch's number of threads inside the block."""
-
-    num_threads: int
-    _before: int = field(default=1, init=False)
-
-    def __enter__(self) -> None:
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(self.num_threads)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_num_threads(self._before)

@@ -30,6 +30,8 @@ from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.source import WeightSource
 
+_RECEIVE_TIMEOUT_S = 600.0  # so long that a process which was stopped for a while can go on
+
 
 class QueueLink:
     """One end of a link inside a process."""
@@ -43,7 +45,7 @@ class QueueLink:
         self._outbox.put(buffer.clone())
 
     def receive(self) -> torch.Tensor:
-        return self._inbox.get(timeout=60)
+        return self._inbox.get(timeout=_RECEIVE_TIMEOUT_S)
 
     def poll(self) -> bool:
         return not self._inbox.empty()

@@ -41,7 +41,7 @@ def load_smollm2() -> SmolLM2:
     source = open_source(resolved)
     tokenizer = load_tokenizer(resolved)
     sampling = SamplingParams(
-        temperature=0.0, max_tokens=32, stop_token_ids=tuple(source.config.eos_token_ids)
+        temperature=0.0, max_tokens=24, stop_token_ids=tuple(source.config.eos_token_ids)
     )
 
     def cases(path: Path) -> list[Case]:
@@ -56,7 +56,7 @@ def load_smollm2() -> SmolLM2:
         long = sorted((case for case in by_id.values() if len(case.prompt) > _SHORT), key=_length)
         spec_bench = [by_id[prompt.id] for prompt in select(short, NUM_SPEC_BENCH - _NUM_LONG)]
         spec_bench += long[:: len(long) // (_NUM_LONG - 1)][: _NUM_LONG - 1] + long[-1:]
-    reference = Reference(resolved, num_threads=2)
+    reference = Reference(resolved)
     reference.prepare(spec_bench, batch_size=8)
     return SmolLM2(source, reference, cases(SHIPPED_PROMPTS), spec_bench)
 

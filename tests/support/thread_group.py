@@ -8,7 +8,7 @@ import torch
 
 from outrider.workers.communicator import PeerLostError
 
-_TIMEOUT_S = 120.0
+_TIMEOUT_S = 600.0
 
 
 def thread_group(size: int) -> tuple[ThreadCommunicator, ...]:
