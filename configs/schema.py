@@ -53,8 +53,9 @@ class TargetConfig:
     `shm` where all ranks share a host, else `gloo`."""
 
     attention: Literal["auto", "kernel", "sdpa"] = "auto"
-    """Tree attention on a GPU: our kernel, or the reference over torch's SDPA; `auto` is the kernel. A CPU
-    always runs the reference."""
+    """On a GPU, of target and drafter: our kernels (`kernel`), or torch's SDPA over gathered pages (`sdpa`);
+    `auto` uses a kernel where its self-test has passed on that GPU, else SDPA, with one warning. A CPU always
+    runs the references."""
 
     packed_weights: bool = True
     """Lay matrices out once in oneDNN's blocked format (CPU only; same numbers, about twice the speed)."""

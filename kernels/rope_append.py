@@ -1,10 +1,23 @@
 """Rotary embedding of queries and keys, and the write of keys and values into the paged cache."""
 
+import torch
 from torch import Tensor
+
+from outrider.kernels.launch_plans import TYPE_NAMES
+from outrider.kernels.operators import rope_append_op
+from outrider.kernels.shapes import check_kernel_arguments, check_shapes
 
 
 def rope_append(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    use_kernel: bool = False,
 ) -> Tensor:
     """Rotates q and k by position and writes the rotated k, and v, to their cache slots in place.
 
@@ -13,12 +26,54 @@ def rope_append(
     Args:
         q: [N, HQ, D]; k, v: [N, HK, D].
         cos, sin: [N, D/2] in the dtype of q.
-        slots: int64 [N], slot = page * PAGE + offset; no slot twice.
+        slots: int64 [N], slot = page * PAGE + offset; no slot twice. The kernel takes a negative one as padding.
         k_pages, v_pages: [P, PAGE, HK, D], contiguous.
 
     Returns:
         [N, HQ, D], the rotated queries.
+
+    Raises:
+        ValueError: shapes disagree, or the kernel does not take these tensors; names the argument.
     """
+    half = q.shape[-1] // 2
+    check_shapes(
+        (
+            ("q", q, ("N", "HQ", "D")),
+            ("k", k, ("N", "HK", "D")),
+            ("v", v, ("N", "HK", "D")),
+            ("cos", cos, ("N", half)),
+            ("sin", sin, ("N", half)),
+            ("slots", slots, ("N",)),
+            ("k_pages", k_pages, ("P", "PAGE", "HK", "D")),
+            ("v_pages", v_pages, ("P", "PAGE", "HK", "D")),
+        )
+    )
+    if not use_kernel:
+        return rope_append_by_reference(q, k, v, cos, sin, slots, k_pages, v_pages)
+    if q.dtype not in TYPE_NAMES:
+        raise ValueError(f"q is {q.dtype}, the kernel takes {', '.join(str(dtype) for dtype in TYPE_NAMES)}")
+    named = (
+        ("q", q),
+        ("k", k),
+        ("v", v),
+        ("cos", cos),
+        ("sin", sin),
+        ("k_pages", k_pages),
+        ("v_pages", v_pages),
+    )
+    check_kernel_arguments(
+        (*((name, tensor, q.dtype) for name, tensor in named), ("slots", slots, torch.int64))
+    )
+    for name, tensor in named[:3]:
+        if tensor.stride(1) != tensor.shape[2]:
+            raise ValueError(f"{name} must have its heads side by side, got strides {tensor.stride()}")
+    return rope_append_op(q, k, v, cos, sin, slots, k_pages, v_pages)
+
+
+def rope_append_by_reference(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor
+) -> Tensor:
+    """The CPU path; arguments as in `rope_append`."""
     num_pages, page_size, HK, D = k_pages.shape
     HQ = q.shape[1]
     cos, sin = cos[:, None], sin[:, None]  # [N, 1, D/2]

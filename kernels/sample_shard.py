@@ -25,6 +25,8 @@ from outrider.kernels.noise import (
     hash_ids,
     ids_with_hash_below,
 )
+from outrider.kernels.operators import sample_shard_op
+from outrider.kernels.shapes import check_kernel_arguments, check_shapes
 
 UInt64Array = npt.NDArray[np.uint64]
 
@@ -46,7 +48,11 @@ class ShardSample(NamedTuple):
 
 
 def sample_shard(
-    logits: torch.Tensor, temperatures: list[float], keys: list[Key], vocab_offset: int
+    logits: torch.Tensor,
+    temperatures: list[float],
+    keys: list[Key],
+    vocab_offset: int,
+    use_kernel: bool = False,
 ) -> ShardSample:
     """Sample each row of a shard; see the module's docstring.
 
@@ -55,7 +61,31 @@ def sample_shard(
         temperatures: one per row; 0 takes the largest logit without noise.
         keys: `noise_key` of each row's seed and position.
         vocab_offset: token id of column 0.
+        use_kernel: run `sample_shard.cu` (logits on a GPU); the result is on that GPU.
+
+    Raises:
+        ValueError: there are not as many temperatures and keys as rows.
     """
+    for name, values in (("temperatures", temperatures), ("keys", keys)):
+        if len(values) != logits.shape[0]:
+            raise ValueError(f"{name} has {len(values)} entries, logits has {logits.shape[0]} rows")
+    if not use_kernel:
+        return sample_shard_by_reference(logits, temperatures, keys, vocab_offset)
+    check_shapes((("logits", logits, ("num_rows", "shard_size")),))
+    check_kernel_arguments((("logits", logits, torch.float32),))
+    scores, tokens, largest, sums = sample_shard_op(
+        logits,
+        torch.tensor(temperatures, dtype=torch.float32, device=logits.device),
+        torch.tensor(keys, dtype=torch.int64, device=logits.device).view(-1, 2),
+        vocab_offset,
+    )
+    return ShardSample(scores, tokens, largest, sums.double())
+
+
+def sample_shard_by_reference(
+    logits: torch.Tensor, temperatures: list[float], keys: list[Key], vocab_offset: int
+) -> ShardSample:
+    """The CPU path; arguments as in `sample_shard`."""
     shard = ShardLogits(logits, vocab_offset)
     rows = range(len(temperatures))
     best = np.concatenate([shard.best(i, temperatures[i], keys[i], 1) for i in rows])

@@ -5,6 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.kernels.attention_plan import AttentionGroup
+from outrider.kernels.launch_plans import HEAD_DIMS, TYPE_NAMES
+from outrider.kernels.operators import tree_attention_op
+from outrider.kernels.shapes import check_kernel_arguments, check_shapes
 from outrider.kernels.tree_batch import TreeBatch
 
 
@@ -16,6 +19,7 @@ def tree_attention(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
+    use_kernel: bool = False,
 ) -> Tensor:
     """Every query attends to its sequence's committed prefix, its ancestors in the tree, and itself.
 
@@ -27,10 +31,71 @@ def tree_attention(
         scale: factor on q . k.
         window: a query sees only keys less than `window` positions behind it; 0 = all. Positions go by depth.
         soft_cap: scores become soft_cap * tanh(score / soft_cap); 0 = off.
+        use_kernel: run `tree_attention.cu` (tensors on a GPU); else torch's SDPA over gathered pages.
 
     Returns:
         [NQ, HQ, D] in the dtype of q.
+
+    Raises:
+        ValueError: shapes disagree, or the kernel does not take these tensors; names the argument.
     """
+    check_shapes(
+        (
+            ("q", q, ("NQ", "HQ", "D")),
+            ("k_pages", k_pages, ("P", batch.page_size, "HK", "D")),
+            ("v_pages", v_pages, ("P", batch.page_size, "HK", "D")),
+            ("ancestors", batch.ancestors, ("NQ", "W")),
+            ("depths", batch.depths, ("NQ",)),
+            ("page_table", batch.page_table, ("B", "max_pages")),
+        )
+    )
+    if q.shape[1] % k_pages.shape[2] != 0:
+        raise ValueError(
+            f"q has {q.shape[1]} heads, which {k_pages.shape[2]} KV heads of k_pages do not divide"
+        )
+    if not use_kernel:
+        return attention_by_reference(q, k_pages, v_pages, batch, scale, window, soft_cap)
+    if q.dtype not in TYPE_NAMES or q.shape[2] not in HEAD_DIMS:
+        kinds = f"{', '.join(str(dtype) for dtype in TYPE_NAMES)} of head size {HEAD_DIMS}"
+        raise ValueError(f"q is {q.dtype} of head size {q.shape[2]}, the kernel takes {kinds}")
+    check_kernel_arguments(
+        (
+            ("q", q, q.dtype),
+            ("k_pages", k_pages, q.dtype),
+            ("v_pages", v_pages, q.dtype),
+            ("page_table", batch.page_table, torch.int32),
+            ("context_lens", batch.context_lens, torch.int32),
+            ("tree_lens", batch.tree_lens, torch.int32),
+            ("query_indptr", batch.query_indptr, torch.int32),
+            ("ancestors", batch.ancestors, torch.int64),
+            ("depths", batch.depths, torch.int32),
+        )
+    )
+    if k_pages.stride() != v_pages.stride():
+        raise ValueError(f"v_pages has strides {v_pages.stride()}, k_pages has {k_pages.stride()}")
+    return tree_attention_op(
+        q,
+        k_pages,
+        v_pages,
+        batch.page_table,
+        batch.context_lens,
+        batch.tree_lens,
+        batch.query_indptr,
+        batch.ancestors,
+        batch.depths,
+        list(batch.host_context_lens),
+        list(batch.host_tree_lens),
+        list(batch.host_query_lens),
+        scale,
+        window,
+        soft_cap,
+    )
+
+
+def attention_by_reference(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: TreeBatch, scale: float, window: int, soft_cap: float
+) -> Tensor:
+    """The CPU path, and on a GPU the fallback: SDPA over gathered pages. Arguments as in `tree_attention`."""
     plan = batch.plan
     if plan.single:
         return _attend(q, k_pages, v_pages, plan.groups[0], scale, window, soft_cap)

@@ -112,6 +112,7 @@ class GroupCommunicator:
             timeout=timedelta(seconds=timeout_s),
         )
         self._store = store  # the group stops working when its store is gone
+        self.transport = transport
         self.rank = rank
         self.size = size
 
@@ -325,3 +326,9 @@ def _first_line(error: BaseException) -> str:
     """What gloo says, without its advice."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return line.split(" This is typically caused")[0]
+
+
+def available_backends() -> tuple[str, ...]:
+    """Transports that this build of torch brings."""
+    available = (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available()))
+    return tuple(name for name, is_there in available if is_there)

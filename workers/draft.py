@@ -29,6 +29,7 @@ from outrider.workers.rounds.sequence import Request, TokenEvent
 from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.setup import (
+    kernels_for,
     load_model,
     message_capacity,
     num_draft_pages,
@@ -157,13 +158,21 @@ class DraftWorker:
             done += num_bytes
             progress("load", min(done, total), total)
 
+        kernels = kernels_for(self.config, source.config, device, dtype)
         model = Transformer(
-            source.config, plan, source, SoloCommunicator(), dtype, device, draft.packed_weights, count
+            source.config,
+            plan,
+            source,
+            SoloCommunicator(),
+            dtype,
+            device,
+            draft.packed_weights,
+            count,
+            kernels,
         )
         page_size = self.config.target.page_size
-        cache = PagedCache(
-            source.config, plan, num_draft_pages(self.config, source.config), page_size, dtype, device
-        )
+        num_pages = num_draft_pages(self.config, source.config)
+        cache = PagedCache(source.config, plan, num_pages, page_size, dtype, device, kernels.kv_commit)
         vocab_size = source.config.vocab_size
         return ModelDrafter(
             model=model,

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from outrider.configs.schema import Config
+from outrider.kernels.selection import DEFAULT_MEMORY, KernelSelection, select_kernels
 from outrider.workers.model.cache import bytes_per_page
 from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.shard import ShardPlan
@@ -31,6 +32,13 @@ def torch_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be auto or cpu on a machine without a usable GPU, got 'cuda'")
     return torch.device(name)
+
+
+def kernels_for(
+    config: Config, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> KernelSelection:
+    """Which CUDA kernels a model uses: none on a CPU, else by `target.attention` and the GPU's self-test."""
+    return select_kernels(config.target.attention, device, dtype, model.head_dim, DEFAULT_MEMORY)
 
 
 def load_model(config: Config, role: Literal["target", "draft"], progress: Progress) -> WeightSource:

@@ -15,12 +15,14 @@ from outrider.workers.distributed import Link, connect_store, join_group, open_s
 from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.batch import build_batch
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.cuda_graphs import forward_of
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.rounds.link import DraftReceiver
 from outrider.workers.rounds.messages import Draft, Scores, StepScores, decode_draft
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.setup import (
+    kernels_for,
     load_model,
     message_capacity,
     num_target_pages,
@@ -37,9 +39,12 @@ class TargetRank:
     def __init__(self, model: Transformer, cache: PagedCache, tracer: Tracer) -> None:
         self.model = model
         self._cache = cache
+        self._forward = forward_of(model, cache)
         self._tracer = tracer
         self._sequences = TargetSequences(cache.num_pages, cache.page_size)
-        self._sampler = Sampler(model.config.vocab_size, model.plan.vocab, model.communicator)
+        self._sampler = Sampler(
+            model.config.vocab_size, model.plan.vocab, model.communicator, model.kernels.sample_shard
+        )
 
     @torch.inference_mode()
     def step(self, draft: Draft) -> Scores:
@@ -54,9 +59,7 @@ class TargetRank:
         if num_rows:
             with self._tracer.span("forward", num_rows):
                 rows = [self._sequences.rows(step) for step in draft.steps]
-                hidden = self.model.forward(
-                    build_batch(rows, self._cache.page_size, self.model.device), self._cache
-                )
+                hidden = self._forward(build_batch(rows, self._cache.page_size, self.model.device))
                 if sampled:
                     logits = self.model.logits(hidden[torch.tensor(sampled, device=hidden.device)])
         times.append(time.monotonic())
@@ -122,11 +125,22 @@ class TargetWorker:
             done += num_bytes
             progress("load", min(done, total), total)
 
+        kernels = kernels_for(self.config, source.config, device, dtype)
         self._model = Transformer(
-            source.config, plan, source, SoloCommunicator(), dtype, device, target.packed_weights, count
+            source.config,
+            plan,
+            source,
+            SoloCommunicator(),
+            dtype,
+            device,
+            target.packed_weights,
+            count,
+            kernels,
         )
         num_pages = num_target_pages(self.config, source.config)
-        self._cache = PagedCache(source.config, plan, num_pages, target.page_size, dtype, device)
+        self._cache = PagedCache(
+            source.config, plan, num_pages, target.page_size, dtype, device, kernels.kv_commit
+        )
 
     def open_store(self, host: str) -> tuple[str, int]:
         """Rank 0: open the meeting point of all groups on a free port; returns its host and port."""

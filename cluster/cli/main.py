@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from outrider.cluster.api import EngineError
 
-COMMANDS = ("generate", "chat", "bench", "check", "config", "demo")
+COMMANDS = ("generate", "chat", "bench", "check", "config", "demo", "doctor")
 """Module and function names: `outrider generate` is `generate` in generate.py."""
 
 USER_ERROR = 2

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.kernels.rope_append import rope_append
+from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.kernels.tree_attention import tree_attention
 from outrider.workers.communicator import Communicator
 from outrider.workers.model.batch import ForwardBatch
@@ -39,6 +40,7 @@ class Transformer:
         device: torch.device,
         packed: bool,
         progress: Callable[[int], None] = _no_progress,
+        kernels: KernelSelection = REFERENCES,
     ) -> None:
         """Loads this rank's weights, the largest matrix first, so that the peak is their size plus one matrix.
 
@@ -48,6 +50,7 @@ class Transformer:
             dtype: of weights and activations.
             packed: keep matrices in the processor's blocked layout (CPU only).
             progress: called with the bytes of each weight read.
+            kernels: which CUDA kernels to run, see `select_kernels`.
 
         Raises:
             ValueError: a weight is missing or has another shape than the configuration says.
@@ -57,6 +60,7 @@ class Transformer:
         self.source = source
         self.communicator = communicator
         self.dtype = dtype
+        self.kernels = kernels
         self.device = device
         self.rope = RotaryEmbedding(config, dtype, device)
         self.scale = config.head_dim**-0.5
@@ -122,8 +126,10 @@ class Transformer:
         if self.config.qk_norm:
             q = F.rms_norm(q, (D,), layer.q_norm, self.config.rms_norm_eps)
             k = F.rms_norm(k, (D,), layer.k_norm, self.config.rms_norm_eps)
-        q = rope_append(q, k, v, cos, sin, batch.slots, k_pages, v_pages)
-        out = tree_attention(q, k_pages, v_pages, batch.tree, self.scale)  # [N, HQ, D]
+        q = rope_append(q, k, v, cos, sin, batch.slots, k_pages, v_pages, self.kernels.rope_append)
+        out = tree_attention(  # [N, HQ, D]
+            q, k_pages, v_pages, batch.tree, self.scale, use_kernel=self.kernels.tree_attention
+        )
         return layer.attention_output(self._padded(out.flatten(1)))
 
     def _padded(self, rows: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ p̃ is the law after everything the request asked for (`law.py`), G is counter-b
 (`kernels/noise.py`), absent at temperature 0. Plain decoding and every node of a draft tree use it, and the
 drafter proposes with the same noise; so a text is, seed for seed, the same for every way of drafting.
 
-Logits stay on their ranks (those of a GPU are copied to its host). A row that nothing truncates costs one
-exchange of (score, id) per rank; for the others see `candidates.py`. All ranks return the same, whatever
-their number.
+Logits stay on their ranks (those of a GPU are copied to its host, unless its kernel samples them). A row that
+nothing truncates costs one exchange of (score, id) per rank; for the others see `candidates.py`. All ranks
+return the same, whatever their number.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from outrider.kernels.sample_shard import (
     first_packed,
     pack_tokens,
     perturb,
+    sample_shard,
     unpack_tokens,
 )
 from outrider.workers.communicator import Communicator
@@ -49,12 +50,16 @@ class Sampler:
     The ranges of the ranks ascend with the rank and cover the vocabulary.
     """
 
-    def __init__(self, vocab_size: int, vocab_range: range, communicator: Communicator) -> None:
+    def __init__(
+        self, vocab_size: int, vocab_range: range, communicator: Communicator, use_kernel: bool = False
+    ) -> None:
+        """`use_kernel`: rows of a batch that only need their token are sampled where the logits are."""
         assert 0 <= vocab_range.start < vocab_range.stop <= vocab_size
         assert communicator.size > 1 or vocab_range == range(vocab_size)
         self._vocab_size = vocab_size
         self._first, self._end = vocab_range.start, vocab_range.stop
         self._communicator = communicator
+        self._use_kernel = use_kernel
 
     def sample(self, logits: torch.Tensor, rows: Sequence[RowContext]) -> Samples:
         """Sample one token per row.
@@ -65,6 +70,11 @@ class Sampler:
             rows: what each row is to be sampled for; the same on every rank.
         """
         assert logits.shape == (len(rows), self._end - self._first)
+        only_tokens = not any(
+            row.params.truncates or row.params.edits_logits or row.params.logprobs for row in rows
+        )
+        if self._use_kernel and only_tokens:
+            return self._sample_by_kernel(logits, rows)
         logits = logits.cpu().contiguous()
         edits = self._edit(logits, rows)
         shard = ShardLogits(logits, self._first)
@@ -128,6 +138,16 @@ class Sampler:
         message = torch.from_numpy(np.concatenate(best).view(np.int64))  # [num_rows]
         gathered = self._communicator.all_gather(message).numpy().view(np.uint64)  # [size, num_rows]
         return unpack_tokens(gathered.min(axis=0))[1]
+
+    def _sample_by_kernel(self, logits: torch.Tensor, rows: Sequence[RowContext]) -> Samples:
+        temperatures = [row.params.temperature for row in rows]
+        keys = [_key(row) for row in rows]
+        best = sample_shard(logits, temperatures, keys, self._first, use_kernel=True)
+        packed = pack_tokens(best.values.cpu().numpy(), best.ids.cpu().numpy())
+        gathered = self._communicator.all_gather(torch.from_numpy(packed.view(np.int64)))
+        tokens = unpack_tokens(gathered.numpy().view(np.uint64).min(axis=0))[1]
+        none = torch.zeros(len(rows), 0)
+        return Samples(torch.from_numpy(tokens), torch.zeros(len(rows)), none.long(), none)
 
     def _sample_truncated(
         self, shard: ShardLogits, indices: list[int], rows: Sequence[RowContext]

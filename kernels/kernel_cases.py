@@ -1,0 +1,280 @@
+"""Checks of every kernel: launches with their inputs, what must come out, and how far off it may be.
+
+A case is prepared on a device, its plans are launched by whoever can (a CPU executor, the GPU), then `verify` tells
+what is wrong. Outputs lie between guard bytes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from outrider.kernels.attention_cases import (
+    ATTENTION_CASES,
+    AttentionCase,
+    attention_in_float64,
+    build_attention_inputs,
+)
+from outrider.kernels.launch_plans import (
+    AttentionShape,
+    LaunchPlan,
+    plan_gather_rows,
+    plan_kv_commit,
+    plan_rope_append,
+    plan_sample_shard,
+    plan_tree_attention,
+)
+from outrider.kernels.noise import noise_key
+from outrider.kernels.sample_shard import sample_shard
+from outrider.kernels.tree_batch import TreeBatch
+
+GUARD_BYTES = 256
+GUARD_VALUE = 0xA5
+# Largest error of a row of the output relative to the row: rounding of the result and of the softmax weights to the
+# element type. Measured on the CPU executors over 400 random cases: see tests/kernels/test_on_cpu.py.
+ATTENTION_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+
+
+@dataclass(frozen=True)
+class Check:
+    """`actual` must match `expected`: exactly with tolerance 0, else by relative error of its worst row."""
+
+    name: str
+    actual: Tensor
+    expected: Tensor
+    tolerance: float
+
+    def error(self) -> float:
+        actual, expected = self.actual.cpu(), self.expected
+        if self.tolerance == 0:
+            bits = [x.contiguous().view(torch.uint8) for x in (actual, expected)]  # NaN equals itself
+            return 0.0 if torch.equal(*bits) else float("inf")
+        rows = [x.reshape(x.shape[0], -1).double() for x in (actual, expected)]
+        difference = (rows[0] - rows[1]).norm(dim=1) / rows[1].norm(dim=1).clamp_min(1e-30)
+        return float("inf") if difference.isnan().any() else difference.max().item()
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """Launches and what they must do.
+
+    Attributes:
+        num_bytes, num_flops: least memory traffic and arithmetic of the launches, for the roofline.
+    """
+
+    name: str
+    kernel: str
+    plans: tuple[LaunchPlan, ...]
+    checks: tuple[Check, ...]
+    guarded: tuple[Tensor, ...]
+    num_bytes: int
+    num_flops: int
+
+    def verify(self) -> list[str]:
+        """What is wrong, one line each; empty when all is well."""
+        problems = [
+            f"{self.name}: {check.name} is off by {check.error():.2e}, allowed {check.tolerance:.0e}"
+            for check in self.checks
+            if not check.error() <= check.tolerance
+        ]
+        for buffer in self.guarded:
+            ends = torch.cat((buffer[:GUARD_BYTES], buffer[-GUARD_BYTES:]))
+            if (ends != GUARD_VALUE).any():
+                problems.append(f"{self.name}: bytes beside an output were overwritten")
+        return problems
+
+    def outputs(self) -> list[Tensor]:
+        return [check.actual for check in self.checks]
+
+
+class Guards:
+    """Makes output tensors that lie between guard bytes; filled with NaN (floats) or -7."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.buffers: list[Tensor] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        buffer = torch.full(
+            (num_bytes + 2 * GUARD_BYTES,), GUARD_VALUE, dtype=torch.uint8, device=self.device
+        )
+        self.buffers.append(buffer)
+        inside = buffer[GUARD_BYTES : GUARD_BYTES + num_bytes].view(dtype).view(shape)
+        return inside.fill_(float("nan") if dtype.is_floating_point else -7)
+
+    def copy(self, source: Tensor) -> Tensor:
+        return self.empty(tuple(source.shape), source.dtype).copy_(source)
+
+
+def prepare_attention(case: AttentionCase, device: torch.device) -> PreparedCase:
+    inputs = build_attention_inputs(case)
+    guards = Guards(device)
+    num_queries, num_heads, head_dim = inputs.q.shape
+    rows = max(case.query_lens) * (num_heads // case.num_kv_heads)
+    tile_rows = 16 if rows <= 16 else 64 if rows <= 64 else 128
+    shape = AttentionShape(tile_rows, -(-rows // tile_rows), case.num_splits)
+    out = guards.empty((num_queries, num_heads, head_dim), case.dtype)
+    plans = plan_tree_attention(
+        inputs.q.to(device),
+        inputs.k_pages.to(device),
+        inputs.v_pages.to(device),
+        batch_to(inputs.batch, device),
+        case.scale,
+        case.window,
+        case.soft_cap,
+        shape,
+        out,
+        guards.empty((case.num_splits, num_queries, num_heads, head_dim), torch.float32),
+        guards.empty((case.num_splits, num_queries, num_heads), torch.float32),
+    )
+    check = Check("out", out, attention_in_float64(case, inputs), ATTENTION_TOLERANCE[case.dtype])
+    num_keys = [c + t for c, t in zip(case.context_lens, case.tree_lens, strict=True)]
+    kv_bytes = 4 * sum(num_keys) * case.num_kv_heads * head_dim
+    flops = sum(4 * n * q * num_heads * head_dim for n, q in zip(num_keys, case.query_lens, strict=True))
+    return PreparedCase(
+        f"tree_attention: {case.name}",
+        "tree_attention",
+        plans,
+        (check,),
+        tuple(guards.buffers),
+        kv_bytes + 4 * out.numel(),
+        flops,
+    )
+
+
+def batch_to(batch: TreeBatch, device: torch.device) -> TreeBatch:
+    """The batch with its tensors on another device."""
+    return TreeBatch(
+        page_table=batch.page_table.to(device),
+        context_lens=batch.context_lens.to(device),
+        tree_lens=batch.tree_lens.to(device),
+        query_indptr=batch.query_indptr.to(device),
+        ancestors=batch.ancestors.to(device),
+        depths=batch.depths.to(device),
+        page_size=batch.page_size,
+        host_context_lens=batch.host_context_lens,
+        host_tree_lens=batch.host_tree_lens,
+        host_query_lens=batch.host_query_lens,
+    )
+
+
+def prepare_rope_append(dtype: torch.dtype, device: torch.device) -> PreparedCase:
+    """Queries, keys and values as slices of one fused projection; one node is padding (slot -1)."""
+    random = torch.Generator().manual_seed(1)
+    N, HQ, HK, D, P, PAGE = 6, 9, 3, 64, 5, 7
+    fused = torch.randn(N, HQ + 2 * HK, D, generator=random).to(dtype)
+    q, k, v = fused.split((HQ, HK, HK), dim=1)
+    angles = torch.rand(N, D // 2, generator=random) * 100
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    slots = torch.tensor([33, 0, -1, 7, 20, 13])
+    pages = torch.randn(2, P, PAGE, HK, D, generator=random).to(dtype)
+
+    def rotated(x: Tensor) -> Tensor:
+        low, high = x.double().chunk(2, dim=-1)
+        c, s = cos.double()[:, None], sin.double()[:, None]
+        return torch.cat((low * c - high * s, high * c + low * s), dim=-1)
+
+    expected = pages.double().view(2, P * PAGE, HK, D).clone()
+    written = slots >= 0
+    expected[0, slots[written]] = rotated(k)[written]
+    expected[1, slots[written]] = v.double()[written]
+    guards = Guards(device)
+    moved = fused.to(device)
+    q, k, v = moved.split((HQ, HK, HK), dim=1)
+    q_rotated = guards.empty((N, HQ, D), dtype)
+    k_pages, v_pages = guards.copy(pages[0]), guards.copy(pages[1])
+    plan = plan_rope_append(
+        q, k, v, cos.to(device), sin.to(device), slots.to(device), k_pages, v_pages, q_rotated
+    )
+    tolerance = {torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]  # one rounding to the type
+    checks = (
+        Check("q", q_rotated, rotated(fused[:, :HQ]), tolerance),
+        Check("k_pages", k_pages.view(P * PAGE, -1), expected[0].flatten(1), tolerance),
+        Check("v_pages", v_pages.view(P * PAGE, HK, D), expected[1].to(dtype), 0),
+    )
+    num_bytes = 2 * 2 * moved.numel()
+    name = f"rope_append: {str(dtype).removeprefix('torch.')}"
+    return PreparedCase(name, "rope_append", (plan,), checks, tuple(guards.buffers), num_bytes, 0)
+
+
+def prepare_kv_commit(num_rows: int, device: torch.device) -> PreparedCase:
+    """Rows move among slots that are sources and targets at once; the last pair is padding."""
+    random = torch.Generator().manual_seed(2)
+    L, P, PAGE, HK, D = 2, num_rows // 3 + 3, 5, 3, 64
+    kv = torch.randn(L, 2, P, PAGE, HK, D, generator=random).bfloat16()
+    chosen = torch.randperm(P * PAGE, generator=random)[:num_rows]
+    source = torch.cat((chosen, torch.tensor([-1])))
+    target = torch.cat((chosen.roll(1), torch.tensor([-1])))
+    expected = kv.clone().view(L, 2, P * PAGE, HK, D)
+    expected[:, :, target[:-1]] = expected[:, :, source[:-1]].clone()
+    guards = Guards(device)
+    moved = guards.copy(kv)
+    plan = plan_kv_commit(moved, source.to(device), target.to(device))
+    check = Check("kv", moved, expected.view(kv.shape), 0)
+    num_bytes = 2 * 2 * L * num_rows * HK * D * 2
+    name = f"kv_commit: {num_rows} rows"
+    return PreparedCase(name, "kv_commit", (plan,), (check,), tuple(guards.buffers), num_bytes, 0)
+
+
+def prepare_gather_rows(row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> PreparedCase:
+    random = torch.Generator().manual_seed(3)
+    rows = torch.randn(11, *row_shape, generator=random).to(dtype)
+    indices = torch.tensor([10, 0, 3, 3, 7])
+    guards = Guards(device)
+    out = guards.empty((5, *row_shape), dtype)
+    plan = plan_gather_rows(rows.to(device), indices.to(device), out)
+    check = Check("out", out, rows[indices], 0)
+    name = f"gather_rows: rows of {out[0].numel() * dtype.itemsize} bytes"
+    return PreparedCase(name, "gather_rows", (plan,), (check,), tuple(guards.buffers), 2 * out.nbytes, 0)
+
+
+def prepare_sample_shard(vocab_size: int, vocab_offset: int, device: torch.device) -> PreparedCase:
+    """Rows at several temperatures, one greedy with a tie, one nearly flat, one with most tokens removed."""
+    random = torch.Generator().manual_seed(4)
+    logits = torch.randn(5, vocab_size + 3, generator=random)[:, :vocab_size] * 4  # a stride beyond the row
+    logits[1, [vocab_size // 3, vocab_size - 1]] = 40.0
+    logits[2] /= 1000
+    logits[3, torch.arange(vocab_size) % 7 != 2] = -torch.inf
+    temperatures = [0.7, 0.0, 1.0, 1.0, 1.8]
+    keys = [noise_key(seed, 100 + seed) for seed in range(5)]
+    expected = sample_shard(logits, temperatures, keys, vocab_offset)
+    guards = Guards(device)
+    scores, tokens = guards.empty((5,), torch.float32), guards.empty((5,), torch.int64)
+    largest, sums = guards.empty((5,), torch.float32), guards.empty((5,), torch.float32)
+    plan = plan_sample_shard(
+        logits.to(device),
+        torch.tensor(temperatures, device=device),
+        torch.tensor(keys, device=device),
+        vocab_offset,
+        scores,
+        tokens,
+        largest,
+        sums,
+    )
+    checks = (
+        Check("tokens", tokens, expected.ids, 0),
+        Check("scores", scores, expected.values, 2e-7),
+        Check("largest", largest, expected.maxima, 2e-7),
+        Check("exponential sums", sums, expected.exp_sums, 1e-5),
+    )
+    name = f"sample_shard: {vocab_size} tokens"
+    return PreparedCase(name, "sample_shard", (plan,), checks, tuple(guards.buffers), 4 * logits.numel(), 0)
+
+
+Preparation = Callable[[torch.device], PreparedCase]
+
+
+def kernel_cases(attention_cases: Sequence[AttentionCase] = ATTENTION_CASES) -> list[Preparation]:
+    """Every case of every kernel, to be prepared on a device."""
+    return [
+        *(partial(prepare_attention, case) for case in attention_cases),
+        *(partial(prepare_rope_append, dtype) for dtype in (torch.bfloat16, torch.float16)),
+        *(partial(prepare_kv_commit, num_rows) for num_rows in (1, 9, 400)),
+        partial(prepare_gather_rows, (24,), torch.float32),
+        partial(prepare_gather_rows, (3, 6), torch.float16),
+        partial(prepare_gather_rows, (5,), torch.bfloat16),
+        *(partial(prepare_sample_shard, size, offset) for size, offset in ((5, 0), (3001, 152_000))),
+    ]

@@ -1,0 +1,166 @@
+"""The Python entries: what they check, and that torch.compile can trace the operators behind them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from outrider.kernels import operators
+from outrider.kernels.attention_cases import (
+    ATTENTION_CASES,
+    AttentionCase,
+    attention_in_float64,
+    build_attention_inputs,
+)
+from outrider.kernels.gather_rows import gather_rows
+from outrider.kernels.kv_commit import kv_commit
+from outrider.kernels.noise import noise_key
+from outrider.kernels.rope_append import rope_append
+from outrider.kernels.sample_shard import sample_shard
+from outrider.kernels.tree_attention import tree_attention
+
+CASE = AttentionCase("entry", (21, 3), (5, 2), page_size=4)
+
+
+@pytest.fixture
+def attention():
+    """Arguments of tree_attention; unused pages are NaN."""
+    inputs = build_attention_inputs(CASE)
+    return {
+        "q": inputs.q,
+        "k_pages": inputs.k_pages,
+        "v_pages": inputs.v_pages,
+        "batch": inputs.batch,
+        "scale": CASE.scale,
+    }
+
+
+@pytest.fixture
+def rope():
+    """Arguments of rope_append for three nodes."""
+    shape = {"q": (3, 4, 64), "k": (3, 2, 64), "v": (3, 2, 64), "cos": (3, 32), "sin": (3, 32)}
+    tensors = {name: torch.randn(size).bfloat16() for name, size in shape.items()}
+    pages = {name: torch.zeros(2, 4, 2, 64).bfloat16() for name in ("k_pages", "v_pages")}
+    return {**tensors, "slots": torch.tensor([0, 3, 7]), **pages}
+
+
+@pytest.mark.parametrize("use_kernel", [False, True])
+def test_attention_agrees_with_float64_by_the_reference_and_by_the_operator(attention, use_kernel):
+    expected = attention_in_float64(CASE, build_attention_inputs(CASE))
+    error = (tree_attention(**attention, use_kernel=use_kernel).double() - expected).norm() / expected.norm()
+    assert error < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("q", lambda q: q[..., :32], r"k_pages must be \[P, 4, HK, D\], got .*; D is 32 in q"),
+        ("q", lambda q: q[:3], r"ancestors must be \[NQ, W\], got \[7, 1\]; NQ is 3 in q"),
+        ("q", lambda q: q[:, :7], "q has 7 heads, which 2 KV heads of k_pages do not divide"),
+        ("k_pages", lambda k: k[:, :3], "3 where 4 must be"),
+        ("v_pages", lambda v: v[:, :, :1], "HK is 2 in k_pages"),
+    ],
+)
+def test_attention_names_the_argument_that_disagrees(attention, name, change, message):
+    with pytest.raises(ValueError, match=message):
+        tree_attention(**{**attention, name: change(attention[name])})
+
+
+def test_the_attention_kernel_says_what_it_cannot_take(attention):
+    floats = {name: attention[name].float() for name in ("q", "k_pages", "v_pages")}
+    with pytest.raises(ValueError, match=r"q is torch\.float32 of head size 64, the kernel takes"):
+        tree_attention(**{**attention, **floats}, use_kernel=True)
+    mixed = {**attention, "v_pages": attention["v_pages"].half()}
+    with pytest.raises(ValueError, match=r"v_pages must be torch\.bfloat16, got torch\.float16"):
+        tree_attention(**mixed, use_kernel=True)
+
+
+def test_rope_append_names_the_argument_that_disagrees(rope):
+    with pytest.raises(ValueError, match=r"cos must be \[N, 32\], got \[3, 16\]; 16 where 32 must be"):
+        rope_append(**{**rope, "cos": rope["cos"][:, :16]})
+    with pytest.raises(ValueError, match="N is 3 in q"):
+        rope_append(**{**rope, "slots": rope["slots"][:2]})
+    with pytest.raises(ValueError, match=r"slots must be torch\.int64, got torch\.int32"):
+        rope_append(**{**rope, "slots": rope["slots"].int()}, use_kernel=True)
+    with pytest.raises(ValueError, match="q must have its heads side by side"):
+        rope_append(**{**rope, "q": torch.randn(3, 4, 128).bfloat16()[..., :64]}, use_kernel=True)
+
+
+def test_kv_commit_names_the_argument_that_disagrees():
+    kv, slots = torch.zeros(1, 2, 3, 4, 2, 8), torch.tensor([1, 2])
+    with pytest.raises(ValueError, match=r"target_slots must be \[M\], got \[1\]; M is 2 in source_slots"):
+        kv_commit(kv, slots, slots[:1])
+    with pytest.raises(ValueError, match="source_slots has 9000 rows, the kernel takes 6144"):
+        kv_commit(
+            kv, torch.zeros(9000, dtype=torch.int64), torch.zeros(9000, dtype=torch.int64), use_kernel=True
+        )
+
+
+def test_gather_rows_and_sample_shard_name_the_argument_that_disagrees():
+    with pytest.raises(ValueError, match=r"index must be \[M\]"):
+        gather_rows(torch.zeros(3, 4), torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="keys has 1 entries, logits has 2 rows"):
+        sample_shard(torch.zeros(2, 5), [1.0, 1.0], [(1, 2)], 0)
+
+
+def test_operators_have_fake_implementations_that_agree(attention, rope):
+    batch = attention["batch"]
+    tensors = (
+        batch.page_table,
+        batch.context_lens,
+        batch.tree_lens,
+        batch.query_indptr,
+        batch.ancestors,
+        batch.depths,
+    )
+    lens = (list(batch.host_context_lens), list(batch.host_tree_lens), list(batch.host_query_lens))
+    pages = [attention[name].nan_to_num() for name in ("k_pages", "v_pages")]
+    tests = ("test_schema", "test_faketensor")
+    checks = (
+        (operators.tree_attention_op, (attention["q"], *pages, *tensors, *lens, CASE.scale, 0, 0.0)),
+        (operators.rope_append_op, tuple(rope.values())),
+        (operators.kv_commit_op, (torch.zeros(1, 2, 3, 4, 2, 8), torch.tensor([1, 2]), torch.tensor([0, 1]))),
+        (operators.gather_rows_op, (torch.randn(5, 3), torch.tensor([4, 0]))),
+        (
+            operators.sample_shard_op,
+            (
+                torch.randn(2, 50),
+                torch.tensor([1.0, 0.0]),
+                torch.tensor([noise_key(1, 2), noise_key(3, 4)]),
+                7,
+            ),
+        ),
+    )
+    for operator, arguments in checks:
+        torch.library.opcheck(operator, arguments, test_utils=tests)
+
+
+def test_a_layer_of_kernels_is_traced_in_one_graph(attention, rope):
+    """backend="eager": what is compiled does not matter here, that there is no graph break does."""
+
+    def layer(k_pages, v_pages):
+        q = rope_append(**{**rope, "k_pages": k_pages, "v_pages": v_pages}, use_kernel=True)
+        return gather_rows(q * 2, torch.tensor([2, 0]), use_kernel=True)
+
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    first, second = (tuple(rope[name].clone() for name in ("k_pages", "v_pages")) for _ in range(2))
+    assert torch.equal(compiled(*first), layer(*second))
+    assert torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
+def test_the_reference_computes_every_case_of_the_kernels(case):
+    """Inputs without a window keep pages that fell out of it, which the reference gathers and then masks."""
+    inputs = build_attention_inputs(replace(case, window=0))
+    arguments = (
+        inputs.q,
+        inputs.k_pages,
+        inputs.v_pages,
+        inputs.batch,
+        case.scale,
+        case.window,
+        case.soft_cap,
+    )
+    expected = attention_in_float64(case, inputs)
+    error = (tree_attention(*arguments).double() - expected).norm() / expected.norm()
+    assert error < (1e-2 if case.query_scale > 1 else 4e-3)

@@ -1,0 +1,48 @@
+"""The checks catch the faults they are there for. One fault each of the hardest kinds always, all under -m slow."""
+
+import pytest
+
+from support.cuda_on_cpu.planted_bugs import DEVICE_BUGS, SOURCE_BUGS, PlantedBug, hunt
+
+ALWAYS = {
+    "no barrier before the next load",
+    "window by row instead of depth",
+    "keys before the window are read",
+    "mma: b registers swapped",
+    "cp.async waits for one group too few",
+}
+
+
+SOUND = PlantedBug("none", "tree_attention", "tree_attention.cu", "stage ^ 1", "stage ^ 1")
+
+
+def some_slow(bugs):
+    return [pytest.param(b, id=b.name, marks=() if b.name in ALWAYS else pytest.mark.slow) for b in bugs]
+
+
+@pytest.mark.parametrize("executor", ["source", pytest.param("ptx", marks=pytest.mark.slow)])
+def test_nothing_is_found_in_the_sound_kernel_sanitizers_included(executor):
+    assert hunt(SOUND, executor) == ""
+
+
+@pytest.mark.parametrize("bug", some_slow(SOURCE_BUGS))
+def test_a_fault_in_a_kernel_is_found_by_running_the_source(bug):
+    assert hunt(bug, "source")
+
+
+@pytest.mark.parametrize("bug", some_slow(DEVICE_BUGS))
+def test_a_fault_in_an_instruction_is_found_by_running_the_ptx(bug):
+    assert hunt(bug, "ptx")
+
+
+@pytest.mark.parametrize(
+    ("name", "sanitizer", "finding"),
+    [
+        ("no barrier before the next load", "thread", "race"),
+        ("splits write the same place", "thread", "race"),
+        ("more shared memory than planned", "address", "address"),
+    ],
+)
+def test_the_sanitizers_find_what_they_are_there_for(name, sanitizer, finding):
+    bug = next(bug for bug in SOURCE_BUGS if bug.name == name)
+    assert hunt(bug, "source", [sanitizer]) == finding

@@ -1,0 +1,156 @@
+"""Faults to plant in the kernels, and the hunt for them: a check that never fails proves nothing.
+
+Each fault is a small edit of the source. Those in device.cuh are invisible to the source executor, which replaces
+that file's instructions: only running the PTX shows them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from outrider.kernels.attention_cases import AttentionCase
+from outrider.kernels.compiler import Sources, compile_sources, load_sources
+from outrider.kernels.kernel_cases import (
+    PreparedCase,
+    prepare_attention,
+    prepare_kv_commit,
+    prepare_sample_shard,
+)
+from support.cuda_on_cpu.executor import SCHEDULES, Schedule, build_unit, translation_unit
+from support.cuda_on_cpu.kernels import only, source_kernels
+from support.cuda_on_cpu.ptx.executor import translated_unit
+from support.cuda_on_cpu.replay import replay
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class PlantedBug:
+    """In `file` of unit `stem`, the only occurrence of `old` becomes `new`."""
+
+    name: str
+    stem: str
+    file: str
+    old: str
+    new: str
+
+    def plant(self, sources: Sources) -> Sources:
+        assert sources[self.file].count(self.old) == 1, (
+            f"{self.name}: {sources[self.file].count(self.old)} places"
+        )
+        return {**sources, self.file: sources[self.file].replace(self.old, self.new)}
+
+
+def _attention(name: str, old: str, new: str) -> PlantedBug:
+    return PlantedBug(name, "tree_attention", "tree_attention.cu", old, new)
+
+
+def _device(name: str, old: str, new: str) -> PlantedBug:
+    return PlantedBug(name, "tree_attention", "device.cuh", old, new)
+
+
+SOURCE_BUGS = (
+    _attention("no barrier after the copies", "copy_async_wait<1>();\n    __syncthreads();", "copy_async_wait<1>();"),
+    _attention("no barrier before the next load", "    __syncthreads();  // the next load", "    // the next load"),
+    _attention("waits for too few copies", "copy_async_wait<1>()", "copy_async_wait<2>()"),
+    _attention("query fragment rows and columns swapped", "int r = i & 1, column = k * 16 + quad * 2 + (i >> 1) * 8;",
+               "int r = i >> 1, column = k * 16 + quad * 2 + (i & 1) * 8;"),
+    _attention("mask bit off by one", "seen = visible[e >> 1] >> (j * 8", "seen = visible[e >> 1] >> (1 + j * 8"),
+    _attention("causal instead of ancestors", "tree |= (u32)bits;",
+               "tree |= (u32)((w ? 0ull : ~0ull) << (shift > 0 ? shift : 0));"),
+    _attention("mask words joined with a 32-bit shift", "word >> -shift", "word >> (-shift & 31)"),
+    _attention("half of the quad's maximum lost",
+               "new_max = fmaxf(new_max, __shfl_xor_sync(ALL_LANES, new_max, 2));", ""),
+    _attention("accumulator not rescaled",
+               "acc[i][2 * r] *= rescale; acc[i][2 * r + 1] *= rescale; }\n    }\n\n    // acc",
+               "}\n    }\n\n    // acc"),
+    _attention("one key too many", "key >= first_key && key < num_keys", "key >= first_key && key <= num_keys"),
+    _attention("keys before the window are read", "key >= first_key && key", "key"),
+    _attention("window by row instead of depth", "context_len + depth - window + 1 - first_key",
+               "context_len + max(row, 0) - window + 1 - first_key"),
+    _attention("tree part of the window off by one", "__popc(tree) - window;", "__popc(tree) - window - 1;"),
+    _attention("more shared memory than planned", "LINE = D + 8;", "LINE = D + 16;"),
+    _attention("splits write the same place", "row += (i64)split * num_queries * num_heads;", ""),
+    _attention("warps added without a barrier",
+               "acc[i][e];\n          }\n      __syncthreads();", "acc[i][e];\n          }"),
+    _attention("queries taken for the first rows of the tree", "tree_lens[request] - num_nodes;", "0;"),
+    PlantedBug("split of smaller maximum not scaled", "merge_splits", "merge_splits.cu",
+               "+ row] - largest) * inverse", "+ row] - partial_lse[row]) * inverse"),
+    PlantedBug("commit writes before all is read", "kv_commit", "kv_commit.cu", "  __syncthreads();\n", ""),
+    PlantedBug("samples of the warps read too early", "sample_shard", "sample_shard.cu", "  __syncthreads();\n", ""),
+    PlantedBug("noise of another token", "sample_shard", "sample_shard.cu", "(u32)token)", "(u32)i)"),
+)  # fmt: skip
+
+_BF16_MMA = "f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
+DEVICE_BUGS = (
+    _device("mma: b registers swapped", _BF16_MMA + "{%4,%5,%6,%7}, {%8,%9}", _BF16_MMA + "{%4,%5,%6,%7}, {%9,%8}"),
+    _device("mma: a registers swapped", _BF16_MMA + "{%4,%5,%6,%7}", _BF16_MMA + "{%4,%6,%5,%7}"),
+    _device("mma: result registers swapped", "f32.bf16.bf16.f32 {%0,%1,%2,%3}", "f32.bf16.bf16.f32 {%0,%2,%1,%3}"),
+    _device("mma: types of the other format", "row.col.f32.bf16.bf16.f32", "row.col.f32.f16.f16.f32"),
+    _device("ldmatrix not transposed", "m8n8.x4.trans.shared", "m8n8.x4.shared"),
+    _device("cp.async does not fill with zeros", "valid ? 16 : 0", "16"),
+    _device("cp.async waits for one group too few", '"n"(pending)', '"n"(pending + 1)'),
+    _device("bf16 halves swapped", '"f"(high), "f"(low)); return y;\n}\nDEVICE u32 pack2(f16*',
+            '"f"(low), "f"(high)); return y;\n}\nDEVICE u32 pack2(f16*'),
+    _device("ex2 of the wrong operand", "ex2.approx.ftz.f32 %0, %1", "ex2.approx.ftz.f32 %0, %0"),
+)  # fmt: skip
+
+
+def attention_cases() -> Iterator[AttentionCase]:
+    """Small, and between them sensitive to every planted bug. All use the same three kernels."""
+    yield AttentionCase("two trees", (75, 40), (24, 7), num_heads=4, num_kv_heads=2, num_splits=2)
+    yield AttentionCase("decode", (250, 5), (1, 2), num_heads=4, num_kv_heads=1, query_scale=8.0)
+    yield AttentionCase("words", (20,), (70,), num_heads=1, num_kv_heads=1)
+    yield AttentionCase("window", (150, 0), (24, 40), num_heads=1, num_kv_heads=1, window=5)
+    yield AttentionCase("growing", (40, 5), (2, 2), cached_lens=(30, 3), num_heads=2, num_kv_heads=1)
+    yield AttentionCase("sharp", (200,), (20,), num_heads=2, num_kv_heads=1, query_scale=60.0, num_splits=2)
+
+
+def cases_for(bug: PlantedBug) -> Iterator[PreparedCase]:
+    if bug.stem in ("tree_attention", "merge_splits"):
+        yield from (prepare_attention(case, CPU) for case in attention_cases())
+    elif bug.stem == "kv_commit":
+        yield prepare_kv_commit(200, CPU)
+    else:
+        yield prepare_sample_shard(1001, 5000, CPU)
+
+
+def kernels_for(cases: list[PreparedCase], stem: str) -> list[str]:
+    return sorted({plan.kernel for case in cases for plan in case.plans if plan.source == stem})
+
+
+def hunt(bug: PlantedBug, executor: str, checks: Sequence[str] = ("none", "thread", "address")) -> str:
+    """What finds the bug first: "numbers", a finding of the runtime, or a sanitizer's; "" when nothing does.
+
+    Args:
+        executor: "source" or "ptx".
+        checks: sanitizers of executor.py to use in turn; "none" compares numbers under every schedule.
+    """
+    cases = list(cases_for(bug))
+    names = kernels_for(cases, bug.stem)
+    sources = only(bug.plant(load_sources(bug.stem)), bug.stem, names)
+    if executor == "ptx":
+        unit = translated_unit(compile_sources(bug.stem, sources, "sm_90a").ptx, names)
+    else:
+        unit = translation_unit(bug.stem, sources)
+    for sanitizer in checks:
+        program = build_unit(f"planted_{bug.stem}", unit, sanitizer, "-O1", alone=True)
+        for case in cases_for(bug) if sanitizer == "none" else cases:
+            for schedule in SCHEDULES if sanitizer == "none" else (SCHEDULES[0], SCHEDULES[1]):
+                found = _try(program, bug.stem, case, schedule, numbers=sanitizer == "none")
+                if found:
+                    return found
+    return ""
+
+
+def _try(program: Path, stem: str, case: PreparedCase, schedule: Schedule, numbers: bool) -> str:
+    for plan in case.plans:  # the other kernels of the case, e.g. the merge of splits, are the sound ones
+        if plan.source != stem:
+            source_kernels().launch([plan])
+            continue
+        finding = replay(program, [plan], schedule)
+        if finding:
+            return finding.split(":")[0]
+    return "numbers" if numbers and case.verify() else ""

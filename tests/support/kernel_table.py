@@ -1,0 +1,176 @@
+"""What the compilers made of the kernels, per target; printed, gated, and kept in docs/kernels.md.
+
+`python tests/support/kernel_table.py` writes the file, and the README's table, anew.
+"""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from outrider.kernels.attention_cases import ATTENTION_CASES
+from outrider.kernels.compiler import SOURCES, TARGETS, CompiledKernels, nvrtc_version
+from outrider.kernels.kernel_cases import kernel_cases
+from support.cuda_on_cpu.kernels import compiled
+
+TABLE = Path(__file__).parents[2] / "docs" / "kernels.md"
+README = Path(__file__).parents[2] / "README.md"
+# Of one multiprocessor or block; NVIDIA, "CUDA C++ Programming Guide", technical specifications per capability.
+REGISTERS = 65536
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
+TENSOR_CORE, MATRIX_LOAD, ASYNC_COPY = "HMMA", "LDSM", "LDGSTS"
+LOCAL_MEMORY = ("STL", "LDL")
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One kernel for one target, from ptxas and the disassembler."""
+
+    kernel: str
+    target: str
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    threads: int
+    shared_bytes: int
+    instructions: dict[str, int]  # SASS, by name up to the first dot
+
+    def problems(self) -> list[str]:
+        """Why this kernel must not be used; empty when all is well."""
+        found = []
+        if self.stack_bytes or self.spill_bytes:
+            found.append(f"{self.stack_bytes} bytes of stack, {self.spill_bytes} spilled")
+        if any(self.instructions.get(name) for name in LOCAL_MEMORY):
+            found.append("uses local memory")
+        if self.registers * self.threads > REGISTERS:
+            found.append(f"{self.registers} registers for {self.threads} threads")
+        if self.shared_bytes > SHARED_BYTES[self.target]:
+            found.append(f"{self.shared_bytes} bytes of shared memory")
+        if self.kernel.startswith("tree_attention"):
+            missing = [x for x in (TENSOR_CORE, MATRIX_LOAD, ASYNC_COPY) if not self.instructions.get(x)]
+            found += [f"no {name} instruction" for name in missing]
+        return [f"{self.kernel} for {self.target}: {problem}" for problem in found]
+
+
+def largest_launches() -> dict[str, tuple[int, int]]:
+    """(threads, dynamic shared bytes) per kernel over all cases: {kernel: ...}."""
+    launches: dict[str, tuple[int, int]] = {}
+    for prepare in kernel_cases(ATTENTION_CASES):
+        for plan in prepare(torch.device("cpu")).plans:
+            threads, shared_bytes = launches.get(plan.kernel, (0, 0))
+            launches[plan.kernel] = (max(threads, plan.block), max(shared_bytes, plan.shared_bytes))
+    return launches
+
+
+def reports(binary: CompiledKernels, launches: dict[str, tuple[int, int]]) -> list[KernelReport]:
+    log = re.compile(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    instructions = disassemble(binary.cubin)
+    found = []
+    for name, stack, stores, loads, registers in log.findall(binary.log):
+        threads, shared_bytes = launches.get(name, (0, 0))
+        found.append(
+            KernelReport(
+                kernel=name,
+                target=binary.target,
+                registers=int(registers),
+                stack_bytes=int(stack),
+                spill_bytes=int(stores) + int(loads),
+                threads=threads,
+                shared_bytes=shared_bytes,
+                instructions=instructions[name],
+            )
+        )
+    return sorted(found, key=lambda report: report.kernel)
+
+
+def disassemble(cubin: bytes) -> dict[str, dict[str, int]]:
+    """Counts of SASS instructions per kernel."""
+    tool = next(
+        tool for path in sys.path if (tool := Path(path, "nvidia", "cu13", "bin", "cuobjdump")).exists()
+    )
+    path = TABLE.parents[1] / "build" / "disassembled.cubin"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(cubin)
+    text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+    counts: dict[str, dict[str, int]] = {}
+    for section in re.split(r"Function : ", text)[1:]:
+        kernel = section.split()[0]
+        counts[kernel] = {}
+        for name in re.findall(r"(?m)^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", section):
+            counts[kernel][name] = counts[kernel].get(name, 0) + 1
+    return counts
+
+
+def all_reports() -> list[KernelReport]:
+    launches = largest_launches()
+    return [r for target in TARGETS for stem in SOURCES for r in reports(compiled(target)[stem], launches)]
+
+
+def status_table() -> str:
+    """Which step each kernel has reached; the README shows it too."""
+    lines = [
+        "| kernel | target | compiled | executed from source | executed from PTX | run on a GPU |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [f"| `{stem}` | {target} | yes | yes | yes | |" for stem in SOURCES for target in TARGETS]
+    return "\n".join(lines)
+
+
+def with_status_table(readme: str) -> str:
+    """The README with the status table between its two comments."""
+    begin, end = "<!-- generated by tests/support/kernel_table.py -->\n", "<!-- end -->"
+    before, rest = readme.split(begin)
+    return f"{before}{begin}{status_table()}\n{end}{rest.split(end)[1]}"
+
+
+def resource_table(found: list[KernelReport]) -> str:
+    lines = [
+        "| kernel | target | registers | stack | spills | shared bytes | HMMA | LDSM | LDGSTS |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in found:
+        counts = " | ".join(
+            str(r.instructions.get(name, 0)) for name in (TENSOR_CORE, MATRIX_LOAD, ASYNC_COPY)
+        )
+        fields = f"{r.registers} | {r.stack_bytes} | {r.spill_bytes} | {r.shared_bytes} | {counts}"
+        lines.append(f"| `{r.kernel}` | {r.target} | {fields} |")
+    return "\n".join(lines)
+
+
+def document(found: list[KernelReport]) -> str:
+    return f"""# The kernels, step by step
+
+Generated by `python tests/support/kernel_table.py`; a test compares it.
+
+**Not run on a GPU by the maintainers; no GPU speed measured.** Compiled: by NVRTC, within the limits below.
+Executed: on a CPU, against float64, by a runtime that takes the kernels' source and by one that takes the PTX (both
+under `tests/support/cuda_on_cpu/`). What remains trusted: ptxas, the hardware, rounding in the tensor cores, the
+approximate `ex2` and `rcp`, asynchronous timing, ordering between blocks. `outrider doctor --gpu` runs the same cases
+on your GPU.
+
+{status_table()}
+
+## What the compiler made of them
+
+NVRTC {nvrtc_version()}. Shared bytes: the most that a test case asks for. HMMA: tensor-core products, LDSM: matrix
+loads from shared memory, LDGSTS: asynchronous copies, counted in the machine code.
+
+{resource_table(found)}
+"""
+
+
+if __name__ == "__main__":
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(document(all_reports()))
+    README.write_text(with_status_table(README.read_text()))
+    print(TABLE.read_text())

@@ -1,0 +1,122 @@
+"""The whole model on the CUDA kernels, which the source executor runs: prefill, trees, commit and sampling, through
+the same operators that launch on a GPU. Only the launcher and the number of multiprocessors are stand-ins."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from outrider.kernels import gather_rows, kv_commit, operators, rope_append, sample_shard, tree_attention
+from outrider.kernels.noise import noise_key
+from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
+from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.model.batch import SequenceRows, build_batch, chain
+from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.transformer import Transformer
+from support.cuda_on_cpu.kernels import source_kernels
+from support.tensor_source import reference_model, tiny_config
+
+CPU = torch.device("cpu")
+PAGE = 8
+PAGES = list(range(20))
+ALL_KERNELS = KernelSelection.of(ENTRIES)
+
+
+class CountingLauncher:
+    """Runs plans on the source executor and remembers which kernels ran."""
+
+    def __init__(self) -> None:
+        self.kernels: list[str] = []
+
+    def launch(self, plans) -> None:  # type: ignore[no-untyped-def]
+        self.kernels += [plan.source for plan in plans]
+        source_kernels().launch(plans)
+
+
+@pytest.fixture(autouse=True)
+def launcher(monkeypatch: pytest.MonkeyPatch) -> CountingLauncher:
+    torch.set_num_threads(1)
+    counting = CountingLauncher()
+    monkeypatch.setattr(operators, "_launcher", lambda device: counting)
+    monkeypatch.setattr(operators, "_num_sms", lambda device: 132)
+    # The bodies that run on a GPU; on CPU tensors the operators would choose the references.
+    for module, name in (
+        (tree_attention, "tree_attention_op"),
+        (rope_append, "rope_append_op"),
+        (kv_commit, "kv_commit_op"),
+        (gather_rows, "gather_rows_op"),
+        (sample_shard, "sample_shard_op"),
+    ):
+        monkeypatch.setattr(module, name, getattr(operators, name)._init_fn)
+    return counting
+
+
+def generate(kernels: KernelSelection) -> list[torch.Tensor]:
+    """Logits of two prompts in chunks, of trees on them, and of the nodes behind a committed path."""
+    config = replace(tiny_config("qwen3", num_heads=6, num_kv_heads=2), hidden_size=128, head_dim=64)
+    _, source = reference_model(config)
+    plan = ShardPlan(config, 0, 1)
+    model = Transformer(
+        config, plan, source, SoloCommunicator(), torch.bfloat16, CPU, packed=False, kernels=kernels
+    )
+    cache = PagedCache(config, plan, len(PAGES), PAGE, torch.bfloat16, CPU, kernels.kv_commit)
+    first, second = PAGES[:12], PAGES[12:]
+
+    def logits(*sequences: SequenceRows) -> torch.Tensor:
+        return model.logits(model.forward(build_batch(sequences, PAGE, CPU), cache))
+
+    tree = [0, 0, 0, 1, 1, 2]
+    found = [
+        logits(
+            SequenceRows(first, 0, chain(40), 0, list(range(40))),
+            SequenceRows(second, 0, chain(9), 0, [7] * 9),
+        ),
+        logits(SequenceRows(first, 40, chain(20), 0, list(range(20)))),
+        logits(SequenceRows(first, 60, tree, 0, [1, 2, 3, 4, 5, 6]), SequenceRows(second, 9, [0], 0, [8])),
+    ]
+    # The path root, second child, its child: rows 0, 2, 5 become the tokens at 60, 61, 62.
+    slots = [first[n // PAGE] * PAGE + n % PAGE for n in (62, 65, 61, 62)]
+    cache.commit(torch.tensor(slots[:2]), torch.tensor(slots[2:]))
+    found.append(logits(SequenceRows(first, 63, [0], 0, [9])))
+    return found
+
+
+def test_the_model_computes_on_kernels_what_it_computes_on_the_references(launcher: CountingLauncher) -> None:
+    expected = generate(REFERENCES)
+    assert launcher.kernels == []
+    for logits, reference in zip(generate(ALL_KERNELS), expected, strict=True):
+        # bf16 activations: the references round after every operation, the kernels once. Seen: 1.3e-2.
+        error = (logits - reference).norm() / reference.norm()
+        assert error < 3e-2
+    assert {"tree_attention", "rope_append", "kv_commit"} <= set(launcher.kernels)
+
+
+def test_a_shard_is_sampled_by_its_kernel_as_by_the_reference(launcher: CountingLauncher) -> None:
+    logits, keys = torch.randn(3, 700) * 5, [noise_key(seed, 4) for seed in range(3)]
+    arguments = (logits, [0.0, 0.8, 1.3], keys, 7000)
+    sample, expected = (
+        sample_shard.sample_shard(*arguments, use_kernel=True),
+        sample_shard.sample_shard(*arguments),
+    )
+    assert torch.equal(sample.ids, expected.ids)
+    torch.testing.assert_close(sample.values, expected.values)
+    torch.testing.assert_close(sample.exp_sums, expected.exp_sums, rtol=1e-5, atol=0)
+    assert launcher.kernels == ["sample_shard"]
+
+
+def test_rows_are_gathered_by_their_kernel(launcher: CountingLauncher) -> None:
+    rows, index = torch.randn(6, 10), torch.tensor([5, 0, 5])
+    assert torch.equal(gather_rows.gather_rows(rows, index, use_kernel=True), rows[index])
+    assert gather_rows.gather_rows(rows, index[:0], use_kernel=True).shape == (0, 10)
+    assert launcher.kernels == ["gather_rows"]
+
+
+def test_long_contexts_are_split_and_merged(launcher: CountingLauncher) -> None:
+    q, pages = torch.randn(1, 4, 64).bfloat16(), torch.randn(2, 40, 16, 2, 64).bfloat16()
+    batch = build_batch([SequenceRows(list(range(40)), 600, [0], 0, [1])], 16, CPU).tree
+    attended = [
+        tree_attention.tree_attention(q, *pages, batch, 0.125, use_kernel=used) for used in (True, False)
+    ]
+    assert (attended[0] - attended[1]).float().norm() / attended[1].float().norm() < 1e-2
+    assert launcher.kernels == ["tree_attention", "merge_splits"]
