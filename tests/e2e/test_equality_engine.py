@@ -93,7 +93,7 @@ def test_the_quickstart_gives_the_text_of_one_process_and_of_transformers(ties: 
 def deployed(config: Config) -> Iterator[Engine]:
     """A deployment with a Ray of its own; afterwards none of its processes may be left."""
     here = psutil.Process()
-    before = {process.pid for process in here.children(recursive=True)}
+    before = children_of(here)
     assert not ray.is_initialized()
     with Engine.start(config) as engine:
         pids = {stats["pid"] for name, stats in engine.stats().items() if name != "coordinator"}
@@ -101,15 +101,18 @@ def deployed(config: Config) -> Iterator[Engine]:
         yield engine
     assert not ray.is_initialized()
     limit = time.monotonic() + 30
-    while running := [p for p in here.children(recursive=True) if p.pid not in before and is_alive(p)]:
+    while running := [pid for pid in pids | children_of(here) if pid not in before and is_alive(pid)]:
         assert time.monotonic() < limit, running
         time.sleep(0.1)
-    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
-def is_alive(process: psutil.Process) -> bool:
+def children_of(process: psutil.Process) -> set[int]:
+    return {child.pid for child in process.children(recursive=True)}
+
+
+def is_alive(pid: int) -> bool:
     try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
