@@ -92,7 +92,7 @@ def test_sampled_text_is_that_of_plain_decoding_seed_for_seed(
     smollm2: SmolLM2, pair: LocalEngine, ties: list[Mismatch]
 ) -> None:
     """T = 0.8, top-p 0.95 and penalties, the same prompt under several seeds."""
-    some = [*smollm2.shipped, *smollm2.spec_bench[:36:9]]
+    some = [*smollm2.shipped, *smollm2.spec_bench[:36:18]]
     cases = [
         replace(
             case,
@@ -113,8 +113,7 @@ def test_sampled_text_is_that_of_plain_decoding_seed_for_seed(
     texts = decode(pair, cases, PLAIN)
     assert num_accepted(texts) == 0
     check(smollm2, cases, texts, decode(pair, cases, NGRAM), ties, "ngram, T = 0.8")
-    # Transformers one by one, with the same noise.
-    for case in cases[:2]:
+    for case in cases[1:2]:  # transformers, with the same noise: one, since it is slow
         expected = smollm2.reference.text(case)
         assert_same_tokens(smollm2.reference, case, expected, texts[case.id].tokens, ties, "plain, T = 0.8")
 

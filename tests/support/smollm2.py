@@ -16,7 +16,7 @@ from support.models import smollm2
 
 SPEC_BENCH = Path(__file__).parents[3] / "shared" / "data" / "spec_bench.jsonl"
 NUM_SPEC_BENCH = 40
-_NUM_LONG = 4
+_NUM_LONG = 3
 _SHORT = 260  # tokens: reading long prompts is what takes the time
 
 
@@ -41,7 +41,7 @@ def load_smollm2() -> SmolLM2:
     source = open_source(resolved)
     tokenizer = load_tokenizer(resolved)
     sampling = SamplingParams(
-        temperature=0.0, max_tokens=24, stop_token_ids=tuple(source.config.eos_token_ids)
+        temperature=0.0, max_tokens=20, stop_token_ids=tuple(source.config.eos_token_ids)
     )
 
     def cases(path: Path) -> list[Case]:
