@@ -81,9 +81,10 @@ class ScriptedDrafter:
 
     def rerooted(self, sequence: Sequence, path: list[int], survivors: dict[int, int]) -> None: ...
 
-    def expected_gain(self, sequences: SequenceABC[Sequence]) -> float:
+    def expected_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
         open_trees = [s for s in sequences if self._deepest(s).depth < s.request.draft.max_depth]
-        return self._estimator.estimate((1,), 0.5) * sum(self._deepest(s).value for s in open_trees)
+        acceptance = self._estimator.estimate((1,), 0.5)
+        return sorted((acceptance * self._deepest(s).value for s in open_trees), reverse=True)
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
         return max(self._deepest(s).value * (len(s.tree) > len(s.sent_tree.tokens)) for s in sequences)

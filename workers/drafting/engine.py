@@ -26,8 +26,8 @@ class StepwiseDrafter(Protocol):
     def step(self, sequences: SequenceABC[Sequence]) -> bool:
         """One forward over the trees of these sequences; False when nothing is left to expand."""
 
-    def expected_gain(self, sequences: SequenceABC[Sequence]) -> float:
-        """Expected accepted tokens that the next `step` adds; 0 when nothing is left to expand."""
+    def expected_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
+        """Expected accepted tokens below each node that the next `step` expands, descending; empty at the end."""
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
         """Probability that the next `step`, taken while these trees are verified, spares one afterwards.
@@ -87,9 +87,10 @@ class DraftEngine:
                 if tree.nodes[node].depth < max_depth:
                     propose_ngrams(index, sequence.tokens, tree, node, max_depth, self.estimator)
 
-    def expected_gain(self, sequences: SequenceABC[Sequence]) -> float:
-        """Expected accepted tokens that one more step adds."""
-        return sum(d.expected_gain(drafted_by_model(sequences)) for d in self._stepwise)
+    def expected_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
+        """Expected accepted tokens below each node that one more step expands, descending."""
+        drafted = drafted_by_model(sequences)
+        return sorted((gain for d in self._stepwise for gain in d.expected_gains(drafted)), reverse=True)
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
         """Probability that one more step, taken before the verdict is known, spares one after it."""

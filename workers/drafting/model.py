@@ -117,21 +117,22 @@ class ModelDrafter:
             for item in work:
                 self._commit_rows(item.sequence, len(item.rows.tokens))
 
-    def expected_gain(self, sequences: SequenceABC[Sequence]) -> float:
-        """Expected accepted tokens that the next step adds to this round's trees."""
-        return sum(
+    def expected_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
+        """Expected accepted tokens, in this round's trees, below each node that the next step expands."""
+        gains = [
             gain
             for sequence in sequences
-            for gain, node in self._frontier(sequence)
+            for gain, node in self._frontier(sequence, self._rows_for_each(sequences))
             if sequence.tree.nodes[node].depth < sequence.request.draft.max_depth
-        )
+        ]
+        return sorted((gain for gain in gains if gain > 0.0), reverse=True)
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
         """Of the nodes that the next step expands and that are not verified now, the best one's value."""
         values = [
             sequence.tree.nodes[node].value
             for sequence in sequences
-            for _, node in self._frontier(sequence)
+            for _, node in self._frontier(sequence, self._rows_for_each(sequences))
             if node not in sequence.sent_tree.growing_nodes
         ]
         return max(values, default=0.0)
@@ -183,7 +184,8 @@ class ModelDrafter:
 
     def _choose(self, sequences: SequenceABC[Sequence]) -> list[_Work]:
         """The rows of the next forward: the sequences that gain most, as long as there is room."""
-        frontiers = [(sequence, self._frontier(sequence)) for sequence in sequences]
+        rows = self._rows_for_each(sequences)
+        frontiers = [(sequence, self._frontier(sequence, rows)) for sequence in sequences]
         frontiers.sort(key=lambda item: -sum(gain for gain, _ in item[1]))
         work, room = [], self._max_rows
         for sequence, frontier in frontiers:
@@ -193,8 +195,12 @@ class ModelDrafter:
                 work.append(self._work(sequence, nodes))
         return work
 
-    def _frontier(self, sequence: Sequence) -> list[tuple[float, int]]:
-        """(expected gain, node) of the nodes that the next step expands, parents first.
+    def _rows_for_each(self, sequences: SequenceABC[Sequence]) -> int:
+        """Nodes of one sequence that a step expands: many sequences share its rows."""
+        return max(1, min(self._rows_per_sequence, self._max_rows // max(1, len(sequences))))
+
+    def _frontier(self, sequence: Sequence, max_nodes: int) -> list[tuple[float, int]]:
+        """(expected gain, node) of the at most `max_nodes` nodes that the next step expands, parents first.
 
         The gain of a node is what the model is expected to add to what other methods proposed there already.
         The end of a looked-up chain may promise most: then the chain above it comes along, in one forward.
@@ -211,7 +217,7 @@ class ModelDrafter:
         }
         chosen: set[int] = set()
         for node in sorted(gains, key=lambda n: (-gains[n], n)):
-            if gains[node] <= _MIN_GAIN or len(chosen) == self._rows_per_sequence:
+            if gains[node] <= _MIN_GAIN or len(chosen) == max_nodes:
                 break
             needed, above = [], node
             while above not in cached.rows and above not in chosen:
@@ -219,7 +225,7 @@ class ModelDrafter:
                 if above == 0:
                     break
                 above = nodes[above].parent
-            if len(chosen) + len(needed) <= self._rows_per_sequence:
+            if len(chosen) + len(needed) <= max_nodes:
                 chosen.update(needed)
         return [(gains[node], node) for node in sorted(chosen)]
 

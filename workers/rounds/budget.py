@@ -96,15 +96,23 @@ class CostModel:
         num_base_rows: int,
         num_sequences: int,
         drafted_s: float,
-        step_gain: float,
+        step_gains: SequenceABC[float],
         step_s: float,
     ) -> bool:
-        """Whether one more drafter step of `step_s`, expected to add `step_gain` tokens, beats sending now."""
+        """Whether one more drafter step of `step_s` beats sending what there is.
+
+        step_gains: expected accepted tokens below each node that the step expands, descending. To verify what
+        is proposed below a node takes a row of the target; a full batch pays for rows long before one sequence
+        does, so as many nodes count as are worth their rows.
+        """
         count = self.best_num_nodes(values, num_base_rows, num_sequences, drafted_s)
         seconds = self.target_s(num_base_rows + count) + drafted_s
         rate = (num_sequences + sum(values[:count])) / seconds
-        extra_row_s = self.target_s(num_base_rows + count + 1) - self.target_s(num_base_rows + count)
-        return step_gain > rate * (step_s + extra_row_s)
+        best_net = net = 0.0
+        for row, gain in enumerate(step_gains, start=num_base_rows + count):
+            net += gain - rate * (self.target_s(row + 1) - self.target_s(row))
+            best_net = max(best_net, net)
+        return best_net > rate * step_s
 
     @staticmethod
     def _smooth(old: float, new: float) -> float:

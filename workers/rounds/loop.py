@@ -198,22 +198,22 @@ class RoundLoop:
         if self._options.fixed_budget:
             # What survived a verdict is sent at once; trees that were started afresh are filled.
             return any(self._has_room_to_grow(s) for s in afresh)
-        gain = self._drafting.expected_gain([s.sequence for s in drafted])
-        if gain == 0.0:
+        gains = self._drafting.expected_gains([s.sequence for s in drafted])
+        if not gains:
             return False
         values = sorted((v for s in drafted for v, _ in self._offer(s)), reverse=True)
         base_rows = sum(s.chain_length for s in steps)
         now = time.monotonic()
         drafted_s = self._charged_s(begun, now)
         step_s = self._charged_s(begun, now + self.cost.draft_step_s) - drafted_s
-        pays = self.cost.another_step_pays(values, base_rows, len(steps), drafted_s, gain, step_s)
+        pays = self.cost.another_step_pays(values, base_rows, len(steps), drafted_s, gains, step_s)
         if not pays:
             self.cost.doubt_draft_step()
         return pays
 
     def _has_room_to_grow(self, step: PlannedStep) -> bool:
         is_full = len(self._offer(step)) == step.sequence.request.draft.max_nodes
-        return not is_full and self._drafting.expected_gain([step.sequence]) > 0.0
+        return not is_full and bool(self._drafting.expected_gains([step.sequence]))
 
     def _offer(self, step: PlannedStep) -> list[tuple[float, int]]:
         """(value, node) of the draft nodes that this step may verify, best first."""

@@ -1,15 +1,18 @@
 """Ranks together compute what one rank computes, whether or not anything divides."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
+from outrider.workers.communicator import SoloCommunicator
 from outrider.workers.model.batch import SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from support.tensor_source import TensorSource, reference_model, tiny_config
-from support.threaded_communicator import ThreadedCommunicator, run_ranks
+from support.thread_group import ThreadCommunicator, thread_group
 
 CPU = torch.device("cpu")
 PAGE = 8
@@ -34,7 +37,14 @@ def logits_on(size: int, config: ModelConfig, source: TensorSource, packed: bool
     """A prompt, then a tree behind it, on `size` ranks: [rows, vocab]."""
     tokens = torch.randint(0, config.vocab_size, (76,), generator=torch.Generator().manual_seed(3)).tolist()
 
-    def work(communicator: ThreadedCommunicator) -> list[torch.Tensor]:
+    def work(communicator: ThreadCommunicator) -> list[torch.Tensor]:
+        try:
+            return rank_logits(communicator)
+        except Exception:
+            communicator.abort()  # the other ranks need not wait
+            raise
+
+    def rank_logits(communicator: ThreadCommunicator) -> list[torch.Tensor]:
         plan = ShardPlan(config, communicator.rank, size)
         model = Transformer(config, plan, source, communicator, torch.float32, CPU, packed)
         cache = PagedCache(config, plan, 16, PAGE, torch.float32, CPU)
@@ -50,7 +60,8 @@ def logits_on(size: int, config: ModelConfig, source: TensorSource, packed: bool
             out.append(shard)
         return out
 
-    shards = run_ranks(size, work)
+    with ThreadPoolExecutor(size) as pool:
+        shards = list(pool.map(work, thread_group(size)))
     return torch.cat([torch.cat(step, dim=1) for step in zip(*shards, strict=True)])
 
 
@@ -75,7 +86,6 @@ def test_a_rank_reads_only_its_own_slices(size: int) -> None:
     for rank in range(size):
         tensors.reads.clear()
         plan = ShardPlan(config, rank, size)
-        communicator = run_ranks(1, lambda solo: solo)[0]
-        Transformer(config, plan, tensors, communicator, torch.float32, CPU, True)
+        Transformer(config, plan, tensors, SoloCommunicator(), torch.float32, CPU, True)
         read = sum(numel for name, numel in tensors.reads if "norm" not in name)
         assert read == matrices // size

@@ -103,18 +103,26 @@ def test_more_sequences_share_the_weights_but_fill_the_rows() -> None:
 def test_another_drafter_step_pays_when_it_brings_more_than_the_same_time_does_now() -> None:
     # Now: 1 token in 50 ms. A step of 10 ms costs what 0.2 tokens take.
     cost = CostModel(TargetProfile((1, 2), (0.050, 0.050)))
-    assert cost.another_step_pays([], 1, 1, 0.0, step_gain=0.21, step_s=0.010)
-    assert not cost.another_step_pays([], 1, 1, 0.0, step_gain=0.19, step_s=0.010)
+    assert cost.another_step_pays([], 1, 1, 0.0, step_gains=[0.21], step_s=0.010)
+    assert not cost.another_step_pays([], 1, 1, 0.0, step_gains=[0.19], step_s=0.010)
     # With 0.8 + 0.6 drafted in 20 ms the rate is 2.4 in 70 ms: 10 ms are worth 0.34.
-    assert not cost.another_step_pays([0.8, 0.6], 1, 1, 0.020, step_gain=0.33, step_s=0.010)
-    assert cost.another_step_pays([0.8, 0.6], 1, 1, 0.020, step_gain=0.35, step_s=0.010)
+    assert not cost.another_step_pays([0.8, 0.6], 1, 1, 0.020, step_gains=[0.33], step_s=0.010)
+    assert cost.another_step_pays([0.8, 0.6], 1, 1, 0.020, step_gains=[0.35], step_s=0.010)
+
+
+def test_a_step_for_many_sequences_has_to_pay_for_all_their_rows() -> None:
+    # 8 sequences in 100 ms; each further row takes 10 ms, which is worth 0.8 tokens, and the step 5 ms, worth 0.4.
+    cost = CostModel(TargetProfile((8, 16), (0.100, 0.180)))
+    assert not cost.another_step_pays([], 8, 8, 0.0, step_gains=[0.6] * 8, step_s=0.005)
+    # Two nodes that promise more than their rows cost bring 0.3 each: more than the step. The others stay out.
+    assert cost.another_step_pays([], 8, 8, 0.0, step_gains=[1.1, 1.1, 0.6, 0.6], step_s=0.005)
 
 
 def test_a_step_that_costs_nothing_still_has_to_pay_for_its_row() -> None:
     # Drafted while the target works: the step is free, a row more in the pass is not.
     cost = CostModel(TargetProfile((1, 2), (0.050, 0.055)))
-    assert cost.another_step_pays([], 1, 1, 0.0, step_gain=0.11, step_s=0.0)
-    assert not cost.another_step_pays([], 1, 1, 0.0, step_gain=0.09, step_s=0.0)
+    assert cost.another_step_pays([], 1, 1, 0.0, step_gains=[0.11], step_s=0.0)
+    assert not cost.another_step_pays([], 1, 1, 0.0, step_gains=[0.09], step_s=0.0)
 
 
 def test_one_lane_when_half_the_rows_cost_nearly_the_same() -> None:
