@@ -20,10 +20,15 @@ from support.equality import (
 )
 from support.local_engine import LocalEngine, default_options
 from support.thread_group import thread_group
-from support.tiny import BOTH, GREEDY, METHODS, MODEL, NGRAM, random_tokens, tiny_cases
+from support.tiny import BOTH, FEW_TOKENS, GREEDY, METHODS, MODEL, NGRAM, random_tokens, tiny_cases
 
 WARM = SamplingParams(
-    temperature=0.8, top_p=0.95, repetition_penalty=1.1, presence_penalty=0.3, frequency_penalty=0.2
+    temperature=0.8,
+    top_p=0.95,
+    repetition_penalty=1.1,
+    presence_penalty=0.3,
+    frequency_penalty=0.2,
+    logit_bias=FEW_TOKENS,
 )
 LOOPS = {
     "serial": default_options(overlapped=False, fixed_budget=True),
