@@ -116,4 +116,5 @@ class CostModel:
 
     @staticmethod
     def _smooth(old: float, new: float) -> float:
-        return new if old == 0.0 else old + _SMOOTHING * (new - old)
+        """Outliers count at most double: one stalled step must not end drafting for thousands of rounds."""
+        return new if old == 0.0 else old + _SMOOTHING * (min(new, 2.0 * old) - old)

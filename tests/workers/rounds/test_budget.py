@@ -63,6 +63,16 @@ def test_the_first_drafter_step_counts_whole_and_later_ones_a_tenth() -> None:
     assert cost.draft_step_s == pytest.approx(0.011 * 0.995)
 
 
+def test_a_stalled_drafter_step_hardly_counts() -> None:
+    """A process that was stopped for minutes goes on drafting when it goes on."""
+    cost = CostModel(PROFILE)
+    for observe in (cost.observe_draft_step, cost.observe_draft_round):
+        observe(0.010)
+        observe(160.0)
+    assert cost.draft_step_s == pytest.approx(0.011)
+    assert cost.draft_round_s == pytest.approx(0.011)
+
+
 def test_nodes_are_verified_while_they_pay() -> None:
     # Row for row: 1/41 per ms, (1 + 0.8)/42, (1 + 0.8 + 0.5)/43, ... A node must be worth 2.5 % of a token per
     # token that the round gives anyway, as it adds 1 ms to some 43.
