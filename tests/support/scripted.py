@@ -72,12 +72,18 @@ class ScriptedDrafter:
         self._sleep = sleep
         self._estimator = estimator
         self._is_right = is_right  # by position
+        self.prompts_read: set[str] = set()
+
+    @property
+    def root_gain(self) -> float:
+        return self._estimator.estimate((1,), 0.5)
 
     def start(self, sequence: Sequence) -> None: ...
 
     def finish(self, sequence: Sequence) -> None: ...
 
-    def read_prompts(self, sequences: SequenceABC[Sequence]) -> None: ...
+    def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
+        self.prompts_read |= {sequence.id for sequence in sequences}
 
     def rerooted(self, sequence: Sequence, path: list[int], survivors: dict[int, int]) -> None: ...
 

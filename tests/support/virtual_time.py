@@ -79,6 +79,7 @@ class VirtualRun:
     drafts: list[Draft]  # what the target was sent, without the message that stops it
     events: dict[str, list[TokenEvent]]
     num_available_pages: int  # at the end
+    prompts_read: set[str]  # ids of requests whose prompts the drafter was asked to read
 
     @property
     def texts(self) -> dict[str, list[int]]:
@@ -103,7 +104,8 @@ def run_requests(
     clock = VirtualClock()
     link = VirtualLink(clock, latencies)
     drafting = DraftEngine(NgramConfig())
-    drafting.add(ScriptedDrafter(step_s, is_right, drafting.estimator, clock.sleep))
+    drafter = ScriptedDrafter(step_s, is_right, drafting.estimator, clock.sleep)
+    drafting.add(drafter)
     cost = CostModel(latencies)
     cost.observe_draft_step(step_s)
     events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
@@ -125,7 +127,7 @@ def run_requests(
     with patch.object(loop_module, "time", clock):
         loop.run()
     assert link.drafts.pop().stop
-    return VirtualRun(clock.now_s - begun, link.drafts, events, pool.num_available)
+    return VirtualRun(clock.now_s - begun, link.drafts, events, pool.num_available, drafter.prompts_read)
 
 
 def scripted_request(

@@ -36,6 +36,10 @@ class StepwiseDrafter(Protocol):
         the verdict makes one of their children the root, or a node further down, and that has to be expanded.
         """
 
+    @property
+    def root_gain(self) -> float:
+        """Accepted tokens to expect below a root that a step expands, going by what was seen so far."""
+
     def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
         """Read one chunk of what these sequences' caches lack."""
 
@@ -95,6 +99,11 @@ class DraftEngine:
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
         """Probability that one more step, taken before the verdict is known, spares one after it."""
         return max((d.survival(drafted_by_model(sequences)) for d in self._stepwise), default=0.0)
+
+    @property
+    def root_gain(self) -> float:
+        """Accepted tokens to expect of one step of the draft model for one sequence without a tree."""
+        return max((drafter.root_gain for drafter in self._stepwise), default=0.0)
 
     def step(self, sequences: SequenceABC[Sequence]) -> bool:
         """One step of the draft model on these sequences' trees; False when there was nothing to do."""

@@ -127,6 +127,11 @@ class ModelDrafter:
         ]
         return sorted((gain for gain in gains if gain > 0.0), reverse=True)
 
+    @property
+    def root_gain(self) -> float:
+        """Accepted tokens that the tokens proposed below an accepted node add up to, on average."""
+        return self._yield
+
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
         """Of the nodes that the next step expands and that are not verified now, the best one's value."""
         values = [

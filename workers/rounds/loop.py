@@ -152,22 +152,37 @@ class RoundLoop:
                 self._drafting.start(sequence)
 
     def _num_lanes(self) -> int:
-        num_running = len(self.scheduler.running) + len(self.scheduler.waiting)
-        if self._options.num_lanes == 1 or num_running < 2:
+        num_unfinished = self._num_unfinished()
+        if self._options.num_lanes == 1 or num_unfinished < 2:
             return 1
         may_merge = self._options.merge_lanes and self._options.overlapped
-        if may_merge and (self._options.draft_costs or self.cost.one_lane_is_faster(num_running)):
+        if may_merge and (self._options.draft_costs or self.cost.one_lane_is_faster(num_unfinished)):
             return 1
         return self._options.num_lanes
+
+    def _num_unfinished(self) -> int:
+        return len(self.scheduler.running) + len(self.scheduler.waiting)
 
     def _plan(self, lane: int) -> list[PlannedStep]:
         with self._tracer.span("schedule"):
             return self.scheduler.plan(lane)
 
     def _read_prompts(self, steps: list[PlannedStep]) -> None:
-        """The draft model reads a chunk of the prompts that it does not have in its cache yet."""
+        """The draft model reads a chunk of the prompts that it does not have in its cache yet.
+
+        Where that keeps the target waiting, it reads only once it may draft: with many sequences no step pays,
+        and what was not read is read when enough of them have left.
+        """
+        if self._options.draft_costs and not self._options.fixed_budget and not self._drafting_may_pay():
+            return
         with self._tracer.span("draft", len(steps)):
             self._drafting.read_prompts([s.sequence for s in steps])
+
+    def _drafting_may_pay(self) -> bool:
+        """Whether a step from the roots of all sequences would pay, if they all ran and drafted."""
+        count = min(self._num_unfinished(), self.scheduler.limits.max_sequences)
+        gains = [self._drafting.root_gain] * count
+        return self.cost.another_step_pays([], count, count, 0.0, gains, self.cost.draft_step_s)
 
     def _draft(self, steps: list[PlannedStep]) -> None:
         """Grow the trees of the sequences that are about to be verified, then cut them to what pays."""

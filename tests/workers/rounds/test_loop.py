@@ -204,6 +204,17 @@ def test_the_budget_falls_to_the_root_alone_where_speculation_loses() -> None:
     assert run.seconds < plain * 1.1  # what it took to find out
 
 
+def test_prompts_are_read_for_drafting_only_where_drafting_may_pay() -> None:
+    # Every row costs as much as the first: nothing is ever gained by drafting.
+    requests = [scripted_request(str(i), 10) for i in range(3)] + [scripted_request("long", 200)]
+    options = default_options(overlapped=False, num_lanes=1, draft_costs=True)
+    by_rows = TargetProfile((1, 100), (0.04, 4.0))
+    assert not run_requests(requests, options=options, latencies=by_rows).prompts_read
+    # Rows are free up to four: no gain while as many sequences run, but for the one that is left over.
+    few_are_free = TargetProfile((1, 4, 5, 100), (0.040, 0.042, 0.2, 4.0))
+    assert run_requests(requests, options=options, latencies=few_are_free).prompts_read == {"long"}
+
+
 def test_the_budget_takes_what_pays() -> None:
     run = run_requests(
         [scripted_request("a", 60)],
