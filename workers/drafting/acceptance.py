@@ -11,7 +11,7 @@ _LOG_PROB_EDGES = (-0.02, -0.1, -0.3, -0.7, -1.3, -2.2, -3.5, -5.0)  # nats
 
 
 class AcceptanceEstimator:
-    """Accepted fraction per (method, rank among siblings, confidence bucket), with a prior for the unseen.
+    """Accepted fraction per kind of proposal (method, rank among siblings, confidence), with a prior for the unseen.
 
     A proposal's `source` key is stored in its tree node; once the target has sampled after the node's parent,
     `observe` counts whether the proposal was it. Proposals below a rejected parent teach nothing.
@@ -39,13 +39,19 @@ def log_prob_bucket(log_prob: float) -> int:
     return sum(log_prob < edge for edge in _LOG_PROB_EDGES)
 
 
-def model_source(method: int, rank: int, log_probs: SequenceABC[float]) -> tuple[tuple[int, ...], float]:
+def model_source(
+    method: int, rank: int, log_probs: SequenceABC[float], is_greedy: bool
+) -> tuple[tuple[int, ...], float]:
     """Estimate key and prior for the proposal of `rank` (0 = best under the shared noise) of a draft model.
 
-    The noise is shared with the target, so a high rank matters more than the bare probability: the prior
-    leans on q(x), and gives what the better-ranked siblings leave over to the others.
+    Greedy and sampled requests are counted apart. At temperature 0 a larger model is surer of what a small one
+    finds likely. Otherwise the noise, which target and drafter share, has chosen already, so that a high rank
+    means more than the bare probability. The priors' constants are fitted to Qwen2.5-Coder 1.5B with 0.5B.
     """
     q = math.exp(min(log_probs[rank], 0.0))
-    left_over = 1.0 - math.exp(min(log_probs[0], 0.0))
-    prior = 0.25 + 0.7 * q if rank == 0 else 0.35 * left_over / (rank + 1)
-    return (method, min(rank, 4), log_prob_bucket(log_probs[rank])), prior
+    if is_greedy:
+        first_misses = (1.0 - math.exp(min(log_probs[0], 0.0))) ** 1.5
+        prior = 1.0 - first_misses if rank == 0 else min(0.85 * q / rank, first_misses / 2**rank)
+    else:
+        prior = 0.35 + 0.6 * q if rank == 0 else min(0.35, 0.02 + 0.8 * q) / rank
+    return (method, int(is_greedy), min(rank, 4), log_prob_bucket(log_probs[rank])), prior

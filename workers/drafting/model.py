@@ -281,6 +281,7 @@ class ModelDrafter:
     ) -> float:
         """Put the proposals into the tree; returns the expected accepted tokens among them."""
         tree, gained = sequence.tree, 0.0
+        is_greedy = sequence.request.sampling.is_greedy
         for rank, token in enumerate(tokens):
             if log_probs[rank] == float(
                 "-inf"
@@ -288,7 +289,7 @@ class ModelDrafter:
                 break
             if token >= self._num_target_tokens:
                 continue
-            source, prior = model_source(MODEL_METHOD, rank, log_probs)
+            source, prior = model_source(MODEL_METHOD, rank, log_probs, is_greedy)
             child = tree.add_child(node, token, self._estimator.estimate(source, prior), source)
             gained += tree.nodes[child].value
         return gained

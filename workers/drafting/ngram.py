@@ -7,6 +7,7 @@ enter the same tree as the proposals of other methods.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceABC
 
 from outrider.configs.schema import NgramConfig
@@ -15,7 +16,7 @@ from outrider.workers.rounds.tree import GrowingTree
 
 NGRAM_METHOD = 0
 _MAX_OCCURRENCES = 16  # the most recent ones are compared
-_MATCH_EDGES = (3, 4, 5, 7, 10, 15, 24)  # tokens
+_MATCH_EDGES = (2, 3, 4, 5, 7, 10, 15, 24)  # tokens
 
 
 class NgramIndex:
@@ -87,8 +88,15 @@ def propose_ngrams(
         for depth, token in enumerate(follow):
             # Once the tokens before it are accepted, the match is longer by as many.
             source = (NGRAM_METHOD, rank, _match_bucket(match + depth))
-            prior = 0.5 * (1.0 - 0.85 ** (match + depth)) + (0.35 if rank == 0 else 0.0)
-            node = tree.add_child(node, token, estimator.estimate(source, prior), source)
+            node = tree.add_child(
+                node, token, estimator.estimate(source, _prior(match + depth, rank)), source
+            )
+
+
+def _prior(match_length: int, rank: int) -> float:
+    """One or two equal tokens mean little, four or five much: fitted to Spec-Bench answers of Qwen2.5-Coder 1.5B."""
+    prior = 0.9 * (1.0 - math.exp(-((match_length / 4.0) ** 2)))
+    return prior if rank == 0 else 0.5 * prior
 
 
 def _match_bucket(length: int) -> int:

@@ -56,17 +56,34 @@ def test_buckets_of_confidence(log_prob: float, bucket: int) -> None:
     assert log_prob_bucket(log_prob) == bucket
 
 
-def test_a_confident_first_proposal_has_a_high_prior_and_leaves_little_to_the_others() -> None:
+@pytest.mark.parametrize("is_greedy", [True, False])
+def test_a_confident_first_proposal_has_a_high_prior_and_leaves_little_to_the_others(is_greedy: bool) -> None:
     confident, unsure = [-0.01, -5.0, -6.0], [-1.2, -1.4, -1.5]
-    sources, priors = zip(*(model_source(1, rank, confident) for rank in range(3)), strict=True)
-    assert sources == ((1, 0, 0), (1, 1, 7), (1, 2, 8))
+    sources, priors = zip(*(model_source(1, rank, confident, is_greedy) for rank in range(3)), strict=True)
+    assert sources == ((1, is_greedy, 0, 0), (1, is_greedy, 1, 7), (1, is_greedy, 2, 8))
     assert priors[0] > 0.9
-    assert priors[1] < 0.01
-    assert model_source(1, 1, unsure)[1] > 0.1
-    assert model_source(1, 9, [-3.0] * 10)[0] == (1, 4, 6)  # ranks beyond the fourth are one source
+    assert priors[1] < 0.06
+    assert model_source(1, 1, unsure, is_greedy)[1] > 0.1
+    assert model_source(1, 9, [-3.0] * 10, is_greedy)[0] == (
+        1,
+        is_greedy,
+        4,
+        6,
+    )  # beyond the fourth rank: one
 
 
-def test_priors_of_siblings_leave_room_for_a_miss() -> None:
+def test_greedy_and_sampled_requests_do_not_teach_each_other() -> None:
+    estimator = AcceptanceEstimator()
+    source, prior = model_source(1, 0, [-1.0], is_greedy=True)
+    for _ in range(100):
+        estimator.observe(source, False)
+    assert estimator.estimate(source, prior) < 0.1
+    source, prior = model_source(1, 0, [-1.0], is_greedy=False)
+    assert estimator.estimate(source, prior) == pytest.approx(prior)
+
+
+@pytest.mark.parametrize("is_greedy", [True, False])
+def test_priors_of_siblings_leave_room_for_a_miss(is_greedy: bool) -> None:
     for q in (0.05, 0.2, 0.5, 0.9):
         log_probs = [math.log(q)] + [math.log((1 - q) / 4)] * 4
-        assert sum(model_source(1, rank, log_probs)[1] for rank in range(5)) < 1.0
+        assert sum(model_source(1, rank, log_probs, is_greedy)[1] for rank in range(5)) < 1.0
