@@ -75,8 +75,8 @@ class ScriptedDrafter:
         self.prompts_read: set[str] = set()
 
     @property
-    def root_gain(self) -> float:
-        return self._estimator.estimate((1,), 0.5)
+    def root_gains(self) -> list[float]:
+        return [self._estimator.estimate((1,), 0.5)]
 
     def start(self, sequence: Sequence) -> None: ...
 

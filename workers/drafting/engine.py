@@ -27,7 +27,7 @@ class StepwiseDrafter(Protocol):
         """One forward over the trees of these sequences; False when nothing is left to expand."""
 
     def expected_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
-        """Expected accepted tokens below each node that the next `step` expands, descending; empty at the end."""
+        """Expected accepted tokens of each proposal that the next `step` makes, descending; empty at the end."""
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
         """Probability that the next `step`, taken while these trees are verified, spares one afterwards.
@@ -37,8 +37,8 @@ class StepwiseDrafter(Protocol):
         """
 
     @property
-    def root_gain(self) -> float:
-        """Accepted tokens to expect below a root that a step expands, going by what was seen so far."""
+    def root_gains(self) -> list[float]:
+        """As `expected_gains`, of a sequence whose tree is only a root, going by what was seen so far."""
 
     def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
         """Read one chunk of what these sequences' caches lack."""
@@ -92,7 +92,7 @@ class DraftEngine:
                     propose_ngrams(index, sequence.tokens, tree, node, max_depth, self.estimator)
 
     def expected_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
-        """Expected accepted tokens below each node that one more step expands, descending."""
+        """Expected accepted tokens of each proposal that one more step makes, descending."""
         drafted = drafted_by_model(sequences)
         return sorted((gain for d in self._stepwise for gain in d.expected_gains(drafted)), reverse=True)
 
@@ -101,9 +101,9 @@ class DraftEngine:
         return max((d.survival(drafted_by_model(sequences)) for d in self._stepwise), default=0.0)
 
     @property
-    def root_gain(self) -> float:
-        """Accepted tokens to expect of one step of the draft model for one sequence without a tree."""
-        return max((drafter.root_gain for drafter in self._stepwise), default=0.0)
+    def root_gains(self) -> list[float]:
+        """As `expected_gains`, of a sequence whose tree is only a root."""
+        return sorted((gain for drafter in self._stepwise for gain in drafter.root_gains), reverse=True)
 
     def step(self, sequences: SequenceABC[Sequence]) -> bool:
         """One step of the draft model on these sequences' trees; False when there was nothing to do."""

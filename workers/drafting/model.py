@@ -7,6 +7,7 @@ of everything that survives below it (SwiftSpec, arXiv 2506.11309).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ from outrider.workers.trace import Tracer
 MODEL_METHOD = 1
 _MAX_LAG = 32  # tokens the model reads on the way to drafting; more are read in chunks beforehand
 _MIN_GAIN = 0.01  # expected accepted tokens below which a node is not worth a row
+_FIRST_YIELD = 0.5  # assumed of the best proposals before any was seen
 _SMOOTHING = 0.05
 
 
@@ -83,7 +85,8 @@ class ModelDrafter:
         self._max_rows = max_rows
         self._prefill_chunk = prefill_chunk
         self._cached: dict[str, _CachedSequence] = {}
-        self._yield = 0.6  # accepted tokens expected below a node that is accepted itself
+        # By rank: how likely the proposal below a node is accepted, if the node is.
+        self._yields = [_FIRST_YIELD / 4**rank for rank in range(max_children)]
 
     def start(self, sequence: Sequence) -> None:
         """Take the shared pages that hold the beginning of the prompt."""
@@ -118,19 +121,20 @@ class ModelDrafter:
                 self._commit_rows(item.sequence, len(item.rows.tokens))
 
     def expected_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
-        """Expected accepted tokens, in this round's trees, below each node that the next step expands."""
+        """Expected accepted tokens, in this round's trees, of each proposal that the next step makes."""
         gains = [
             gain
             for sequence in sequences
-            for gain, node in self._frontier(sequence, self._rows_for_each(sequences))
+            for _, node in self._frontier(sequence, self._rows_for_each(sequences))
             if sequence.tree.nodes[node].depth < sequence.request.draft.max_depth
+            for gain in self._gains(sequence, node)
         ]
         return sorted((gain for gain in gains if gain > 0.0), reverse=True)
 
     @property
-    def root_gain(self) -> float:
-        """Accepted tokens that the tokens proposed below an accepted node add up to, on average."""
-        return self._yield
+    def root_gains(self) -> list[float]:
+        """As `expected_gains`, of a sequence whose tree is only a root."""
+        return list(self._yields)
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
         """Of the nodes that the next step expands and that are not verified now, the best one's value."""
@@ -161,13 +165,15 @@ class ModelDrafter:
         with self._tracer.span("sample", len(proposing)):
             tokens, log_probs = self._sampler.propose(logits, contexts, self._max_children)
         proposals = zip(tokens.tolist(), log_probs.tolist(), strict=True)
-        promised = gained = 0.0
+        promised, gained = 1e-9, [0.0] * self._max_children
         for item in work:
             self._remember_rows(item)
             for node in item.nodes:
                 promised += item.sequence.tree.nodes[node].value
-                gained += self._add_children(item.sequence, node, *next(proposals))
-        self._yield += _SMOOTHING * (gained / max(promised, 1e-9) - self._yield)
+                for rank, value in enumerate(self._add_children(item.sequence, node, *next(proposals))):
+                    gained[rank] += value
+        for rank, value in enumerate(gained):
+            self._yields[rank] += _SMOOTHING * (value / promised - self._yields[rank])
         return True
 
     def rerooted(self, sequence: Sequence, path: list[int], survivors: dict[int, int]) -> None:
@@ -216,7 +222,7 @@ class ModelDrafter:
         # Deeper than this round can use: a path of one round, the token after it, a path of the next.
         depth_limit = min(2 * sequence.request.draft.max_depth + 1, sequence.num_remaining - 1)
         gains = {
-            node: self._gain(sequence, node)
+            node: sum(self._gains(sequence, node))
             for node in range(len(nodes))
             if node not in cached.rows and nodes[node].depth < depth_limit
         }
@@ -234,10 +240,14 @@ class ModelDrafter:
                 chosen.update(needed)
         return [(gains[node], node) for node in sorted(chosen)]
 
-    def _gain(self, sequence: Sequence, node: int) -> float:
-        nodes = sequence.tree.nodes
+    def _gains(self, sequence: Sequence, node: int) -> list[float]:
+        """By rank, the expected accepted tokens of the model's proposals below a node, less what is there."""
+        nodes, gains = sequence.tree.nodes, []
         proposed = sum(nodes[child].acceptance for child in nodes[node].children.values())
-        return nodes[node].value * max(0.0, self._yield - proposed)
+        for acceptance in self._yields:
+            gains.append(nodes[node].value * max(0.0, acceptance - proposed))
+            proposed = max(0.0, proposed - acceptance)
+        return gains
 
     def _work(self, sequence: Sequence, nodes: list[int]) -> _Work:
         """Rows for `nodes`, parents first; before the root come the tokens that the cache lacks."""
@@ -278,21 +288,20 @@ class ModelDrafter:
 
     def _add_children(
         self, sequence: Sequence, node: int, tokens: list[int], log_probs: list[float]
-    ) -> float:
-        """Put the proposals into the tree; returns the expected accepted tokens among them."""
-        tree, gained = sequence.tree, 0.0
+    ) -> list[float]:
+        """Put the proposals into the tree; returns the expected accepted tokens of each."""
+        tree, values = sequence.tree, []
         is_greedy = sequence.request.sampling.is_greedy
         for rank, token in enumerate(tokens):
-            if log_probs[rank] == float(
-                "-inf"
-            ):  # top-k, top-p or min-p removed it: the target cannot pick it
+            if log_probs[rank] == -math.inf:  # top-k, top-p or min-p removed it: the target cannot pick it
                 break
             if token >= self._num_target_tokens:
+                values.append(0.0)
                 continue
             source, prior = model_source(MODEL_METHOD, rank, log_probs, is_greedy)
             child = tree.add_child(node, token, self._estimator.estimate(source, prior), source)
-            gained += tree.nodes[child].value
-        return gained
+            values.append(tree.nodes[child].value)
+        return values
 
     def _take_rows(self, sequence: Sequence, num_nodes: int) -> bool:
         cached = self._cached[sequence.id]

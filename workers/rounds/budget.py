@@ -101,9 +101,9 @@ class CostModel:
     ) -> bool:
         """Whether one more drafter step of `step_s` beats sending what there is.
 
-        step_gains: expected accepted tokens below each node that the step expands, descending. To verify what
-        is proposed below a node takes a row of the target; a full batch pays for rows long before one sequence
-        does, so as many nodes count as are worth their rows.
+        step_gains: expected accepted tokens of each proposal that the step makes, descending. To verify one
+        takes a row of the target; a full batch pays for rows long before one sequence does, so as many
+        proposals count as are worth their rows.
         """
         count = self.best_num_nodes(values, num_base_rows, num_sequences, drafted_s)
         seconds = self.target_s(num_base_rows + count) + drafted_s

@@ -181,7 +181,7 @@ class RoundLoop:
     def _drafting_may_pay(self) -> bool:
         """Whether a step from the roots of all sequences would pay, if they all ran and drafted."""
         count = min(self._num_unfinished(), self.scheduler.limits.max_sequences)
-        gains = [self._drafting.root_gain] * count
+        gains = sorted(self._drafting.root_gains * count, reverse=True)
         return self.cost.another_step_pays([], count, count, 0.0, gains, self.cost.draft_step_s)
 
     def _draft(self, steps: list[PlannedStep]) -> None:
