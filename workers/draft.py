@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
@@ -62,8 +63,10 @@ class DraftWorker:
         target = load_model(self.config, "target", progress).config
         num_pages = num_target_pages(self.config, target)
         self._drafting = DraftEngine(self.config.draft.ngram)
+        self._model_drafter = None
         if "model" in self.config.draft.methods:
-            self._drafting.add(self._load_model(target, progress))
+            self._model_drafter = self._load_model(target, progress)
+            self._drafting.add(self._model_drafter)
         rounds = self.config.rounds
         limits = SchedulerLimits(rounds.max_sequences, rounds.max_round_tokens, rounds.prefill_chunk)
         pool = PagePool(num_pages, self.config.target.page_size, rounds.prefix_sharing)
@@ -78,7 +81,7 @@ class DraftWorker:
         self._link = DraftSender(link, capacity)
 
     def profile(self, progress: Callable[[str, int, int], None]) -> TargetProfile:
-        """Time the target for the row counts of `rounds.profile_node_counts`; call before `run`.
+        """Time the draft model, and the target for the row counts of `rounds.profile_node_counts`, before `run`.
 
         Each count is timed with a chain of rows and no context, all of them sampled: the median of a few runs.
         """
@@ -86,15 +89,17 @@ class DraftWorker:
         seconds = []
         for done, count in enumerate(counts):
             progress("profile", done, len(counts))
-            times = sorted(self._time_target(count) for _ in range(_PROFILE_REPEATS))
-            seconds.append(times[len(times) // 2])
+            seconds.append(median(self._time_target(count) for _ in range(_PROFILE_REPEATS)))
         progress("profile", len(counts), len(counts))
         profile = TargetProfile(tuple(counts), tuple(seconds))
+        cost = CostModel(profile)
+        if self._model_drafter is not None:
+            cost.observe_draft_step(median(self._model_drafter.time_step() for _ in range(_PROFILE_REPEATS)))
         self._loop = RoundLoop(
             self._link,
             self._scheduler,
             self._drafting,
-            CostModel(profile),
+            cost,
             self._loop_options(),
             self._tracer,
             self._events.put,
@@ -137,7 +142,6 @@ class DraftWorker:
             "busy_s": self._tracer.totals(),
             "peak_memory_bytes": peak_memory_bytes(),
             "profile": dict(zip(cost.profile.num_rows, cost.profile.seconds, strict=True)),
-            "target_correction": cost.correction,
             "draft_step_s": cost.draft_step_s,
             "num_available_pages": self._scheduler.pool.num_available,
         }

@@ -54,6 +54,7 @@ class Pair:
         self._threads = [threading.Thread(target=self.target.run, daemon=True)]
         self._threads[0].start()
         self.profile: TargetProfile = self.draft.profile(self.report)
+        self.profiled_step_s = self.draft.stats()["draft_step_s"]
 
     def report(self, what: str, done: int, total: int) -> None:
         self.reports.append((what, done, total))
@@ -96,6 +97,7 @@ def request(request_id: str = "a", num_tokens: int = 12, prompt: tuple[int, ...]
 def test_the_profile_times_each_row_count(pair: Pair) -> None:
     assert pair.profile.num_rows == (1, 2, 8)
     assert all(seconds > 0 for seconds in pair.profile.seconds)
+    assert pair.profiled_step_s > 0
     assert [report for report in pair.reports if report[0] == "profile"] == [
         ("profile", 0, 3),
         ("profile", 1, 3),

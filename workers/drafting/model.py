@@ -8,6 +8,7 @@ of everything that survives below it (SwiftSpec, arXiv 2506.11309).
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 
@@ -145,6 +146,19 @@ class ModelDrafter:
             if node not in sequence.sent_tree.growing_nodes
         ]
         return max(values, default=0.0)
+
+    @torch.inference_mode()
+    def time_step(self) -> float:
+        """Seconds of a step for one sequence of a few rows and no context; call before any sequence starts."""
+        num_rows = self._rows_per_sequence
+        pages = self._pool.allocate(self._pool.pages_for(num_rows))
+        rows = SequenceRows(pages, 0, chain(num_rows), 0, [0] * num_rows)
+        begun = time.monotonic()
+        batch = build_batch([rows], self._cache.page_size, self._model.device)
+        self._model.logits(self._model.forward(batch, self._cache)).cpu()
+        seconds = time.monotonic() - begun
+        self._pool.release(pages)
+        return seconds
 
     @torch.inference_mode()
     def step(self, sequences: SequenceABC[Sequence]) -> bool:

@@ -11,11 +11,14 @@ from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 
 _SMOOTHING = 0.1  # weight of the newest measurement
+_SMOOTHING_ELSEWHERE = (
+    0.05  # for other row counts: what slows one (contexts, a busy machine) slows the others
+)
 
 
 @dataclass(frozen=True)
 class TargetProfile:
-    """Seconds of one target pass for increasing numbers of rows, taken at start-up."""
+    """Seconds of one target pass for increasing numbers of rows."""
 
     num_rows: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -30,26 +33,45 @@ class TargetProfile:
         slope = (times[right] - times[left]) / (counts[right] - counts[left])
         return times[left] + slope * (rows - counts[left])
 
+    def shares(self, rows: int) -> list[float]:
+        """How much each measured count has to do with `rows`, 0 to 1: the two around it by nearness, summing to 1.
+
+        Beyond the last count none has.
+        """
+        counts = self.num_rows
+        if rows <= counts[0]:
+            return [1.0] + [0.0] * (len(counts) - 1)
+        shares = [0.0] * len(counts)
+        if rows <= counts[-1]:
+            right = bisect_left(counts, rows)
+            shares[right] = (rows - counts[right - 1]) / (counts[right] - counts[right - 1])
+            shares[right - 1] = 1.0 - shares[right]
+        return shares
+
 
 class CostModel:
-    """Seconds of a target pass and of a drafter step, corrected by what is measured while serving."""
+    """Seconds of a target pass and of a drafter step, from the start-up profile and what is measured since.
+
+    Rows cost more in long contexts and in many sequences than in the profile's one chain: every row count learns
+    from the rounds near it.
+    """
 
     def __init__(self, profile: TargetProfile) -> None:
-        # A pass over more rows is never cheaper; a noisy measurement must not say so.
-        seconds = [max(profile.seconds[: i + 1]) for i in range(len(profile.seconds))]
-        self.profile = TargetProfile(profile.num_rows, tuple(seconds))
-        self.correction = 1.0  # served / profiled
+        self.profile = _monotone(profile.num_rows, profile.seconds)
         self.draft_step_s = 0.0  # one drafter step; 0 until seen
         self.draft_round_s = 0.0  # all drafting of one lane in one round
 
     def target_s(self, rows: int) -> float:
         """Predicted seconds from sending a round of `rows` rows to having its scores."""
-        return self.profile.at(rows) * self.correction
+        return self.profile.at(rows)
 
     def observe_target(self, rows: int, seconds: float) -> None:
         """A served round; outliers (a stalled machine) count at most double."""
-        ratio = min(seconds / max(self.profile.at(rows), 1e-9), 2.0 * self.correction)
-        self.correction += _SMOOTHING * (ratio - self.correction)
+        excess = min(seconds / max(self.profile.at(rows), 1e-9), 2.0) - 1.0
+        near = _SMOOTHING - _SMOOTHING_ELSEWHERE
+        weights = [_SMOOTHING_ELSEWHERE + near * share for share in self.profile.shares(rows)]
+        times = [s * (1.0 + w * excess) for s, w in zip(self.profile.seconds, weights, strict=True)]
+        self.profile = _monotone(self.profile.num_rows, times)
 
     def observe_draft_step(self, seconds: float) -> None:
         self.draft_step_s = self._smooth(self.draft_step_s, seconds)
@@ -118,3 +140,8 @@ class CostModel:
     def _smooth(old: float, new: float) -> float:
         """Outliers count at most double: one stalled step must not end drafting for thousands of rounds."""
         return new if old == 0.0 else old + _SMOOTHING * (min(new, 2.0 * old) - old)
+
+
+def _monotone(num_rows: tuple[int, ...], seconds: SequenceABC[float]) -> TargetProfile:
+    """A pass over more rows is never cheaper; a noisy measurement must not say so."""
+    return TargetProfile(num_rows, tuple(max(seconds[: i + 1]) for i in range(len(seconds))))

@@ -47,6 +47,38 @@ def test_served_rounds_correct_the_profile() -> None:
     assert cost.target_s(1) == pytest.approx(0.060, rel=1e-3)
 
 
+def test_rounds_teach_most_about_row_counts_like_theirs() -> None:
+    cost = CostModel(PROFILE)
+    for _ in range(100):
+        cost.observe_target(8, 0.080)  # eight sequences, where the profile had one chain
+    assert cost.target_s(8) == pytest.approx(0.080, rel=1e-2)
+    assert 0.088 < cost.target_s(16) < 0.088 * 1.6
+    for _ in range(100):
+        cost.observe_target(8, 0.080)
+        cost.observe_target(12, 0.130)
+    assert cost.target_s(8) == pytest.approx(0.080, rel=5e-2)
+    assert cost.target_s(12) == pytest.approx(0.130, rel=5e-2)
+
+
+def test_rounds_beyond_the_profile_scale_all_of_it() -> None:
+    cost = CostModel(PROFILE)
+    before = [cost.target_s(rows) for rows in (1, 8, 16)]
+    for _ in range(200):
+        cost.observe_target(100, 2.0 * PROFILE.at(100))
+    assert [cost.target_s(rows) for rows in (1, 8, 16)] == pytest.approx([2 * s for s in before], rel=1e-2)
+
+
+@given(st.integers(0, 40))
+def test_shares_interpolate(rows: int) -> None:
+    shares = PROFILE.shares(rows)
+    if rows > 16:
+        assert not any(shares)
+    else:
+        assert sum(shares) == pytest.approx(1.0)
+        seconds = sum(share * s for share, s in zip(shares, PROFILE.seconds, strict=True))
+        assert seconds == pytest.approx(PROFILE.at(rows))
+
+
 def test_a_stalled_round_hardly_counts() -> None:
     cost = CostModel(TargetProfile((1,), (0.050,)))
     cost.observe_target(1, 50.0)
