@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -20,7 +21,7 @@ from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.rounds.budget import CostModel, TargetProfile
+from outrider.workers.rounds.budget import CostModel, PassProfile
 from outrider.workers.rounds.link import DraftSender
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
 from outrider.workers.rounds.messages import Draft, SequenceStart, SequenceStep
@@ -80,31 +81,31 @@ class DraftWorker:
         link = Link(store, epoch, False, capacity.draft_ints, capacity.scores_ints, timeout_s)
         self._link = DraftSender(link, capacity)
 
-    def profile(self, progress: Callable[[str, int, int], None]) -> TargetProfile:
+    def profile(self, progress: Callable[[str, int, int], None]) -> PassProfile:
         """Time the draft model, and the target for the row counts of `rounds.profile_node_counts`, before `run`.
 
         Each count is timed with a chain of rows and no context, all of them sampled: the median of a few runs.
         """
         counts = self.config.rounds.profile_node_counts
-        seconds = []
+        target_times, drafter_times = [], []
         for done, count in enumerate(counts):
             progress("profile", done, len(counts))
-            seconds.append(median(self._time_target(count) for _ in range(_PROFILE_REPEATS)))
+            target_times.append(_median_of(partial(self._time_target, count)))
+            if self._model_drafter is not None:
+                drafter_times.append(_median_of(partial(self._model_drafter.time_step, count)))
         progress("profile", len(counts), len(counts))
-        profile = TargetProfile(tuple(counts), tuple(seconds))
-        cost = CostModel(profile)
-        if self._model_drafter is not None:
-            cost.observe_draft_step(median(self._model_drafter.time_step() for _ in range(_PROFILE_REPEATS)))
+        target = PassProfile(tuple(counts), tuple(target_times))
+        drafter = PassProfile(tuple(counts), tuple(drafter_times)) if drafter_times else None
         self._loop = RoundLoop(
             self._link,
             self._scheduler,
             self._drafting,
-            cost,
+            CostModel(target, drafter),
             self._loop_options(),
             self._tracer,
             self._events.put,
         )
-        return profile
+        return target
 
     def run(self) -> None:
         """The token loop, until `stop` or until the target is gone (PeerLostError)."""
@@ -141,8 +142,10 @@ class DraftWorker:
         return {
             "busy_s": self._tracer.totals(),
             "peak_memory_bytes": peak_memory_bytes(),
-            "profile": dict(zip(cost.profile.num_rows, cost.profile.seconds, strict=True)),
-            "draft_step_s": cost.draft_step_s,
+            "target_pass_s": dict(zip(cost.target.num_rows, cost.target.seconds, strict=True)),
+            "draft_step_s": dict(zip(cost.drafter.num_rows, cost.drafter.seconds, strict=True))
+            if cost.drafter
+            else {},
             "num_available_pages": self._scheduler.pool.num_available,
         }
 
@@ -220,3 +223,7 @@ class DraftWorker:
         self._link.receive()
         pool.release(pages)
         return seconds
+
+
+def _median_of(measure: Callable[[], float]) -> float:
+    return median(measure() for _ in range(_PROFILE_REPEATS))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from outrider.cluster.bench.identity import Mismatch
-from outrider.workers.rounds.budget import TargetProfile
+from outrider.workers.rounds.budget import PassProfile
 from outrider.workers.rounds.loop import LoopOptions
 from support.equality import (
     PLAIN,
@@ -23,7 +23,7 @@ from support.thread_group import thread_group
 from support.tiny import NGRAM
 
 # Seconds per pass on two cores, so that a measured budget drafts as it would in use.
-PROFILE = TargetProfile((1, 8, 64), (0.03, 0.035, 0.15))
+PROFILE = PassProfile((1, 8, 64), (0.03, 0.035, 0.15))
 FIXED = default_options(fixed_budget=True)
 
 

@@ -7,7 +7,7 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from outrider.cluster.bench.identity import Mismatch
-from outrider.workers.rounds.budget import TargetProfile
+from outrider.workers.rounds.budget import PassProfile
 from outrider.workers.weights.source import WeightSource
 from support.equality import (
     PLAIN,
@@ -34,7 +34,7 @@ LOOPS = {
 }
 
 # So slow a target, with rows so cheap, that a measured budget drafts as much as it may.
-SLOW_TARGET = TargetProfile((1, 64), (10.0, 10.01))
+SLOW_TARGET = PassProfile((1, 64), (10.0, 10.01))
 
 
 def combinations() -> list[ParameterSet]:

@@ -18,7 +18,7 @@ from outrider.workers.drafting.model import ModelDrafter
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.rounds.budget import CostModel, TargetProfile
+from outrider.workers.rounds.budget import CostModel, PassProfile
 from outrider.workers.rounds.link import DraftReceiver, DraftSender
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
 from outrider.workers.rounds.messages import MessageCapacity, decode_draft
@@ -80,7 +80,7 @@ class LocalEngine:
         max_children: int = 3,
         ngram: NgramConfig | None = None,
         dtype: torch.dtype = torch.float32,
-        profile: TargetProfile | None = None,
+        profile: PassProfile | None = None,
     ) -> None:
         self.capacity = MessageCapacity.for_limits(max_round_tokens, max_sequences, num_pages)
         draft_end, target_end = queue_links()
@@ -123,7 +123,7 @@ class LocalEngine:
             DraftSender(draft_end, self.capacity),
             Scheduler(limits, self.pool),
             self.drafting,
-            CostModel(profile or TargetProfile((1, 64), (0.010, 0.012))),
+            CostModel(profile or PassProfile((1, 64), (0.010, 0.012))),
             options or default_options(),
             Tracer("draft", False),
             self.events.put,

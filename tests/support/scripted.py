@@ -12,8 +12,8 @@ import torch
 
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
-from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.rounds.budget import CostModel, TargetProfile
+from outrider.workers.drafting.engine import DraftEngine, StepForecast
+from outrider.workers.rounds.budget import CostModel, PassProfile
 from outrider.workers.rounds.link import DraftReceiver, DraftSender
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
 from outrider.workers.rounds.messages import Draft, MessageCapacity, Scores, StepScores, decode_draft
@@ -82,15 +82,19 @@ class ScriptedDrafter:
 
     def finish(self, sequence: Sequence) -> None: ...
 
+    def num_unread(self, sequences: SequenceABC[Sequence]) -> int:
+        return sum(len(s.request.prompt_tokens) for s in sequences if s.id not in self.prompts_read)
+
     def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
         self.prompts_read |= {sequence.id for sequence in sequences}
 
     def rerooted(self, sequence: Sequence, path: list[int], survivors: dict[int, int]) -> None: ...
 
-    def expected_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
+    def forecast(self, sequences: SequenceABC[Sequence]) -> StepForecast:
         open_trees = [s for s in sequences if self._deepest(s).depth < s.request.draft.max_depth]
         acceptance = self._estimator.estimate((1,), 0.5)
-        return sorted((acceptance * self._deepest(s).value for s in open_trees), reverse=True)
+        gains = sorted((acceptance * self._deepest(s).value for s in open_trees), reverse=True)
+        return StepForecast(gains, len(sequences))
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
         return max(self._deepest(s).value * (len(s.tree) > len(s.sent_tree.tokens)) for s in sequences)
@@ -137,8 +141,7 @@ def run_scripted(
 
     drafting = DraftEngine(NgramConfig())
     drafting.add(ScriptedDrafter(step_s, is_right, drafting.estimator))
-    cost = CostModel(TargetProfile((1,), (verify_s,)))
-    cost.observe_draft_step(step_s)
+    cost = CostModel(PassProfile((1,), (verify_s,)), PassProfile((1,), (step_s,)))
     events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
     loop = RoundLoop(
         DraftSender(draft_end, capacity),

@@ -15,7 +15,7 @@ from unittest.mock import patch
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.rounds import loop as loop_module
-from outrider.workers.rounds.budget import CostModel, TargetProfile
+from outrider.workers.rounds.budget import CostModel, PassProfile
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
 from outrider.workers.rounds.messages import Draft, Scores
 from outrider.workers.rounds.pages import PagePool
@@ -26,7 +26,7 @@ from outrider.workers.trace import Tracer
 from support.local_engine import output_tokens
 from support.scripted import ScriptedDrafter, ScriptedTarget
 
-_VERIFY_40_MS = TargetProfile((1,), (0.04,))
+_VERIFY_40_MS = PassProfile((1,), (0.04,))
 _LIMITS = SchedulerLimits(max_sequences=8, max_round_tokens=256, prefill_chunk=64)
 
 
@@ -46,7 +46,7 @@ class VirtualClock:
 class VirtualLink:
     """A target of set latencies that works while the clock moves, one round after the other."""
 
-    def __init__(self, clock: VirtualClock, latencies: TargetProfile) -> None:
+    def __init__(self, clock: VirtualClock, latencies: PassProfile) -> None:
         self.drafts: list[Draft] = []  # all that was sent
         self._clock = clock
         self._latencies = latencies
@@ -90,7 +90,7 @@ def run_requests(
     requests: SequenceABC[Request],
     *,
     options: LoopOptions,
-    latencies: TargetProfile = _VERIFY_40_MS,
+    latencies: PassProfile = _VERIFY_40_MS,
     step_s: float = 0.01,
     is_right: Callable[[int], bool] = lambda position: True,
     limits: SchedulerLimits = _LIMITS,
@@ -106,8 +106,7 @@ def run_requests(
     drafting = DraftEngine(NgramConfig())
     drafter = ScriptedDrafter(step_s, is_right, drafting.estimator, clock.sleep)
     drafting.add(drafter)
-    cost = CostModel(latencies)
-    cost.observe_draft_step(step_s)
+    cost = CostModel(latencies, PassProfile((1,), (step_s,)))
     events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
     unfinished = set(events)
 
@@ -162,5 +161,5 @@ def run_virtual(
         scripted_request(str(i), num_tokens, depth, depth, prompt_length=3 + 7 * i)
         for i in range(num_sequences)
     ]
-    latencies = TargetProfile((1,), (verify_s,))
+    latencies = PassProfile((1,), (verify_s,))
     return run_requests(requests, options=options, latencies=latencies, step_s=step_s, is_right=is_right)

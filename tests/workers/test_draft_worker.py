@@ -10,7 +10,7 @@ import pytest
 
 from outrider.configs.loader import load_config
 from outrider.workers.draft import DraftWorker
-from outrider.workers.rounds.budget import TargetProfile
+from outrider.workers.rounds.budget import PassProfile
 from outrider.workers.rounds.sequence import DraftOptions, Request, TokenEvent
 from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.target import TargetWorker
@@ -53,7 +53,7 @@ class Pair:
         joining.join()
         self._threads = [threading.Thread(target=self.target.run, daemon=True)]
         self._threads[0].start()
-        self.profile: TargetProfile = self.draft.profile(self.report)
+        self.profile: PassProfile = self.draft.profile(self.report)
         self.profiled_step_s = self.draft.stats()["draft_step_s"]
 
     def report(self, what: str, done: int, total: int) -> None:
@@ -97,7 +97,8 @@ def request(request_id: str = "a", num_tokens: int = 12, prompt: tuple[int, ...]
 def test_the_profile_times_each_row_count(pair: Pair) -> None:
     assert pair.profile.num_rows == (1, 2, 8)
     assert all(seconds > 0 for seconds in pair.profile.seconds)
-    assert pair.profiled_step_s > 0
+    assert list(pair.profiled_step_s) == [1, 2, 8]
+    assert all(seconds > 0 for seconds in pair.profiled_step_s.values())
     assert [report for report in pair.reports if report[0] == "profile"] == [
         ("profile", 0, 3),
         ("profile", 1, 3),

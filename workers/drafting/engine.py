@@ -7,6 +7,7 @@ tree at once; the draft model grows it step by step, as long as the caller finds
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass
 from typing import Protocol
 
 from outrider.configs.schema import NgramConfig
@@ -15,6 +16,20 @@ from outrider.workers.drafting.ngram import NgramIndex, propose_ngrams
 from outrider.workers.rounds.sequence import Sequence
 from outrider.workers.rounds.tree import GrowingTree
 from outrider.workers.rounds.verify import Verdict
+
+
+@dataclass(frozen=True)
+class StepForecast:
+    """What the next step of the draft model would do.
+
+    Attributes:
+        gains: expected accepted tokens, in this round's trees, of each proposal it makes, descending; empty when
+            nothing is left to expand.
+        num_rows: rows of its forward, tokens included that the model has not read yet.
+    """
+
+    gains: list[float]
+    num_rows: int
 
 
 class StepwiseDrafter(Protocol):
@@ -26,8 +41,8 @@ class StepwiseDrafter(Protocol):
     def step(self, sequences: SequenceABC[Sequence]) -> bool:
         """One forward over the trees of these sequences; False when nothing is left to expand."""
 
-    def expected_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
-        """Expected accepted tokens of each proposal that the next `step` makes, descending; empty at the end."""
+    def forecast(self, sequences: SequenceABC[Sequence]) -> StepForecast:
+        """What the next `step` over these sequences would do."""
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
         """Probability that the next `step`, taken while these trees are verified, spares one afterwards.
@@ -38,7 +53,10 @@ class StepwiseDrafter(Protocol):
 
     @property
     def root_gains(self) -> list[float]:
-        """As `expected_gains`, of a sequence whose tree is only a root, going by what was seen so far."""
+        """The gains of a step for one sequence whose tree is only a root, going by what was seen so far."""
+
+    def num_unread(self, sequences: SequenceABC[Sequence]) -> int:
+        """Tokens that `read_prompts` has to read before steps can follow."""
 
     def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
         """Read one chunk of what these sequences' caches lack."""
@@ -91,10 +109,11 @@ class DraftEngine:
                 if tree.nodes[node].depth < max_depth:
                     propose_ngrams(index, sequence.tokens, tree, node, max_depth, self.estimator)
 
-    def expected_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
-        """Expected accepted tokens of each proposal that one more step makes, descending."""
-        drafted = drafted_by_model(sequences)
-        return sorted((gain for d in self._stepwise for gain in d.expected_gains(drafted)), reverse=True)
+    def forecast(self, sequences: SequenceABC[Sequence]) -> StepForecast:
+        """What one more step over these sequences would do."""
+        forecasts = [drafter.forecast(drafted_by_model(sequences)) for drafter in self._stepwise]
+        gains = sorted((gain for forecast in forecasts for gain in forecast.gains), reverse=True)
+        return StepForecast(gains, sum(forecast.num_rows for forecast in forecasts))
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
         """Probability that one more step, taken before the verdict is known, spares one after it."""
@@ -102,7 +121,7 @@ class DraftEngine:
 
     @property
     def root_gains(self) -> list[float]:
-        """As `expected_gains`, of a sequence whose tree is only a root."""
+        """The gains of a step for one sequence whose tree is only a root, descending."""
         return sorted((gain for drafter in self._stepwise for gain in drafter.root_gains), reverse=True)
 
     def step(self, sequences: SequenceABC[Sequence]) -> bool:
@@ -111,6 +130,10 @@ class DraftEngine:
         if any(progress):
             self.look_up(sequences)
         return any(progress)
+
+    def num_unread(self, sequences: SequenceABC[Sequence]) -> int:
+        """Tokens that `read_prompts` has to read before the draft model can take part."""
+        return sum(drafter.num_unread(drafted_by_model(sequences)) for drafter in self._stepwise)
 
     def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
         """Read one chunk of each prompt into the draft model's cache."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from outrider.workers.drafting.acceptance import AcceptanceEstimator, model_source
+from outrider.workers.drafting.engine import StepForecast
 from outrider.workers.model.batch import SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.transformer import Transformer
@@ -103,6 +104,11 @@ class ModelDrafter:
         """Give the pages back."""
         self._pool.release(self._cached.pop(sequence.id).pages)
 
+    def num_unread(self, sequences: SequenceABC[Sequence]) -> int:
+        """Tokens that these sequences' caches lack, of those that lack too many to be read by a step."""
+        missing = [self._cached[sequence.id].lag(sequence) - 1 for sequence in sequences]
+        return sum(count for count in missing if count >= _MAX_LAG)
+
     def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
         """Read one chunk, shared between the sequences that lag far behind."""
         room, work = self._prefill_chunk, []
@@ -121,20 +127,21 @@ class ModelDrafter:
             for item in work:
                 self._commit_rows(item.sequence, len(item.rows.tokens))
 
-    def expected_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
-        """Expected accepted tokens, in this round's trees, of each proposal that the next step makes."""
-        gains = [
-            gain
-            for sequence in sequences
-            for _, node in self._frontier(sequence, self._rows_for_each(sequences))
-            if sequence.tree.nodes[node].depth < sequence.request.draft.max_depth
-            for gain in self._gains(sequence, node)
-        ]
-        return sorted((gain for gain in gains if gain > 0.0), reverse=True)
+    def forecast(self, sequences: SequenceABC[Sequence]) -> StepForecast:
+        """What the next step over these sequences would do."""
+        gains, num_rows = [], 0
+        for sequence in sequences:
+            frontier = [node for _, node in self._frontier(sequence, self._rows_for_each(sequences))]
+            if frontier:
+                num_rows += self._cached[sequence.id].lag(sequence) + sum(node > 0 for node in frontier)
+            for node in frontier:
+                if sequence.tree.nodes[node].depth < sequence.request.draft.max_depth:
+                    gains += self._gains(sequence, node)
+        return StepForecast(sorted((gain for gain in gains if gain > 0.0), reverse=True), num_rows)
 
     @property
     def root_gains(self) -> list[float]:
-        """As `expected_gains`, of a sequence whose tree is only a root."""
+        """The gains of a step for one sequence whose tree is only a root."""
         return list(self._yields)
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
@@ -148,9 +155,8 @@ class ModelDrafter:
         return max(values, default=0.0)
 
     @torch.inference_mode()
-    def time_step(self) -> float:
-        """Seconds of a step for one sequence of a few rows and no context; call before any sequence starts."""
-        num_rows = self._rows_per_sequence
+    def time_step(self, num_rows: int) -> float:
+        """Seconds of a step over one chain of rows, all proposing; call before any sequence starts."""
         pages = self._pool.allocate(self._pool.pages_for(num_rows))
         rows = SequenceRows(pages, 0, chain(num_rows), 0, [0] * num_rows)
         begun = time.monotonic()

@@ -9,16 +9,18 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
+from itertools import accumulate
 
 _SMOOTHING = 0.1  # weight of the newest measurement
+_FADING = 0.998
 _SMOOTHING_ELSEWHERE = (
     0.05  # for other row counts: what slows one (contexts, a busy machine) slows the others
 )
 
 
 @dataclass(frozen=True)
-class TargetProfile:
-    """Seconds of one target pass for increasing numbers of rows."""
+class PassProfile:
+    """Seconds of one pass, of the target or the drafter, for increasing numbers of rows."""
 
     num_rows: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -50,35 +52,39 @@ class TargetProfile:
 
 
 class CostModel:
-    """Seconds of a target pass and of a drafter step, from the start-up profile and what is measured since.
+    """Seconds of a target pass and of a drafter step, from the start-up profiles and what is measured since.
 
-    Rows cost more in long contexts and in many sequences than in the profile's one chain: every row count learns
-    from the rounds near it.
+    Rows cost more in long contexts and in many sequences than in a profile's one chain: every row count learns
+    from the passes near it.
     """
 
-    def __init__(self, profile: TargetProfile) -> None:
-        self.profile = _monotone(profile.num_rows, profile.seconds)
-        self.draft_step_s = 0.0  # one drafter step; 0 until seen
+    def __init__(self, target: PassProfile, drafter: PassProfile | None = None) -> None:
+        """`drafter`: None until its first step is seen; steps count as free until then."""
+        self.target = _monotone(target.num_rows, target.seconds)
+        self.drafter = _monotone(drafter.num_rows, drafter.seconds) if drafter else None
         self.draft_round_s = 0.0  # all drafting of one lane in one round
 
     def target_s(self, rows: int) -> float:
         """Predicted seconds from sending a round of `rows` rows to having its scores."""
-        return self.profile.at(rows)
+        return self.target.at(rows)
+
+    def draft_step_s(self, rows: int) -> float:
+        """Predicted seconds of a drafter step over `rows` rows."""
+        return self.drafter.at(rows) if self.drafter else 0.0
 
     def observe_target(self, rows: int, seconds: float) -> None:
         """A served round; outliers (a stalled machine) count at most double."""
-        excess = min(seconds / max(self.profile.at(rows), 1e-9), 2.0) - 1.0
-        near = _SMOOTHING - _SMOOTHING_ELSEWHERE
-        weights = [_SMOOTHING_ELSEWHERE + near * share for share in self.profile.shares(rows)]
-        times = [s * (1.0 + w * excess) for s, w in zip(self.profile.seconds, weights, strict=True)]
-        self.profile = _monotone(self.profile.num_rows, times)
+        self.target = _learned(self.target, rows, seconds)
 
-    def observe_draft_step(self, seconds: float) -> None:
-        self.draft_step_s = self._smooth(self.draft_step_s, seconds)
+    def observe_draft_step(self, rows: int, seconds: float) -> None:
+        """A drafter step; outliers count at most double: one stalled step must not end drafting for long."""
+        self.drafter = _learned(self.drafter or PassProfile((1,), (seconds,)), rows, seconds)
 
-    def doubt_draft_step(self) -> None:
+    def doubt_draft_steps(self) -> None:
         """A step was not worth it; let its cost fade, so that one bad measurement is tried again some day."""
-        self.draft_step_s *= 0.995
+        if self.drafter:
+            faded = [_FADING * seconds for seconds in self.drafter.seconds]
+            self.drafter = PassProfile(self.drafter.num_rows, tuple(faded))
 
     def observe_draft_round(self, seconds: float) -> None:
         self.draft_round_s = self._smooth(self.draft_round_s, seconds)
@@ -103,16 +109,9 @@ class CostModel:
         values: descending; num_base_rows: rows the round has anyway; drafted_s: spent on drafting, which
         counts because a round that costs more anyway may well verify more.
         """
-        best_count, expected = 0, float(num_sequences)
-        best_rate = expected / (self.target_s(num_base_rows) + drafted_s)
-        for count, value in enumerate(values, start=1):
-            expected += value
-            rate = expected / (self.target_s(num_base_rows + count) + drafted_s)
-            if rate > best_rate:
-                best_count, best_rate = count, rate
-        return best_count
+        return self._best(values, num_base_rows, num_sequences, drafted_s)[0]
 
-    def another_step_pays(
+    def saved_by_step(
         self,
         values: SequenceABC[float],
         num_base_rows: int,
@@ -120,28 +119,50 @@ class CostModel:
         drafted_s: float,
         step_gains: SequenceABC[float],
         step_s: float,
-    ) -> bool:
-        """Whether one more drafter step of `step_s` beats sending what there is.
+    ) -> float:
+        """Seconds that one more drafter step of `step_s` saves against sending what there is; negative: loses.
 
         step_gains: expected accepted tokens of each proposal that the step makes, descending. To verify one
         takes a row of the target; a full batch pays for rows long before one sequence does, so as many
         proposals count as are worth their rows.
         """
-        count = self.best_num_nodes(values, num_base_rows, num_sequences, drafted_s)
-        seconds = self.target_s(num_base_rows + count) + drafted_s
-        rate = (num_sequences + sum(values[:count])) / seconds
+        count, rate = self._best(values, num_base_rows, num_sequences, drafted_s)
         best_net = net = 0.0
         for row, gain in enumerate(step_gains, start=num_base_rows + count):
             net += gain - rate * (self.target_s(row + 1) - self.target_s(row))
             best_net = max(best_net, net)
-        return best_net > rate * step_s
+        return best_net / rate - step_s
+
+    def _best(
+        self, values: SequenceABC[float], num_base_rows: int, num_sequences: int, drafted_s: float
+    ) -> tuple[int, float]:
+        """How many nodes to verify, and the tokens per second against which more time has to be weighed.
+
+        These are the round's own, but at least those of plain decoding: in a round that also reads a long prompt
+        tokens are few for its time, but all time spent on more of them is lost to the rounds after it.
+        """
+        seconds = [self.target_s(num_base_rows + count) + drafted_s for count in range(len(values) + 1)]
+        expected = list(accumulate(values, initial=float(num_sequences)))
+        plain_rate = num_sequences / self.target_s(num_sequences)
+        rate = max(plain_rate, *(e / s for e, s in zip(expected, seconds, strict=True)))
+        net = [e - rate * s for e, s in zip(expected, seconds, strict=True)]
+        return net.index(max(net)), rate
 
     @staticmethod
     def _smooth(old: float, new: float) -> float:
-        """Outliers count at most double: one stalled step must not end drafting for thousands of rounds."""
+        """Outliers count at most double."""
         return new if old == 0.0 else old + _SMOOTHING * (min(new, 2.0 * old) - old)
 
 
-def _monotone(num_rows: tuple[int, ...], seconds: SequenceABC[float]) -> TargetProfile:
+def _monotone(num_rows: tuple[int, ...], seconds: SequenceABC[float]) -> PassProfile:
     """A pass over more rows is never cheaper; a noisy measurement must not say so."""
-    return TargetProfile(num_rows, tuple(max(seconds[: i + 1]) for i in range(len(seconds))))
+    return PassProfile(num_rows, tuple(max(seconds[: i + 1]) for i in range(len(seconds))))
+
+
+def _learned(profile: PassProfile, rows: int, seconds: float) -> PassProfile:
+    """The profile after one more measurement."""
+    excess = min(seconds / max(profile.at(rows), 1e-9), 2.0) - 1.0
+    near = _SMOOTHING - _SMOOTHING_ELSEWHERE
+    weights = [_SMOOTHING_ELSEWHERE + near * share for share in profile.shares(rows)]
+    times = [s * (1.0 + weight * excess) for s, weight in zip(profile.seconds, weights, strict=True)]
+    return _monotone(profile.num_rows, times)

@@ -168,21 +168,26 @@ class RoundLoop:
             return self.scheduler.plan(lane)
 
     def _read_prompts(self, steps: list[PlannedStep]) -> None:
-        """The draft model reads a chunk of the prompts that it does not have in its cache yet.
+        """The draft model reads a chunk of what it lacks, mostly prompts."""
+        sequences = [s.sequence for s in steps]
+        if self._reading_pays(sequences):
+            with self._tracer.span("draft", len(steps)):
+                self._drafting.read_prompts(sequences)
 
-        Where that keeps the target waiting, it reads only once it may draft: with many sequences no step pays,
-        and what was not read is read when enough of them have left.
+    def _reading_pays(self, sequences: list[Sequence]) -> bool:
+        """Whether later steps will save more time than reading takes, where that keeps the target from working.
+
+        With many sequences no step pays; what was not read is read when enough of them have left.
         """
-        if self._options.draft_costs and not self._options.fixed_budget and not self._drafting_may_pay():
-            return
-        with self._tracer.span("draft", len(steps)):
-            self._drafting.read_prompts([s.sequence for s in steps])
-
-    def _drafting_may_pay(self) -> bool:
-        """Whether a step from the roots of all sequences would pay, if they all ran and drafted."""
+        if self._options.fixed_budget or not self._options.draft_costs:
+            return True
         count = min(self._num_unfinished(), self.scheduler.limits.max_sequences)
         gains = sorted(self._drafting.root_gains * count, reverse=True)
-        return self.cost.another_step_pays([], count, count, 0.0, gains, self.cost.draft_step_s)
+        step_s = self.cost.draft_step_s(count)
+        saved_s = self.cost.saved_by_step([], count, count, 0.0, gains, step_s)
+        # A round with a step gives at most two tokens for each sequence.
+        num_rounds = sum(s.num_remaining for s in sequences) / len(sequences) / 2
+        return saved_s * num_rounds > self.cost.draft_step_s(self._drafting.num_unread(sequences))
 
     def _draft(self, steps: list[PlannedStep]) -> None:
         """Grow the trees of the sequences that are about to be verified, then cut them to what pays."""
@@ -193,13 +198,19 @@ class RoundLoop:
             afresh = [s for s in drafted if len(s.sequence.tree) == 1]
             self._drafting.look_up(sequences)
             while self._another_step_pays(steps, drafted, afresh, begun):
-                step_begun = time.monotonic()
-                if not self._drafting.step(sequences):
+                if not self._step(sequences):
                     break
-                self.cost.observe_draft_step(time.monotonic() - step_begun)
             self._cut(steps, drafted, self._charged_s(begun, time.monotonic()))
         if sequences:
             self.cost.observe_draft_round(time.monotonic() - begun)
+
+    def _step(self, sequences: list[Sequence]) -> bool:
+        """One step of the draft model; False when nothing was left to do."""
+        num_rows, begun = self._drafting.forecast(sequences).num_rows, time.monotonic()
+        if not self._drafting.step(sequences):
+            return False
+        self.cost.observe_draft_step(num_rows, time.monotonic() - begun)
+        return True
 
     def _charged_s(self, begun: float, now: float) -> float:
         """Seconds since `begun` that drafting keeps the target from working; none while it has work anyway."""
@@ -213,22 +224,23 @@ class RoundLoop:
         if self._options.fixed_budget:
             # What survived a verdict is sent at once; trees that were started afresh are filled.
             return any(self._has_room_to_grow(s) for s in afresh)
-        gains = self._drafting.expected_gains([s.sequence for s in drafted])
-        if not gains:
+        forecast = self._drafting.forecast([s.sequence for s in drafted])
+        if not forecast.gains:
             return False
         values = sorted((v for s in drafted for v, _ in self._offer(s)), reverse=True)
         base_rows = sum(s.chain_length for s in steps)
         now = time.monotonic()
         drafted_s = self._charged_s(begun, now)
-        step_s = self._charged_s(begun, now + self.cost.draft_step_s) - drafted_s
-        pays = self.cost.another_step_pays(values, base_rows, len(steps), drafted_s, gains, step_s)
-        if not pays:
-            self.cost.doubt_draft_step()
-        return pays
+        step_s = self._charged_s(begun, now + self.cost.draft_step_s(forecast.num_rows)) - drafted_s
+        num_sampling = _num_sampling(steps)
+        saved_s = self.cost.saved_by_step(values, base_rows, num_sampling, drafted_s, forecast.gains, step_s)
+        if saved_s <= 0.0:
+            self.cost.doubt_draft_steps()
+        return saved_s > 0.0
 
     def _has_room_to_grow(self, step: PlannedStep) -> bool:
         is_full = len(self._offer(step)) == step.sequence.request.draft.max_nodes
-        return not is_full and bool(self._drafting.expected_gains([step.sequence]))
+        return not is_full and bool(self._drafting.forecast([step.sequence]).gains)
 
     def _offer(self, step: PlannedStep) -> list[tuple[float, int]]:
         """(value, node) of the draft nodes that this step may verify, best first."""
@@ -249,7 +261,7 @@ class RoundLoop:
         count = min(len(offers), self._options.max_round_tokens - base_rows)
         if not self._options.fixed_budget:
             values = [value for value, _, _ in offers[:count]]
-            count = self.cost.best_num_nodes(values, base_rows, len(steps), drafted_s)
+            count = self.cost.best_num_nodes(values, base_rows, _num_sampling(steps), drafted_s)
         for i, step in enumerate(drafted):
             chosen = [node for _, owner, node in offers[:count] if owner == -i]
             chosen = chosen[: self.scheduler.tree_room(step)]
@@ -311,14 +323,13 @@ class RoundLoop:
         sequences = [s.sequence for s in under_way.steps if s.reaches_end]
         sequences = [s for s in sequences if s.request.draft.max_nodes > 0]
         while sequences and not self._link.poll():
-            step_begun = time.monotonic()
-            fitting_fraction = (under_way.expected_at - step_begun) / max(self.cost.draft_step_s, 1e-9)
+            step_s = self.cost.draft_step_s(self._drafting.forecast(sequences).num_rows)
+            fitting_fraction = (under_way.expected_at - time.monotonic()) / max(step_s, 1e-9)
             if fitting_fraction < 1.0 - self._drafting.survival(sequences):
                 return
             with self._tracer.span("draft", len(sequences)):
-                if not self._drafting.step(sequences):
+                if not self._step(sequences):
                     return
-            self.cost.observe_draft_step(time.monotonic() - step_begun)
 
     def _receive(self) -> Scores:
         with self._tracer.span("wait"):
@@ -357,3 +368,8 @@ class RoundLoop:
         released, self.scheduler.released_slots = tuple(self.scheduler.released_slots), []
         self._link.send(Draft(self._num_rounds, (), released, ()))
         self._link.receive()
+
+
+def _num_sampling(steps: list[PlannedStep]) -> int:
+    """Sequences that get a token of the target's own from this round; the others are in the middle of a prompt."""
+    return sum(step.reaches_end for step in steps)

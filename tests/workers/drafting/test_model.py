@@ -269,7 +269,8 @@ def test_without_pages_nothing_is_proposed_and_nothing_fails() -> None:
     assert drafting.verdict(poor, [], {0: 7}) == [7]
     long = drafting.start(list(range(50)))
     drafting.engine.read_prompts([long])
-    assert drafting.model.expected_gains([long]) == []
+    assert drafting.model.forecast([long]).gains == []
+    assert drafting.model.num_unread([long]) == 49  # all but the root
     assert drafting.model.survival([long]) == 0.0
     drafting.finish(rich)
     assert drafting.step(poor)  # there is room again
@@ -286,7 +287,7 @@ def test_a_step_for_many_does_what_there_is_room_for() -> None:
 def test_nothing_is_drafted_that_could_not_be_used() -> None:
     drafting = Drafting()
     last = drafting.start([3, 1, 4], SamplingParams(temperature=0.0, max_tokens=1))
-    assert drafting.model.expected_gains([last]) == []
+    assert drafting.model.forecast([last]).gains == []
     assert not drafting.step(last)  # the target's own token will be the last one
     two_left = drafting.start([3, 1, 4], SamplingParams(temperature=0.0, max_tokens=3))
     while drafting.step(two_left):
@@ -300,7 +301,7 @@ def test_the_tree_grows_no_deeper_than_this_round_and_the_next_can_use() -> None
     while drafting.step(sequence):
         pass
     assert max(node.depth for node in sequence.tree.nodes) <= 2 * 2 + 1
-    assert drafting.model.expected_gains([sequence]) == []
+    assert drafting.model.forecast([sequence]).gains == []
 
 
 def test_ids_of_a_padded_vocabulary_are_not_proposed() -> None:

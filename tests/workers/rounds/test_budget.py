@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.workers.rounds.budget import CostModel, TargetProfile
+from outrider.workers.rounds.budget import CostModel, PassProfile
 
 # A pass reads the weights (40 ms) and takes 1 ms more per row up to 8 rows, then 5 ms per row.
-PROFILE = TargetProfile((1, 8, 16), (0.041, 0.048, 0.088))
+PROFILE = PassProfile((1, 8, 16), (0.041, 0.048, 0.088))
 
 
 @pytest.mark.parametrize(
@@ -21,12 +21,12 @@ def test_times_between_the_measured_counts_are_interpolated(rows: int, seconds: 
 
 
 def test_a_profile_of_one_count_is_flat() -> None:
-    assert TargetProfile((1,), (0.05,)).at(100) == 0.05
+    assert PassProfile((1,), (0.05,)).at(100) == 0.05
 
 
 def test_a_noisy_profile_never_says_that_more_rows_are_cheaper() -> None:
-    cost = CostModel(TargetProfile((1, 2, 4, 8), (0.050, 0.045, 0.060, 0.055)))
-    assert cost.profile.seconds == (0.050, 0.050, 0.060, 0.060)
+    cost = CostModel(PassProfile((1, 2, 4, 8), (0.050, 0.045, 0.060, 0.055)))
+    assert cost.target.seconds == (0.050, 0.050, 0.060, 0.060)
 
 
 @given(
@@ -35,13 +35,13 @@ def test_a_noisy_profile_never_says_that_more_rows_are_cheaper() -> None:
 )
 def test_a_pass_over_more_rows_never_costs_less(seconds: list[float], rows: list[int]) -> None:
     counts = tuple(2**i for i in range(len(seconds)))
-    cost = CostModel(TargetProfile(counts, tuple(seconds)))
+    cost = CostModel(PassProfile(counts, tuple(seconds)))
     times = [cost.target_s(count) for count in sorted(rows)]
     assert all(b >= a - 1e-12 for a, b in pairwise(times))
 
 
 def test_served_rounds_correct_the_profile() -> None:
-    cost = CostModel(TargetProfile((1,), (0.050,)))
+    cost = CostModel(PassProfile((1,), (0.050,)))
     for _ in range(100):
         cost.observe_target(1, 0.060)
     assert cost.target_s(1) == pytest.approx(0.060, rel=1e-3)
@@ -80,28 +80,35 @@ def test_shares_interpolate(rows: int) -> None:
 
 
 def test_a_stalled_round_hardly_counts() -> None:
-    cost = CostModel(TargetProfile((1,), (0.050,)))
+    cost = CostModel(PassProfile((1,), (0.050,)))
     cost.observe_target(1, 50.0)
     assert cost.target_s(1) == pytest.approx(0.055)  # as if it had taken 0.1 s, weighted by a tenth
 
 
 def test_the_first_drafter_step_counts_whole_and_later_ones_a_tenth() -> None:
     cost = CostModel(PROFILE)
-    cost.observe_draft_step(0.010)
-    assert cost.draft_step_s == 0.010
-    cost.observe_draft_step(0.020)
-    assert cost.draft_step_s == pytest.approx(0.011)
-    cost.doubt_draft_step()
-    assert cost.draft_step_s == pytest.approx(0.011 * 0.995)
+    assert cost.draft_step_s(1) == 0.0
+    cost.observe_draft_step(1, 0.010)
+    assert cost.draft_step_s(1) == pytest.approx(0.010)
+    cost.observe_draft_step(1, 0.020)
+    assert cost.draft_step_s(1) == pytest.approx(0.011)
+    cost.doubt_draft_steps()
+    assert cost.draft_step_s(1) == pytest.approx(0.011 * 0.998)
+
+
+def test_a_drafter_that_has_to_catch_up_takes_longer() -> None:
+    cost = CostModel(PROFILE, PassProfile((1, 32), (0.010, 0.041)))
+    assert cost.draft_step_s(2) == pytest.approx(0.011)
+    assert cost.draft_step_s(80) == pytest.approx(0.089)
 
 
 def test_a_stalled_drafter_step_hardly_counts() -> None:
     """A process that was stopped for minutes goes on drafting when it goes on."""
     cost = CostModel(PROFILE)
-    for observe in (cost.observe_draft_step, cost.observe_draft_round):
-        observe(0.010)
-        observe(160.0)
-    assert cost.draft_step_s == pytest.approx(0.011)
+    for seconds in (0.010, 160.0):
+        cost.observe_draft_step(1, seconds)
+        cost.observe_draft_round(seconds)
+    assert cost.draft_step_s(1) == pytest.approx(0.011)
     assert cost.draft_round_s == pytest.approx(0.011)
 
 
@@ -116,23 +123,23 @@ def test_nodes_are_verified_while_they_pay() -> None:
 
 def test_the_budget_jumps_over_a_node_that_does_not_pay_alone() -> None:
     # Not concave: the profile's second half is the cheap one (a kernel that pads to 4 rows).
-    cost = CostModel(TargetProfile((1, 2, 4), (0.010, 0.020, 0.020)))
+    cost = CostModel(PassProfile((1, 2, 4), (0.010, 0.020, 0.020)))
     assert cost.best_num_nodes([0.7], 1, 1, 0.0) == 0
     assert cost.best_num_nodes([0.7, 0.7, 0.7], 1, 1, 0.0) == 3
 
 
 def test_only_the_root_is_verified_where_speculation_loses() -> None:
     # Each row costs as much as the first one (no memory-bound regime), and drafts are right every other time.
-    cost = CostModel(TargetProfile((1, 2), (0.010, 0.020)))
+    cost = CostModel(PassProfile((1, 2), (0.010, 0.020)))
     assert cost.best_num_nodes([0.5, 0.25, 0.12], 1, 1, 0.0) == 0
     assert cost.best_num_nodes([], 1, 1, 0.0) == 0
 
 
 def test_time_already_spent_on_drafting_makes_a_larger_tree_pay() -> None:
     cost = CostModel(PROFILE)
-    values = [0.5, 0.1, 0.02, 0.02]
-    assert cost.best_num_nodes(values, 1, 1, 0.0) == 2
-    assert cost.best_num_nodes(values, 1, 1, 0.050) == 4
+    values = [0.9, 0.8, 0.1, 0.03, 0.03]
+    assert cost.best_num_nodes(values, 1, 1, 0.0) == 3
+    assert cost.best_num_nodes(values, 1, 1, 0.050) == 5
 
 
 def test_more_sequences_share_the_weights_but_fill_the_rows() -> None:
@@ -144,27 +151,36 @@ def test_more_sequences_share_the_weights_but_fill_the_rows() -> None:
 
 def test_another_drafter_step_pays_when_it_brings_more_than_the_same_time_does_now() -> None:
     # Now: 1 token in 50 ms. A step of 10 ms costs what 0.2 tokens take.
-    cost = CostModel(TargetProfile((1, 2), (0.050, 0.050)))
-    assert cost.another_step_pays([], 1, 1, 0.0, step_gains=[0.21], step_s=0.010)
-    assert not cost.another_step_pays([], 1, 1, 0.0, step_gains=[0.19], step_s=0.010)
+    cost = CostModel(PassProfile((1, 2), (0.050, 0.050)))
+    assert cost.saved_by_step([], 1, 1, 0.0, step_gains=[0.21], step_s=0.010) > 0
+    assert cost.saved_by_step([], 1, 1, 0.0, step_gains=[0.19], step_s=0.010) <= 0
     # With 0.8 + 0.6 drafted in 20 ms the rate is 2.4 in 70 ms: 10 ms are worth 0.34.
-    assert not cost.another_step_pays([0.8, 0.6], 1, 1, 0.020, step_gains=[0.33], step_s=0.010)
-    assert cost.another_step_pays([0.8, 0.6], 1, 1, 0.020, step_gains=[0.35], step_s=0.010)
+    assert cost.saved_by_step([0.8, 0.6], 1, 1, 0.020, step_gains=[0.33], step_s=0.010) <= 0
+    assert cost.saved_by_step([0.8, 0.6], 1, 1, 0.020, step_gains=[0.35], step_s=0.010) > 0
 
 
 def test_a_step_for_many_sequences_has_to_pay_for_all_their_rows() -> None:
     # 8 sequences in 100 ms; each further row takes 10 ms, which is worth 0.8 tokens, and the step 5 ms, worth 0.4.
-    cost = CostModel(TargetProfile((8, 16), (0.100, 0.180)))
-    assert not cost.another_step_pays([], 8, 8, 0.0, step_gains=[0.6] * 8, step_s=0.005)
+    cost = CostModel(PassProfile((8, 16), (0.100, 0.180)))
+    assert cost.saved_by_step([], 8, 8, 0.0, step_gains=[0.6] * 8, step_s=0.005) <= 0
     # Two nodes that promise more than their rows cost bring 0.3 each: more than the step. The others stay out.
-    assert cost.another_step_pays([], 8, 8, 0.0, step_gains=[1.1, 1.1, 0.6, 0.6], step_s=0.005)
+    assert cost.saved_by_step([], 8, 8, 0.0, step_gains=[1.1, 1.1, 0.6, 0.6], step_s=0.005) > 0
 
 
 def test_a_step_that_costs_nothing_still_has_to_pay_for_its_row() -> None:
     # Drafted while the target works: the step is free, a row more in the pass is not.
-    cost = CostModel(TargetProfile((1, 2), (0.050, 0.055)))
-    assert cost.another_step_pays([], 1, 1, 0.0, step_gains=[0.11], step_s=0.0)
-    assert not cost.another_step_pays([], 1, 1, 0.0, step_gains=[0.09], step_s=0.0)
+    cost = CostModel(PassProfile((1, 2), (0.050, 0.055)))
+    assert cost.saved_by_step([], 1, 1, 0.0, step_gains=[0.11], step_s=0.0) > 0
+    assert cost.saved_by_step([], 1, 1, 0.0, step_gains=[0.09], step_s=0.0) <= 0
+
+
+def test_in_a_round_that_reads_a_prompt_time_is_worth_what_decoding_makes_of_it() -> None:
+    # 300 rows of a prompt and one sequence that decodes: 1 token in 1.5 s, but 1 in 41 ms as soon as it is read.
+    cost = CostModel(PROFILE)
+    assert cost.target_s(300) > 1.4
+    assert cost.saved_by_step([], 300, 1, 0.0, step_gains=[0.9], step_s=0.035) <= 0
+    assert cost.saved_by_step([], 300, 1, 0.0, step_gains=[0.9], step_s=0.030) > 0
+    assert cost.best_num_nodes([0.13, 0.11], 300, 1, 0.0) == 1  # a row costs 5 ms, which is 0.12 tokens
 
 
 def test_one_lane_when_half_the_rows_cost_nearly_the_same() -> None:
@@ -183,6 +199,6 @@ def test_one_lane_when_a_drafter_busy_with_two_is_the_bottleneck() -> None:
 
 def test_two_lanes_when_the_time_of_a_pass_is_in_its_rows() -> None:
     # 16 rows 160 ms, 8 rows 80 ms. Drafting takes 60 ms: one lane 60 + 160 ms, two lanes 2 * 80 ms.
-    cost = CostModel(TargetProfile((1, 16), (0.010, 0.160)))
+    cost = CostModel(PassProfile((1, 16), (0.010, 0.160)))
     cost.observe_draft_round(0.060)
     assert not cost.one_lane_is_faster(16)

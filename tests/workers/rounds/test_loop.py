@@ -8,7 +8,7 @@ import pytest
 
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.rounds.budget import CostModel, TargetProfile
+from outrider.workers.rounds.budget import CostModel, PassProfile
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
 from outrider.workers.rounds.messages import Draft, Scores, SequenceStep
 from outrider.workers.rounds.pages import PagePool
@@ -186,7 +186,7 @@ def test_lanes_merge_where_the_measured_times_say_so() -> None:
     flat = run_requests(requests, options=options, step_s=0.001)
     assert all(len(draft.steps) == 4 for draft in flat.drafts[2:6])
     # 10 ms a row: half the sequences take half the time, and two lanes hide the drafting.
-    by_rows = TargetProfile((1, 100), (0.01, 1.0))
+    by_rows = PassProfile((1, 100), (0.01, 1.0))
     steep = run_requests(requests, options=options, step_s=0.001, latencies=by_rows)
     assert all(len(draft.steps) == 2 for draft in steep.drafts[2:6])
 
@@ -197,7 +197,7 @@ def test_the_budget_falls_to_the_root_alone_where_speculation_loses() -> None:
         [scripted_request("a", 60)],
         options=default_options(overlapped=False),
         is_right=lambda position: False,
-        latencies=TargetProfile((1, 100), (0.04, 4.0)),
+        latencies=PassProfile((1, 100), (0.04, 4.0)),
     )
     assert all(len(step.tokens) == 1 for step in steps_of(run.drafts, 0)[-20:])
     plain = 3 * 0.04 + 59 * 0.04  # the prompt of three tokens, then a row for each
@@ -208,18 +208,26 @@ def test_prompts_are_read_for_drafting_only_where_drafting_may_pay() -> None:
     # Every row costs as much as the first: nothing is ever gained by drafting.
     requests = [scripted_request(str(i), 10) for i in range(3)] + [scripted_request("long", 200)]
     options = default_options(overlapped=False, num_lanes=1, draft_costs=True)
-    by_rows = TargetProfile((1, 100), (0.04, 4.0))
+    by_rows = PassProfile((1, 100), (0.04, 4.0))
     assert not run_requests(requests, options=options, latencies=by_rows).prompts_read
     # Rows are free up to four: no gain while as many sequences run, but for the one that is left over.
-    few_are_free = TargetProfile((1, 4, 5, 100), (0.040, 0.042, 0.2, 4.0))
+    few_are_free = PassProfile((1, 4, 5, 100), (0.040, 0.042, 0.2, 4.0))
     assert run_requests(requests, options=options, latencies=few_are_free).prompts_read == {"long"}
+
+
+def test_a_prompt_is_read_for_drafting_only_if_the_answer_is_long_enough() -> None:
+    options = default_options(overlapped=False, draft_costs=True)
+    short = run_requests([scripted_request("short", 1, prompt_length=40)], options=options)
+    assert not short.prompts_read
+    long = run_requests([scripted_request("long", 100, prompt_length=40)], options=options)
+    assert long.prompts_read == {"long"}
 
 
 def test_the_budget_takes_what_pays() -> None:
     run = run_requests(
         [scripted_request("a", 60)],
         options=default_options(overlapped=False),
-        latencies=TargetProfile((1, 8), (0.040, 0.041)),
+        latencies=PassProfile((1, 8), (0.040, 0.041)),
     )
     assert all(len(step.tokens) == 5 for step in steps_of(run.drafts, 0)[5:-2])
 
@@ -249,7 +257,7 @@ class CountingLink:
 
 def loop_in_a_thread(link: CountingLink, options: LoopOptions) -> tuple[RoundLoop, threading.Thread]:
     scheduler = Scheduler(SchedulerLimits(4, 64, 16), PagePool(16, 16, False))
-    cost = CostModel(TargetProfile((1,), (0.01,)))
+    cost = CostModel(PassProfile((1,), (0.01,)))
     drafting = DraftEngine(NgramConfig())
     loop = RoundLoop(link, scheduler, drafting, cost, options, Tracer("draft", False), lambda event: None)
     thread = threading.Thread(target=loop.run, daemon=True)
@@ -293,7 +301,7 @@ def test_scores_of_another_round_are_our_own_mistake() -> None:
             return Scores(99, (), 0.0, 0.0, 0.0)
 
     scheduler = Scheduler(SchedulerLimits(4, 64, 16), PagePool(16, 16, False))
-    cost = CostModel(TargetProfile((1,), (0.01,)))
+    cost = CostModel(PassProfile((1,), (0.01,)))
     loop = RoundLoop(
         Confused(), scheduler, DraftEngine(NgramConfig()), cost, SERIAL, Tracer("draft", False), print
     )
