@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 _SMOOTHING = 0.1  # weight of the newest measurement
-_FADING = 0.998
-_SMOOTHING_ELSEWHERE = (
-    0.05  # for other row counts: what slows one (contexts, a busy machine) slows the others
-)
+_SLOWER_ELSEWHERE = 0.07  # its weight for other row counts, where it is slower than expected
+_FADING = 0.998  # of what a drafter step is taken to cost, each time it seems too much
 
 
 @dataclass(frozen=True)
@@ -160,9 +158,13 @@ def _monotone(num_rows: tuple[int, ...], seconds: SequenceABC[float]) -> PassPro
 
 
 def _learned(profile: PassProfile, rows: int, seconds: float) -> PassProfile:
-    """The profile after one more measurement."""
+    """The profile after one more measurement.
+
+    A faster pass than expected speeds all row counts up alike: a busy machine spoils whole profiles, and what
+    looks too expensive is never tried. What slows a pass (contexts, many sequences) slows others somewhat less.
+    """
     excess = min(seconds / max(profile.at(rows), 1e-9), 2.0) - 1.0
-    near = _SMOOTHING - _SMOOTHING_ELSEWHERE
-    weights = [_SMOOTHING_ELSEWHERE + near * share for share in profile.shares(rows)]
+    elsewhere = _SLOWER_ELSEWHERE if excess > 0.0 else _SMOOTHING
+    weights = [elsewhere + (_SMOOTHING - elsewhere) * share for share in profile.shares(rows)]
     times = [s * (1.0 + weight * excess) for s, weight in zip(profile.seconds, weights, strict=True)]
     return _monotone(profile.num_rows, times)
