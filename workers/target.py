@@ -61,7 +61,7 @@ class TargetRank:
                 rows = [self._sequences.rows(step) for step in draft.steps]
                 hidden = self._forward(build_batch(rows, self._cache.page_size, self.model.device))
                 if sampled:
-                    logits = self.model.logits(hidden[torch.tensor(sampled, device=hidden.device)])
+                    logits = self.model.logits_of(hidden, sampled)
         times.append(time.monotonic())
         steps: tuple[StepScores, ...] = tuple(StepScores((), (), (), ()) for _ in draft.steps)
         if sampled:

@@ -152,7 +152,7 @@ class ModelDrafter:
             proposing += range(at - len(item.nodes), at)
             contexts += [self._context(item.sequence, node) for node in item.nodes]
         with self._tracer.span("forward", len(proposing)):
-            logits = self._model.logits(hidden[torch.tensor(proposing)])
+            logits = self._model.logits_of(hidden, proposing)
         with self._tracer.span("sample", len(proposing)):
             tokens, log_probs = self._sampler.propose(logits, contexts, self._max_children)
         proposals = zip(tokens.tolist(), log_probs.tolist(), strict=True)
