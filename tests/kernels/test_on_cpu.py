@@ -20,9 +20,10 @@ CPU = torch.device("cpu")
 # in log-sum-exps near 200.
 EXECUTOR_TOLERANCE = 1e-4
 # Where such a difference falls on a rounding boundary of a 16-bit result, that one moves by an ulp of its own, more
-# than the tolerance for values above 2^-6 (bf16) or 2^-3 (f16): a relative error of the whole output up to 4e-4 for
-# one such value among 64. So an ulp it may be, but of few values. (In float32 it is more only for sums above 1000.)
-MOVED_FRACTION = 0.01  # besides one; largest seen: 0.003
+# than the tolerance for values above 2^-6 (bf16) or 2^-3 (f16): for one such value among 64 that is a relative error
+# of the output of up to 4e-4 (seen: 1.4e-4). So an ulp it may be, but of few values. (In float32 an ulp is more than
+# the tolerance for sums above 1000 only.)
+MOVED_FRACTION = 0.001  # besides one; largest seen: 6e-5
 
 CASES = {case(CPU).name: case for case in kernel_cases()}
 
@@ -144,7 +145,7 @@ def test_the_comparison_of_executors_sees_what_it_must():
     for wrong in (one + 2e-4, one.nan_to_num(0.0, 0.0, -1e4), one.nan_to_num(0.0)):
         assert disagreements([one], [wrong]) != []
     many = torch.ones(1000).bfloat16()
-    for ulps, num, allowed in ((1, 10, True), (2, 1, False), (1, 20, False)):
+    for ulps, num, allowed in ((1, 2, True), (2, 1, False), (1, 3, False)):
         moved = many.clone()
         moved[:num] += ulps * 2**-7
         assert (disagreements([moved], [many]) == []) == allowed
