@@ -15,13 +15,14 @@ from outrider.workers.distributed import Link, connect_store, join_group, open_s
 from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.batch import build_batch
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.cuda_graphs import forward_of
+from outrider.workers.model.cuda_graphs import forward_of, target_capacities
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.rounds.link import DraftReceiver
 from outrider.workers.rounds.messages import Draft, Scores, StepScores, decode_draft
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.setup import (
+    agreed_kernels,
     kernels_for,
     load_model,
     message_capacity,
@@ -39,7 +40,7 @@ class TargetRank:
     def __init__(self, model: Transformer, cache: PagedCache, tracer: Tracer) -> None:
         self.model = model
         self._cache = cache
-        self._forward = forward_of(model, cache)
+        self._forward = forward_of(model, cache, target_capacities(model, cache))
         self._tracer = tracer
         self._sequences = TargetSequences(cache.num_pages, cache.page_size)
         self._sampler = Sampler(
@@ -161,6 +162,8 @@ class TargetWorker:
             self._store, epoch, self.rank, target.tp_size, self._transport(), timeout_s
         )
         self._model.communicator = self._communicator
+        self._model.kernels = agreed_kernels(self._model.kernels, self._communicator)
+        self._cache.use_kernel = self._model.kernels.kv_commit
         self._rank = TargetRank(self._model, self._cache, self._tracer)
         self._capacity = message_capacity(self.config)
         if self.rank == 0:

@@ -9,13 +9,15 @@ import torch
 from outrider.kernels import gather_rows, kv_commit, operators, rope_append, sample_shard, tree_attention
 from outrider.kernels.noise import noise_key
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
-from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.communicator import Communicator, SoloCommunicator
 from outrider.workers.model.batch import SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.cuda_graphs import GraphCapacity, GraphedForward
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from support.cuda_on_cpu.kernels import source_kernels
 from support.tensor_source import reference_model, tiny_config
+from support.thread_group import thread_group
 
 CPU = torch.device("cpu")
 PAGE = 8
@@ -52,15 +54,19 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> CountingLauncher:
     return counting
 
 
-def generate(kernels: KernelSelection) -> list[torch.Tensor]:
-    """Logits of two prompts in chunks, of trees on them, and of the nodes behind a committed path."""
+def model_and_cache(kernels: KernelSelection, communicator: Communicator) -> tuple[Transformer, PagedCache]:
     config = replace(tiny_config("qwen3", num_heads=6, num_kv_heads=2), hidden_size=128, head_dim=64)
     _, source = reference_model(config)
-    plan = ShardPlan(config, 0, 1)
+    plan = ShardPlan(config, communicator.rank, communicator.size)
     model = Transformer(
-        config, plan, source, SoloCommunicator(), torch.bfloat16, CPU, packed=False, kernels=kernels
+        config, plan, source, communicator, torch.bfloat16, CPU, packed=False, kernels=kernels
     )
-    cache = PagedCache(config, plan, len(PAGES), PAGE, torch.bfloat16, CPU, kernels.kv_commit)
+    return model, PagedCache(config, plan, len(PAGES), PAGE, torch.bfloat16, CPU, kernels.kv_commit)
+
+
+def generate(kernels: KernelSelection) -> list[torch.Tensor]:
+    """Logits of two prompts in chunks, of trees on them, and of the nodes behind a committed path."""
+    model, cache = model_and_cache(kernels, SoloCommunicator())
     first, second = PAGES[:12], PAGES[12:]
 
     def logits(*sequences: SequenceRows) -> torch.Tensor:
@@ -91,6 +97,17 @@ def test_the_model_computes_on_kernels_what_it_computes_on_the_references(launch
         error = (logits - reference).norm() / reference.norm()
         assert error < 3e-2
     assert {"tree_attention", "rope_append", "kv_commit", "gather_rows"} <= set(launcher.kernels)
+
+
+def test_a_rank_rehearses_its_graphs_alone(launcher: CountingLauncher) -> None:
+    """The other rank never comes: a sum over both would wait for it."""
+    communicator = thread_group(2)[1]
+    model, cache = model_and_cache(ALL_KERNELS, communicator)
+    before = cache.kv.clone()
+    GraphedForward(model, cache, [GraphCapacity(3, 2, 4, 1, 32), GraphCapacity(9, 2, 4, 1, 32)]).rehearse()
+    assert {"tree_attention", "rope_append", "gather_rows"} <= set(launcher.kernels)
+    assert torch.equal(cache.kv, before)
+    assert model.communicator is communicator
 
 
 def test_a_shard_is_sampled_by_its_kernel_as_by_the_reference(launcher: CountingLauncher) -> None:
