@@ -43,9 +43,7 @@ class TargetRank:
         self._forward = forward_of(model, cache, target_capacities(model, cache))
         self._tracer = tracer
         self._sequences = TargetSequences(cache.num_pages, cache.page_size)
-        self._sampler = Sampler(
-            model.config.vocab_size, model.plan.vocab, model.communicator, model.kernels.sample_shard
-        )
+        self._sampler = Sampler(model.config.vocab_size, model.plan.vocab, model.communicator, model.kernels)
 
     @torch.inference_mode()
     def step(self, draft: Draft) -> Scores:

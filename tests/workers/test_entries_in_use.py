@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from outrider.configs.loader import load_config
 from outrider.kernels.selection import ENTRIES, KernelSelection
+from outrider.workers import draft as draft_module
 from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.draft import DraftWorker
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.model import ModelDrafter
 from outrider.workers.model import cache as cache_module
@@ -19,11 +22,12 @@ from outrider.workers.rounds.messages import Draft, SequenceStart, SequenceStep
 from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.sequence import DraftOptions, Request, Sequence
 from outrider.workers.rounds.tree import DraftTree, GrowingTree
-from outrider.workers.sampling import sampler as sampler_module
+from outrider.workers.sampling import shards
 from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
+from outrider.workers.weights.progress import silent
 from outrider.workers.weights.random_source import RandomSource
 
 CPU = torch.device("cpu")
@@ -32,7 +36,7 @@ CALLED = {
     "rope_append": transformer_module,
     "tree_attention": transformer_module,
     "kv_commit": cache_module,
-    "sample_shard": sampler_module,
+    "sample_shard": shards,
 }
 
 
@@ -99,7 +103,7 @@ def test_the_drafter_calls_the_entries(selection: KernelSelection, calls: dict[s
         model=model,
         cache=cache,
         pool=PagePool(8, 4, True),
-        sampler=Sampler(96, range(96), SoloCommunicator()),
+        sampler=Sampler(96, range(96), SoloCommunicator(), selection),
         estimator=AcceptanceEstimator(),
         num_target_tokens=96,
         max_children=2,
@@ -117,3 +121,21 @@ def test_the_drafter_calls_the_entries(selection: KernelSelection, calls: dict[s
     called = flags(calls)
     for name in ("gather_rows", "rope_append", "tree_attention"):
         assert called[name] == {getattr(selection, name)}
+    assert called["sample_shard"] == ({True} if selection.sample_shard else set())
+
+
+def test_the_draft_worker_hands_its_selection_to_model_cache_and_sampler(
+    selection: KernelSelection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[KernelSelection | bool] = []
+
+    def recorded(name: str, at: int) -> None:
+        original = getattr(draft_module, name)
+        monkeypatch.setattr(draft_module, name, lambda *args: given.append(args[at]) or original(*args))
+
+    monkeypatch.setattr(draft_module, "kernels_for", lambda *_: selection)
+    recorded("Transformer", 8)
+    recorded("PagedCache", 6)
+    recorded("Sampler", 3)
+    DraftWorker(load_config("tiny-random", [])).load(silent)
+    assert given == [selection, selection.kv_commit, selection]
