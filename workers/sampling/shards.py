@@ -123,18 +123,21 @@ class DeviceShard:
         part = self._rows(rows)
         if count > 1:
             part = part.clone()
+        first, end = self._vocab_offset, self._vocab_offset + part.shape[1]
         values, ids = [], []
         for remaining in reversed(range(count)):
-            sample = sample_shard(part, list(temperatures), list(keys), self._vocab_offset, use_kernel=True)
+            sample = sample_shard(part, list(temperatures), list(keys), first, use_kernel=True)
             values.append(sample.values)
-            ids.append(sample.ids)
+            # A row of NaN has no best token; it must not make the device read out of bounds.
+            ids.append(sample.ids.clamp(first, end - 1))
             if remaining:  # the winner leaves, the next one is sought
-                part.scatter_(1, (sample.ids - self._vocab_offset)[:, None], -torch.inf)
+                part.scatter_(1, ids[-1][:, None] - first, -torch.inf)
         packed = pack_tokens(torch.stack(values, 1).cpu().numpy(), torch.stack(ids, 1).cpu().numpy())
         # Winners that left are like removed tokens: where these come into play, the host tells them apart.
         for i in np.flatnonzero(packed[:, -1] >= REMOVED).tolist() if count > 1 else ():
             host = HostShard(self._rows([rows[i]]).cpu(), self._vocab_offset)
-            packed[i] = host.best([0], [temperatures[i]], [keys[i]], count)[0]
+            (found,) = host.best([0], [temperatures[i]], [keys[i]], count)
+            packed[i, : len(found)] = found  # nothing in a row of NaN
         return list(packed)
 
     def _rows(self, rows: Sequence[int]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import GraphCapacity, GraphedForward
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
+from outrider.workers.sampling.shards import DeviceShard, HostShard
 from support.cuda_on_cpu.kernels import source_kernels
 from support.tensor_source import reference_model, tiny_config
 from support.thread_group import thread_group
@@ -121,6 +122,28 @@ def test_a_shard_is_sampled_by_its_kernel_as_by_the_reference(launcher: Counting
     torch.testing.assert_close(sample.values, expected.values)
     torch.testing.assert_close(sample.exp_sums, expected.exp_sums, rtol=1e-5, atol=0)
     assert launcher.kernels == ["sample_shard"]
+
+
+def test_the_best_tokens_of_a_row_are_found_by_the_kernel_one_after_the_other(
+    launcher: CountingLauncher,
+) -> None:
+    logits = (torch.randn(4, 700, generator=torch.Generator().manual_seed(0)) * 5).bfloat16().float()
+    logits[2] = torch.nan
+    before = logits.clone()
+    rows, temperatures, keys = [3, 0, 1], [0.0, 0.8, 1.3], [noise_key(seed, 4) for seed in range(3)]
+    shard = DeviceShard(logits, 7000, ALL_KERNELS)
+    on_host = HostShard(logits, 7000).best(rows, temperatures, keys, 4)
+    for packed, expected in zip(shard.best(rows, temperatures, keys, 4), on_host, strict=True):
+        (values, ids), (expected_values, expected_ids) = (
+            sample_shard.unpack_tokens(p) for p in (packed, expected)
+        )
+        assert ids.tolist() == expected_ids.tolist()
+        torch.testing.assert_close(torch.from_numpy(values), torch.from_numpy(expected_values))
+    assert set(launcher.kernels) == {"gather_rows", "sample_shard"}
+    for packed in shard.best([2, 2], [0.0, 1.0], keys[:2], 2):
+        ids = sample_shard.unpack_tokens(packed)[1]
+        assert all(7000 <= token < 7700 for token in ids)
+    assert torch.equal(logits.nan_to_num(), before.nan_to_num())
 
 
 def test_rows_are_gathered_by_their_kernel(launcher: CountingLauncher) -> None:
