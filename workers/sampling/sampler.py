@@ -128,9 +128,8 @@ class Sampler:
         return HostShard(logits, self._first)
 
     def _sample_whole(self, shard: Shard, indices: list[int], rows: Sequence[RowContext]) -> Int64Array:
-        message = torch.from_numpy(
-            np.concatenate(_best(shard, indices, rows, 1)).view(np.int64)
-        )  # [num_rows]
+        best = np.concatenate(_best(shard, indices, rows, 1))
+        message = torch.from_numpy(best.view(np.int64))  # [num_rows]
         gathered = self._communicator.all_gather(message).numpy().view(np.uint64)  # [size, num_rows]
         return unpack_tokens(gathered.min(axis=0))[1]
 
