@@ -215,4 +215,24 @@ LARGE_ATTENTION_CASES = (
     AttentionCase(
         "long context, head size 128", (8192,), (9,), num_heads=8, num_kv_heads=1, head_dim=128, num_splits=4
     ),
+    AttentionCase(
+        "long context and none, deep trees, pages of 7",
+        (8192, 0),
+        (33, 20),
+        num_heads=9,
+        num_kv_heads=3,
+        page_size=7,
+        num_splits=4,
+        chain=True,
+    ),
+    AttentionCase(
+        "long context, window below the tree, pages of 3",
+        (8192,),
+        (40,),
+        num_heads=14,
+        page_size=3,
+        window=12,
+        num_splits=3,
+        chain=True,
+    ),
 )

@@ -125,8 +125,8 @@ class ShardLogits:
         rest = self._logits[:, num_full * _BLOCK :].amax(-1, keepdim=True)
         return torch.cat([full, rest], dim=1).numpy()
 
-    def logits(self, row: int, ids: Int64Array) -> Float32Array:
-        """Logits float32 [num_ids] of tokens of this shard."""
+    def logits(self, row: int | Int64Array, ids: Int64Array) -> Float32Array:
+        """Logits float32 [num_ids] of tokens of this shard; of one row, or of a row for each id."""
         return self._rows[row, ids - self.vocab_offset]
 
     def has(self, token: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -65,3 +66,9 @@ class SoloCommunicator:
 
     def close(self) -> None:
         pass
+
+
+def agreed(communicator: Communicator, mine: Sequence[bool]) -> list[bool]:
+    """Of several yes-or-no questions, which of them every rank answers with yes; one exchange."""
+    answers = torch.tensor(list(mine), dtype=torch.int64)
+    return [bool(answer) for answer in communicator.all_gather(answers).amin(0)]

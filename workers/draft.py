@@ -185,7 +185,7 @@ class DraftWorker:
             model=model,
             cache=cache,
             pool=PagePool(cache.num_pages, page_size, rounds.prefix_sharing),
-            sampler=Sampler(vocab_size, range(vocab_size), SoloCommunicator()),
+            sampler=Sampler(vocab_size, range(vocab_size), SoloCommunicator(), kernels),
             estimator=self._drafting.estimator,
             num_target_tokens=target.vocab_size,
             max_children=self.config.tree.max_children,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import astuple
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from outrider.configs.schema import Config
-from outrider.kernels.selection import DEFAULT_MEMORY, KernelSelection, select_kernels
+from outrider.kernels.selection import DEFAULT_MEMORY, ENTRIES, KernelSelection, select_kernels
+from outrider.workers.communicator import Communicator, agreed
 from outrider.workers.model.cache import bytes_per_page
 from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.shard import ShardPlan
@@ -39,6 +42,19 @@ def kernels_for(
 ) -> KernelSelection:
     """Which CUDA kernels a model uses: none on a CPU, else by `target.attention` and the GPU's self-test."""
     return select_kernels(config.target.attention, device, dtype, model.head_dim, DEFAULT_MEMORY)
+
+
+def agreed_kernels(mine: KernelSelection, communicator: Communicator) -> KernelSelection:
+    """The kernels that every rank of a group may use; one exchange.
+
+    What only some may use, none does: a kernel rounds otherwise than its reference, and only ranks with the same
+    kernels can replay the same CUDA graphs.
+    """
+    common = KernelSelection(*agreed(communicator, astuple(mine)))
+    dropped = [name for name in ENTRIES if getattr(mine, name) and not getattr(common, name)]
+    if dropped:
+        warnings.warn(f"{', '.join(dropped)} will not be used: not every rank can use them", stacklevel=2)
+    return common
 
 
 def load_model(config: Config, role: Literal["target", "draft"], progress: Progress) -> WeightSource:

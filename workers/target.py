@@ -15,13 +15,14 @@ from outrider.workers.distributed import Link, connect_store, join_group, open_s
 from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.batch import build_batch
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.cuda_graphs import forward_of
+from outrider.workers.model.cuda_graphs import forward_of, target_capacities
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.rounds.link import DraftReceiver
 from outrider.workers.rounds.messages import Draft, Scores, StepScores, decode_draft
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.setup import (
+    agreed_kernels,
     kernels_for,
     load_model,
     message_capacity,
@@ -39,12 +40,10 @@ class TargetRank:
     def __init__(self, model: Transformer, cache: PagedCache, tracer: Tracer) -> None:
         self.model = model
         self._cache = cache
-        self._forward = forward_of(model, cache)
+        self._forward = forward_of(model, cache, target_capacities(model, cache))
         self._tracer = tracer
         self._sequences = TargetSequences(cache.num_pages, cache.page_size)
-        self._sampler = Sampler(
-            model.config.vocab_size, model.plan.vocab, model.communicator, model.kernels.sample_shard
-        )
+        self._sampler = Sampler(model.config.vocab_size, model.plan.vocab, model.communicator, model.kernels)
 
     @torch.inference_mode()
     def step(self, draft: Draft) -> Scores:
@@ -61,7 +60,7 @@ class TargetRank:
                 rows = [self._sequences.rows(step) for step in draft.steps]
                 hidden = self._forward(build_batch(rows, self._cache.page_size, self.model.device))
                 if sampled:
-                    logits = self.model.logits(hidden[torch.tensor(sampled, device=hidden.device)])
+                    logits = self.model.logits_of(hidden, sampled)
         times.append(time.monotonic())
         steps: tuple[StepScores, ...] = tuple(StepScores((), (), (), ()) for _ in draft.steps)
         if sampled:
@@ -161,6 +160,8 @@ class TargetWorker:
             self._store, epoch, self.rank, target.tp_size, self._transport(), timeout_s
         )
         self._model.communicator = self._communicator
+        self._model.kernels = agreed_kernels(self._model.kernels, self._communicator)
+        self._cache.use_kernel = self._model.kernels.kv_commit
         self._rank = TargetRank(self._model, self._cache, self._tracer)
         self._capacity = message_capacity(self.config)
         if self.rank == 0:

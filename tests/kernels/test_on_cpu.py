@@ -15,9 +15,15 @@ from support.cuda_on_cpu.executor import SCHEDULES, Executor, Schedule, kernel_n
 from support.cuda_on_cpu.kernels import ptx_kernels, source_kernels
 
 CPU = torch.device("cpu")
-# Both executors compute the same numbers in the same order up to fused multiply-adds; where one of them falls on a
-# rounding boundary a bf16 result moves by 2^-8 of itself. Largest seen over 400 random cases: 7e-5.
+# Both executors compute the same numbers in the same order up to fused multiply-adds and the last bit of a logarithm.
+# Absolute, of everything in float32. Largest seen over 800 random cases: 5e-7 in attended values, and 1.5e-5, an ulp,
+# in log-sum-exps near 200.
 EXECUTOR_TOLERANCE = 1e-4
+# Where such a difference falls on a rounding boundary of a 16-bit result, that one moves by an ulp of its own, more
+# than the tolerance for values above 2^-6 (bf16) or 2^-3 (f16): for one such value among 64 that is a relative error
+# of the output of up to 4e-4 (seen: 1.4e-4). So an ulp it may be, but of few values. (In float32 an ulp is more than
+# the tolerance for sums above 1000 only.)
+MOVED_FRACTION = 0.001  # besides one; largest seen: 6e-5
 
 CASES = {case(CPU).name: case for case in kernel_cases()}
 
@@ -28,21 +34,50 @@ def _one_thread():
 
 
 def run(executor: Executor, case: PreparedCase, schedule: Schedule) -> list[torch.Tensor]:
+    """Outputs, and what attention over several splits leaves in float32 before it is merged and rounded."""
     executor.launch(case.plans, schedule)
     assert case.verify() == []
-    return [output.double() for output in case.outputs()]
+    attention = case.plans[0]
+    partial = attention.arguments[10:12] if attention.source == "tree_attention" else ()
+    return [*case.outputs(), *(x for x in partial if isinstance(x, torch.Tensor))]
 
 
-def difference(outputs: list[torch.Tensor], others: list[torch.Tensor]) -> float:
-    pairs = [(x.nan_to_num(), y.nan_to_num()) for x, y in zip(outputs, others, strict=True)]
-    return max(((x - y).norm() / y.norm().clamp_min(1e-30)).item() for x, y in pairs)
+def disagreements(results: list[torch.Tensor], others: list[torch.Tensor]) -> list[str]:
+    """What is wrong between two executors, one line each."""
+    problems = []
+    for x, y in zip(results, others, strict=True):
+        wide, other = x.double(), y.double()
+        same = (wide == other) | (
+            wide.isnan() & other.isnan()
+        )  # infinities and places nobody wrote among them
+        off = torch.where(same, 0.0, (wide - other).abs()).nan_to_num(float("inf"))
+        moved = (off > EXECUTOR_TOLERANCE) & neighbours(x, y)
+        wrong = (off > EXECUTOR_TOLERANCE) & ~moved
+        if wrong.any():
+            problems.append(f"{tuple(x.shape)} {x.dtype}: off by {off[wrong].max():.2e}")
+        if moved.sum() > 1 + MOVED_FRACTION * x.numel():
+            problems.append(f"{tuple(x.shape)} {x.dtype}: {moved.sum()} values moved by an ulp")
+    return problems
+
+
+def neighbours(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Whether two values have at most one ulp between them; integers are never neighbours."""
+    if not x.is_floating_point():
+        return torch.zeros(x.shape, dtype=torch.bool)
+    integer = {2: torch.int16, 4: torch.int32}[x.itemsize]
+    bits, other = (t.contiguous().view(integer).long() for t in (x, y))
+    magnitude = torch.iinfo(integer).max
+    steps, other_steps = (torch.where(b < 0, -(b & magnitude), b) for b in (bits, other))  # -0.0 is 0.0
+    return (steps - other_steps).abs() <= 1
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_source_agrees_with_float64_under_every_schedule(name):
     expected = run(source_kernels(), CASES[name](CPU), SCHEDULES[0])
     for schedule in SCHEDULES[1:]:
-        assert difference(run(source_kernels(), CASES[name](CPU), schedule), expected) == 0
+        results = run(source_kernels(), CASES[name](CPU), schedule)
+        for result, other in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, other, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -50,13 +85,12 @@ def test_source_agrees_with_float64_under_every_schedule(name):
 def test_ptx_agrees_with_float64_and_with_the_source(name, target):
     expected = run(source_kernels(), CASES[name](CPU), SCHEDULES[0])
     for schedule in (SCHEDULES[0], SCHEDULES[3], SCHEDULES[4]):
-        outputs = run(ptx_kernels(target), CASES[name](CPU), schedule)
-        assert difference(outputs, expected) <= EXECUTOR_TOLERANCE
+        assert disagreements(run(ptx_kernels(target), CASES[name](CPU), schedule), expected) == []
 
 
 def random_case(rnd: random.Random) -> AttentionCase:
     num_requests = rnd.choice((1, 2, 3))
-    group, num_kv_heads = rnd.choice((1, 2, 3, 5, 8)), rnd.choice((1, 2, 3))
+    group, num_kv_heads = rnd.choice((1, 2, 3, 5, 7, 8)), rnd.choice((1, 2, 3))
     head_dim = rnd.choice((64, 64, 128))
     return AttentionCase(
         "random",
@@ -66,7 +100,7 @@ def random_case(rnd: random.Random) -> AttentionCase:
         num_heads=group * num_kv_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        page_size=rnd.choice((1, 3, 4, 16, 64)),
+        page_size=rnd.choice((1, 3, 4, 7, 16, 64)),
         dtype=rnd.choice((torch.bfloat16, torch.bfloat16, torch.float16)),
         window=rnd.choice((0, 0, 0, 1, 2, 5, 33, 64)),
         soft_cap=rnd.choice((0.0, 0.0, 0.0, 20.0)),
@@ -81,11 +115,11 @@ def fuzz(seed: int, num_cases: int, target: str) -> None:
     rnd = random.Random(seed)
     for _ in range(num_cases):
         case = random_case(rnd)
-        outputs = [
+        results = [
             run(executor, prepare_attention(case, CPU), rnd.choice(SCHEDULES))
             for executor in (source_kernels(), ptx_kernels(target))
         ]
-        assert difference(*outputs) <= 3 * EXECUTOR_TOLERANCE, case
+        assert disagreements(*results) == [], case
 
 
 def test_random_batches_of_trees():
@@ -101,10 +135,20 @@ def test_many_random_batches_of_trees(target):
 @pytest.mark.parametrize("case", LARGE_ATTENTION_CASES, ids=lambda case: case.name)
 def test_large_batches(case):
     expected = run(source_kernels(), prepare_attention(case, CPU), SCHEDULES[0])
-    assert (
-        difference(run(ptx_kernels("sm_90a"), prepare_attention(case, CPU), SCHEDULES[1]), expected)
-        <= EXECUTOR_TOLERANCE
-    )
+    results = run(ptx_kernels("sm_90a"), prepare_attention(case, CPU), SCHEDULES[1])
+    assert disagreements(results, expected) == []
+
+
+def test_the_comparison_of_executors_sees_what_it_must():
+    one = torch.tensor([1.0, -2.0, 0.0, float("nan"), -float("inf")])
+    assert disagreements([one], [one.clone()]) == []
+    for wrong in (one + 2e-4, one.nan_to_num(0.0, 0.0, -1e4), one.nan_to_num(0.0)):
+        assert disagreements([one], [wrong]) != []
+    many = torch.ones(1000).bfloat16()
+    for ulps, num, allowed in ((1, 2, True), (2, 1, False), (1, 3, False)):
+        moved = many.clone()
+        moved[:num] += ulps * 2**-7
+        assert (disagreements([moved], [many]) == []) == allowed
 
 
 def test_the_cases_use_every_kernel():

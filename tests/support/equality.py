@@ -29,7 +29,7 @@ from outrider.cluster.bench.metrics import first_difference
 from outrider.kernels.noise import gumbel
 from outrider.workers.rounds.sequence import DraftOptions, Request, RequestStats, TokenEvent
 from outrider.workers.sampling.context import PenaltyState, RowContext
-from outrider.workers.sampling.law import edit_row
+from outrider.workers.sampling.law import edit_rows
 from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.weights.reference import load_transformers
 from outrider.workers.weights.resolver import ResolvedModel
@@ -178,7 +178,7 @@ def score_gaps(
         penalties.add(token)
     row = logits.clone()
     if sampling.edits_logits:
-        edit_row(row, RowContext(sampling, position, penalties), 0)
+        edit_rows(row[None], [RowContext(sampling, position, penalties)], 0)
     if sampling.is_greedy:
         return [(row.max() - row[token]).item() for token in candidates]
     x = row / sampling.temperature

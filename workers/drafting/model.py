@@ -18,6 +18,7 @@ from outrider.workers.drafting.acceptance import AcceptanceEstimator, model_sour
 from outrider.workers.drafting.engine import StepForecast
 from outrider.workers.model.batch import SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.cuda_graphs import draft_capacities, forward_of
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.sequence import Sequence
@@ -76,6 +77,7 @@ class ModelDrafter:
         tracer: Tracer,
     ) -> None:
         self._model = model
+        self._run = forward_of(model, cache, draft_capacities(model, cache))
         self._tracer = tracer
         self._cache = cache
         self._pool = pool
@@ -181,7 +183,7 @@ class ModelDrafter:
             proposing += range(at - len(item.nodes), at)
             contexts += [self._context(item.sequence, node) for node in item.nodes]
         with self._tracer.span("forward", len(proposing)):
-            logits = self._model.logits(hidden[torch.tensor(proposing)])
+            logits = self._model.logits_of(hidden, proposing)
         with self._tracer.span("sample", len(proposing)):
             tokens, log_probs = self._sampler.propose(logits, contexts, self._max_children)
         proposals = zip(tokens.tolist(), log_probs.tolist(), strict=True)
@@ -286,9 +288,10 @@ class ModelDrafter:
         return _Work(sequence, tuple(nodes), row_of, rows)
 
     def _forward(self, work: list[_Work]) -> torch.Tensor:
+        """[num_rows, hidden], valid until the next call."""
         batch = build_batch([item.rows for item in work], self._cache.page_size, self._model.device)
         with self._tracer.span("forward", len(batch.tokens)):
-            return self._model.forward(batch, self._cache)  # [num_rows, hidden]
+            return self._run(batch)
 
     def _context(self, sequence: Sequence, node: int) -> RowContext:
         tree = sequence.tree

@@ -20,6 +20,7 @@ class PagedCache:
     Attributes:
         kv: [L, 2, P, PAGE, HK, D] with this rank's KV heads.
         page_size: rows in a page.
+        use_kernel: whether commits run the CUDA kernel, see `kv_commit`.
     """
 
     def __init__(
@@ -32,10 +33,9 @@ class PagedCache:
         device: torch.device,
         use_kernel: bool = False,
     ) -> None:
-        """`use_kernel`: commit with the CUDA kernel, see `kv_commit`."""
         shape = (config.num_layers, 2, num_pages, page_size, plan.num_kv_heads, config.head_dim)
         self.page_size = page_size
-        self._use_kernel = use_kernel
+        self.use_kernel = use_kernel
         self.kv = torch.empty(shape, dtype=dtype, device=device)
         memory.prefer(self.kv)
         self.kv.zero_()
@@ -56,4 +56,4 @@ class PagedCache:
 
     def commit(self, source_slots: Tensor, target_slots: Tensor) -> None:
         """Moves accepted rows; int64 [M] each, see `kv_commit`."""
-        kv_commit(self.kv, source_slots, target_slots, self._use_kernel)
+        kv_commit(self.kv, source_slots, target_slots, self.use_kernel)

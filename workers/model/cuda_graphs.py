@@ -4,21 +4,24 @@ Not run on a GPU by the maintainers. `StaticBatch`, the padding, is tested on th
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from outrider.kernels.tree_batch import TreeBatch
+from outrider.kernels.tree_batch import MASK_WORD_BITS, TreeBatch
+from outrider.workers.communicator import Communicator, SoloCommunicator, agreed
 from outrider.workers.distributed import GroupCommunicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.transformer import Transformer
 
 # Rows of the graphs that are captured; larger batches (prompt chunks) run without a graph.
-GRAPH_ROWS = (8, 16, 32, 64, 128, 256)
+TARGET_ROWS = (8, 16, 32, 64, 128, 256)
+DRAFT_ROWS = (8, 16, 32, 64)  # a step expands few nodes of each tree, after the tokens of the last verdict
+MAX_DRAFT_TREE_ROWS = 256  # of a tree that a drafter grows by graphs
 MAX_SEQUENCES = 64
 WARM_UP_RUNS = 3
 
@@ -110,16 +113,16 @@ def _fill_rows(target: Tensor, source: Tensor, padding: int) -> None:
 class GraphedForward:
     """`Transformer.forward` for decoding and verification, replayed from graphs; everything else runs as it is.
 
-    Every rank of a target must use the same capacities: the sums over ranks are part of the graphs.
+    Every rank of a target must use the same capacities: the sums over ranks are part of the graphs. So every rank
+    calls `rehearse`, `warm_up` and `capture`, in this order; see `forward_of` for what happens when one fails.
     """
 
-    def __init__(self, model: Transformer, cache: PagedCache, capacities: list[GraphCapacity]) -> None:
-        assert can_be_captured(model)
+    def __init__(self, model: Transformer, cache: PagedCache, capacities: Sequence[GraphCapacity]) -> None:
         self._model = model
         self._cache = cache
+        self._capacities = sorted(capacities, key=lambda capacity: capacity.num_rows)
+        self._statics: list[StaticBatch] = []
         self._graphs: list[tuple[StaticBatch, torch.cuda.CUDAGraph, Tensor]] = []
-        for capacity in sorted(capacities, key=lambda c: c.num_rows):
-            self._graphs.append(self._capture(capacity))
 
     def __call__(self, batch: ForwardBatch) -> Tensor:
         """[N, hidden] before the final norm, valid until the next call."""
@@ -130,18 +133,42 @@ class GraphedForward:
                 return hidden[: batch.tree.num_queries]
         return self._model.forward(batch, self._cache)
 
-    def _capture(self, capacity: GraphCapacity) -> tuple[StaticBatch, torch.cuda.CUDAGraph, Tensor]:
-        static = StaticBatch(capacity, self._cache.page_size, self._model.device)
+    def rehearse(self) -> None:
+        """What can fail on this rank: memory, compiling and loading kernels. Says nothing to the other ranks.
+
+        Raises:
+            RuntimeError: there is no memory left, or a kernel cannot run.
+        """
+        page_size, device = self._cache.page_size, self._model.device
+        self._statics = [StaticBatch(capacity, page_size, device) for capacity in self._capacities]
+        communicator, self._model.communicator = self._model.communicator, SoloCommunicator()
+        try:
+            for static in self._statics:
+                self._model.forward(static.batch, self._cache).cpu()  # waits, so that errors come up here
+        finally:
+            self._model.communicator = communicator
+
+    def warm_up(self) -> None:
+        """Opens the connections between ranks for sums of each size, which must not happen in a capture."""
         side = torch.cuda.Stream(self._model.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP_RUNS):  # compiles and loads kernels, opens NCCL connections
-                self._model.forward(static.batch, self._cache)
+            for static in self._statics:
+                for _ in range(WARM_UP_RUNS):
+                    self._model.forward(static.batch, self._cache)
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            hidden = self._model.forward(static.batch, self._cache)
-        return static, graph, hidden
+
+    def capture(self) -> None:
+        """Records the graphs. Sums over ranks are recorded, not made: no rank waits for another.
+
+        Raises:
+            RuntimeError: something in the forward cannot be captured, or there is no memory left.
+        """
+        for static in self._statics:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                hidden = self._model.forward(static.batch, self._cache)
+            self._graphs.append((static, graph, hidden))
 
 
 def can_be_captured(model: Transformer) -> bool:
@@ -156,22 +183,60 @@ def can_be_captured(model: Transformer) -> bool:
     )
 
 
-def forward_of(model: Transformer, cache: PagedCache) -> Callable[[ForwardBatch], Tensor]:
-    """The model's forward over a cache, by graphs where that is possible. Ranks must call it together."""
-    if not can_be_captured(model):
-        return partial(model.forward, cache=cache)
-    max_context = min(model.config.max_context, cache.num_pages * cache.page_size)
+def forward_of(
+    model: Transformer, cache: PagedCache, capacities: Sequence[GraphCapacity]
+) -> Callable[[ForwardBatch], Tensor]:
+    """The model's forward over a cache, by graphs where every rank can have them; what it returns is valid until the
+    next call. Ranks must call it together.
+
+    A rank that replays sums over ranks needs partners that replay them as well. So before the first sum the ranks
+    agree that nothing is wrong with any of them alone, and after the captures that all have succeeded.
+
+    Raises:
+        PeerLostError: a rank was lost, or sums over ranks fail.
+    """
+    eager = partial(model.forward, cache=cache)
+    if model.device.type != "cuda":
+        return eager
+    graphed = GraphedForward(model, cache, capacities)
+    (possible,) = agreed(model.communicator, [can_be_captured(model)])
+    if possible and _all_manage(graphed.rehearse, model.communicator):
+        graphed.warm_up()
+        if _all_manage(graphed.capture, model.communicator):
+            return graphed
+    return eager
+
+
+def _all_manage(prepare: Callable[[], None], communicator: Communicator) -> bool:
+    """Whether `prepare` has gone well on every rank; a warning where it has not."""
+    problem = ""
     try:
-        return GraphedForward(model, cache, capacities_for(MAX_SEQUENCES, max_context, cache.page_size))
+        prepare()
     except RuntimeError as error:
-        warnings.warn(f"the forward runs without CUDA graphs: {error}", stacklevel=2)
-        return partial(model.forward, cache=cache)
+        problem = str(error) or type(error).__name__
+    (everywhere,) = agreed(communicator, [not problem])
+    if not everywhere:
+        reason = problem or "another rank cannot use them"
+        warnings.warn(f"the forward runs without CUDA graphs: {reason}", stacklevel=3)
+    return everywhere
 
 
-def capacities_for(num_sequences: int, max_context: int, page_size: int) -> list[GraphCapacity]:
-    """Graphs for up to `num_sequences` sequences of up to `max_context` tokens, trees included."""
-    max_pages = -(-max_context // page_size)
-    return [
-        GraphCapacity(rows, min(rows, num_sequences), max_pages, -(-rows // 64), max_context)
-        for rows in GRAPH_ROWS
-    ]
+def target_capacities(model: Transformer, cache: PagedCache) -> list[GraphCapacity]:
+    """Graphs of a target, which computes whole trees: all rows that a mask tells of are in the batch."""
+    return [_capacity(model, cache, rows, words_for(rows)) for rows in TARGET_ROWS]
+
+
+def draft_capacities(model: Transformer, cache: PagedCache) -> list[GraphCapacity]:
+    """Graphs of a drafter, which adds few rows at a time to trees whose other rows are in its cache."""
+    return [_capacity(model, cache, rows, words_for(MAX_DRAFT_TREE_ROWS)) for rows in DRAFT_ROWS]
+
+
+def words_for(num_tree_rows: int) -> int:
+    """Mask words for a tree of that many rows."""
+    return -(-num_tree_rows // MASK_WORD_BITS)
+
+
+def _capacity(model: Transformer, cache: PagedCache, num_rows: int, mask_words: int) -> GraphCapacity:
+    max_context = min(model.config.max_context, cache.num_pages * cache.page_size)
+    max_pages = -(-max_context // cache.page_size)
+    return GraphCapacity(num_rows, min(num_rows, MAX_SEQUENCES), max_pages, mask_words, max_context)

@@ -1,11 +1,12 @@
 """The transformer, for target and drafter alike: Llama, Qwen2 and Qwen3 on one tensor-parallel rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from outrider.kernels.gather_rows import gather_rows
 from outrider.kernels.rope_append import rope_append
 from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.kernels.tree_attention import tree_attention
@@ -110,6 +111,12 @@ class Transformer:
         normed = F.rms_norm(hidden, (self.config.hidden_size,), self.final_norm, self.config.rms_norm_eps)
         return self.head(normed).float()
 
+    @torch.inference_mode()
+    def logits_of(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
+        """`logits` of these rows of a forward's [N, hidden]: float32 [len(rows), vocab_shard]."""
+        index = torch.tensor(rows, dtype=torch.int64, device=hidden.device)
+        return self.logits(gather_rows(hidden, index, self.kernels.gather_rows))
+
     def _attention(
         self,
         layer: LayerWeights,
@@ -140,4 +147,4 @@ class Transformer:
         """Rows of ids that this rank holds, [N, hidden]."""
         if self.embeds_from_source:
             return self.source.read_rows(EMBEDDING, tokens, self.dtype)
-        return F.embedding(tokens - self.plan.vocab.start, self.embedding)
+        return gather_rows(self.embedding, tokens - self.plan.vocab.start, self.kernels.gather_rows)

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import ShardLogits, UInt64Array, pack_tokens, unpack_tokens
+from outrider.kernels.sample_shard import UInt64Array, unpack_tokens
 from outrider.workers.communicator import Communicator
 from outrider.workers.sampling.law import num_in_top_k, num_kept
 from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sampling.shards import REMOVED, Shard
 
 _FIRST_COUNT = 128  # tokens a rank sends per row at first: most nuclei of 0.95 are smaller
 _GROWTH = 8
 _PADDING = np.uint64(2**64 - 1)
-_REMOVED = pack_tokens(np.array([-np.inf], dtype=np.float32), np.zeros(1, dtype=np.int64))[0]
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,14 @@ class KeptTokens:
     logits: Float32Array  # [num_kept]
     ids: Int64Array  # [num_kept]
 
+    def logits_of(self, ids: Int64Array) -> Float32Array:
+        """[n]: the logits of some of them."""
+        order = np.argsort(self.ids)
+        return self.logits[order[np.searchsorted(self.ids, ids, sorter=order)]]
+
 
 def kept_tokens(
-    shard: ShardLogits, rows: list[int], params: list[SamplingParams], communicator: Communicator
+    shard: Shard, rows: list[int], params: list[SamplingParams], communicator: Communicator
 ) -> list[KeptTokens]:
     """Truncate `rows` of the shard. Every rank gets the same result.
 
@@ -42,7 +47,7 @@ def kept_tokens(
         rows: the rows to truncate.
         params: of each of `rows`; temperature > 0.
     """
-    sums = np.array([_maximum_and_sum(shard, row, p) for row, p in zip(rows, params, strict=True)])
+    sums = _maxima_and_sums(shard, rows, params)
     found: dict[int, KeptTokens] = {}
     pending = list(range(len(rows)))
     count = max(_FIRST_COUNT, 1 + max(p.top_k for p in params))
@@ -62,18 +67,22 @@ def kept_tokens(
     return [found[i] for i in range(len(rows))]
 
 
-def _maximum_and_sum(shard: ShardLogits, row: int, params: SamplingParams) -> tuple[float, float]:
-    if params.top_p == 1.0 or params.top_k > 0:
-        return -np.inf, 0.0  # the mass of the whole vocabulary is not needed
-    return shard.maximum(row), shard.exp_sum(row, params.temperature)
+def _maxima_and_sums(shard: Shard, rows: list[int], params: list[SamplingParams]) -> np.ndarray:
+    """float64 [num_rows, 2] of the shard; -inf and 0 where the mass of the whole vocabulary is not needed."""
+    result = np.tile([-np.inf, 0.0], (len(rows), 1))
+    needed = [i for i, p in enumerate(params) if p.top_p < 1.0 and p.top_k == 0]
+    if needed:
+        chosen = [rows[i] for i in needed]
+        result[needed, 0] = shard.maxima(chosen)
+        result[needed, 1] = shard.exp_sums(chosen, [params[i].temperature for i in needed])
+    return result
 
 
-def _pack(shard: ShardLogits, rows: list[int], sums: np.ndarray, count: int) -> torch.Tensor:
+def _pack(shard: Shard, rows: list[int], sums: np.ndarray, count: int) -> torch.Tensor:
     """int64 [num_rows, 2 + count]: bits of maximum and sum (float64), then packed tokens and padding."""
     message = np.full((len(rows), 2 + count), _PADDING)
     message[:, :2] = sums.view(np.uint64)
-    for j, row in enumerate(rows):
-        tokens = shard.top(row, count)
+    for j, tokens in enumerate(shard.top(rows, count)):
         message[j, 2 : 2 + len(tokens)] = tokens
     return torch.from_numpy(message.view(np.int64))
 
@@ -84,7 +93,7 @@ def _merge(parts: UInt64Array, params: SamplingParams) -> KeptTokens | None:
     last_sent, _ = unpack_tokens(parts[parts[:, -1] != _PADDING, -1])  # of ranks that may have more
     floor = last_sent.max(initial=-np.inf)  # tokens above it are all here
     packed = parts[:, 2:].reshape(-1)
-    packed = packed[packed < _REMOVED] if len(parts) == 1 else np.sort(packed[packed < _REMOVED])
+    packed = packed[packed < REMOVED] if len(parts) == 1 else np.sort(packed[packed < REMOVED])
     assert packed.size, "every token of a row has logit -inf"
     logits, ids = unpack_tokens(packed)
     in_top_k = num_in_top_k(logits, params.top_k)

@@ -8,47 +8,75 @@ presence and frequency penalties are those of the OpenAI API.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from outrider.kernels.noise import Float32Array, Int64Array
+from outrider.kernels.noise import Float32Array
 from outrider.workers.sampling.context import RowContext
 from outrider.workers.sampling.params import SamplingParams
 
 
 @dataclass(frozen=True)
-class Edit:
-    """What `edit_row` overwrote."""
+class Edits:
+    """What `edit_rows` overwrote: logits float32 [num_edited] at (rows, columns), int64 [num_edited]."""
 
-    columns: torch.Tensor  # int64 [num_edited]
-    logits: torch.Tensor  # float32 [num_edited], as they were
+    rows: torch.Tensor
+    columns: torch.Tensor
+    logits: torch.Tensor
 
-    def undo(self, row: torch.Tensor) -> None:
-        row[self.columns] = self.logits
+    def undo(self, logits: torch.Tensor) -> None:
+        if len(self.rows):
+            logits[self.rows, self.columns] = self.logits
 
 
-def edit_row(row: torch.Tensor, context: RowContext, vocab_offset: int) -> Edit:
-    """Apply logit bias and penalties in place to `row`, float32 [shard_size]; column 0 is `vocab_offset`."""
-    params = context.params
-    ids, counts = context.penalties.with_path(context.path_tokens) if params.uses_context else _NOTHING
-    bias_ids = np.array([token for token, _ in params.logit_bias], dtype=np.int64)
-    all_ids = np.concatenate([ids, bias_ids[~np.isin(bias_ids, ids)]])
-    local = (all_ids >= vocab_offset) & (all_ids < vocab_offset + row.shape[0])
-    columns = torch.from_numpy(all_ids[local] - vocab_offset)
-    original = row[columns]
-    logits = original.numpy().copy()
-    bias = dict(params.logit_bias)
-    if bias:
-        logits += np.array([bias.get(token, 0.0) for token in all_ids[local].tolist()], dtype=np.float32)
-    if params.uses_context:
-        seen = local[: len(ids)]
-        edited = logits[: np.count_nonzero(seen)]  # a view: context ids come first
-        penalise(edited, counts[seen], params)
-    row[columns] = torch.from_numpy(logits)
-    return Edit(columns, original)
+def edit_rows(logits: torch.Tensor, contexts: Sequence[RowContext], vocab_offset: int) -> Edits:
+    """Apply logit bias and penalties in place, where the logits are: only what is edited is brought to the host.
+
+    Args:
+        logits: float32 [num_rows, shard_size]; column 0 is token `vocab_offset`.
+        contexts: what each row is sampled for.
+    """
+    edited_rows = [i for i, context in enumerate(contexts) if context.params.edits_logits]
+    named = [_TokensOfRow(contexts[i], vocab_offset, logits.shape[1]) for i in edited_rows]
+    lengths = [len(tokens.local_ids) for tokens in named]
+    if not any(lengths):
+        nothing = torch.empty(0, dtype=torch.int64)
+        return Edits(nothing, nothing, torch.empty(0))
+    rows = torch.from_numpy(np.repeat(edited_rows, lengths)).to(logits.device)
+    columns = torch.from_numpy(np.concatenate([t.local_ids for t in named]) - vocab_offset).to(logits.device)
+    original = logits[rows, columns]
+    edited = original.cpu().numpy().copy()
+    for tokens, end in zip(named, np.cumsum(lengths), strict=True):
+        tokens.edit(edited[end - len(tokens.local_ids) : end])
+    logits[rows, columns] = torch.from_numpy(edited).to(logits.device)
+    return Edits(rows, columns, original)
+
+
+class _TokensOfRow:
+    """The tokens of one shard that a row's parameters edit: those of the context first, then others with a bias."""
+
+    def __init__(self, context: RowContext, first: int, size: int) -> None:
+        self._params = params = context.params
+        ids = counts = np.zeros(0, dtype=np.int64)
+        if params.uses_context:
+            ids, counts = context.penalties.with_path(context.path_tokens)
+        bias_ids = np.array([token for token, _ in params.logit_bias], dtype=np.int64)
+        all_ids = np.concatenate([ids, bias_ids[~np.isin(bias_ids, ids)]])
+        local = (all_ids >= first) & (all_ids < first + size)
+        self.local_ids = all_ids[local]
+        self._counts = counts[local[: len(ids)]]
+
+    def edit(self, logits: Float32Array) -> None:
+        """`logits` of `local_ids`, in place."""
+        bias = dict(self._params.logit_bias)
+        if bias:
+            logits += np.array([bias.get(token, 0.0) for token in self.local_ids.tolist()], dtype=np.float32)
+        if self._params.uses_context:
+            penalise(logits[: len(self._counts)], self._counts, self._params)
 
 
 def penalise(logits: Float32Array, counts: npt.NDArray[np.int64], params: SamplingParams) -> None:
@@ -88,6 +116,3 @@ def num_in_top_k(logits: Float32Array, top_k: int) -> int:
     if top_k == 0 or top_k >= len(logits):
         return len(logits)
     return int(np.count_nonzero(logits >= logits[top_k - 1]))
-
-
-_NOTHING: tuple[Int64Array, Int64Array] = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))

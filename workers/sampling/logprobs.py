@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from outrider.kernels.noise import Int64Array
-from outrider.kernels.sample_shard import ShardLogits, unpack_tokens
+from outrider.kernels.sample_shard import unpack_tokens
 from outrider.workers.communicator import Communicator
+from outrider.workers.sampling.shards import Shard
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class RawLogprobs:
 
 
 def raw_logprobs(
-    shard: ShardLogits, tokens: Int64Array, asking: list[int], num_top: int, communicator: Communicator
+    shard: Shard, tokens: Int64Array, asking: list[int], num_top: int, communicator: Communicator
 ) -> RawLogprobs:
     """Log-probabilities of `tokens` and of the `num_top` likeliest in the rows `asking`; one exchange if any.
 
@@ -37,14 +38,16 @@ def raw_logprobs(
     top_logprobs = np.zeros((len(tokens), num_top), dtype=np.float32)
     if asking:
         message = np.full((len(asking), 3 + 2 * num_top), -np.inf)
-        for j, row in enumerate(asking):
-            message[j, 1:3] = shard.maximum(row), shard.exp_sum(row, 1.0)
-            if shard.has(int(tokens[row])):
-                message[j, 0] = shard.logits(row, tokens[row : row + 1])[0]
-            if num_top > 0:
-                values, ids = unpack_tokens(shard.top(row, num_top))
-                message[j, 3 : 3 + len(values)] = values
-                message[j, 3 + num_top : 3 + num_top + len(ids)] = ids
+        message[:, 1] = shard.maxima(asking)
+        message[:, 2] = shard.exp_sums(asking, [1.0] * len(asking))
+        own = [j for j, row in enumerate(asking) if shard.has(int(tokens[row]))]
+        if own:
+            chosen_rows = [asking[j] for j in own]
+            message[own, 0] = shard.logits(chosen_rows, tokens[chosen_rows])
+        for j, packed in enumerate(shard.top(asking, num_top) if num_top > 0 else []):
+            values, ids = unpack_tokens(packed)
+            message[j, 3 : 3 + len(values)] = values
+            message[j, 3 + num_top : 3 + num_top + len(ids)] = ids
         gathered = communicator.all_gather(
             torch.from_numpy(message)
         ).numpy()  # [size, num_asking, 3 + 2 num_top]

@@ -1,5 +1,7 @@
 """Batches padded to a graph's capacity: what the kernels make of them on the CPU executors. No graph is captured."""
 
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,17 +16,20 @@ from outrider.kernels.attention_cases import (
 )
 from outrider.kernels.launch_plans import attention_shape, plan_rope_append, plan_tree_attention
 from outrider.kernels.selection import REFERENCES
-from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.communicator import Communicator, SoloCommunicator
+from outrider.workers.model import cuda_graphs
 from outrider.workers.model.batch import ForwardBatch, SequenceRows, build_batch, chain
 from outrider.workers.model.cuda_graphs import (
     GraphCapacity,
     StaticBatch,
     can_be_captured,
-    capacities_for,
+    draft_capacities,
     forward_of,
+    target_capacities,
 )
 from support.cuda_on_cpu.executor import SCHEDULES
 from support.cuda_on_cpu.kernels import source_kernels
+from support.threaded_communicator import ThreadedCommunicator, run_ranks
 
 CPU = torch.device("cpu")
 CASE = AttentionCase("graph", (40, 9), (5, 3), page_size=4)
@@ -103,11 +108,32 @@ def test_a_capacity_holds_what_fits() -> None:
 
 
 def test_capacities_cover_trees_of_every_row_count() -> None:
-    capacities = capacities_for(num_sequences=16, max_context=1000, page_size=16)
+    model, cache = stand_ins(max_context=1000, num_pages=80, page_size=16)
+    capacities = target_capacities(model, cache)
     assert [c.num_rows for c in capacities] == [8, 16, 32, 64, 128, 256]
     assert [c.mask_words for c in capacities] == [1, 1, 1, 1, 2, 4]
-    assert {c.max_pages for c in capacities} == {63}
-    assert [c.num_sequences for c in capacities] == [8, 16, 16, 16, 16, 16]
+    assert [c.num_sequences for c in capacities] == [8, 16, 32, 64, 64, 64]
+    assert {(c.max_pages, c.max_keys) for c in capacities} == {(63, 1000)}
+
+
+def test_no_capacity_is_larger_than_the_cache() -> None:
+    model, cache = stand_ins(max_context=131072, num_pages=80, page_size=16)
+    for capacity in target_capacities(model, cache) + draft_capacities(model, cache):
+        assert (capacity.max_pages, capacity.max_keys) == (80, 1280)
+
+
+def test_a_drafter_adds_few_rows_to_large_trees() -> None:
+    capacities = draft_capacities(*stand_ins(max_context=1000, num_pages=80, page_size=16))
+    grown = SequenceRows(list(range(63)), 700, chain(206), 200, [1] * 6)
+    assert capacities[0].holds(build_batch([grown], 16, CPU))
+    prompt_chunk = SequenceRows(list(range(63)), 0, chain(65), 0, [1] * 65)
+    assert not any(capacity.holds(build_batch([prompt_chunk], 16, CPU)) for capacity in capacities)
+
+
+def stand_ins(max_context: int, num_pages: int, page_size: int) -> tuple[Any, Any]:
+    """A model and a cache, as far as capacities look at them."""
+    model = SimpleNamespace(config=SimpleNamespace(max_context=max_context))
+    return model, SimpleNamespace(num_pages=num_pages, page_size=page_size)
 
 
 def test_on_a_cpu_the_forward_runs_without_graphs() -> None:
@@ -123,4 +149,93 @@ def test_on_a_cpu_the_forward_runs_without_graphs() -> None:
     cache: Any = "cache"
     batch: Any = "batch"
     assert not can_be_captured(model)
-    assert forward_of(model, cache)(batch) == ("batch", "cache")  # type: ignore[comparison-overlap]
+    assert forward_of(model, cache, [CAPACITY])(batch) == ("batch", "cache")  # type: ignore[comparison-overlap]
+
+
+class ScriptedGraphs:
+    """A `GraphedForward` in which one step of one rank fails; sums over ranks are real."""
+
+    fails: tuple[str, int] = ("nothing", 0)
+
+    def __init__(self, model: Any, cache: Any, capacities: Any) -> None:
+        self.communicator: Communicator = model.communicator
+        self.warmed_up = False
+
+    def __call__(self, batch: str) -> str:
+        return "replayed"
+
+    def rehearse(self) -> None:
+        self._fail_if_scripted("rehearse")
+
+    def warm_up(self) -> None:
+        self._fail_if_scripted("warm_up")
+        assert self.communicator.all_reduce(torch.ones(1)).item() == self.communicator.size
+        self.warmed_up = True
+
+    def capture(self) -> None:
+        assert self.warmed_up
+        self._fail_if_scripted("capture")
+
+    def _fail_if_scripted(self, step: str) -> None:
+        if self.fails == (step, self.communicator.rank):
+            raise RuntimeError(f"{step} went wrong")
+
+
+@pytest.mark.parametrize(
+    ("fails", "expected"),
+    [
+        (("nothing", 0), "replayed"),
+        (("selection", 2), "eager"),
+        (("rehearse", 1), "eager"),
+        (("capture", 0), "eager"),
+        (("capture", 2), "eager"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the forward runs without CUDA graphs")
+def test_all_ranks_replay_or_none(
+    fails: tuple[str, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "GraphedForward", ScriptedGraphs)
+    monkeypatch.setattr(ScriptedGraphs, "fails", fails)
+    monkeypatch.setattr(
+        cuda_graphs, "can_be_captured", lambda model: fails != ("selection", model.communicator.rank)
+    )
+
+    def work(communicator: ThreadedCommunicator) -> Any:
+        forward = forward_of(*on_gpu(communicator), [CAPACITY])
+        assert communicator.all_reduce(torch.ones(1)).item() == 3  # all are where they were
+        return forward("batch")  # type: ignore[arg-type]
+
+    assert run_ranks(3, work) == [expected] * 3
+
+
+def test_a_rank_that_cannot_capture_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "GraphedForward", ScriptedGraphs)
+    monkeypatch.setattr(cuda_graphs, "can_be_captured", lambda model: True)
+    for step in ("rehearse", "capture"):
+        monkeypatch.setattr(ScriptedGraphs, "fails", (step, 0))
+        with pytest.warns(UserWarning, match=f"runs without CUDA graphs: {step} went wrong"):
+            forward_of(*on_gpu(SoloCommunicator()), [CAPACITY])
+
+
+def test_a_sum_over_ranks_that_fails_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "GraphedForward", ScriptedGraphs)
+    monkeypatch.setattr(cuda_graphs, "can_be_captured", lambda model: True)
+    monkeypatch.setattr(ScriptedGraphs, "fails", ("warm_up", 1))
+    with pytest.raises(RuntimeError, match="warm_up went wrong"):
+        run_ranks(2, lambda communicator: forward_of(*on_gpu(communicator), [CAPACITY]))
+
+
+def test_where_no_rank_can_capture_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "can_be_captured", lambda model: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forward: Any = forward_of(*on_gpu(SoloCommunicator()), [CAPACITY])
+    assert forward("batch") == "eager"
+
+
+def on_gpu(communicator: Communicator) -> tuple[Any, Any]:
+    """A model that says it is on a GPU, and its cache."""
+    device = torch.device("cuda")
+    model = SimpleNamespace(device=device, communicator=communicator, forward=lambda batch, cache: "eager")
+    return model, "cache"

@@ -9,13 +9,16 @@ import torch
 from outrider.kernels import gather_rows, kv_commit, operators, rope_append, sample_shard, tree_attention
 from outrider.kernels.noise import noise_key
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
-from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.communicator import Communicator, SoloCommunicator
 from outrider.workers.model.batch import SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.cuda_graphs import GraphCapacity, GraphedForward
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
+from outrider.workers.sampling.shards import DeviceShard, HostShard
 from support.cuda_on_cpu.kernels import source_kernels
 from support.tensor_source import reference_model, tiny_config
+from support.thread_group import thread_group
 
 CPU = torch.device("cpu")
 PAGE = 8
@@ -52,19 +55,24 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> CountingLauncher:
     return counting
 
 
-def generate(kernels: KernelSelection) -> list[torch.Tensor]:
-    """Logits of two prompts in chunks, of trees on them, and of the nodes behind a committed path."""
+def model_and_cache(kernels: KernelSelection, communicator: Communicator) -> tuple[Transformer, PagedCache]:
     config = replace(tiny_config("qwen3", num_heads=6, num_kv_heads=2), hidden_size=128, head_dim=64)
     _, source = reference_model(config)
-    plan = ShardPlan(config, 0, 1)
+    plan = ShardPlan(config, communicator.rank, communicator.size)
     model = Transformer(
-        config, plan, source, SoloCommunicator(), torch.bfloat16, CPU, packed=False, kernels=kernels
+        config, plan, source, communicator, torch.bfloat16, CPU, packed=False, kernels=kernels
     )
-    cache = PagedCache(config, plan, len(PAGES), PAGE, torch.bfloat16, CPU, kernels.kv_commit)
+    return model, PagedCache(config, plan, len(PAGES), PAGE, torch.bfloat16, CPU, kernels.kv_commit)
+
+
+def generate(kernels: KernelSelection) -> list[torch.Tensor]:
+    """Logits of two prompts in chunks, of trees on them, and of the nodes behind a committed path."""
+    model, cache = model_and_cache(kernels, SoloCommunicator())
     first, second = PAGES[:12], PAGES[12:]
 
     def logits(*sequences: SequenceRows) -> torch.Tensor:
-        return model.logits(model.forward(build_batch(sequences, PAGE, CPU), cache))
+        hidden = model.forward(build_batch(sequences, PAGE, CPU), cache)
+        return model.logits_of(hidden, range(len(hidden)))
 
     tree = [0, 0, 0, 1, 1, 2]
     found = [
@@ -89,7 +97,18 @@ def test_the_model_computes_on_kernels_what_it_computes_on_the_references(launch
         # bf16 activations: the references round after every operation, the kernels once. Seen: 1.3e-2.
         error = (logits - reference).norm() / reference.norm()
         assert error < 3e-2
-    assert {"tree_attention", "rope_append", "kv_commit"} <= set(launcher.kernels)
+    assert {"tree_attention", "rope_append", "kv_commit", "gather_rows"} <= set(launcher.kernels)
+
+
+def test_a_rank_rehearses_its_graphs_alone(launcher: CountingLauncher) -> None:
+    """The other rank never comes: a sum over both would wait for it."""
+    communicator = thread_group(2)[1]
+    model, cache = model_and_cache(ALL_KERNELS, communicator)
+    before = cache.kv.clone()
+    GraphedForward(model, cache, [GraphCapacity(3, 2, 4, 1, 32), GraphCapacity(9, 2, 4, 1, 32)]).rehearse()
+    assert {"tree_attention", "rope_append", "gather_rows"} <= set(launcher.kernels)
+    assert torch.equal(cache.kv, before)
+    assert model.communicator is communicator
 
 
 def test_a_shard_is_sampled_by_its_kernel_as_by_the_reference(launcher: CountingLauncher) -> None:
@@ -103,6 +122,28 @@ def test_a_shard_is_sampled_by_its_kernel_as_by_the_reference(launcher: Counting
     torch.testing.assert_close(sample.values, expected.values)
     torch.testing.assert_close(sample.exp_sums, expected.exp_sums, rtol=1e-5, atol=0)
     assert launcher.kernels == ["sample_shard"]
+
+
+def test_the_best_tokens_of_a_row_are_found_by_the_kernel_one_after_the_other(
+    launcher: CountingLauncher,
+) -> None:
+    logits = (torch.randn(4, 700, generator=torch.Generator().manual_seed(0)) * 5).bfloat16().float()
+    logits[2] = torch.nan
+    before = logits.clone()
+    rows, temperatures, keys = [3, 0, 1], [0.0, 0.8, 1.3], [noise_key(seed, 4) for seed in range(3)]
+    shard = DeviceShard(logits, 7000, ALL_KERNELS)
+    on_host = HostShard(logits, 7000).best(rows, temperatures, keys, 4)
+    for packed, expected in zip(shard.best(rows, temperatures, keys, 4), on_host, strict=True):
+        (values, ids), (expected_values, expected_ids) = (
+            sample_shard.unpack_tokens(p) for p in (packed, expected)
+        )
+        assert ids.tolist() == expected_ids.tolist()
+        torch.testing.assert_close(torch.from_numpy(values), torch.from_numpy(expected_values))
+    assert set(launcher.kernels) == {"gather_rows", "sample_shard"}
+    for packed in shard.best([2, 2], [0.0, 1.0], keys[:2], 2):
+        ids = sample_shard.unpack_tokens(packed)[1]
+        assert all(7000 <= token < 7700 for token in ids)
+    assert torch.equal(logits.nan_to_num(), before.nan_to_num())
 
 
 def test_rows_are_gathered_by_their_kernel(launcher: CountingLauncher) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 
 from outrider.workers.communicator import SoloCommunicator
 from outrider.workers.sampling.context import PenaltyState, RowContext
-from outrider.workers.sampling.law import edit_row, num_in_top_k, num_kept
+from outrider.workers.sampling.law import edit_rows, num_in_top_k, num_kept
 from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import Sampler
 from support.sampling_reference import edited_logits
@@ -122,7 +122,7 @@ def test_presence_and_frequency_by_hand() -> None:
         state.add(token)
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
     row = torch.ones(VOCAB_SIZE)
-    edit_row(row, RowContext(params, 9, state, path_tokens=(21, 22)), 0)
+    edit_rows(row[None], [RowContext(params, 9, state, path_tokens=(21, 22))], 0)
     expected = torch.ones(VOCAB_SIZE)
     expected[20] = 1 - 0.5 - 2 * 0.25
     expected[21] = 1 - 0.5 - 2 * 0.25
@@ -155,10 +155,10 @@ def test_edits_of_a_shard_and_their_undoing(fields: dict[str, Any], shard: range
         state.add(token)
     logits = random_logits(3)[0]
     row = logits[shard.start : shard.stop].clone()
-    edit = edit_row(row, RowContext(params, 24, state, tuple(path)), shard.start)
+    edits = edit_rows(row[None], [RowContext(params, 24, state, tuple(path))], shard.start)
     expected = edited_logits(logits.numpy(), params, prompt, output + path)[shard.start : shard.stop]
     assert row.numpy().tolist() == expected.tolist()
-    edit.undo(row)
+    edits.undo(row[None])
     assert torch.equal(row, logits[shard.start : shard.stop])
 
 

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers.communicator import SoloCommunicator
 from outrider.workers.sampling.context import PenaltyState, RowContext
 from outrider.workers.sampling.params import SamplingParams
@@ -18,11 +19,15 @@ from outrider.workers.sampling.sampler import Sampler, Samples
 from support import sampling_reference as reference
 from support.threaded_communicator import ThreadedCommunicator, run_ranks
 
+# Where rows are sampled: on the host, or where a GPU left them; the operators' CPU implementations stand in for one.
+PLACES = pytest.mark.parametrize("kernels", [REFERENCES, KernelSelection.of(ENTRIES)], ids=["host", "device"])
 PROMPT, OUTPUT, PATH = [1, 2, 3, 3], [2, 5, 5], (5, 6)
 POSITION = 9
 
 
-def sample_over(cuts: list[int], logits: torch.Tensor, rows: list[RowContext]) -> list[Samples]:
+def sample_over(
+    cuts: list[int], logits: torch.Tensor, rows: list[RowContext], kernels: KernelSelection = REFERENCES
+) -> list[Samples]:
     """What each rank returns when the vocabulary is cut at `cuts`."""
     edges = [0, *cuts, logits.shape[1]]
 
@@ -30,15 +35,17 @@ def sample_over(cuts: list[int], logits: torch.Tensor, rows: list[RowContext]) -
         shard = range(edges[communicator.rank], edges[communicator.rank + 1])
         own = logits[:, shard.start : shard.stop].contiguous()
         before = own.clone()
-        samples = Sampler(logits.shape[1], shard, communicator).sample(own, rows)
+        samples = Sampler(logits.shape[1], shard, communicator, kernels).sample(own, rows)
         assert torch.equal(own, before)
         return samples
 
     return run_ranks(len(edges) - 1, work)
 
 
-def sample_alone(logits: torch.Tensor, rows: list[RowContext]) -> Samples:
-    return Sampler(logits.shape[1], range(logits.shape[1]), SoloCommunicator()).sample(logits, rows)
+def sample_alone(
+    logits: torch.Tensor, rows: list[RowContext], kernels: KernelSelection = REFERENCES
+) -> Samples:
+    return Sampler(logits.shape[1], range(logits.shape[1]), SoloCommunicator(), kernels).sample(logits, rows)
 
 
 def context(params: SamplingParams, position: int = POSITION) -> RowContext:
@@ -89,6 +96,7 @@ def make_logits(kind: str, num_rows: int, vocab_size: int, seed: int) -> torch.T
     return logits
 
 
+@PLACES
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.lists(parameters, min_size=1, max_size=4),
@@ -98,7 +106,12 @@ def make_logits(kind: str, num_rows: int, vocab_size: int, seed: int) -> torch.T
     seed=st.integers(0, 10_000),
 )
 def test_sharded_equals_alone_equals_the_law_in_full(
-    rows: list[SamplingParams], kind: str, vocab_size: int, cuts: list[float], seed: int
+    kernels: KernelSelection,
+    rows: list[SamplingParams],
+    kind: str,
+    vocab_size: int,
+    cuts: list[float],
+    seed: int,
 ) -> None:
     logits = make_logits(kind, len(rows), vocab_size, seed)
     laws = [edited(logits[i], params) for i, params in enumerate(rows)]
@@ -111,7 +124,7 @@ def test_sharded_equals_alone_equals_the_law_in_full(
     edges = sorted({min(max(1, int(cut * vocab_size)), vocab_size - 1) for cut in cuts})
     contexts = [context(params, POSITION + i) for i, params in enumerate(rows)]
     alone = sample_alone(logits, contexts)
-    for samples in sample_over(edges, logits, contexts):
+    for samples in [sample_alone(logits, contexts, kernels), *sample_over(edges, logits, contexts, kernels)]:
         assert_same(samples, alone)
     for i, (law, params) in enumerate(zip(laws, rows, strict=True)):
         assert alone.tokens[i] == reference.scores(law, params, POSITION + i).argmax()
@@ -123,6 +136,7 @@ def test_sharded_equals_alone_equals_the_law_in_full(
         np.testing.assert_allclose(top_logprobs, log_probs[best], atol=1e-5)
 
 
+@PLACES
 @pytest.mark.parametrize("cuts", [[], [700], [100, 2900]])
 @pytest.mark.parametrize(
     "params",
@@ -134,42 +148,49 @@ def test_sharded_equals_alone_equals_the_law_in_full(
         SamplingParams(top_k=2999, top_p=0.99),
     ],
 )
-def test_wide_nuclei_need_several_exchanges(cuts: list[int], params: SamplingParams) -> None:
+def test_wide_nuclei_need_several_exchanges(
+    cuts: list[int], params: SamplingParams, kernels: KernelSelection
+) -> None:
     logits = make_logits("flat", 6, 3000, seed=5)
     contexts = [context(replace(params, seed=i)) for i in range(6)]
-    samples = sample_over(cuts, logits, contexts)
+    samples = sample_over(cuts, logits, contexts, kernels)
     for i in range(6):
         expected = reference.scores(edited(logits[i], params), contexts[i].params, POSITION).argmax()
         assert all(rank.tokens[i] == expected for rank in samples)
 
 
-def test_top_k_larger_than_a_shard() -> None:
+@PLACES
+def test_top_k_larger_than_a_shard(kernels: KernelSelection) -> None:
     logits = make_logits("normal", 4, 400, seed=2)
     contexts = [context(SamplingParams(top_k=350, seed=i)) for i in range(4)]
-    for samples in sample_over([3, 390], logits, contexts):
+    for samples in sample_over([3, 390], logits, contexts, kernels):
         assert torch.equal(samples.tokens, sample_alone(logits, contexts).tokens)
 
 
-def test_ties_go_to_the_smaller_id_whoever_has_it() -> None:
+@PLACES
+def test_ties_go_to_the_smaller_id_whoever_has_it(kernels: KernelSelection) -> None:
     logits = torch.zeros(2, 100)
     logits[:, [30, 60, 90]] = 1.0
     contexts = [context(SamplingParams(temperature=0.0))] * 2
     for cuts in ([], [50], [31, 60], [30]):
-        assert all(samples.tokens.tolist() == [30, 30] for samples in sample_over(cuts, logits, contexts))
+        for samples in sample_over(cuts, logits, contexts, kernels):
+            assert samples.tokens.tolist() == [30, 30]
 
 
-def test_a_shard_without_any_token_left() -> None:
+@PLACES
+def test_a_shard_without_any_token_left(kernels: KernelSelection) -> None:
     logits = make_logits("normal", 1, 200, seed=0)
     logits[:, :100] = -torch.inf
     for params in (SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(logprobs=True)):
         rows = [context(params)]
         assert all(
             torch.equal(samples.tokens, sample_alone(logits, rows).tokens)
-            for samples in sample_over([100], logits, rows)
+            for samples in sample_over([100], logits, rows, kernels)
         )
 
 
-def test_a_token_does_not_depend_on_its_batch() -> None:
+@PLACES
+def test_a_token_does_not_depend_on_its_batch(kernels: KernelSelection) -> None:
     logits = make_logits("normal", 12, 1000, seed=1)
     kinds = [
         SamplingParams(temperature=0.0),
@@ -178,9 +199,9 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
         SamplingParams(seed=4, repetition_penalty=1.4, logprobs=True, top_logprobs=2),
     ]
     contexts = [context(kinds[i % 4], position=i) for i in range(12)]
-    together = sample_alone(logits, contexts).tokens
+    together = sample_alone(logits, contexts, kernels).tokens
     for i in range(12):
-        assert sample_alone(logits[i : i + 1], [contexts[i]]).tokens[0] == together[i]
+        assert sample_alone(logits[i : i + 1], [contexts[i]], kernels).tokens[0] == together[i]
 
 
 def test_log_probabilities_only_for_rows_that_ask() -> None:
@@ -221,6 +242,7 @@ def test_tokens_follow_the_law(params: SamplingParams, vary: str) -> None:
     assert stats.chisquare(observed[expected > 0], expected[expected > 0]).pvalue > 1e-3
 
 
+@PLACES
 @settings(max_examples=60, deadline=None)
 @given(
     params=parameters,
@@ -230,12 +252,12 @@ def test_tokens_follow_the_law(params: SamplingParams, vary: str) -> None:
     seed=st.integers(0, 10_000),
 )
 def test_proposals_are_the_best_by_score_with_their_log_probabilities(
-    params: SamplingParams, kind: str, vocab_size: int, num: int, seed: int
+    kernels: KernelSelection, params: SamplingParams, kind: str, vocab_size: int, num: int, seed: int
 ) -> None:
     logits = make_logits(kind, 1, vocab_size, seed)
     law = edited(logits[0], params)
     assume(not (params.truncates and reference.nucleus_is_a_matter_of_rounding(law, params)))
-    sampler = Sampler(vocab_size, range(vocab_size), SoloCommunicator())
+    sampler = Sampler(vocab_size, range(vocab_size), SoloCommunicator(), kernels)
     before = logits.clone()
     ids, log_probs = sampler.propose(logits, [context(params)], num)
     assert torch.equal(logits, before)

@@ -1,46 +1,148 @@
-"""Rows that only need their token, sampled by the kernel's operator (here by its CPU implementation)."""
+"""Sampling where a GPU left the logits: the same as on the host, with few numbers brought there.
 
+The operators' CPU implementations stand in for the kernels.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
+from outrider.kernels.noise import noise_key
+from outrider.kernels.sample_shard import sample_shard
+from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.sampling import shards
 from outrider.workers.sampling.context import PenaltyState, RowContext
 from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sampling.shards import DeviceShard, HostShard
 from support.threaded_communicator import ThreadedCommunicator, run_ranks
 
-VOCAB_SIZE = 501
+VOCAB_SIZE = 20_001
+KERNELS = KernelSelection.of(ENTRIES)
+PLAIN = [SamplingParams(temperature=t, seed=3) for t in (0.0, 0.7, 1.0, 1.5)]
+EDITED = [
+    SamplingParams(seed=4, repetition_penalty=1.3, logit_bias=((5, 9.0), (9_000, 12.0))),
+    SamplingParams(temperature=0.0, frequency_penalty=0.7, presence_penalty=0.2),
+]
+TRUNCATED = [
+    SamplingParams(temperature=0.8, top_k=40, seed=5),
+    SamplingParams(temperature=0.9, top_p=0.9, min_p=0.01, seed=6, repetition_penalty=1.1),
+    SamplingParams(temperature=1.5, top_p=0.999, seed=7),  # of thousands of tokens
+]
+REPORTED = [
+    SamplingParams(seed=8, logprobs=True),
+    SamplingParams(top_p=0.8, seed=9, logprobs=True, top_logprobs=20, presence_penalty=1.0),
+]
+EVERYTHING = [*PLAIN, *EDITED, *TRUNCATED, *REPORTED]
 
 
-def rows_of(*params: SamplingParams) -> list[RowContext]:
-    return [RowContext(each, 9 + i, PenaltyState([1, 2]), ()) for i, each in enumerate(params)]
+def rows_of(params: list[SamplingParams]) -> list[RowContext]:
+    return [RowContext(each, 9 + i, PenaltyState([1, 2, 2, 7]), (7, 11)) for i, each in enumerate(params)]
 
 
-PLAIN = rows_of(*(SamplingParams(temperature=t, seed=3) for t in (0.0, 0.7, 1.0, 1.5)))
+def logits_for(rows: list[RowContext]) -> torch.Tensor:
+    """As of a model in bfloat16: ties everywhere."""
+    generator = torch.Generator().manual_seed(len(rows))
+    return (torch.randn(len(rows), VOCAB_SIZE, generator=generator) * 3).bfloat16().float()
+
+
+def whole_sampler(kernels: KernelSelection) -> Sampler:
+    return Sampler(VOCAB_SIZE, range(VOCAB_SIZE), SoloCommunicator(), kernels)
+
+
+@pytest.fixture
+def brought(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Elements of each tensor that is brought to the host."""
+    sizes: list[int] = []
+    to_host = torch.Tensor.cpu
+
+    def recording(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return to_host(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", recording)
+    return sizes
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_tokens_are_those_of_the_reference(size: int) -> None:
-    logits = torch.randn(len(PLAIN), VOCAB_SIZE) * 3
-    expected = Sampler(VOCAB_SIZE, range(VOCAB_SIZE), SoloCommunicator()).sample(logits, PLAIN)
+@pytest.mark.parametrize("params", [PLAIN, EDITED, TRUNCATED, REPORTED, EVERYTHING])
+def test_samples_are_those_of_the_host(params: list[SamplingParams], size: int) -> None:
+    rows = rows_of(params)
+    logits = logits_for(rows)
+    expected = whole_sampler(REFERENCES).sample(logits, rows)
     edges = [VOCAB_SIZE * i // size for i in range(size + 1)]
 
-    def work(communicator: ThreadedCommunicator) -> list[int]:
+    def work(communicator: ThreadedCommunicator) -> None:
         shard = range(edges[communicator.rank], edges[communicator.rank + 1])
-        sampler = Sampler(VOCAB_SIZE, shard, communicator, use_kernel=True)
-        samples = sampler.sample(logits[:, shard.start : shard.stop].contiguous(), PLAIN)
-        assert samples.top_ids.shape == samples.top_logprobs.shape == (len(PLAIN), 0)
-        return samples.tokens.tolist()
+        own = logits[:, shard.start : shard.stop].contiguous()
+        before = own.clone()
+        samples = Sampler(VOCAB_SIZE, shard, communicator, KERNELS).sample(own, rows)
+        assert torch.equal(own, before)
+        assert torch.equal(samples.tokens, expected.tokens)
+        assert torch.equal(samples.top_ids, expected.top_ids)
+        torch.testing.assert_close(samples.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(samples.top_logprobs, expected.top_logprobs, atol=1e-5, rtol=0)
 
-    assert run_ranks(size, work) == [expected.tokens.tolist()] * size
+    run_ranks(size, work)
 
 
-def test_a_batch_in_which_a_row_needs_more_takes_the_reference() -> None:
-    rows = PLAIN + rows_of(SamplingParams(temperature=1.0, top_k=5, seed=1), SamplingParams(logprobs=True))
-    logits = torch.randn(len(rows), VOCAB_SIZE) * 3
-    samplers = [
-        Sampler(VOCAB_SIZE, range(VOCAB_SIZE), SoloCommunicator(), use_kernel) for use_kernel in (False, True)
+@pytest.mark.parametrize("num", [1, 3, 8])
+def test_proposals_are_those_of_the_host(num: int) -> None:
+    rows = rows_of(EVERYTHING)
+    logits = logits_for(rows)
+    expected_ids, expected = whole_sampler(REFERENCES).propose(logits, rows, num)
+    before = logits.clone()
+    ids, log_probs = whole_sampler(KERNELS).propose(logits, rows, num)
+    assert torch.equal(logits, before)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
+
+
+def test_no_row_is_brought_to_the_host(brought: list[int]) -> None:
+    rows = rows_of([params for params in EVERYTHING if params != TRUNCATED[2]])
+    logits = logits_for(rows)
+    whole_sampler(KERNELS).sample(logits, rows)
+    whole_sampler(KERNELS).propose(logits, rows, 3)
+    assert max(brought) < VOCAB_SIZE / 4  # of a second round: 1024 candidates for each row that asks for more
+    brought.clear()
+    whole_sampler(REFERENCES).sample(logits, rows)
+    assert max(brought) == len(rows) * VOCAB_SIZE
+
+
+def test_rows_that_only_need_their_token_bring_one_number_each(brought: list[int]) -> None:
+    rows = rows_of(PLAIN)
+    whole_sampler(KERNELS).sample(logits_for(rows), rows)
+    assert max(brought) == len(rows)
+
+
+def test_the_kernel_samples_what_nothing_truncates(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled: list[int] = []
+
+    def recording(logits: torch.Tensor, *arguments: Any, **flags: Any) -> Any:
+        assert flags == {"use_kernel": True}
+        sampled.append(len(logits))
+        return sample_shard(logits, *arguments, **flags)
+
+    monkeypatch.setattr(shards, "sample_shard", recording)
+    rows = rows_of(EVERYTHING)
+    whole_sampler(KERNELS).sample(logits_for(rows), rows)
+    assert sampled == [sum(not params.truncates for params in EVERYTHING)]
+
+
+def test_tokens_run_out() -> None:
+    """Three tokens are left of the vocabulary; the first removed ones follow, as on the host."""
+    logits = torch.full((2, 300), -torch.inf)
+    logits[:, [7, 100, 250]] = torch.tensor([1.0, 3.0, 2.0])
+    made: list[Callable[[], DeviceShard | HostShard]] = [
+        lambda: DeviceShard(logits, 50, KERNELS),
+        lambda: HostShard(logits, 50),
     ]
-    expected, samples = (sampler.sample(logits, rows) for sampler in samplers)
-    assert torch.equal(samples.tokens, expected.tokens)
-    assert torch.equal(samples.logprobs, expected.logprobs)
+    keys = [noise_key(1, 2), noise_key(3, 4)]
+    on_device, on_host = (make().best([0, 1], [0.0, 1.0], keys, 6) for make in made)
+    np.testing.assert_array_equal(on_device, on_host)
+    on_device, on_host = (make().top([0, 1], 6) for make in made)
+    np.testing.assert_array_equal(on_device, on_host)

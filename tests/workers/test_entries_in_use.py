@@ -1,0 +1,141 @@
+"""Target and drafter call the kernels' entries with what the selection says, and pick no rows in another way."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from outrider.configs.loader import load_config
+from outrider.kernels.selection import ENTRIES, KernelSelection
+from outrider.workers import draft as draft_module
+from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.draft import DraftWorker
+from outrider.workers.drafting.acceptance import AcceptanceEstimator
+from outrider.workers.drafting.model import ModelDrafter
+from outrider.workers.model import cache as cache_module
+from outrider.workers.model import transformer as transformer_module
+from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.transformer import Transformer
+from outrider.workers.rounds.messages import Draft, SequenceStart, SequenceStep
+from outrider.workers.rounds.pages import PagePool
+from outrider.workers.rounds.sequence import DraftOptions, Request, Sequence
+from outrider.workers.rounds.tree import DraftTree, GrowingTree
+from outrider.workers.sampling import shards
+from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.target import TargetRank
+from outrider.workers.trace import Tracer
+from outrider.workers.weights.progress import silent
+from outrider.workers.weights.random_source import RandomSource
+
+CPU = torch.device("cpu")
+CALLED = {
+    "gather_rows": transformer_module,
+    "rope_append": transformer_module,
+    "tree_attention": transformer_module,
+    "kv_commit": cache_module,
+    "sample_shard": shards,
+}
+
+
+@pytest.fixture(params=[(), ENTRIES], ids=["references", "kernels"])
+def selection(request: pytest.FixtureRequest) -> KernelSelection:
+    return KernelSelection.of(request.param)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of every call of an entry; the references compute, so that float32 on a CPU will do."""
+    made: dict[str, list[tuple[Any, ...]]] = {name: [] for name in CALLED}
+
+    def recorded(name: str, entry: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, use_kernel: bool | None = None) -> Any:
+            if use_kernel is None:
+                arguments, use_kernel = arguments[:-1], arguments[-1]
+            made[name].append((*arguments, use_kernel))
+            return entry(*arguments, use_kernel=False)
+
+        return call
+
+    for name, module in CALLED.items():
+        monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
+    return made
+
+
+def model_and_cache(selection: KernelSelection) -> tuple[Transformer, PagedCache]:
+    source = RandomSource("random:llama?hidden_size=32&intermediate_size=48&num_heads=4&vocab_size=96")
+    plan, solo = ShardPlan(source.config, 0, 1), SoloCommunicator()
+    model = Transformer(
+        source.config, plan, source, solo, torch.float32, CPU, packed=False, kernels=selection
+    )
+    return model, PagedCache(source.config, plan, 8, 4, torch.float32, CPU, selection.kv_commit)
+
+
+def flags(calls: dict[str, list[tuple[Any, ...]]]) -> dict[str, set[bool]]:
+    return {name: {arguments[-1] for arguments in made} for name, made in calls.items()}
+
+
+def sampled_rows(calls: dict[str, list[tuple[Any, ...]]]) -> list[list[int]]:
+    """Indices of the rows of hidden states that were gathered; the others are rows of the embedding."""
+    made = [(rows, index) for rows, index, _ in calls["gather_rows"] if rows.shape[0] != 96]
+    assert all(index.device == rows.device for rows, index in made)
+    return [index.tolist() for _, index in made]
+
+
+def test_the_target_calls_the_entries(selection: KernelSelection, calls: dict[str, Any]) -> None:
+    model, cache = model_and_cache(selection)
+    rank = TargetRank(model, cache, Tracer("target", False))
+    start = SequenceStart(0, 3, 0, SamplingParams())
+    rank.step(Draft(1, (start,), (), (SequenceStep(0, (), (0, 1), (5, 6, 7, 8, 9), (0, 0, 1, 2, 2), 2),)))
+    rank.step(Draft(2, (), (), (SequenceStep(0, (0, 1, 2, 4), (), (3,), (0,), 0),)))
+    assert sampled_rows(calls) == [[2, 3, 4], [0]]
+    expected = {name: {getattr(selection, name)} for name in CALLED}
+    if not selection.sample_shard:  # the reference is called by its parts
+        expected["sample_shard"] = set()
+    assert flags(calls) == expected
+
+
+def test_the_drafter_calls_the_entries(selection: KernelSelection, calls: dict[str, Any]) -> None:
+    model, cache = model_and_cache(selection)
+    drafter = ModelDrafter(
+        model=model,
+        cache=cache,
+        pool=PagePool(8, 4, True),
+        sampler=Sampler(96, range(96), SoloCommunicator(), selection),
+        estimator=AcceptanceEstimator(),
+        num_target_tokens=96,
+        max_children=2,
+        rows_per_sequence=2,
+        max_rows=4,
+        prefill_chunk=8,
+        tracer=Tracer("draft", False),
+    )
+    request = Request("a", (1, 2, 3), SamplingParams(max_tokens=50), DraftOptions(("model",), 8, 4))
+    sequence = Sequence(request, [1, 2, 3], tree=GrowingTree(3, 2))
+    sequence.sent_tree = DraftTree.root_only(3)
+    drafter.start(sequence)
+    assert drafter.step([sequence])
+    assert sampled_rows(calls) == [[2]]  # the root, after the prompt
+    called = flags(calls)
+    for name in ("gather_rows", "rope_append", "tree_attention"):
+        assert called[name] == {getattr(selection, name)}
+    assert called["sample_shard"] == ({True} if selection.sample_shard else set())
+
+
+def test_the_draft_worker_hands_its_selection_to_model_cache_and_sampler(
+    selection: KernelSelection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[KernelSelection | bool] = []
+
+    def recorded(name: str, at: int) -> None:
+        original = getattr(draft_module, name)
+        monkeypatch.setattr(draft_module, name, lambda *args: given.append(args[at]) or original(*args))
+
+    monkeypatch.setattr(draft_module, "kernels_for", lambda *_: selection)
+    recorded("Transformer", 8)
+    recorded("PagedCache", 6)
+    recorded("Sampler", 3)
+    DraftWorker(load_config("tiny-random", [])).load(silent)
+    assert given == [selection, selection.kv_commit, selection]
