@@ -57,7 +57,8 @@ def test_rounds_teach_most_about_row_counts_like_theirs() -> None:
         cost.observe_target(8, 0.080)
         cost.observe_target(12, 0.130)
     assert cost.target_s(8) == pytest.approx(0.080, rel=0.15)
-    assert cost.target_s(12) == pytest.approx(0.130, rel=0.05)
+    assert cost.target_s(12) == pytest.approx(0.130, rel=0.15)
+    assert cost.target_s(12) - cost.target_s(8) > 0.030  # the profile has 0.020
 
 
 def test_a_profile_that_was_too_slow_keeps_its_shape() -> None:
