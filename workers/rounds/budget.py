@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 _SMOOTHING = 0.1  # weight of the newest measurement
-_SLOWER_ELSEWHERE = 0.07  # its weight for other row counts, where it is slower than expected
+_SHAPE_SMOOTHING = 0.03  # its further weight for the row counts next to its own
+_SHAPE_RANGE = 0.3  # relative error beyond which a whole profile is off, not its shape
 _FADING = 0.998  # of what a drafter step is taken to cost, each time it seems too much
 
 
@@ -160,11 +161,11 @@ def _monotone(num_rows: tuple[int, ...], seconds: SequenceABC[float]) -> PassPro
 def _learned(profile: PassProfile, rows: int, seconds: float) -> PassProfile:
     """The profile after one more measurement.
 
-    A faster pass than expected speeds all row counts up alike: a busy machine spoils whole profiles, and what
-    looks too expensive is never tried. What slows a pass (contexts, many sequences) slows others somewhat less.
+    All row counts follow it: a busy machine spoils whole profiles, and what looks too expensive is never tried.
+    Those next to it follow a little more, so that many rounds change the profile's shape.
     """
     excess = min(seconds / max(profile.at(rows), 1e-9), 2.0) - 1.0
-    elsewhere = _SLOWER_ELSEWHERE if excess > 0.0 else _SMOOTHING
-    weights = [elsewhere + (_SMOOTHING - elsewhere) * share for share in profile.shares(rows)]
+    near = _SHAPE_SMOOTHING if abs(excess) < _SHAPE_RANGE else 0.0
+    weights = [_SMOOTHING + near * share for share in profile.shares(rows)]
     times = [s * (1.0 + weight * excess) for s, weight in zip(profile.seconds, weights, strict=True)]
     return _monotone(profile.num_rows, times)

@@ -47,18 +47,13 @@ def test_served_rounds_correct_the_profile() -> None:
     assert cost.target_s(1) == pytest.approx(0.060, rel=1e-3)
 
 
-def test_rounds_teach_most_about_row_counts_like_theirs() -> None:
+def test_many_rounds_change_the_shape_of_the_profile() -> None:
     cost = CostModel(PROFILE)
-    for _ in range(100):
-        cost.observe_target(8, 0.080)  # eight sequences, where the profile had one chain
-    assert cost.target_s(8) == pytest.approx(0.080, rel=1e-2)
-    assert 0.088 * 1.3 < cost.target_s(16) < 0.088 * 1.6
-    for _ in range(100):
+    for _ in range(500):  # eight sequences and their trees, where the profile had one chain
         cost.observe_target(8, 0.080)
         cost.observe_target(12, 0.130)
-    assert cost.target_s(8) == pytest.approx(0.080, rel=0.15)
-    assert cost.target_s(12) == pytest.approx(0.130, rel=0.15)
-    assert cost.target_s(12) - cost.target_s(8) > 0.030  # the profile has 0.020
+    assert cost.target_s(8) == pytest.approx(0.080, rel=0.05)
+    assert cost.target_s(12) == pytest.approx(0.130, rel=0.05)
 
 
 def test_a_profile_that_was_too_slow_keeps_its_shape() -> None:
@@ -66,7 +61,7 @@ def test_a_profile_that_was_too_slow_keeps_its_shape() -> None:
     for _ in range(200):
         cost.observe_target(1, 0.01)
     assert cost.target_s(1) == pytest.approx(0.01, rel=1e-2)
-    assert cost.target_s(64) == pytest.approx(0.0105, rel=1e-2)
+    assert 0.01 <= cost.target_s(64) < 0.0125
 
 
 def test_rounds_beyond_the_profile_scale_all_of_it() -> None:
