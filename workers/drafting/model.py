@@ -159,11 +159,12 @@ class ModelDrafter:
     @torch.inference_mode()
     def time_step(self, num_rows: int) -> float:
         """Seconds of a step over one chain of rows, all proposing; call before any sequence starts."""
-        pages = self._pool.allocate(self._pool.pages_for(num_rows))
+        pages = self._pool.allocate(min(self._pool.pages_for(num_rows), self._pool.num_available))
+        num_rows = min(num_rows, len(pages) * self._pool.page_size)
         rows = SequenceRows(pages, 0, chain(num_rows), 0, [0] * num_rows)
         begun = time.monotonic()
         batch = build_batch([rows], self._cache.page_size, self._model.device)
-        self._model.logits(self._model.forward(batch, self._cache)).cpu()
+        self._model.logits(self._run(batch)).cpu()
         seconds = time.monotonic() - begun
         self._pool.release(pages)
         return seconds
