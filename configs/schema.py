@@ -146,7 +146,7 @@ class TreeConfig:
     """The draft tree of a sequence. A request may ask for less, not for more."""
 
     budget: Literal["measured", "fixed"] = "measured"
-    """`measured`: as many nodes as pay, from target times taken at start-up; `fixed`: always `max_nodes`."""
+    """`measured`: as many nodes as pay, going by measured times; `fixed`: always `max_nodes`."""
 
     max_nodes: int = 24
     """Most drafted nodes per sequence and round, the root not counted; 0: plain decoding."""
@@ -173,7 +173,7 @@ class RoundsConfig:
     """Groups of sequences; with two, one is drafted while the target verifies the other."""
 
     merge_lanes: bool = True
-    """Put all sequences in one lane where the times measured at start-up say that this is faster."""
+    """Put all sequences in one lane where the measured times say that this is faster."""
 
     draft_ahead: bool = True
     """Keep growing a sequence's tree while the target verifies it."""
@@ -191,7 +191,7 @@ class RoundsConfig:
     """Let sequences whose prompts begin alike share KV pages."""
 
     profile_node_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    """Row counts for which the target is timed at start-up, increasing from 1."""
+    """Row counts for which target and draft model are timed at start-up, increasing from 1."""
 
     trace: bool = False
     """Keep single spans of every worker's time, so that a trace can be written (`--trace FILE` sets this)."""

@@ -84,7 +84,8 @@ class DraftWorker:
     def profile(self, progress: Callable[[str, int, int], None]) -> PassProfile:
         """Time the draft model, and the target for the row counts of `rounds.profile_node_counts`, before `run`.
 
-        Each count is timed with a chain of rows and no context, all of them sampled: the median of a few runs.
+        Each count is timed with a chain of rows and no context, all of them sampled or proposing: the median of a
+        few runs.
         """
         counts = self.config.rounds.profile_node_counts
         target_times, drafter_times = [], []
@@ -143,7 +144,7 @@ class DraftWorker:
             "busy_s": self._tracer.totals(),
             "peak_memory_bytes": peak_memory_bytes(),
             "target_pass_s": dict(zip(cost.target.num_rows, cost.target.seconds, strict=True)),
-            "draft_step_s": dict(zip(cost.drafter.num_rows, cost.drafter.seconds, strict=True))
+            "draft_pass_s": dict(zip(cost.drafter.num_rows, cost.drafter.seconds, strict=True))
             if cost.drafter
             else {},
             "num_available_pages": self._scheduler.pool.num_available,

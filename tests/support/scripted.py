@@ -67,30 +67,36 @@ class ScriptedDrafter:
         is_right: Callable[[int], bool],
         estimator: AcceptanceEstimator,
         sleep: Callable[[float], None] = time.sleep,
+        must_read: bool = False,
     ) -> None:
+        """`must_read`: prompts that were not read are not drafted for, as with a real model and long ones."""
+        self._must_read = must_read
         self._step_s = step_s
         self._sleep = sleep
         self._estimator = estimator
         self._is_right = is_right  # by position
         self.prompts_read: set[str] = set()
 
-    @property
-    def root_gains(self) -> list[float]:
-        return [self._estimator.estimate((1,), 0.5)]
-
     def start(self, sequence: Sequence) -> None: ...
 
     def finish(self, sequence: Sequence) -> None: ...
 
-    def num_unread(self, sequences: SequenceABC[Sequence]) -> int:
-        return sum(len(s.request.prompt_tokens) for s in sequences if s.id not in self.prompts_read)
+    def root_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
+        return [max(0.5, self._estimator.estimate((1,), 0.5))] * len(sequences)
 
-    def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
+    def unread(self, sequences: SequenceABC[Sequence]) -> list[int]:
+        return [len(s.request.prompt_tokens) for s in sequences if s.id not in self.prompts_read]
+
+    def read_prompts(self, sequences: SequenceABC[Sequence]) -> int:
+        num_tokens = sum(self.unread(sequences))
         self.prompts_read |= {sequence.id for sequence in sequences}
+        return num_tokens
 
     def rerooted(self, sequence: Sequence, path: list[int], survivors: dict[int, int]) -> None: ...
 
     def forecast(self, sequences: SequenceABC[Sequence]) -> StepForecast:
+        if self._must_read:
+            sequences = [s for s in sequences if s.id in self.prompts_read]
         open_trees = [s for s in sequences if self._deepest(s).depth < s.request.draft.max_depth]
         acceptance = self._estimator.estimate((1,), 0.5)
         gains = sorted((acceptance * self._deepest(s).value for s in open_trees), reverse=True)

@@ -92,6 +92,8 @@ def run_requests(
     options: LoopOptions,
     latencies: PassProfile = _VERIFY_40_MS,
     step_s: float = 0.01,
+    assumed_step_s: float | None = None,
+    must_read: bool = False,
     is_right: Callable[[int], bool] = lambda position: True,
     limits: SchedulerLimits = _LIMITS,
     num_pages: int = 256,
@@ -99,14 +101,15 @@ def run_requests(
 ) -> VirtualRun:
     """Run requests to their ends with scripted workers; pages hold 16 rows. `on_event` may use the loop.
 
-    `latencies` is what a pass of the target takes, and what the loop knows of it.
+    `latencies` is what a pass of the target takes, and what the loop knows of it; `assumed_step_s` is what it takes
+    for the seconds of a drafter step, if not `step_s`. `must_read`: see `ScriptedDrafter`.
     """
     clock = VirtualClock()
     link = VirtualLink(clock, latencies)
     drafting = DraftEngine(NgramConfig())
-    drafter = ScriptedDrafter(step_s, is_right, drafting.estimator, clock.sleep)
+    drafter = ScriptedDrafter(step_s, is_right, drafting.estimator, clock.sleep, must_read)
     drafting.add(drafter)
-    cost = CostModel(latencies, PassProfile((1,), (step_s,)))
+    cost = CostModel(latencies, PassProfile((1,), (assumed_step_s or step_s,)))
     events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
     unfinished = set(events)
 

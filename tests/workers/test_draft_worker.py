@@ -54,7 +54,7 @@ class Pair:
         self._threads = [threading.Thread(target=self.target.run, daemon=True)]
         self._threads[0].start()
         self.profile: PassProfile = self.draft.profile(self.report)
-        self.profiled_step_s = self.draft.stats()["draft_step_s"]
+        self.profiled_step_s = self.draft.stats()["draft_pass_s"]
 
     def report(self, what: str, done: int, total: int) -> None:
         self.reports.append((what, done, total))

@@ -51,15 +51,15 @@ class StepwiseDrafter(Protocol):
         the verdict makes one of their children the root, or a node further down, and that has to be expanded.
         """
 
-    @property
-    def root_gains(self) -> list[float]:
-        """The gains of a step for one sequence whose tree is only a root, going by what was seen so far."""
+    def root_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
+        """The gains of a step if these sequences' trees were only roots: what was seen so far, but no less than
+        what is assumed at first, so that a hard text does not end drafting for those after it."""
 
-    def num_unread(self, sequences: SequenceABC[Sequence]) -> int:
-        """Tokens that `read_prompts` has to read before steps can follow."""
+    def unread(self, sequences: SequenceABC[Sequence]) -> list[int]:
+        """How many tokens `read_prompts` has to read before steps can follow, of each sequence where it has to."""
 
-    def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
-        """Read one chunk of what these sequences' caches lack."""
+    def read_prompts(self, sequences: SequenceABC[Sequence]) -> int:
+        """Read one chunk of what these sequences' caches lack; returns its tokens."""
 
     def rerooted(self, sequence: Sequence, path: list[int], survivors: dict[int, int]) -> None:
         """Follow a verdict: `path` are the old tree's nodes that came out, root first; `survivors` maps old
@@ -119,10 +119,10 @@ class DraftEngine:
         """Probability that one more step, taken before the verdict is known, spares one after it."""
         return max((d.survival(drafted_by_model(sequences)) for d in self._stepwise), default=0.0)
 
-    @property
-    def root_gains(self) -> list[float]:
-        """The gains of a step for one sequence whose tree is only a root, descending."""
-        return sorted((gain for drafter in self._stepwise for gain in drafter.root_gains), reverse=True)
+    def root_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
+        """The gains of a step if these sequences' trees were only roots, descending."""
+        drafted = drafted_by_model(sequences)
+        return sorted((gain for d in self._stepwise for gain in d.root_gains(drafted)), reverse=True)
 
     def step(self, sequences: SequenceABC[Sequence]) -> bool:
         """One step of the draft model on these sequences' trees; False when there was nothing to do."""
@@ -131,14 +131,13 @@ class DraftEngine:
             self.look_up(sequences)
         return any(progress)
 
-    def num_unread(self, sequences: SequenceABC[Sequence]) -> int:
-        """Tokens that `read_prompts` has to read before the draft model can take part."""
-        return sum(drafter.num_unread(drafted_by_model(sequences)) for drafter in self._stepwise)
+    def unread(self, sequences: SequenceABC[Sequence]) -> list[int]:
+        """How many tokens `read_prompts` has to read, of each sequence in which the draft model lags behind."""
+        return [n for drafter in self._stepwise for n in drafter.unread(drafted_by_model(sequences))]
 
-    def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
-        """Read one chunk of each prompt into the draft model's cache."""
-        for drafter in self._stepwise:
-            drafter.read_prompts(drafted_by_model(sequences))
+    def read_prompts(self, sequences: SequenceABC[Sequence]) -> int:
+        """Read one chunk of the prompts into the draft model's cache; returns its tokens."""
+        return sum(drafter.read_prompts(drafted_by_model(sequences)) for drafter in self._stepwise)
 
     def settle(self, sequence: Sequence, verdict: Verdict) -> None:
         """Learn from a verdict and re-root the sequence's tree below the tokens that came out.

@@ -22,8 +22,9 @@ from outrider.workers.model.cuda_graphs import draft_capacities, forward_of
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.sequence import Sequence
-from outrider.workers.sampling.context import PenaltyState
-from outrider.workers.sampling.sampler import RowContext, Sampler
+from outrider.workers.sampling.context import PenaltyState, RowContext
+from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.trace import Tracer
 
 MODEL_METHOD = 1
@@ -90,7 +91,8 @@ class ModelDrafter:
         self._prefill_chunk = prefill_chunk
         self._cached: dict[str, _CachedSequence] = {}
         # By rank: how likely the proposal below a node is accepted, if the node is.
-        self._yields = [_FIRST_YIELD / 4**rank for rank in range(max_children)]
+        self._first_yields = [_FIRST_YIELD / 4**rank for rank in range(max_children)]
+        self._greedy_yields, self._sampled_yields = list(self._first_yields), list(self._first_yields)
 
     def start(self, sequence: Sequence) -> None:
         """Take the shared pages that hold the beginning of the prompt."""
@@ -106,13 +108,13 @@ class ModelDrafter:
         """Give the pages back."""
         self._pool.release(self._cached.pop(sequence.id).pages)
 
-    def num_unread(self, sequences: SequenceABC[Sequence]) -> int:
-        """Tokens that these sequences' caches lack, of those that lack too many to be read by a step."""
+    def unread(self, sequences: SequenceABC[Sequence]) -> list[int]:
+        """The tokens that these sequences' caches lack, where they are too many for a step to read them."""
         missing = [self._cached[sequence.id].lag(sequence) - 1 for sequence in sequences]
-        return sum(count for count in missing if count >= _MAX_LAG)
+        return [count for count in missing if count >= _MAX_LAG]
 
-    def read_prompts(self, sequences: SequenceABC[Sequence]) -> None:
-        """Read one chunk, shared between the sequences that lag far behind."""
+    def read_prompts(self, sequences: SequenceABC[Sequence]) -> int:
+        """Read one chunk, shared between the sequences that lag far behind; returns its tokens."""
         room, work = self._prefill_chunk, []
         for sequence in sequences:
             cached = self._cached[sequence.id]
@@ -128,6 +130,7 @@ class ModelDrafter:
             self._forward(work)
             for item in work:
                 self._commit_rows(item.sequence, len(item.rows.tokens))
+        return self._prefill_chunk - room
 
     def forecast(self, sequences: SequenceABC[Sequence]) -> StepForecast:
         """What the next step over these sequences would do."""
@@ -141,10 +144,13 @@ class ModelDrafter:
                     gains += self._gains(sequence, node)
         return StepForecast(sorted((gain for gain in gains if gain > 0.0), reverse=True), num_rows)
 
-    @property
-    def root_gains(self) -> list[float]:
-        """The gains of a step for one sequence whose tree is only a root."""
-        return list(self._yields)
+    def root_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
+        """The gains of a step if these sequences' trees were only roots, at least those assumed at first."""
+        return [
+            max(seen, first)
+            for sequence in sequences
+            for seen, first in zip(self._yields_of(sequence), self._first_yields, strict=True)
+        ]
 
     def survival(self, sequences: SequenceABC[Sequence]) -> float:
         """Of the nodes that the next step expands and that are not verified now, the best one's value."""
@@ -158,13 +164,14 @@ class ModelDrafter:
 
     @torch.inference_mode()
     def time_step(self, num_rows: int) -> float:
-        """Seconds of a step over one chain of rows, all proposing; call before any sequence starts."""
+        """Seconds of a step over one chain of greedy rows, all proposing; call before any sequence starts."""
         pages = self._pool.allocate(min(self._pool.pages_for(num_rows), self._pool.num_available))
         num_rows = min(num_rows, len(pages) * self._pool.page_size)
         rows = SequenceRows(pages, 0, chain(num_rows), 0, [0] * num_rows)
+        context = RowContext(SamplingParams(temperature=0.0), 0, PenaltyState(()), ())
         begun = time.monotonic()
-        batch = build_batch([rows], self._cache.page_size, self._model.device)
-        self._model.logits(self._run(batch)).cpu()
+        hidden = self._run(build_batch([rows], self._cache.page_size, self._model.device))
+        self._sampler.propose(self._model.logits(hidden), [context] * num_rows, self._max_children)
         seconds = time.monotonic() - begun
         self._pool.release(pages)
         return seconds
@@ -188,15 +195,14 @@ class ModelDrafter:
         with self._tracer.span("sample", len(proposing)):
             tokens, log_probs = self._sampler.propose(logits, contexts, self._max_children)
         proposals = zip(tokens.tolist(), log_probs.tolist(), strict=True)
-        promised, gained = 1e-9, [0.0] * self._max_children
         for item in work:
             self._remember_rows(item)
             for node in item.nodes:
-                promised += item.sequence.tree.nodes[node].value
-                for rank, value in enumerate(self._add_children(item.sequence, node, *next(proposals))):
-                    gained[rank] += value
-        for rank, value in enumerate(gained):
-            self._yields[rank] += _SMOOTHING * (value / promised - self._yields[rank])
+                promised = item.sequence.tree.nodes[node].value
+                values = self._add_children(item.sequence, node, *next(proposals))
+                yields = self._yields_of(item.sequence)
+                for rank, value in enumerate(values):
+                    yields[rank] += _SMOOTHING * (value - promised * yields[rank])
         return True
 
     def rerooted(self, sequence: Sequence, path: list[int], survivors: dict[int, int]) -> None:
@@ -263,11 +269,15 @@ class ModelDrafter:
                 chosen.update(needed)
         return [(gains[node], node) for node in sorted(chosen)]
 
+    def _yields_of(self, sequence: Sequence) -> list[float]:
+        """The noise chooses for sampled requests, so theirs are counted apart."""
+        return self._greedy_yields if sequence.request.sampling.is_greedy else self._sampled_yields
+
     def _gains(self, sequence: Sequence, node: int) -> list[float]:
         """By rank, the expected accepted tokens of the model's proposals below a node, less what is there."""
         nodes, gains = sequence.tree.nodes, []
         proposed = sum(nodes[child].acceptance for child in nodes[node].children.values())
-        for acceptance in self._yields:
+        for acceptance in self._yields_of(sequence):
             gains.append(nodes[node].value * max(0.0, acceptance - proposed))
             proposed = max(0.0, proposed - acceptance)
         return gains

@@ -137,7 +137,7 @@ class GraphedForward:
         """What can fail on this rank: memory, compiling and loading kernels. Says nothing to the other ranks.
 
         Raises:
-            RuntimeError: there is no memory left, or a kernel cannot run.
+            Exception: there is no memory left, or a kernel cannot be compiled, loaded or run.
         """
         page_size, device = self._cache.page_size, self._model.device
         self._statics = [StaticBatch(capacity, page_size, device) for capacity in self._capacities]
@@ -162,7 +162,7 @@ class GraphedForward:
         """Records the graphs. Sums over ranks are recorded, not made: no rank waits for another.
 
         Raises:
-            RuntimeError: something in the forward cannot be captured, or there is no memory left.
+            Exception: something in the forward cannot be captured, or there is no memory left.
         """
         for static in self._statics:
             graph = torch.cuda.CUDAGraph()
@@ -212,7 +212,7 @@ def _all_manage(prepare: Callable[[], None], communicator: Communicator) -> bool
     problem = ""
     try:
         prepare()
-    except RuntimeError as error:
+    except Exception as error:  # of torch, the CUDA driver or NVRTC, which have no class in common
         problem = str(error) or type(error).__name__
     (everywhere,) = agreed(communicator, [not problem])
     if not everywhere:

@@ -14,7 +14,7 @@ from itertools import accumulate
 _SMOOTHING = 0.1  # weight of the newest measurement
 _SHAPE_SMOOTHING = 0.03  # its further weight for the row counts next to its own
 _SHAPE_RANGE = 0.3  # relative error beyond which a whole profile is off, not its shape
-_FADING = 0.998  # of what a drafter step is taken to cost, each time it seems too much
+_FADING = 0.995  # of what a drafter step is taken to cost, each time it seems too much
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class PassProfile:
 
 
 class CostModel:
-    """Seconds of a target pass and of a drafter step, from the start-up profiles and what is measured since.
+    """Seconds of a target pass, a drafter step and reading, from start-up profiles and what is measured since.
 
-    Rows cost more in long contexts and in many sequences than in a profile's one chain: every row count learns
-    from the passes near it.
+    Rows cost more in long contexts and in many sequences than in a profile's one chain, so serving teaches both
+    profiles: mostly their scale, slowly their shape.
     """
 
     def __init__(self, target: PassProfile, drafter: PassProfile | None = None) -> None:
@@ -62,22 +62,31 @@ class CostModel:
         self.target = _monotone(target.num_rows, target.seconds)
         self.drafter = _monotone(drafter.num_rows, drafter.seconds) if drafter else None
         self.draft_round_s = 0.0  # all drafting of one lane in one round
+        self._read_token_s = 0.0  # one token of a prompt, read by the drafter; 0 until seen
 
     def target_s(self, rows: int) -> float:
-        """Predicted seconds from sending a round of `rows` rows to having its scores."""
+        """Predicted seconds of the target for a round of `rows` rows."""
         return self.target.at(rows)
 
     def draft_step_s(self, rows: int) -> float:
         """Predicted seconds of a drafter step over `rows` rows."""
         return self.drafter.at(rows) if self.drafter else 0.0
 
+    def read_s(self, tokens: int) -> float:
+        """Predicted seconds in which the drafter reads `tokens` tokens without proposing any."""
+        return tokens * self._read_token_s if self._read_token_s else self.draft_step_s(tokens)
+
     def observe_target(self, rows: int, seconds: float) -> None:
-        """A served round; outliers (a stalled machine) count at most double."""
+        """A served round without long prompts; outliers (a stalled machine) count at most double."""
         self.target = _learned(self.target, rows, seconds)
 
     def observe_draft_step(self, rows: int, seconds: float) -> None:
         """A drafter step; outliers count at most double: one stalled step must not end drafting for long."""
         self.drafter = _learned(self.drafter or PassProfile((1,), (seconds,)), rows, seconds)
+
+    def observe_reading(self, tokens: int, seconds: float) -> None:
+        """The drafter has read a chunk."""
+        self._read_token_s = self._smooth(self._read_token_s, seconds / tokens)
 
     def doubt_draft_steps(self) -> None:
         """A step was not worth it; let its cost fade, so that one bad measurement is tried again some day."""
@@ -125,6 +134,7 @@ class CostModel:
         takes a row of the target; a full batch pays for rows long before one sequence does, so as many
         proposals count as are worth their rows.
         """
+        assert num_sequences > 0
         count, rate = self._best(values, num_base_rows, num_sequences, drafted_s)
         best_net = net = 0.0
         for row, gain in enumerate(step_gains, start=num_base_rows + count):

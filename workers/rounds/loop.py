@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from outrider.workers.drafting.engine import DraftEngine
+from outrider.workers.drafting.engine import DraftEngine, StepForecast
 from outrider.workers.rounds.budget import CostModel
 from outrider.workers.rounds.messages import Draft, Scores, SequenceStart, SequenceStep
 from outrider.workers.rounds.scheduler import PlannedStep, Scheduler
@@ -152,16 +152,13 @@ class RoundLoop:
                 self._drafting.start(sequence)
 
     def _num_lanes(self) -> int:
-        num_unfinished = self._num_unfinished()
+        num_unfinished = len(self.scheduler.running) + len(self.scheduler.waiting)
         if self._options.num_lanes == 1 or num_unfinished < 2:
             return 1
         may_merge = self._options.merge_lanes and self._options.overlapped
         if may_merge and (self._options.draft_costs or self.cost.one_lane_is_faster(num_unfinished)):
             return 1
         return self._options.num_lanes
-
-    def _num_unfinished(self) -> int:
-        return len(self.scheduler.running) + len(self.scheduler.waiting)
 
     def _plan(self, lane: int) -> list[PlannedStep]:
         with self._tracer.span("schedule"):
@@ -170,24 +167,38 @@ class RoundLoop:
     def _read_prompts(self, steps: list[PlannedStep]) -> None:
         """The draft model reads a chunk of what it lacks, mostly prompts."""
         sequences = [s.sequence for s in steps]
-        if self._reading_pays(sequences):
-            with self._tracer.span("draft", len(steps)):
-                self._drafting.read_prompts(sequences)
+        if not self._reading_pays(sequences):
+            return
+        begun = time.monotonic()
+        with self._tracer.span("draft", len(steps)):
+            num_tokens = self._drafting.read_prompts(sequences)
+        if num_tokens:
+            self.cost.observe_reading(num_tokens, time.monotonic() - begun)
 
     def _reading_pays(self, sequences: list[Sequence]) -> bool:
         """Whether later steps will save more time than reading takes, where that keeps the target from working.
 
         With many sequences no step pays; what was not read is read when enough of them have left.
         """
-        if self._options.fixed_budget or not self._options.draft_costs:
+        unread = self._drafting.unread(sequences)
+        if not unread or self._options.fixed_budget or not self._options.draft_costs:
             return True
-        count = min(self._num_unfinished(), self.scheduler.limits.max_sequences)
-        gains = sorted(self._drafting.root_gains * count, reverse=True)
-        step_s = self.cost.draft_step_s(count)
-        saved_s = self.cost.saved_by_step([], count, count, 0.0, gains, step_s)
+        unfinished = [*self.scheduler.running, *self.scheduler.waiting][: self.scheduler.limits.max_sequences]
+        saved_s = self.cost.saved_by_step(
+            values=[],
+            num_base_rows=len(unfinished),
+            num_sequences=len(unfinished),
+            drafted_s=0.0,
+            step_gains=self._drafting.root_gains(unfinished),
+            step_s=self.cost.draft_step_s(len(unfinished)),
+        )
         # A round with a step gives at most two tokens for each sequence.
         num_rounds = sum(s.num_remaining for s in sequences) / len(sequences) / 2
-        return saved_s * num_rounds > self.cost.draft_step_s(self._drafting.num_unread(sequences))
+        share = len(unread) / len(unfinished)  # of what a step saves
+        pays = share * saved_s * num_rounds > self.cost.read_s(sum(unread))
+        if not pays:
+            self.cost.doubt_draft_steps()
+        return pays
 
     def _draft(self, steps: list[PlannedStep]) -> None:
         """Grow the trees of the sequences that are about to be verified, then cut them to what pays."""
@@ -197,19 +208,19 @@ class RoundLoop:
         with self._tracer.span("draft", len(sequences)):
             afresh = [s for s in drafted if len(s.sequence.tree) == 1]
             self._drafting.look_up(sequences)
-            while self._another_step_pays(steps, drafted, afresh, begun):
-                if not self._step(sequences):
+            while forecast := self._next_step(steps, drafted, afresh, begun):
+                if not self._step(sequences, forecast):
                     break
             self._cut(steps, drafted, self._charged_s(begun, time.monotonic()))
         if sequences:
             self.cost.observe_draft_round(time.monotonic() - begun)
 
-    def _step(self, sequences: list[Sequence]) -> bool:
+    def _step(self, sequences: list[Sequence], forecast: StepForecast) -> bool:
         """One step of the draft model; False when nothing was left to do."""
-        num_rows, begun = self._drafting.forecast(sequences).num_rows, time.monotonic()
+        begun = time.monotonic()
         if not self._drafting.step(sequences):
             return False
-        self.cost.observe_draft_step(num_rows, time.monotonic() - begun)
+        self.cost.observe_draft_step(forecast.num_rows, time.monotonic() - begun)
         return True
 
     def _charged_s(self, begun: float, now: float) -> float:
@@ -218,15 +229,16 @@ class RoundLoop:
             return now - begun
         return max(0.0, now - max(begun, self._last_expected_at))
 
-    def _another_step_pays(
+    def _next_step(
         self, steps: list[PlannedStep], drafted: list[PlannedStep], afresh: list[PlannedStep], begun: float
-    ) -> bool:
-        if self._options.fixed_budget:
-            # What survived a verdict is sent at once; trees that were started afresh are filled.
-            return any(self._has_room_to_grow(s) for s in afresh)
+    ) -> StepForecast | None:
+        """What another step of the draft model would do; None if it does not pay."""
         forecast = self._drafting.forecast([s.sequence for s in drafted])
         if not forecast.gains:
-            return False
+            return None
+        if self._options.fixed_budget:
+            # What survived a verdict is sent at once; trees that were started afresh are filled.
+            return forecast if any(self._has_room_to_grow(s) for s in afresh) else None
         values = sorted((v for s in drafted for v, _ in self._offer(s)), reverse=True)
         base_rows = sum(s.chain_length for s in steps)
         now = time.monotonic()
@@ -236,7 +248,8 @@ class RoundLoop:
         saved_s = self.cost.saved_by_step(values, base_rows, num_sampling, drafted_s, forecast.gains, step_s)
         if saved_s <= 0.0:
             self.cost.doubt_draft_steps()
-        return saved_s > 0.0
+            return None
+        return forecast
 
     def _has_room_to_grow(self, step: PlannedStep) -> bool:
         is_full = len(self._offer(step)) == step.sequence.request.draft.max_nodes
@@ -323,12 +336,13 @@ class RoundLoop:
         sequences = [s.sequence for s in under_way.steps if s.reaches_end]
         sequences = [s for s in sequences if s.request.draft.max_nodes > 0]
         while sequences and not self._link.poll():
-            step_s = self.cost.draft_step_s(self._drafting.forecast(sequences).num_rows)
+            forecast = self._drafting.forecast(sequences)
+            step_s = self.cost.draft_step_s(forecast.num_rows)
             fitting_fraction = (under_way.expected_at - time.monotonic()) / max(step_s, 1e-9)
             if fitting_fraction < 1.0 - self._drafting.survival(sequences):
                 return
             with self._tracer.span("draft", len(sequences)):
-                if not self._step(sequences):
+                if not self._step(sequences, forecast):
                     return
 
     def _receive(self) -> Scores:
@@ -338,7 +352,10 @@ class RoundLoop:
     def _settle(self, under_way: Round, scores: Scores) -> None:
         """Turn scores into tokens, and make the sequences ready for their next round."""
         assert scores.round_id == under_way.round_id, (scores.round_id, under_way.round_id)
-        self.cost.observe_target(under_way.num_rows, scores.commit_s + scores.forward_s + scores.sample_s)
+        # A prompt's rows cost otherwise than those of trees: fewer sequences, and only the last one is sampled.
+        if sum(step.chain_length for step in under_way.steps) <= 2 * len(under_way.steps):
+            target_s = scores.commit_s + scores.forward_s + scores.sample_s
+            self.cost.observe_target(under_way.num_rows, target_s)
         with self._tracer.span("verify", under_way.num_rows):
             for step, step_scores in zip(under_way.steps, scores.steps, strict=True):
                 sequence = step.sequence

@@ -1,7 +1,8 @@
 """One rank's logits as sampling looks at them: on the host, or where a GPU left them.
 
-Both answer the same questions with the same numbers, several rows at a time. A `DeviceShard` brings answers to the
-host, never whole rows.
+Both answer the same questions for several rows at a time, with the same numbers but for the rounding of exp and
+log: all ranks of a group use the same kind (`agreed_kernels`). A `DeviceShard` brings answers to the host, never
+whole rows.
 """
 
 from __future__ import annotations

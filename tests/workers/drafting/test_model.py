@@ -289,7 +289,7 @@ def test_without_pages_nothing_is_proposed_and_nothing_fails() -> None:
     long = drafting.start(list(range(50)))
     drafting.engine.read_prompts([long])
     assert drafting.model.forecast([long]).gains == []
-    assert drafting.model.num_unread([long]) == 49  # all but the root
+    assert drafting.model.unread([long]) == [49]  # all but the root
     assert drafting.model.survival([long]) == 0.0
     drafting.finish(rich)
     assert drafting.step(poor)  # there is room again

@@ -97,13 +97,20 @@ def test_the_first_drafter_step_counts_whole_and_later_ones_a_tenth() -> None:
     cost.observe_draft_step(1, 0.020)
     assert cost.draft_step_s(1) == pytest.approx(0.011)
     cost.doubt_draft_steps()
-    assert cost.draft_step_s(1) == pytest.approx(0.011 * 0.998)
+    assert cost.draft_step_s(1) == pytest.approx(0.011 * 0.995)
 
 
 def test_a_drafter_that_has_to_catch_up_takes_longer() -> None:
     cost = CostModel(PROFILE, PassProfile((1, 32), (0.010, 0.041)))
     assert cost.draft_step_s(2) == pytest.approx(0.011)
     assert cost.draft_step_s(80) == pytest.approx(0.089)
+
+
+def test_reading_costs_what_reading_was_seen_to_cost() -> None:
+    cost = CostModel(PROFILE, PassProfile((1, 32), (0.010, 0.041)))
+    assert cost.read_s(80) == pytest.approx(0.089)
+    cost.observe_reading(100, 0.02)
+    assert cost.read_s(80) == pytest.approx(0.016)
 
 
 def test_a_stalled_drafter_step_hardly_counts() -> None:

@@ -223,6 +223,18 @@ def test_a_prompt_is_read_for_drafting_only_if_the_answer_is_long_enough() -> No
     assert long.prompts_read == {"long"}
 
 
+def test_a_drafter_that_seemed_too_slow_is_tried_again() -> None:
+    # A step is taken for 30 ms, and the first proposals for right every other time: 20 ms of the target's time.
+    run = run_requests(
+        [scripted_request("a", 400, prompt_length=40)],
+        options=default_options(overlapped=False, draft_costs=True),
+        assumed_step_s=0.03,
+        must_read=True,
+    )
+    assert run.prompts_read == {"a"}
+    assert all(len(step.tokens) > 1 for step in steps_of(run.drafts, 0)[-20:-2])
+
+
 def test_the_budget_takes_what_pays() -> None:
     run = run_requests(
         [scripted_request("a", 60)],
