@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
@@ -10,11 +13,31 @@ from outrider.workers.communicator import PeerLostError
 
 _TIMEOUT_S = 600.0
 
+Result = TypeVar("Result")
+
 
 def thread_group(size: int) -> tuple[ThreadCommunicator, ...]:
     """One communicator per rank; each is used by a thread of its own."""
     meeting = _Meeting(size)
     return tuple(ThreadCommunicator(meeting, rank) for rank in range(size))
+
+
+def run_ranks(size: int, work: Callable[[ThreadCommunicator], Result]) -> list[Result]:
+    """Runs `work` on every rank at the same time; a rank that fails frees the others and its error is raised."""
+
+    def run(communicator: ThreadCommunicator) -> Result:
+        try:
+            return work(communicator)
+        except BaseException:
+            communicator.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(run, communicator) for communicator in thread_group(size)]
+        errors = [error for error in (future.exception() for future in futures) if error]
+    if errors:
+        raise min(errors, key=lambda error: isinstance(error, PeerLostError))
+    return [future.result() for future in futures]
 
 
 class ThreadCommunicator:

@@ -11,8 +11,7 @@ from outrider.workers.communicator import Communicator, SoloCommunicator, agreed
 from outrider.workers.setup import agreed_kernels
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
-from support.thread_group import thread_group
-from support.threaded_communicator import run_ranks
+from support.thread_group import run_ranks, thread_group
 
 ALL = KernelSelection.of(ENTRIES)
 

@@ -29,7 +29,7 @@ from outrider.workers.model.cuda_graphs import (
 )
 from support.cuda_on_cpu.executor import SCHEDULES
 from support.cuda_on_cpu.kernels import source_kernels
-from support.threaded_communicator import ThreadedCommunicator, run_ranks
+from support.thread_group import ThreadCommunicator, run_ranks
 
 CPU = torch.device("cpu")
 CASE = AttentionCase("graph", (40, 9), (5, 3), page_size=4)
@@ -201,7 +201,7 @@ def test_all_ranks_replay_or_none(
         cuda_graphs, "can_be_captured", lambda model: fails != ("selection", model.communicator.rank)
     )
 
-    def work(communicator: ThreadedCommunicator) -> Any:
+    def work(communicator: ThreadCommunicator) -> Any:
         forward = forward_of(*on_gpu(communicator), [CAPACITY])
         assert communicator.all_reduce(torch.ones(1)).item() == 3  # all are where they were
         return forward("batch")  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from outrider.workers.sampling.context import PenaltyState, RowContext
 from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import Sampler, Samples
 from support import sampling_reference as reference
-from support.threaded_communicator import ThreadedCommunicator, run_ranks
+from support.thread_group import ThreadCommunicator, run_ranks
 
 # Where rows are sampled: on the host, or where a GPU left them; the operators' CPU implementations stand in for one.
 PLACES = pytest.mark.parametrize("kernels", [REFERENCES, KernelSelection.of(ENTRIES)], ids=["host", "device"])
@@ -31,7 +31,7 @@ def sample_over(
     """What each rank returns when the vocabulary is cut at `cuts`."""
     edges = [0, *cuts, logits.shape[1]]
 
-    def work(communicator: ThreadedCommunicator) -> Samples:
+    def work(communicator: ThreadCommunicator) -> Samples:
         shard = range(edges[communicator.rank], edges[communicator.rank + 1])
         own = logits[:, shard.start : shard.stop].contiguous()
         before = own.clone()

@@ -19,7 +19,7 @@ from outrider.workers.sampling.context import PenaltyState, RowContext
 from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sampling.shards import DeviceShard, HostShard
-from support.threaded_communicator import ThreadedCommunicator, run_ranks
+from support.thread_group import ThreadCommunicator, run_ranks
 
 VOCAB_SIZE = 20_001
 KERNELS = KernelSelection.of(ENTRIES)
@@ -76,7 +76,7 @@ def test_samples_are_those_of_the_host(params: list[SamplingParams], size: int) 
     expected = whole_sampler(REFERENCES).sample(logits, rows)
     edges = [VOCAB_SIZE * i // size for i in range(size + 1)]
 
-    def work(communicator: ThreadedCommunicator) -> None:
+    def work(communicator: ThreadCommunicator) -> None:
         shard = range(edges[communicator.rank], edges[communicator.rank + 1])
         own = logits[:, shard.start : shard.stop].contiguous()
         before = own.clone()
