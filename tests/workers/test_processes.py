@@ -91,7 +91,7 @@ def test_a_cancelled_request_ends_and_the_others_go_on(
 def test_every_worker_says_what_it_did(deployment: Deployment) -> None:
     deployment.generate(requests(4))
     draft = deployment.draft.call("stats")
-    assert list(draft["profile"]) == [1, 2]
+    assert list(draft["target_pass_s"]) == [1, 2]
     assert draft["busy_s"]["verify"] > 0.0
     for target in deployment.targets:
         stats = target.call("stats")
