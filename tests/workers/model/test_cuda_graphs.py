@@ -21,6 +21,7 @@ from outrider.workers.model import cuda_graphs
 from outrider.workers.model.batch import ForwardBatch, SequenceRows, build_batch, chain
 from outrider.workers.model.cuda_graphs import (
     GraphCapacity,
+    GraphedForward,
     StaticBatch,
     can_be_captured,
     draft_capacities,
@@ -29,6 +30,7 @@ from outrider.workers.model.cuda_graphs import (
 )
 from support.cuda_on_cpu.executor import SCHEDULES
 from support.cuda_on_cpu.kernels import source_kernels
+from support.stand_in_cuda import StandInCuda
 from support.thread_group import ThreadCommunicator, run_ranks
 
 CPU = torch.device("cpu")
@@ -128,6 +130,28 @@ def test_a_drafter_adds_few_rows_to_large_trees() -> None:
     assert capacities[0].holds(build_batch([grown], 16, CPU))
     prompt_chunk = SequenceRows(list(range(63)), 0, chain(65), 0, [1] * 65)
     assert not any(capacity.holds(build_batch([prompt_chunk], 16, CPU)) for capacity in capacities)
+
+
+def test_graphs_share_one_pool_and_the_largest_is_captured_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = StandInCuda(replay_ms=[1.0])
+    cuda.install(monkeypatch)
+    captured = []
+
+    def forward(batch: ForwardBatch, cache: Any) -> torch.Tensor:
+        captured.append(batch.tokens.shape[0])
+        return torch.full((batch.tokens.shape[0], 2), float(batch.tokens.shape[0]))
+
+    model: Any = SimpleNamespace(device=CPU, forward=forward, communicator=SoloCommunicator())
+    cache: Any = SimpleNamespace(page_size=4)
+    capacities = [GraphCapacity(rows, 2, 8, 1, 32) for rows in (16, 8, 64)]
+    graphed = GraphedForward(model, cache, capacities)
+    graphed.rehearse()
+    captured.clear()
+    graphed.capture()
+    assert captured == [64, 16, 8]
+    assert cuda.pools == ["pool 1"] * 3
+    nine = build_batch([SequenceRows([0, 1, 2], 0, chain(9), 0, [1] * 9)], 4, CPU)
+    assert torch.equal(graphed(nine), torch.full((9, 2), 16.0))  # the smallest that holds it
 
 
 def stand_ins(max_context: int, num_pages: int, page_size: int) -> tuple[Any, Any]:
