@@ -56,7 +56,13 @@ def connect_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
 
 
 def join_group(
-    store: dist.TCPStore, epoch: int, rank: int, size: int, transport: str, timeout_s: float
+    store: dist.TCPStore,
+    epoch: int,
+    rank: int,
+    size: int,
+    transport: str,
+    timeout_s: float,
+    device: torch.device,
 ) -> Communicator:
     """Join the target's group. All ranks call it with the same arguments but their rank.
 
@@ -64,9 +70,10 @@ def join_group(
         transport: `nccl`, `gloo`, `shm`, or `auto`: shm where all ranks share a host, else gloo. The tensors
             of nccl groups may be on GPU or CPU.
         timeout_s: how long to wait for a rank that does not answer.
+        device: where this rank computes.
 
     Raises:
-        ValueError: `shm` where it cannot work.
+        ValueError: `shm` where it cannot work; `nccl` for ranks that share a GPU, on each of them.
         PeerLostError: a rank has not come.
     """
     if size == 1:
@@ -77,6 +84,8 @@ def join_group(
             transport = "shm" if _share_memory(meeting, rank, size) else "gloo"
         if transport == "shm":
             return _join_shared_memory(meeting, rank, size, timeout_s)
+        if transport == "nccl":
+            _refuse_shared_gpus(meeting, rank, size, gpu_identity(device))
         return GroupCommunicator(store, meeting, rank, size, transport, timeout_s)
 
 
@@ -287,6 +296,25 @@ def _join_shared_memory(meeting: dist.Store, rank: int, size: int, timeout_s: fl
 def _share_memory(meeting: dist.Store, rank: int, size: int) -> bool:
     meeting.set(f"host{rank}", host_identity() if shared_memory_supported() else f"rank {rank} alone")
     return len({meeting.get(f"host{other}") for other in range(size)}) == 1
+
+
+def gpu_identity(device: torch.device) -> str:
+    """What no two GPUs have in common, whatever a process calls them."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _refuse_shared_gpus(meeting: dist.Store, rank: int, size: int, mine: str) -> None:
+    """NCCL waits for ever where two ranks are on one GPU, or says "invalid usage"."""
+    meeting.set(f"gpu{rank}", mine)
+    ranks_of: dict[str, list[int]] = {}
+    for other in range(size):
+        ranks_of.setdefault(meeting.get(f"gpu{other}").decode(), []).append(other)
+    for gpu, ranks in ranks_of.items():
+        if len(ranks) > 1:
+            raise ValueError(
+                f"target ranks {' and '.join(map(str, ranks))} are on one GPU ({gpu}), and nccl wants one for each: "
+                "cluster.num_gpus_per_target must be at least 1, or target.all_reduce gloo"
+            )
 
 
 def _drop_default_group() -> None:

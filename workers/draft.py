@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -49,8 +49,10 @@ _HEARTBEAT_S = 2.0  # at most: so long after it a lost target is noticed by an i
 class DraftWorker:
     """One process: `load`, `connect`, `profile`, then `run` until `stop`; requests come from other threads."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, gpus: Sequence[int] = ()) -> None:
+        """`gpus`: CUDA ordinals of the GPUs that this process was given."""
         self.config = config
+        self._gpus = tuple(gpus)
         self._tracer = Tracer("draft", config.rounds.trace)
         self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
 
@@ -156,7 +158,7 @@ class DraftWorker:
 
     def _load_model(self, target: ModelConfig, progress: Callable[[str, int, int], None]) -> ModelDrafter:
         draft, rounds = self.config.draft, self.config.rounds
-        device, dtype = torch_device(draft.device), torch_dtype(draft.dtype)
+        device, dtype = torch_device("draft", draft.device, self._gpus), torch_dtype(draft.dtype)
         source = load_model(self.config, "draft", progress)
         plan = ShardPlan(source.config, 0, 1)
         total, done = source.total_bytes(dtype), 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +29,7 @@ from outrider.workers.setup import (
     num_target_pages,
     torch_device,
     torch_dtype,
+    transport_for,
 )
 from outrider.workers.target_state import TargetSequences
 from outrider.workers.trace import Tracer
@@ -99,9 +100,11 @@ class TargetWorker:
     Rank 0 alone talks to the DraftWorker; the others get each round from rank 0.
     """
 
-    def __init__(self, config: Config, rank: int) -> None:
+    def __init__(self, config: Config, rank: int, gpus: Sequence[int] = ()) -> None:
+        """`gpus`: CUDA ordinals of the GPUs that this process was given."""
         self.config = config
         self.rank = rank
+        self._gpus = tuple(gpus)
         self._tracer = Tracer(f"target {rank}", config.rounds.trace)
         self._communicator: Communicator = SoloCommunicator()
 
@@ -113,7 +116,8 @@ class TargetWorker:
         """
         target = self.config.target
         torch.set_num_threads(target.num_threads)
-        device, dtype = torch_device(target.device), torch_dtype(target.dtype)
+        device, dtype = torch_device("target", target.device, self._gpus), torch_dtype(target.dtype)
+        self._transport = transport_for(target.all_reduce, device, target.tp_size)
         source = load_model(self.config, "target", progress)
         plan = ShardPlan(source.config, self.rank, target.tp_size)
         total = source.total_bytes(dtype) // target.tp_size
@@ -157,7 +161,7 @@ class TargetWorker:
             self._store = connect_store(host, port, timeout_s)
         target = self.config.target
         self._communicator = join_group(
-            self._store, epoch, self.rank, target.tp_size, self._transport(), timeout_s
+            self._store, epoch, self.rank, target.tp_size, self._transport, timeout_s, self._model.device
         )
         self._model.communicator = self._communicator
         self._model.kernels = agreed_kernels(self._model.kernels, self._communicator)
@@ -193,10 +197,6 @@ class TargetWorker:
             if self.rank == 0:
                 self._link.close()
             self._communicator.close()
-
-    def _transport(self) -> str:
-        on_gpu = self._model.device.type == "cuda"
-        return "nccl" if self.config.target.all_reduce == "auto" and on_gpu else self.config.target.all_reduce
 
     def stats(self) -> dict[str, Any]:
         """Seconds per kind of work since the start, and the peak memory of this process."""

@@ -18,6 +18,7 @@ from outrider.workers.communicator import Communicator, PeerLostError
 from outrider.workers.distributed import Link, connect_store, join_group, open_store
 
 HOST = "127.0.0.1"
+_CPU = torch.device("cpu")
 GROUP_TIMEOUT_S = 120.0  # far beyond LIMIT_S: a test that passes did not wait for it
 LIMIT_S = 60.0
 
@@ -44,7 +45,7 @@ class GroupPlace:
 
     def join(self) -> Communicator:
         store = connect_store(HOST, self.port, self.timeout_s)
-        return join_group(store, self.epoch, self.rank, self.size, self.transport, self.timeout_s)
+        return join_group(store, self.epoch, self.rank, self.size, self.transport, self.timeout_s, _CPU)
 
     def say_done(self) -> None:
         connect_store(HOST, self.port, LIMIT_S).set("done", "")
