@@ -19,7 +19,9 @@ from outrider.kernels.launch_plans import LaunchPlan
 
 ENTRIES = ("tree_attention", "rope_append", "kv_commit", "sample_shard", "gather_rows")
 READY = {"ready": True}  # said once the GPU and the kernels' compiler are there
-LIMIT_S = 300.0  # of one process: it compiles, and runs for seconds; a kernel that hangs must not hold up loading
+LIMIT_S = (
+    300.0  # of one process: it compiles, and runs for seconds; a kernel that hangs must not hold up loading
+)
 
 Launch = Callable[[Sequence[LaunchPlan]], None]
 Problems = dict[str, list[str]]

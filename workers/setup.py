@@ -44,9 +44,13 @@ def torch_device(role: Literal["target", "draft"], name: str, gpus: Sequence[int
         return torch.device("cpu")
     if not gpus:
         key = f"cluster.num_gpus_per_{role}"
-        raise ValueError(f"{role}.device must be auto or cpu where a process was given no GPU ({key}), got {name!r}")
+        raise ValueError(
+            f"{role}.device must be auto or cpu where a process was given no GPU ({key}), got {name!r}"
+        )
     if not torch.cuda.is_available():
-        raise ValueError(f"{role}.device must be cpu where torch ({torch.__version__}) can use no GPU, got {name!r}")
+        raise ValueError(
+            f"{role}.device must be cpu where torch ({torch.__version__}) can use no GPU, got {name!r}"
+        )
     device = torch.device("cuda", gpus[0])
     torch.cuda.set_device(device)
     return device

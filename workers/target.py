@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from outrider.workers.setup import (
     transport_for,
 )
 from outrider.workers.target_state import TargetSequences
+from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 
 
@@ -42,33 +41,31 @@ class TargetRank:
         self.model = model
         self._cache = cache
         self._forward = forward_of(model, cache, target_capacities(model, cache))
-        self._tracer = tracer
+        self._stretches = Stretches(model.device, tracer)
         self._sequences = TargetSequences(cache.num_pages, cache.page_size)
         self._sampler = Sampler(model.config.vocab_size, model.plan.vocab, model.communicator, model.kernels)
 
     @torch.inference_mode()
     def step(self, draft: Draft) -> Scores:
         """One round: keep what was accepted, compute every node, sample after the nodes that ask for it."""
-        times = [time.monotonic()]
-        with self._tracer.span("commit"):
-            self._cache.commit(*(slots.to(self.model.device) for slots in self._sequences.apply(draft)))
-        times.append(time.monotonic())
+        stretches = self._stretches
+        stretches.begin()
+        self._cache.commit(*(slots.to(self.model.device) for slots in self._sequences.apply(draft)))
+        stretches.end("commit")
         num_rows = sum(len(step.tokens) for step in draft.steps)
         sampled = _sampled_rows(draft)
         logits = torch.empty(0, len(self.model.plan.vocab))
         if num_rows:
-            with self._tracer.span("forward", num_rows):
-                rows = [self._sequences.rows(step) for step in draft.steps]
-                hidden = self._forward(build_batch(rows, self._cache.page_size, self.model.device))
-                if sampled:
-                    logits = self.model.logits_of(hidden, sampled)
-        times.append(time.monotonic())
+            rows = [self._sequences.rows(step) for step in draft.steps]
+            hidden = self._forward(build_batch(rows, self._cache.page_size, self.model.device))
+            if sampled:
+                logits = self.model.logits_of(hidden, sampled)
+        stretches.end("forward", num_rows)
         steps: tuple[StepScores, ...] = tuple(StepScores((), (), (), ()) for _ in draft.steps)
         if sampled:
-            with self._tracer.span("sample", len(sampled)):
-                steps = self._sample(draft, logits)
-        times.append(time.monotonic())
-        commit_s, forward_s, sample_s = (after - before for before, after in pairwise(times))
+            steps = self._sample(draft, logits)
+        stretches.end("sample", len(sampled))
+        commit_s, forward_s, sample_s = stretches.settle()
         return Scores(draft.round_id, steps, commit_s, forward_s, sample_s)
 
     def _sample(self, draft: Draft, logits: torch.Tensor) -> tuple[StepScores, ...]:

@@ -27,14 +27,30 @@ def test_presets_for_gpus_wait_for_compilers_and_captures() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["target.device=cuda"], "cluster.num_gpus_per_target must be more than 0, because target.device is cuda"),
-        (["draft.device=cuda"], "cluster.num_gpus_per_draft must be more than 0, because draft.device is cuda"),
         (
-            ["target.device=cuda", "cluster.num_gpus_per_target=1", "target.all_reduce=shm", "target.tp_size=2"],
+            ["target.device=cuda"],
+            "cluster.num_gpus_per_target must be more than 0, because target.device is cuda",
+        ),
+        (
+            ["draft.device=cuda"],
+            "cluster.num_gpus_per_draft must be more than 0, because draft.device is cuda",
+        ),
+        (
+            [
+                "target.device=cuda",
+                "cluster.num_gpus_per_target=1",
+                "target.all_reduce=shm",
+                "target.tp_size=2",
+            ],
             "target.all_reduce must be auto, nccl or gloo, because ranks compute on GPUs, got 'shm'",
         ),
         (
-            ["target.device=auto", "cluster.num_gpus_per_target=0.5", "target.all_reduce=auto", "target.tp_size=2"],
+            [
+                "target.device=auto",
+                "cluster.num_gpus_per_target=0.5",
+                "target.all_reduce=auto",
+                "target.tp_size=2",
+            ],
             "cluster.num_gpus_per_target must be at least 1, because nccl wants a GPU for each rank",
         ),
     ],
@@ -47,7 +63,12 @@ def test_gpus_that_are_not_there_and_sums_that_they_cannot_make_are_refused(
 
 
 def test_ranks_may_share_a_gpu_with_gloo() -> None:
-    half = ["target.device=cuda", "cluster.num_gpus_per_target=0.5", "target.all_reduce=gloo", "target.tp_size=2"]
+    half = [
+        "target.device=cuda",
+        "cluster.num_gpus_per_target=0.5",
+        "target.all_reduce=gloo",
+        "target.tp_size=2",
+    ]
     assert load_config("tiny-random", half).cluster.num_gpus_per_target == 0.5
 
 

@@ -72,13 +72,17 @@ def test_a_wrong_result_turns_that_kernel_off_with_one_warning():
 def test_what_raises_ends_the_process_whether_in_a_launch_or_before():
     """After an error the device may answer every call with one."""
     problems, ended = run(refusing_attention)
-    assert problems == {"tree_attention": ["tree_attention: decode: RuntimeError: no kernel image is available"]}
+    assert problems == {
+        "tree_attention": ["tree_attention: decode: RuntimeError: no kernel image is available"]
+    }
     assert not ended
 
     def prepare(device):
         raise RuntimeError("an illegal memory access was encountered")
 
-    problems, ended = run(source_kernels().launch, {"gather_rows": CASES["gather_rows"], "kv_commit": [prepare]})
+    problems, ended = run(
+        source_kernels().launch, {"gather_rows": CASES["gather_rows"], "kv_commit": [prepare]}
+    )
     assert problems["gather_rows"] == []
     assert problems["kv_commit"] == ["kv_commit: RuntimeError: an illegal memory access was encountered"]
     assert not ended

@@ -18,6 +18,7 @@ class StandInCuda:
         self._now_ms = 0.0
         self.num_replays = 0
         self.num_waits = 0
+        self.num_events = 0
         self.num_pools = 0
         self.pools: list[Any] = []  # of each capture
 
@@ -33,6 +34,7 @@ class StandInCuda:
         class Event:
             def __init__(self, enable_timing: bool = False) -> None:
                 assert enable_timing
+                cuda.num_events += 1
 
             def record(self) -> None:
                 self.at_ms = cuda._now_ms

@@ -265,7 +265,9 @@ def test_nccl_ranks_on_one_gpu_are_told_so_on_each_of_them(monkeypatch: pytest.M
     stores = [first, *(connect_store(HOST, first.port, 20.0) for _ in range(2))]
 
     def join(rank: int) -> str:
-        with pytest.raises(ValueError, match=r"ranks 0 and 1 are on one GPU \(GPU-0\), and nccl wants") as raised:
+        with pytest.raises(
+            ValueError, match=r"ranks 0 and 1 are on one GPU \(GPU-0\), and nccl wants"
+        ) as raised:
             join_group(stores[rank], 0, rank, 3, "nccl", 20.0, torch.device("cuda", rank))
         return str(raised.value)
 

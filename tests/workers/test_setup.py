@@ -56,7 +56,12 @@ GPU, CPU = torch.device("cuda", 1), torch.device("cpu")
         ("auto", (1, 0), True, GPU),
         ("cuda", (1,), True, GPU),
         ("cpu", (1,), True, CPU),
-        ("cuda", (), True, r"target\.device must be auto or cpu where .* no GPU \(cluster\.num_gpus_per_target\)"),
+        (
+            "cuda",
+            (),
+            True,
+            r"target\.device must be auto or cpu where .* no GPU \(cluster\.num_gpus_per_target\)",
+        ),
         ("auto", (1,), False, r"target\.device must be cpu where torch \(.*\) can use no GPU, got 'auto'"),
     ],
 )
@@ -83,7 +88,12 @@ def test_a_process_computes_on_the_gpu_it_was_given(
         ("shm", CPU, 2, "shm"),
         ("shm", GPU, 1, "shm"),  # nothing is summed
         ("shm", GPU, 2, r"target\.all_reduce must be auto, nccl or gloo where ranks .* on GPUs, got 'shm'"),
-        ("nccl", CPU, 2, r"target\.all_reduce must be auto, gloo or shm where ranks .* on the CPU, got 'nccl'"),
+        (
+            "nccl",
+            CPU,
+            2,
+            r"target\.all_reduce must be auto, gloo or shm where ranks .* on the CPU, got 'nccl'",
+        ),
     ],
 )
 def test_ranks_sum_in_a_way_that_their_devices_can(

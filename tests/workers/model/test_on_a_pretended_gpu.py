@@ -39,9 +39,7 @@ SAMPLINGS = (
 def model_and_cache(device: torch.device) -> tuple[Transformer, PagedCache]:
     source = RandomSource("random:qwen3?hidden_size=32&intermediate_size=48&num_heads=4&vocab_size=96")
     plan = ShardPlan(source.config, 0, 1)
-    model = Transformer(
-        source.config, plan, source, SoloCommunicator(), torch.float32, device, packed=False
-    )
+    model = Transformer(source.config, plan, source, SoloCommunicator(), torch.float32, device, packed=False)
     return model, PagedCache(source.config, plan, 24, 4, torch.float32, device)
 
 
@@ -113,7 +111,9 @@ def drafted_trees(device: torch.device) -> list[object]:
 
 
 @pytest.mark.parametrize("work", [target_rounds, drafted_trees])
-def test_target_and_drafter_say_on_a_gpu_what_they_say_on_a_cpu(work: Callable[[torch.device], object]) -> None:
+def test_target_and_drafter_say_on_a_gpu_what_they_say_on_a_cpu(
+    work: Callable[[torch.device], object],
+) -> None:
     expected = work(torch.device("cpu"))
     with pretend_gpu() as device:
         assert work(device) == expected
