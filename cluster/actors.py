@@ -64,6 +64,10 @@ class TargetActor:
         self._worker.run()
 
     @ray.method(concurrency_group="control")
+    def abort(self) -> None:
+        self._worker.abort()
+
+    @ray.method(concurrency_group="control")
     def progress(self) -> list[Progress]:
         return self._board.read()
 

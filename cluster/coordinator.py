@@ -185,6 +185,13 @@ class Coordinator:
         await asyncio.sleep(_GRACE_S)
         if not self._stopping:
             self._fail(self._why())
+            self._end_survivors()
+
+    def _end_survivors(self) -> None:
+        """Ranks may wait on a GPU for one that is gone, where nothing inside them would end it."""
+        for rank, target in enumerate(self._workers.targets):
+            if not self._runs[f"target {rank}"].done():
+                target.abort.remote()
 
     def _why(self) -> str:
         """The likeliest cause among the loops that ended: a lost process, else an error, else a silent end."""

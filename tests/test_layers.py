@@ -1,6 +1,8 @@
 """Imports go one way: configs <- kernels <- workers <- cluster; Ray, CUDA and process groups have one home each."""
 
 import ast
+import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,3 +86,16 @@ def test_every_package_is_listed_for_wheels() -> None:
     folders = {path.parent.relative_to(ROOT) for path in python_files()}
     for folder in folders:
         assert f'"outrider.{".".join(folder.parts)}"' in listed, folder
+
+
+# Distributions whose modules go by another name.
+DISTRIBUTIONS = {"yaml": "pyyaml", "cuda": "cuda-core", "huggingface_hub": "huggingface-hub"}
+
+
+def test_what_the_code_imports_is_installed_with_it() -> None:
+    """No extra is needed for what runs: a GPU without cuda-core would have no kernels."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    installed = {re.split(r"[>=;<]", line)[0] for line in project["dependencies"]}
+    imported = set().union(*ALLOWED_PACKAGES.values())
+    assert {DISTRIBUTIONS.get(name, name) for name in imported} <= installed
+    assert project["optional-dependencies"].keys() == {"dev"}

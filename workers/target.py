@@ -10,6 +10,7 @@ import torch
 from outrider.configs.schema import Config
 from outrider.workers.communicator import Communicator, SoloCommunicator
 from outrider.workers.distributed import Link, connect_store, join_group, open_store
+from outrider.workers.last_resort import Interruptible
 from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.batch import build_batch
 from outrider.workers.model.cache import PagedCache
@@ -32,6 +33,10 @@ from outrider.workers.setup import (
 from outrider.workers.target_state import TargetSequences
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
+
+
+# A rank that is woken needs milliseconds; one that waits for a round hears of a lost peer with the next, in seconds.
+ABORT_GRACE_S = 10.0
 
 
 class TargetRank:
@@ -104,6 +109,8 @@ class TargetWorker:
         self._gpus = tuple(gpus)
         self._tracer = Tracer(f"target {rank}", config.rounds.trace)
         self._communicator: Communicator = SoloCommunicator()
+        self._interruptible = Interruptible()
+        self._wake: list[Callable[[], None]] = []
 
     def load(self, progress: Callable[[str, int, int], None]) -> None:
         """Read this rank's weights and lay out its KV cache. `progress(what, done_bytes, total_bytes)`.
@@ -153,6 +160,10 @@ class TargetWorker:
         Raises:
             PeerLostError: another process has not come within `cluster.group_timeout_s`.
         """
+        with self._interruptible.working():
+            self._connect(host, port, epoch)
+
+    def _connect(self, host: str, port: int, epoch: int) -> None:
         timeout_s = self.config.cluster.group_timeout_s
         if self.rank != 0:
             self._store = connect_store(host, port, timeout_s)
@@ -160,6 +171,7 @@ class TargetWorker:
         self._communicator = join_group(
             self._store, epoch, self.rank, target.tp_size, self._transport, timeout_s, self._model.device
         )
+        self._wake = [self._communicator.abort]
         self._model.communicator = self._communicator
         self._model.kernels = agreed_kernels(self._model.kernels, self._communicator)
         self._cache.use_kernel = self._model.kernels.kv_commit
@@ -169,9 +181,22 @@ class TargetWorker:
             capacity = self._capacity
             link = Link(self._store, epoch, True, capacity.scores_ints, capacity.draft_ints, timeout_s)
             self._link = DraftReceiver(link, capacity)
+            self._wake.append(link.abort)
 
     def run(self) -> None:
         """Serve rounds until the DraftWorker says stop. Any failure wakes the other ranks and is raised."""
+        with self._interruptible.working():
+            self._run()
+
+    def abort(self, grace_s: float = ABORT_GRACE_S) -> None:
+        """Another process of the deployment is lost: end `connect` or `run`, which may wait for it, with an error.
+
+        Called by who knows, from another thread than theirs. Where they have not ended after `grace_s` seconds this
+        process ends itself.
+        """
+        self._interruptible.end(self._wake, grace_s)
+
+    def _run(self) -> None:
         try:
             buffer = torch.zeros(self._capacity.draft_ints, dtype=torch.int32)
             while True:

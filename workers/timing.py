@@ -1,5 +1,5 @@
-"""How long a device works on something. A GPU is handed work and does it later, so what the host's clock says of it is
-when it was handed over: events on the device's own time line say when it was done."""
+"""How long a device works on something. A GPU is handed work and does it later, so the host's clock says when it was
+handed over; events on the device's own time line say when it was done."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A GPU that is not there: tensors that say they are on `cuda:0`, hold their values on the CPU, and refuse to be mixed
-with tensors that really are on the CPU, as a GPU does.
+"""A GPU that is not there: tensors that say they are on `cuda:0`, hold their values on the CPU, and cannot be mixed
+with tensors that really are on the CPU.
 
 Inside `pretend_gpu()` whatever makes a tensor on a CUDA device makes one of these. Kernels are not launched: the
 operators answer with their references.
