@@ -10,7 +10,7 @@ import pytest
 
 from outrider.configs import schema
 
-ROOT = Path(schema.__file__).parent.parent
+ROOT = Path(schema.__file__).resolve().parent.parent  # whatever links lead there
 
 ALLOWED_LAYERS = {
     "configs": {"configs"},
