@@ -1,8 +1,8 @@
 """The kernels' self-test, in a process of its own: a launch that goes wrong may spoil every later call of the process
 that made it, and that must not be the one which wants to load a model.
 
-`python -m outrider.kernels.self_test DEVICE KERNEL...` tests kernels one after the other and says on stdout, in a line
-of JSON each, what is wrong with them. It ends after the first launch that fails; `self_test` then goes on with the
+`python -m outrider.kernels.self_test DEVICE KERNEL...` tests kernels one after the other and says on stdout, in a
+line of JSON each, what is wrong with them. It ends after the first launch that fails; `self_test` then goes on with the
 others in the next process.
 """
 

@@ -1,7 +1,7 @@
 """How a process ends that cannot be reached: its main thread waits in a call of CUDA for ranks that no longer are.
 
 A replayed graph holds its sums over ranks in a kernel that spins until the others come. torch's own watchdog does not
-look at captured sums, and the thread that waits cannot be woken by an exception. So another thread of the same process
+look at captured sums, and the thread that waits cannot be woken by an exception. So another thread of the process
 breaks the connections, which ends such kernels where NCCL still can, and ends the process where nothing else does:
 the driver then takes back its GPU. See docs/gpu.md.
 """

@@ -34,8 +34,7 @@ from outrider.workers.target_state import TargetSequences
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 
-
-# A rank that is woken needs milliseconds; one that waits for a round hears of a lost peer with the next, in seconds.
+# A rank that is woken needs milliseconds; one that waits for a round hears of a lost peer with the next.
 ABORT_GRACE_S = 10.0
 
 

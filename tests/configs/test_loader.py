@@ -1,8 +1,7 @@
 """Configuration: every kind of mistake is one line that names the key and what it may be."""
 
-from pathlib import Path
-
 import re
+from pathlib import Path
 
 import pytest
 import yaml

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 
 class StandInCuda:
-    """replay_ms: how long each replay takes, in order."""
+    """replay_ms: how long each replay takes, in order; none given: a millisecond each."""
 
     def __init__(self, replay_ms: Sequence[float] = ()) -> None:
         self._replay_ms = list(replay_ms)
@@ -21,15 +21,21 @@ class StandInCuda:
         self.num_events = 0
         self.num_pools = 0
         self.pools: list[Any] = []  # of each capture
+        self.recording: list[Callable[[], object]] | None = None  # while a graph is captured: what it will do
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """In the place of torch.cuda's."""
         cuda = self
 
         class Graph:
+            def __init__(self) -> None:
+                self.recorded: list[Callable[[], object]] = []
+
             def replay(self) -> None:
-                cuda.advance(cuda._replay_ms[cuda.num_replays])
+                cuda.advance(cuda._replay_ms[cuda.num_replays] if cuda._replay_ms else 1.0)
                 cuda.num_replays += 1
+                for again in self.recorded:
+                    again()
 
         class Event:
             def __init__(self, enable_timing: bool = False) -> None:
@@ -48,7 +54,11 @@ class StandInCuda:
         @contextmanager
         def graph(graph: Graph, pool: Any = "a pool of its own") -> Iterator[None]:
             cuda.pools.append(pool)
-            yield
+            cuda.recording = graph.recorded
+            try:
+                yield
+            finally:
+                cuda.recording = None
 
         def graph_pool_handle() -> str:
             cuda.num_pools += 1

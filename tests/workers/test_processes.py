@@ -9,11 +9,11 @@ import pytest
 from outrider.configs.loader import load_config
 from outrider.configs.schema import Config
 from outrider.workers.communicator import PeerLostError
+from outrider.workers.first_gpu.processes import Deployment, WorkerProcess, deployed, start_draft
 from outrider.workers.rounds.sequence import DraftOptions, Request, TokenEvent
 from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.weights.random_source import RandomSource
 from support.local_engine import LocalEngine, default_options, output_tokens
-from support.processes import Deployment, WorkerProcess, deployed, start_draft
 from support.stuck import StuckTarget
 
 # A lost process is noticed by its broken connections, not by the time limit of the group (60 s).
