@@ -2,7 +2,7 @@
 that made it, and that must not be the one which wants to load a model.
 
 `python -m outrider.kernels.self_test DEVICE KERNEL...` tests kernels one after the other and says on stdout, in a
-line of JSON each, what is wrong with them. It ends after the first launch that fails; `self_test` then goes on with the
+line of JSON each, what is wrong with them. It ends after the first launch that fails; `self_test` goes on with the
 others in the next process.
 """
 
