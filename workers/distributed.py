@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from outrider.workers.communicator import Communicator, PeerLostError, SoloCommunicator
+from outrider.workers.payload import Pair
 from outrider.workers.shared_memory import (
     SharedSegment,
     ShmCommunicator,
@@ -204,13 +205,7 @@ class Link:
         self._lost: PeerLostError | None = None
         self._closed = False
         self._store = store
-        options = _Gloo._Options()
-        options._timeout = timedelta(seconds=timeout_s)
-        local = _address_towards(store.host, store.port)
-        options._devices = [_Gloo.create_device(hostname=local)]
-        meeting = dist.PrefixStore(f"epoch{epoch}/link", store)
-        with _peer_errors("the link was not met by its other end"):
-            self._group = _Gloo(meeting, _TARGET if is_target else _DRAFT, 2, options)
+        self._group = _gloo_pair(store, epoch, "link", is_target, timeout_s)
         threading.Thread(target=self._receive_all, name="link receiver", daemon=True).start()
 
     def send(self, buffer: torch.Tensor) -> None:
@@ -280,6 +275,37 @@ class Link:
                 self.close()  # answers, which ends the other end's thread
                 return
             self._received.put(self._in[1:].clone())
+
+
+def join_pair(
+    store: dist.TCPStore, epoch: int, is_target: bool, device: torch.device, timeout_s: float
+) -> Pair:
+    """For rows between rank 0 of the target and the DraftWorker, whose devices are of one type; both call it.
+
+    It stands beside the link, whose thread receives all the time. NCCL makes its connection with the first rows.
+
+    Raises:
+        PeerLostError: the other end has not come.
+    """
+    counts = _gloo_pair(store, epoch, "rows", is_target, timeout_s)
+    rows = counts
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        meeting = dist.PrefixStore(f"epoch{epoch}/rows on GPUs", store)
+        rows = dist.ProcessGroupNCCL(meeting, _TARGET if is_target else _DRAFT, 2, options)
+    return Pair(counts, rows, _DRAFT if is_target else _TARGET, device)
+
+
+def _gloo_pair(store: dist.TCPStore, epoch: int, name: str, is_target: bool, timeout_s: float) -> Any:
+    """A group of two over the interface that leads to the store."""
+    options = _Gloo._Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    local = _address_towards(store.host, store.port)
+    options._devices = [_Gloo.create_device(hostname=local)]
+    meeting = dist.PrefixStore(f"epoch{epoch}/{name}", store)
+    with _peer_errors(f"the {name} was not met by its other end"):
+        return _Gloo(meeting, _TARGET if is_target else _DRAFT, 2, options)
 
 
 def _join_shared_memory(meeting: dist.Store, rank: int, size: int, timeout_s: float) -> ShmCommunicator:
