@@ -76,8 +76,21 @@ def tree_attention_op(
 
 def _tree_batch(k_pages: Tensor, *rest: Any) -> TreeBatch:
     """From what an operator may be given, in the order of its arguments: six tensors and three lists of integers."""
-    context_lens, tree_lens, query_lens = (tuple(integers) for integers in rest[6:])
-    return TreeBatch(*rest[:6], k_pages.shape[1], context_lens, tree_lens, query_lens)
+    page_table, context_lens, tree_lens, query_indptr, ancestors, depths, *host_lens = rest
+    contexts, trees, queries = (tuple(integers) for integers in host_lens)
+    page_size = k_pages.shape[1]
+    return TreeBatch(
+        page_table,
+        context_lens,
+        tree_lens,
+        query_indptr,
+        ancestors,
+        depths,
+        page_size,
+        contexts,
+        trees,
+        queries,
+    )
 
 
 # Of an operator the CPU and the tracer see the arguments as the signature above orders them.

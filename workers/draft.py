@@ -38,6 +38,7 @@ from outrider.workers.setup import (
     num_target_pages,
     torch_device,
     torch_dtype,
+    use_device,
 )
 from outrider.workers.trace import Tracer
 
@@ -89,6 +90,7 @@ class DraftWorker:
         Each count is timed with a chain of rows and no context, all of them sampled or proposing: the median of a
         few runs.
         """
+        self._use_device()
         counts = self.config.rounds.profile_node_counts
         target_times, drafter_times = [], []
         for done, count in enumerate(counts):
@@ -112,6 +114,7 @@ class DraftWorker:
 
     def run(self) -> None:
         """The token loop, until `stop` or until the target is gone (PeerLostError)."""
+        self._use_device()
         try:
             self._loop.run()
         finally:
@@ -159,6 +162,7 @@ class DraftWorker:
     def _load_model(self, target: ModelConfig, progress: Callable[[str, int, int], None]) -> ModelDrafter:
         draft, rounds = self.config.draft, self.config.rounds
         device, dtype = torch_device("draft", draft.device, self._gpus), torch_dtype(draft.dtype)
+        use_device(device)
         source = load_model(self.config, "draft", progress)
         plan = ShardPlan(source.config, 0, 1)
         total, done = source.total_bytes(dtype), 0
@@ -197,6 +201,10 @@ class DraftWorker:
             prefill_chunk=rounds.prefill_chunk,
             tracer=self._tracer,
         )
+
+    def _use_device(self) -> None:
+        if self._model_drafter is not None:
+            use_device(self._model_drafter.device)
 
     def _loop_options(self) -> LoopOptions:
         rounds = self.config.rounds

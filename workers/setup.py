@@ -30,7 +30,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def torch_device(role: Literal["target", "draft"], name: str, gpus: Sequence[int]) -> torch.device:
-    """Where a process computes; a GPU becomes its current one.
+    """Where a process computes.
 
     Args:
         name: `target.device` or `draft.device`; `auto` is the GPU that this process was given, or the CPU where it
@@ -51,9 +51,14 @@ def torch_device(role: Literal["target", "draft"], name: str, gpus: Sequence[int
         raise ValueError(
             f"{role}.device must be cpu where torch ({torch.__version__}) can use no GPU, got {name!r}"
         )
-    device = torch.device("cuda", gpus[0])
-    torch.cuda.set_device(device)
-    return device
+    return torch.device("cuda", gpus[0])
+
+
+def use_device(device: torch.device) -> None:
+    """Makes a GPU the current one of this thread: streams, events, graphs and NCCL's groups are made on that. Every
+    thread of a worker has a current GPU of its own, which is the first one at its start."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def transport_for(all_reduce: str, device: torch.device, tp_size: int) -> str:

@@ -29,6 +29,7 @@ from outrider.workers.setup import (
     torch_device,
     torch_dtype,
     transport_for,
+    use_device,
 )
 from outrider.workers.target_state import TargetSequences
 from outrider.workers.timing import Stretches
@@ -120,6 +121,7 @@ class TargetWorker:
         target = self.config.target
         torch.set_num_threads(target.num_threads)
         device, dtype = torch_device("target", target.device, self._gpus), torch_dtype(target.dtype)
+        use_device(device)
         self._transport = transport_for(target.all_reduce, device, target.tp_size)
         source = load_model(self.config, "target", progress)
         plan = ShardPlan(source.config, self.rank, target.tp_size)
@@ -163,6 +165,7 @@ class TargetWorker:
             self._connect(host, port, epoch)
 
     def _connect(self, host: str, port: int, epoch: int) -> None:
+        use_device(self._model.device)
         timeout_s = self.config.cluster.group_timeout_s
         if self.rank != 0:
             self._store = connect_store(host, port, timeout_s)
@@ -196,6 +199,7 @@ class TargetWorker:
         self._interruptible.end(self._wake, grace_s)
 
     def _run(self) -> None:
+        use_device(self._model.device)
         try:
             buffer = torch.zeros(self._capacity.draft_ints, dtype=torch.int32)
             while True:

@@ -1,6 +1,10 @@
 """What ranks agree on before they serve."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import get_ident
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,15 +72,42 @@ GPU, CPU = torch.device("cuda", 1), torch.device("cpu")
 def test_a_process_computes_on_the_gpu_it_was_given(
     name: str, gpus: tuple[int, ...], usable: bool, expected: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
             torch_device("target", name, gpus)
         return
     assert torch_device("target", name, gpus) == expected
-    assert current == ([GPU] if expected == GPU else [])
+
+
+def test_every_thread_of_a_worker_computes_on_the_workers_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread's current GPU is the first one, whatever other threads have set."""
+    current: dict[int, torch.device] = {}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.update({get_ident(): device}))
+    monkeypatch.setattr("outrider.workers.target.connect_store", never)
+    config = load_config("tiny-random", ["target.tp_size=2"])
+    target, draft = TargetWorker(config, 1, (1,)), DraftWorker(config, (1,))
+    target._model = SimpleNamespace(device=GPU)  # type: ignore[assignment]
+    draft._model_drafter = SimpleNamespace(device=GPU)  # type: ignore[assignment]
+    draft._loop = draft._link = SimpleNamespace(run=never, close=lambda: None, send=never)  # type: ignore[assignment]
+    monkeypatch.setattr(draft, "_time_target", never)
+    target._capacity = SimpleNamespace(draft_ints=1)  # type: ignore[assignment]
+    target._communicator = SimpleNamespace(broadcast=never, abort=lambda: None, close=lambda: None)  # type: ignore[assignment]
+    for call in (
+        partial(target.connect, "host", 1, 1),
+        target.run,
+        partial(draft.profile, silent),
+        draft.run,
+    ):
+        with ThreadPoolExecutor(1) as thread:
+            ident = thread.submit(get_ident).result()
+            with pytest.raises(RuntimeError, match="as far as it goes"):
+                thread.submit(call).result()
+        assert current.pop(ident) == GPU
+
+
+def never(*arguments: object) -> None:
+    raise RuntimeError("this is as far as it goes")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +154,7 @@ def test_target_workers_use_what_all_of_them_may(monkeypatch: pytest.MonkeyPatch
     for worker, selection in zip(workers, (ALL, KernelSelection.of(["gather_rows"])), strict=True):
         monkeypatch.setattr(target_module, "kernels_for", lambda *_, chosen=selection: chosen)
         worker.load(silent)
-    monkeypatch.setattr(target_module, "Link", lambda *_: None)
+    monkeypatch.setattr(target_module, "Link", lambda *_: SimpleNamespace(abort=never))
     monkeypatch.setattr(target_module, "connect_store", lambda *_: None)
 
     def join(store: object, epoch: int, rank: int, *_: object) -> Communicator:

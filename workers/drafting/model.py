@@ -94,6 +94,11 @@ class ModelDrafter:
         self._first_yields = [_FIRST_YIELD / 4**rank for rank in range(max_children)]
         self._greedy_yields, self._sampled_yields = list(self._first_yields), list(self._first_yields)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the draft model is."""
+        return self._model.device
+
     def start(self, sequence: Sequence) -> None:
         """Take the shared pages that hold the beginning of the prompt."""
         pages = self._pool.share_prefix(sequence.tokens, len(sequence.tokens) - 1)

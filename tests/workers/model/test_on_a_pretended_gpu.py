@@ -29,6 +29,7 @@ from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.random_source import RandomSource
 from support.pretend_gpu import PretendTensor, pretend_gpu
+from support.stand_in_cuda import StandInCuda
 
 SAMPLINGS = (
     SamplingParams(),
@@ -112,8 +113,9 @@ def drafted_trees(device: torch.device) -> list[object]:
 
 @pytest.mark.parametrize("work", [target_rounds, drafted_trees])
 def test_target_and_drafter_say_on_a_gpu_what_they_say_on_a_cpu(
-    work: Callable[[torch.device], object],
+    work: Callable[[torch.device], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    StandInCuda().install(monkeypatch)
     expected = work(torch.device("cpu"))
     with pretend_gpu() as device:
         assert work(device) == expected
