@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from outrider.workers.sequences.params import SamplingParams
-from outrider.workers.sequences.tree import DraftTree, GrowingTree
+from outrider.workers.sequences.rules import Origin
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Request:
     prompt_tokens: tuple[int, ...]
     sampling: SamplingParams
     draft: DraftOptions
+    rule: str = "exact"  # by which drafted tokens are accepted
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class RequestStats:
 
     num_rounds: int = 0  # target steps that emitted at least one token
     num_drafted: int = 0
-    num_accepted: int = 0
+    num_accepted: int = 0  # kept ones included
+    num_kept: int = 0  # accepted by a rule where the target sampled another token
     num_cached_prompt_tokens: int = 0  # prompt tokens taken from shared pages
     num_recomputed: int = 0  # times the pages were taken away and the sequence computed again
     depth_drafted: tuple[int, ...] = ()  # rounds that offered a token at this depth below accepted parents
@@ -54,7 +56,7 @@ class TokenEvent:
 
     request_id: str
     tokens: tuple[int, ...]
-    from_draft: tuple[bool, ...]  # True where the token was an accepted draft token
+    origins: tuple[Origin, ...]  # whose choice each token is
     logprobs: tuple[TokenLogprobs, ...]  # as many as tokens, or none when the request did not ask
     finish_reason: str  # "" while running, then "stop", "length", "cancelled" or "error"
     error: str
@@ -82,9 +84,6 @@ class Sequence:
     in_flight: bool = False
     cancelled: bool = False
     finish_reason: str = ""
-    tree: GrowingTree = field(default_factory=lambda: GrowingTree(0, 0))
-    sent_chain: int = 0  # nodes before the draft tree in the step under way, its root included
-    sent_tree: DraftTree = field(default_factory=lambda: DraftTree.root_only(0))
     stats: RequestStats = field(default_factory=RequestStats)
 
     @property

@@ -1,0 +1,1 @@
+"""The draft methods by name: what a configuration may ask for."""
