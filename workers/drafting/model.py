@@ -22,7 +22,7 @@ from outrider.workers.model.cuda_graphs import draft_capacities, forward_of
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling.context import PenaltyState, RowContext
 from outrider.workers.sampling.sampler import Sampler
-from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.pages import PagePool, Prefix
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.trace import Tracer
@@ -41,7 +41,7 @@ class _CachedSequence:
     penalties: PenaltyState
     pages: list[int] = field(default_factory=list)
     context_len: int = 0
-    num_pages_remembered: int = 0
+    remembered: Prefix = field(default_factory=Prefix)
     rows: dict[int, int] = field(default_factory=dict)  # tree node -> tree row; row 0 is the root
     parents: list[int] = field(default_factory=list)  # tree row -> parent's tree row
 
@@ -96,12 +96,12 @@ class ModelDrafter:
 
     def start(self, sequence: Sequence) -> None:
         """Take the shared pages that hold the beginning of the prompt."""
-        pages = self._pool.share_prefix(sequence.tokens, len(sequence.tokens) - 1)
+        pages, remembered = self._pool.share_prefix(sequence.tokens, len(sequence.tokens) - 1)
         self._cached[sequence.id] = _CachedSequence(
             penalties=PenaltyState(sequence.request.prompt_tokens),
             pages=pages,
             context_len=len(pages) * self._pool.page_size,
-            num_pages_remembered=len(pages),
+            remembered=remembered,
         )
 
     def finish(self, sequence: Sequence) -> None:
@@ -355,9 +355,8 @@ class ModelDrafter:
     def _commit_rows(self, sequence: Sequence, count: int) -> None:
         cached = self._cached[sequence.id]
         cached.context_len += count
-        known = sequence.tokens[: cached.context_len]
-        cached.num_pages_remembered = self._pool.remember_prefix(
-            cached.pages, known, cached.num_pages_remembered
+        cached.remembered = self._pool.remember_prefix(
+            cached.pages, sequence.tokens, cached.context_len, cached.remembered
         )
 
     def _move_rows(self, cached: _CachedSequence, rows: list[int]) -> None:
