@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from outrider.workers.link.messages import MAX_STARTS_PER_ROUND
-from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.pages import PagePool, Prefix
 from outrider.workers.sequences.sequence import Request, Sequence
 from outrider.workers.sequences.tree import GrowingTree
 
@@ -67,8 +67,9 @@ class Scheduler:
             sequence = self.waiting.popleft()
             sequence.slot = self._free_slots.pop()
             # The last token is always computed: its hidden state gives the next one.
-            sequence.pages = self.pool.share_prefix(sequence.tokens, len(sequence.tokens) - 1)
-            sequence.num_pages_remembered = len(sequence.pages)
+            sequence.pages, sequence.remembered = self.pool.share_prefix(
+                sequence.tokens, len(sequence.tokens) - 1
+            )
             sequence.num_committed = len(sequence.pages) * self.pool.page_size
             if not sequence.num_output:
                 sequence.stats = replace(sequence.stats, num_cached_prompt_tokens=sequence.num_committed)
@@ -120,9 +121,8 @@ class Scheduler:
 
     def commit_sent(self, sequence: Sequence) -> None:
         """The message that commits `num_committed` rows is under way: later messages may share these pages."""
-        known = sequence.tokens[: sequence.num_committed]
-        sequence.num_pages_remembered = self.pool.remember_prefix(
-            sequence.pages, known, sequence.num_pages_remembered
+        sequence.remembered = self.pool.remember_prefix(
+            sequence.pages, sequence.tokens, sequence.num_committed, sequence.remembered
         )
 
     def finish(self, sequence: Sequence) -> None:
@@ -160,7 +160,8 @@ class Scheduler:
         self._leave(sequence)
         sequence.stats = replace(sequence.stats, num_recomputed=sequence.stats.num_recomputed + 1)
         sequence.pending_accepted = ()
-        sequence.num_committed = sequence.num_pages_sent = sequence.num_pages_remembered = 0
+        sequence.num_committed = sequence.num_pages_sent = 0
+        sequence.remembered = Prefix()
         sequence.started = False
         self.waiting.appendleft(sequence)
 

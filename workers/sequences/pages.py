@@ -1,17 +1,35 @@
 """Pages of a KV cache: who holds which, and which prompts share them.
 
-A page holds `page_size` consecutive KV rows. Full pages whose rows are committed are remembered under the
-tokens they hold (and the pages before them), so that a later sequence with the same prefix takes the page
-instead of computing it; the idea is vLLM's automatic prefix caching, keyed here by the tokens themselves.
+A page holds `page_size` consecutive KV rows. Full pages whose rows are committed are remembered under a key,
+so that a later sequence with the same prefix takes the page instead of computing it; the idea is vLLM's
+automatic prefix caching. The key of a page is a digest of its tokens and of the key of the page before it: it
+says all that the text holds up to there, whichever pages hold it, so each page of a text is digested once.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass
+from hashlib import blake2b
 
-_ROOT = 0  # the key of "nothing before": the parent of every first page
+_KEY_BYTES = 16  # two texts with one key are as unlikely as a cryptographic hash makes them
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first `num_pages` full pages of a text, and the key of the last one: of all tokens up to its end."""
+
+    num_pages: int = 0
+    key: bytes = b""
+
+    def followed_by(self, tokens: SequenceABC[int]) -> Prefix:
+        """This prefix and one page more, which holds `tokens`."""
+        digest = blake2b(self.key, digest_size=_KEY_BYTES)
+        digest.update(array("q", tokens))
+        return Prefix(self.num_pages + 1, digest.digest())
 
 
 class PagePool:
@@ -23,10 +41,8 @@ class PagePool:
         self.prefix_sharing = prefix_sharing
         self._free: deque[int] = deque(range(num_pages))
         self._holders = [0] * num_pages
-        self._page_by_prefix: dict[tuple[int, tuple[int, ...]], int] = {}
-        self._prefix_by_page: dict[int, tuple[int, tuple[int, ...]]] = {}
-        self._key_by_page: dict[int, int] = {}
-        self._next_key = _ROOT + 1
+        self._pages_by_key: dict[bytes, list[int]] = {}  # the first one is given out, its twins hold the same
+        self._key_by_page: dict[int, bytes] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # remembered, held by nobody, oldest first
 
     @property
@@ -59,53 +75,57 @@ class PagePool:
             self._holders[page] -= 1
             assert self._holders[page] >= 0, f"page {page} released twice"
             if self._holders[page] == 0:
-                if page in self._prefix_by_page:
-                    self._idle[page] = None
-                else:
+                if page not in self._key_by_page:
                     self._free.append(page)
+                elif len(self._pages_by_key[self._key_by_page[page]]) > 1:  # a twin is found in its place
+                    self._forget(page)
+                    self._free.append(page)
+                else:
+                    self._idle[page] = None
 
-    def share_prefix(self, tokens: SequenceABC[int], max_tokens: int) -> list[int]:
-        """Take the longest run of remembered full pages that hold `tokens[:k]`, k <= max_tokens."""
-        if not self.prefix_sharing:
-            return []
+    def find_prefix(self, tokens: SequenceABC[int], max_tokens: int) -> tuple[list[int], Prefix]:
+        """The longest run of remembered full pages that hold `tokens[:k]`, k <= max_tokens; nobody takes them."""
         pages: list[int] = []
-        parent = _ROOT
-        for start in range(0, max_tokens - self.page_size + 1, self.page_size):
-            page = self._page_by_prefix.get((parent, tuple(tokens[start : start + self.page_size])))
-            if page is None:
-                break
-            pages.append(page)
-            parent = self._key_by_page[page]
+        prefix = Prefix()
+        if self.prefix_sharing:
+            for start in range(0, max_tokens - self.page_size + 1, self.page_size):
+                longer = prefix.followed_by(tokens[start : start + self.page_size])
+                found = self._pages_by_key.get(longer.key)
+                if found is None:
+                    break
+                pages.append(found[0])
+                prefix = longer
+        return pages, prefix
+
+    def share_prefix(self, tokens: SequenceABC[int], max_tokens: int) -> tuple[list[int], Prefix]:
+        """Take the pages of `find_prefix`; what they hold is remembered already."""
+        pages, prefix = self.find_prefix(tokens, max_tokens)
         for page in pages:
             self._holders[page] += 1
             self._idle.pop(page, None)
-        return pages
+        return pages, prefix
 
-    def remember_prefix(self, pages: SequenceABC[int], tokens: SequenceABC[int], num_known: int) -> int:
-        """Make the full pages of `tokens` findable.
+    def remember_prefix(
+        self, pages: SequenceABC[int], tokens: SequenceABC[int], num_rows: int, remembered: Prefix
+    ) -> Prefix:
+        """Make the full pages of `tokens[:num_rows]` findable.
 
-        `pages` hold `tokens` from the start and the first `num_known` of them were remembered before;
-        returns the new count. A page whose prefix another page already holds stays private.
+        `pages` hold `tokens` from the start, and of those `remembered` is what the last call for this text (or
+        `share_prefix`) returned; returns what is remembered now. Only pages behind it cost time. A page whose
+        text another page holds already is found when that one has gone.
         """
-        num_full = len(tokens) // self.page_size
-        if not self.prefix_sharing or num_full <= num_known:
-            return num_known
-        parent = _ROOT
-        for index in range(num_full):
-            prefix = (parent, tuple(tokens[index * self.page_size : (index + 1) * self.page_size]))
-            known = self._page_by_prefix.get(prefix)
-            if known is None:
-                known = pages[index]
-                if known in self._prefix_by_page:  # it held another prefix whose parent is forgotten
-                    self._forget(known)
-                self._page_by_prefix[prefix] = known
-                self._prefix_by_page[known] = prefix
-                self._key_by_page[known] = self._next_key
-                self._next_key += 1
-            parent = self._key_by_page[known]
-        return num_full
+        if not self.prefix_sharing:
+            return remembered
+        for index in range(remembered.num_pages, num_rows // self.page_size):
+            start = index * self.page_size
+            remembered = remembered.followed_by(tokens[start : start + self.page_size])
+            self._pages_by_key.setdefault(remembered.key, []).append(pages[index])
+            self._key_by_page[pages[index]] = remembered.key
+        return remembered
 
     def _forget(self, page: int) -> None:
-        prefix = self._prefix_by_page.pop(page)
-        del self._page_by_prefix[prefix]
-        del self._key_by_page[page]
+        key = self._key_by_page.pop(page)
+        twins = self._pages_by_key[key]
+        twins.remove(page)
+        if not twins:
+            del self._pages_by_key[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from outrider.workers.sequences.pages import Prefix
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.rules import Origin
 
@@ -78,7 +79,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     num_committed: int = 0
     num_pages_sent: int = 0  # the target knows this many of `pages`
-    num_pages_remembered: int = 0  # findable by other sequences
+    remembered: Prefix = field(default_factory=Prefix)  # findable by other sequences
     pending_accepted: tuple[int, ...] = ()  # nodes of the last step that the next message commits
     started: bool = False  # the target knows the slot
     in_flight: bool = False
