@@ -65,7 +65,7 @@ def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
         elif package not in STDLIB:
             assert package in ALLOWED_PACKAGES[layer], f"{relative} imports {module}"
         if module.startswith("torch.distributed"):
-            assert str(relative) == "workers/distributed.py", f"{relative} imports {module}"
+            assert str(relative) == "workers/link/distributed.py", f"{relative} imports {module}"
 
 
 @pytest.mark.parametrize("layer", sorted(ALLOWED_LAYERS))

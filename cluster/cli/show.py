@@ -11,7 +11,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from outrider.cluster.api import Completion, Piece
-    from outrider.workers.rounds.sequence import RequestStats
+    from outrider.workers.sequences.sequence import RequestStats
 
 DRAFT_STYLE = "green"
 TARGET_STYLE = "default"
