@@ -71,19 +71,19 @@ class TargetRank:
         return Scores(draft.round_id, steps, commit_s, forward_s, sample_s)
 
     def _sample(self, draft: Draft, logits: torch.Tensor) -> tuple[StepScores, ...]:
-        contexts = [self._sequences.contexts(step) for step in draft.steps]
-        samples = self._sampler.sample(logits, [context for rows in contexts for context in rows])
+        groups = [self._sequences.sampled(step) for step in draft.steps]
+        samples = self._sampler.sample(logits, groups)
         tokens = samples.tokens.tolist()
         steps, at = [], 0
-        for rows in contexts:
-            part = slice(at, at + len(rows))
-            at += len(rows)
-            wants = rows[0].params if rows else None
-            num_top = wants.top_logprobs if wants is not None and wants.logprobs else 0
+        for group in groups:
+            part = slice(at, at + len(group.positions))
+            at = part.stop
+            wants = group.params
+            num_top = wants.top_logprobs if wants.logprobs else 0
             steps.append(
                 StepScores(
                     tokens=tuple(tokens[part]),
-                    logprobs=tuple(samples.logprobs[part].tolist()) if wants and wants.logprobs else (),
+                    logprobs=tuple(samples.logprobs[part].tolist()) if wants.logprobs else (),
                     top_ids=tuple(map(tuple, samples.top_ids[part, :num_top].tolist())) if num_top else (),
                     top_logprobs=(
                         tuple(map(tuple, samples.top_logprobs[part, :num_top].tolist())) if num_top else ()

@@ -10,7 +10,7 @@ import torch
 
 from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep
 from outrider.workers.model.batch import SequenceRows
-from outrider.workers.sampling.context import PenaltyState, RowContext
+from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sequences.params import SamplingParams
 
 
@@ -66,25 +66,21 @@ class TargetSequences:
         self._row_tokens[cache_slots] = step.tokens
         return SequenceRows(state.pages, context_len, step.parents, 0, step.tokens)
 
-    def contexts(self, step: SequenceStep) -> list[RowContext]:
+    def sampled(self, step: SequenceStep) -> SampledRows:
         """What the law of each sampled node depends on, besides its logits."""
         state, first = self._slots[step.slot], step.first_sampled
-        if first == len(step.tokens):
-            return []
-        context_len, uses_context = len(state.tokens), state.sampling.uses_context
-        if uses_context:
-            self._count_tokens(state, step.tokens[: first + 1])
+        context_len, num_nodes = len(state.tokens), len(step.tokens)
         depths = list(range(first + 1))
-        paths: list[tuple[int, ...]] = [()] * (first + 1)
-        if uses_context:
-            paths[first] = self._uncounted(state, step.tokens[: first + 1])
-        for node in range(first + 1, len(step.tokens)):
-            depths.append(depths[step.parents[node]] + 1)
-            paths.append((*paths[step.parents[node]], step.tokens[node]) if uses_context else ())
-        return [
-            RowContext(state.sampling, context_len + depths[node] + 1, state.penalties, paths[node])
-            for node in range(first, len(step.tokens))
-        ]
+        for parent in step.parents[first + 1 :]:
+            depths.append(depths[parent] + 1)
+        positions = context_len + 1 + np.array(depths[first:num_nodes], dtype=np.int64)
+        if not state.sampling.uses_context or first == num_nodes:
+            return SampledRows(state.sampling, positions, state.penalties)
+        self._count_tokens(state, step.tokens[: first + 1])
+        paths = [self._uncounted(state, step.tokens[: first + 1])]
+        for node in range(first + 1, num_nodes):
+            paths.append((*paths[step.parents[node] - first], step.tokens[node]))
+        return SampledRows(state.sampling, positions, state.penalties, paths)
 
     def _accept(self, state: SlotState, accepted: SequenceABC[int]) -> np.ndarray:
         context_len = len(state.tokens)

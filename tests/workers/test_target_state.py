@@ -9,7 +9,7 @@ import torch
 
 from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep
 from outrider.workers.model.batch import SequenceRows
-from outrider.workers.sampling.context import RowContext
+from outrider.workers.sampling.context import SampledRows
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.target_state import TargetSequences
 
@@ -48,10 +48,13 @@ def apply(
     return list(zip(sources.tolist(), targets.tolist(), strict=True))
 
 
-def seen_tokens(context: RowContext) -> dict[int, int]:
-    """Token -> times in the output, for the penalties of a row."""
-    ids, counts = context.penalties.with_path(context.path_tokens)
-    return dict(zip(ids.tolist(), counts.tolist(), strict=True))
+def seen_tokens(rows: SampledRows) -> list[dict[int, int]]:
+    """For the penalties of each row: token -> times in the output."""
+    ids, counts, seen = rows.penalties.along(rows.paths)
+    return [
+        dict(zip(ids[has].tolist(), row[has].tolist(), strict=True))
+        for row, has in zip(counts, seen, strict=True)
+    ]
 
 
 def test_a_path_that_is_in_place_moves_nothing() -> None:
@@ -96,12 +99,11 @@ def test_a_prompt_in_chunks() -> None:
     chunk = step((10, 11, 12), (0, 0, 1), first_sampled=3, new_pages=(5,))
     apply(sequences, (chunk,), starts=(SequenceStart(2, 5, 0, SamplingParams()),))
     assert sequences.rows(chunk) == SequenceRows([5], 0, (0, 0, 1), 0, (10, 11, 12))
-    assert sequences.contexts(chunk) == []
+    assert len(sequences.sampled(chunk).positions) == 0
     rest = step((13, 14), (0, 0), first_sampled=1, accepted=(0, 1, 2), new_pages=(1,))
     assert apply(sequences, (rest,)) == []
     assert sequences.rows(rest) == SequenceRows([5, 1], 3, (0, 0), 0, (13, 14))
-    (context,) = sequences.contexts(rest)
-    assert context.position == 5
+    assert sequences.sampled(rest).positions.tolist() == [5]
 
 
 def test_positions_follow_the_depth() -> None:
@@ -110,15 +112,14 @@ def test_positions_follow_the_depth() -> None:
     apply(sequences, (second,))
     sequences.rows(second)
     # 14 is token 3 of the sequence; after it comes token 4, after 30 and 31 token 5, after 32 token 6.
-    assert [context.position for context in sequences.contexts(second)] == [4, 5, 5, 6]
-    assert all(context.path_tokens == () for context in sequences.contexts(second))  # nothing asked for it
+    assert sequences.sampled(second).positions.tolist() == [4, 5, 5, 6]
+    assert sequences.sampled(second).paths == ()  # nothing asked for it
 
 
 def test_penalties_know_the_prompt_the_output_and_the_path() -> None:
     sequences = started(PENALISED)
     first = step((10, 11, 12, 13, 15, 14), (0, 0, 1, 2, 3, 2), first_sampled=2)
-    contexts = sequences.contexts(first)  # after 12, 13, 15 and 14
-    assert [seen_tokens(context) for context in contexts] == [
+    assert seen_tokens(sequences.sampled(first)) == [  # after 12, 13, 15 and 14
         {10: 0, 11: 0, 12: 0},
         {10: 0, 11: 0, 12: 0, 13: 1},
         {10: 0, 11: 0, 12: 0, 13: 1, 15: 1},
@@ -127,7 +128,7 @@ def test_penalties_know_the_prompt_the_output_and_the_path() -> None:
     second = step((14, 14, 10), (0, 0, 1), accepted=(0, 1, 2, 3))  # 13 came out, then 14
     apply(sequences, (second,))
     sequences.rows(second)
-    assert [seen_tokens(context) for context in sequences.contexts(second)] == [
+    assert seen_tokens(sequences.sampled(second)) == [
         {10: 0, 11: 0, 12: 0, 13: 1, 14: 1},
         {10: 0, 11: 0, 12: 0, 13: 1, 14: 2},
         {10: 1, 11: 0, 12: 0, 13: 1, 14: 2},
@@ -139,11 +140,11 @@ def test_penalties_of_a_prompt_in_chunks_know_all_of_it() -> None:
     chunk = step((10, 11, 12), (0, 0, 1), first_sampled=3, new_pages=(5, 1))
     apply(sequences, (chunk,), starts=(SequenceStart(2, 5, 0, PENALISED),))
     sequences.rows(chunk)
-    assert sequences.contexts(chunk) == []
+    assert len(sequences.sampled(chunk).positions) == 0
     rest = step((13, 14, 15), (0, 0, 1), first_sampled=1, accepted=(0, 1, 2))
     apply(sequences, (rest,))
     sequences.rows(rest)
-    assert [seen_tokens(context) for context in sequences.contexts(rest)] == [
+    assert seen_tokens(sequences.sampled(rest)) == [
         {10: 0, 11: 0, 12: 0, 13: 0, 14: 0},
         {10: 0, 11: 0, 12: 0, 13: 0, 14: 0, 15: 1},
     ]
@@ -160,15 +161,15 @@ def test_a_recomputed_sequence_counts_its_output_as_output(prompt_length: int) -
     rest = step(known[3:], (0, 0), first_sampled=1, accepted=(0, 1, 2))
     apply(sequences, (rest,))
     sequences.rows(rest)
-    (context,) = sequences.contexts(rest)
+    (seen,) = seen_tokens(sequences.sampled(rest))
     output = known[prompt_length:]
-    assert seen_tokens(context) == {token: output.count(token) for token in known}
+    assert seen == {token: output.count(token) for token in known}
     # The next round commits them: nothing is counted twice.
     following = step((13,), (0,), accepted=(0, 1))
     apply(sequences, (following,))
     sequences.rows(following)
-    (context,) = sequences.contexts(following)
-    assert seen_tokens(context) == {token: output.count(token) for token in known} | {13: 1}
+    (seen,) = seen_tokens(sequences.sampled(following))
+    assert seen == {token: output.count(token) for token in known} | {13: 1}
 
 
 def test_a_sequence_learns_the_tokens_of_pages_it_shares() -> None:
@@ -180,9 +181,9 @@ def test_a_sequence_learns_the_tokens_of_pages_it_shares() -> None:
     moves = apply(sequences, (newcomer,), starts=(SequenceStart(4, 5, 4, PENALISED),))
     assert moves == []
     assert sequences.rows(newcomer) == SequenceRows([5, 6], 4, (0,), 0, (20,))
-    (context,) = sequences.contexts(newcomer)
+    (seen,) = seen_tokens(sequences.sampled(newcomer))
     # 14, which moved into the shared page when it was accepted, and not 13, which stood there before.
-    assert seen_tokens(context) == {10: 0, 11: 0, 12: 0, 14: 0, 20: 0}
+    assert seen == {10: 0, 11: 0, 12: 0, 14: 0, 20: 0}
 
 
 def test_a_page_is_shared_in_the_message_that_fills_it_last() -> None:
@@ -195,8 +196,8 @@ def test_a_page_is_shared_in_the_message_that_fills_it_last() -> None:
         starts=(SequenceStart(4, 5, 4, PENALISED),),
     )
     sequences.rows(newcomer)
-    (context,) = sequences.contexts(newcomer)
-    assert 14 in seen_tokens(context)
+    (seen,) = seen_tokens(sequences.sampled(newcomer))
+    assert 14 in seen
 
 
 def test_a_released_slot_is_filled_anew_in_the_same_message() -> None:
@@ -204,8 +205,8 @@ def test_a_released_slot_is_filled_anew_in_the_same_message() -> None:
     again = step((30, 31), (0, 0), first_sampled=1, new_pages=(3,))
     assert apply(sequences, (again,), starts=(SequenceStart(2, 2, 0, PENALISED),), released=(2,)) == []
     assert sequences.rows(again) == SequenceRows([3], 0, (0, 0), 0, (30, 31))
-    (context,) = sequences.contexts(again)
-    assert seen_tokens(context) == {30: 0, 31: 0}
+    (seen,) = seen_tokens(sequences.sampled(again))
+    assert seen == {30: 0, 31: 0}
 
 
 def test_a_slot_that_is_taken_cannot_be_started() -> None:

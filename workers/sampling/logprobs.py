@@ -12,6 +12,8 @@ from outrider.kernels.sample_shard import unpack_tokens
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.shards import Shard
 
+_LOWEST = np.finfo(np.float32).min
+
 
 @dataclass(frozen=True)
 class RawLogprobs:
@@ -23,41 +25,46 @@ class RawLogprobs:
 
 
 def raw_logprobs(
-    shard: Shard, tokens: Int64Array, asking: list[int], num_top: int, communicator: Communicator
+    shard: Shard,
+    vocab_range: range,
+    tokens: Int64Array,
+    asking: Int64Array,
+    num_top: int,
+    communicator: Communicator,
 ) -> RawLogprobs:
     """Log-probabilities of `tokens` and of the `num_top` likeliest in the rows `asking`; one exchange if any.
 
     Args:
-        shard: this rank's logits as the model gave them.
+        shard: this rank's logits as the model gave them, of the token ids `vocab_range`.
         tokens: int64 [num_rows], sampled from each row.
-        asking: rows to report on; the same on every rank.
+        asking: int64, rows to report on; the same on every rank.
         num_top: at most the vocabulary.
     """
     logprobs = np.zeros(len(tokens), dtype=np.float32)
     top_ids = np.zeros((len(tokens), num_top), dtype=np.int64)
     top_logprobs = np.zeros((len(tokens), num_top), dtype=np.float32)
-    if asking:
+    if len(asking):
         message = np.full((len(asking), 3 + 2 * num_top), -np.inf)
-        message[:, 1] = shard.maxima(asking)
-        message[:, 2] = shard.exp_sums(asking, [1.0] * len(asking))
-        own = [j for j, row in enumerate(asking) if shard.has(int(tokens[row]))]
-        if own:
-            chosen_rows = [asking[j] for j in own]
-            message[own, 0] = shard.logits(chosen_rows, tokens[chosen_rows])
-        for j, packed in enumerate(shard.top(asking, num_top) if num_top > 0 else []):
-            values, ids = unpack_tokens(packed)
-            message[j, 3 : 3 + len(values)] = values
-            message[j, 3 + num_top : 3 + num_top + len(ids)] = ids
-        gathered = communicator.all_gather(
-            torch.from_numpy(message)
-        ).numpy()  # [size, num_asking, 3 + 2 num_top]
-        for j, row in enumerate(asking):
-            chosen, maxima, sums = gathered[:, j, :3].T
-            log_total = maxima.max() + np.log(np.sum(np.exp(maxima - maxima.max()) * sums))
-            logprobs[row] = chosen.max() - log_total
-            values = gathered[:, j, 3 : 3 + num_top].reshape(-1)
-            ids = gathered[:, j, 3 + num_top :].reshape(-1)
-            order = np.lexsort((ids, -values))[:num_top]
-            top_ids[row] = ids[order]
-            top_logprobs[row] = values[order] - log_total
+        maxima = np.maximum(shard.maxima(asking), _LOWEST)  # a shard of removed tokens has no mass
+        message[:, 1] = maxima
+        message[:, 2] = shard.exp_sums(asking, maxima, np.ones(len(asking), dtype=np.float32))
+        chosen = tokens[asking]
+        own = np.flatnonzero((chosen >= vocab_range.start) & (chosen < vocab_range.stop))
+        message[own, 0] = shard.logits(asking[own], chosen[own])
+        if num_top > 0:
+            values, ids = unpack_tokens(shard.top(asking, num_top))
+            message[:, 3 : 3 + values.shape[1]] = values
+            message[:, 3 + num_top : 3 + num_top + ids.shape[1]] = ids
+        # [size, num_asking, 3 + 2 num_top]
+        gathered = communicator.all_gather(torch.from_numpy(message)).numpy()
+        largest = gathered[:, :, 1].max(axis=0)
+        total = np.sum(np.exp(gathered[:, :, 1] - largest) * gathered[:, :, 2], axis=0)
+        log_total = largest + np.log(total)
+        logprobs[asking] = gathered[:, :, 0].max(axis=0) - log_total
+        if num_top > 0:
+            values = np.concatenate(list(gathered[:, :, 3 : 3 + num_top]), axis=1)
+            ids = np.concatenate(list(gathered[:, :, 3 + num_top :]), axis=1)
+            order = np.lexsort((ids, -values))[:, :num_top]
+            top_ids[asking] = np.take_along_axis(ids, order, axis=1)
+            top_logprobs[asking] = np.take_along_axis(values, order, axis=1) - log_total[:, None]
     return RawLogprobs(torch.from_numpy(logprobs), torch.from_numpy(top_ids), torch.from_numpy(top_logprobs))
