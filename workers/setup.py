@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 from typing import Literal
@@ -116,3 +117,15 @@ def _num_pages(role: str, kv_cache_bytes: int, bytes_per_page: int) -> int:
             f"{role}.kv_cache_bytes must be at least {bytes_per_page} (one page), got {kv_cache_bytes}"
         )
     return kv_cache_bytes // bytes_per_page
+
+
+def counting(progress: Progress, total_bytes: int) -> Callable[[int], None]:
+    """What a loader calls with the bytes it has read: reports them all together as `load`."""
+    done = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress("load", min(done, total_bytes), total_bytes)
+
+    return count

@@ -10,17 +10,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
+from outrider.configs.schema import Config
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.sequences.hidden import NO_HIDDEN_ROWS, HiddenNeeds, HiddenRows
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints, Survivors
+from outrider.workers.trace import Tracer
+from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.progress import Progress
 
 _NO_INTS = np.zeros(0, dtype=np.int64)
 _NO_FLOATS = np.zeros(0)
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """What methods are built from. target: the target's shape; progress: told of what is loaded."""
+
+    config: Config
+    target: ModelConfig
+    slots: DraftedSlots
+    estimator: AcceptanceEstimator
+    tracer: Tracer
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,7 @@ class Verified:
 class DraftMethod(ABC):
     """Proposes continuations of sequences. Never fails a request: what it cannot do it leaves undone.
 
-    Slots come as int64 [B], ascending and distinct; they belong to sequences whose requests use the method.
+    Slots come as int64 [B], distinct; they belong to sequences whose requests use the method.
     """
 
     name: str
@@ -84,6 +101,20 @@ class DraftMethod(ABC):
         self.slots = slots
         self.trees = slots.trees
         self.estimator = estimator
+
+    @classmethod
+    @abstractmethod
+    def build(cls, context: MethodContext) -> Self:
+        """The method as its section of the configuration says, with its weights loaded.
+
+        Raises:
+            ValueError: a checkpoint is missing or does not fit, or the configuration.
+        """
+
+    @classmethod
+    def needs_of(cls, config: Config, target: ModelConfig) -> HiddenNeeds:
+        """What `needs` of the built method will be: the target asks before anything is loaded."""
+        return NO_HIDDEN_ROWS
 
     def prefix_kept(self, sequence: Sequence) -> int:
         """How many of the sequence's first tokens it need not see verified again: more are not shared.

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from outrider.workers.drafting.acceptance import AcceptanceEstimator
-from outrider.workers.drafting.method import DraftMethod, Forecast
+from outrider.workers.drafting.acceptance import NUM_SAMPLED_KINDS, AcceptanceEstimator, priors_and_kinds
+from outrider.workers.drafting.method import DraftMethod, Forecast, MethodContext
 from outrider.workers.drafting.row_cache import RowCache, chain_masks
 from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import TreeRows, build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import draft_capacities, forward_of
+from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.sampler import Sampler
@@ -27,14 +29,14 @@ from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints, Survivors
+from outrider.workers.setup import counting, kernels_for, load_model, num_draft_pages, torch_device, torch_dtype
 from outrider.workers.trace import Tracer
 
+_ROWS_PER_STEP = 6  # nodes of one sequence that a step expands
 _MAX_LAG = 32  # tokens the model reads on the way to drafting; more are read in chunks beforehand
 _MIN_GAIN = 0.01  # expected accepted tokens below which a node is not worth a row
 _FIRST_YIELD = 0.5  # assumed of the best proposals before any was seen
 _SMOOTHING = 0.05
-_MAX_RANK = 4  # proposals behind it are counted as one kind
-_LOG_PROB_EDGES = np.array((-0.02, -0.1, -0.3, -0.7, -1.3, -2.2, -3.5, -5.0))  # nats
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,43 @@ class ModelMethod(DraftMethod):
         self._max_rows = max_rows
         self._prefill_chunk = prefill_chunk
         self._penalties = [PenaltyState(())] * len(slots)
-        self._first_source = estimator.reserve(2 * (_MAX_RANK + 1) * (len(_LOG_PROB_EDGES) + 1))
+        self._first_source = estimator.reserve(NUM_SAMPLED_KINDS)
         # By rank: how likely the proposal below a node is accepted, if the node is; of sampled and greedy requests,
         # because for sampled ones the noise chooses.
         self._first_yields = _FIRST_YIELD / 4.0 ** np.arange(max_children)
         self._yields = np.stack([self._first_yields, self._first_yields])
+
+    @classmethod
+    def build(cls, context: MethodContext) -> ModelMethod:
+        """Load `draft.model` and lay out its cache."""
+        config, progress = context.config, context.progress
+        draft, rounds = config.draft, config.rounds
+        device, dtype = torch_device(draft.device), torch_dtype(draft.dtype)
+        source = load_model(config, "draft", progress)
+        plan = ShardPlan(source.config, 0, 1)
+        counted = counting(progress, source.total_bytes(dtype))
+        kernels = kernels_for(config, source.config, device, dtype)
+        solo = SoloCommunicator()
+        model = Transformer(
+            source.config, plan, source, solo, dtype, device, draft.packed_weights, counted, kernels
+        )
+        page_size = config.target.page_size
+        num_pages = num_draft_pages(config, source.config)
+        vocab_size = source.config.vocab_size
+        return cls(
+            slots=context.slots,
+            estimator=context.estimator,
+            model=model,
+            cache=PagedCache(source.config, plan, num_pages, page_size, dtype, device, kernels.kv_commit),
+            pool=PagePool(num_pages, page_size, rounds.prefix_sharing),
+            sampler=Sampler(vocab_size, range(vocab_size), solo, kernels),
+            num_target_tokens=context.target.vocab_size,
+            max_children=config.tree.max_children,
+            rows_per_sequence=_ROWS_PER_STEP,
+            max_rows=max(_ROWS_PER_STEP, rounds.max_sequences),
+            prefill_chunk=rounds.prefill_chunk,
+            tracer=context.tracer,
+        )
 
     def start(self, sequence: Sequence) -> None:
         """Take the shared pages that hold the beginning of the prompt."""
@@ -334,27 +368,6 @@ class ModelMethod(DraftMethod):
         np.add.at(counts, is_greedy, met)
         weights = 1.0 - (1.0 - _SMOOTHING) ** counts  # as if one came after the other
         self._yields += weights * totals / np.maximum(counts, 1.0)
-
-
-def priors_and_kinds(log_probs: Floats, is_greedy: Bools) -> tuple[Floats, Ints]:
-    """Prior acceptance and kind of proposals by rank (0 = best under the shared noise); [M, children] each.
-
-    Greedy and sampled requests ([M]) are counted apart. At temperature 0 a larger model is surer of what a small one
-    finds likely. Otherwise the noise, which target and drafter share, has chosen already, so that a high rank
-    means more than the bare probability. The priors' constants are fitted to Qwen2.5-Coder 1.5B with 0.5B.
-    """
-    ranks = np.arange(log_probs.shape[1])
-    later = np.maximum(ranks, 1)
-    probs = np.exp(np.minimum(log_probs, 0.0))
-    first_misses = (1.0 - probs[:, :1]) ** 1.5
-    greedy = np.minimum(0.85 * probs / later, first_misses / 2.0**ranks)
-    greedy[:, :1] = 1.0 - first_misses
-    sampled = np.minimum(0.35, 0.02 + 0.8 * probs) / later
-    sampled[:, 0] = 0.35 + 0.6 * probs[:, 0]
-    buckets = (log_probs[..., None] < _LOG_PROB_EDGES).sum(axis=-1)
-    num_buckets, num_ranks = len(_LOG_PROB_EDGES) + 1, _MAX_RANK + 1
-    kinds = (is_greedy[:, None] * num_ranks + np.minimum(ranks, _MAX_RANK)) * num_buckets + buckets
-    return np.where(is_greedy[:, None], greedy, sampled), kinds
 
 
 def _chains(slots: Ints, contexts: Ints, lengths: Ints, tokens: Ints) -> TreeRows:

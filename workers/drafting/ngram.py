@@ -11,7 +11,7 @@ import numpy as np
 
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
-from outrider.workers.drafting.method import DraftMethod, Verified
+from outrider.workers.drafting.method import DraftMethod, MethodContext, Verified
 from outrider.workers.drafting.ngram_table import NgramTable
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.sequences.sequence import Sequence
@@ -35,6 +35,11 @@ class NgramMethod(DraftMethod):
         self._first_source = estimator.reserve(config.max_candidates * self._num_kinds)
         self._num_indexed = np.zeros(len(slots), dtype=np.int64)  # tokens; 0 where the method is not used
         self._num_looked_up = np.zeros(len(slots), dtype=np.int64)  # nodes, the oldest ones
+
+    @classmethod
+    def build(cls, context: MethodContext) -> NgramMethod:
+        """From `draft.ngram`."""
+        return cls(context.slots, context.estimator, context.config.draft.ngram)
 
     def start(self, sequence: Sequence) -> None:
         """Index the prompt."""
