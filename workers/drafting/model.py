@@ -16,7 +16,7 @@ import torch
 
 from outrider.workers.drafting.acceptance import AcceptanceEstimator, model_source
 from outrider.workers.drafting.engine import StepForecast
-from outrider.workers.model.batch import SequenceRows, build_batch, chain
+from outrider.workers.drafting.rows import SequenceRows, batch_of, chain
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import draft_capacities, forward_of
 from outrider.workers.model.transformer import Transformer
@@ -170,7 +170,7 @@ class ModelDrafter:
         rows = SequenceRows(pages, 0, chain(num_rows), 0, [0] * num_rows)
         context = RowContext(SamplingParams(temperature=0.0), 0, PenaltyState(()), ())
         begun = time.monotonic()
-        hidden = self._run(build_batch([rows], self._cache.page_size, self._model.device))
+        hidden = self._run(batch_of([rows], self._cache.page_size, self._model.device))
         self._sampler.propose(self._model.logits(hidden), [context] * num_rows, self._max_children)
         seconds = time.monotonic() - begun
         self._pool.release(pages)
@@ -300,7 +300,7 @@ class ModelDrafter:
 
     def _forward(self, work: list[_Work]) -> torch.Tensor:
         """[num_rows, hidden], valid until the next call."""
-        batch = build_batch([item.rows for item in work], self._cache.page_size, self._model.device)
+        batch = batch_of([item.rows for item in work], self._cache.page_size, self._model.device)
         with self._tracer.span("forward", len(batch.tokens)):
             return self._run(batch)
 

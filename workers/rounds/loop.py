@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from outrider.workers.drafting.engine import DraftEngine, StepForecast
-from outrider.workers.link.messages import Draft, Scores, SequenceStart, SequenceStep
+from outrider.workers.link.messages import Draft, Scores, SequenceStart, SequenceStep, Steps
 from outrider.workers.rounds.budget import CostModel
 from outrider.workers.rounds.scheduler import PlannedStep, Scheduler
-from outrider.workers.rounds.settle import settle_step
+from outrider.workers.rounds.settle import settle_step, step_scores
 from outrider.workers.sequences.sequence import Request, Sequence, TokenEvent
 from outrider.workers.sequences.tree import DraftTree
 from outrider.workers.trace import Tracer
@@ -103,7 +103,7 @@ class RoundLoop:
             self.run_overlapped()
         else:
             self.run_serial()
-        self._link.send(Draft(self._num_rounds, (), (), (), stop=True))
+        self._link.send(Draft(self._num_rounds, (), (), Steps.of([]), stop=True))
 
     def run_serial(self) -> None:
         """Draft, verify, settle, one lane after the other."""
@@ -286,13 +286,13 @@ class RoundLoop:
         with self._tracer.span("communicate"):
             self._num_rounds += 1
             starts = [self._start(s.sequence) for s in steps if not s.sequence.started]
-            message_steps = tuple(self._message_step(s) for s in steps)
+            message_steps = Steps.of([self._message_step(s) for s in steps])
             released, self.scheduler.released_slots = tuple(self.scheduler.released_slots), []
             self._link.send(Draft(self._num_rounds, tuple(starts), released, message_steps))
             for step in steps:
                 step.sequence.in_flight = True
                 self.scheduler.commit_sent(step.sequence)
-            num_rows = sum(len(s.tokens) for s in message_steps)
+            num_rows = message_steps.num_rows
             begins_at = max(time.monotonic(), self._last_expected_at)
             self._last_expected_at = begins_at + self.cost.target_s(num_rows)
             return Round(self._num_rounds, lane, tuple(steps), num_rows, self._last_expected_at)
@@ -357,10 +357,11 @@ class RoundLoop:
             target_s = scores.commit_s + scores.forward_s + scores.sample_s
             self.cost.observe_target(under_way.num_rows, target_s)
         with self._tracer.span("verify", under_way.num_rows):
-            for step, step_scores in zip(under_way.steps, scores.steps, strict=True):
+            each = step_scores(under_way.steps, scores)
+            for step, of_step in zip(under_way.steps, each, strict=True):
                 sequence = step.sequence
                 sequence.in_flight = False
-                event = settle_step(step, step_scores, self._drafting)
+                event = settle_step(step, of_step, self._drafting)
                 if event.finish_reason:
                     self._drafting.finish(sequence)
                     self.scheduler.finish(sequence)
@@ -383,7 +384,7 @@ class RoundLoop:
     def _heartbeat(self) -> None:
         self._num_rounds += 1
         released, self.scheduler.released_slots = tuple(self.scheduler.released_slots), []
-        self._link.send(Draft(self._num_rounds, (), released, ()))
+        self._link.send(Draft(self._num_rounds, (), released, Steps.of([])))
         self._link.receive()
 
 

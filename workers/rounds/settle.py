@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, replace
 
 from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.link.messages import StepScores
+from outrider.workers.link.messages import Scores
 from outrider.workers.rounds.scheduler import PlannedStep
 from outrider.workers.sequences.rules import Verdict, verify_exact
 from outrider.workers.sequences.sequence import RequestStats, Sequence, TokenEvent, TokenLogprobs
 from outrider.workers.sequences.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """The target's answer for one step, for its sampled nodes in order."""
+
+    tokens: tuple[int, ...]  # [num_sampled] the target's own next token after each node
+    logprobs: tuple[float, ...]  # [num_sampled], or empty when the request did not ask
+    top_ids: tuple[tuple[int, ...], ...]  # [num_sampled][top_logprobs], or empty
+    top_logprobs: tuple[tuple[float, ...], ...]
+
+
+def step_scores(steps: SequenceABC[PlannedStep], scores: Scores) -> list[StepScores]:
+    """The share of each step."""
+    tokens, found, at, asked_at = scores.tokens.tolist(), [], 0, 0
+    for step in steps:
+        sampling = step.sequence.request.sampling
+        count = len(step.sequence.sent_tree.tokens) if step.reaches_end else 0
+        num_asked = count if sampling.logprobs else 0
+        asked, num_top = slice(asked_at, asked_at + num_asked), sampling.top_logprobs
+        has_top = num_asked and num_top
+        found.append(
+            StepScores(
+                tuple(tokens[at : at + count]),
+                tuple(scores.logprobs[asked].tolist()),
+                tuple(map(tuple, scores.top_ids[asked, :num_top].tolist())) if has_top else (),
+                tuple(map(tuple, scores.top_logprobs[asked, :num_top].tolist())) if has_top else (),
+            )
+        )
+        at += count
+        asked_at += num_asked
+    return found
 
 
 def settle_step(step: PlannedStep, scores: StepScores, drafting: DraftEngine) -> TokenEvent:

@@ -38,6 +38,11 @@ class Samples:
     top_logprobs: torch.Tensor  # float32 [num_rows, k]
 
 
+NO_SAMPLES = Samples(
+    torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0)
+)
+
+
 class Sampler:
     """Samples from logits of which this rank has the token ids `vocab_range`.
 
