@@ -19,7 +19,7 @@ from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.link.distributed import Link, connect_store
 from outrider.workers.link.link import DraftSender
-from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep
+from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
 from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
@@ -35,7 +35,6 @@ from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.setup import (
     kernels_for,
     load_model,
-    message_capacity,
     num_draft_pages,
     num_target_pages,
     torch_device,
@@ -74,10 +73,9 @@ class DraftWorker:
     def connect(self, host: str, port: int, epoch: int) -> None:
         """Open the link to rank 0 of the target, which must call its own `connect` meanwhile."""
         timeout_s = self.config.cluster.group_timeout_s
-        capacity = message_capacity(self.config)
         store = connect_store(host, port, timeout_s)
-        link = Link(store, epoch, False, capacity.draft_ints, capacity.scores_ints, timeout_s)
-        self._link = DraftSender(link, capacity)
+        device = torch_device(self.config.draft.device)
+        self._link = DraftSender(Link(store, epoch, False, device, timeout_s))
 
     def profile(self, progress: Callable[[str, int, int], None]) -> PassProfile:
         """Time the draft model, and the target for the row counts of `rounds.profile_node_counts`, before `run`.
@@ -187,13 +185,12 @@ class DraftWorker:
         pool, sampling = self._scheduler.pool, SamplingParams(temperature=0.0)
         pages = pool.allocate(min(pool.pages_for(num_rows), pool.num_available))
         num_rows = min(num_rows, len(pages) * pool.page_size)
-        chain = (0, *range(num_rows - 1))
-        step = SequenceStep(0, (), tuple(pages), (0,) * num_rows, chain, 0)
+        step = SequenceStep(0, (), pages, [0] * num_rows, [0, *range(num_rows - 1)], 0)
         begun = time.monotonic()
-        self._link.send(Draft(0, (SequenceStart(0, 1, 0, sampling),), (), (step,)))
+        self._link.send(Draft(0, (SequenceStart(0, 1, 0, sampling),), (), Steps.of([step])))
         self._link.receive()
         seconds = time.monotonic() - begun
-        self._link.send(Draft(0, (), (0,), ()))
+        self._link.send(Draft(0, (), (0,), Steps.of([])))
         self._link.receive()
         pool.release(pages)
         return seconds

@@ -13,7 +13,6 @@ import torch
 from outrider.configs.schema import Config
 from outrider.kernels.selection import DEFAULT_MEMORY, ENTRIES, KernelSelection, select_kernels
 from outrider.workers.link.communicator import Communicator, agreed
-from outrider.workers.link.messages import MessageCapacity
 from outrider.workers.model.cache import bytes_per_page
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.config import ModelConfig
@@ -102,13 +101,6 @@ def max_sequence_tokens(config: Config, model: ModelConfig) -> int:
     """Longest sequence (prompt and output, tokens) that can be served: context limits and the whole KV cache."""
     rows = num_target_pages(config, model) * config.target.page_size
     return min(config.target.max_context, model.max_context, rows)
-
-
-def message_capacity(config: Config) -> MessageCapacity:
-    """Buffer sizes of the link; both ends and all ranks must use the same."""
-    rounds = config.rounds
-    pages_per_sequence = -(-config.target.max_context // config.target.page_size)
-    return MessageCapacity.for_limits(rounds.max_round_tokens, rounds.max_sequences, pages_per_sequence)
 
 
 def _num_pages(role: str, kv_cache_bytes: int, bytes_per_page: int) -> int:

@@ -7,25 +7,25 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from outrider.configs.schema import Config
-from outrider.workers.link.communicator import Communicator, SoloCommunicator
+from outrider.workers.link.communicator import Communicator, SoloCommunicator, broadcast_message
 from outrider.workers.link.distributed import Link, connect_store, join_group, open_store
 from outrider.workers.link.link import DraftReceiver
-from outrider.workers.link.messages import Draft, Scores, StepScores, decode_draft
+from outrider.workers.link.messages import Draft, Scores, decode_draft
 from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.batch import build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import forward_of, target_capacities
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sampling.sampler import NO_SAMPLES, Sampler
 from outrider.workers.setup import (
     agreed_kernels,
     kernels_for,
     load_model,
-    message_capacity,
     num_target_pages,
     torch_device,
     torch_dtype,
@@ -37,60 +37,61 @@ from outrider.workers.trace import Tracer
 class TargetRank:
     """The computation of one rank. A step reads: commit, forward, sample. No branch on what the step is for."""
 
-    def __init__(self, model: Transformer, cache: PagedCache, tracer: Tracer) -> None:
+    def __init__(self, model: Transformer, cache: PagedCache, num_slots: int, tracer: Tracer) -> None:
+        """`num_slots`: sequences that run at the same time."""
         self.model = model
         self._cache = cache
         self._forward = forward_of(model, cache, target_capacities(model, cache))
         self._tracer = tracer
-        self._sequences = TargetSequences(cache.num_pages, cache.page_size)
+        self._sequences = TargetSequences(num_slots, cache.num_pages, cache.page_size)
         self._sampler = Sampler(model.config.vocab_size, model.plan.vocab, model.communicator, model.kernels)
 
     @torch.inference_mode()
     def step(self, draft: Draft) -> Scores:
         """One round: keep what was accepted, compute every node, sample after the nodes that ask for it."""
         times = [time.monotonic()]
+        steps, sampled = draft.steps, draft.steps.sampled_rows
         with self._tracer.span("commit"):
             self._cache.commit(*(slots.to(self.model.device) for slots in self._sequences.apply(draft)))
         times.append(time.monotonic())
-        num_rows = sum(len(step.tokens) for step in draft.steps)
-        sampled = _sampled_rows(draft)
-        logits = torch.empty(0, len(self.model.plan.vocab))
-        if num_rows:
-            with self._tracer.span("forward", num_rows):
-                rows = [self._sequences.rows(step) for step in draft.steps]
-                hidden = self._forward(build_batch(rows, self._cache.page_size, self.model.device))
-                if sampled:
-                    logits = self.model.logits_of(hidden, sampled)
+        logits, hidden = torch.empty(0, len(self.model.plan.vocab)), None
+        if steps.num_rows:
+            with self._tracer.span("forward", steps.num_rows):
+                rows = self._sequences.rows(steps)
+                last = self._forward(build_batch(self._sequences.tables, rows, self.model.device))
+                hidden = self._hidden(draft, (last,))
+                if len(sampled):
+                    logits = self.model.logits_of(last, sampled)
         times.append(time.monotonic())
-        steps: tuple[StepScores, ...] = tuple(StepScores((), (), (), ()) for _ in draft.steps)
-        if sampled:
+        samples = NO_SAMPLES
+        if len(sampled):
             with self._tracer.span("sample", len(sampled)):
-                steps = self._sample(draft, logits)
+                samples = self._sampler.sample(logits, self._sequences.sampled(steps, rows))
         times.append(time.monotonic())
         commit_s, forward_s, sample_s = (after - before for before, after in pairwise(times))
-        return Scores(draft.round_id, steps, commit_s, forward_s, sample_s)
+        asking = self._sequences.rows_with_logprobs(steps)
+        return Scores(
+            round_id=draft.round_id,
+            tokens=samples.tokens.numpy(),
+            failed=~samples.valid.numpy(),
+            logprobs=samples.logprobs.numpy()[asking],
+            top_ids=samples.top_ids.numpy()[asking],
+            top_logprobs=samples.top_logprobs.numpy()[asking],
+            child_logprobs=np.zeros(0, dtype=np.float32),
+            entropies=np.zeros(0, dtype=np.float32),
+            commit_s=commit_s,
+            forward_s=forward_s,
+            sample_s=sample_s,
+            hidden=hidden,
+        )
 
-    def _sample(self, draft: Draft, logits: torch.Tensor) -> tuple[StepScores, ...]:
-        groups = [self._sequences.sampled(step) for step in draft.steps]
-        samples = self._sampler.sample(logits, groups)
-        tokens = samples.tokens.tolist()
-        steps, at = [], 0
-        for group in groups:
-            part = slice(at, at + len(group.positions))
-            at = part.stop
-            wants = group.params
-            num_top = wants.top_logprobs if wants.logprobs else 0
-            steps.append(
-                StepScores(
-                    tokens=tuple(tokens[part]),
-                    logprobs=tuple(samples.logprobs[part].tolist()) if wants.logprobs else (),
-                    top_ids=tuple(map(tuple, samples.top_ids[part, :num_top].tolist())) if num_top else (),
-                    top_logprobs=(
-                        tuple(map(tuple, samples.top_logprobs[part, :num_top].tolist())) if num_top else ()
-                    ),
-                )
-            )
-        return tuple(steps)
+    def _hidden(self, draft: Draft, layers: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+        """[num_layers, num_rows, hidden_size] of the layers and rows that this round asks for, copied."""
+        rows = draft.steps.hidden_rows
+        if not draft.layers or not len(rows):
+            return None
+        index = torch.from_numpy(rows).to(self.model.device)
+        return torch.stack([layers[layer].index_select(0, index) for layer in draft.layers])
 
 
 class TargetWorker:
@@ -162,24 +163,22 @@ class TargetWorker:
         self._model.communicator = self._communicator
         self._model.kernels = agreed_kernels(self._model.kernels, self._communicator)
         self._cache.use_kernel = self._model.kernels.kv_commit
-        self._rank = TargetRank(self._model, self._cache, self._tracer)
-        self._capacity = message_capacity(self.config)
+        num_slots = self.config.rounds.max_sequences
+        self._rank = TargetRank(self._model, self._cache, num_slots, self._tracer)
         if self.rank == 0:
-            capacity = self._capacity
-            link = Link(self._store, epoch, True, capacity.scores_ints, capacity.draft_ints, timeout_s)
-            self._link = DraftReceiver(link, capacity)
+            self._link = DraftReceiver(Link(self._store, epoch, True, self._model.device, timeout_s))
 
     def run(self) -> None:
         """Serve rounds until the DraftWorker says stop. Any failure wakes the other ranks and is raised."""
         try:
-            buffer = torch.zeros(self._capacity.draft_ints, dtype=torch.int32)
+            message = torch.empty(0, dtype=torch.int32)
             while True:
                 with self._tracer.span("wait"):
                     if self.rank == 0:
-                        buffer = self._link.receive_buffer()
-                    self._communicator.broadcast(buffer)
+                        message = self._link.receive_message()
+                    message = broadcast_message(self._communicator, message)
                 with self._tracer.span("communicate"):
-                    draft = decode_draft(buffer)
+                    draft = decode_draft(message)
                 if draft.stop:
                     return
                 scores = self._rank.step(draft)
@@ -205,12 +204,3 @@ class TargetWorker:
     def trace_events(self) -> list[dict[str, Any]]:
         """Spans for a Chrome trace; empty unless `rounds.trace` is on."""
         return self._tracer.events()
-
-
-def _sampled_rows(draft: Draft) -> list[int]:
-    rows: list[int] = []
-    at = 0
-    for step in draft.steps:
-        rows += range(at + step.first_sampled, at + len(step.tokens))
-        at += len(step.tokens)
-    return rows

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep
-from outrider.workers.model.batch import SequenceRows
+from outrider.workers.link.messages import Draft, ScoreNeeds, Steps
+from outrider.workers.model.batch import TreeRows, ancestor_masks, depths_of, num_mask_words
 from outrider.workers.sampling.context import PenaltyState, SampledRows
+from outrider.workers.sequences.page_tables import PageTables
 from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.segments import Int64Array, places_in, starts_of
 
 
 @dataclass
 class SlotState:
-    """One sequence as the target knows it."""
+    """What a slot's sequence asks for, and what its output was so far where that matters."""
 
     sampling: SamplingParams
+    needs: ScoreNeeds
     prompt_length: int
-    tokens: list[int] = field(default_factory=list)  # of the committed KV rows
-    pages: list[int] = field(default_factory=list)
     penalties: PenaltyState = field(default_factory=lambda: PenaltyState(()))
     num_counted: int = 0  # tokens that `penalties` knows
 
@@ -31,12 +32,17 @@ class TargetSequences:
 
     Which token each cache row was computed from is kept beside the cache: a sequence that takes shared pages
     learns its tokens from them, and they need not travel again.
+
+    Attributes:
+        tables: the pages of each slot.
+        states: of the slots that are taken.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        self._page_size = page_size
+    def __init__(self, num_slots: int, num_pages: int, page_size: int) -> None:
+        self.tables = PageTables(num_slots, page_size)
+        self.states: dict[int, SlotState] = {}
+        self._context_lens = np.zeros(num_slots, dtype=np.int64)  # committed rows
         self._row_tokens = np.zeros(num_pages * page_size, dtype=np.int64)
-        self._slots: dict[int, SlotState] = {}
 
     def apply(self, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:
         """Free and fill slots, hand out pages, accept last round's paths.
@@ -44,72 +50,98 @@ class TargetSequences:
         Returns source and target cache slots (int64 [M] each) of the rows that have to move.
         """
         for slot in draft.released_slots:
-            del self._slots[slot]
+            del self.states[slot]
+            self.tables.clear(slot)
         for start in draft.starts:
-            assert start.slot not in self._slots
-            self._slots[start.slot] = SlotState(start.sampling, start.prompt_length)
-        moves: list[np.ndarray] = []
-        for step in draft.steps:
-            state = self._slots[step.slot]
-            moves.append(self._accept(state, step.accepted))
-            state.pages += step.new_pages
-        for start in draft.starts:
-            self._adopt_shared(start)
-        both = np.concatenate(moves, axis=1) if moves else np.zeros((2, 0), dtype=np.int64)
-        return torch.from_numpy(both[0].copy()), torch.from_numpy(both[1].copy())
+            assert start.slot not in self.states
+            self.states[start.slot] = SlotState(start.sampling, start.needs, start.prompt_length)
+            self._context_lens[start.slot] = start.num_shared_tokens
+        sources, targets = self._accept(draft.steps)
+        self._append_pages(draft.steps)
+        return torch.from_numpy(sources), torch.from_numpy(targets)
 
-    def rows(self, step: SequenceStep) -> SequenceRows:
-        """The step's nodes as rows of a forward, written behind the committed ones."""
-        state = self._slots[step.slot]
-        context_len = len(state.tokens)
-        cache_slots = self._cache_slots(state, np.arange(context_len, context_len + len(step.tokens)))
-        self._row_tokens[cache_slots] = step.tokens
-        return SequenceRows(state.pages, context_len, step.parents, 0, step.tokens)
+    def rows(self, steps: Steps) -> TreeRows:
+        """The steps' nodes as rows of a forward, written behind the committed ones."""
+        slots_of_rows = np.repeat(steps.slots, steps.num_nodes)
+        context_lens = self._context_lens[steps.slots]
+        cache_slots = self.tables.cache_slots(
+            slots_of_rows, np.repeat(context_lens, steps.num_nodes) + steps.places
+        )
+        self._row_tokens[cache_slots] = steps.tokens
+        parents = steps.parents + np.repeat(starts_of(steps.num_nodes), steps.num_nodes)
+        ancestors = ancestor_masks(parents, steps.places, num_mask_words(steps.num_nodes))
+        return TreeRows(
+            slots=steps.slots,
+            context_lens=context_lens,
+            tree_lens=steps.num_nodes,
+            query_lens=steps.num_nodes,
+            tokens=steps.tokens,
+            tree_rows=steps.places,
+            depths=depths_of(ancestors),
+            ancestors=ancestors,
+        )
 
-    def sampled(self, step: SequenceStep) -> SampledRows:
-        """What the law of each sampled node depends on, besides its logits."""
-        state, first = self._slots[step.slot], step.first_sampled
-        context_len, num_nodes = len(state.tokens), len(step.tokens)
-        depths = list(range(first + 1))
-        for parent in step.parents[first + 1 :]:
-            depths.append(depths[parent] + 1)
-        positions = context_len + 1 + np.array(depths[first:num_nodes], dtype=np.int64)
-        if not state.sampling.uses_context or first == num_nodes:
-            return SampledRows(state.sampling, positions, state.penalties)
-        self._count_tokens(state, step.tokens[: first + 1])
-        paths = [self._uncounted(state, step.tokens[: first + 1])]
-        for node in range(first + 1, num_nodes):
-            paths.append((*paths[step.parents[node] - first], step.tokens[node]))
-        return SampledRows(state.sampling, positions, state.penalties, paths)
+    def sampled(self, steps: Steps, rows: TreeRows) -> list[SampledRows]:
+        """What the laws of the sampled nodes depend on besides their logits, a group per sequence."""
+        positions = (np.repeat(rows.context_lens, rows.query_lens) + rows.depths + 1)[steps.sampled_rows]
+        groups, end = [], 0
+        for b, (slot, count) in enumerate(
+            zip(steps.slots.tolist(), steps.num_sampled.tolist(), strict=True)
+        ):
+            state, begin, end = self.states[slot], end, end + count
+            paths = self._paths(state, steps, b) if count and state.sampling.uses_context else ()
+            groups.append(SampledRows(state.sampling, positions[begin:end], state.penalties, paths))
+        return groups
 
-    def _accept(self, state: SlotState, accepted: SequenceABC[int]) -> np.ndarray:
-        context_len = len(state.tokens)
-        sources = self._cache_slots(state, context_len + np.array(accepted, dtype=np.int64))
-        targets = self._cache_slots(state, context_len + np.arange(len(accepted)))
+    def rows_with_logprobs(self, steps: Steps) -> npt.NDArray[np.bool_]:
+        """Which of the sampled nodes belong to sequences that ask for log-probabilities."""
+        asking = np.fromiter(
+            (self.states[slot].sampling.logprobs for slot in steps.slots.tolist()), dtype=bool
+        )
+        return np.repeat(asking, steps.num_sampled)
+
+    def _accept(self, steps: Steps) -> tuple[Int64Array, Int64Array]:
+        slots = np.repeat(steps.slots, steps.num_accepted)
+        context_lens = self._context_lens[slots]
+        sources = self.tables.cache_slots(slots, context_lens + steps.accepted)
+        targets = self.tables.cache_slots(slots, context_lens + places_in(steps.num_accepted))
         self._row_tokens[targets] = self._row_tokens[sources]
-        state.tokens += self._row_tokens[targets].tolist()
+        self._context_lens[steps.slots] += steps.num_accepted
         moving = sources != targets
-        return np.stack([sources[moving], targets[moving]])
+        return sources[moving], targets[moving]
 
-    def _adopt_shared(self, start: SequenceStart) -> None:
-        state = self._slots[start.slot]
-        rows = self._cache_slots(state, np.arange(start.num_shared_tokens))
-        state.tokens = self._row_tokens[rows].tolist()
+    def _append_pages(self, steps: Steps) -> None:
+        ends = np.cumsum(steps.num_new_pages)
+        for b in np.flatnonzero(steps.num_new_pages).tolist():
+            end = int(ends[b])
+            self.tables.append(int(steps.slots[b]), steps.new_pages[end - int(steps.num_new_pages[b]) : end])
 
-    def _cache_slots(self, state: SlotState, rows: np.ndarray) -> np.ndarray:
-        pages = np.array(state.pages, dtype=np.int64)
-        return pages[rows // self._page_size] * self._page_size + rows % self._page_size
+    def _tokens(self, slot: int, first: int, end: int) -> list[int]:
+        """Tokens of a sequence whose rows are computed or about to be."""
+        rows = np.arange(first, end)
+        tokens: list[int] = self._row_tokens[self.tables.cache_slots(np.full(len(rows), slot), rows)].tolist()
+        return tokens
 
-    def _count_tokens(self, state: SlotState, chain: SequenceABC[int]) -> None:
-        """Let `penalties` know the prompt and the committed output. The chain completes the prompt."""
+    def _paths(self, state: SlotState, steps: Steps, b: int) -> list[tuple[int, ...]]:
+        """Output tokens before each sampled node of a step that `penalties` does not know; it learns committed ones.
+
+        The chain completes the prompt, wherever its chunks end.
+        """
+        slot, start, first = (
+            int(steps.slots[b]),
+            int(starts_of(steps.num_nodes)[b]),
+            int(steps.first_sampled[b]),
+        )
+        context_len = int(self._context_lens[slot])
         if state.num_counted == 0:
-            known = [*state.tokens, *chain]
-            state.penalties = PenaltyState(known[: state.prompt_length])
+            state.penalties = PenaltyState(self._tokens(slot, 0, state.prompt_length))
             state.num_counted = state.prompt_length
-        for token in state.tokens[state.num_counted :]:
+        for token in self._tokens(slot, state.num_counted, context_len):
             state.penalties.add(token)
-        state.num_counted = max(state.num_counted, len(state.tokens))
-
-    def _uncounted(self, state: SlotState, chain: SequenceABC[int]) -> tuple[int, ...]:
-        """The part of the chain that is output and not in `penalties` yet."""
-        return tuple([*state.tokens, *chain][state.num_counted :])
+        state.num_counted = max(state.num_counted, context_len)
+        paths = {first: tuple(self._tokens(slot, state.num_counted, context_len + first + 1))}
+        nodes = slice(start + first + 1, start + int(steps.num_nodes[b]))
+        tokens, parents = steps.tokens[nodes].tolist(), steps.parents[nodes].tolist()
+        for node, (token, parent) in enumerate(zip(tokens, parents, strict=True), first + 1):
+            paths[node] = (*paths[parent], token)
+        return list(paths.values())

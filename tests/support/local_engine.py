@@ -14,9 +14,9 @@ import torch
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.model import ModelDrafter
-from outrider.workers.link.communicator import Communicator, SoloCommunicator
-from outrider.workers.link.link import DraftReceiver, DraftSender
-from outrider.workers.link.messages import MessageCapacity, decode_draft
+from outrider.workers.link.communicator import Communicator, SoloCommunicator, broadcast_message
+from outrider.workers.link.link import DraftReceiver, DraftSender, Packet
+from outrider.workers.link.messages import decode_draft
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
@@ -36,15 +36,13 @@ _RECEIVE_TIMEOUT_S = 600.0  # so long that a process which was stopped for a whi
 class QueueLink:
     """One end of a link inside a process."""
 
-    def __init__(
-        self, outbox: queue.SimpleQueue[torch.Tensor], inbox: queue.SimpleQueue[torch.Tensor]
-    ) -> None:
+    def __init__(self, outbox: queue.SimpleQueue[Packet], inbox: queue.SimpleQueue[Packet]) -> None:
         self._outbox, self._inbox = outbox, inbox
 
-    def send(self, buffer: torch.Tensor) -> None:
-        self._outbox.put(buffer.clone())
+    def send(self, packet: Packet) -> None:
+        self._outbox.put(Packet(packet.message.clone(), packet.payload.clone()))
 
-    def receive(self) -> torch.Tensor:
+    def receive(self) -> Packet:
         return self._inbox.get(timeout=_RECEIVE_TIMEOUT_S)
 
     def poll(self) -> bool:
@@ -56,8 +54,8 @@ class QueueLink:
 
 def queue_links() -> tuple[QueueLink, QueueLink]:
     """Two ends that talk to each other."""
-    there: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
-    back: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+    there: queue.SimpleQueue[Packet] = queue.SimpleQueue()
+    back: queue.SimpleQueue[Packet] = queue.SimpleQueue()
     return QueueLink(there, back), QueueLink(back, there)
 
 
@@ -82,7 +80,6 @@ class LocalEngine:
         dtype: torch.dtype = torch.float32,
         profile: PassProfile | None = None,
     ) -> None:
-        self.capacity = MessageCapacity.for_limits(max_round_tokens, max_sequences, num_pages)
         draft_end, target_end = queue_links()
         self.ranks = []
         for rank, communicator in enumerate(communicators):
@@ -91,8 +88,8 @@ class LocalEngine:
                 target.config, plan, target, communicator, dtype, torch.device("cpu"), packed=True
             )
             cache = PagedCache(target.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
-            self.ranks.append(TargetRank(model, cache, Tracer(f"target {rank}", False)))
-        self._target_end = DraftReceiver(target_end, self.capacity)
+            self.ranks.append(TargetRank(model, cache, max_sequences, Tracer(f"target {rank}", False)))
+        self._target_end = DraftReceiver(target_end)
         self.drafting = DraftEngine(ngram or NgramConfig())
         if draft is not None:
             plan = ShardPlan(draft.config, 0, 1)
@@ -120,7 +117,7 @@ class LocalEngine:
         self.pool = PagePool(num_pages, page_size, prefix_sharing)
         self.events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self.loop = RoundLoop(
-            DraftSender(draft_end, self.capacity),
+            DraftSender(draft_end),
             Scheduler(limits, self.pool),
             self.drafting,
             CostModel(profile or PassProfile((1, 64), (0.010, 0.012))),
@@ -172,12 +169,12 @@ class LocalEngine:
 
     def _serve(self, rank: int) -> None:
         communicator = self.ranks[rank].model.communicator
-        buffer = torch.zeros(self.capacity.draft_ints, dtype=torch.int32)
+        message = torch.empty(0, dtype=torch.int32)
         while True:
             if rank == 0:
-                buffer = self._target_end.receive_buffer()
-            communicator.broadcast(buffer)
-            draft = decode_draft(buffer)
+                message = self._target_end.receive_message()
+            message = broadcast_message(communicator, message)
+            draft = decode_draft(message)
             if draft.stop:
                 return
             scores = self.ranks[rank].step(draft)

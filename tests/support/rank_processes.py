@@ -18,6 +18,7 @@ from outrider.workers.link.communicator import Communicator, PeerLostError
 from outrider.workers.link.distributed import Link, connect_store, join_group, open_store
 
 HOST = "127.0.0.1"
+CPU = torch.device("cpu")
 GROUP_TIMEOUT_S = 120.0  # far beyond LIMIT_S: a test that passes did not wait for it
 LIMIT_S = 60.0
 
@@ -55,7 +56,7 @@ class GroupPlace:
 
 @dataclass(frozen=True)
 class LinkPlace:
-    """Where one end of the link meets the other. Messages are 4 integers to the target, 2 to the drafter."""
+    """Where one end of the link meets the other."""
 
     port: int
     epoch: int
@@ -68,10 +69,10 @@ class LinkPlace:
         connect_store(HOST, self.port, LIMIT_S).wait(["done"])
 
     def target_end(self) -> Link:
-        return Link(connect_store(HOST, self.port, self.timeout_s), self.epoch, True, 2, 4, self.timeout_s)
+        return Link(connect_store(HOST, self.port, self.timeout_s), self.epoch, True, CPU, self.timeout_s)
 
     def draft_end(self) -> Link:
-        return Link(connect_store(HOST, self.port, self.timeout_s), self.epoch, False, 4, 2, self.timeout_s)
+        return Link(connect_store(HOST, self.port, self.timeout_s), self.epoch, False, CPU, self.timeout_s)
 
 
 class RankProcesses:

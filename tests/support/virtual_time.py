@@ -57,7 +57,7 @@ class VirtualLink:
     def send(self, draft: Draft) -> None:
         self.drafts.append(draft)
         if not draft.stop:
-            seconds = self._latencies.at(sum(len(step.tokens) for step in draft.steps))
+            seconds = self._latencies.at(draft.steps.num_rows)
             self._free_at = max(self._clock.now_s, self._free_at) + seconds
             scores = replace(self._target.step(draft), forward_s=seconds)
             self._under_way.append((self._free_at, scores))

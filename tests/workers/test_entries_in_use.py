@@ -13,7 +13,7 @@ from outrider.workers.draft import DraftWorker
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.model import ModelDrafter
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep
+from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
 from outrider.workers.model import cache as cache_module
 from outrider.workers.model import transformer as transformer_module
 from outrider.workers.model.cache import PagedCache
@@ -86,10 +86,11 @@ def sampled_rows(calls: dict[str, list[tuple[Any, ...]]]) -> list[list[int]]:
 
 def test_the_target_calls_the_entries(selection: KernelSelection, calls: dict[str, Any]) -> None:
     model, cache = model_and_cache(selection)
-    rank = TargetRank(model, cache, Tracer("target", False))
+    rank = TargetRank(model, cache, 1, Tracer("target", False))
     start = SequenceStart(0, 3, 0, SamplingParams())
-    rank.step(Draft(1, (start,), (), (SequenceStep(0, (), (0, 1), (5, 6, 7, 8, 9), (0, 0, 1, 2, 2), 2),)))
-    rank.step(Draft(2, (), (), (SequenceStep(0, (0, 1, 2, 4), (), (3,), (0,), 0),)))
+    tree = SequenceStep(0, (), (0, 1), (5, 6, 7, 8, 9), (0, 0, 1, 2, 2), 2)
+    rank.step(Draft(1, (start,), (), Steps.of([tree])))
+    rank.step(Draft(2, (), (), Steps.of([SequenceStep(0, (0, 1, 2, 4), (), (3,), (0,), 0)])))
     assert sampled_rows(calls) == [[2, 3, 4], [0]]
     expected = {name: {getattr(selection, name)} for name in CALLED}
     if not selection.sample_shard:  # the reference is called by its parts

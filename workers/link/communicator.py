@@ -7,6 +7,9 @@ from typing import Protocol
 
 import torch
 
+FIRST_BLOCK_INTS = 1024
+"""Messages travel as a first block of this size, and the rest only where they are longer: most are not."""
+
 
 class PeerLostError(ConnectionError):
     """A process at the other end died, closed its side, or has not answered for too long."""
@@ -72,3 +75,23 @@ def agreed(communicator: Communicator, mine: Sequence[bool]) -> list[bool]:
     """Of several yes-or-no questions, which of them every rank answers with yes; one exchange."""
     answers = torch.tensor(list(mine), dtype=torch.int64)
     return [bool(answer) for answer in communicator.all_gather(answers).amin(0)]
+
+
+def broadcast_message(communicator: Communicator, message: torch.Tensor) -> torch.Tensor:
+    """The int32 message of rank 0, of any length, on every rank. The others' `message` is not looked at."""
+    first = torch.zeros(FIRST_BLOCK_INTS, dtype=torch.int32)  # the length, then the message
+    if communicator.rank == 0:
+        first[0] = len(message)
+        beginning = message[: FIRST_BLOCK_INTS - 1]
+        first[1 : 1 + len(beginning)] = beginning
+    communicator.broadcast(first)
+    length = int(first[0])
+    num_more = length - (FIRST_BLOCK_INTS - 1)
+    if num_more <= 0:
+        return first[1 : 1 + length]
+    # Few different lengths, which some transports keep something for.
+    rest = torch.zeros(1 << (num_more - 1).bit_length(), dtype=torch.int32)
+    if communicator.rank == 0:
+        rest[:num_more] = message[FIRST_BLOCK_INTS - 1 :]
+    communicator.broadcast(rest)
+    return torch.cat([first[1:], rest[:num_more]])

@@ -20,7 +20,13 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from outrider.workers.link.communicator import Communicator, PeerLostError, SoloCommunicator
+from outrider.workers.link.communicator import (
+    FIRST_BLOCK_INTS,
+    Communicator,
+    PeerLostError,
+    SoloCommunicator,
+)
+from outrider.workers.link.link import NO_PAYLOAD, Packet
 from outrider.workers.link.shared_memory import (
     SharedSegment,
     ShmCommunicator,
@@ -31,9 +37,12 @@ from outrider.workers.link.shared_memory import (
 _FOREVER = timedelta(days=365)
 _TARGET, _DRAFT = 0, 1  # ranks of the link
 _MESSAGE, _GOODBYE = 1, 2  # flags in front of what travels on the link
+_HEAD_INTS = 4  # in front of a message: the flag, its length, and the bytes of the payload in two numbers
+_PAYLOAD_UNIT = 1 << 30
 _GOODBYE_S = 1.0  # an end that leaves does not wait longer for one that no longer reads
 
-_Gloo: Any = dist.ProcessGroupGloo  # its stubs lack most of it
+_dist: Any = dist  # stubs lack most of the groups, builds for CPUs lack that of NCCL
+_Gloo = _dist.ProcessGroupGloo
 
 
 def open_store(host: str, timeout_s: float) -> dist.TCPStore:
@@ -159,20 +168,15 @@ class GroupCommunicator:
 
 
 class Link:
-    """Messages in order between rank 0 of the target and the DraftWorker, over gloo.
+    """Packets in order between rank 0 of the target and the DraftWorker.
 
-    Each direction has one fixed length: int32 buffers, always sent whole. Receiving is a thread of its own,
-    because gloo cannot tell whether a message has come without waiting for it.
+    Messages go over gloo. So does the payload behind them, but where both ends have a GPU of their own: there it
+    goes from one to the other over NCCL. Receiving is a thread of its own, because gloo cannot tell whether a
+    message has come without waiting for it.
     """
 
     def __init__(
-        self,
-        store: dist.TCPStore,
-        epoch: int,
-        is_target: bool,
-        send_length: int,
-        receive_length: int,
-        timeout_s: float,
+        self, store: dist.TCPStore, epoch: int, is_target: bool, device: torch.device, timeout_s: float
     ) -> None:
         """Connect the two ends; both call it.
 
@@ -180,18 +184,16 @@ class Link:
             store: the meeting point.
             epoch: the same on both sides; another for each attempt.
             is_target: which end this is.
-            send_length: int32 elements of the messages to the other end: its `receive_length`.
+            device: where payloads come from and go to.
             timeout_s: how long to wait for the other end, now and in `receive` and `send`.
 
         Raises:
             PeerLostError: the other end has not come.
         """
-        self._peer = _DRAFT if is_target else _TARGET
+        self._rank, self._peer = (_TARGET, _DRAFT) if is_target else (_DRAFT, _TARGET)
         self._timeout_s = timeout_s
-        self._out = torch.zeros(1 + send_length, dtype=torch.int32)  # a flag, then the message
-        self._in = torch.zeros(1 + receive_length, dtype=torch.int32)
         self._sending = threading.Lock()
-        self._received: queue.Queue[torch.Tensor | PeerLostError] = queue.Queue()
+        self._received: queue.Queue[Packet | PeerLostError] = queue.Queue()
         self._lost: PeerLostError | None = None
         self._closed = False
         self._store = store
@@ -201,33 +203,36 @@ class Link:
         options._devices = [_Gloo.create_device(hostname=local)]
         meeting = dist.PrefixStore(f"epoch{epoch}/link", store)
         with _peer_errors("the link was not met by its other end"):
-            self._group = _Gloo(meeting, _TARGET if is_target else _DRAFT, 2, options)
+            self._group = _Gloo(meeting, self._rank, 2, options)
+            self._payload_device = self._agreed_payload_device(meeting, device)
+        self._payload_group = self._group
+        if self._payload_device.type == "cuda":
+            nccl = _dist.ProcessGroupNCCL
+            self._payload_group = nccl(dist.PrefixStore("payload", meeting), self._rank, 2, nccl.Options())
         threading.Thread(target=self._receive_all, name="link receiver", daemon=True).start()
 
-    def send(self, buffer: torch.Tensor) -> None:
-        """Send int32 [send_length]; the buffer may be changed afterwards. Raises PeerLostError."""
+    def send(self, packet: Packet) -> None:
+        """Send a packet; its message may be changed afterwards. Raises PeerLostError."""
         if self._lost is not None:
             raise self._lost
         assert not self._closed
-        assert buffer.shape == (len(self._out) - 1,)
         with self._sending:
-            self._out[1:].copy_(buffer)
-            self._put(_MESSAGE, self._timeout_s)
+            self._put(_MESSAGE, packet, self._timeout_s)
 
-    def receive(self) -> torch.Tensor:
-        """The next message, int32 [receive_length], the caller's own.
+    def receive(self) -> Packet:
+        """The next packet, the caller's own.
 
         Raises PeerLostError when the other end is gone (after the messages that it sent before) or silent.
         """
         try:
-            message = self._received.get(timeout=self._timeout_s)
+            packet = self._received.get(timeout=self._timeout_s)
         except queue.Empty:
             self._fail(PeerLostError(f"link: nothing received for {self._timeout_s:.0f} s"))
-            message = self._received.get()
-        if isinstance(message, PeerLostError):
-            self._received.put(message)  # for the next caller
-            raise message
-        return message
+            packet = self._received.get()
+        if isinstance(packet, PeerLostError):
+            self._received.put(packet)  # for the next caller
+            raise packet
+        return packet
 
     def poll(self) -> bool:
         """Whether `receive` would return or raise at once."""
@@ -243,12 +248,29 @@ class Link:
             return
         self._closed = True
         with self._sending, suppress(PeerLostError):
-            self._put(_GOODBYE, min(self._timeout_s, _GOODBYE_S))
+            nothing = Packet(torch.empty(0, dtype=torch.int32), NO_PAYLOAD)
+            self._put(_GOODBYE, nothing, min(self._timeout_s, _GOODBYE_S))
 
-    def _put(self, flag: int, timeout_s: float) -> None:
-        self._out[0] = flag
+    def _agreed_payload_device(self, meeting: dist.Store, device: torch.device) -> torch.device:
+        """`device` where payloads can go from GPU to GPU, else the host."""
+        mine = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+        meeting.set(f"gpu{self._rank}", mine)
+        theirs = meeting.get(f"gpu{self._peer}").decode()
+        return device if mine and theirs and mine != theirs else torch.device("cpu")
+
+    def _put(self, flag: int, packet: Packet, timeout_s: float) -> None:
+        message, payload = packet.message, packet.payload.to(self._payload_device)
+        first = torch.zeros(FIRST_BLOCK_INTS, dtype=torch.int32)
+        beginning = message[: FIRST_BLOCK_INTS - _HEAD_INTS]
+        first[_HEAD_INTS : _HEAD_INTS + len(beginning)] = beginning
+        rest = message[len(beginning) :]
+        first[:_HEAD_INTS] = torch.tensor([flag, len(message), *divmod(len(payload), _PAYLOAD_UNIT)])
         try:
-            self._group.send([self._out], self._peer, 0).wait(timedelta(seconds=timeout_s))
+            for part in (first, rest):
+                if len(part):
+                    self._group.send([part], self._peer, 0).wait(timedelta(seconds=timeout_s))
+            if len(payload):
+                self._payload_group.send([payload], self._peer, 0).wait(timedelta(seconds=timeout_s))
         except RuntimeError as error:
             raise self._fail(PeerLostError(f"link: {_first_line(error)}")) from error
 
@@ -261,16 +283,33 @@ class Link:
     def _receive_all(self) -> None:
         while True:
             try:
-                # Not a time limit: one that runs out would leave the pair unusable.
-                self._group.recv([self._in], self._peer, 0).wait(_FOREVER)
+                flag, packet = self._get()
             except RuntimeError as error:
                 self._fail(PeerLostError(f"link: {_first_line(error)}"))
                 return
-            if int(self._in[0]) == _GOODBYE:
+            if flag == _GOODBYE:
                 self._fail(PeerLostError("link: closed by the other end"))
                 self.close()  # answers, which ends the other end's thread
                 return
-            self._received.put(self._in[1:].clone())
+            self._received.put(packet)
+
+    def _get(self) -> tuple[int, Packet]:
+        # No time limits: one that runs out would leave the pair unusable.
+        first = torch.empty(FIRST_BLOCK_INTS, dtype=torch.int32)
+        self._group.recv([first], self._peer, 0).wait(_FOREVER)
+        flag, length, payload_units, payload_bytes = first[:_HEAD_INTS].tolist()
+        message = first[_HEAD_INTS : _HEAD_INTS + length]
+        if length > len(message):
+            rest = torch.empty(length - len(message), dtype=torch.int32)
+            self._group.recv([rest], self._peer, 0).wait(_FOREVER)
+            message = torch.cat([message, rest])
+        num_bytes = payload_units * _PAYLOAD_UNIT + payload_bytes
+        payload = torch.empty(num_bytes, dtype=torch.uint8, device=self._payload_device)
+        if num_bytes:
+            self._payload_group.recv([payload], self._peer, 0).wait(_FOREVER)
+            if payload.is_cuda:  # else it would only be there for this thread's stream
+                torch.cuda.current_stream(payload.device).synchronize()
+        return flag, Packet(message, payload)
 
 
 def _join_shared_memory(meeting: dist.Store, rank: int, size: int, timeout_s: float) -> ShmCommunicator:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from outrider.workers.link.messages import (
-    Draft,
-    MessageCapacity,
-    Scores,
-    decode_scores,
-    encode_draft,
-    encode_scores,
-)
+from outrider.workers.link.messages import Draft, Scores, decode_scores, encode_draft, encode_scores
 
 
-class BufferLink(Protocol):
-    """Carries int32 buffers of fixed length in order; raises PeerLostError when the other side is gone."""
+class Packet(NamedTuple):
+    """What travels on a link at once."""
 
-    def send(self, buffer: torch.Tensor) -> None: ...
+    message: torch.Tensor  # int32 [any length]
+    payload: torch.Tensor  # uint8 [any length], bytes of tensors; on a GPU where both ends are
 
-    def receive(self) -> torch.Tensor: ...
+
+NO_PAYLOAD = torch.empty(0, dtype=torch.uint8)
+
+
+class PacketLink(Protocol):
+    """Carries packets in order; raises PeerLostError when the other side is gone."""
+
+    def send(self, packet: Packet) -> None:
+        """The message may be changed afterwards, the payload not."""
+
+    def receive(self) -> Packet: ...
 
     def poll(self) -> bool:
         """Whether `receive` would return at once."""
@@ -32,16 +36,14 @@ class BufferLink(Protocol):
 class DraftSender:
     """The DraftWorker's end: drafts out, scores in."""
 
-    def __init__(self, link: BufferLink, capacity: MessageCapacity) -> None:
+    def __init__(self, link: PacketLink) -> None:
         self._link = link
-        self._buffer = torch.zeros(capacity.draft_ints, dtype=torch.int32)
 
     def send(self, draft: Draft) -> None:
-        encode_draft(draft, self._buffer)
-        self._link.send(self._buffer)
+        self._link.send(Packet(encode_draft(draft), NO_PAYLOAD))
 
     def receive(self) -> Scores:
-        return decode_scores(self._link.receive())
+        return decode_scores(*self._link.receive())
 
     def poll(self) -> bool:
         """Whether scores are here."""
@@ -54,16 +56,18 @@ class DraftSender:
 class DraftReceiver:
     """The target's end: drafts in (still encoded: they go on to the other ranks), scores out."""
 
-    def __init__(self, link: BufferLink, capacity: MessageCapacity) -> None:
+    def __init__(self, link: PacketLink) -> None:
         self._link = link
-        self._buffer = torch.zeros(capacity.scores_ints, dtype=torch.int32)
 
-    def receive_buffer(self) -> torch.Tensor:
-        return self._link.receive()
+    def receive_message(self) -> torch.Tensor:
+        """An encoded draft."""
+        return self._link.receive().message
 
     def send(self, scores: Scores) -> None:
-        encode_scores(scores, self._buffer)
-        self._link.send(self._buffer)
+        payload = NO_PAYLOAD
+        if scores.hidden is not None:
+            payload = scores.hidden.contiguous().view(-1).view(torch.uint8)
+        self._link.send(Packet(encode_scores(scores), payload))
 
     def close(self) -> None:
         self._link.close()

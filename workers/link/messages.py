@@ -1,25 +1,44 @@
-"""The two messages of a round and how they travel: a `Draft` to the target, `Scores` back.
+"""The two messages of a round and how they are written down: a `Draft` to the target, `Scores` back.
 
-Each message is one int32 buffer of fixed capacity: collectives, CUDA graphs and gloo all prefer a shape
-that never changes. A buffer starts with the number of sections and their lengths; then the sections
-follow, floats with their bits reinterpreted.
+Everything of one kind, of all sequences, is one flat array. A message is an int32 buffer as long as what it says:
+the number of sections, their lengths, then the sections, floats with their bits reinterpreted. Hidden rows are
+tensors and travel behind the scores, which tell their shape.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from outrider.workers.sequences.params import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.segments import Int64Array, places_in
 
 MAX_STARTS_PER_ROUND = 4
 
-_INTS_PER_STEP = 8  # slot and section lengths, rounded up
-_INTS_PER_START = 32 + 3 * MAX_LOGIT_BIAS
-_INTS_PER_SCORE = 2 + 2 * MAX_TOP_LOGPROBS
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+
+_HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INTS_PER_START = 11
+_FLOATS_PER_START = 6
+
+
+@dataclass(frozen=True)
+class ScoreNeeds:
+    """What a sequence's rule needs besides the sampled tokens."""
+
+    child_logprobs: bool = False
+    """Log-probabilities of the drafted tokens."""
+    entropy: bool = False
+    """Entropy at every sampled node."""
 
 
 @dataclass(frozen=True)
@@ -30,148 +49,179 @@ class SequenceStart:
     prompt_length: int  # tokens; what follows them counts as output for the penalties
     num_shared_tokens: int
     sampling: SamplingParams
+    needs: ScoreNeeds = ScoreNeeds()
 
 
-@dataclass(frozen=True)
-class SequenceStep:
-    """What one sequence asks of one round.
-
-    The nodes are a chain of tokens that are known but not in the KV cache yet (a prompt chunk, or just the
-    last token), with a draft tree below the chain's last node. `parents[i] < i`, and node 0 is its own parent.
-    """
+class SequenceStep(NamedTuple):
+    """What one sequence asks of one round; see `Steps`."""
 
     slot: int
-    accepted: tuple[int, ...]  # nodes of the sequence's previous step whose KV rows are kept, root first
-    new_pages: tuple[int, ...]  # page ids appended to the sequence's page table
-    tokens: tuple[int, ...]  # [num_nodes]
-    parents: tuple[int, ...]  # [num_nodes]
-    first_sampled: int  # the target samples after this node and all later ones; num_nodes = after none
+    accepted: SequenceABC[int] = ()
+    new_pages: SequenceABC[int] = ()
+    tokens: SequenceABC[int] = ()
+    parents: SequenceABC[int] = ()
+    first_sampled: int = 0
+    first_hidden: int | None = None  # none
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """What B sequences ask of one round. All arrays are int64; flat ones hold a segment per sequence.
+
+    A sequence's nodes are a chain of tokens that are known but not in the KV cache yet (a prompt chunk, or just the
+    last token), with a draft tree below the chain's last node. A node's parent comes before it.
+    """
+
+    slots: Int64Array  # [B]
+    num_accepted: Int64Array  # [B]
+    accepted: Int64Array  # flat: nodes of the sequence's previous step whose KV rows are kept, root first
+    num_new_pages: Int64Array  # [B]
+    new_pages: Int64Array  # flat: page ids appended to the sequence's page table
+    num_nodes: Int64Array  # [B]
+    tokens: Int64Array  # flat
+    parents: Int64Array  # flat; nodes of the same step, node 0 is its own parent
+    first_sampled: (
+        Int64Array  # [B]; the target samples after this node and all later ones; num_nodes = after none
+    )
+    first_hidden: (
+        Int64Array  # [B]; hidden rows are wanted of this node and all later ones; num_nodes = of none
+    )
+
+    @staticmethod
+    def of(parts: SequenceABC[SequenceStep]) -> Steps:
+        """All steps of a round, in this order."""
+        slots, accepted, new_pages, tokens, parents, first_sampled, first_hidden = (
+            zip(*parts, strict=True) if parts else ((),) * 7
+        )
+        num_nodes = _lengths(tokens)
+        wanted = [n if first is None else first for first, n in zip(first_hidden, num_nodes, strict=True)]
+        return Steps(
+            slots=_int64(slots),
+            num_accepted=_lengths(accepted),
+            accepted=_int64([*chain.from_iterable(accepted)]),
+            num_new_pages=_lengths(new_pages),
+            new_pages=_int64([*chain.from_iterable(new_pages)]),
+            num_nodes=num_nodes,
+            tokens=_int64([*chain.from_iterable(tokens)]),
+            parents=_int64([*chain.from_iterable(parents)]),
+            first_sampled=_int64(first_sampled),
+            first_hidden=_int64(wanted),
+        )
+
+    def __len__(self) -> int:
+        """Sequences that take part."""
+        return len(self.slots)
+
+    @property
+    def num_rows(self) -> int:
+        """Nodes of all sequences."""
+        return len(self.tokens)
+
+    @property
+    def num_sampled(self) -> Int64Array:
+        """[B]: nodes after which the target samples."""
+        return self.num_nodes - self.first_sampled
+
+    @cached_property
+    def places(self) -> Int64Array:
+        """Of every node its index in its step, int64 [num_rows]."""
+        return places_in(self.num_nodes)
+
+    @property
+    def sampled_rows(self) -> Int64Array:
+        """The nodes after which the target samples, as indices of `tokens`."""
+        return np.flatnonzero(self.places >= np.repeat(self.first_sampled, self.num_nodes))
+
+    @property
+    def hidden_rows(self) -> Int64Array:
+        """The nodes whose hidden rows are wanted, as indices of `tokens`."""
+        return np.flatnonzero(self.places >= np.repeat(self.first_hidden, self.num_nodes))
+
+
+@dataclass(frozen=True, eq=False)
 class Draft:
     """DraftWorker to target: sequences that start, slots that are free again, and the work of this round."""
 
     round_id: int
     starts: tuple[SequenceStart, ...]
     released_slots: tuple[int, ...]
-    steps: tuple[SequenceStep, ...]
+    steps: Steps
+    layers: tuple[int, ...] = ()  # which of the target's hidden rows come back, see `TargetRank`
     stop: bool = False  # the loop ends; everything else is empty
 
 
-@dataclass(frozen=True)
-class StepScores:
-    """The target's answer for one `SequenceStep`, for its sampled nodes in order."""
-
-    tokens: tuple[int, ...]  # [num_sampled] the target's own next token after each node
-    logprobs: tuple[float, ...]  # [num_sampled], or empty when the request did not ask
-    top_ids: tuple[tuple[int, ...], ...]  # [num_sampled][top_logprobs], or empty
-    top_logprobs: tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
-    """Target to DraftWorker: the sampled tokens, and where the target's time went (seconds)."""
+    """Target to DraftWorker: what the target knows after the nodes that it was asked about, and its times.
+
+    Rows are the sampled nodes of all steps in order (M), or those of them whose sequences asked.
+    """
 
     round_id: int
-    steps: tuple[StepScores, ...]
+    tokens: Int64Array  # [M] the target's own next token after each sampled node
+    failed: npt.NDArray[np.bool_]  # [M] the law there is none: its logits are NaN or all removed
+    logprobs: Float32Array  # [num that ask] of `tokens`, nats under the model's own law
+    top_ids: Int64Array  # [num that ask, k] likeliest first; k is the most that anybody asks for
+    top_logprobs: Float32Array  # [num that ask, k]
+    child_logprobs: Float32Array  # [num that ask] of drafted nodes: of their own token after their parent
+    entropies: Float32Array  # [num that ask] nats, of the model's own law after each sampled node
     commit_s: float
     forward_s: float
     sample_s: float
+    hidden: torch.Tensor | None = field(default=None)
+    """[num_layers, num_hidden_rows, hidden_size]: rows of `Steps.hidden_rows` of the layers that were asked for."""
 
 
-@dataclass(frozen=True)
-class MessageCapacity:
-    """Sizes of the two buffers, equal on both sides of the link because both read the same configuration."""
-
-    draft_ints: int
-    scores_ints: int
-
-    @staticmethod
-    def for_limits(max_round_tokens: int, max_sequences: int, pages_per_sequence: int) -> MessageCapacity:
-        """Room for a full round: `max_round_tokens` nodes (rows) spread over `max_sequences` sequences.
-
-        Of each node the token, the parent and at most one new page travel. The sequences may have accepted two
-        rounds' worth of nodes: when two lanes become one, it commits what both of them did last.
-        """
-        headers = 64 + max_sequences * _INTS_PER_STEP
-        starts = MAX_STARTS_PER_ROUND * (_INTS_PER_START + pages_per_sequence)
-        return MessageCapacity(
-            draft_ints=headers + starts + max_sequences + 5 * max_round_tokens,
-            scores_ints=headers + max_round_tokens * _INTS_PER_SCORE,
-        )
-
-
-def encode_draft(draft: Draft, buffer: torch.Tensor) -> None:
-    """Write `draft` into `buffer` (int32 [capacity.draft_ints])."""
-    head = [draft.round_id, int(draft.stop)]
+def encode_draft(draft: Draft) -> torch.Tensor:
+    """`draft` as int32 [length]."""
     start_ints: list[int] = []
     start_floats: list[float] = []
     for start in draft.starts:
-        p = start.sampling
-        seed_low, seed_high = _split_seed(p.seed)
-        start_ints += [start.slot, start.prompt_length, start.num_shared_tokens, p.top_k, seed_low, seed_high]
-        start_ints += [int(p.logprobs), p.top_logprobs, len(p.logit_bias)]
+        p, needs = start.sampling, start.needs
+        start_ints += [start.slot, start.prompt_length, start.num_shared_tokens, p.top_k, *_halves(p.seed)]
+        start_ints += [p.logprobs, p.top_logprobs, needs.child_logprobs, needs.entropy, len(p.logit_bias)]
         start_ints += [token for token, _ in p.logit_bias]
         start_floats += [p.temperature, p.top_p, p.min_p, p.repetition_penalty]
         start_floats += [p.presence_penalty, p.frequency_penalty]
         start_floats += [bias for _, bias in p.logit_bias]
-    lengths: list[int] = []
-    accepted: list[int] = []
-    pages: list[int] = []
-    tokens: list[int] = []
-    parents: list[int] = []
-    for step in draft.steps:
-        lengths += [step.slot, len(step.accepted), len(step.new_pages), len(step.tokens), step.first_sampled]
-        accepted += step.accepted
-        pages += step.new_pages
-        tokens += step.tokens
-        parents += step.parents
-    _pack(
-        buffer,
+    steps = draft.steps
+    return _pack(
         [
-            _ints(head),
-            _ints(start_ints),
-            _doubles(start_floats),
-            _ints(draft.released_slots),
-            _ints(lengths),
-            _ints(accepted),
-            _ints(pages),
-            _ints(tokens),
-            _ints(parents),
-        ],
+            np.array([*_halves(draft.round_id), draft.stop]),
+            np.array(start_ints, dtype=np.int64),
+            # Both sides must compute with the very same numbers: all their bits travel.
+            np.array(start_floats, dtype=np.float64).view(np.int32),
+            np.array(draft.released_slots, dtype=np.int64),
+            np.array(draft.layers, dtype=np.int64),
+            steps.slots,
+            steps.num_accepted,
+            steps.accepted,
+            steps.num_new_pages,
+            steps.new_pages,
+            steps.num_nodes,
+            steps.tokens,
+            steps.parents,
+            steps.first_sampled,
+            steps.first_hidden,
+        ]
     )
 
 
 def decode_draft(buffer: torch.Tensor) -> Draft:
     """Read what `encode_draft` wrote."""
-    head, start_ints, start_floats, released, lengths, accepted, pages, tokens, parents = _unpack(buffer)
-    steps = []
-    accepted_at = pages_at = nodes_at = 0
-    length_list = lengths.tolist()
-    accepted_list, pages_list = accepted.tolist(), pages.tolist()
-    token_list, parent_list = tokens.tolist(), parents.tolist()
-    for i in range(0, len(length_list), 5):
-        slot, num_accepted, num_pages, num_nodes, first_sampled = length_list[i : i + 5]
-        steps.append(
-            SequenceStep(
-                slot=slot,
-                accepted=tuple(accepted_list[accepted_at : accepted_at + num_accepted]),
-                new_pages=tuple(pages_list[pages_at : pages_at + num_pages]),
-                tokens=tuple(token_list[nodes_at : nodes_at + num_nodes]),
-                parents=tuple(parent_list[nodes_at : nodes_at + num_nodes]),
-                first_sampled=first_sampled,
-            )
-        )
-        accepted_at += num_accepted
-        pages_at += num_pages
-        nodes_at += num_nodes
+    head, start_ints, start_floats, released, layers, *step_arrays = _unpack(buffer)
+    low, high, stop = head.tolist()
     return Draft(
-        round_id=int(head[0]),
+        round_id=_joined(low, high),
         starts=_decode_starts(start_ints.tolist(), start_floats.view(np.float64).tolist()),
         released_slots=tuple(released.tolist()),
-        steps=tuple(steps),
-        stop=bool(head[1]),
+        steps=Steps(*(array.astype(np.int64) for array in step_arrays)),
+        layers=tuple(layers.tolist()),
+        stop=bool(stop),
     )
 
 
@@ -179,14 +229,25 @@ def _decode_starts(ints: list[int], floats: list[float]) -> tuple[SequenceStart,
     starts = []
     i = f = 0
     while i < len(ints):
-        slot, prompt_length, num_shared, top_k, seed_low, seed_high, logprobs, top_n, num_bias = ints[
-            i : i + 9
-        ]
-        bias_ids = ints[i + 9 : i + 9 + num_bias]
-        temperature, top_p, min_p, repetition, presence, frequency = floats[f : f + 6]
-        bias = floats[f + 6 : f + 6 + num_bias]
-        i += 9 + num_bias
-        f += 6 + num_bias
+        (
+            slot,
+            prompt_length,
+            num_shared,
+            top_k,
+            seed_low,
+            seed_high,
+            logprobs,
+            top_n,
+            child,
+            entropy,
+            num_bias,
+        ) = ints[i : i + _INTS_PER_START]
+        temperature, top_p, min_p, repetition, presence, frequency = floats[f : f + _FLOATS_PER_START]
+        i += _INTS_PER_START
+        f += _FLOATS_PER_START
+        bias = tuple(zip(ints[i : i + num_bias], floats[f : f + num_bias], strict=True))
+        i += num_bias
+        f += num_bias
         starts.append(
             SequenceStart(
                 slot=slot,
@@ -200,108 +261,120 @@ def _decode_starts(ints: list[int], floats: list[float]) -> tuple[SequenceStart,
                     repetition_penalty=repetition,
                     presence_penalty=presence,
                     frequency_penalty=frequency,
-                    logit_bias=tuple(zip(bias_ids, bias, strict=True)),
-                    seed=_join_seed(seed_low, seed_high),
+                    logit_bias=bias,
+                    seed=_joined(seed_low, seed_high),
                     logprobs=bool(logprobs),
                     top_logprobs=top_n,
                 ),
+                needs=ScoreNeeds(bool(child), bool(entropy)),
             )
         )
     return tuple(starts)
 
 
-def encode_scores(scores: Scores, buffer: torch.Tensor) -> None:
-    """Write `scores` into `buffer` (int32 [capacity.scores_ints])."""
-    lengths: list[int] = []
-    tokens: list[int] = []
-    logprobs: list[float] = []
-    top_ids: list[int] = []
-    top_logprobs: list[float] = []
-    for step in scores.steps:
-        top_n = len(step.top_ids[0]) if step.top_ids else 0
-        lengths += [len(step.tokens), len(step.logprobs), top_n]
-        tokens += step.tokens
-        logprobs += step.logprobs
-        for row_ids, row_logprobs in zip(step.top_ids, step.top_logprobs, strict=True):
-            top_ids += row_ids
-            top_logprobs += row_logprobs
-    times = [scores.commit_s, scores.forward_s, scores.sample_s]
-    _pack(
-        buffer,
+@dataclass(frozen=True)
+class HiddenShape:
+    """What of a tensor of hidden rows the scores tell before it comes; no rows: it does not come."""
+
+    num_layers: int
+    num_rows: int
+    hidden_size: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(hidden: torch.Tensor | None) -> HiddenShape:
+        if hidden is None:
+            return HiddenShape(0, 0, 0, torch.float32)
+        num_layers, num_rows, hidden_size = hidden.shape
+        return HiddenShape(num_layers, num_rows, hidden_size, hidden.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod((self.num_layers, self.num_rows, self.hidden_size, self.dtype.itemsize))
+
+    def tensor(self, payload: torch.Tensor) -> torch.Tensor | None:
+        """The rows, from the uint8 [num_bytes] that came."""
+        if not self.num_bytes:
+            return None
+        return payload.view(self.dtype).view(self.num_layers, self.num_rows, self.hidden_size)
+
+
+def encode_scores(scores: Scores) -> torch.Tensor:
+    """`scores` as int32 [length], without the hidden rows."""
+    shape = HiddenShape.of(scores.hidden)
+    dtype = _HIDDEN_DTYPES.index(shape.dtype)
+    return _pack(
         [
-            _ints([scores.round_id]),
-            _floats(times),
-            _ints(lengths),
-            _ints(tokens),
-            _floats(logprobs),
-            _ints(top_ids),
-            _floats(top_logprobs),
-        ],
+            np.array([*_halves(scores.round_id), scores.top_ids.shape[1]]),
+            np.array([shape.num_layers, shape.num_rows, shape.hidden_size, dtype]),
+            _bits([scores.commit_s, scores.forward_s, scores.sample_s]),
+            scores.tokens,
+            np.flatnonzero(scores.failed),
+            _bits(scores.logprobs),
+            scores.top_ids.ravel(),
+            _bits(scores.top_logprobs.ravel()),
+            _bits(scores.child_logprobs),
+            _bits(scores.entropies),
+        ]
     )
 
 
-def decode_scores(buffer: torch.Tensor) -> Scores:
-    """Read what `encode_scores` wrote."""
-    head, times, lengths, token_array, logprob_array, top_id_array, top_logprob_array = _unpack(buffer)
+def decode_scores(buffer: torch.Tensor, payload: torch.Tensor) -> Scores:
+    """Read what `encode_scores` wrote, with the bytes of the hidden rows that came behind it, uint8 [num_bytes]."""
+    head, shape, times, tokens, failed_rows, logprobs, top_ids, top_logprobs, child, entropies = _unpack(
+        buffer
+    )
+    low, high, num_top = head.tolist()
+    num_layers, num_hidden, hidden_size, dtype = shape.tolist()
     commit_s, forward_s, sample_s = times.view(np.float32).tolist()
-    tokens, logprobs = token_array.tolist(), logprob_array.view(np.float32).tolist()
-    top_ids, top_logprobs = top_id_array.tolist(), top_logprob_array.view(np.float32).tolist()
-    steps = []
-    token_at = logprob_at = top_at = 0
-    length_list = lengths.tolist()
-    for i in range(0, len(length_list), 3):
-        num_sampled, num_logprobs, top_n = length_list[i : i + 3]
-        num_top_rows = num_sampled if top_n else 0
-        bounds = [(top_at + r * top_n, top_at + (r + 1) * top_n) for r in range(num_top_rows)]
-        steps.append(
-            StepScores(
-                tokens=tuple(tokens[token_at : token_at + num_sampled]),
-                logprobs=tuple(logprobs[logprob_at : logprob_at + num_logprobs]),
-                top_ids=tuple(tuple(top_ids[a:b]) for a, b in bounds),
-                top_logprobs=tuple(tuple(top_logprobs[a:b]) for a, b in bounds),
-            )
-        )
-        token_at += num_sampled
-        logprob_at += num_logprobs
-        top_at += num_top_rows * top_n
-    return Scores(int(head[0]), tuple(steps), commit_s, forward_s, sample_s)
+    failed = np.zeros(len(tokens), dtype=bool)
+    failed[failed_rows] = True
+    return Scores(
+        round_id=_joined(low, high),
+        tokens=tokens.astype(np.int64),
+        failed=failed,
+        logprobs=logprobs.view(np.float32),
+        top_ids=top_ids.astype(np.int64).reshape(len(logprobs), num_top),
+        top_logprobs=top_logprobs.view(np.float32).reshape(len(logprobs), num_top),
+        child_logprobs=child.view(np.float32),
+        entropies=entropies.view(np.float32),
+        commit_s=commit_s,
+        forward_s=forward_s,
+        sample_s=sample_s,
+        hidden=HiddenShape(num_layers, num_hidden, hidden_size, _HIDDEN_DTYPES[dtype]).tensor(payload),
+    )
 
 
-def _ints(values: SequenceABC[int]) -> np.ndarray:
-    return np.asarray(values, dtype=np.int32)
+def _int64(values: SequenceABC[int] | Int64Array) -> Int64Array:
+    return np.asarray(values, dtype=np.int64)
 
 
-def _floats(values: SequenceABC[float]) -> np.ndarray:
+def _lengths(parts: SequenceABC[SequenceABC[int]]) -> Int64Array:
+    return _int64([len(part) for part in parts])
+
+
+def _bits(values: SequenceABC[float] | Float32Array) -> Int32Array:
     return np.asarray(values, dtype=np.float32).view(np.int32)
 
 
-def _doubles(values: SequenceABC[float]) -> np.ndarray:
-    """Sampling parameters keep all their bits: both sides must compute with the very same numbers."""
-    return np.asarray(values, dtype=np.float64).view(np.int32)
+def _pack(sections: SequenceABC[npt.NDArray[np.integer]]) -> torch.Tensor:
+    lengths = [len(section) for section in sections]
+    flat = np.concatenate([[len(sections), *lengths], *sections], dtype=np.int32, casting="same_kind")
+    return torch.from_numpy(flat)
 
 
-def _pack(buffer: torch.Tensor, sections: list[np.ndarray]) -> None:
-    flat = np.concatenate([_ints([len(sections)]), _ints([len(s) for s in sections]), *sections])
-    assert len(flat) <= buffer.numel(), f"a message of {len(flat)} ints does not fit into {buffer.numel()}"
-    buffer.numpy()[: len(flat)] = flat
-
-
-def _unpack(buffer: torch.Tensor) -> list[np.ndarray]:
+def _unpack(buffer: torch.Tensor) -> list[Int32Array]:
     flat = buffer.numpy()
-    num_sections = int(flat[0])
-    lengths = flat[1 : 1 + num_sections].tolist()
-    sections, at = [], 1 + num_sections
-    for length in lengths:
-        sections.append(flat[at : at + length].copy())
-        at += length
-    return sections
+    end = 1 + int(flat[0])
+    bounds = (end + np.cumsum(flat[1:end])).tolist()
+    return [flat[a:b] for a, b in zip([end, *bounds], bounds, strict=False)]
 
 
-def _split_seed(seed: int) -> tuple[int, int]:
-    """A 64-bit seed as two signed 32-bit halves."""
-    halves = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], dtype=np.uint32).view(np.int32)
-    return int(halves[0]), int(halves[1])
+def _halves(number: int) -> tuple[int, int]:
+    """64 bits as two signed integers of 32."""
+    low, high = number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF
+    return (low ^ 0x80000000) - 0x80000000, (high ^ 0x80000000) - 0x80000000
 
 
-def _join_seed(low: int, high: int) -> int:
+def _joined(low: int, high: int) -> int:
     return (low & 0xFFFFFFFF) | ((high & 0xFFFFFFFF) << 32)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,9 +114,9 @@ class Transformer:
         return self.head(normed).float()
 
     @torch.inference_mode()
-    def logits_of(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
+    def logits_of(self, hidden: Tensor, rows: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
         """`logits` of these rows of a forward's [N, hidden]: float32 [len(rows), vocab_shard]."""
-        index = torch.tensor(rows, dtype=torch.int64, device=hidden.device)
+        index = torch.as_tensor(rows, dtype=torch.int64, device=hidden.device)
         return self.logits(gather_rows(hidden, index, self.kernels.gather_rows))
 
     def _attention(

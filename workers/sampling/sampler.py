@@ -58,6 +58,15 @@ class _Edited:
     truncated: Int64Array  # the other valid rows
 
 
+NO_SAMPLES = Samples(
+    torch.empty(0, dtype=torch.int64),
+    torch.empty(0, dtype=torch.bool),
+    torch.empty(0),
+    torch.empty(0, 0, dtype=torch.int64),
+    torch.empty(0, 0),
+)
+
+
 class Sampler:
     """Samples from logits of which this rank has the token ids `vocab_range`.
 

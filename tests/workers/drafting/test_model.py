@@ -13,7 +13,7 @@ from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.model import ModelDrafter
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.model.batch import ForwardBatch, SequenceRows, build_batch, chain
+from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
@@ -26,6 +26,7 @@ from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
 from outrider.workers.sequences.tree import DraftTree, GrowingTree
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.random_source import RandomSource
+from support.rows import SequenceRows, batch_of, chain
 
 VOCAB = 96
 # One row in a batch of several and the same row alone are summed in another order. Measured: 4e-6 at most.
@@ -54,7 +55,7 @@ def fresh_logits(texts: SequenceABC[SequenceABC[int]]) -> torch.Tensor:
         num_pages = -(-len(text) // page_size)
         rows.append(SequenceRows(range(first, first + num_pages), 0, chain(len(text)), 0, list(text)))
         first += num_pages
-    hidden = model.forward(build_batch(rows, page_size, model.device), cache_of(first, page_size))
+    hidden = model.forward(batch_of(rows, page_size, model.device), cache_of(first, page_size))
     last = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
     return model.logits(hidden[last])
 

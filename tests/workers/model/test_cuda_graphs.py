@@ -18,7 +18,7 @@ from outrider.kernels.launch_plans import attention_shape, plan_rope_append, pla
 from outrider.kernels.selection import REFERENCES
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model import cuda_graphs
-from outrider.workers.model.batch import ForwardBatch, SequenceRows, build_batch, chain
+from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cuda_graphs import (
     GraphCapacity,
     StaticBatch,
@@ -29,6 +29,7 @@ from outrider.workers.model.cuda_graphs import (
 )
 from support.cuda_on_cpu.executor import SCHEDULES
 from support.cuda_on_cpu.kernels import source_kernels
+from support.rows import SequenceRows, batch_of, chain
 from support.thread_group import ThreadCommunicator, run_ranks
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ def filled(case: AttentionCase) -> tuple[StaticBatch, torch.Tensor, torch.Tensor
     num_rows = inputs.q.shape[0]
     static = StaticBatch(CAPACITY, case.page_size, CPU)
     before = [SequenceRows(list(range(8)), 3, chain(4), 0, [1] * 4) for _ in range(4)]
-    static.fill(build_batch(before, case.page_size, CPU))
+    static.fill(batch_of(before, case.page_size, CPU))
     rows = torch.arange(num_rows)
     static.fill(ForwardBatch(rows + 100, rows + 200, rows + 300, inputs.batch))
     q = torch.full((CAPACITY.num_rows, *inputs.q.shape[1:]), float("nan")).to(inputs.q.dtype)
@@ -94,7 +95,7 @@ def test_rope_writes_nothing_for_padding() -> None:
 
 
 def test_a_capacity_holds_what_fits() -> None:
-    batch = build_batch([SequenceRows(list(range(5)), 10, chain(6), 0, [1] * 6)], 4, CPU)
+    batch = batch_of([SequenceRows(list(range(5)), 10, chain(6), 0, [1] * 6)], 4, CPU)
     fits = GraphCapacity(num_rows=6, num_sequences=1, max_pages=5, mask_words=1, max_keys=16)
     assert fits.holds(batch)
     for change in (
@@ -125,9 +126,9 @@ def test_no_capacity_is_larger_than_the_cache() -> None:
 def test_a_drafter_adds_few_rows_to_large_trees() -> None:
     capacities = draft_capacities(*stand_ins(max_context=1000, num_pages=80, page_size=16))
     grown = SequenceRows(list(range(63)), 700, chain(206), 200, [1] * 6)
-    assert capacities[0].holds(build_batch([grown], 16, CPU))
+    assert capacities[0].holds(batch_of([grown], 16, CPU))
     prompt_chunk = SequenceRows(list(range(63)), 0, chain(65), 0, [1] * 65)
-    assert not any(capacity.holds(build_batch([prompt_chunk], 16, CPU)) for capacity in capacities)
+    assert not any(capacity.holds(batch_of([prompt_chunk], 16, CPU)) for capacity in capacities)
 
 
 def stand_ins(max_context: int, num_pages: int, page_size: int) -> tuple[Any, Any]:

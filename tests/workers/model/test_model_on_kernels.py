@@ -12,13 +12,13 @@ from outrider.kernels.noise import noise_key, noise_keys
 from outrider.kernels.sample_shard import ShardLogits
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
-from outrider.workers.model.batch import SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import GraphCapacity, GraphedForward
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling.shards import DeviceShard
 from support.cuda_on_cpu.kernels import source_kernels
+from support.rows import SequenceRows, batch_of, chain
 from support.tensor_source import reference_model, tiny_config
 from support.thread_group import thread_group
 
@@ -73,7 +73,7 @@ def generate(kernels: KernelSelection) -> list[torch.Tensor]:
     first, second = PAGES[:12], PAGES[12:]
 
     def logits(*sequences: SequenceRows) -> torch.Tensor:
-        hidden = model.forward(build_batch(sequences, PAGE, CPU), cache)
+        hidden = model.forward(batch_of(sequences, PAGE, CPU), cache)
         return model.logits_of(hidden, range(len(hidden)))
 
     tree = [0, 0, 0, 1, 1, 2]
@@ -157,7 +157,7 @@ def test_rows_are_gathered_by_their_kernel(launcher: CountingLauncher) -> None:
 
 def test_long_contexts_are_split_and_merged(launcher: CountingLauncher) -> None:
     q, pages = torch.randn(1, 4, 64).bfloat16(), torch.randn(2, 40, 16, 2, 64).bfloat16()
-    batch = build_batch([SequenceRows(list(range(40)), 600, [0], 0, [1])], 16, CPU).tree
+    batch = batch_of([SequenceRows(list(range(40)), 600, [0], 0, [1])], 16, CPU).tree
     attended = [
         tree_attention.tree_attention(q, *pages, batch, 0.125, use_kernel=used) for used in (True, False)
     ]

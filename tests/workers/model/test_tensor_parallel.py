@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.model.batch import SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.weights.config import ModelConfig
+from support.rows import SequenceRows, batch_of, chain
 from support.tensor_source import TensorSource, reference_model, tiny_config
 from support.thread_group import ThreadCommunicator, thread_group
 
@@ -54,7 +54,7 @@ def logits_on(size: int, config: ModelConfig, source: TensorSource, packed: bool
             SequenceRows(pages, 0, chain(70), 0, tokens[:70]),
             SequenceRows(pages, 70, TREE, 0, tokens[70:]),
         ):
-            hidden = model.forward(build_batch([rows], PAGE, CPU), cache)
+            hidden = model.forward(batch_of([rows], PAGE, CPU), cache)
             shard = model.logits(hidden)
             assert shard.shape[1] == len(plan.vocab)
             out.append(shard)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.model.batch import SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.weights.config import ModelConfig, RopeScaling
+from support.rows import SequenceRows, batch_of, chain
 from support.tensor_source import TensorSource, reference_model, tiny_config
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def load(config: ModelConfig, source: TensorSource, packed: bool = True) -> tupl
 
 
 def run(model: Transformer, cache: PagedCache, *sequences: SequenceRows) -> torch.Tensor:
-    return model.logits(model.forward(build_batch(sequences, PAGE, CPU), cache))
+    return model.logits(model.forward(batch_of(sequences, PAGE, CPU), cache))
 
 
 def prompt(num_tokens: int, seed: int = 1) -> list[int]:
@@ -176,7 +176,7 @@ def test_sequences_in_one_batch_do_not_see_each_other(tiny: tuple[ModelConfig, T
 
 def test_logits_of_some_rows_are_those_rows_of_all(tiny: tuple[ModelConfig, TensorSource]) -> None:
     model, cache = load(*tiny)
-    batch = build_batch([SequenceRows([0, 1], 0, chain(10), 0, prompt(10))], PAGE, CPU)
+    batch = batch_of([SequenceRows([0, 1], 0, chain(10), 0, prompt(10))], PAGE, CPU)
     hidden = model.forward(batch, cache)
     assert hidden.shape == (10, tiny[0].hidden_size)
     torch.testing.assert_close(model.logits(hidden[[9, 2]]), model.logits(hidden)[[9, 2]], atol=1e-5, rtol=0)

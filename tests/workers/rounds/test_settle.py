@@ -8,9 +8,8 @@ import pytest
 
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.link.messages import StepScores
 from outrider.workers.rounds.scheduler import PlannedStep
-from outrider.workers.rounds.settle import settle_step
+from outrider.workers.rounds.settle import StepScores, settle_step
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.rules import Verdict, verify_exact
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence, TokenEvent, TokenLogprobs
