@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 
 from outrider.cluster.api import Completion, Piece, Segment
 from outrider.cluster.text import Decoder, TextAssembler
+from outrider.workers.sequences.rules import Origin
 from outrider.workers.sequences.sequence import Request, RequestStats, TokenEvent, TokenLogprobs
 
 
@@ -64,7 +65,7 @@ class RequestTable:
         piece = Piece(
             segments=tuple(segments),
             tokens=event.tokens[:num_kept],
-            from_draft=event.from_draft[:num_kept],
+            from_draft=tuple(origin is not Origin.TARGET for origin in event.origins[:num_kept]),
             logprobs=event.logprobs[:num_kept],
             finish_reason=reason,
             error=event.error,
@@ -84,7 +85,7 @@ def _append(entry: OpenRequest, event: TokenEvent) -> tuple[list[Segment], int]:
     """Adds the event's tokens to the text, up to one that completes a stop string; how many were kept."""
     segments: list[Segment] = []
     num_kept = 0
-    for token, from_draft in zip(event.tokens, event.from_draft, strict=True):
+    for token, from_draft in zip(event.tokens, event.origins, strict=True):
         if entry.text.stopped:
             break
         segments += entry.text.add(token, from_draft)

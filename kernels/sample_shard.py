@@ -404,4 +404,3 @@ def unpack_tokens(packed: UInt64Array) -> tuple[Float32Array, Int64Array]:
     falling = (packed >> np.uint64(32)).astype(np.uint32)
     bits = np.where(falling >> np.uint32(31), falling, ~falling & np.uint32(0x7FFFFFFF))
     return bits.view(np.float32), (packed & np.uint64(0xFFFFFFFF)).astype(np.int64)
-

@@ -16,32 +16,25 @@ from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.method import MethodContext
 from outrider.workers.drafting.registry import METHODS
 from outrider.workers.drafting.slots import DraftedSlots
-from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.link.distributed import Link, connect_store
 from outrider.workers.link.link import DraftSender
 from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
 from outrider.workers.memory import peak_memory_bytes
-from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.transformer import Transformer
 from outrider.workers.rounds.budget import CostModel, PassProfile
 from outrider.workers.rounds.growth import GrowthOptions
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
-from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.setup import (
-    kernels_for,
     load_model,
-    num_draft_pages,
     num_target_pages,
     torch_device,
-    torch_dtype,
 )
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.progress import Progress
 
 _PROFILE_REPEATS = 3
 _HEARTBEAT_S = 2.0  # at most: so long after it a lost target is noticed by an idle DraftWorker

@@ -85,12 +85,11 @@ class TargetSequences:
         """What the laws of the sampled nodes depend on besides their logits, a group per sequence."""
         positions = (np.repeat(rows.context_lens, rows.query_lens) + rows.depths + 1)[steps.sampled_rows]
         groups, end = [], 0
-        for b, (slot, count) in enumerate(
-            zip(steps.slots.tolist(), steps.num_sampled.tolist(), strict=True)
-        ):
-            state, begin, end = self.states[slot], end, end + count
-            paths = self._paths(state, steps, b) if count and state.sampling.uses_context else ()
-            groups.append(SampledRows(state.sampling, positions[begin:end], state.penalties, paths))
+        for b, (slot, count) in enumerate(zip(steps.slots.tolist(), steps.num_sampled.tolist(), strict=True)):
+            if count:
+                state, begin, end = self.states[slot], end, end + count
+                paths = self._paths(state, steps, b) if state.sampling.uses_context else ()
+                groups.append(SampledRows(state.sampling, positions[begin:end], state.penalties, paths))
         return groups
 
     def rows_with_logprobs(self, steps: Steps) -> npt.NDArray[np.bool_]:

@@ -13,7 +13,7 @@ import numpy as np
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.method import DraftMethod, Forecast, Verified
 from outrider.workers.drafting.slots import DraftedSlots
-from outrider.workers.sequences.hidden import HiddenNeeds, all_layers
+from outrider.workers.sequences.hidden import HiddenNeeds
 from outrider.workers.sequences.rules import Verdicts
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints
@@ -44,9 +44,9 @@ class DraftEngine:
         """What this sequence's methods read of the target's hidden rows."""
         return [m.needs for m in self.methods if m.needs.layers and self._uses[m.name][sequence.slot]]
 
-    def all_layers(self) -> tuple[int, ...]:
-        """Every layer of which some method reads hidden rows."""
-        return all_layers(method.needs for method in self.methods)
+    def needs(self) -> list[HiddenNeeds]:
+        """What all methods read of the target's hidden rows."""
+        return [method.needs for method in self.methods]
 
     def start(self, sequence: Sequence) -> None:
         """A sequence begins to run in its slot."""

@@ -119,8 +119,8 @@ class DraftMethod(ABC):
     def prefix_kept(self, sequence: Sequence) -> int:
         """How many of the sequence's first tokens it need not see verified again: more are not shared.
 
-        A method that lives on the target's hidden rows has them only of what it kept; one that reads tokens by itself,
-        or looks at the newest row alone, needs none.
+        A method that lives on the target's hidden rows has them only of what it kept; one that reads tokens by
+        itself, or looks at the newest row alone, needs none.
         """
         return len(sequence.tokens)
 
@@ -153,8 +153,11 @@ class DraftMethod(ABC):
         return 0.0
 
     def root_gains(self, is_greedy: Bools) -> Floats:
-        """The gains of an `expand` over trees of roots alone, of sequences that are greedy or not ([B]): what was seen, but no less than what is
-        assumed at first, so that a hard text does not end drafting for those after it."""
+        """The gains of an `expand` over trees of roots alone, of sequences that are greedy or not ([B]).
+
+        They are what was seen so far, but no less than what is assumed at first, so that a hard text does not end
+        drafting for those after it.
+        """
         return _NO_FLOATS
 
     def unread(self, slots: Ints) -> Ints:

@@ -29,7 +29,14 @@ from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints, Survivors
-from outrider.workers.setup import counting, kernels_for, load_model, num_draft_pages, torch_device, torch_dtype
+from outrider.workers.setup import (
+    counting,
+    kernels_for,
+    load_model,
+    num_draft_pages,
+    torch_device,
+    torch_dtype,
+)
 from outrider.workers.trace import Tracer
 
 _ROWS_PER_STEP = 6  # nodes of one sequence that a step expands
@@ -277,7 +284,8 @@ class ModelMethod(DraftMethod):
         for node in np.argsort(-gains, kind="stable").tolist():
             if gains[node] <= _MIN_GAIN or num_chosen == most:
                 break
-            needed, above = [], node
+            needed: list[int] = []
+            above = node
             while not has_row[above] and not chosen[above] and len(needed) <= most:
                 needed.append(above)
                 if above == 0:
@@ -289,7 +297,7 @@ class ModelMethod(DraftMethod):
         return chosen
 
     def _gains(self, slots: Ints, nodes: Ints) -> Floats:
-        """[M, children] by rank: expected accepted tokens of the model's proposals below nodes, less what is there."""
+        """[M, children] by rank: expected accepted tokens of proposals below nodes, less what is there."""
         values, proposed = self.trees.values[slots, nodes], self.trees.child_mass[slots, nodes]
         yields = self._yields[self.slots.is_greedy[slots].astype(np.int64)]
         # What is there already takes the place of the first proposals.
@@ -328,9 +336,7 @@ class ModelMethod(DraftMethod):
             params = self.slots.sequence(slot).request.sampling
             own = nodes[at : at + count].tolist()
             paths = [self._path(slot, node) for node in own] if params.uses_context else ()
-            sampled.append(
-                SampledRows(params, positions[at : at + count], self._penalties[slot], paths)
-            )
+            sampled.append(SampledRows(params, positions[at : at + count], self._penalties[slot], paths))
             at += count
         return sampled
 
@@ -359,7 +365,9 @@ class ModelMethod(DraftMethod):
             self.estimator.estimate(sources[possible], priors[possible]),
             sources[possible],
         )
-        self._learn_yields(is_greedy, values - promised[:, None] * self._yields[is_greedy], log_probs > -np.inf)
+        self._learn_yields(
+            is_greedy, values - promised[:, None] * self._yields[is_greedy], log_probs > -np.inf
+        )
 
     def _learn_yields(self, is_greedy: Ints, errors: Floats, met: Bools) -> None:
         """Follow how far the expected yields were off: [M, children], where a rank was proposed at all."""

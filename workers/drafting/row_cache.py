@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.model.batch import TreeRows
 from outrider.workers.sequences.page_tables import PageTables
@@ -246,4 +247,3 @@ def _behind_chains(masks: UInt64s, lengths: Ints, num_words: int) -> UInt64s:
     out[:, 1:] |= carried[:, : num_words - 1].astype(np.uint64)
     out[:, 0] |= (np.uint64(1) << shift[:, 0]) - np.uint64(1)
     return out
-

@@ -98,7 +98,9 @@ class CostModel:
 
     def observe_step(self, method: str, rows: int, seconds: float) -> None:
         """A method's step; outliers count at most double: one stalled step must not end drafting for long."""
-        self.methods[method] = _learned(self.methods.get(method, PassProfile((1,), (seconds,))), rows, seconds)
+        self.methods[method] = _learned(
+            self.methods.get(method, PassProfile((1,), (seconds,))), rows, seconds
+        )
 
     def observe_reading(self, method: str, tokens: int, seconds: float) -> None:
         """A method has read a chunk."""
@@ -126,9 +128,7 @@ class CostModel:
         two_lanes = max(2.0 * half, 2.0 * self.draft_round_s, self.draft_round_s + half)
         return one_lane <= two_lanes
 
-    def best_num_nodes(
-        self, values: Floats, num_base_rows: int, num_sequences: int, drafted_s: float
-    ) -> int:
+    def best_num_nodes(self, values: Floats, num_base_rows: int, num_sequences: int, drafted_s: float) -> int:
         """How many of the nodes, most valuable first, give the most expected tokens per second.
 
         values: float64 [M] descending; num_base_rows: rows the round has anyway; drafted_s: spent on drafting, which

@@ -35,7 +35,9 @@ class _Drafted:
     slots: Ints  # [B]
     started_afresh: Bools  # [B] the tree was a root when drafting began
     num_base_rows: int  # rows of the round without any tree
-    num_sampling: int  # sequences that get a token of the target's own; the others are in the middle of a prompt
+    num_sampling: (
+        int  # sequences that get a token of the target's own; the others are in the middle of a prompt
+    )
     begun: float
 
 
@@ -141,9 +143,7 @@ class TreeGrower:
         return pays
 
     def _drafted(self, steps: SequenceABC[PlannedStep]) -> _Drafted:
-        indices = [
-            i for i, s in enumerate(steps) if s.reaches_end and s.sequence.request.draft.max_nodes > 0
-        ]
+        indices = [i for i, s in enumerate(steps) if s.reaches_end and s.sequence.request.draft.max_nodes > 0]
         slots = np.array([steps[i].sequence.slot for i in indices], dtype=np.int64)
         return _Drafted(
             indices,

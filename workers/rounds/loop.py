@@ -16,12 +16,13 @@ from typing import Protocol
 import numpy as np
 
 from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.link.messages import NO_STEPS, Draft, Scores, SequenceStart
+from outrider.workers.link.messages import Draft, Scores, SequenceStart, Steps
 from outrider.workers.rounds.budget import CostModel
 from outrider.workers.rounds.growth import GrowthOptions, TreeGrower
 from outrider.workers.rounds.outgoing import Round, hidden_wanted, start_message, steps_message
 from outrider.workers.rounds.scheduler import PlannedStep, Scheduler
 from outrider.workers.rounds.settle import settle_round
+from outrider.workers.sequences.hidden import all_layers
 from outrider.workers.sequences.rules import RULES, Rule
 from outrider.workers.sequences.sequence import Request, Sequence, TokenEvent
 from outrider.workers.trace import Tracer
@@ -75,6 +76,7 @@ class RoundLoop:
         self._emit = emit
         self._rules = rules
         self._clock = clock
+        self._layers = all_layers([*drafting.needs(), *(rule.needs.hidden for rule in rules.values())])
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._num_rounds = 0
@@ -97,7 +99,7 @@ class RoundLoop:
             self.run_overlapped()
         else:
             self.run_serial()
-        self._link.send(Draft(self._num_rounds, (), (), NO_STEPS, stop=True))
+        self._link.send(Draft(self._num_rounds, (), (), Steps.of([]), stop=True))
 
     def run_serial(self) -> None:
         """Draft, verify, settle, one lane after the other."""
@@ -180,8 +182,15 @@ class RoundLoop:
                 layers=layers,
                 expected_at=self._grower.target_busy_until,
             )
+            sent_layers = tuple(self._layers.index(layer) for layer in layers)
             self._link.send(
-                Draft(self._num_rounds, tuple(starts), self._take_released(), steps_message(round_), layers)
+                Draft(
+                    self._num_rounds,
+                    tuple(starts),
+                    self._take_released(),
+                    steps_message(round_),
+                    sent_layers,
+                )
             )
             for step in steps:
                 step.sequence.in_flight = True
@@ -210,7 +219,6 @@ class RoundLoop:
             rules = self._rules_of(list(under_way.steps))
             for outcome in settle_round(under_way, scores, rules, self._drafting):
                 if outcome.event.finish_reason:
-                    self._drafting.finish(outcome.sequence)
                     self.scheduler.finish(outcome.sequence)
                 if outcome.event.tokens or outcome.event.finish_reason:
                     self._emit(outcome.event)
@@ -221,8 +229,6 @@ class RoundLoop:
             return
         sequence.cancelled = True
         if not sequence.in_flight:  # otherwise it ends when its round settles
-            if sequence in self.scheduler.running:
-                self._drafting.finish(sequence)
             self.scheduler.finish(sequence)
             self._emit(TokenEvent(request_id, (), (), (), "cancelled", "", sequence.stats))
 
@@ -238,5 +244,5 @@ class RoundLoop:
 
     def _heartbeat(self) -> None:
         self._num_rounds += 1
-        self._link.send(Draft(self._num_rounds, (), self._take_released(), NO_STEPS))
+        self._link.send(Draft(self._num_rounds, (), self._take_released(), Steps.of([])))
         self._link.receive()

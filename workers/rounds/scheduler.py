@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from outrider.workers.link.messages import MAX_STARTS_PER_ROUND
 from outrider.workers.sequences.pages import PagePool, Prefix
 from outrider.workers.sequences.sequence import Request, Sequence
-from outrider.workers.sequences.tree import GrowingTree
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ class PlannedStep:
 class Scheduler:
     """Sequences wait, run in a lane, and finish. When pages run out the newest one is computed again later."""
 
-    def __init__(self, limits: SchedulerLimits, pool: PagePool) -> None:
+    def __init__(self, limits: SchedulerLimits, pool: PagePool, prefix_kept=None, on_leave=None) -> None:
+        self._on_leave = on_leave
         self.limits = limits
         self.pool = pool
         self.waiting: deque[Sequence] = deque()
@@ -54,7 +54,7 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Queue a request. The caller has checked that it fits into the KV cache alone."""
         tokens = list(request.prompt_tokens)
-        self.waiting.append(Sequence(request, tokens, tree=GrowingTree(tokens[-1], len(tokens) - 1)))
+        self.waiting.append(Sequence(request, tokens))
 
     def find(self, request_id: str) -> Sequence | None:
         """The waiting or running sequence of a request."""
@@ -168,6 +168,7 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         assert not sequence.in_flight
         self.running.remove(sequence)
+        self._on_leave(sequence)
         self.pool.release(sequence.pages)
         sequence.pages = []
         self._free_slots.append(sequence.slot)

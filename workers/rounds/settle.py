@@ -203,9 +203,7 @@ def _node_scores(round_: Round, scores: Scores, rules: SequenceABC[Rule]) -> Nod
     return NodeScores(tokens, failed, child_logprobs, entropies, _hidden_by_node(round_, scores, rules))
 
 
-def _hidden_by_node(
-    round_: Round, scores: Scores, rules: SequenceABC[Rule]
-) -> dict[int, torch.Tensor]:
+def _hidden_by_node(round_: Round, scores: Scores, rules: SequenceABC[Rule]) -> dict[int, torch.Tensor]:
     """By layer, [B, K, hidden] of the trees' nodes, for the layers that rules read; zero rows where nothing came."""
     layers = all_layers(rule.needs.hidden for rule in rules)
     hidden = _hidden_rows(round_, scores)

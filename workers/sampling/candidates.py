@@ -49,7 +49,9 @@ def kept_tokens(
         count = vocab_size + 1
     while len(pending):
         message = _pack(sums[pending], shard.largest(rows[pending], count), count)
-        gathered = communicator.all_gather(torch.from_numpy(message)).numpy()  # [size, num_pending, 2 + count]
+        gathered = communicator.all_gather(
+            torch.from_numpy(message)
+        ).numpy()  # [size, num_pending, 2 + count]
         totals = np.ascontiguousarray(gathered[:, :, :2]).view(np.float64)[:, :, 0].sum(axis=0)
         logits = gathered[:, :, 2:]
         floors = logits[:, :, -1].max(axis=0)  # a rank that has sent all it has ends with -inf

@@ -116,13 +116,19 @@ class Nuclei:
 
     lowest: Float32Array  # [num_rows]
     num_lowest: Int64Array  # [num_rows]
-    masses: npt.NDArray[np.float64]  # [num_rows]: sum over the kept of exp((logit - largest logit) / temperature)
+    masses: npt.NDArray[
+        np.float64
+    ]  # [num_rows]: sum over the kept of exp((logit - largest logit) / temperature)
 
     def __getitem__(self, rows: npt.NDArray[Any]) -> Nuclei:
         return Nuclei(self.lowest[rows], self.num_lowest[rows], self.masses[rows])
 
     def __setitem__(self, rows: npt.NDArray[Any], some: Nuclei) -> None:
-        self.lowest[rows], self.num_lowest[rows], self.masses[rows] = some.lowest, some.num_lowest, some.masses
+        self.lowest[rows], self.num_lowest[rows], self.masses[rows] = (
+            some.lowest,
+            some.num_lowest,
+            some.masses,
+        )
 
 
 def nuclei(

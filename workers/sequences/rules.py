@@ -137,7 +137,7 @@ def follow(trees: DraftTrees, scores: NodeScores, accepted: Bools) -> Verdicts:
     while current.any():
         columns.append(current)
         num_accepted += current > 0
-        current = next_node[row, current]
+        current = np.where(current > 0, next_node[row, current], 0)
     paths = np.stack([*columns, np.zeros(num_rows, dtype=np.int64)], axis=1)
     lasts = paths[row, num_accepted]
     is_sampled = sampled_children(trees, scores)

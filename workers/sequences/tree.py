@@ -130,7 +130,7 @@ class GrowingTrees:
         return self.capacity - self.num_nodes[slots]
 
     def find_children(self, slots: Ints, parents: Ints, tokens: Ints) -> tuple[Ints, Bools]:
-        """The child of `parents[i]` with `tokens[i]` in the tree of `slots[i]`, and whether there is one ([M] each)."""
+        """The children of `parents` that hold `tokens`, and whether there are any; [M] each."""
         width = self.width(slots)
         match = self.tokens[slots, :width] == tokens[:, None]
         match &= self.parents[slots, :width] == parents[:, None]
@@ -355,7 +355,7 @@ class GrowingTrees:
         current = best_child[:, 0]
         while current.any():
             is_best[row, current] = True
-            current = best_child[row, current]
+            current = np.where(current > 0, best_child[row, current], 0)
         is_best[:, 0] = True
         behind = ~is_best[row[:, None], nodes] | ~exists
         behind[:, 0] = False
