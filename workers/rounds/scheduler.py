@@ -16,16 +16,17 @@ from outrider.workers.sequences.pages import PagePool, Prefix
 from outrider.workers.sequences.sequence import Request, Sequence
 from outrider.workers.sequences.tree import GrowingTree
 
-_ROUNDS_TO_HALVE = 4
+_ROUNDS_TO_HALVE = 4  # of waiting, for which a prompt counts as half as long
 
 
 def precedence(num_left: int, since_round: int) -> float:
-    """Who reads first: the least goes to whoever has the fewest tokens left, halved for each few rounds of waiting.
+    """Of all prompts that wait, the one for which this is least is read first.
 
-    That is log2(num_left) - rounds waited / 4 but for the number of the current round, which is the same for
-    everybody: so who is before whom does not change while both wait. Among prompts that wait alike, the one with
-    the least left is read first, which makes the mean time to a first token the shortest there is; one with r
-    times as much left goes before newcomers after 4 log2(r) rounds.
+    A prompt with `num_left` tokens left counts as half as long for every four rounds of waiting: this is the log2
+    of that, but for the present round's number, which is the same for all, so that an order once found stands.
+    Among those that wait alike the shortest goes first, which gives the least mean time to a first token (shortest
+    remaining time first); one that is r times as long goes before those that come more than 4 log2(r) rounds
+    later, so nobody waits for ever.
     """
     return math.log2(num_left) + since_round / _ROUNDS_TO_HALVE
 
