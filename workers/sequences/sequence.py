@@ -74,6 +74,9 @@ class Sequence:
 
     request: Request
     tokens: list[int]  # prompt, then output
+    arrival: int = 0  # how many requests came before
+    admission: int = 0  # how many times a sequence had been let run before
+    waiting_since: int = 0  # the round in which it came, or since which it has read little of what it lacks
     slot: int = 0
     lane: int = 0
     pages: list[int] = field(default_factory=list)
