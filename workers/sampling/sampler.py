@@ -19,14 +19,14 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import ShardLogits, UInt64Array, unpack_tokens
+from outrider.kernels.sample_shard import REMOVED, ShardLogits, UInt64Array, unpack_tokens
 from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.candidates import kept_tokens
 from outrider.workers.sampling.context import RowParameters, SampledRows
 from outrider.workers.sampling.law import MAX_LOGIT, Edits, edit_rows
 from outrider.workers.sampling.logprobs import raw_logprobs
-from outrider.workers.sampling.shards import REMOVED, DeviceShard, Shard
+from outrider.workers.sampling.shards import DeviceShard, Shard
 
 
 @dataclass(frozen=True)
