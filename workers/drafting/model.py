@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from outrider.workers.drafting.acceptance import AcceptanceEstimator, model_source
@@ -20,7 +21,7 @@ from outrider.workers.drafting.rows import SequenceRows, batch_of, chain
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import draft_capacities, forward_of
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.sampling.context import PenaltyState, RowContext
+from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
@@ -168,10 +169,12 @@ class ModelDrafter:
         pages = self._pool.allocate(min(self._pool.pages_for(num_rows), self._pool.num_available))
         num_rows = min(num_rows, len(pages) * self._pool.page_size)
         rows = SequenceRows(pages, 0, chain(num_rows), 0, [0] * num_rows)
-        context = RowContext(SamplingParams(temperature=0.0), 0, PenaltyState(()), ())
+        greedy = SampledRows(
+            SamplingParams(temperature=0.0), np.zeros(num_rows, dtype=np.int64), PenaltyState(())
+        )
         begun = time.monotonic()
         hidden = self._run(batch_of([rows], self._cache.page_size, self._model.device))
-        self._sampler.propose(self._model.logits(hidden), [context] * num_rows, self._max_children)
+        self._sampler.propose(self._model.logits(hidden), [greedy], self._max_children)
         seconds = time.monotonic() - begun
         self._pool.release(pages)
         return seconds
@@ -184,16 +187,16 @@ class ModelDrafter:
             return False
         hidden = self._forward(work)
         proposing: list[int] = []
-        contexts: list[RowContext] = []
         at = 0
         for item in work:
             at += len(item.rows.tokens)
             proposing += range(at - len(item.nodes), at)
-            contexts += [self._context(item.sequence, node) for node in item.nodes]
         with self._tracer.span("forward", len(proposing)):
             logits = self._model.logits_of(hidden, proposing)
         with self._tracer.span("sample", len(proposing)):
-            tokens, log_probs = self._sampler.propose(logits, contexts, self._max_children)
+            tokens, log_probs = self._sampler.propose(
+                logits, [self._sampled(item) for item in work], self._max_children
+            )
         proposals = zip(tokens.tolist(), log_probs.tolist(), strict=True)
         for item in work:
             self._remember_rows(item)
@@ -304,13 +307,13 @@ class ModelDrafter:
         with self._tracer.span("forward", len(batch.tokens)):
             return self._run(batch)
 
-    def _context(self, sequence: Sequence, node: int) -> RowContext:
-        tree = sequence.tree
-        return RowContext(
-            params=sequence.request.sampling,
-            position=tree.nodes[node].position + 1,
-            penalties=self._cached[sequence.id].penalties,
-            path_tokens=tuple(tree.path_tokens(node)),
+    def _sampled(self, item: _Work) -> SampledRows:
+        sampling, tree = item.sequence.request.sampling, item.sequence.tree
+        return SampledRows(
+            params=sampling,
+            positions=np.array([tree.nodes[node].position + 1 for node in item.nodes], dtype=np.int64),
+            penalties=self._cached[item.sequence.id].penalties,
+            paths=[tree.path_tokens(node) for node in item.nodes] if sampling.uses_context else (),
         )
 
     def _remember_rows(self, item: _Work) -> None:

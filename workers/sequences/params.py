@@ -8,6 +8,7 @@ from dataclasses import dataclass
 MAX_LOGIT_BIAS = 300  # entries of a request; the OpenAI API allows as many
 MAX_TOP_LOGPROBS = 20
 MIN_TEMPERATURE = 0.01  # below it logits / T leave the range where float32 still tells candidates apart
+MIN_REPETITION_PENALTY = 0.01  # edits must leave finite float32 of any logits a model can mean
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class SamplingParams:
         _check_int("top_k", self.top_k, 0, vocab_size)
         _check_fraction("top_p", self.top_p, 1, above_zero=True)
         _check_fraction("min_p", self.min_p, 1, above_zero=False)
-        _check_fraction("repetition_penalty", self.repetition_penalty, 100, above_zero=True)
+        _check_range("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, 100)
         _check_range("presence_penalty", self.presence_penalty, -2, 2)
         _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
         self._check_logit_bias(vocab_size)
@@ -97,7 +98,10 @@ class SamplingParams:
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise _error("logit_bias", f"at most {MAX_LOGIT_BIAS} entries", len(self.logit_bias))
         seen = set()
-        for token, value in self.logit_bias:
+        for entry in self.logit_bias:
+            if not isinstance(entry, (tuple, list)) or len(entry) != 2:
+                raise _error("logit_bias entries", "pairs (token id, value)", entry)
+            token, value = entry
             _check_int("logit_bias token ids", token, 0, vocab_size - 1)
             _check_range("logit_bias values", value, -100, 100)
             if token in seen:
@@ -110,7 +114,9 @@ def _error(field: str, allowed: str, value: object) -> ValueError:
 
 
 def _check_number(field: str, value: object, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # Whole numbers may be too large for a float to be made of them.
+    if not number or (isinstance(value, float) and not math.isfinite(value)):
         raise _error(field, allowed, value)
 
 

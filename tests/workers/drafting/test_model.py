@@ -17,7 +17,8 @@ from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.sampling.sampler import RowContext, Sampler
+from outrider.workers.sampling.context import SampledRows
+from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.rules import verify_exact
@@ -64,13 +65,18 @@ class RecordingSampler(Sampler):
 
     def __init__(self) -> None:
         super().__init__(VOCAB, range(VOCAB), SoloCommunicator())
-        self.proposed: list[tuple[torch.Tensor, RowContext]] = []
+        self.proposed: list[tuple[torch.Tensor, SampledRows]] = []
 
     def propose(
-        self, logits: torch.Tensor, rows: SequenceABC[RowContext], num: int
+        self, logits: torch.Tensor, groups: SequenceABC[SampledRows], num: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.proposed += zip(logits.clone(), rows, strict=True)
-        return super().propose(logits, rows, num)
+        alone = [
+            replace(group, positions=group.positions[i : i + 1], paths=group.paths[i : i + 1])
+            for group in groups
+            for i in range(len(group.positions))
+        ]
+        self.proposed += zip(logits.clone(), alone, strict=True)
+        return super().propose(logits, groups, num)
 
 
 class InOneBuffer:
@@ -129,6 +135,8 @@ class Drafting:
         max_depth: int = 4,
     ) -> Sequence:
         sampling = sampling or SamplingParams(temperature=0.0, max_tokens=1000)
+        if not sampling.uses_context:  # too little to matter, but now each row says its path
+            sampling = replace(sampling, frequency_penalty=1e-9)
         seed = 1 + max(self.sequences, default=0)
         options = DraftOptions(methods, 8, max_depth)
         request = Request(str(seed), tuple(prompt), replace(sampling, seed=seed), options)
@@ -149,8 +157,8 @@ class Drafting:
         progress = self.engine.step(sequences or list(self.sequences.values()))
         if self.sampler.proposed:
             rows = [row for _, row in self.sampler.proposed]
-            texts = [[*self.sequences[row.params.seed].tokens, *row.path_tokens] for row in rows]
-            assert [row.position for row in rows] == [len(text) for text in texts]
+            texts = [[*self.sequences[row.params.seed].tokens, *row.paths[0]] for row in rows]
+            assert [row.positions.tolist() for row in rows] == [[len(text)] for text in texts]
             logits = torch.stack([logits for logits, _ in self.sampler.proposed])
             torch.testing.assert_close(logits, fresh_logits(texts), atol=TOLERANCE, rtol=0.0)
             self.num_rows_checked += len(rows)
@@ -239,7 +247,7 @@ def test_what_survives_a_verdict_is_not_computed_again() -> None:
     assert drafting.verdict(sequence, [], {0: first}) == [first]
     assert children(sequence) == below
     drafting.step()
-    assert all(row.path_tokens for _, row in drafting.sampler.proposed)  # the new root was not among them
+    assert all(row.paths[0] for _, row in drafting.sampler.proposed)  # the new root was not among them
 
 
 def test_tokens_that_were_not_proposed_are_read_with_the_next_step() -> None:
@@ -351,7 +359,7 @@ def test_the_first_proposal_is_what_the_target_would_sample_with_these_logits() 
             drafting.step(sequence)
         for logits, row in drafting.sampler.proposed:
             node = 0
-            for token in row.path_tokens:
+            for token in row.paths[0]:
                 node = sequence.tree.nodes[node].children[token]
             with torch.inference_mode():
                 (sampled,) = drafting.sampler.sample(logits[None], [row]).tokens.tolist()

@@ -3,18 +3,20 @@ the same operators that launch on a GPU. Only the launcher and the number of mul
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from outrider.kernels import gather_rows, kv_commit, operators, rope_append, sample_shard, tree_attention
-from outrider.kernels.noise import noise_key
+from outrider.kernels.noise import noise_key, noise_keys
+from outrider.kernels.sample_shard import ShardLogits
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import GraphCapacity, GraphedForward
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.sampling.shards import DeviceShard, HostShard
+from outrider.workers.sampling.shards import DeviceShard
 from support.cuda_on_cpu.kernels import source_kernels
 from support.rows import SequenceRows, batch_of, chain
 from support.tensor_source import reference_model, tiny_config
@@ -128,11 +130,12 @@ def test_the_best_tokens_of_a_row_are_found_by_the_kernel_one_after_the_other(
     launcher: CountingLauncher,
 ) -> None:
     logits = (torch.randn(4, 700, generator=torch.Generator().manual_seed(0)) * 5).bfloat16().float()
-    logits[2] = torch.nan
+    logits[2] = -torch.inf
     before = logits.clone()
-    rows, temperatures, keys = [3, 0, 1], [0.0, 0.8, 1.3], [noise_key(seed, 4) for seed in range(3)]
+    rows, temperatures = np.array([3, 0, 1]), np.array([0.0, 0.8, 1.3], dtype=np.float32)
+    keys = noise_keys(np.arange(3, dtype=np.uint64), np.full(3, 4))
     shard = DeviceShard(logits, 7000, ALL_KERNELS)
-    on_host = HostShard(logits, 7000).best(rows, temperatures, keys, 4)
+    on_host = ShardLogits(logits, 7000).best(rows, temperatures, keys, 4)
     for packed, expected in zip(shard.best(rows, temperatures, keys, 4), on_host, strict=True):
         (values, ids), (expected_values, expected_ids) = (
             sample_shard.unpack_tokens(p) for p in (packed, expected)
@@ -140,10 +143,9 @@ def test_the_best_tokens_of_a_row_are_found_by_the_kernel_one_after_the_other(
         assert ids.tolist() == expected_ids.tolist()
         torch.testing.assert_close(torch.from_numpy(values), torch.from_numpy(expected_values))
     assert set(launcher.kernels) == {"gather_rows", "sample_shard"}
-    for packed in shard.best([2, 2], [0.0, 1.0], keys[:2], 2):
-        ids = sample_shard.unpack_tokens(packed)[1]
-        assert all(7000 <= token < 7700 for token in ids)
-    assert torch.equal(logits.nan_to_num(), before.nan_to_num())
+    removed = shard.best(np.array([2]), temperatures[1:2], keys[:1], 2)
+    assert sample_shard.unpack_tokens(removed)[1].tolist() == [[7000, 7001]]
+    assert torch.equal(logits, before)
 
 
 def test_rows_are_gathered_by_their_kernel(launcher: CountingLauncher) -> None:

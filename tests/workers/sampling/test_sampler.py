@@ -13,7 +13,7 @@ from scipy import stats
 
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.sampling.context import PenaltyState, RowContext
+from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.sampler import Sampler, Samples
 from outrider.workers.sequences.params import SamplingParams
 from support import sampling_reference as reference
@@ -26,7 +26,7 @@ POSITION = 9
 
 
 def sample_over(
-    cuts: list[int], logits: torch.Tensor, rows: list[RowContext], kernels: KernelSelection = REFERENCES
+    cuts: list[int], logits: torch.Tensor, rows: list[SampledRows], kernels: KernelSelection = REFERENCES
 ) -> list[Samples]:
     """What each rank returns when the vocabulary is cut at `cuts`."""
     edges = [0, *cuts, logits.shape[1]]
@@ -43,16 +43,16 @@ def sample_over(
 
 
 def sample_alone(
-    logits: torch.Tensor, rows: list[RowContext], kernels: KernelSelection = REFERENCES
+    logits: torch.Tensor, rows: list[SampledRows], kernels: KernelSelection = REFERENCES
 ) -> Samples:
     return Sampler(logits.shape[1], range(logits.shape[1]), SoloCommunicator(), kernels).sample(logits, rows)
 
 
-def context(params: SamplingParams, position: int = POSITION) -> RowContext:
+def context(params: SamplingParams, position: int = POSITION) -> SampledRows:
     state = PenaltyState(PROMPT)
     for token in OUTPUT:
         state.add(token)
-    return RowContext(params, position, state, PATH)
+    return SampledRows(params, np.array([position]), state, [PATH])
 
 
 def edited(logits: torch.Tensor, params: SamplingParams) -> np.ndarray:
