@@ -96,7 +96,8 @@ class TargetSequences:
         for b in np.flatnonzero(steps.num_sampled).tolist():
             state, end = self.states[int(steps.slots[b])], int(ends[b])
             first = end - int(steps.num_sampled[b])
-            paths = self._paths(state, steps, b) if state.sampling.uses_context else ()
+            start = end - int(steps.num_nodes[b])
+            paths = self._paths(state, steps, b, start) if state.sampling.uses_context else ()
             groups.append(SampledRows(state.sampling, positions[first:end], state.penalties, paths))
         return groups
 
@@ -141,24 +142,22 @@ class TargetSequences:
         tokens: list[int] = self._row_tokens[self.tables.cache_slots(np.full(len(rows), slot), rows)].tolist()
         return tokens
 
-    def _paths(self, state: SlotState, steps: Steps, b: int) -> list[tuple[int, ...]]:
+    def _paths(self, state: SlotState, steps: Steps, b: int, start: int) -> list[tuple[int, ...]]:
         """Output tokens before each sampled node of a step that `penalties` does not know; it learns committed ones.
 
-        The chain completes the prompt, wherever its chunks end.
+        The chain completes the prompt, wherever its chunks end. `start`: where the step's nodes begin.
         """
-        slot, start, first = (
-            int(steps.slots[b]),
-            int(starts_of(steps.num_nodes)[b]),
-            int(steps.first_sampled[b]),
-        )
+        slot, first = int(steps.slots[b]), int(steps.first_sampled[b])
         context_len = int(self._context_lens[slot])
         if state.num_counted == 0:
             state.penalties = PenaltyState(self._tokens(slot, 0, state.prompt_length))
             state.num_counted = state.prompt_length
-        for token in self._tokens(slot, state.num_counted, context_len):
+        known = self._tokens(slot, state.num_counted, context_len + first + 1)
+        num_committed = max(0, context_len - state.num_counted)
+        for token in known[:num_committed]:
             state.penalties.add(token)
-        state.num_counted = max(state.num_counted, context_len)
-        paths = {first: tuple(self._tokens(slot, state.num_counted, context_len + first + 1))}
+        state.num_counted += num_committed
+        paths = {first: tuple(known[num_committed:])}
         nodes = slice(start + first + 1, start + int(steps.num_nodes[b]))
         tokens, parents = steps.tokens[nodes].tolist(), steps.parents[nodes].tolist()
         for node, (token, parent) in enumerate(zip(tokens, parents, strict=True), first + 1):
