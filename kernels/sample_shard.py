@@ -35,8 +35,12 @@ from outrider.kernels.shapes import check_kernel_arguments, check_shapes
 
 UInt64Array = npt.NDArray[np.uint64]
 
-PADDING = np.uint64(2**64 - 1)
-"""A packed token that comes after all others."""
+REMOVED = np.uint64(0xFF800000 << 32)
+"""Packed tokens from here on have value -inf."""
+
+_PADDING = np.uint64(2**64 - 1)  # a packed token that comes after all others
+
+LOWEST = np.finfo(np.float32).min
 
 _BLOCK = 128  # logits per block maximum
 _SMALL = 512  # vocabulary up to which whole rows are sorted and searched
@@ -121,7 +125,6 @@ def sample_shard_by_reference(
 class ShardLogits:
     """Logits of several rows over one shard of the vocabulary, with the reductions sampling needs.
 
-    All rows are reduced together, a few at a time so that what is worked on stays in the processor's cache.
     The memory of `logits` (float32 [num_rows, shard_size], contiguous, on the CPU) is shared and must not
     change while this object is in use. Rows that hold NaN or +inf have a maximum and nothing else.
     """
@@ -165,6 +168,15 @@ class ShardLogits:
         for part in self._parts(len(rows)):
             x = exponentials(self._some(rows[part]), maxima[part], temperatures[part])
             np.sum(x, axis=1, dtype=np.float64, out=sums[part])
+        return sums
+
+    def weighted_sums(self, rows: Int64Array, maxima: Float32Array) -> npt.NDArray[np.float64]:
+        """[n]: of each row the sum over the shard of x * exp(x) where x = logit - maximum, finite maxima given."""
+        sums = np.empty(len(rows))
+        for part in self._parts(len(rows)):
+            x = self._some(rows[part]) - maxima[part, None]
+            np.maximum(x, LOWEST, out=x)  # a removed token weighs nothing
+            np.sum(x * np.exp(x), axis=1, dtype=np.float64, out=sums[part])
         return sums
 
     def largest(self, rows: Int64Array, count: int) -> Float32Array:
@@ -211,7 +223,9 @@ class ShardLogits:
                 values, ids = self._some(rows[chosen]), self._all_ids[None]
             else:
                 values, ids = self._possible(rows[chosen], temperatures[chosen], keys[chosen], count)
-            best[chosen] = best_of(values, ids, temperatures[chosen], keys[chosen], count)
+            best[chosen] = best_of(
+                values, ids, temperatures[chosen], keys[chosen], count, self.vocab_offset
+            )
         return best
 
     def best_kept(
@@ -232,10 +246,9 @@ class ShardLogits:
             if self._size <= _DENSE:
                 values, ids = self._some(rows[part]), self._all_ids[None]
             else:
-                bounds = lowest[part] if count == 1 else self._lower_bounds(rows[part], count)
-                values, ids = self._at_least(rows[part], np.minimum(lowest[part], bounds))
+                values, ids = self._at_least(rows[part], lowest[part])
             values = _without(values, lowest[part], num_lowest[part])
-            best[part] = best_of(values, ids, temperatures[part], keys[part], count)
+            best[part] = best_of(values, ids, temperatures[part], keys[part], count, self.vocab_offset)
         return best
 
     @cached_property
@@ -248,8 +261,7 @@ class ShardLogits:
         return self._rows[rows]
 
     def _parts(self, num_rows: int) -> list[slice]:
-        step = _LARGE_PART if self._size > _DENSE else max(1, _PART // self._size)
-        return [slice(first, first + step) for first in range(0, num_rows, step)]
+        return parts_of_rows(num_rows, _PART // _LARGE_PART if self._size > _DENSE else self._size)
 
     def _likeliest(self, rows: Int64Array) -> UInt64Array:
         """[n, 1]: packed tokens of the largest logits, the first of equals."""
@@ -302,7 +314,12 @@ class ShardLogits:
 
 
 def best_of(
-    values: Float32Array, ids: Int64Array, temperatures: Float32Array, keys: UInt32Array, count: int
+    values: Float32Array,
+    ids: Int64Array,
+    temperatures: Float32Array,
+    keys: UInt32Array,
+    count: int,
+    first_id: int,
 ) -> UInt64Array:
     """[n, count]: packed tokens of the best scores logit / temperature + noise of each row, in order.
 
@@ -311,9 +328,10 @@ def best_of(
 
     Args:
         values: float32 [n, width], logits; -inf is removed.
-        ids: int64 [n, width] or [1, width], distinct in a row; width >= count.
+        ids: int64 [n, width] or [1, width], distinct in a row.
         temperatures: float32 [n], > 0.
         keys: uint32 [n, 2].
+        first_id: where fewer than `count` are left, removed tokens follow, by their ids from here on.
     """
     num, width = values.shape
     hashes = hash_rows(keys, ids)
@@ -328,15 +346,22 @@ def best_of(
         leading = upper[each, leaders]
     bounds = (scaled[each, leaders] + gumbel_from_hash(hashes[each, leaders])).min(axis=1)
     bounds -= _ROUNDING + _RELATIVE_ROUNDING * np.abs(bounds)
-    # Where fewer than `count` are left all have to be looked at: removed tokens follow by their ids.
-    bounds[leading.min(axis=1) == -np.inf] = -np.inf
+    bounds[leading.min(axis=1) == -np.inf] = np.finfo(np.float32).min  # fewer than `count` are left: all of them
     found = np.flatnonzero(upper >= bounds[:, None])
     scores = scaled.ravel()[found] + gumbel_from_hash(hashes.ravel()[found])
     of_row, column = np.divmod(found, width)
     packed = pack_tokens(scores, ids[of_row, column])
+    ranked = _matrix(num, of_row, packed, _PADDING, count)
     if count == 1:
-        return np.minimum.reduceat(packed, np.searchsorted(of_row, np.arange(num)))[:, None]
-    return np.sort(_matrix(num, of_row, packed, PADDING), axis=1)[:, :count]
+        return removed_by_id(ranked.min(axis=1, keepdims=True), first_id)
+    ranked.sort(axis=1)
+    return removed_by_id(ranked[:, :count], first_id)
+
+
+def parts_of_rows(num_rows: int, width: int) -> list[slice]:
+    """Rows of so many elements, a few at a time, so that what is worked on stays in the processor's cache."""
+    step = max(1, _PART // width)
+    return [slice(first, first + step) for first in range(0, num_rows, step)]
 
 
 def exponentials(values: Float32Array, maxima: Float32Array, temperatures: Float32Array) -> Float32Array:
@@ -345,6 +370,26 @@ def exponentials(values: Float32Array, maxima: Float32Array, temperatures: Float
     if np.any(temperatures != 1.0):
         x *= np.float32(1.0) / temperatures[:, None]
     return np.exp(x, out=x)
+
+
+def removed_by_id(packed: UInt64Array, first_id: int) -> UInt64Array:
+    """Fill winners [n, count] up with removed tokens, by their ids from `first_id` on, where they ran out."""
+    short = np.flatnonzero(packed[:, -1] >= REMOVED)
+    if not len(short):
+        return packed
+    some, count = packed[short], packed.shape[1]
+    left = some < REMOVED
+    ids = np.arange(first_id, first_id + count, dtype=np.uint64)
+    taken = ((some & np.uint64(0xFFFFFFFF))[:, :, None] == ids) & left[:, :, None]
+    free = ids[np.argsort(taken.any(axis=1), axis=1, kind="stable")]
+    at = np.maximum(np.arange(count) - count_true(left)[:, None], 0)
+    packed[short] = np.where(left, some, REMOVED + np.take_along_axis(free, at, axis=1))
+    return packed
+
+
+def count_true(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """Of each row, over the last axis; faster than counting booleans."""
+    return np.add.reduce(mask.view(np.uint8), axis=-1, dtype=np.int32)
 
 
 def _leaders(values: Float32Array, count: int) -> tuple[Float32Array, Int64Array]:
@@ -369,7 +414,7 @@ def _without(values: Float32Array, lowest: Float32Array, num_lowest: Int64Array)
     kept = values >= lowest[:, None]
     result = np.where(kept, values, np.float32(-np.inf))
     equal = values == lowest[:, None]
-    crowded = np.flatnonzero(np.count_nonzero(equal, axis=1) > num_lowest)
+    crowded = np.flatnonzero(count_true(equal) > num_lowest)
     if len(crowded):
         late = equal[crowded]
         late &= np.cumsum(late, axis=1) > num_lowest[crowded, None]
@@ -381,13 +426,15 @@ def _padded(
     num_rows: int, rows: Int64Array, values: Float32Array, ids: Int64Array
 ) -> tuple[Float32Array, Int64Array]:
     """Tokens, in order of their rows, as matrices filled up with removed tokens that no vocabulary has."""
-    return _matrix(num_rows, rows, values, -np.inf), _matrix(num_rows, rows, ids, _NO_ID)
+    return _matrix(num_rows, rows, values, -np.inf, 1), _matrix(num_rows, rows, ids, _NO_ID, 1)
 
 
-def _matrix(num_rows: int, rows: Int64Array, values: npt.NDArray[Any], filling: Any) -> npt.NDArray[Any]:
+def _matrix(
+    num_rows: int, rows: Int64Array, values: npt.NDArray[Any], filling: Any, min_width: int
+) -> npt.NDArray[Any]:
     counts = np.bincount(rows, minlength=num_rows)
     starts = np.cumsum(counts) - counts
-    matrix = np.full((num_rows, counts.max(initial=0)), filling, dtype=values.dtype)
+    matrix = np.full((num_rows, counts.max(initial=min_width)), filling, dtype=values.dtype)
     matrix[rows, np.arange(len(rows)) - starts[rows]] = values
     return matrix
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 
 from outrider.configs.schema import Config
@@ -66,10 +65,11 @@ class TargetRank:
         samples = NO_SAMPLES
         if len(sampled):
             with self._tracer.span("sample", len(sampled)):
-                samples = self._sampler.sample(logits, self._sequences.sampled(steps, rows))
+                groups, questions = self._sequences.sampled(steps, rows), self._sequences.questions(steps)
+                samples = self._sampler.sample(logits, groups, questions)
         times.append(time.monotonic())
         commit_s, forward_s, sample_s = (after - before for before, after in pairwise(times))
-        asking = self._sequences.rows_with_logprobs(steps)
+        asking = self._sequences.asking(steps)
         return Scores(
             round_id=draft.round_id,
             tokens=samples.tokens.numpy(),
@@ -77,8 +77,8 @@ class TargetRank:
             logprobs=samples.logprobs.numpy()[asking],
             top_ids=samples.top_ids.numpy()[asking],
             top_logprobs=samples.top_logprobs.numpy()[asking],
-            child_logprobs=np.zeros(0, dtype=np.float32),
-            entropies=np.zeros(0, dtype=np.float32),
+            child_logprobs=samples.token_logprobs.numpy(),
+            entropies=samples.entropies.numpy(),
             commit_s=commit_s,
             forward_s=forward_s,
             sample_s=sample_s,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from outrider.workers.link.messages import Draft, ScoreNeeds, Steps
+from outrider.workers.link.messages import Draft, Steps
 from outrider.workers.model.batch import TreeRows, ancestor_masks, depths_of, num_mask_words
 from outrider.workers.sampling.context import PenaltyState, SampledRows
+from outrider.workers.sampling.logprobs import NO_QUESTIONS, LawQuestions
 from outrider.workers.sequences.page_tables import PageTables
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.segments import Int64Array, places_in, starts_of
@@ -21,7 +23,6 @@ class SlotState:
     """What a slot's sequence asks for, and what its output was so far where that matters."""
 
     sampling: SamplingParams
-    needs: ScoreNeeds
     prompt_length: int
     penalties: PenaltyState = field(default_factory=lambda: PenaltyState(()))
     num_counted: int = 0  # tokens that `penalties` knows
@@ -42,6 +43,9 @@ class TargetSequences:
         self.tables = PageTables(num_slots, page_size)
         self.states: dict[int, SlotState] = {}
         self._context_lens = np.zeros(num_slots, dtype=np.int64)  # committed rows
+        self._wants_logprobs = np.zeros(num_slots, dtype=bool)
+        self._needs_children = np.zeros(num_slots, dtype=bool)
+        self._needs_entropy = np.zeros(num_slots, dtype=bool)
         self._row_tokens = np.zeros(num_pages * page_size, dtype=np.int64)
 
     def apply(self, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,8 +58,11 @@ class TargetSequences:
             self.tables.clear(slot)
         for start in draft.starts:
             assert start.slot not in self.states
-            self.states[start.slot] = SlotState(start.sampling, start.needs, start.prompt_length)
+            self.states[start.slot] = SlotState(start.sampling, start.prompt_length)
             self._context_lens[start.slot] = start.num_shared_tokens
+            self._wants_logprobs[start.slot] = start.sampling.logprobs
+            self._needs_children[start.slot] = start.needs.child_logprobs
+            self._needs_entropy[start.slot] = start.needs.entropy
         sources, targets = self._accept(draft.steps)
         self._append_pages(draft.steps)
         return torch.from_numpy(sources), torch.from_numpy(targets)
@@ -82,22 +89,36 @@ class TargetSequences:
         )
 
     def sampled(self, steps: Steps, rows: TreeRows) -> list[SampledRows]:
-        """What the laws of the sampled nodes depend on besides their logits, a group per sequence."""
-        positions = (np.repeat(rows.context_lens, rows.query_lens) + rows.depths + 1)[steps.sampled_rows]
-        groups, end = [], 0
-        for b, (slot, count) in enumerate(zip(steps.slots.tolist(), steps.num_sampled.tolist(), strict=True)):
-            if count:
-                state, begin, end = self.states[slot], end, end + count
-                paths = self._paths(state, steps, b) if state.sampling.uses_context else ()
-                groups.append(SampledRows(state.sampling, positions[begin:end], state.penalties, paths))
+        """What the laws of the sampled nodes depend on besides the logits, of each step that has any."""
+        positions = np.repeat(rows.context_lens + 1, rows.query_lens) + rows.depths
+        ends = np.cumsum(steps.num_nodes)
+        groups = []
+        for b in np.flatnonzero(steps.num_sampled).tolist():
+            state, end = self.states[int(steps.slots[b])], int(ends[b])
+            first = end - int(steps.num_sampled[b])
+            start = end - int(steps.num_nodes[b])
+            paths = self._paths(state, steps, b, start) if state.sampling.uses_context else ()
+            groups.append(SampledRows(state.sampling, positions[first:end], state.penalties, paths))
         return groups
 
-    def rows_with_logprobs(self, steps: Steps) -> npt.NDArray[np.bool_]:
-        """Which of the sampled nodes belong to sequences that ask for log-probabilities."""
-        asking = np.fromiter(
-            (self.states[slot].sampling.logprobs for slot in steps.slots.tolist()), dtype=bool
+    def asking(self, steps: Steps) -> npt.NDArray[np.bool_]:
+        """Which of the sampled nodes belong to sequences that ask for log-probabilities, bool [M]."""
+        return np.repeat(self._wants_logprobs[steps.slots], steps.num_sampled)
+
+    def questions(self, steps: Steps) -> LawQuestions:
+        """What the rules of the sequences need of the laws; rows are counted among the sampled nodes."""
+        about_children = self._needs_children[steps.slots]
+        about_entropies = self._needs_entropy[steps.slots]
+        if not about_children.any() and not about_entropies.any():
+            return NO_QUESTIONS
+        per_node = partial(np.repeat, repeats=steps.num_nodes)
+        drafted = np.flatnonzero((steps.places > per_node(steps.first_sampled)) & per_node(about_children))
+        parents = steps.parents + per_node(starts_of(steps.num_nodes))
+        return LawQuestions(
+            rows=np.searchsorted(steps.sampled_rows, parents[drafted]),
+            tokens=steps.tokens[drafted],
+            entropy_rows=np.flatnonzero(np.repeat(about_entropies, steps.num_sampled)),
         )
-        return np.repeat(asking, steps.num_sampled)
 
     def _accept(self, steps: Steps) -> tuple[Int64Array, Int64Array]:
         slots = np.repeat(steps.slots, steps.num_accepted)
@@ -121,24 +142,22 @@ class TargetSequences:
         tokens: list[int] = self._row_tokens[self.tables.cache_slots(np.full(len(rows), slot), rows)].tolist()
         return tokens
 
-    def _paths(self, state: SlotState, steps: Steps, b: int) -> list[tuple[int, ...]]:
+    def _paths(self, state: SlotState, steps: Steps, b: int, start: int) -> list[tuple[int, ...]]:
         """Output tokens before each sampled node of a step that `penalties` does not know; it learns committed ones.
 
-        The chain completes the prompt, wherever its chunks end.
+        The chain completes the prompt, wherever its chunks end. `start`: where the step's nodes begin.
         """
-        slot, start, first = (
-            int(steps.slots[b]),
-            int(starts_of(steps.num_nodes)[b]),
-            int(steps.first_sampled[b]),
-        )
+        slot, first = int(steps.slots[b]), int(steps.first_sampled[b])
         context_len = int(self._context_lens[slot])
         if state.num_counted == 0:
             state.penalties = PenaltyState(self._tokens(slot, 0, state.prompt_length))
             state.num_counted = state.prompt_length
-        for token in self._tokens(slot, state.num_counted, context_len):
+        known = self._tokens(slot, state.num_counted, context_len + first + 1)
+        num_committed = max(0, context_len - state.num_counted)
+        for token in known[:num_committed]:
             state.penalties.add(token)
-        state.num_counted = max(state.num_counted, context_len)
-        paths = {first: tuple(self._tokens(slot, state.num_counted, context_len + first + 1))}
+        state.num_counted += num_committed
+        paths = {first: tuple(known[num_committed:])}
         nodes = slice(start + first + 1, start + int(steps.num_nodes[b]))
         tokens, parents = steps.tokens[nodes].tolist(), steps.parents[nodes].tolist()
         for node, (token, parent) in enumerate(zip(tokens, parents, strict=True), first + 1):

@@ -9,7 +9,7 @@ import torch
 
 from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
 from outrider.workers.model.batch import build_batch
-from outrider.workers.sampling.context import RowContext
+from outrider.workers.sampling.context import SampledRows
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.target_state import TargetSequences
 
@@ -55,15 +55,19 @@ def compute(sequences: TargetSequences, *steps: SequenceStep) -> list[int]:
     return slots
 
 
-def contexts_of(sequences: TargetSequences, *steps: SequenceStep) -> list[RowContext]:
+def sampled(sequences: TargetSequences, *steps: SequenceStep) -> list[SampledRows]:
     all_steps = Steps.of(steps)
     return sequences.sampled(all_steps, sequences.rows(all_steps))
 
 
-def seen_tokens(context: RowContext) -> dict[int, int]:
-    """Token -> times in the output, for the penalties of a row."""
-    ids, counts = context.penalties.with_path(context.path_tokens)
-    return dict(zip(ids.tolist(), counts.tolist(), strict=True))
+def seen_tokens(sequences: TargetSequences, step: SequenceStep) -> list[dict[int, int]]:
+    """For the penalties of each sampled node: token -> times in the output."""
+    (rows,) = sampled(sequences, step)
+    ids, counts, seen = rows.penalties.along(rows.paths)
+    return [
+        dict(zip(ids[has].tolist(), row[has].tolist(), strict=True))
+        for row, has in zip(counts, seen, strict=True)
+    ]
 
 
 def test_a_path_that_is_in_place_moves_nothing() -> None:
@@ -108,12 +112,11 @@ def test_a_prompt_in_chunks() -> None:
     chunk = step((10, 11, 12), (0, 0, 1), first_sampled=3, new_pages=(5,))
     apply(sequences, (chunk,), starts=(SequenceStart(2, 5, 0, SamplingParams()),))
     assert compute(sequences, chunk) == [20, 21, 22]
-    assert contexts_of(sequences, chunk) == []
+    assert sampled(sequences, chunk) == []
     rest = step((13, 14), (0, 0), first_sampled=1, accepted=(0, 1, 2), new_pages=(1,))
     assert apply(sequences, (rest,)) == []
     assert compute(sequences, rest) == [23, 4]
-    (context,) = contexts_of(sequences, rest)
-    assert context.position == 5
+    assert [rows.positions.tolist() for rows in sampled(sequences, rest)] == [[5]]
 
 
 def test_rows_of_several_sequences_lie_back_to_back() -> None:
@@ -138,17 +141,15 @@ def test_positions_follow_the_depth() -> None:
     apply(sequences, (second,))
     compute(sequences, second)
     # 14 is token 3 of the sequence; after it comes token 4, after 30 and 31 token 5, after 32 token 6.
-    assert [context.position for context in contexts_of(sequences, second)] == [4, 5, 5, 6]
-    assert all(
-        context.path_tokens == () for context in contexts_of(sequences, second)
-    )  # nothing asked for it
+    (rows,) = sampled(sequences, second)
+    assert rows.positions.tolist() == [4, 5, 5, 6]
+    assert rows.paths == ()  # nothing asked for it
 
 
 def test_penalties_know_the_prompt_the_output_and_the_path() -> None:
     sequences = started(PENALISED)
     first = step((10, 11, 12, 13, 15, 14), (0, 0, 1, 2, 3, 2), first_sampled=2)
-    contexts = contexts_of(sequences, first)  # after 12, 13, 15 and 14
-    assert [seen_tokens(context) for context in contexts] == [
+    assert seen_tokens(sequences, first) == [  # after 12, 13, 15 and 14
         {10: 0, 11: 0, 12: 0},
         {10: 0, 11: 0, 12: 0, 13: 1},
         {10: 0, 11: 0, 12: 0, 13: 1, 15: 1},
@@ -157,7 +158,7 @@ def test_penalties_know_the_prompt_the_output_and_the_path() -> None:
     second = step((14, 14, 10), (0, 0, 1), accepted=(0, 1, 2, 3))  # 13 came out, then 14
     apply(sequences, (second,))
     compute(sequences, second)
-    assert [seen_tokens(context) for context in contexts_of(sequences, second)] == [
+    assert seen_tokens(sequences, second) == [
         {10: 0, 11: 0, 12: 0, 13: 1, 14: 1},
         {10: 0, 11: 0, 12: 0, 13: 1, 14: 2},
         {10: 1, 11: 0, 12: 0, 13: 1, 14: 2},
@@ -169,11 +170,11 @@ def test_penalties_of_a_prompt_in_chunks_know_all_of_it() -> None:
     chunk = step((10, 11, 12), (0, 0, 1), first_sampled=3, new_pages=(5, 1))
     apply(sequences, (chunk,), starts=(SequenceStart(2, 5, 0, PENALISED),))
     compute(sequences, chunk)
-    assert contexts_of(sequences, chunk) == []
+    assert sampled(sequences, chunk) == []
     rest = step((13, 14, 15), (0, 0, 1), first_sampled=1, accepted=(0, 1, 2))
     apply(sequences, (rest,))
     compute(sequences, rest)
-    assert [seen_tokens(context) for context in contexts_of(sequences, rest)] == [
+    assert seen_tokens(sequences, rest) == [
         {10: 0, 11: 0, 12: 0, 13: 0, 14: 0},
         {10: 0, 11: 0, 12: 0, 13: 0, 14: 0, 15: 1},
     ]
@@ -190,15 +191,15 @@ def test_a_recomputed_sequence_counts_its_output_as_output(prompt_length: int) -
     rest = step(known[3:], (0, 0), first_sampled=1, accepted=(0, 1, 2))
     apply(sequences, (rest,))
     compute(sequences, rest)
-    (context,) = contexts_of(sequences, rest)
+    (seen,) = seen_tokens(sequences, rest)
     output = known[prompt_length:]
-    assert seen_tokens(context) == {token: output.count(token) for token in known}
+    assert seen == {token: output.count(token) for token in known}
     # The next round commits them: nothing is counted twice.
     following = step((13,), (0,), accepted=(0, 1))
     apply(sequences, (following,))
     compute(sequences, following)
-    (context,) = contexts_of(sequences, following)
-    assert seen_tokens(context) == {token: output.count(token) for token in known} | {13: 1}
+    (seen,) = seen_tokens(sequences, following)
+    assert seen == {token: output.count(token) for token in known} | {13: 1}
 
 
 def test_a_sequence_learns_the_tokens_of_pages_it_shares() -> None:
@@ -210,9 +211,9 @@ def test_a_sequence_learns_the_tokens_of_pages_it_shares() -> None:
     moves = apply(sequences, (newcomer,), starts=(SequenceStart(4, 5, 4, PENALISED),))
     assert moves == []
     assert compute(sequences, newcomer) == [24]
-    (context,) = contexts_of(sequences, newcomer)
+    (seen,) = seen_tokens(sequences, newcomer)
     # 14, which moved into the shared page when it was accepted, and not 13, which stood there before.
-    assert seen_tokens(context) == {10: 0, 11: 0, 12: 0, 14: 0, 20: 0}
+    assert seen == {10: 0, 11: 0, 12: 0, 14: 0, 20: 0}
 
 
 def test_a_page_is_shared_in_the_message_that_fills_it_last() -> None:
@@ -225,8 +226,8 @@ def test_a_page_is_shared_in_the_message_that_fills_it_last() -> None:
         starts=(SequenceStart(4, 5, 4, PENALISED),),
     )
     compute(sequences, newcomer)
-    (context,) = contexts_of(sequences, newcomer)
-    assert 14 in seen_tokens(context)
+    (seen,) = seen_tokens(sequences, newcomer)
+    assert 14 in seen
 
 
 def test_a_released_slot_is_filled_anew_in_the_same_message() -> None:
@@ -234,8 +235,8 @@ def test_a_released_slot_is_filled_anew_in_the_same_message() -> None:
     again = step((30, 31), (0, 0), first_sampled=1, new_pages=(3,))
     assert apply(sequences, (again,), starts=(SequenceStart(2, 2, 0, PENALISED),), released=(2,)) == []
     assert compute(sequences, again) == [12, 13]
-    (context,) = contexts_of(sequences, again)
-    assert seen_tokens(context) == {30: 0, 31: 0}
+    (seen,) = seen_tokens(sequences, again)
+    assert seen == {30: 0, 31: 0}
 
 
 def test_a_slot_that_is_taken_cannot_be_started() -> None:

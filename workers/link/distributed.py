@@ -204,7 +204,9 @@ class Link:
         meeting = dist.PrefixStore(f"epoch{epoch}/link", store)
         with _peer_errors("the link was not met by its other end"):
             self._group = _Gloo(meeting, self._rank, 2, options)
-            self._payload_device = self._agreed_payload_device(meeting, device)
+            meeting.set(f"gpu{self._rank}", _gpu_of(device))
+            their_gpu = meeting.get(f"gpu{self._peer}").decode()
+            self._payload_device = payload_device(device, _gpu_of(device), their_gpu)
         self._payload_group = self._group
         if self._payload_device.type == "cuda":
             nccl = _dist.ProcessGroupNCCL
@@ -250,13 +252,6 @@ class Link:
         with self._sending, suppress(PeerLostError):
             nothing = Packet(torch.empty(0, dtype=torch.int32), NO_PAYLOAD)
             self._put(_GOODBYE, nothing, min(self._timeout_s, _GOODBYE_S))
-
-    def _agreed_payload_device(self, meeting: dist.Store, device: torch.device) -> torch.device:
-        """`device` where payloads can go from GPU to GPU, else the host."""
-        mine = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-        meeting.set(f"gpu{self._rank}", mine)
-        theirs = meeting.get(f"gpu{self._peer}").decode()
-        return device if mine and theirs and mine != theirs else torch.device("cpu")
 
     def _put(self, flag: int, packet: Packet, timeout_s: float) -> None:
         message, payload = packet.message, packet.payload.to(self._payload_device)
@@ -310,6 +305,20 @@ class Link:
             if payload.is_cuda:  # else it would only be there for this thread's stream
                 torch.cuda.current_stream(payload.device).synchronize()
         return flag, Packet(message, payload)
+
+
+def payload_device(device: torch.device, own_gpu: str, their_gpu: str) -> torch.device:
+    """Where one end of a link keeps payloads: on its device if they can go from GPU to GPU, else on the host.
+
+    Args:
+        device: where it computes.
+        own_gpu, their_gpu: which GPUs the two ends compute on, "" on the host. NCCL does not connect one to itself.
+    """
+    return device if own_gpu and their_gpu and own_gpu != their_gpu else torch.device("cpu")
+
+
+def _gpu_of(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 def _join_shared_memory(meeting: dist.Store, rank: int, size: int, timeout_s: float) -> ShmCommunicator:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
+from outrider.kernels.sample_shard import count_true, parts_of_rows
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.context import RowParameters
 from outrider.workers.sampling.law import Nuclei, nuclei
@@ -37,16 +38,17 @@ def kept_tokens(
         maxima: [n], the largest logit of each over the whole vocabulary, finite.
         params: of the batch.
     """
+    sends_all = vocab_size <= _SMALL_VOCABULARY
     sums = np.zeros(len(rows))
     summed = np.flatnonzero((params.top_p[rows] < 1.0) & (params.top_k[rows] == 0))
-    if len(summed):
+    if len(summed) and not sends_all:
         chosen = rows[summed]
         sums[summed] = shard.exp_sums(chosen, maxima[summed], params.temperatures[chosen])
     result = Nuclei(np.empty_like(maxima), np.empty(len(rows), dtype=np.int64), np.empty(len(rows)))
     pending = np.arange(len(rows))
     count = max(_FIRST_COUNT, 1 + int(params.top_k[rows].max(initial=0)))
-    if vocab_size <= _SMALL_VOCABULARY:
-        count = vocab_size + 1
+    if sends_all:
+        count = vocab_size + 1  # a rank that has sent all it has ends with -inf
     while len(pending):
         message = _pack(sums[pending], shard.largest(rows[pending], count), count)
         gathered = communicator.all_gather(
@@ -54,10 +56,18 @@ def kept_tokens(
         ).numpy()  # [size, num_pending, 2 + count]
         totals = np.ascontiguousarray(gathered[:, :, :2]).view(np.float64)[:, :, 0].sum(axis=0)
         logits = gathered[:, :, 2:]
-        floors = logits[:, :, -1].max(axis=0)  # a rank that has sent all it has ends with -inf
-        found, certain = nuclei(_merged(logits), floors, totals, params, rows[pending])
-        result[pending[certain]] = _share(found, logits, communicator.rank)[certain]
-        pending = pending[~certain]
+        unfinished = []
+        for part in parts_of_rows(len(pending), logits[:, 0].size):
+            some, own = logits[:, part], pending[part]
+            floors = some[:, :, -1].max(axis=0)
+            found, certain = nuclei(
+                _merged(some), floors, None if sends_all else totals[part], params, rows[own]
+            )
+            if communicator.size > 1:
+                found = _share(found, some, communicator.rank)
+            result[own[certain]] = found[certain]
+            unfinished.append(own[~certain])
+        pending = np.concatenate(unfinished)
         count *= _GROWTH
     return result
 
@@ -81,6 +91,6 @@ def _merged(logits: Float32Array) -> Float32Array:
 
 def _share(found: Nuclei, logits: Float32Array, rank: int) -> Nuclei:
     """Of the tokens equal to the lowest, which go by their ids, those that fall to this rank."""
-    num_equal = np.count_nonzero(logits == found.lowest[:, None], axis=2)  # [size, num_rows]
+    num_equal = count_true(logits == found.lowest[:, None])  # [size, num_rows]
     left = np.maximum(found.num_lowest - num_equal[:rank].sum(axis=0), 0)
     return Nuclei(found.lowest, np.minimum(left, num_equal[rank]), found.masses)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import exponentials
+from outrider.kernels.sample_shard import count_true, exponentials
 from outrider.workers.sampling.context import RowParameters, SampledRows
 from outrider.workers.sequences.params import SamplingParams
 
@@ -134,7 +134,7 @@ class Nuclei:
 def nuclei(
     logits: Float32Array,
     floors: Float32Array,
-    totals: npt.NDArray[np.float64],
+    totals: npt.NDArray[np.float64] | None,
     params: RowParameters,
     rows: Int64Array,
 ) -> tuple[Nuclei, npt.NDArray[np.bool_]]:
@@ -143,8 +143,8 @@ def nuclei(
     Args:
         logits: float32 [n, num_candidates], the largest of the vocabulary, largest first.
         floors: float32 [n]: logits up to here may be missing; -inf where none are.
-        totals: [n], sums over the vocabulary of exp((logit - largest logit) / temperature); only looked at
-            where top-p is asked for and top-k is not.
+        totals: [n], sums over the vocabulary of exp((logit - largest logit) / temperature), only looked at
+            where top-p is asked for and top-k is not; None if `logits` are the whole vocabulary's.
         params: of a batch; temperatures > 0.
         rows: int64 [n], which rows of the batch these are.
     """
@@ -156,20 +156,21 @@ def nuclei(
     if top_k.any():
         kth = logits[each, np.minimum(top_k, width) - 1]
         limited = (top_k > 0) & (top_k < width)
-        kept[limited] = np.count_nonzero(logits[limited] >= kth[limited, None], axis=1)
+        kept[limited] = count_true(logits[limited] >= kth[limited, None])
         certain[limited] = kth[limited] > floors[limited]
     weights = exponentials(logits, logits[:, 0], params.temperatures[rows])
-    masses = np.cumsum(weights, axis=1, dtype=np.float64)
+    masses = torch.from_numpy(weights).cumsum(dim=1, dtype=torch.float64).numpy()  # numpy's takes three times as long
     if (top_p < 1.0).any():
-        limits = top_p * np.where(top_k > 0, masses[each, kept - 1], totals)
+        limits = masses[each, kept - 1].copy() if totals is None else np.where(top_k > 0, masses[each, kept - 1], totals)
+        limits *= top_p
         limits[top_p == 1.0] = np.inf
-        kept = np.minimum(kept, 1 + np.count_nonzero(masses[:, :-1] < limits[:, None], axis=1))
+        kept = np.minimum(kept, 1 + count_true(masses[:, :-1] < limits[:, None]))
     if min_p.any():
         asking = np.flatnonzero(min_p)
         x = (logits[asking] - logits[asking, :1]).astype(np.float64) / params.temperatures[rows[asking], None]
-        likely = np.count_nonzero(x >= np.log(min_p[asking])[:, None], axis=1)
+        likely = count_true(x >= np.log(min_p[asking])[:, None])
         kept[asking] = np.minimum(kept[asking], likely)
     lowest = logits[each, kept - 1]
-    num_above = np.count_nonzero(logits > lowest[:, None], axis=1)
+    num_above = count_true(logits > lowest[:, None])
     certain = (certain & (lowest > floors)) | (floors == -np.inf)
     return Nuclei(lowest, kept - num_above, masses[each, kept - 1]), certain

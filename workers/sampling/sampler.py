@@ -19,14 +19,14 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import ShardLogits, UInt64Array, unpack_tokens
+from outrider.kernels.sample_shard import REMOVED, ShardLogits, UInt64Array, unpack_tokens
 from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.candidates import kept_tokens
 from outrider.workers.sampling.context import RowParameters, SampledRows
 from outrider.workers.sampling.law import MAX_LOGIT, Edits, edit_rows
-from outrider.workers.sampling.logprobs import raw_logprobs
-from outrider.workers.sampling.shards import REMOVED, DeviceShard, Shard
+from outrider.workers.sampling.logprobs import NO_QUESTIONS, LawQuestions, raw_logprobs
+from outrider.workers.sampling.shards import DeviceShard, Shard
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,20 @@ class Samples:
     logprobs: torch.Tensor  # float32 [num_rows]; 0 where a row did not ask
     top_ids: torch.Tensor  # int64 [num_rows, k], likeliest first; k is the most that any row asks for
     top_logprobs: torch.Tensor  # float32 [num_rows, k]
+    token_logprobs: torch.Tensor  # float32 [num_tokens] of the tokens asked about; 0 in an invalid row
+    entropies: torch.Tensor  # float32 [num_entropies] of the rows asked about; 0 of an invalid row
+
+
+NO_SAMPLES = Samples(
+    tokens=torch.empty(0, dtype=torch.int64),
+    valid=torch.empty(0, dtype=torch.bool),
+    logprobs=torch.empty(0),
+    top_ids=torch.empty(0, 0, dtype=torch.int64),
+    top_logprobs=torch.empty(0, 0),
+    token_logprobs=torch.empty(0),
+    entropies=torch.empty(0),
+)
+"""Of no rows."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +70,6 @@ class _Edited:
     maxima: Float32Array  # [num_rows], over the whole vocabulary
     whole: Int64Array  # valid rows that nothing truncates
     truncated: Int64Array  # the other valid rows
-
-
-NO_SAMPLES = Samples(
-    torch.empty(0, dtype=torch.int64),
-    torch.empty(0, dtype=torch.bool),
-    torch.empty(0),
-    torch.empty(0, 0, dtype=torch.int64),
-    torch.empty(0, 0),
-)
 
 
 class Sampler:
@@ -89,13 +94,16 @@ class Sampler:
         self._kernels = kernels
 
     @np.errstate(over="ignore")  # what leaves float32 downwards is as good as removed
-    def sample(self, logits: torch.Tensor, groups: Sequence[SampledRows]) -> Samples:
+    def sample(
+        self, logits: torch.Tensor, groups: Sequence[SampledRows], questions: LawQuestions = NO_QUESTIONS
+    ) -> Samples:
         """Sample one token per row.
 
         Args:
             logits: float32 [num_rows, end - first], straight from the model. Edited while this runs, and as
                 before when it returns.
             groups: what the rows are to be sampled for, in their order; the same on every rank.
+            questions: what else is to be known of the model's own law; the same on every rank.
         """
         batch = self._edit(logits, groups)
         best = np.zeros(len(batch.maxima), dtype=np.uint64)  # token 0 where a row is invalid
@@ -108,14 +116,17 @@ class Sampler:
         tokens = unpack_tokens(best)[1]
         batch.edits.undo(batch.logits)
         shard = self._shard(batch.logits) if len(batch.edits.rows) else batch.shard
-        asking = np.flatnonzero(batch.params.logprobs & valid)
-        vocab_range = range(self._first, self._end)
         raw = raw_logprobs(
-            shard, vocab_range, tokens, asking, batch.params.max_top_logprobs, self._communicator
+            shard,
+            range(self._first, self._end),
+            tokens,
+            np.flatnonzero(batch.params.logprobs),
+            batch.params.max_top_logprobs,
+            questions,
+            valid,
+            self._communicator,
         )
-        return Samples(
-            torch.from_numpy(tokens), torch.from_numpy(valid), raw.logprobs, raw.top_ids, raw.top_logprobs
-        )
+        return Samples(torch.from_numpy(tokens), torch.from_numpy(valid), *raw)
 
     @np.errstate(over="ignore")
     def propose(

@@ -15,11 +15,14 @@ import torch
 
 from outrider.kernels.gather_rows import gather_rows
 from outrider.kernels.noise import Float32Array, Int64Array, UInt32Array
-from outrider.kernels.sample_shard import UInt64Array, pack_tokens, sample_shard
+from outrider.kernels.sample_shard import (
+    LOWEST,
+    UInt64Array,
+    pack_tokens,
+    removed_by_id,
+    sample_shard,
+)
 from outrider.kernels.selection import KernelSelection
-
-REMOVED = pack_tokens(np.array([-np.inf], dtype=np.float32), np.zeros(1, dtype=np.int64))[0]
-"""Packed tokens from here on have value -inf."""
 
 
 class Shard(Protocol):
@@ -41,6 +44,10 @@ class Shard(Protocol):
         self, rows: Int64Array, maxima: Float32Array, temperatures: Float32Array
     ) -> npt.NDArray[np.float64]:
         """[n]: of each row the sum of exp((logit - maximum) / temperature), for the finite maxima given."""
+        ...
+
+    def weighted_sums(self, rows: Int64Array, maxima: Float32Array) -> npt.NDArray[np.float64]:
+        """[n]: of each row the sum of x * exp(x) where x = logit - maximum, for the finite maxima given."""
         ...
 
     def largest(self, rows: Int64Array, count: int) -> Float32Array:
@@ -99,6 +106,10 @@ class DeviceShard:
         x *= self._tensor(np.float32(1.0) / temperatures)[:, None]
         return x.exp_().sum(dim=1, dtype=torch.float64).cpu().numpy()
 
+    def weighted_sums(self, rows: Int64Array, maxima: Float32Array) -> npt.NDArray[np.float64]:
+        x = (self._rows(rows) - self._tensor(maxima)[:, None]).clamp_min(float(LOWEST))
+        return (x * x.exp()).sum(dim=1, dtype=torch.float64).cpu().numpy()
+
     def largest(self, rows: Int64Array, count: int) -> Float32Array:
         part = self._rows(rows)
         return part.topk(min(count, part.shape[1]), dim=1).values.cpu().numpy()
@@ -145,7 +156,7 @@ class DeviceShard:
             if remaining:  # the winner leaves, the next one is sought
                 part.scatter_(1, ids[-1][:, None] - self._first, -torch.inf)
         packed = pack_tokens(torch.stack(values, 1).cpu().numpy(), torch.stack(ids, 1).cpu().numpy())
-        return _removed_by_id(packed, self._first) if count > 1 else packed
+        return removed_by_id(packed, self._first)
 
     def _rows(self, rows: Int64Array) -> torch.Tensor:
         if np.array_equal(rows, np.arange(len(self._logits))):
@@ -155,14 +166,3 @@ class DeviceShard:
     def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
         return torch.as_tensor(values, device=self._logits.device)
 
-
-def _removed_by_id(packed: UInt64Array, first_id: int) -> UInt64Array:
-    """Winners that left and removed tokens look alike to the kernel: here the removed ones follow by their ids."""
-    left = packed < REMOVED
-    for i in np.flatnonzero(~left[:, -1]).tolist():
-        winners = packed[i, left[i]]
-        num_missing = packed.shape[1] - len(winners)
-        ids = np.arange(first_id, first_id + packed.shape[1], dtype=np.uint64)
-        free = ids[~np.isin(ids, winners & np.uint64(0xFFFFFFFF))]
-        packed[i, len(winners) :] = REMOVED + free[:num_missing]
-    return packed

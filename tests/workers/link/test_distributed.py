@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from outrider.workers.link.communicator import PeerLostError, SoloCommunicator
-from outrider.workers.link.distributed import connect_store, join_group, open_store
+from outrider.workers.link.distributed import connect_store, join_group, open_store, payload_device
 from outrider.workers.link.link import NO_PAYLOAD, Packet
 from outrider.workers.link.shared_memory import shared_memory_supported
 from support import group_work, link_work
@@ -161,6 +161,15 @@ def test_link_carries_packets_of_any_length_in_order_both_ways() -> None:
         assert torch.equal(payload, packet.payload)
     link.close()
     assert processes.outcomes()[0].value == 100
+
+
+@pytest.mark.parametrize(
+    ("own_gpu", "their_gpu", "place"),
+    [("a", "b", "cuda:1"), ("a", "a", "cpu"), ("a", "", "cpu"), ("", "b", "cpu"), ("", "", "cpu")],
+)
+def test_payloads_stay_on_gpus_where_each_end_has_its_own(own_gpu: str, their_gpu: str, place: str) -> None:
+    device = torch.device("cuda:1" if own_gpu else "cpu")
+    assert payload_device(device, own_gpu, their_gpu) == torch.device(place)
 
 
 def test_link_polls() -> None:
