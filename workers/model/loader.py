@@ -12,8 +12,6 @@ from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.source import WeightSource
 
 ALL = slice(None)
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 READ_CHUNK_BYTES = 64 << 20
 NO_BIAS = torch.empty(0)
 
@@ -64,6 +62,7 @@ class WeightLoader:
         """Weights of one layer; what reading them took beside is given back."""
         prefix = f"model.layers.{index}."
         attention = prefix + "self_attn."
+        columns = self.plan.mlp_columns(self.plan.config.layers[index].mlp.intermediate_size)
         weights = LayerWeights(
             attention_norm=self.vector(prefix + "input_layernorm.weight", ALL),
             qkv=self._qkv(attention),
@@ -71,8 +70,8 @@ class WeightLoader:
             k_norm=self._head_norm(attention + "k_norm.weight"),
             attention_output=self._attention_output(attention + "o_proj.weight"),
             mlp_norm=self.vector(prefix + "post_attention_layernorm.weight", ALL),
-            gate_up=self._gate_up(prefix + "mlp."),
-            down=self._down(prefix + "mlp.down_proj.weight"),
+            gate_up=self._gate_up(prefix + "mlp.", columns),
+            down=self._down(prefix + "mlp.down_proj.weight", columns),
         )
         memory.release_freed()
         return weights
@@ -135,15 +134,14 @@ class WeightLoader:
         self.progress(read.nbytes)
         return self.linear(weight.view(config.hidden_size, -1), NO_BIAS)
 
-    def _gate_up(self, prefix: str) -> Linear:
-        columns, hidden = self.plan.intermediate, self.plan.config.hidden_size
+    def _gate_up(self, prefix: str, columns: range) -> Linear:
+        hidden = self.plan.config.hidden_size
         weight = torch.empty(2, len(columns), hidden, dtype=self.dtype)
         self._read_rows_into(weight[0], prefix + "gate_proj.weight", columns)
         self._read_rows_into(weight[1], prefix + "up_proj.weight", columns)
         return self.linear(weight.view(-1, hidden), NO_BIAS)
 
-    def _down(self, name: str) -> Linear:
-        columns = self.plan.intermediate
+    def _down(self, name: str, columns: range) -> Linear:
         read = self.source.read(name, ALL, slice(columns.start, columns.stop), self.dtype)
         self.progress(read.nbytes)
         return self.linear(read, NO_BIAS)

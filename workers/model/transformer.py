@@ -13,12 +13,13 @@ from outrider.kernels.tree_attention import tree_attention
 from outrider.workers.communicator import Communicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.config import ModelConfig
+from outrider.workers.model.config import ModelConfig, Rope
 from outrider.workers.model.linear import pad_rows
-from outrider.workers.model.loader import EMBEDDING, HEAD, NO_BIAS, LayerWeights, WeightLoader
+from outrider.workers.model.loader import NO_BIAS, WeightLoader
 from outrider.workers.model.rope import RotaryEmbedding
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.source import WeightSource
+from outrider.workers.weights.tensors import EMBEDDING, HEAD
 
 
 def _no_progress(num_bytes: int) -> None:
@@ -63,7 +64,15 @@ class Transformer:
         self.dtype = dtype
         self.kernels = kernels
         self.device = device
-        self.rope = RotaryEmbedding(config, dtype, device)
+        # One for each kind of layer: most models have one kind.
+        self.ropes: list[RotaryEmbedding] = []
+        self._rope_of_layer: list[int] = []
+        kinds: list[Rope] = []
+        for layer in config.layers:
+            if layer.rope not in kinds:
+                kinds.append(layer.rope)
+                self.ropes.append(RotaryEmbedding(config, layer.rope, dtype, device))
+            self._rope_of_layer.append(kinds.index(layer.rope))
         self.scale = config.head_dim**-0.5
         loader = WeightLoader(plan, source, dtype, device, packed, progress)
         matrix = loader.vocabulary_matrix(EMBEDDING if config.tied_embeddings else HEAD)
@@ -93,12 +102,13 @@ class Transformer:
         """Runs all layers, writing the rows' keys and values: [N, hidden] before the final norm."""
         num_rows = batch.tokens.shape[0]
         hidden = self._padded(self.embed(batch.tokens))
-        cos, sin = self.rope(batch.positions)
+        rotations = [rope(batch.positions) for rope in self.ropes]
         eps = self.config.rms_norm_eps
         width = (self.config.hidden_size,)
         for index, layer in enumerate(self.layers):
             normed = F.rms_norm(hidden, width, layer.attention_norm, eps)
-            attended = self._attention(layer, normed, cos, sin, batch, cache.keys(index), cache.values(index))
+            cos, sin = rotations[self._rope_of_layer[index]]
+            attended = self._attention(index, normed, cos, sin, batch, cache)
             hidden = hidden + self.communicator.all_reduce(attended)
             normed = F.rms_norm(hidden, width, layer.mlp_norm, eps)
             gate, up = layer.gate_up(normed).chunk(2, dim=-1)
@@ -119,14 +129,15 @@ class Transformer:
 
     def _attention(
         self,
-        layer: LayerWeights,
+        index: int,
         normed: Tensor,
         cos: Tensor,
         sin: Tensor,
         batch: ForwardBatch,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        cache: PagedCache,
     ) -> Tensor:
+        layer, window = self.layers[index], self.config.layers[index].window
+        k_pages, v_pages = cache.keys(index), cache.values(index)
         HQ, HK, D = self.plan.num_query_places, self.plan.num_kv_heads, self.config.head_dim
         heads = layer.qkv(normed).view(-1, HQ + 2 * HK, D)[: batch.tree.num_queries]
         q, k, v = heads.split((HQ, HK, HK), dim=1)
@@ -135,7 +146,7 @@ class Transformer:
             k = F.rms_norm(k, (D,), layer.k_norm, self.config.rms_norm_eps)
         q = rope_append(q, k, v, cos, sin, batch.slots, k_pages, v_pages, self.kernels.rope_append)
         out = tree_attention(  # [N, HQ, D]
-            q, k_pages, v_pages, batch.tree, self.scale, use_kernel=self.kernels.tree_attention
+            q, k_pages, v_pages, batch.tree, self.scale, window, use_kernel=self.kernels.tree_attention
         )
         return layer.attention_output(self._padded(out.flatten(1)))
 

@@ -6,10 +6,10 @@ import torch
 from outrider.workers.communicator import SoloCommunicator
 from outrider.workers.model.batch import SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.config import ModelConfig, RopeScaling
+from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from support.tensor_source import TensorSource, reference_model, tiny_config
+from support.tensor_source import ROPES, TensorSource, reference_model, tiny_config
 
 CPU = torch.device("cpu")
 PAGE = 8
@@ -20,21 +20,15 @@ CONFIGS = {
     "llama": tiny_config("llama"),
     "llama, 9 heads on 3": tiny_config("llama", num_heads=9, num_kv_heads=3),
     "llama, one KV head, tied": tiny_config("llama", num_kv_heads=1, tied_embeddings=True),
-    "llama, llama3 scaling": tiny_config(
-        "llama",
-        rope_scaling=RopeScaling(
-            kind="llama3", factor=8.0, original_max_context=64, low_freq_factor=1.0, high_freq_factor=4.0
-        ),
-    ),
-    "llama, linear scaling": tiny_config("llama", rope_scaling=RopeScaling(kind="linear", factor=4.0)),
+    "llama, llama3 scaling": tiny_config("llama", rope=ROPES[2]),
+    "llama, linear scaling": tiny_config("llama", rope=ROPES[1]),
     "qwen2": tiny_config("qwen2"),
     "qwen2, tied": tiny_config("qwen2", tied_embeddings=True),
-    "qwen2, yarn scaling": tiny_config(
-        "qwen2",
-        rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_max_context=64, attention_factor=1.1386),
-    ),
+    "qwen2, yarn scaling": tiny_config("qwen2", rope=ROPES[4]),
+    "qwen2, a window in one layer": tiny_config("qwen2", windows=(0, 48)),
     "qwen3": tiny_config("qwen3"),
     "qwen3, tied": tiny_config("qwen3", tied_embeddings=True),
+    "qwen3, windows": tiny_config("qwen3", windows=(48, 48)),
 }
 
 
