@@ -11,10 +11,17 @@ ROPES = (
     Rope(kind="linear", parameters={"factor": 4.0}),
     Rope(
         kind="llama3",
-        parameters={"factor": 8.0, "original_max_position_embeddings": 256, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        parameters={
+            "factor": 8.0,
+            "original_max_position_embeddings": 256,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
     ),
     Rope(kind="yarn", parameters=_ORIGINAL),
-    Rope(kind="yarn", parameters={**_ORIGINAL, "truncate": False, "beta_fast": 16.0, "attention_factor": 1.2}),
+    Rope(
+        kind="yarn", parameters={**_ORIGINAL, "truncate": False, "beta_fast": 16.0, "attention_factor": 1.2}
+    ),
     Rope(kind="yarn", parameters={**_ORIGINAL, "mscale": 1.0, "mscale_all_dim": 0.5}),
 )
 
@@ -61,7 +68,7 @@ def tiny_config(
     max_context: int = 1024,
     windows: tuple[int, ...] = (0, 0),
 ) -> ModelConfig:
-    """Two layers (one for each of `windows`) with heads of size 16; heads * 16 need not be the hidden size, as in Qwen3."""
+    """A layer for each of `windows`, with heads of size 16; heads * 16 need not be the hidden size, as in Qwen3."""
     return ModelConfig(
         architecture=architecture,
         layers=tuple(LayerConfig(window, rope or Rope(), DenseMlp(intermediate_size)) for window in windows),

@@ -44,10 +44,10 @@ class Fields:
     def number(self, key: str, allowed: str, holds: Callable[[float], bool]) -> float:
         """A finite number for which `holds` is true; `allowed` says which those are."""
         value = self.value(key)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            if holds(value):
-                return float(value)
-        raise self.wrong(key, allowed)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or not holds(value):
+            raise self.wrong(key, allowed)
+        return float(value)
 
     def flag(self, key: str) -> bool:
         """True or false."""

@@ -88,9 +88,12 @@ def hf_config_dict(header: GgufHeader) -> dict[str, Any]:
     window = _integer(fields, f"{arch}.attention.sliding_window", 0, low=0)
     if 0 < window < context:
         raise fields.wrong(
-            f"{arch}.attention.sliding_window", f"0 or the context ({context}): sliding windows are not read from GGUF"
+            f"{arch}.attention.sliding_window",
+            f"0 or the context ({context}): sliding windows are not read from GGUF",
         )
-    eps = fields.number(f"{arch}.attention.layer_norm_rms_epsilon", "a number from 0 to 1", lambda x: 0 <= x <= 1)
+    eps = fields.number(
+        f"{arch}.attention.layer_norm_rms_epsilon", "a number from 0 to 1", lambda x: 0 <= x <= 1
+    )
     theta = 10000.0
     if fields.has(f"{arch}.rope.freq_base"):
         theta = fields.number(f"{arch}.rope.freq_base", "a number above 1", lambda x: x > 1)
@@ -109,7 +112,7 @@ def hf_config_dict(header: GgufHeader) -> dict[str, Any]:
         "max_position_embeddings": context,
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "bos_token_id": list(fields.token_ids("tokenizer.ggml.bos_token_id", vocab_size)),
-        "eos_token_id": list(_end_ids(fields, vocab_size)),
+        "eos_token_id": list(gguf_end_ids(header, vocab_size)),
     }
     scaling = _rope_scaling(header, fields, arch, head_dim, theta, context)
     if scaling:
@@ -120,8 +123,12 @@ def hf_config_dict(header: GgufHeader) -> dict[str, Any]:
     return config
 
 
-def _end_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
-    """Ids that end a text or a turn: those the metadata name, then known end-of-turn tokens it defines."""
+def gguf_end_ids(header: GgufHeader, vocab_size: int) -> tuple[int, ...]:
+    """Ids that end a text or a turn: those the metadata name, then known end-of-turn tokens that they define.
+
+    Raises ValueError for an id that is not below `vocab_size`.
+    """
+    fields = Fields(header.metadata, f"{header.path}: ")
     named: list[int] = []
     for key in ("eos_token_id", "eot_token_id", "eom_token_id"):
         named += fields.token_ids(f"tokenizer.ggml.{key}", vocab_size)
@@ -155,7 +162,9 @@ def _rope_scaling(
     is_stretched = kind != "none" and factor not in (0.0, 1.0)
     if ROPE_FACTORS in header.tensors:
         if is_stretched:
-            raise ValueError(f"{header.path} has both {scaling}type and {ROPE_FACTORS}; supported: one of them")
+            raise ValueError(
+                f"{header.path} has both {scaling}type and {ROPE_FACTORS}; supported: one of them"
+            )
         return llama3_scaling(_read_rope_factors(header, head_dim), head_dim, theta)
     if not is_stretched:
         return {}

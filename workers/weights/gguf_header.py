@@ -69,7 +69,7 @@ class GgufHeader:
     tensors: dict[str, GgufTensor]
 
 
-def is_part_of(path: Path) -> Path:
+def first_part(path: Path) -> Path:
     """The first part of the split file that `path` is named as a part of; `path` itself for other names."""
     match = _PART_NAME.fullmatch(path.name)
     return path.with_name(f"{match[1]}-00001-of-{match[3]}.gguf") if match else path
@@ -98,9 +98,13 @@ def read_gguf_header(path: Path) -> GgufHeader:
     for number, part in enumerate(parts):
         told = (part.metadata.get("split.no"), part.metadata.get("split.count"))
         if told != (number, num_parts):
-            raise ValueError(f"{part.path} says that it is part {told[0]} of {told[1]}, not what its name says")
+            raise ValueError(
+                f"{part.path} says that it is part {told[0]} of {told[1]}, not what its name says"
+            )
         if tensors.keys() & part.tensors.keys():
-            raise ValueError(f"{part.path}: tensor {min(tensors.keys() & part.tensors.keys())} is there twice")
+            raise ValueError(
+                f"{part.path}: tensor {min(tensors.keys() & part.tensors.keys())} is there twice"
+            )
         tensors |= part.tensors
     total = parts[0].metadata.get("split.tensors.count", len(tensors))
     if total != len(tensors):
@@ -149,7 +153,9 @@ def _read(path: Path, file: BufferedReader) -> GgufHeader:
         except ValueError as error:
             raise ValueError(f"{path}: tensor {name} has unknown type {type_number}") from error
         if shape[-1] % GGML_QUANT_SIZES[tensor_type][0]:
-            raise ValueError(f"{path}: tensor {name} has rows of {shape[-1]}, not whole {tensor_type.name} blocks")
+            raise ValueError(
+                f"{path}: tensor {name} has rows of {shape[-1]}, not whole {tensor_type.name} blocks"
+            )
         if name in tensors:
             raise ValueError(f"{path}: tensor {name} is there twice")
         tensors[name] = GgufTensor(path, name, shape, tensor_type, data_start + offset)

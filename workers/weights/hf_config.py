@@ -11,24 +11,22 @@ from outrider.workers.weights.families import Family, family_named
 from outrider.workers.weights.fields import Fields
 
 # Bookkeeping, training, outputs of other kinds, and sampling defaults: a deployment has its own.
-_HARMLESS = frozenset(
-    """
-    transformers_version torch_dtype dtype _name_or_path name_or_path _commit_hash model_name
-    initializer_range attention_dropout hidden_dropout dropout gradient_checkpointing router_aux_loss_coef
-    use_cache output_hidden_states output_attentions output_scores return_dict return_dict_in_generate
-    chunk_size_feed_forward torchscript use_bfloat16 tf_legacy_loss is_decoder tie_last_hidden_states
-    attn_implementation _attn_implementation _attn_implementation_internal _attn_implementation_autoset
-    _flash_attn_2_enabled use_flash_attn experts_implementation keys_to_ignore_at_inference
-    id2label label2id num_labels problem_type finetuning_task task_specific_params prefix
-    tokenizer_class pad_token_id sep_token_id decoder_start_token_id eos_token bos_token pad_token
-    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups num_return_sequences
-    diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty
-    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    max_sequence_length model_max_length pretraining_tp num_logits_to_keep logits_to_keep
-    unsloth_fixed unsloth_version is_llama_config transformers.js_config
-    """.split()
-)
+_HARMLESS = """
+transformers_version torch_dtype dtype _name_or_path name_or_path _commit_hash model_name
+initializer_range attention_dropout hidden_dropout dropout gradient_checkpointing router_aux_loss_coef
+use_cache output_hidden_states output_attentions output_scores return_dict return_dict_in_generate
+chunk_size_feed_forward torchscript use_bfloat16 tf_legacy_loss is_decoder tie_last_hidden_states
+attn_implementation _attn_implementation _attn_implementation_internal _attn_implementation_autoset
+_flash_attn_2_enabled use_flash_attn experts_implementation keys_to_ignore_at_inference
+id2label label2id num_labels problem_type finetuning_task task_specific_params prefix
+tokenizer_class pad_token_id sep_token_id decoder_start_token_id eos_token bos_token pad_token
+max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups num_return_sequences
+diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty
+no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids forced_bos_token_id forced_eos_token_id
+remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+max_sequence_length model_max_length pretraining_tp num_logits_to_keep logits_to_keep
+unsloth_fixed unsloth_version is_llama_config transformers.js_config
+"""
 
 # What another model would do with them is not done here; null is neutral for all.
 _OFF: Mapping[str, tuple[Any, ...]] = {
@@ -120,7 +118,7 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         bos_token_ids=fields.token_ids("bos_token_id", vocab_size),
         eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
     )
-    fields.ignore(_HARMLESS)
+    fields.ignore(_HARMLESS.split())
     fields.refuse_unread()
     return config
 

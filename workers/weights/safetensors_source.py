@@ -164,11 +164,16 @@ def read_hf_config(directory: Path) -> ModelConfig:
         config = model_config_from_hf(_read_json(path))
     except ValueError as error:
         raise ValueError(error if str(error).startswith(str(directory)) else f"{path}: {error}") from error
-    generation = directory / "generation_config.json"
-    if not generation.exists():
-        return config
-    extra = Fields(_read_json(generation), f"{generation}: ").token_ids("eos_token_id", config.vocab_size)
+    extra = generation_end_ids(directory, config.vocab_size)
     return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
+
+
+def generation_end_ids(directory: Path, vocab_size: int) -> tuple[int, ...]:
+    """End-of-text ids that a generation_config.json names, () without one; ValueError for what is no id."""
+    path = directory / "generation_config.json"
+    if not path.exists():
+        return ()
+    return Fields(_read_json(path), f"{path}: ").token_ids("eos_token_id", vocab_size)
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -94,13 +94,17 @@ def check_tensors(config: ModelConfig, found: Mapping[str, FoundTensor]) -> None
     missing = sorted(expected.keys() - found.keys())
     if missing:
         raise ValueError(f"has no tensor {missing[0]}{_more(len(missing))}")
-    for name, tensor in sorted(found.items()):
+    for _, tensor in sorted(found.items()):
         if not tensor.is_readable:
             raise ValueError(
                 f"tensor {tensor.stored_as} is stored as {tensor.format}, which cannot be read; "
                 "readable: F64, F32, F16, BF16, and the types of GGUF that the gguf package converts"
             )
-    wrong = [(t.stored_as, t.shape, expected[name]) for name, t in sorted(found.items()) if t.shape != expected[name]]
+    wrong = [
+        (t.stored_as, t.shape, expected[name])
+        for name, t in sorted(found.items())
+        if t.shape != expected[name]
+    ]
     if wrong:
         name, got, want = wrong[0]
         raise ValueError(

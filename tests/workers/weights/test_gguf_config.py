@@ -82,7 +82,9 @@ def test_divisors_of_another_rule_are_refused() -> None:
 
 def test_linear_and_yarn(tmp_path: Path) -> None:
     linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-    assert source_with(tmp_path, linear).config.layers[0].rope == Rope(kind="linear", parameters={"factor": 4.0})
+    assert source_with(tmp_path, linear).config.layers[0].rope == Rope(
+        kind="linear", parameters={"factor": 4.0}
+    )
     yarn = {
         "qwen2.rope.scaling.type": "yarn",
         "qwen2.rope.scaling.factor": 4.0,
@@ -126,5 +128,7 @@ def test_unsupported_features_are_named(tmp_path: Path, extra: dict[str, Any], m
 def test_other_architectures_are_named(tmp_path: Path) -> None:
     config, tensors = random_tensors("llama")
     write_gguf(tmp_path / "m.gguf", replace(config, architecture="gemma3"), tensors)
-    with pytest.raises(ValueError, match="general.architecture must be one of llama, qwen2, qwen3, got 'gemma3'"):
+    with pytest.raises(
+        ValueError, match=r"general\.architecture must be one of llama, qwen2, qwen3, got 'gemma3'"
+    ):
         GgufSource(tmp_path / "m.gguf")

@@ -71,7 +71,10 @@ def described(config: ModelConfig) -> list[object]:
 @pytest.mark.parametrize(
     "change",
     [
-        *({key: ...} for key in ("num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings")),
+        *(
+            {key: ...}
+            for key in ("num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings")
+        ),
         {"hidden_act": "swish"},
         {"tie_word_embeddings": True},
         {"head_dim": 32},
@@ -146,14 +149,26 @@ def test_windows_are_those_of_transformers() -> None:
         ({"rope_theta": None}, "rope_theta must be a number above 1, got null"),
         ({"rope_theta": float("inf")}, "rope_theta must be a number above 1, got inf"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object, got 'linear'"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type must be one of default, linear"),
-        ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "rope_scaling.type must be one of default"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type must be one of default, linear",
+        ),
+        (
+            {"rope_scaling": {"type": "mrope", "mrope_section": [1]}},
+            "rope_scaling.type must be one of default",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "factor must be a number of at least 1, got nothing"),
-        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be a number of at least 1, got 0.5"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0.5}},
+            "factor must be a number of at least 1, got 0.5",
+        ),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4}}, "high_freq_factor must be above"),
         ({"rope_scaling": {**LLAMA3, "extra": 1}}, "rope_scaling.extra is not known here"),
         ({"rope_scaling": {**YARN, "beta_fast": 0.5}}, "beta_fast must be above rope_scaling.beta_slow"),
-        ({"rope_scaling": LLAMA3, "rope_parameters": YARN}, "rope_scaling and rope_parameters must be the same"),
+        (
+            {"rope_scaling": LLAMA3, "rope_parameters": YARN},
+            "rope_scaling and rope_parameters must be the same",
+        ),
         ({"rope_parameters": {"full_attention": YARN}}, "rope_parameters.full_attention is not known here"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1 or null"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1 or null"),
