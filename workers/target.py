@@ -16,6 +16,7 @@ from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.batch import build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import forward_of, target_capacities
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.rounds.link import DraftReceiver
@@ -60,7 +61,7 @@ class TargetRank:
                 rows = [self._sequences.rows(step) for step in draft.steps]
                 hidden = self._forward(build_batch(rows, self._cache.page_size, self.model.device))
                 if sampled:
-                    logits = self.model.logits_of(hidden, sampled)
+                    logits = self.model.logits_of(hidden.last, sampled)
         times.append(time.monotonic())
         steps: tuple[StepScores, ...] = tuple(StepScores((), (), (), ()) for _ in draft.steps)
         if sampled:
@@ -106,7 +107,7 @@ class TargetWorker:
         self._communicator: Communicator = SoloCommunicator()
 
     def load(self, progress: Callable[[str, int, int], None]) -> None:
-        """Read this rank's weights and lay out its KV cache. `progress(what, done_bytes, total_bytes)`.
+        """Read this rank's weights. `progress(what, done_bytes, total_bytes)`.
 
         Raises:
             ValueError: the checkpoint is missing or does not fit the configuration.
@@ -124,22 +125,8 @@ class TargetWorker:
             done += num_bytes
             progress("load", min(done, total), total)
 
-        kernels = kernels_for(self.config, source.config, device, dtype)
-        self._model = Transformer(
-            source.config,
-            plan,
-            source,
-            SoloCommunicator(),
-            dtype,
-            device,
-            target.packed_weights,
-            count,
-            kernels,
-        )
-        num_pages = num_target_pages(self.config, source.config)
-        self._cache = PagedCache(
-            source.config, plan, num_pages, target.page_size, dtype, device, kernels.kv_commit
-        )
+        self._kernels = kernels_for(self.config, source.config, device, dtype)
+        self._weights = load_weights(plan, source, dtype, device, target.packed_weights, count)
 
     def open_store(self, host: str) -> tuple[str, int]:
         """Rank 0: open the meeting point of all groups on a free port; returns its host and port."""
@@ -147,7 +134,9 @@ class TargetWorker:
         return host, self._store.port
 
     def connect(self, host: str, port: int, epoch: int) -> None:
-        """Join the target group and, on rank 0, the link to the DraftWorker. Every process must call it.
+        """Join the target group, build the model and its KV cache, and on rank 0 open the link to the DraftWorker.
+
+        Every process must call it.
 
         Raises:
             PeerLostError: another process has not come within `cluster.group_timeout_s`.
@@ -159,10 +148,18 @@ class TargetWorker:
         self._communicator = join_group(
             self._store, epoch, self.rank, target.tp_size, self._transport(), timeout_s
         )
-        self._model.communicator = self._communicator
-        self._model.kernels = agreed_kernels(self._model.kernels, self._communicator)
-        self._cache.use_kernel = self._model.kernels.kv_commit
-        self._rank = TargetRank(self._model, self._cache, self._tracer)
+        kernels = agreed_kernels(self._kernels, self._communicator)
+        weights = self._weights
+        cache = PagedCache(
+            weights.plan.config,
+            weights.plan,
+            num_target_pages(self.config, weights.plan.config),
+            target.page_size,
+            weights.dtype,
+            weights.device,
+            kernels.kv_commit,
+        )
+        self._rank = TargetRank(Transformer(weights, self._communicator, kernels), cache, self._tracer)
         self._capacity = message_capacity(self.config)
         if self.rank == 0:
             capacity = self._capacity
@@ -195,7 +192,7 @@ class TargetWorker:
             self._communicator.close()
 
     def _transport(self) -> str:
-        on_gpu = self._model.device.type == "cuda"
+        on_gpu = self._weights.device.type == "cuda"
         return "nccl" if self.config.target.all_reduce == "auto" and on_gpu else self.config.target.all_reduce
 
     def stats(self) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class ModelDrafter:
         rows = SequenceRows(pages, 0, chain(num_rows), 0, [0] * num_rows)
         context = RowContext(SamplingParams(temperature=0.0), 0, PenaltyState(()), ())
         begun = time.monotonic()
-        hidden = self._run(build_batch([rows], self._cache.page_size, self._model.device))
+        hidden = self._run(build_batch([rows], self._cache.page_size, self._model.device)).last
         self._sampler.propose(self._model.logits(hidden), [context] * num_rows, self._max_children)
         seconds = time.monotonic() - begun
         self._pool.release(pages)
@@ -302,7 +302,7 @@ class ModelDrafter:
         """[num_rows, hidden], valid until the next call."""
         batch = build_batch([item.rows for item in work], self._cache.page_size, self._model.device)
         with self._tracer.span("forward", len(batch.tokens)):
-            return self._run(batch)
+            return self._run(batch).last
 
     def _context(self, sequence: Sequence, node: int) -> RowContext:
         tree = sequence.tree

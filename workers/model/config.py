@@ -24,7 +24,7 @@ class Rope:
 
     theta: float = 10000.0
     kind: str = "default"
-    parameters: Mapping[str, float] = field(default_factory=dict)
+    parameters: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
