@@ -223,9 +223,7 @@ class ShardLogits:
                 values, ids = self._some(rows[chosen]), self._all_ids[None]
             else:
                 values, ids = self._possible(rows[chosen], temperatures[chosen], keys[chosen], count)
-            best[chosen] = best_of(
-                values, ids, temperatures[chosen], keys[chosen], count, self.vocab_offset
-            )
+            best[chosen] = best_of(values, ids, temperatures[chosen], keys[chosen], count, self.vocab_offset)
         return best
 
     def best_kept(
@@ -346,7 +344,9 @@ def best_of(
         leading = upper[each, leaders]
     bounds = (scaled[each, leaders] + gumbel_from_hash(hashes[each, leaders])).min(axis=1)
     bounds -= _ROUNDING + _RELATIVE_ROUNDING * np.abs(bounds)
-    bounds[leading.min(axis=1) == -np.inf] = np.finfo(np.float32).min  # fewer than `count` are left: all of them
+    bounds[leading.min(axis=1) == -np.inf] = np.finfo(
+        np.float32
+    ).min  # fewer than `count` are left: all of them
     found = np.flatnonzero(upper >= bounds[:, None])
     scores = scaled.ravel()[found] + gumbel_from_hash(hashes.ravel()[found])
     of_row, column = np.divmod(found, width)

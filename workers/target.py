@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from outrider.configs.schema import Config
+from outrider.workers.drafting.registry import layers_needed
 from outrider.workers.link.communicator import Communicator, SoloCommunicator, broadcast_message
 from outrider.workers.link.distributed import Link, connect_store, join_group, open_store
 from outrider.workers.link.link import DraftReceiver
@@ -18,11 +19,13 @@ from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.batch import build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import forward_of, target_capacities
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.transformer import Transformer
+from outrider.workers.model.transformer import Hidden, Transformer
 from outrider.workers.sampling.sampler import NO_SAMPLES, Sampler
 from outrider.workers.setup import (
     agreed_kernels,
+    counting,
     kernels_for,
     load_model,
     num_target_pages,
@@ -36,11 +39,14 @@ from outrider.workers.trace import Tracer
 class TargetRank:
     """The computation of one rank. A step reads: commit, forward, sample. No branch on what the step is for."""
 
-    def __init__(self, model: Transformer, cache: PagedCache, num_slots: int, tracer: Tracer) -> None:
-        """`num_slots`: sequences that run at the same time."""
+    def __init__(
+        self, model: Transformer, cache: PagedCache, num_slots: int, taps: tuple[int, ...], tracer: Tracer
+    ) -> None:
+        """num_slots: sequences that run at once; taps: layers whose rows rounds may ask for, see `Hidden`."""
         self.model = model
         self._cache = cache
-        self._forward = forward_of(model, cache, target_capacities(model, cache))
+        self._taps = taps
+        self._forward = forward_of(model, cache, target_capacities(model, cache), taps)
         self._tracer = tracer
         self._sequences = TargetSequences(num_slots, cache.num_pages, cache.page_size)
         self._sampler = Sampler(model.config.vocab_size, model.plan.vocab, model.communicator, model.kernels)
@@ -57,10 +63,10 @@ class TargetRank:
         if steps.num_rows:
             with self._tracer.span("forward", steps.num_rows):
                 rows = self._sequences.rows(steps)
-                last = self._forward(build_batch(self._sequences.tables, rows, self.model.device))
-                hidden = self._hidden(draft, (last,))
+                rows_out = self._forward(build_batch(self._sequences.tables, rows, self.model.device))
+                hidden = self._hidden(draft, rows_out)
                 if len(sampled):
-                    logits = self.model.logits_of(last, sampled)
+                    logits = self.model.logits_of(rows_out.last, sampled)
         times.append(time.monotonic())
         samples = NO_SAMPLES
         if len(sampled):
@@ -85,13 +91,14 @@ class TargetRank:
             hidden=hidden,
         )
 
-    def _hidden(self, draft: Draft, layers: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+    def _hidden(self, draft: Draft, computed: Hidden) -> torch.Tensor | None:
         """[num_layers, num_rows, hidden_size] of the layers and rows that this round asks for, copied."""
         rows = draft.steps.hidden_rows
         if not draft.layers or not len(rows):
             return None
         index = torch.from_numpy(rows).to(self.model.device)
-        return torch.stack([layers[layer].index_select(0, index) for layer in draft.layers])
+        asked = [computed.taps[self._taps[index]] for index in draft.layers]
+        return torch.stack([rows_of_layer.index_select(0, index) for rows_of_layer in asked])
 
 
 class TargetWorker:
@@ -107,7 +114,7 @@ class TargetWorker:
         self._communicator: Communicator = SoloCommunicator()
 
     def load(self, progress: Callable[[str, int, int], None]) -> None:
-        """Read this rank's weights and lay out its KV cache. `progress(what, done_bytes, total_bytes)`.
+        """Read this rank's weights. `progress(what, done_bytes, total_bytes)`.
 
         Raises:
             ValueError: the checkpoint is missing or does not fit the configuration.
@@ -117,30 +124,9 @@ class TargetWorker:
         device, dtype = torch_device(target.device), torch_dtype(target.dtype)
         source = load_model(self.config, "target", progress)
         plan = ShardPlan(source.config, self.rank, target.tp_size)
-        total = source.total_bytes(dtype) // target.tp_size
-        done = 0
-
-        def count(num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            progress("load", min(done, total), total)
-
-        kernels = kernels_for(self.config, source.config, device, dtype)
-        self._model = Transformer(
-            source.config,
-            plan,
-            source,
-            SoloCommunicator(),
-            dtype,
-            device,
-            target.packed_weights,
-            count,
-            kernels,
-        )
-        num_pages = num_target_pages(self.config, source.config)
-        self._cache = PagedCache(
-            source.config, plan, num_pages, target.page_size, dtype, device, kernels.kv_commit
-        )
+        counted = counting(progress, source.total_bytes(dtype) // target.tp_size)
+        self._kernels = kernels_for(self.config, source.config, device, dtype)
+        self._weights = load_weights(plan, source, dtype, device, target.packed_weights, counted)
 
     def open_store(self, host: str) -> tuple[str, int]:
         """Rank 0: open the meeting point of all groups on a free port; returns its host and port."""
@@ -148,7 +134,9 @@ class TargetWorker:
         return host, self._store.port
 
     def connect(self, host: str, port: int, epoch: int) -> None:
-        """Join the target group and, on rank 0, the link to the DraftWorker. Every process must call it.
+        """Join the target group, build the model and its KV cache, and on rank 0 open the link to the DraftWorker.
+
+        Every process must call it.
 
         Raises:
             PeerLostError: another process has not come within `cluster.group_timeout_s`.
@@ -160,13 +148,26 @@ class TargetWorker:
         self._communicator = join_group(
             self._store, epoch, self.rank, target.tp_size, self._transport(), timeout_s
         )
-        self._model.communicator = self._communicator
-        self._model.kernels = agreed_kernels(self._model.kernels, self._communicator)
-        self._cache.use_kernel = self._model.kernels.kv_commit
-        num_slots = self.config.rounds.max_sequences
-        self._rank = TargetRank(self._model, self._cache, num_slots, self._tracer)
+        kernels = agreed_kernels(self._kernels, self._communicator)
+        weights = self._weights
+        cache = PagedCache(
+            weights.plan.config,
+            weights.plan,
+            num_target_pages(self.config, weights.plan.config),
+            target.page_size,
+            weights.dtype,
+            weights.device,
+            kernels.kv_commit,
+        )
+        self._rank = TargetRank(
+            Transformer(weights, self._communicator, kernels),
+            cache,
+            self.config.rounds.max_sequences,
+            layers_needed(self.config, weights.plan.config),
+            self._tracer,
+        )
         if self.rank == 0:
-            self._link = DraftReceiver(Link(self._store, epoch, True, self._model.device, timeout_s))
+            self._link = DraftReceiver(Link(self._store, epoch, True, weights.device, timeout_s))
 
     def run(self) -> None:
         """Serve rounds until the DraftWorker says stop. Any failure wakes the other ranks and is raised."""
@@ -194,7 +195,7 @@ class TargetWorker:
             self._communicator.close()
 
     def _transport(self) -> str:
-        on_gpu = self._model.device.type == "cuda"
+        on_gpu = self._weights.device.type == "cuda"
         return "nccl" if self.config.target.all_reduce == "auto" and on_gpu else self.config.target.all_reduce
 
     def stats(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from outrider.workers.link.communicator import Communicator, SoloCommunicator, b
 from outrider.workers.link.link import DraftReceiver, DraftSender, Packet
 from outrider.workers.link.messages import decode_draft
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.rounds.budget import CostModel, PassProfile
@@ -29,6 +30,7 @@ from outrider.workers.rounds.growth import GrowthOptions
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
 from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.hidden import all_layers
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.rules import RULES, Rule
 from outrider.workers.sequences.sequence import Request, TokenEvent
@@ -95,14 +97,6 @@ class LocalEngine:
     ) -> None:
         """`methods`: further draft methods; `rules`: those that requests may name."""
         draft_end, target_end = queue_links()
-        self.ranks = []
-        for rank, communicator in enumerate(communicators):
-            plan = ShardPlan(target.config, rank, len(communicators))
-            model = Transformer(
-                target.config, plan, target, communicator, dtype, torch.device("cpu"), packed=True
-            )
-            cache = PagedCache(target.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
-            self.ranks.append(TargetRank(model, cache, max_sequences, Tracer(f"target {rank}", False)))
         self._target_end = DraftReceiver(target_end)
         ngram = ngram or NgramConfig()
         slots = DraftedSlots(max_sequences, max_nodes, max(ngram.max_match, _MAX_DEPTH))
@@ -110,9 +104,8 @@ class LocalEngine:
         self.drafting.add(NgramMethod(slots, self.drafting.estimator, ngram))
         if draft is not None:
             plan = ShardPlan(draft.config, 0, 1)
-            model = Transformer(
-                draft.config, plan, draft, SoloCommunicator(), dtype, torch.device("cpu"), packed=True
-            )
+            weights = load_weights(plan, draft, dtype, torch.device("cpu"), packed=True)
+            model = Transformer(weights, SoloCommunicator())
             cache = PagedCache(draft.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
             vocab = draft.config.vocab_size
             self.drafting.add(
@@ -133,6 +126,17 @@ class LocalEngine:
             )
         for build in methods:
             self.drafting.add(build(slots, self.drafting.estimator, target.config))
+        rule_needs = [rule.needs.hidden for rule in rules.values()]
+        layers = all_layers([*self.drafting.needs(), *rule_needs])
+        self.ranks = []
+        for rank, communicator in enumerate(communicators):
+            plan = ShardPlan(target.config, rank, len(communicators))
+            weights = load_weights(plan, target, dtype, torch.device("cpu"), packed=True)
+            model = Transformer(weights, communicator)
+            cache = PagedCache(target.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
+            self.ranks.append(
+                TargetRank(model, cache, max_sequences, layers, Tracer(f"target {rank}", False))
+            )
         limits = SchedulerLimits(max_sequences, max_round_tokens, prefill_chunk)
         self.pool = PagePool(num_pages, page_size, prefix_sharing)
         self.events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()

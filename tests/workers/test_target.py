@@ -7,6 +7,7 @@ import torch
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.link.messages import Draft, ScoreNeeds, Scores, SequenceStart, SequenceStep, Steps
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sequences.params import SamplingParams
@@ -33,7 +34,7 @@ PATHS = [(7,), (7, 10), (7, 11), (7, 10, 13)]
 
 def model_of(communicator: Communicator) -> tuple[Transformer, PagedCache]:
     plan = ShardPlan(SOURCE.config, communicator.rank, communicator.size)
-    model = Transformer(SOURCE.config, plan, SOURCE, communicator, torch.float32, CPU, packed=False)
+    model = Transformer(load_weights(plan, SOURCE, torch.float32, CPU, packed=False), communicator)
     return model, PagedCache(SOURCE.config, plan, NUM_PAGES, PAGE, torch.float32, CPU)
 
 
@@ -46,7 +47,7 @@ def hidden_of(alone: tuple[Transformer, PagedCache], tokens: tuple[int, ...]) ->
     """[num_tokens, hidden] before the final norm, of a text by itself."""
     model, cache = alone
     rows = SequenceRows(range(NUM_PAGES), 0, chain(len(tokens)), 0, tokens)
-    return model.forward(batch_of([rows], PAGE, CPU), cache).clone()
+    return model.forward(batch_of([rows], PAGE, CPU), cache).last.clone()
 
 
 def law_of(alone: tuple[Transformer, PagedCache], tokens: tuple[int, ...]) -> torch.Tensor:
@@ -57,7 +58,7 @@ def law_of(alone: tuple[Transformer, PagedCache], tokens: tuple[int, ...]) -> to
 def rounds(communicator: Communicator) -> list[Scores]:
     """A prompt in two rounds with a tree below it in slot 0, which needs everything; in slot 2 one that needs
     nothing in its first round."""
-    rank = TargetRank(*model_of(communicator), 3, Tracer("target", False))
+    rank = TargetRank(*model_of(communicator), 3, (SOURCE.config.num_layers,), Tracer("target", False))
     starts = (
         SequenceStart(0, 3, 0, GREEDY, ScoreNeeds(child_logprobs=True, entropy=True)),
         SequenceStart(2, 11, 0, GREEDY, ScoreNeeds(entropy=True)),

@@ -21,6 +21,7 @@ from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import TreeRows, build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import draft_capacities, forward_of
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling.context import PenaltyState, SampledRows
@@ -107,9 +108,8 @@ class ModelMethod(DraftMethod):
         counted = counting(progress, source.total_bytes(dtype))
         kernels = kernels_for(config, source.config, device, dtype)
         solo = SoloCommunicator()
-        model = Transformer(
-            source.config, plan, source, solo, dtype, device, draft.packed_weights, counted, kernels
-        )
+        weights = load_weights(plan, source, dtype, device, draft.packed_weights, counted)
+        model = Transformer(weights, solo, kernels)
         page_size = config.target.page_size
         num_pages = num_draft_pages(config, source.config)
         vocab_size = source.config.vocab_size
@@ -205,7 +205,7 @@ class ModelMethod(DraftMethod):
         rows = _chains(zero, zero, length, np.zeros(num_rows, dtype=np.int64))
         sampled = SampledRows(SamplingParams(temperature=0.0), np.arange(num_rows), PenaltyState(()))
         begun = time.monotonic()
-        hidden = self._run(build_batch(self._rows.tables, rows, self._model.device))
+        hidden = self._run(build_batch(self._rows.tables, rows, self._model.device)).last
         self._sampler.propose(self._model.logits(hidden), [sampled], self._max_children)
         seconds = time.monotonic() - begun
         self._rows.tables.clear(0)
@@ -326,7 +326,7 @@ class ModelMethod(DraftMethod):
         """[num_rows, hidden], valid until the next call."""
         batch = build_batch(self._rows.tables, rows, self._model.device)
         with self._tracer.span("forward", len(rows.tokens)):
-            return self._run(batch)
+            return self._run(batch).last
 
     def _sampled_rows(self, slots: Ints, counts: Ints, nodes: Ints) -> list[SampledRows]:
         positions = self.trees.root_positions[np.repeat(slots, counts)] + 1

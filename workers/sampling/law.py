@@ -159,9 +159,15 @@ def nuclei(
         kept[limited] = count_true(logits[limited] >= kth[limited, None])
         certain[limited] = kth[limited] > floors[limited]
     weights = exponentials(logits, logits[:, 0], params.temperatures[rows])
-    masses = torch.from_numpy(weights).cumsum(dim=1, dtype=torch.float64).numpy()  # numpy's takes three times as long
+    masses = (
+        torch.from_numpy(weights).cumsum(dim=1, dtype=torch.float64).numpy()
+    )  # numpy's takes three times as long
     if (top_p < 1.0).any():
-        limits = masses[each, kept - 1].copy() if totals is None else np.where(top_k > 0, masses[each, kept - 1], totals)
+        limits = (
+            masses[each, kept - 1].copy()
+            if totals is None
+            else np.where(top_k > 0, masses[each, kept - 1], totals)
+        )
         limits *= top_p
         limits[top_p == 1.0] = np.inf
         kept = np.minimum(kept, 1 + count_true(masses[:, :-1] < limits[:, None]))

@@ -165,4 +165,3 @@ class DeviceShard:
 
     def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
         return torch.as_tensor(values, device=self._logits.device)
-
