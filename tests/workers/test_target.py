@@ -98,7 +98,7 @@ def test_rules_and_methods_get_what_they_ask_for(
 
 
 def test_nothing_is_sent_that_nobody_asked_for() -> None:
-    rank = TargetRank(*model_of(SoloCommunicator()), 1, Tracer("target", False))
+    rank = TargetRank(*model_of(SoloCommunicator()), 1, (SOURCE.config.num_layers,), Tracer("target", False))
     start = SequenceStart(0, 3, 0, GREEDY)
     step = SequenceStep(0, (), (0, 1), (5, 6, 7, 8), (0, 0, 1, 2), first_sampled=2)
     scores = rank.step(Draft(1, (start,), (), Steps.of([step]), layers=(0,)))
