@@ -14,15 +14,15 @@ from outrider.workers.drafting.registry import layers_needed
 from outrider.workers.link.communicator import Communicator, SoloCommunicator, broadcast_message
 from outrider.workers.link.distributed import Link, connect_store, join_group, open_store
 from outrider.workers.link.link import DraftReceiver
-from outrider.workers.link.messages import Draft, Scores, decode_draft
+from outrider.workers.link.messages import Draft, Scores, Steps, decode_draft
 from outrider.workers.memory import peak_memory_bytes
-from outrider.workers.model.batch import build_batch
+from outrider.workers.model.batch import TreeRows, build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import forward_of, target_capacities
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Hidden, Transformer
-from outrider.workers.sampling.sampler import NO_SAMPLES, Sampler
+from outrider.workers.sampling.sampler import NO_SAMPLES, Sampler, Samples
 from outrider.workers.setup import (
     agreed_kernels,
     counting,
@@ -71,8 +71,7 @@ class TargetRank:
         samples = NO_SAMPLES
         if len(sampled):
             with self._tracer.span("sample", len(sampled)):
-                groups, questions = self._sequences.sampled(steps, rows), self._sequences.questions(steps)
-                samples = self._sampler.sample(logits, groups, questions)
+                samples = self.sample(steps, rows, logits)
         times.append(time.monotonic())
         commit_s, forward_s, sample_s = (after - before for before, after in pairwise(times))
         asking = self._sequences.asking(steps)
@@ -90,6 +89,11 @@ class TargetRank:
             sample_s=sample_s,
             hidden=hidden,
         )
+
+    def sample(self, steps: Steps, rows: TreeRows, logits: torch.Tensor) -> Samples:
+        """The target's token after every sampled node, from logits [M, vocab_shard], and what sequences ask besides."""
+        groups, questions = self._sequences.sampled(steps, rows), self._sequences.questions(steps)
+        return self._sampler.sample(logits, groups, questions)
 
     def _hidden(self, draft: Draft, computed: Hidden) -> torch.Tensor | None:
         """[num_layers, num_rows, hidden_size] of the layers and rows that this round asks for, copied."""
