@@ -1,15 +1,14 @@
 """What a round costs on the host besides the models: the real loop over models that cost nothing.
 
 Loop, scheduler, drafting, messages, the target's state and the sampler are those that serve; only the two models
-are tables from a token to logits. One thread does everything, so its processor time is the sum of all processes'.
+are tables from a token and its position to logits. One thread does everything, so its processor time is the sum of all processes'.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -22,7 +21,7 @@ from outrider.workers.drafting.model import ModelMethod
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.link.link import DraftReceiver, DraftSender, Packet
-from outrider.workers.link.messages import decode_draft
+from outrider.workers.link.messages import Steps, decode_draft
 from outrider.workers.model.batch import ForwardBatch, TreeRows
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
@@ -36,18 +35,18 @@ from outrider.workers.sampling.sampler import Sampler, Samples
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
-from outrider.workers.link.messages import Steps
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig
 
 TREE_NODES = 32  # drafted nodes of each sequence in each round
 _TREE_DEPTH = 8
-_NUM_TABLE_ROWS = 64  # tokens that are the same modulo this have the same logits
-_DRAFT_ERROR = 0.5  # standard deviation of the drafter's logits around the target's
-_LOGIT_SCALE = 3.0
+_NUM_TABLE_ROWS = 509
+_DRAFT_ERROR = 1.5  # standard deviation of the drafter's logits around the target's
+_LOGIT_SCALE = 2.0
 _PROMPT_TOKENS = 64
 _NUM_WARM_UP_ROUNDS, _NUM_ROUNDS = 30, 100
+_ROWS_PER_STEP = 12  # nodes of a sequence that a draft step expands
 _PAGE_SIZE = 16
 
 
@@ -86,7 +85,7 @@ class _Clock:
 
 
 class _FreeModel:
-    """Stands in for a Transformer: hidden rows are the tokens, logits come from a table."""
+    """Stands in for a Transformer: hidden rows are numbers made of token and position, logits rows of a table."""
 
     def __init__(self, config: ModelConfig, table: torch.Tensor, clock: _Clock) -> None:
         self.config = config
@@ -99,12 +98,12 @@ class _FreeModel:
 
     def forward(self, batch: ForwardBatch, cache: PagedCache, taps: Sequence[int] = ()) -> Hidden:
         with self._clock.running():
-            return Hidden(batch.tokens[:, None], {})
+            return Hidden((7 * batch.tokens + batch.positions)[:, None], {})
 
     def logits_of(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         with self._clock.running():
-            tokens = hidden[:, 0].index_select(0, torch.as_tensor(rows))
-            return self._table.index_select(0, tokens % _NUM_TABLE_ROWS)
+            numbers = hidden[:, 0].index_select(0, torch.as_tensor(rows))
+            return self._table.index_select(0, numbers % _NUM_TABLE_ROWS)
 
 
 class _FreeCache:
@@ -191,7 +190,9 @@ class _Bench:
         shape = (_NUM_TABLE_ROWS, model.vocab_size)
         table = _LOGIT_SCALE * torch.randn(shape, generator=generator)
         guessed = table + _DRAFT_ERROR * torch.randn(shape, generator=generator)
-        num_pages = num_sequences * (1 + _PROMPT_TOKENS + (_NUM_WARM_UP_ROUNDS + _NUM_ROUNDS) * _TREE_DEPTH) // 8
+        num_pages = (
+            num_sequences * (1 + _PROMPT_TOKENS + (_NUM_WARM_UP_ROUNDS + _NUM_ROUNDS) * _TREE_DEPTH) // 8
+        )
         cache = cast(PagedCache, _FreeCache(num_pages))
         self._link = _DirectLink()
         target = cast(Transformer, _FreeModel(model, table, self._model_clock))
@@ -210,8 +211,8 @@ class _Bench:
                 sampler=_TimedSampler(model.vocab_size, self._sampling_clock),
                 num_target_tokens=model.vocab_size,
                 max_children=config.tree.max_children,
-                rows_per_sequence=TREE_NODES,
-                max_rows=num_sequences * TREE_NODES,
+                rows_per_sequence=_ROWS_PER_STEP,
+                max_rows=num_sequences * _ROWS_PER_STEP,
                 prefill_chunk=_PROMPT_TOKENS,
                 tracer=Tracer("draft model", False),
             )

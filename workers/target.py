@@ -91,7 +91,7 @@ class TargetRank:
         )
 
     def sample(self, steps: Steps, rows: TreeRows, logits: torch.Tensor) -> Samples:
-        """The target's token after every sampled node, from logits [M, vocab_shard], and what sequences ask besides."""
+        """The target's token after every sampled node, from logits [M, vocab_shard], and what else is asked."""
         groups, questions = self._sequences.sampled(steps, rows), self._sequences.questions(steps)
         return self._sampler.sample(logits, groups, questions)
 

@@ -48,10 +48,12 @@ class Forecast:
         gains: float64 [M], expected accepted tokens, in this round's trees, of each proposal, descending; empty when
             nothing is left to expand.
         num_rows: rows of its forward, tokens included that the method has not read yet.
+        slots: int64 [b], those whose trees would grow.
     """
 
     gains: Floats
     num_rows: int
+    slots: Ints
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class DraftMethod(ABC):
 
     def forecast(self, slots: Ints) -> Forecast:
         """What the next `expand` over these slots would do; free methods are not asked."""
-        return Forecast(_NO_FLOATS, 0)
+        return Forecast(_NO_FLOATS, 0, _NO_INTS)
 
     @abstractmethod
     def expand(self, slots: Ints) -> bool:

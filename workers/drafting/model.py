@@ -15,7 +15,7 @@ import torch
 
 from outrider.workers.drafting.acceptance import NUM_SAMPLED_KINDS, AcceptanceEstimator, priors_and_kinds
 from outrider.workers.drafting.method import DraftMethod, Forecast, MethodContext
-from outrider.workers.drafting.row_cache import RowCache, chain_masks
+from outrider.workers.drafting.row_cache import Expansion, RowCache, chain_masks
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import TreeRows, build_batch
@@ -91,6 +91,7 @@ class ModelMethod(DraftMethod):
         self._max_rows = max_rows
         self._prefill_chunk = prefill_chunk
         self._penalties = [PenaltyState(())] * len(slots)
+        self._planned: tuple[tuple[int, bytes], _Frontier] | None = None
         self._first_source = estimator.reserve(NUM_SAMPLED_KINDS)
         # By rank: how likely the proposal below a node is accepted, if the node is; of sampled and greedy requests,
         # because for sampled ones the noise chooses.
@@ -164,6 +165,7 @@ class ModelMethod(DraftMethod):
                 self.slots.sequence(slot).tokens[begin : begin + count]
                 for slot, begin, count in zip(chosen, contexts.tolist(), counts, strict=True)
             ]
+            self._planned = None
             self._forward(_chains(read, contexts, lengths, np.concatenate(tokens)))
             self._rows.commit(read, lengths)
         return self._prefill_chunk - room
@@ -172,13 +174,13 @@ class ModelMethod(DraftMethod):
         """What the next step over these slots would do."""
         frontier = self._frontier(slots)
         if not len(frontier.nodes):
-            return Forecast(np.zeros(0), 0)
+            return Forecast(np.zeros(0), 0, frontier.nodes)
         owner_slots = slots[frontier.owners]
         counted = self.trees.depths[owner_slots, frontier.nodes] < self.slots.max_depth[owner_slots]
         gains = self._gains(owner_slots[counted], frontier.nodes[counted]).ravel()
-        lags = self._rows.lags(slots[np.unique(frontier.owners)])
-        num_rows = int(lags.sum()) + int((frontier.nodes > 0).sum())
-        return Forecast(np.sort(gains[gains > 0.0])[::-1], num_rows)
+        growing = slots[np.flatnonzero(np.bincount(frontier.owners))]
+        num_rows = int(self._rows.lags(growing).sum()) + int((frontier.nodes > 0).sum())
+        return Forecast(np.sort(gains[gains > 0.0])[::-1], num_rows, growing)
 
     def root_gains(self, is_greedy: Bools) -> Floats:
         """The gains of a step over roots, at least those assumed at first."""
@@ -218,16 +220,16 @@ class ModelMethod(DraftMethod):
         frontier = self._within_room(self._frontier(slots))
         if not len(frontier.nodes):
             return False
-        chosen, counts = np.unique(frontier.owners, return_counts=True)
-        expansion = self._rows.plan(slots[chosen], counts, frontier.nodes)
+        counts = np.bincount(frontier.owners, minlength=len(slots))
+        expansion = self._rows.plan(slots[counts > 0], counts[counts > 0], frontier.nodes)
         hidden = self._forward(expansion.rows)
         with self._tracer.span("forward", len(expansion.nodes)):
-            logits = self._model.logits_of(hidden, expansion.node_rows.tolist())
+            logits = self._model.logits_of(hidden, expansion.node_rows)
         with self._tracer.span("sample", len(expansion.nodes)):
-            sampled = self._sampled_rows(expansion.slots, counts, expansion.nodes)
+            sampled = self._sampled_rows(expansion)
             tokens, log_probs = self._sampler.propose(logits, sampled, self._max_children)
         self._rows.computed(expansion)
-        self._propose(np.repeat(expansion.slots, counts), expansion.nodes, tokens.numpy(), log_probs.numpy())
+        self._propose(expansion.node_slots, expansion.nodes, tokens.numpy(), log_probs.numpy())
         return True
 
     def rerooted(self, survivors: Survivors) -> None:
@@ -248,24 +250,36 @@ class ModelMethod(DraftMethod):
         The gain of a node is what the model is expected to add to what other methods proposed there already.
         The end of a looked-up chain may promise most: then the chain above it comes along, in one forward.
         """
+        key = (self.trees.version, slots.tobytes())
+        if self._planned is None or self._planned[0] != key:
+            self._planned = (key, self._find_frontier(slots))
+        return self._planned[1]
+
+    def _find_frontier(self, slots: Ints) -> _Frontier:
         if not len(slots):
             return _Frontier(slots, slots, slots, np.zeros(0))
+        trees = self.trees
         most = max(1, min(self._rows_per_sequence, self._max_rows // len(slots)))
-        is_open = self.slots.open_nodes(slots, self.slots.growth_depths(slots))
-        width = is_open.shape[1]
+        width = trees.width(slots)
         has_row = self._rows.has_row[slots, :width]
-        ready = (self._rows.lags(slots) <= _MAX_LAG) & (self.trees.room(slots) >= self._max_children)
-        is_open &= ~has_row & ready[:, None]
-        owners, nodes = np.nonzero(is_open)
-        gains = np.zeros((len(slots), width))
-        gains[is_open] = self._gains(slots[owners], nodes).sum(axis=1)
-        best = np.argsort(-gains, axis=1, kind="stable")[:, :most]
-        chosen = np.zeros_like(is_open)
-        np.put_along_axis(chosen, best, np.take_along_axis(gains, best, axis=1) > _MIN_GAIN, axis=1)
-        self._add_ancestors(slots, chosen, has_row)
-        for row in np.flatnonzero(chosen.sum(axis=1) > most).tolist():
-            chosen[row] = self._with_ancestors(int(slots[row]), gains[row], has_row[row], most)
+        ready = (self._rows.lags(slots) <= _MAX_LAG) & (trees.room(slots) >= self._max_children)
+        limits = np.where(ready, self.slots.growth_depths(slots), 0)
+        # Padding has no value, so it promises nothing.
+        promised = self._yields.sum(axis=1)[self.slots.is_greedy[slots].astype(np.int64)]
+        gains = np.maximum(promised[:, None] - trees.child_mass[slots, :width], 0.0)
+        gains *= trees.values[slots, :width]
+        gains *= (trees.depths[slots, :width] < limits[:, None]) & ~has_row
+        chosen = gains > _MIN_GAIN
+        if chosen.sum(axis=1).max() > most:
+            best = np.argsort(-gains, axis=1, kind="stable")[:, most:]
+            chosen[np.arange(len(slots))[:, None], best] = False
         owners, nodes = np.nonzero(chosen)
+        parents = trees.parents[slots[owners], nodes]
+        if not (has_row[owners, parents] | chosen[owners, parents]).all():
+            self._add_ancestors(slots, chosen, has_row)
+            for row in np.flatnonzero(chosen.sum(axis=1) > most).tolist():
+                chosen[row] = self._with_ancestors(int(slots[row]), gains[row], has_row[row], most)
+            owners, nodes = np.nonzero(chosen)
         return _Frontier(slots, owners, nodes, gains[owners, nodes])
 
     def _add_ancestors(self, slots: Ints, chosen: Bools, has_row: Bools) -> None:
@@ -309,14 +323,14 @@ class ModelMethod(DraftMethod):
         """As many sequences as a step has rows for, those that gain most first, and pages."""
         if not len(frontier.nodes):
             return frontier
-        num_slots = len(frontier.slots)
-        counts = np.bincount(frontier.owners, minlength=num_slots)
-        totals = np.bincount(frontier.owners, frontier.gains, minlength=num_slots)
-        lags = self._rows.lags(frontier.slots).tolist()
-        allowed, room = np.zeros(num_slots, dtype=np.bool_), self._max_rows
+        counts = np.bincount(frontier.owners, minlength=len(frontier.slots))
+        if len(frontier.nodes) <= self._max_rows and self._rows.have_room(frontier.slots, counts):
+            return frontier
+        totals = np.bincount(frontier.owners, frontier.gains, minlength=len(frontier.slots))
+        allowed, room = np.zeros(len(frontier.slots), dtype=np.bool_), self._max_rows
         for index in np.argsort(-totals, kind="stable").tolist():
             count = int(counts[index])
-            if 0 < count <= room and self._rows.take_rows(int(frontier.slots[index]), count, lags[index]):
+            if 0 < count <= room and self._rows.take_rows(int(frontier.slots[index]), count):
                 room -= count
                 allowed[index] = True
         kept = allowed[frontier.owners]
@@ -328,16 +342,17 @@ class ModelMethod(DraftMethod):
         with self._tracer.span("forward", len(rows.tokens)):
             return self._run(batch).last
 
-    def _sampled_rows(self, slots: Ints, counts: Ints, nodes: Ints) -> list[SampledRows]:
-        positions = self.trees.root_positions[np.repeat(slots, counts)] + 1
-        positions += self.trees.depths[np.repeat(slots, counts), nodes]
-        sampled, at = [], 0
-        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
+    def _sampled_rows(self, expansion: Expansion) -> list[SampledRows]:
+        positions = self.trees.root_positions[expansion.node_slots] + 1
+        positions += self.trees.depths[expansion.node_slots, expansion.nodes]
+        sampled, begin = [], 0
+        for slot, end in zip(expansion.slots.tolist(), np.cumsum(expansion.num_nodes).tolist(), strict=True):
             params = self.slots.sequence(slot).request.sampling
-            own = nodes[at : at + count].tolist()
-            paths = [self._path(slot, node) for node in own] if params.uses_context else ()
-            sampled.append(SampledRows(params, positions[at : at + count], self._penalties[slot], paths))
-            at += count
+            paths: list[list[int]] = []
+            if params.uses_context:
+                paths = [self._path(slot, node) for node in expansion.nodes[begin:end].tolist()]
+            sampled.append(SampledRows(params, positions[begin:end], self._penalties[slot], paths))
+            begin = end
         return sampled
 
     def _path(self, slot: int, node: int) -> list[int]:

@@ -184,7 +184,8 @@ class TreeGrower:
             return None
         offers = self._offers(drafted.slots)
         if self._options.fixed_budget:
-            return forecasts[0] if self._has_room_to_grow(drafted, offers) else None
+            unfilled = self._unfilled(drafted, offers)
+            return next(((m, f) for m, f in forecasts if np.isin(unfilled, f.slots).any()), None)
         values = np.sort(offers.values[offers.values > 0.0])[::-1]
         now = self._clock()
         drafted_s = self._charged_s(drafted.begun, now)
@@ -205,11 +206,10 @@ class TreeGrower:
                 best_s, best = saved_s, (method, forecast)
         return best
 
-    def _has_room_to_grow(self, drafted: _Drafted, offers: Offers) -> bool:
+    def _unfilled(self, drafted: _Drafted, offers: Offers) -> Ints:
         """Under a fixed budget what survived a verdict is sent at once; trees that were started afresh are filled."""
         limits = self.drafting.slots.max_nodes[drafted.slots]
-        grow = drafted.slots[drafted.started_afresh & ((offers.values > 0.0).sum(axis=1) < limits)]
-        return len(grow) > 0 and any(len(f.gains) for _, f in self.drafting.forecasts(grow))
+        return drafted.slots[drafted.started_afresh & ((offers.values > 0.0).sum(axis=1) < limits)]
 
     def _cut(self, steps: SequenceABC[PlannedStep], drafted: _Drafted) -> DraftTrees:
         """Choose the nodes of this round over all its sequences, and hold KV pages for them."""

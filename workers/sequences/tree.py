@@ -97,11 +97,13 @@ class GrowingTrees:
     Attributes:
         tokens, parents, depths: int64 [S, N]; a parent is older than its children.
         acceptances: float64 [S, N], estimated probability that the target samples the token after its parent.
-        values: float64 [S, N], the product along the path: probability that the whole path is accepted.
+        values: float64 [S, N], the product along the path: probability that the whole path is accepted; 0 in the
+            padding.
         sources: int64 [S, N], key of the acceptance estimate, so that the outcome can teach it.
         child_mass: float64 [S, N], sum of the acceptances of a node's children; 0 exactly where it has none.
         num_nodes: int64 [S]; what lies behind is padding.
         root_positions: int64 [S], index in the sequence of the root's token.
+        version: another number after every change.
     """
 
     def __init__(self, num_slots: int, capacity: int) -> None:
@@ -112,6 +114,7 @@ class GrowingTrees:
         self.acceptances, self.values, self.child_mass = (np.zeros(shape) for _ in range(3))
         self.num_nodes = np.zeros(num_slots, dtype=np.int64)
         self.root_positions = np.zeros(num_slots, dtype=np.int64)
+        self.version = 0
 
     def start(self, slot: int, token: int, position: int) -> None:
         """A tree of its root alone."""
@@ -150,28 +153,27 @@ class GrowingTrees:
             float64 [M]: the value that each has in its tree; 0 where the tree was full.
         """
         known = self.child_mass[slots, parents] > 0.0
-        nodes = np.zeros(len(slots), dtype=np.int64)
-        if known.any():
-            candidates = np.flatnonzero(known)
-            nodes[known], found = self.find_children(slots[known], parents[known], tokens[known])
-            known[candidates[~found]] = False
-            self._raise(slots[known], nodes[known], acceptances[known], sources[known])
-        values = np.zeros(len(slots))
-        new = ~known
+        if not known.any():
+            return self._add_new(slots, parents, tokens, acceptances, sources)
+        candidates = np.flatnonzero(known)
+        nodes, found = self.find_children(slots[candidates], parents[candidates], tokens[candidates])
+        known[candidates] = found
+        nodes = nodes[found]
+        self._raise(slots[known], nodes, acceptances[known], sources[known])
+        new, values = ~known, np.zeros(len(slots))
         if new.any():
-            at = np.flatnonzero(new)
-            values[at] = self.values[slots[at], parents[at]] * acceptances[at]
-            fits = self._append(
-                slots[at],
-                parents[at],
-                tokens[at],
-                self.depths[slots[at], parents[at]] + 1,
-                acceptances[at],
-                values[at],
-                sources[at],
-            )
-            values[at[~fits]] = 0.0
-        values[known] = self.values[slots[known], nodes[known]]
+            values[new] = self._add_new(slots[new], parents[new], tokens[new], acceptances[new], sources[new])
+        values[known] = self.values[slots[known], nodes]
+        return values
+
+    def _add_new(
+        self, slots: Ints, parents: Ints, tokens: Ints, acceptances: Floats, sources: Ints
+    ) -> Floats:
+        above = slots * self.capacity + parents
+        values = self.values.reshape(-1)[above] * acceptances
+        depths = self.depths.reshape(-1)[above] + 1
+        fits = self._append(slots, parents, tokens, depths, acceptances, values, sources)
+        values[~fits] = 0.0
         return values
 
     def add_chains(
@@ -243,13 +245,13 @@ class GrowingTrees:
     def offers(self, slots: Ints, depth_limits: Ints, node_limits: Ints) -> Offers:
         """The most valuable nodes below the roots: at most `node_limits[b]`, none deeper than `depth_limits[b]`."""
         width = self.width(slots)
-        allowed = self.exists(slots, width) & (self.depths[slots, :width] <= depth_limits[:, None])
+        allowed = self.depths[slots, :width] <= depth_limits[:, None]
         allowed[:, :1] = False
-        values = np.where(allowed, self.values[slots, :width], 0.0)
+        values = self.values[slots, :width] * allowed
         most = min(width, int(node_limits.max(initial=0)))
         # A child is never worth more than its parent and is younger, so the order is topological.
         order = np.argsort(-values, axis=1, kind="stable")[:, :most]
-        ordered = np.take_along_axis(values, order, axis=1)
+        ordered = values[np.arange(len(slots))[:, None], order]
         ordered[np.arange(most) >= node_limits[:, None]] = 0.0
         return Offers(order, ordered)
 
@@ -292,7 +294,7 @@ class GrowingTrees:
         # Of every node, its ancestor at the depth of the new root, by doubling.
         above = np.where(depths > root_depths, parents, columns)
         for _ in range(int(depths.max(initial=0)).bit_length()):
-            above = np.take_along_axis(above, above, axis=1)
+            above = above[row[:, None], above]
         alive = (above == new_roots[:, None]) & exists & found[:, None]
         paths = self._paths(slots, lasts, width)
         counts = np.maximum(alive.sum(axis=1), 1)
@@ -318,13 +320,15 @@ class GrowingTrees:
 
     def _keep(self, survivors: Survivors, alive: Bools, root_depths: Ints, root_values: Floats) -> None:
         slots, old, width = survivors.slots, survivors.old_nodes, survivors.old_nodes.shape[1]
-        new_index = np.cumsum(alive, axis=1) - 1
-        parents = np.take_along_axis(self.parents[slots, : alive.shape[1]], old, axis=1)
-        moved = np.take_along_axis(new_index, parents, axis=1)
         here = (slots[:, None], np.arange(width))
         there = (slots[:, None], old)
+        new_index = np.cumsum(alive, axis=1) - 1
+        moved = new_index[np.arange(len(slots))[:, None], self.parents[there]]
+        self.version += 1
         self.depths[here] = self.depths[there] - root_depths
-        self.values[here] = self.values[there] / root_values[:, None]
+        values = self.values[there] / root_values[:, None] * survivors.exists
+        self.values[slots, : alive.shape[1]] = 0.0
+        self.values[here] = values
         for array in (self.tokens, self.acceptances, self.sources, self.child_mass):
             array[here] = array[there]
         self.parents[here] = np.maximum(moved, 0)
@@ -333,6 +337,8 @@ class GrowingTrees:
         self.values[slots, 0] = self.acceptances[slots, 0] = 1.0
 
     def _set_roots(self, slots: Ints, tokens: Ints, positions: Ints) -> None:
+        self.version += 1
+        self.values[slots] = 0.0
         self.tokens[slots, 0] = tokens
         self.root_positions[slots] = positions
         self.parents[slots, 0] = self.depths[slots, 0] = self.sources[slots, 0] = 0
@@ -373,17 +379,27 @@ class GrowingTrees:
         sources: Ints,
     ) -> Bools:
         """Write new nodes ([M] each, those of a slot together, parents first); returns which of them fitted."""
+        self.version += 1
         own = self.num_nodes[slots] + _rank_in_group(slots)
         fits = own < self.capacity
         if not fits.all():
             slots, parents, tokens, depths = slots[fits], parents[fits], tokens[fits], depths[fits]
             acceptances, values, sources, own = acceptances[fits], values[fits], sources[fits], own[fits]
-        here = (slots, own)
-        self.tokens[here], self.parents[here], self.depths[here] = tokens, parents, depths
-        self.acceptances[here], self.values[here], self.sources[here] = acceptances, values, sources
-        self.child_mass[here] = 0.0
-        np.add.at(self.child_mass, (slots, parents), acceptances)
-        np.add.at(self.num_nodes, slots, 1)
+        first = slots * self.capacity
+        here = first + own
+        for array, new in (
+            (self.tokens, tokens),
+            (self.parents, parents),
+            (self.depths, depths),
+            (self.sources, sources),
+            (self.acceptances, acceptances),
+            (self.values, values),
+        ):
+            array.reshape(-1)[here] = new
+        mass = self.child_mass.reshape(-1)
+        mass[here] = 0.0
+        np.add.at(mass, first + parents, acceptances)
+        self.num_nodes += np.bincount(slots, minlength=len(self.num_nodes))
         return fits
 
     def _raise(self, slots: Ints, nodes: Ints, acceptances: Floats, sources: Ints) -> None:
@@ -392,6 +408,7 @@ class GrowingTrees:
         higher = acceptances > old
         if not higher.any():
             return
+        self.version += 1
         slots, nodes, new, old = slots[higher], nodes[higher], acceptances[higher], old[higher]
         parents = self.parents[slots, nodes]
         self.acceptances[slots, nodes], self.sources[slots, nodes] = new, sources[higher]
@@ -400,9 +417,11 @@ class GrowingTrees:
         width = self.width(changed)
         depths = self.depths[changed, :width]
         own, above = self.acceptances[changed, :width], self.parents[changed, :width]
-        values = np.where(depths == 0, 1.0, 0.0)
+        exists = self.exists(changed, width)
+        values = np.zeros(depths.shape)
+        values[:, 0] = 1.0
         for depth in range(1, int(depths.max()) + 1):
-            level = depths == depth
+            level = (depths == depth) & exists
             values[level] = (own * np.take_along_axis(values, above, axis=1))[level]
         self.values[changed, :width] = values
 
