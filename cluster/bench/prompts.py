@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from outrider.cluster.printable import printable
 from outrider.configs.loader import PRESETS_DIR
 
 PromptStyle = Literal["chat", "raw"]
@@ -24,7 +25,7 @@ class Prompt:
     """What a user asks."""
 
     id: str
-    category: str
+    category: str  # id and category are shown: they have no control characters
     text: str
     is_code: bool = False
     """The text is code to continue: raw as it is, in a chat with a request around it."""
@@ -43,7 +44,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"--data must be a .jsonl or .txt file, got {str(path)!r} (no such file)")
-    prompts = []
+    prompts: list[Prompt] = []
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -57,7 +58,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
         prompts.append(_prompt(row, path, number))
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
-    return prompts
+    return [replace(p, id=printable(p.id), category=printable(p.category)) for p in prompts]
 
 
 def select(prompts: Sequence[Prompt], limit: int, categories: Sequence[str] = ()) -> list[Prompt]:

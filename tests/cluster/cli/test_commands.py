@@ -88,7 +88,7 @@ def test_json_is_one_object_per_prompt_bad_ones_included(engines: Engines, tmp_p
     path = tmp_path / "prompts.txt"
     path.write_text(f"one\n{'x' * 5000}\nthree\n")
     result = run("generate", "quickstart", "--prompts", str(path), "--json", "--raw")
-    assert result.exit_code == 0
+    assert result.exit_code == 1  # an answer was refused
     first, long, last = map(json.loads, result.stdout.splitlines())
     assert (first["text"], last["text"]) == ("ONE", "THREE")
     assert first["from_draft"] == [False, True, False]
@@ -112,7 +112,7 @@ def test_one_bad_prompt_among_streamed_ones_is_one_line(engines: Engines, tmp_pa
     path = tmp_path / "prompts.txt"
     path.write_text(f"{'x' * 5000}\nfine\n")
     result = run("generate", "quickstart", "--prompts", str(path), "--raw")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "FINE" in result.stdout
     assert len(result.stderr.splitlines()) == 1
 
@@ -171,7 +171,7 @@ def test_chat_remembers_the_conversation_and_starts_over(engines: Engines) -> No
 
 def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(engines: Engines) -> None:
     result = run("chat", "quickstart", stdin=f"{'x' * 5000}\nfine\n")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "Error: prompt and sampling.max_tokens" in result.stderr
     assert result.stdout == "<USER>FINE\n"
 
