@@ -1,5 +1,6 @@
 """What a command owes whoever sits before it: errors, bars, signs of life, an answer to Ctrl-C."""
 
+import os
 import signal
 import sys
 import threading
@@ -42,28 +43,42 @@ def answer_interrupt() -> AnsweredInterrupt:
 
 @contextmanager
 def interrupts_answered(make_room: Callable[[], None]) -> Iterator[None]:
-    """Inside the block Ctrl-C is answered at once, also where it is deferred. `make_room` ends what is drawn."""
+    """Inside the block the first Ctrl-C is answered at once, on a line for which `make_room` ends what is drawn.
+
+    Also where KeyboardInterrupt is deferred, and while the main thread is in a call of Ray's that takes seconds:
+    handlers of signals wait for it to end, so a thread reads of the signal from Python's wake-up descriptor.
+    """
     usual = signal.getsignal(signal.SIGINT)
     # Ignored (a job in the background) or not ours to handle: it stays so.
     if threading.current_thread() is not threading.main_thread() or not callable(usual):
         yield
         return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
-    answered = False
+    def listen() -> None:
+        answered = False
+        while signals := os.read(reader, 16):
+            if signal.SIGINT in signals and not answered:
+                answered = True
+                make_room()
+                answer_interrupt()
 
-    def answer(signal_number: int, frame: FrameType | None) -> None:
-        nonlocal answered
-        if answered:
-            raise AnsweredInterrupt
-        answered = True
-        make_room()
-        raise answer_interrupt()
+    def interrupt(signal_number: int, frame: FrameType | None) -> None:
+        raise AnsweredInterrupt
 
-    signal.signal(signal.SIGINT, answer)
+    listener = threading.Thread(target=listen, name="interrupts", daemon=True)
+    listener.start()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, usual)
+        signal.set_wakeup_fd(before)
+        os.close(writer)  # ends the listener, after what it has still to say
+        listener.join()
+        os.close(reader)
 
 
 @contextmanager
