@@ -18,7 +18,7 @@ from outrider.cluster.placement import DRAFT_BUNDLE, target_bundles
 from outrider.configs.schema import Config
 
 if TYPE_CHECKING:
-    from outrider.workers.rounds.sequence import Request, TokenEvent
+    from outrider.workers.sequences.sequence import Request, TokenEvent
 
 # `max_restarts` is 0 by default: a rank that Ray restarted on its own would have no group.
 _CONCURRENCY_GROUPS = {"loop": 1, "control": 4}

@@ -9,8 +9,8 @@ from outrider.cluster.api import GenerationRequest, Prompt
 from outrider.cluster.text import Decoder
 from outrider.configs.loader import convert_fields
 from outrider.configs.schema import Config
-from outrider.workers.rounds.sequence import DraftOptions, Request
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request
 from outrider.workers.weights.progress import Progress
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from outrider.workers.rounds.sequence import RequestStats, TokenLogprobs
+from outrider.workers.sequences.sequence import RequestStats, TokenLogprobs
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 """A text that is continued as it stands; messages (`{"role": ..., "content": ...}`) that go through the

@@ -12,24 +12,23 @@ from typing import Any
 import torch
 
 from outrider.configs.schema import Config
-from outrider.workers.communicator import SoloCommunicator
-from outrider.workers.distributed import Link, connect_store
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.model import ModelDrafter
+from outrider.workers.link.communicator import SoloCommunicator
+from outrider.workers.link.distributed import Link, connect_store
+from outrider.workers.link.link import DraftSender
+from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep
 from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.rounds.budget import CostModel, PassProfile
-from outrider.workers.rounds.link import DraftSender
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
-from outrider.workers.rounds.messages import Draft, SequenceStart, SequenceStep
-from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
-from outrider.workers.rounds.sequence import Request, TokenEvent
-from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.setup import (
     kernels_for,
     load_model,
@@ -40,6 +39,7 @@ from outrider.workers.setup import (
     torch_dtype,
 )
 from outrider.workers.trace import Tracer
+from outrider.workers.weights.config import ModelConfig
 
 _ROWS_PER_STEP = 6  # nodes of one sequence that a drafter step expands
 _PROFILE_REPEATS = 3

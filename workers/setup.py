@@ -11,11 +11,11 @@ import torch
 
 from outrider.configs.schema import Config
 from outrider.kernels.selection import DEFAULT_MEMORY, ENTRIES, KernelSelection, select_kernels
-from outrider.workers.communicator import Communicator, agreed
+from outrider.workers.link.communicator import Communicator, agreed
+from outrider.workers.link.messages import MessageCapacity
 from outrider.workers.model.cache import bytes_per_page
-from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.rounds.messages import MessageCapacity
+from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.progress import Progress
 from outrider.workers.weights.resolver import open_source, resolve
 from outrider.workers.weights.source import WeightSource

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from outrider.configs.schema import Config
-from outrider.workers.communicator import Communicator, SoloCommunicator
-from outrider.workers.distributed import Link, connect_store, join_group, open_store
+from outrider.workers.link.communicator import Communicator, SoloCommunicator
+from outrider.workers.link.distributed import Link, connect_store, join_group, open_store
+from outrider.workers.link.link import DraftReceiver
+from outrider.workers.link.messages import Draft, Scores, StepScores, decode_draft
 from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.batch import build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import forward_of, target_capacities
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.rounds.link import DraftReceiver
-from outrider.workers.rounds.messages import Draft, Scores, StepScores, decode_draft
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.setup import (
     agreed_kernels,

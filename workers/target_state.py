@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep
 from outrider.workers.model.batch import SequenceRows
-from outrider.workers.rounds.messages import Draft, SequenceStart, SequenceStep
 from outrider.workers.sampling.context import PenaltyState, RowContext
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 
 
 @dataclass

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from outrider.cluster.bench.runner import Decoder, EncodedPrompt, Plan, Turn
     from outrider.cluster.engine import Engine
     from outrider.workers.baselines import BaselineProcess
-    from outrider.workers.sampling.params import SamplingParams
+    from outrider.workers.sequences.params import SamplingParams
 
 _NUM_WARM_UP_TOKENS = 12
 _CHART_FORMATS = (".png", ".svg", ".pdf")
@@ -66,7 +66,7 @@ def bench(
     from outrider.cluster.bench.machine import num_cpus
     from outrider.cluster.bench.report import wide_console
     from outrider.cluster.bench.runner import Plan
-    from outrider.workers.sampling.params import SamplingParams
+    from outrider.workers.sequences.params import SamplingParams
 
     plan = Plan(_concurrencies(concurrency), repeats)
     sampling = SamplingParams(**asdict(loaded.sampling))

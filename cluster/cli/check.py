@@ -47,7 +47,7 @@ def check(
     from outrider.cluster.bench.first_token import check_first_tokens
     from outrider.cluster.bench.identity import TOLERANCE_OF_DTYPE, check_identity
     from outrider.cluster.bench.report import wide_console
-    from outrider.workers.sampling.params import SamplingParams
+    from outrider.workers.sequences.params import SamplingParams
 
     tolerance = tolerance or TOLERANCE_OF_DTYPE[loaded.target.dtype]
     greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)

@@ -13,7 +13,7 @@ from outrider.cluster.printable import printable
 
 if TYPE_CHECKING:
     from outrider.cluster.api import Completion, Piece
-    from outrider.workers.rounds.sequence import RequestStats
+    from outrider.workers.sequences.sequence import RequestStats
 
 DRAFT_STYLE = "green"
 TARGET_STYLE = "default"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from outrider.cluster.engine import Engine as Engine
     from outrider.configs.loader import load_config as load_config
     from outrider.configs.schema import Config as Config
-    from outrider.workers.sampling.params import SamplingParams as SamplingParams
+    from outrider.workers.sequences.params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
 
@@ -43,7 +43,7 @@ _HOMES = {
     "EngineError": "outrider.cluster.api",
     "GenerationRequest": "outrider.cluster.api",
     "Piece": "outrider.cluster.api",
-    "SamplingParams": "outrider.workers.sampling.params",
+    "SamplingParams": "outrider.workers.sequences.params",
     "load_config": "outrider.configs.loader",
 }
 

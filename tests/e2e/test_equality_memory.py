@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from outrider.cluster.bench.identity import Mismatch
-from outrider.workers.rounds.sequence import TokenEvent
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import TokenEvent
 from outrider.workers.weights.source import WeightSource
 from support.equality import (
     PLAIN,

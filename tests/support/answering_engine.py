@@ -6,8 +6,8 @@ from typing import Any
 
 from outrider.cluster.api import Completion, GenerationRequest, failed_completion
 from outrider.cluster.bench.identity import Question
-from outrider.workers.rounds.sequence import RequestStats
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import RequestStats
 from support.fake_answerer import FakeAnswerer
 
 

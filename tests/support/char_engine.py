@@ -6,7 +6,7 @@ from typing import Any
 from outrider.cluster.api import Completion, EngineError, GenerationRequest, Piece, Progress, Prompt, Segment
 from outrider.cluster.api import failed_completion as failed
 from outrider.configs.schema import Config
-from outrider.workers.rounds.sequence import RequestStats
+from outrider.workers.sequences.sequence import RequestStats
 from support.fake_workers import char_admission
 
 

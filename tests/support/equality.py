@@ -27,10 +27,10 @@ from transformers import (
 from outrider.cluster.bench.identity import TOLERANCE_OF_DTYPE, Mismatch
 from outrider.cluster.bench.metrics import first_difference
 from outrider.kernels.noise import gumbel
-from outrider.workers.rounds.sequence import DraftOptions, Request, RequestStats, TokenEvent
 from outrider.workers.sampling.context import PenaltyState, RowContext
 from outrider.workers.sampling.law import edit_rows
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request, RequestStats, TokenEvent
 from outrider.workers.weights.reference import load_transformers
 from outrider.workers.weights.resolver import ResolvedModel
 from support.local_engine import LocalEngine, output_tokens

@@ -14,7 +14,7 @@ from outrider.cluster.admission import Admission
 from outrider.cluster.coordinator import Coordinator
 from outrider.cluster.text import Decoder
 from outrider.configs.schema import Config, SamplingConfig, TargetConfig, TreeConfig
-from outrider.workers.rounds.sequence import Request, RequestStats, TokenEvent, TokenLogprobs
+from outrider.workers.sequences.sequence import Request, RequestStats, TokenEvent, TokenLogprobs
 
 FAKE_CONFIG = Config(
     target=TargetConfig(model="random:fake", tp_size=2, max_context=200),

@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterable
 import torch
 
 from outrider.configs.schema import NgramConfig
-from outrider.workers.communicator import Communicator, SoloCommunicator
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.model import ModelDrafter
+from outrider.workers.link.communicator import Communicator, SoloCommunicator
+from outrider.workers.link.link import DraftReceiver, DraftSender
+from outrider.workers.link.messages import MessageCapacity, decode_draft
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.rounds.budget import CostModel, PassProfile
-from outrider.workers.rounds.link import DraftReceiver, DraftSender
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
-from outrider.workers.rounds.messages import MessageCapacity, decode_draft
-from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
-from outrider.workers.rounds.sequence import Request, TokenEvent
 from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.source import WeightSource

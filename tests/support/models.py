@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from outrider.workers.model.config import ModelConfig, to_hf_config
+from outrider.workers.weights.config import ModelConfig, to_hf_config
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.random_source import RandomSource
 from outrider.workers.weights.resolver import ResolvedModel, default_cache_dir, resolve

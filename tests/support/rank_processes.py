@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from outrider.workers.communicator import Communicator, PeerLostError
-from outrider.workers.distributed import Link, connect_store, join_group, open_store
+from outrider.workers.link.communicator import Communicator, PeerLostError
+from outrider.workers.link.distributed import Link, connect_store, join_group, open_store
 
 HOST = "127.0.0.1"
 GROUP_TIMEOUT_S = 120.0  # far beyond LIMIT_S: a test that passes did not wait for it
@@ -80,7 +80,7 @@ class RankProcesses:
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
         # Modules of `support` cannot be preloaded: the server does not have the tests on its path.
-        self._context.set_forkserver_preload(["outrider.workers.distributed"])
+        self._context.set_forkserver_preload(["outrider.workers.link.distributed"])
         self._running: list[tuple[BaseProcess, Connection]] = []
 
     def start(self, work: Callable[[Any], Any], argument: object) -> None:

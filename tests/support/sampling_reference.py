@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from outrider.kernels.noise import gumbel_from_hash, hash_ids, noise_key
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 
 
 def edited_logits(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.scheduler import PlannedStep, Scheduler, SchedulerLimits
-from outrider.workers.rounds.sequence import DraftOptions, Request
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request
 
 PAGE = 4
 

@@ -13,15 +13,15 @@ import torch
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.engine import DraftEngine, StepForecast
+from outrider.workers.link.link import DraftReceiver, DraftSender
+from outrider.workers.link.messages import Draft, MessageCapacity, Scores, StepScores, decode_draft
 from outrider.workers.rounds.budget import CostModel, PassProfile
-from outrider.workers.rounds.link import DraftReceiver, DraftSender
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
-from outrider.workers.rounds.messages import Draft, MessageCapacity, Scores, StepScores, decode_draft
-from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
-from outrider.workers.rounds.sequence import DraftOptions, Request, Sequence, TokenEvent
-from outrider.workers.rounds.tree import GrowingNode
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence, TokenEvent
+from outrider.workers.sequences.tree import GrowingNode
 from outrider.workers.trace import Tracer
 from support.local_engine import queue_links
 

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from outrider.workers.model.config import ModelConfig, RopeScaling, to_hf_config
+from outrider.workers.weights.config import ModelConfig, RopeScaling, to_hf_config
 
 
 class TensorSource:

@@ -9,22 +9,22 @@ import torch
 from outrider.configs.loader import load_config
 from outrider.kernels.selection import ENTRIES, KernelSelection
 from outrider.workers import draft as draft_module
-from outrider.workers.communicator import SoloCommunicator
 from outrider.workers.draft import DraftWorker
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.model import ModelDrafter
+from outrider.workers.link.communicator import SoloCommunicator
+from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep
 from outrider.workers.model import cache as cache_module
 from outrider.workers.model import transformer as transformer_module
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.rounds.messages import Draft, SequenceStart, SequenceStep
-from outrider.workers.rounds.pages import PagePool
-from outrider.workers.rounds.sequence import DraftOptions, Request, Sequence
-from outrider.workers.rounds.tree import DraftTree, GrowingTree
 from outrider.workers.sampling import shards
-from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
+from outrider.workers.sequences.tree import DraftTree, GrowingTree
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.progress import silent

@@ -7,7 +7,7 @@ import pytest
 from outrider.configs.loader import load_config
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers import target as target_module
-from outrider.workers.communicator import Communicator, SoloCommunicator, agreed
+from outrider.workers.link.communicator import Communicator, SoloCommunicator, agreed
 from outrider.workers.setup import agreed_kernels
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent

@@ -7,10 +7,10 @@ its rows 4-7 are cache slots 4-7.
 import pytest
 import torch
 
+from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep
 from outrider.workers.model.batch import SequenceRows
-from outrider.workers.rounds.messages import Draft, SequenceStart, SequenceStep
 from outrider.workers.sampling.context import RowContext
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.target_state import TargetSequences
 
 PENALISED = SamplingParams(temperature=0.0, repetition_penalty=1.2, frequency_penalty=0.5)

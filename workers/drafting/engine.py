@@ -13,9 +13,9 @@ from typing import Protocol
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.ngram import NgramIndex, propose_ngrams
-from outrider.workers.rounds.sequence import Sequence
-from outrider.workers.rounds.tree import GrowingTree
-from outrider.workers.rounds.verify import Verdict
+from outrider.workers.sequences.rules import Verdict
+from outrider.workers.sequences.sequence import Sequence
+from outrider.workers.sequences.tree import GrowingTree
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from outrider.workers.model.batch import SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import draft_capacities, forward_of
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.rounds.pages import PagePool
-from outrider.workers.rounds.sequence import Sequence
 from outrider.workers.sampling.context import PenaltyState, RowContext
-from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.trace import Tracer
 
 MODEL_METHOD = 1

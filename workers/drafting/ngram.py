@@ -12,7 +12,7 @@ from collections.abc import Sequence as SequenceABC
 
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
-from outrider.workers.rounds.tree import GrowingTree
+from outrider.workers.sequences.tree import GrowingTree
 
 NGRAM_METHOD = 0
 _MAX_OCCURRENCES = 16  # the most recent ones are compared

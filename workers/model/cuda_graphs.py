@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.tree_batch import MASK_WORD_BITS, TreeBatch
-from outrider.workers.communicator import Communicator, SoloCommunicator, agreed
-from outrider.workers.distributed import GroupCommunicator
+from outrider.workers.link.communicator import Communicator, SoloCommunicator, agreed
+from outrider.workers.link.distributed import GroupCommunicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.transformer import Transformer

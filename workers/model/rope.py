@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from outrider.workers.model.config import ModelConfig, RopeScaling
+from outrider.workers.weights.config import ModelConfig, RopeScaling
 
 
 class RotaryEmbedding:

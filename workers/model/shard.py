@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from outrider.workers.model.config import ModelConfig
+from outrider.workers.weights.config import ModelConfig
 
 MLP_BLOCK = 128
 VOCAB_BLOCK = 64

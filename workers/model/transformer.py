@@ -10,14 +10,14 @@ from outrider.kernels.gather_rows import gather_rows
 from outrider.kernels.rope_append import rope_append
 from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.kernels.tree_attention import tree_attention
-from outrider.workers.communicator import Communicator
+from outrider.workers.link.communicator import Communicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.linear import pad_rows
 from outrider.workers.model.loader import EMBEDDING, HEAD, NO_BIAS, LayerWeights, WeightLoader
 from outrider.workers.model.rope import RotaryEmbedding
 from outrider.workers.model.shard import ShardPlan
+from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.source import WeightSource
 
 

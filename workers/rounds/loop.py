@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from outrider.workers.drafting.engine import DraftEngine, StepForecast
+from outrider.workers.link.messages import Draft, Scores, SequenceStart, SequenceStep
 from outrider.workers.rounds.budget import CostModel
-from outrider.workers.rounds.messages import Draft, Scores, SequenceStart, SequenceStep
 from outrider.workers.rounds.scheduler import PlannedStep, Scheduler
-from outrider.workers.rounds.sequence import Request, Sequence, TokenEvent
 from outrider.workers.rounds.settle import settle_step
-from outrider.workers.rounds.tree import DraftTree
+from outrider.workers.sequences.sequence import Request, Sequence, TokenEvent
+from outrider.workers.sequences.tree import DraftTree
 from outrider.workers.trace import Tracer
 
 

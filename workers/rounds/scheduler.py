@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-from outrider.workers.rounds.messages import MAX_STARTS_PER_ROUND
-from outrider.workers.rounds.pages import PagePool
-from outrider.workers.rounds.sequence import Request, Sequence
-from outrider.workers.rounds.tree import GrowingTree
+from outrider.workers.link.messages import MAX_STARTS_PER_ROUND
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.sequence import Request, Sequence
+from outrider.workers.sequences.tree import GrowingTree
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.rounds.messages import StepScores
+from outrider.workers.link.messages import StepScores
 from outrider.workers.rounds.scheduler import PlannedStep
-from outrider.workers.rounds.sequence import RequestStats, Sequence, TokenEvent, TokenLogprobs
-from outrider.workers.rounds.tree import DraftTree
-from outrider.workers.rounds.verify import Verdict, verify_exact
+from outrider.workers.sequences.rules import Verdict, verify_exact
+from outrider.workers.sequences.sequence import RequestStats, Sequence, TokenEvent, TokenLogprobs
+from outrider.workers.sequences.tree import DraftTree
 
 
 def settle_step(step: PlannedStep, scores: StepScores, drafting: DraftEngine) -> TokenEvent:

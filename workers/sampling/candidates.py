@@ -14,10 +14,10 @@ import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
 from outrider.kernels.sample_shard import UInt64Array, unpack_tokens
-from outrider.workers.communicator import Communicator
+from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.law import num_in_top_k, num_kept
-from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.shards import REMOVED, Shard
+from outrider.workers.sequences.params import SamplingParams
 
 _FIRST_COUNT = 128  # tokens a rank sends per row at first: most nuclei of 0.95 are smaller
 _GROWTH = 8

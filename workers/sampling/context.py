@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 
 
 class PenaltyState:

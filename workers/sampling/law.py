@@ -17,7 +17,7 @@ import torch
 
 from outrider.kernels.noise import Float32Array
 from outrider.workers.sampling.context import RowContext
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 
 
 @dataclass(frozen=True)

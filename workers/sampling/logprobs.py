@@ -9,7 +9,7 @@ import torch
 
 from outrider.kernels.noise import Int64Array
 from outrider.kernels.sample_shard import unpack_tokens
-from outrider.workers.communicator import Communicator
+from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.shards import Shard
 
 

@@ -20,7 +20,7 @@ import torch
 from outrider.kernels.noise import Float32Array, Int64Array, Key, noise_key
 from outrider.kernels.sample_shard import UInt64Array, first_packed, pack_tokens, perturb, unpack_tokens
 from outrider.kernels.selection import REFERENCES, KernelSelection
-from outrider.workers.communicator import Communicator
+from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.candidates import KeptTokens, kept_tokens
 from outrider.workers.sampling.context import RowContext
 from outrider.workers.sampling.law import edit_rows

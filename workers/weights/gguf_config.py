@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from outrider.workers.model.config import ModelConfig, model_config_from_hf
+from outrider.workers.weights.config import ModelConfig, model_config_from_hf
 from outrider.workers.weights.gguf_header import GgufHeader
 from outrider.workers.weights.source import DataFile
 

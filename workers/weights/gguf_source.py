@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from outrider.workers.model.config import ModelConfig
+from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.gguf_config import model_config_from_gguf
 from outrider.workers.weights.gguf_header import GgufTensor, read_gguf_header
 from outrider.workers.weights.source import CHUNK_ELEMENTS, DataFile, bounds, read_rectangle, unknown_tensor

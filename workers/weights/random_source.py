@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 
 import torch
 
-from outrider.workers.model.config import ModelConfig, model_config_from_hf
+from outrider.workers.weights.config import ModelConfig, model_config_from_hf
 from outrider.workers.weights.source import bounds
 
 PREFIX = "random:"

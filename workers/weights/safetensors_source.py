@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from outrider.workers.model.config import ModelConfig, model_config_from_hf
+from outrider.workers.weights.config import ModelConfig, model_config_from_hf
 from outrider.workers.weights.source import CHUNK_ELEMENTS, DataFile, bounds, read_rectangle, unknown_tensor
 
 _DTYPES = {

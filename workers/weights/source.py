@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from outrider.workers.model.config import ModelConfig
+from outrider.workers.weights.config import ModelConfig
 
 # Elements read and converted at a time: little memory beside the matrix, and intermediates stay in cache
 # (dequantising Q4_K/Q5_0/Q6_K: 231 M elements/s against 144 M with 4 M elements at a time).

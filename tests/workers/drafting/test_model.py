@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from outrider.configs.schema import NgramConfig
-from outrider.workers.communicator import SoloCommunicator
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.model import ModelDrafter
+from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import ForwardBatch, SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.rounds.pages import PagePool
-from outrider.workers.rounds.sequence import DraftOptions, Request, Sequence
-from outrider.workers.rounds.tree import DraftTree, GrowingTree
-from outrider.workers.rounds.verify import verify_exact
-from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import RowContext, Sampler
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.rules import verify_exact
+from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
+from outrider.workers.sequences.tree import DraftTree, GrowingTree
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.random_source import RandomSource
 

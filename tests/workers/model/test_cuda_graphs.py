@@ -16,7 +16,7 @@ from outrider.kernels.attention_cases import (
 )
 from outrider.kernels.launch_plans import attention_shape, plan_rope_append, plan_tree_attention
 from outrider.kernels.selection import REFERENCES
-from outrider.workers.communicator import Communicator, SoloCommunicator
+from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model import cuda_graphs
 from outrider.workers.model.batch import ForwardBatch, SequenceRows, build_batch, chain
 from outrider.workers.model.cuda_graphs import (

@@ -9,7 +9,7 @@ import torch
 from outrider.kernels import gather_rows, kv_commit, operators, rope_append, sample_shard, tree_attention
 from outrider.kernels.noise import noise_key
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
-from outrider.workers.communicator import Communicator, SoloCommunicator
+from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model.batch import SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import GraphCapacity, GraphedForward

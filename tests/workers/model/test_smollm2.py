@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan

@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
+from outrider.workers.weights.config import ModelConfig
 from support.tensor_source import TensorSource, reference_model, tiny_config
 from support.thread_group import ThreadCommunicator, thread_group
 

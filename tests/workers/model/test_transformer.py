@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.config import ModelConfig, RopeScaling
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
+from outrider.workers.weights.config import ModelConfig, RopeScaling
 from support.tensor_source import TensorSource, reference_model, tiny_config
 
 CPU = torch.device("cpu")

@@ -8,12 +8,12 @@ import pytest
 
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.engine import DraftEngine
+from outrider.workers.link.messages import Draft, Scores, SequenceStep
 from outrider.workers.rounds.budget import CostModel, PassProfile
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
-from outrider.workers.rounds.messages import Draft, Scores, SequenceStep
-from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
-from outrider.workers.rounds.sequence import RequestStats, TokenEvent
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.sequence import RequestStats, TokenEvent
 from outrider.workers.trace import Tracer
 from support.local_engine import default_options
 from support.scripted import ScriptedTarget, right_token

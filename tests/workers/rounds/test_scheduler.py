@@ -2,9 +2,9 @@
 
 import pytest
 
-from outrider.workers.rounds.messages import MAX_STARTS_PER_ROUND
+from outrider.workers.link.messages import MAX_STARTS_PER_ROUND
 from outrider.workers.rounds.scheduler import PlannedStep, Scheduler
-from outrider.workers.rounds.sequence import Sequence
+from outrider.workers.sequences.sequence import Sequence
 from support.scheduling import request, scheduler_with, send, settle
 
 

@@ -15,11 +15,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.sampling.context import PenaltyState, RowContext
 from outrider.workers.sampling.law import edit_rows, num_in_top_k, num_kept
-from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.params import SamplingParams
 from support.sampling_reference import edited_logits
 
 VOCAB_SIZE = 500

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
-from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.sampling.context import PenaltyState, RowContext
-from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import Sampler, Samples
+from outrider.workers.sequences.params import SamplingParams
 from support import sampling_reference as reference
 from support.thread_group import ThreadCommunicator, run_ranks
 

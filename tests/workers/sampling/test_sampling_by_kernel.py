@@ -13,12 +13,12 @@ import torch
 from outrider.kernels.noise import noise_key
 from outrider.kernels.sample_shard import sample_shard
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
-from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.sampling import shards
 from outrider.workers.sampling.context import PenaltyState, RowContext
-from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sampling.shards import DeviceShard, HostShard
+from outrider.workers.sequences.params import SamplingParams
 from support.thread_group import ThreadCommunicator, run_ranks
 
 VOCAB_SIZE = 20_001

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as Kind
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from outrider.workers.model.config import RopeScaling
+from outrider.workers.weights.config import RopeScaling
 from outrider.workers.weights.gguf_config import llama3_scaling
 from outrider.workers.weights.gguf_source import GgufSource
 from support.models import random_tensors, write_gguf

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from outrider.workers.sampling.params import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
+from outrider.workers.sequences.params import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
 
 MAX_STARTS_PER_ROUND = 4
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.workers.rounds.tree import DraftTree, GrowingTree
+from outrider.workers.sequences.tree import DraftTree, GrowingTree
 
 
 def example() -> GrowingTree:

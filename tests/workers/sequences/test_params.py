@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 
 VOCAB_SIZE = 1000
 

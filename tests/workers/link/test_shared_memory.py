@@ -8,9 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from outrider.workers import distributed
-from outrider.workers.communicator import PeerLostError
-from outrider.workers.shared_memory import SLOT_BYTES, SharedSegment, ShmCommunicator, shared_memory_supported
+from outrider.workers.link import distributed
+from outrider.workers.link.communicator import PeerLostError
+from outrider.workers.link.shared_memory import (
+    SLOT_BYTES,
+    SharedSegment,
+    ShmCommunicator,
+    shared_memory_supported,
+)
 
 pytestmark = pytest.mark.skipif(not shared_memory_supported(), reason="needs x86-64 and memfd")
 

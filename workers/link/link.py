@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from outrider.workers.rounds.messages import (
+from outrider.workers.link.messages import (
     Draft,
     MessageCapacity,
     Scores,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.workers.rounds.messages import (
+from outrider.workers.link.messages import (
     MAX_STARTS_PER_ROUND,
     Draft,
     MessageCapacity,
@@ -21,7 +21,7 @@ from outrider.workers.rounds.messages import (
     encode_draft,
     encode_scores,
 )
-from outrider.workers.sampling.params import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
+from outrider.workers.sequences.params import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
 
 BUFFER_INTS = 1 << 14
 INT32 = st.integers(0, 2**31 - 1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from outrider.workers.rounds.tree import DraftTree, GrowingTree
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.tree import DraftTree, GrowingTree
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 
-from outrider.workers.rounds.tree import DraftTree
+from outrider.workers.sequences.tree import DraftTree
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from outrider.workers.model.config import RopeScaling, model_config_from_hf, to_hf_config
 from outrider.workers.model.rope import RotaryEmbedding, rope_frequencies
+from outrider.workers.weights.config import RopeScaling, model_config_from_hf, to_hf_config
 from support.tensor_source import tiny_config
 
 LLAMA = {

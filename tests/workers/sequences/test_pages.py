@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from outrider.workers.rounds.pages import PagePool
+from outrider.workers.sequences.pages import PagePool
 
 PAGE = 4
 TEXT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]  # two full pages and a half

@@ -20,8 +20,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from outrider.workers.communicator import Communicator, PeerLostError, SoloCommunicator
-from outrider.workers.shared_memory import (
+from outrider.workers.link.communicator import Communicator, PeerLostError, SoloCommunicator
+from outrider.workers.link.shared_memory import (
     SharedSegment,
     ShmCommunicator,
     host_identity,

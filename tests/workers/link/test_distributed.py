@@ -7,9 +7,9 @@ import threading
 import pytest
 import torch
 
-from outrider.workers.communicator import PeerLostError, SoloCommunicator
-from outrider.workers.distributed import connect_store, join_group, open_store
-from outrider.workers.shared_memory import shared_memory_supported
+from outrider.workers.link.communicator import PeerLostError, SoloCommunicator
+from outrider.workers.link.distributed import connect_store, join_group, open_store
+from outrider.workers.link.shared_memory import shared_memory_supported
 from support import group_work, link_work
 from support.group_work import SHAPES, data_of
 from support.rank_processes import GROUP_TIMEOUT_S, HOST, GroupPlace, LinkPlace, RankProcesses, run_group
