@@ -22,7 +22,7 @@ from outrider.cluster.cli.terminal import progress_bars, signs_of_life
 from outrider.cluster.engine import Engine
 from outrider.cluster.interrupts import interrupts_deferred
 from outrider.configs.schema import Config
-from outrider.workers.rounds.sequence import RequestStats
+from outrider.workers.sequences.sequence import RequestStats
 from support.char_engine import CharEngine
 
 EVIL = "a\x1b]0;title\x07b\x1b[2Jc\x9b31md\re\x7f"
