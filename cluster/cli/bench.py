@@ -66,12 +66,11 @@ def bench(
     from outrider.cluster.bench.machine import num_cpus
     from outrider.cluster.bench.report import wide_console
     from outrider.cluster.bench.runner import Plan
-    from outrider.workers.sequences.params import SamplingParams
+    from outrider.cluster.request_options import check_options
 
     plan = Plan(_concurrencies(concurrency), repeats)
-    sampling = SamplingParams(**asdict(loaded.sampling))
     asked = given({"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens})
-    sampling = replace(sampling, **asked)  # type: ignore[arg-type]
+    sampling = check_options(loaded, asked, {})
     model = open_model(loaded)
     sampling.validate(model.vocab_size)
     console = wide_console()

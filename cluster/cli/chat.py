@@ -42,6 +42,10 @@ def chat(
     loaded = load_config(config, overrides)
     sampling = given({"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens})
     draft = draft_options(plain, [], None, None)
+
+    from outrider.cluster.request_options import check_options
+
+    check_options(loaded, sampling, draft)
     with running_engine(loaded) as engine:
         all_answered = _converse(engine, system, sampling, draft)
     # Who sits at a terminal has seen it and gone on.

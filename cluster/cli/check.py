@@ -47,15 +47,16 @@ def check(
     from outrider.cluster.bench.first_token import check_first_tokens
     from outrider.cluster.bench.identity import TOLERANCE_OF_DTYPE, check_identity
     from outrider.cluster.bench.report import wide_console
+    from outrider.cluster.request_options import check_options
     from outrider.workers.sequences.params import SamplingParams
 
+    if temperature == 0:
+        raise ValueError("--temperature must be above 0, got 0: greedy decoding is compared in any case")
+    check_options(loaded, {"temperature": temperature, "max_tokens": max_tokens}, {})
     tolerance = tolerance or TOLERANCE_OF_DTYPE[loaded.target.dtype]
     greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     sampled = [replace(greedy, temperature=temperature, seed=seed) for seed in range(seeds)]
     model = open_model(loaded)
-    sampled[0].validate(model.vocab_size)
-    if temperature == 0:
-        raise ValueError("--temperature must be above 0, got 0: greedy decoding is compared in any case")
     console = wide_console()
     prompts = read_prompts(model, data, limit, category, style, max_tokens, console)
     with running_engine(loaded) as engine:

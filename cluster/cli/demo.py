@@ -17,6 +17,7 @@ from outrider.cluster.cli.options import MaxTokens, Overrides, given
 from outrider.cluster.cli.show import LEGEND, Answer, show_stream
 from outrider.cluster.cli.start import running_engine
 from outrider.cluster.cli.terminal import progress_bars
+from outrider.cluster.request_options import check_options
 from outrider.configs import loader
 from outrider.configs.loader import load_config
 
@@ -51,6 +52,7 @@ def demo(
         f"Starting {loaded.target.model} on {ranks} target ranks, and a DraftWorker.", highlight=False
     )
     sampling = given({"max_tokens": max_tokens})
+    check_options(loaded, sampling, {})
     with running_engine(loaded) as engine:
         console.print(LEGEND)
         _ask(engine, prompts[0], given({"max_tokens": 4}), {})  # the first request of a process is slow

@@ -97,7 +97,9 @@ def generate(
     draft = draft_options(plain, draft_methods, draft_nodes, draft_depth)
 
     from outrider.cluster.api import GenerationRequest
+    from outrider.cluster.request_options import check_options
 
+    check_options(loaded, sampling, draft)
     requests = [
         GenerationRequest(text if raw else [{"role": "user", "content": text}], sampling, draft)
         for _, text in texts

@@ -148,6 +148,29 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(engines: Engines, arguments
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("generate", ["--json", "--temperature", "nan"], "sampling.temperature must be 0 (greedy) or in"),
+        ("generate", ["--top-k", "-1"], "sampling.top_k must be"),
+        ("generate", ["--stop", ""], "sampling.stop entries must be"),
+        ("generate", ["--draft-method", "model"], "draft.methods must be among"),
+        ("generate", ["--draft-depth", "0"], "draft.max_depth must be in"),
+        ("generate", ["--max-tokens", "5000"], "prompt and sampling.max_tokens must be at most"),
+        ("chat", ["--top-p", "0"], "sampling.top_p must be in"),
+        ("demo", ["--max-tokens", "0"], "sampling.max_tokens must be"),
+        ("demo", ["sampling.seed=-1"], "sampling.seed must be"),
+    ],
+)
+def test_mistakes_in_sampling_are_found_before_anything_starts(
+    engines: Engines, command: str, options: list[str], message: str
+) -> None:
+    prompt = ["--prompt", "x"] if command == "generate" else []
+    result = run(command, "quickstart", "target.max_context=4096", *prompt, *options)
+    assert (result.exit_code, engines.started) == (2, [])
+    assert result.stderr.startswith(f"Error: {message}")
+
+
 def test_a_dead_worker_is_one_line_and_exit_code_1(engines: Engines) -> None:
     engines.death = "target 1 died during run: its process is gone"
     result = run("generate", "quickstart", "--prompt", "x")
