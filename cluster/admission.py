@@ -1,16 +1,16 @@
 """The door: what a user sends becomes a `Request` that the DraftWorker can run, or a one-line ValueError."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outrider.cluster.api import GenerationRequest, Prompt
+from outrider.cluster.request_options import request_draft, request_sampling
 from outrider.cluster.text import Decoder
-from outrider.configs.loader import convert_fields
 from outrider.configs.schema import Config
 from outrider.workers.sequences.params import SamplingParams
-from outrider.workers.sequences.sequence import DraftOptions, Request
+from outrider.workers.sequences.sequence import Request
 from outrider.workers.weights.progress import Progress
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Admission:
     def admit(self, request_id: str, asked: GenerationRequest) -> Request:
         """Raises ValueError naming the field and what it may be."""
         sampling = self._sampling(asked.sampling)
-        draft = self._draft(asked.draft)
+        draft = request_draft(self.config, asked.draft)
         prompt_tokens = self._tokens(asked.prompt)
         if not prompt_tokens:
             raise ValueError("prompt must have at least one token, got an empty one")
@@ -53,24 +53,10 @@ class Admission:
         return IncrementalDecoder(self.tokenizer)
 
     def _sampling(self, asked: Mapping[str, object]) -> SamplingParams:
-        defaults = SamplingParams(**asdict(self.config.sampling))
-        sampling = replace(defaults, **convert_fields(SamplingParams, asked, "sampling"))
-        sampling.validate(self.vocab_size)
+        sampling = request_sampling(self.config, asked, self.vocab_size)
         if sampling.ignore_eos:
             return sampling
         return replace(sampling, stop_token_ids=sampling.stop_token_ids + self.eos_token_ids)
-
-    def _draft(self, asked: Mapping[str, object]) -> DraftOptions:
-        draft, tree = self.config.draft, self.config.tree
-        defaults = DraftOptions(draft.methods, tree.max_nodes, tree.max_depth)
-        options = replace(defaults, **convert_fields(DraftOptions, asked, "draft"))
-        for method in options.methods:
-            if method not in draft.methods:
-                allowed = ", ".join(draft.methods) or "none"
-                raise ValueError(f"draft.methods must be among the deployment's ({allowed}), got {method!r}")
-        _require_in_range("draft.max_nodes", options.max_nodes, 0, tree.max_nodes)
-        _require_in_range("draft.max_depth", options.max_depth, 1, tree.max_depth)
-        return options
 
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):

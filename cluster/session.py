@@ -8,13 +8,15 @@ import ray
 from ray._raylet import Config as RayCoreConfig  # type: ignore[attr-defined]  # a compiled module
 
 from outrider.cluster.interrupts import interrupts_deferred
+from outrider.cluster.ray_errors import check_joinable, start_failure
 from outrider.configs.schema import ClusterConfig
 
 # The control plane carries no tensors; Ray's default would map 30 % of the memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
 
 
-def _connect(address: str, num_cpus: int) -> None:
+def _connect(cluster: ClusterConfig, num_cpus: int) -> None:
+    address = cluster.ray_address
     if address == "local":
         ray.init(
             "local",
@@ -27,6 +29,8 @@ def _connect(address: str, num_cpus: int) -> None:
             _system_config={"worker_niceness": 0},
         )
     else:
+        if not address.startswith("ray://"):
+            check_joinable(address, cluster.ray_auth)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
 
 
@@ -46,15 +50,13 @@ class RaySession:
         RayCoreConfig.initialize("")
         try:
             with interrupts_deferred():
-                _connect(cluster.ray_address, num_cpus)
-        except KeyboardInterrupt:
+                _connect(cluster, num_cpus)
+        except (KeyboardInterrupt, ValueError):
             self.close()
             raise
-        except ConnectionError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"cluster.ray_address must be local or a Ray that runs, got {cluster.ray_address!r}: {reason}"
-            ) from error
+        except Exception as error:  # Ray raises OSError, RuntimeError, its own, and Exception itself
+            self.close()
+            raise start_failure(error, cluster.ray_address) from error
 
     def close(self) -> None:
         if self._owned and ray.is_initialized():

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+from rich.table import Column
 
 from outrider.cluster.cli.inputs import Style, open_model, read_prompts
 from outrider.cluster.cli.options import ConfigName, MaxTokens, Overrides, Seed, Temperature, TopP, given
 from outrider.cluster.cli.start import running_engine, save_trace, with_trace
+from outrider.cluster.cli.terminal import progress_bars, signs_of_life
 from outrider.configs.loader import load_config
 from outrider.configs.schema import Config
 
@@ -65,12 +66,11 @@ def bench(
     from outrider.cluster.bench.machine import num_cpus
     from outrider.cluster.bench.report import wide_console
     from outrider.cluster.bench.runner import Plan
-    from outrider.workers.sequences.params import SamplingParams
+    from outrider.cluster.request_options import check_options
 
     plan = Plan(_concurrencies(concurrency), repeats)
-    sampling = SamplingParams(**asdict(loaded.sampling))
     asked = given({"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens})
-    sampling = replace(sampling, **asked)  # type: ignore[arg-type]
+    sampling = check_options(loaded, asked, {})
     model = open_model(loaded)
     sampling.validate(model.vocab_size)
     console = wide_console()
@@ -181,12 +181,13 @@ def _measure(
     from outrider.cluster.bench.runner import count_turns, run_turns, warm_up
 
     notes = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bars:
-        task = bars.add_task("warm up", total=None)
-        warm_up(decoders, prompts, sampling, _NUM_WARM_UP_TOKENS)
-        bars.update(task, description="turns", total=count_turns(decoders, prompts, plan))
-        return run_turns(decoders, prompts, sampling, plan, on_turn=lambda turn: bars.advance(task))
+    count = MofNCompleteColumn(table_column=Column(no_wrap=True))
+    with progress_bars(notes, count, TimeRemainingColumn()) as bars:
+        num_turns = count_turns(decoders, prompts, plan)
+        task = bars.add_task("turns", total=num_turns)
+        with signs_of_life(notes, lambda: f"bench: {bars.tasks[task].completed:g} of {num_turns} turns"):
+            warm_up(decoders, prompts, sampling, _NUM_WARM_UP_TOKENS)
+            return run_turns(decoders, prompts, sampling, plan, on_turn=lambda turn: bars.advance(task))
 
 
 def _title(config: Config, data: str, num_prompts: int, threads: int) -> str:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from outrider.cluster.printable import printable
+
 if TYPE_CHECKING:
     from outrider.cluster.api import Completion, Piece
     from outrider.workers.sequences.sequence import RequestStats
@@ -48,17 +50,20 @@ def show_stream(console: Console, pieces: "Iterable[Piece]", visible: bool = Tru
     text: list[str] = []
     num_tokens = num_first = 0
     first_s = last_s = time.perf_counter()
-    for piece in pieces:
-        last_s = time.perf_counter()
-        if piece.tokens and not num_tokens:
-            first_s, num_first = last_s, len(piece.tokens)
-        num_tokens += len(piece.tokens)
-        text.append(piece.text)
-        for segment in piece.segments if visible else ():
-            show_segment(console, segment.text, segment.from_draft)
-    if visible:
-        console.file.write("\n")
-        console.file.flush()
+    try:
+        for piece in pieces:
+            last_s = time.perf_counter()
+            if piece.tokens and not num_tokens:
+                first_s, num_first = last_s, len(piece.tokens)
+            num_tokens += len(piece.tokens)
+            text.append(piece.text)
+            for segment in piece.segments if visible else ():
+                show_segment(console, segment.text, segment.from_draft)
+    finally:
+        # Also where an answer breaks off: what is said then gets a line of its own.
+        if visible and text:
+            console.file.write("\n")
+            console.file.flush()
     return Answer(
         text="".join(text),
         num_tokens=num_tokens,
@@ -71,13 +76,13 @@ def show_stream(console: Console, pieces: "Iterable[Piece]", visible: bool = Tru
 
 
 def show_segment(console: Console, text: str, from_draft: bool) -> None:
-    """Text of one origin. A pipe gets exactly the text."""
+    """Text of one origin. A pipe gets exactly the text; a terminal none that it would obey."""
     if not console.is_terminal:
         console.file.write(text)
         console.file.flush()
         return
     style = DRAFT_STYLE if from_draft else TARGET_STYLE
-    console.print(Text(text, style), end="", soft_wrap=True, highlight=False)
+    console.print(Text(printable(text), style), end="", soft_wrap=True, highlight=False)
 
 
 def summary(answer: Answer) -> str:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +100,18 @@ def test_a_killed_rank_ends_requests_with_its_name_and_close_leaves_no_process(
     while any(psutil.pid_exists(pid) for pid in pids):
         assert time.monotonic() < limit
         time.sleep(0.05)
+
+
+def test_a_ray_that_wants_another_token_says_so_at_once(ray_with_room: None) -> None:
+    address = ray.get_runtime_context().gcs_address
+    code = f"Engine.start(load_config('tiny-random', ['cluster.ray_address={address}']))"
+    command = [sys.executable, "-c", f"from outrider import Engine, load_config; {code}"]
+    env = {**os.environ, "RAY_AUTH_TOKEN": "f" * 64}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith(f"ValueError: cluster.ray_auth must suit the Ray at {address}: it wants a token")
+    assert "the one here is another" in last
+    assert "Failed to get cluster ID" not in run.stderr  # Ray's own warnings, one a second
 
 
 def test_a_missing_model_is_one_line(ray_with_room: None, tmp_path: Path) -> None:
