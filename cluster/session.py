@@ -2,7 +2,14 @@
 
 import logging
 import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import ray
 from ray._raylet import Config as RayCoreConfig  # type: ignore[attr-defined]  # a compiled module
@@ -15,8 +22,11 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 
 
 def _connect(address: str, num_cpus: int) -> None:
-    if address == "local":
-        ray.init(
+    if address != "local":
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    with _private_files():
+        context: Any = ray.init(
             "local",
             num_cpus=num_cpus,
             include_dashboard=False,
@@ -26,8 +36,46 @@ def _connect(address: str, num_cpus: int) -> None:
             # Ray gives workers way to everything else (nice 15); here the workers are what the machine is for.
             _system_config={"worker_niceness": 0},
         )
-    else:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    # Ray opens its folder to everybody; logs, sockets and what is passed by file are in there.
+    Path(context.address_info["session_dir"]).chmod(0o700)
+
+
+@contextmanager
+def _private_files() -> Iterator[None]:
+    """Files made inside, by this process and those that it starts, are for their owner alone."""
+    token = Path.home() / ".ray" / "auth_token"
+    if token.is_file() and token.owner() == Path.home().owner():
+        token.chmod(0o600)
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+class _Keeper:
+    """A thread that starts Ray and lives as long as it does: Ray's processes end with the thread that started
+    them (PR_SET_PDEATHSIG), which need not be the end of the program."""
+
+    def __init__(self, connect: Callable[[], None]) -> None:
+        self._connect = connect
+        self._connected: Future[None] = Future()
+        self._released = threading.Event()
+        threading.Thread(target=self._run, name="ray session", daemon=True).start()
+        self._connected.result()
+
+    def release(self) -> None:
+        """Ray has ended."""
+        self._released.set()
+
+    def _run(self) -> None:
+        try:
+            self._connect()
+        except BaseException as error:
+            self._connected.set_exception(error)
+            return
+        self._connected.set_result(None)
+        self._released.wait()
 
 
 class RaySession:
@@ -38,6 +86,7 @@ class RaySession:
 
     def __init__(self, cluster: ClusterConfig, num_cpus: int) -> None:
         self._owned = not ray.is_initialized()
+        self._keeper: _Keeper | None = None
         if not self._owned:
             return
         # Ray takes this from the environment alone and has read it when it was imported.
@@ -46,7 +95,11 @@ class RaySession:
         RayCoreConfig.initialize("")
         try:
             with interrupts_deferred():
-                _connect(cluster.ray_address, num_cpus)
+                connect = partial(_connect, cluster.ray_address, num_cpus)
+                if threading.current_thread() is threading.main_thread():
+                    connect()  # the signal handlers that Ray wants are set by this thread alone
+                else:
+                    self._keeper = _Keeper(connect)
         except KeyboardInterrupt:
             self.close()
             raise
@@ -59,6 +112,8 @@ class RaySession:
     def close(self) -> None:
         if self._owned and ray.is_initialized():
             ray.shutdown()
+        if self._keeper is not None:
+            self._keeper.release()
 
     def __enter__(self) -> "RaySession":
         return self
