@@ -67,9 +67,7 @@ def same_tokenizer(target: PreTrainedTokenizerFast, drafter: PreTrainedTokenizer
 class IncrementalDecoder:
     """Text of a growing token sequence, never half a character.
 
-    What `push` and `add` return, followed by `finish`, is `tokenizer.decode(ids, skip_special_tokens=...)`, but
-    for tokens of single bytes (`<0x0A>`) that are not UTF-8 together: each broken character is one U+FFFD,
-    where `decode` makes one of every byte, of the whole ones beside it, too.
+    What `push` and `add` return, followed by `finish`, is `tokenizer.decode(ids, skip_special_tokens=...)`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, skip_special_tokens: bool = True) -> None:
@@ -79,7 +77,6 @@ class IncrementalDecoder:
         self._skipped = frozenset(special if skip_special_tokens else ())
         self._is_byte_level = isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._bytes = _byte_tokens(tokenizer)
         # For other tokenizers: tokens whose text is not complete, after those that give them context.
         self._window: list[int] = []
         self._num_shown = 0
@@ -95,42 +92,24 @@ class IncrementalDecoder:
         if self._is_byte_level:
             text = self._tokenizer.backend_tokenizer.id_to_token(token)
             return self._utf8.decode(token_bytes(text)) if text is not None else ""
-        if token in self._bytes:
-            text = self._rest_of_window() + self._utf8.decode(self._bytes[token])
-            self._window, self._num_shown = [token], 1
-            return text
-        broken = self._utf8.decode(b"", final=True)
         self._window.append(token)
         shown, whole = self._texts()
         if whole.endswith("\ufffd"):
-            return broken
+            return ""
         # The tokens shown last stay as context: some decoders treat the first token of a text differently.
         self._window = self._window[self._num_shown :]
         self._num_shown = len(self._window)
-        return broken + whole[len(shown) :]
+        return whole[len(shown) :]
 
     def finish(self) -> str:
         """What is left at the end: U+FFFD for an incomplete character."""
-        text = self._rest_of_window() + self._utf8.decode(b"", final=True)
-        self._window, self._num_shown = [], 0
-        return text
-
-    def _rest_of_window(self) -> str:
-        if self._num_shown == len(self._window):
-            return ""
+        if self._is_byte_level:
+            return self._utf8.decode(b"", final=True)
         shown, whole = self._texts()
+        self._window, self._num_shown = [], 0
         return whole[len(shown) :]
 
     def _texts(self) -> tuple[str, str]:
         backend = self._tokenizer.backend_tokenizer
         shown = backend.decode(self._window[: self._num_shown], skip_special_tokens=False)
         return shown, backend.decode(self._window, skip_special_tokens=False)
-
-
-def _byte_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, bytes]:
-    """Ids of the tokens that stand for one byte each, where the tokenizer falls back to those."""
-    backend = tokenizer.backend_tokenizer
-    if backend.decoder is None or b'"ByteFallback"' not in backend.decoder.__getstate__():
-        return {}
-    ids = {backend.token_to_id(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)}
-    return {token: value for token, value in ids.items() if token is not None}
