@@ -91,7 +91,7 @@ class Coordinator:
 
     async def stats(self) -> dict[str, dict[str, Any]]:
         """Counters of every worker, by name, and of the Coordinator."""
-        stats = await answers_of(self._workers.by_name(), "stats")
+        stats = await answers_of(self._workers.by_name(), "stats", "stats")
         return {**stats, "coordinator": {"num_open_requests": self._table.num_open}}
 
     async def trace(self) -> dict[str, list[dict[str, Any]]]:

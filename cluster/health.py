@@ -40,10 +40,10 @@ async def result_of(name: str, doing: str, call: Awaitable[T]) -> T:
         raise _one_line(name, doing, error, traceback.format_exc()) from error
 
 
-async def answers_of(handles: Mapping[str, Any], method: str) -> dict[str, Any]:
+async def answers_of(handles: Mapping[str, Any], method: str, doing: str) -> dict[str, Any]:
     """What every worker answers to a call that takes no time, by name. Raises EngineError for one that does
     not answer."""
-    answers, silent = await _ask(handles, method)
+    answers, silent = await _ask(handles, method, doing)
     if silent:
         raise EngineError(_silence(silent))
     return answers
@@ -61,7 +61,7 @@ async def blame(runs: Mapping[str, "asyncio.Task[None]"], handles: Mapping[str, 
     if lost:
         return str(lost[0])
     try:
-        await answers_of(handles, "progress")
+        await answers_of(handles, "progress", "run")
     except EngineError as error:
         return str(error)
     if errors:
@@ -69,10 +69,10 @@ async def blame(runs: Mapping[str, "asyncio.Task[None]"], handles: Mapping[str, 
     return f"{next(iter(ended))} ended on its own"
 
 
-async def _ask(handles: Mapping[str, Any], method: str) -> tuple[dict[str, Any], list[str]]:
+async def _ask(handles: Mapping[str, Any], method: str, doing: str) -> tuple[dict[str, Any], list[str]]:
     """Answers by name, and the names of those who gave none in time."""
     calls = {
-        name: asyncio.ensure_future(result_of(name, method, getattr(handle, method).remote()))
+        name: asyncio.ensure_future(result_of(name, doing, getattr(handle, method).remote()))
         for name, handle in handles.items()
     }
     await asyncio.wait(calls.values(), timeout=_ANSWER_S)
@@ -83,8 +83,7 @@ async def _ask(handles: Mapping[str, Any], method: str) -> tuple[dict[str, Any],
 
 
 def _silence(names: list[str]) -> str:
-    its = "its process is stopped, or its node is gone"
-    return f"{' and '.join(names)} did not answer within {_ANSWER_S:g} s: {its}"
+    return f"{' and '.join(names)} did not answer within {_ANSWER_S:g} s: stopped, or on a node that is gone"
 
 
 def _one_line(name: str, doing: str, error: BaseException, trace: str) -> Exception:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from ray._private.worker import global_worker
 from ray._raylet import Config as RayCoreConfig  # type: ignore[attr-defined]  # a compiled module
 
 from outrider.cluster.interrupts import interrupts_deferred
@@ -24,6 +25,7 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 def _connect(address: str, num_cpus: int) -> None:
     if address != "local":
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        _stop_reports()
         return
     with _private_files():
         context: Any = ray.init(
@@ -38,6 +40,19 @@ def _connect(address: str, num_cpus: int) -> None:
         )
     # Ray opens its folder to everybody; logs, sockets and what is passed by file are in there.
     Path(context.address_info["session_dir"]).chmod(0o700)
+    _stop_reports()
+
+
+def _stop_reports() -> None:
+    """Ends the thread that prints pages of raylets' logs between our answers. What they mean for a deployment is
+    noticed by the Coordinator and said by the Engine; the logs stay where they are."""
+    worker: Any = global_worker
+    if not hasattr(worker, "listener_thread"):
+        return  # ray:// has none
+    worker.threads_stopped.set()
+    worker.gcs_error_subscriber.close()
+    worker.listener_thread.join()
+    worker.threads_stopped.clear()
 
 
 @contextmanager

@@ -85,8 +85,8 @@ class StartWatch:
         silent = [name for name, heard_s in self._heard_s.items() if now - heard_s > silence_s]
         if silent:
             raise WorkerLostError(
-                f"{' and '.join(silent)} did not answer for {limit} while starting: its process is stopped, or "
-                "its node is gone"
+                f"{' and '.join(silent)} did not answer for {limit} while starting: stopped, or on a node that "
+                "is gone"
             )
         if still:
             raise EngineError(f"the start stood still for {limit}: {self._whereabouts()}")
