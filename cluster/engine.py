@@ -30,6 +30,8 @@ from outrider.configs.schema import Config
 NOTHING_SPECIAL: Mapping[str, object] = MappingProxyType({})
 
 _POLL_S = 0.2
+_STATS_S = 30.0  # longer than the Coordinator waits for a worker
+_STOP_S = 12.0  # likewise
 _TRACE_S = 60.0  # spans of a long run are many megabytes
 
 
@@ -111,7 +113,7 @@ class Engine:
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Counters of every process, by name ("draft", "target 0", ..., "coordinator")."""
-        stats: dict[str, dict[str, Any]] = self._calls("stats")
+        stats: dict[str, dict[str, Any]] = self._calls("stats", timeout_s=_STATS_S)
         return stats
 
     def trace(self) -> dict[str, list[dict[str, Any]]]:
@@ -132,7 +134,7 @@ class Engine:
                 self._inbox.close(CLOSED)
             try:
                 # Loops that end in order leave no complaints about lost peers.
-                self._calls("stop")
+                self._calls("stop", timeout_s=_STOP_S)
             except EngineError:
                 pass  # the Coordinator or a worker is gone or hangs; their place goes, and they with it
             finally:

@@ -57,8 +57,8 @@ LOST_PEER = ConnectionError("link: rank 0 gave up")
 @pytest.mark.parametrize(
     ("errors", "silent", "expected"),
     [
-        ({"target 1": LOST_PEER}, "draft", "draft did not answer within"),
-        ({"target 0": LOST_PEER, "draft": LOST_PEER}, "target 1", "target 1 did not answer within"),
+        ({"target 1": LOST_PEER}, "draft", "draft did not answer for seconds"),
+        ({"target 0": LOST_PEER, "draft": LOST_PEER}, "target 1", "target 1 did not answer for seconds"),
         (
             {"target 0": LOST_PEER, "draft": LOST_PEER, "target 1": RuntimeError("out of memory")},
             "",
@@ -71,7 +71,7 @@ LOST_PEER = ConnectionError("link: rank 0 gave up")
 def test_the_cause_is_named_and_not_those_who_complain_of_it(
     errors: dict[str, Exception | None], silent: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "_ANSWER_S", 0.3)
+    monkeypatch.setattr(health, "_AFTER_OTHERS_S", 0.3)
 
     async def scenario(handles: dict[str, Any]) -> None:
         runs = {
