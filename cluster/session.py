@@ -3,15 +3,15 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 from ray._private.worker import global_worker
 from ray._raylet import Config as RayCoreConfig  # type: ignore[attr-defined]  # a compiled module
 
@@ -27,17 +27,16 @@ def _connect(address: str, num_cpus: int) -> None:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         _stop_reports()
         return
-    with _private_files():
-        context: Any = ray.init(
-            "local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            # Ray gives workers way to everything else (nice 15); here the workers are what the machine is for.
-            _system_config={"worker_niceness": 0},
-        )
+    context: Any = ray.init(
+        "local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        # Ray gives workers way to everything else (nice 15); here the workers are what the machine is for.
+        _system_config={"worker_niceness": 0},
+    )
     # Ray opens its folder to everybody; logs, sockets and what is passed by file are in there.
     Path(context.address_info["session_dir"]).chmod(0o700)
     _stop_reports()
@@ -55,20 +54,28 @@ def _stop_reports() -> None:
     worker.threads_stopped.clear()
 
 
-@contextmanager
-def _private_files() -> Iterator[None]:
-    """Files made inside, by this process and those that it starts, are for their owner alone."""
-    token = Path.home() / ".ray" / "auth_token"
-    if token.is_file() and token.owner() == Path.home().owner():
-        token.chmod(0o600)
-    before = os.umask(0o077)
+def keep_token_private(home: Path) -> None:
+    """Makes Ray's token, which Ray itself would make readable for everybody, or takes it from others' eyes.
+
+    Raises ValueError where there can be none.
+    """
+    folder = home / ".ray"
+    token = folder / "auth_token"
     try:
-        yield
-    finally:
-        os.umask(before)
+        if not folder.exists():
+            folder.mkdir(mode=0o700)
+        if not token.exists():
+            with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(generate_new_authentication_token())
+        elif token.stat().st_uid == os.getuid():
+            token.chmod(0o600)
+    except OSError as error:
+        raise ValueError(
+            f"cluster.ray_auth = token keeps its token in {token}, which cannot be made private: {error.strerror}"
+        ) from error
 
 
-class _Keeper:
+class Keeper:
     """A thread that starts Ray and lives as long as it does: Ray's processes end with the thread that started
     them (PR_SET_PDEATHSIG), which need not be the end of the program."""
 
@@ -101,12 +108,14 @@ class RaySession:
 
     def __init__(self, cluster: ClusterConfig, num_cpus: int) -> None:
         self._owned = not ray.is_initialized()
-        self._keeper: _Keeper | None = None
+        self._keeper: Keeper | None = None
         if not self._owned:
             return
         # Ray takes this from the environment alone and has read it when it was imported.
         os.environ["RAY_AUTH_MODE"] = cluster.ray_auth
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        if cluster.ray_address == "local" and cluster.ray_auth == "token":
+            keep_token_private(Path.home())
         RayCoreConfig.initialize("")
         try:
             with interrupts_deferred():
@@ -114,7 +123,7 @@ class RaySession:
                 if threading.current_thread() is threading.main_thread():
                     connect()  # the signal handlers that Ray wants are set by this thread alone
                 else:
-                    self._keeper = _Keeper(connect)
+                    self._keeper = Keeper(connect)
         except KeyboardInterrupt:
             self.close()
             raise

@@ -66,6 +66,7 @@ WRONG_SAMPLING = [
     ({"stop_token_ids": list(range(128)) * 20}, "sampling.stop_token_ids must have at most 1024 ids"),
     ({"logit_bias": [[1, 1.0]] * 400}, "sampling.logit_bias must be at most 300 entries"),
     ({"temperature": "x" * 10_000}, "sampling.temperature must be a number"),
+    ({"temperature": 10**400}, "sampling.temperature must be a number of less than 309 digits"),
     ({5: 1}, "unknown key sampling.5"),
 ]
 
