@@ -110,8 +110,11 @@ class Inbox:
         while not self._closed:
             try:
                 delivery: Delivery = self._call("take", _TAKE_S)
-            except (EngineError, ValueError) as error:
-                self._break(str(error))
+            except Exception as error:
+                # Whatever ended this thread, those who wait get to know.
+                self._break(
+                    str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+                )
                 return
             self.failure = self.failure or delivery.failure
             for request_id, answer in delivery.answers:
@@ -130,7 +133,7 @@ class Inbox:
             with contextlib.suppress(Empty):
                 while (further := self._to_cancel.get_nowait()) is not None:
                     ids.append(further)
-            with contextlib.suppress(EngineError):  # nothing runs any longer
+            with contextlib.suppress(EngineError, ValueError):  # nothing runs any longer
                 self._call("cancel", ids)
 
 

@@ -244,7 +244,7 @@ class ClusterConfig:
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Ray's placement strategy: together or apart, as a wish or (STRICT) as a condition."""
 
-    start_timeout_s: float = 60.0
+    start_timeout_s: float = 90.0
     """A start ends with an error when for so long, in seconds, there is no place for a process, a process does
     not answer, or nothing moves: no download, no loading, no measurement. One that moves may take longer."""
 

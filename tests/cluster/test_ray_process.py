@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from outrider.cluster.session import Keeper, keep_token_private
+from outrider.cluster.ray_process import Keeper, keep_token_private
 
 
 def test_ray_is_started_by_a_thread_that_outlives_the_one_that_asked() -> None:
