@@ -60,7 +60,7 @@ class Admission:
         if bos is None or request.prompt_tokens[:2] != (bos, bos):
             return ""
         name = self.tokenizer.bos_token
-        return f"the prompt begins with two {name}: the tokenizer puts one there itself; leave yours out"
+        return f"the prompt begins with two {name}: the tokenizer puts one before a text, leave yours out"
 
     def decoder(self) -> Decoder:
         """For the text of one answer."""
