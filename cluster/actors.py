@@ -103,8 +103,9 @@ class DraftActor:
         self._worker.stop()
 
     @ray.method(concurrency_group="control")
-    def submit(self, request: "Request") -> None:
-        self._worker.submit(request)
+    def submit(self, requests: "list[Request]") -> None:
+        for request in requests:
+            self._worker.submit(request)
 
     @ray.method(concurrency_group="control")
     def cancel(self, request_id: str) -> None:

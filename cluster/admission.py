@@ -1,13 +1,15 @@
 """The door: what a user sends becomes a `Request` that the DraftWorker can run, or a one-line ValueError."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outrider.cluster.api import GenerationRequest, Prompt
+from outrider.cluster.api import GenerationRequest
 from outrider.cluster.request_options import request_draft, request_sampling
 from outrider.cluster.text import Decoder
+from outrider.cluster.text_bound import TextBound
 from outrider.configs.schema import Config
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Request
@@ -27,6 +29,7 @@ class Admission:
 
     config: Config
     tokenizer: "PreTrainedTokenizerFast"
+    text_bound: TextBound
     vocab_size: int
     max_context: int
     eos_token_ids: tuple[int, ...]
@@ -46,6 +49,14 @@ class Admission:
             )
         return Request(request_id, prompt_tokens, sampling, draft)
 
+    def warning(self, request: Request) -> str:
+        """What its user should know about a request that can be run; empty: nothing."""
+        bos = self.tokenizer.bos_token_id
+        if bos is None or request.prompt_tokens[:2] != (bos, bos):
+            return ""
+        name = self.tokenizer.bos_token
+        return f"the prompt begins with two {name}: the tokenizer puts one before a text, leave yours out"
+
     def decoder(self) -> Decoder:
         """For the text of one answer."""
         from outrider.workers.weights.tokenizer import IncrementalDecoder
@@ -58,32 +69,54 @@ class Admission:
             return sampling
         return replace(sampling, stop_token_ids=sampling.stop_token_ids + self.eos_token_ids)
 
-    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+    def _tokens(self, prompt: object) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt))
-        if all(isinstance(item, int) for item in prompt):
-            return self._token_ids(prompt)
-        if all(isinstance(item, Mapping) for item in prompt):
-            return self._chat_tokens(prompt)
-        raise ValueError(f"prompt must be a text, messages or token ids, got {prompt!r}")
+            _require_unicode("prompt", prompt)
+            return self._encode(prompt, add_special_tokens=True)
+        if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray | memoryview):
+            if all(type(item) is int for item in prompt):
+                return self._token_ids(prompt)
+            if all(isinstance(item, Mapping) for item in prompt):
+                return self._chat_tokens(prompt)
+        raise ValueError(
+            "prompt must be a text, a list of messages or a list of token ids, got "
+            f"{type(prompt).__name__} {reprlib.repr(prompt)}"
+        )
 
-    def _token_ids(self, prompt: Sequence[object]) -> tuple[int, ...]:
-        tokens = tuple(item for item in prompt if isinstance(item, int))
-        for token in tokens:
-            _require_in_range("prompt token ids", token, 0, self.vocab_size - 1)
-        return tokens
+    def _token_ids(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        # The length is checked before the ids: a list that is far too long is not looked at.
+        if len(tokens) <= self.max_context:
+            for token in tokens:
+                _require_in_range("prompt token ids", token, 0, self.vocab_size - 1)
+        return tuple(tokens)
 
-    def _chat_tokens(self, messages: Sequence[object]) -> tuple[int, ...]:
-        conversation = [dict(message) for message in messages if isinstance(message, Mapping)]
-        for message in conversation:
-            if set(message) != {"role", "content"} or not all(isinstance(v, str) for v in message.values()):
-                raise ValueError(f"a message must have the texts role and content, got {message!r}")
+    def _chat_tokens(self, messages: Sequence[Mapping[object, object]]) -> tuple[int, ...]:
+        conversation = [_message(message) for message in messages]
         if not self.tokenizer.chat_template:
             raise ValueError("messages need a chat template, which this model lacks; send a text (--raw)")
-        text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        assert isinstance(text, str)
         # The template writes special tokens itself.
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return self._encode(self._rendered(conversation), add_special_tokens=False)
+
+    def _rendered(self, conversation: list[dict[str, str]]) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:
+            # A template is a program of the model's: it refuses messages, or fails at them, in its own ways.
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"the model's chat template refuses these messages: {reason[0]}") from error
+        assert isinstance(text, str)
+        return text
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        # Tokenizing takes 5 us and 200 bytes for each character.
+        if self.text_bound.exceeds(text, self.max_context):
+            raise ValueError(
+                f"prompt must be at most {self.max_context} tokens (the least of target.max_context, the "
+                f"model's limit and the KV cache), got a text of {len(text)} characters, which are more"
+            )
+        return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
 def prepare_admission(config: Config, report: Progress) -> Admission:
@@ -112,9 +145,30 @@ def prepare_admission(config: Config, report: Progress) -> Admission:
     model = open_source(target).config
     max_context = max_sequence_tokens(config, model)
     end_ids = end_token_ids(model, tokenizer, speaks)
-    return Admission(config, tokenizer, model.vocab_size, max_context, end_ids)
+    bound = TextBound(tokenizer)
+    return Admission(config, tokenizer, bound, model.vocab_size, max_context, end_ids)
+
+
+def _message(asked: Mapping[object, object]) -> dict[str, str]:
+    texts = {field: asked.get(field) for field in ("role", "content")}
+    message = {field: text for field, text in texts.items() if isinstance(text, str)}
+    if len(message) < len(texts) or len(asked) > len(texts):
+        shown = reprlib.repr(dict(asked))
+        raise ValueError(f"a message must have the texts role and content, got {shown}")
+    for field, text in message.items():
+        _require_unicode(f"{field} of a message", text)
+    return message
 
 
 def _require_in_range(field: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ValueError(f"{field} must be in [{low}, {high}], got {value}")
+
+
+def _require_unicode(field: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{field} must be valid Unicode, got half of a surrogate pair at character {error.start}"
+        ) from error

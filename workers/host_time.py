@@ -1,7 +1,8 @@
 """What a round costs on the host besides the models: the real loop over models that cost nothing.
 
 Loop, scheduler, drafting, messages, the target's state and the sampler are those that serve; only the two models
-are tables from a token and its position to logits. One thread does everything, so its processor time is the sum of all processes'.
+are tables from a token and its position to logits. One thread does everything, so its processor time is the sum
+of all processes'.
 """
 
 from __future__ import annotations

@@ -10,14 +10,16 @@ from rich.console import Console
 from rich.text import Text
 
 from outrider.cluster.printable import printable
+from outrider.workers.sequences.origin import Origin
 
 if TYPE_CHECKING:
     from outrider.cluster.api import Completion, Piece
     from outrider.workers.sequences.sequence import RequestStats
 
-DRAFT_STYLE = "green"
-TARGET_STYLE = "default"
-LEGEND = Text.assemble(("accepted draft tokens", DRAFT_STYLE), ", ", ("the target's own", TARGET_STYLE))
+STYLES = {Origin.TARGET: "default", Origin.DRAFT: "green", Origin.KEPT: "yellow"}
+LEGEND = Text.assemble(
+    ("accepted draft tokens", STYLES[Origin.DRAFT]), ", ", ("the target's own", STYLES[Origin.TARGET])
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def show_stream(console: Console, pieces: "Iterable[Piece]", visible: bool = Tru
             num_tokens += len(piece.tokens)
             text.append(piece.text)
             for segment in piece.segments if visible else ():
-                show_segment(console, segment.text, segment.from_draft)
+                show_segment(console, segment.text, segment.origin)
     finally:
         # Also where an answer breaks off: what is said then gets a line of its own.
         if visible and text:
@@ -75,14 +77,13 @@ def show_stream(console: Console, pieces: "Iterable[Piece]", visible: bool = Tru
     )
 
 
-def show_segment(console: Console, text: str, from_draft: bool) -> None:
+def show_segment(console: Console, text: str, origin: Origin) -> None:
     """Text of one origin. A pipe gets exactly the text; a terminal none that it would obey."""
     if not console.is_terminal:
         console.file.write(text)
         console.file.flush()
         return
-    style = DRAFT_STYLE if from_draft else TARGET_STYLE
-    console.print(Text(printable(text), style), end="", soft_wrap=True, highlight=False)
+    console.print(Text(printable(text), STYLES[origin]), end="", soft_wrap=True, highlight=False)
 
 
 def summary(answer: Answer) -> str:
@@ -96,4 +97,5 @@ def summary(answer: Answer) -> str:
 def completion_json(completion: "Completion", prompt: str, prompt_id: str) -> str:
     """One line of JSON for machines."""
     record: dict[str, Any] = {"id": prompt_id, "prompt": prompt, **asdict(completion)}
+    record["origins"] = [origin.label for origin in completion.origins]
     return json.dumps(record, ensure_ascii=False)

@@ -41,6 +41,25 @@ def test_messages_need_a_chat_template() -> None:
         admission.admit("a", GenerationRequest([{"role": "user", "content": "hello"}]))
 
 
+def test_a_prompt_with_two_beginnings_is_warned_of() -> None:
+    admission = prepared()
+    bos, ids = admission.tokenizer.bos_token, [admission.tokenizer.bos_token_id] * 2
+    assert admission.warning(admission.admit("a", GenerationRequest(f"{bos}hi"))) == ""
+    two = admission.admit("a", GenerationRequest([*ids, 5]))
+    assert admission.warning(two).startswith(f"the prompt begins with two {bos}")
+
+
+def test_a_text_that_no_context_holds_is_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    admission = prepared()
+    text = "the lighthouse " * 500_000
+    monkeypatch.setattr(type(admission.tokenizer), "encode", lambda *_, **__: pytest.fail("it was"))
+    for prompt in (text, [{"role": "user", "content": text}]):
+        with pytest.raises(
+            ValueError, match=r"prompt must be at most 512 tokens .*, got a text of 75\d+ char"
+        ):
+            admission.admit("a", GenerationRequest(prompt))
+
+
 def test_the_context_is_the_least_of_config_model_and_cache() -> None:
     model = "target.model=random:llama?hidden_size=64&num_layers=2&num_heads=4&num_kv_heads=2&seed=0"
     assert prepared().max_context == 512

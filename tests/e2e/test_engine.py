@@ -70,10 +70,27 @@ def test_a_bad_request_fails_alone(engine: Engine) -> None:
         list(engine.stream("b", {"top_p": 2.0}))
 
 
-def test_a_stream_that_is_left_early_is_cancelled(engine: Engine) -> None:
-    stream = engine.stream("a", {"max_tokens": 400})
-    next(stream)
-    stream.close()  # type: ignore[attr-defined]
+def test_what_nobody_waits_for_is_cancelled(engine: Engine) -> None:
+    long = {"max_tokens": 400, "ignore_eos": True}
+    left = engine.stream("a", long)
+    next(left)
+    left.close()
+    engine.stream("a", long).close()  # before the first piece
+    engine.stream("a", long)  # dropped
+    engine.completions([GenerationRequest("a", long)] * 3).close()
+    wait_until_idle(engine)
+
+
+def test_two_thousand_open_requests_do_not_keep_control_waiting(engine: Engine) -> None:
+    answers = engine.completions([GenerationRequest("a", {"max_tokens": 400, "ignore_eos": True})] * 2000)
+    assert engine.stats()["coordinator"]["num_open_requests"] > 1900
+    (short,) = engine.generate([GenerationRequest([True])])  # type: ignore[list-item]
+    assert short.error.startswith("prompt must be a text, a list of messages or a list of token ids")
+    answers.close()
+    wait_until_idle(engine)
+
+
+def wait_until_idle(engine: Engine) -> None:
     limit = time.monotonic() + 20
     while engine.stats()["coordinator"]["num_open_requests"]:
         assert time.monotonic() < limit
@@ -96,6 +113,11 @@ def test_a_killed_rank_ends_requests_with_its_name_and_close_leaves_no_process(
             engine.generate([GenerationRequest("b")])
     finally:
         engine.close()
+    for call in (engine.stats, engine.trace, lambda: engine.stream("a"), lambda: engine.generate([])):
+        with pytest.raises(EngineError, match="the engine was closed"):
+            call()
+    with pytest.raises(StopIteration):
+        next(stream)
     limit = time.monotonic() + 20
     while any(psutil.pid_exists(pid) for pid in pids):
         assert time.monotonic() < limit

@@ -39,6 +39,7 @@ _TARGET, _DRAFT = 0, 1  # ranks of the link
 _MESSAGE, _GOODBYE = 1, 2  # flags in front of what travels on the link
 _HEAD_INTS = 4  # in front of a message: the flag, its length, and the bytes of the payload in two numbers
 _PAYLOAD_UNIT = 1 << 30
+_BACKLOG = 512  # of connections that come at once, as in torch
 _GOODBYE_S = 1.0  # an end that leaves does not wait longer for one that no longer reads
 
 _dist: Any = dist  # stubs lack most of the groups, builds for CPUs lack that of NCCL
@@ -46,9 +47,19 @@ _Gloo = _dist.ProcessGroupGloo
 
 
 def open_store(host: str, timeout_s: float) -> dist.TCPStore:
-    """Open the meeting point on a free port of this host, as which others reach it by `host`. See `.port`."""
+    """Open the meeting point on a free port of `host`, an address of this machine. See `.port`.
+
+    It listens there and nowhere else: a store trusts whoever reaches it.
+    """
+    family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
     return dist.TCPStore(
-        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+        host,
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),  # the store closes it
     )
 
 

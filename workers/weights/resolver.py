@@ -7,6 +7,7 @@ random:llama?num_layers=2&...   random weights, see random_source.py
 org/name[@revision]             a model on the Hugging Face hub
 """
 
+import errno
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from outrider.workers.weights.source import WeightSource
 PACKAGE_PREFIX = "pypi:"
 _PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(==[A-Za-z0-9.+!_-]+)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _TOKENIZER_PATTERNS = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
 _MODEL_PATTERNS = [*_TOKENIZER_PATTERNS, "*.safetensors"]
@@ -131,22 +133,51 @@ def _in_directory(model: str, directory: Path) -> ResolvedModel:
 
 def _from_hub(model: str, patterns: list[str], progress: Progress) -> Path:
     """Directory of a snapshot: the cached one when it is complete, else downloaded."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     name, _, revision = model.partition("@")
     revision = revision or "main"
     progress(f"download {name}", 0, 0)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        bars = _reporting_bars(f"download {name}", progress)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=bars))
     except GatedRepoError as error:
         raise ValueError(
             f"{model} is gated on Hugging Face: accept its terms and run `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(f"{model} is neither a path here nor a model on Hugging Face") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise _not_downloaded(model, error) from error
         raise ValueError(
-            f"{model} is no path here, not in the Hugging Face cache, and could not be downloaded ({reason})"
+            f"{model} cannot be written to the Hugging Face cache {constants.HF_HUB_CACHE}: {error.strerror}"
         ) from error
+    except (HfHubHTTPError, ValueError) as error:
+        raise _not_downloaded(model, error) from error
+
+
+def _not_downloaded(model: str, error: Exception) -> ValueError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(
+        f"{model} is no path here, not in the Hugging Face cache, and could not be downloaded ({reason})"
+    )
+
+
+def _reporting_bars(what: str, progress: Progress) -> type:
+    """What the hub's library takes for progress bars: they show nothing and tell `progress` about bytes."""
+    from huggingface_hub.utils import tqdm
+
+    class Bars(tqdm):
+        def __init__(self, *args: object, unit: str = "it", **options: object) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+            self._counts_bytes = unit == "B"
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.n += n or 0
+            if self._counts_bytes and n:
+                progress(what, round(self.n), round(self.total or 0))
+            return None
+
+    return Bars

@@ -91,7 +91,7 @@ def test_json_is_one_object_per_prompt_bad_ones_included(engines: Engines, tmp_p
     assert result.exit_code == 1  # an answer was refused
     first, long, last = map(json.loads, result.stdout.splitlines())
     assert (first["text"], last["text"]) == ("ONE", "THREE")
-    assert first["from_draft"] == [False, True, False]
+    assert first["origins"] == ["target", "draft", "target"]
     assert first["stats"]["num_rounds"] == 2
     assert long["finish_reason"] == "error"
     assert long["error"].startswith("prompt and sampling.max_tokens must be at most")

