@@ -5,6 +5,7 @@ import os
 from types import TracebackType
 
 import ray
+from ray._private import worker as ray_worker
 from ray._raylet import Config as RayCoreConfig  # type: ignore[attr-defined]  # a compiled module
 
 from outrider.cluster.interrupts import interrupts_deferred
@@ -48,6 +49,7 @@ class RaySession:
         os.environ["RAY_AUTH_MODE"] = cluster.ray_auth
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         RayCoreConfig.initialize("")
+        self._show_messages_of_raylets(False)
         try:
             with interrupts_deferred():
                 _connect(cluster, num_cpus)
@@ -59,8 +61,16 @@ class RaySession:
             raise start_failure(error, cluster.ray_address) from error
 
     def close(self) -> None:
-        if self._owned and ray.is_initialized():
-            ray.shutdown()
+        if self._owned:
+            if ray.is_initialized():
+                ray.shutdown()
+            self._show_messages_of_raylets(True)
+
+    @staticmethod
+    def _show_messages_of_raylets(wanted: bool) -> None:
+        # When a node dies, Ray prints twenty lines of its log, in the driver's standard output: amid answers.
+        # `log_to_driver` does not cover these; this is the switch that Ray's debugger uses.
+        ray_worker._worker_logs_enabled = wanted
 
     def __enter__(self) -> "RaySession":
         return self
