@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray._private import worker as ray_worker
 
 from outrider.cluster.api import EngineError, GenerationRequest
 from outrider.cluster.engine import Engine
@@ -134,6 +135,15 @@ def test_a_ray_that_wants_another_token_says_so_at_once(ray_with_room: None) -> 
     assert last.startswith(f"ValueError: cluster.ray_auth must suit the Ray at {address}: it wants a token")
     assert "the one here is another" in last
     assert "Failed to get cluster ID" not in run.stderr  # Ray's own warnings, one a second
+
+
+def test_messages_of_rays_daemons_do_not_get_between_answers(
+    ray_with_room: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # What the thread that listens for them does when a node has died.
+    message = {"lines": ["Raylet is terminated."], "pid": "raylet", "is_err": False}
+    ray_worker.print_to_stdstream(message, ignore_prefix=False)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_missing_model_is_one_line(ray_with_room: None, tmp_path: Path) -> None:
