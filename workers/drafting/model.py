@@ -194,7 +194,9 @@ class ModelDrafter:
         with self._tracer.span("forward", len(proposing)):
             logits = self._model.logits_of(hidden, proposing)
         with self._tracer.span("sample", len(proposing)):
-            tokens, log_probs = self._sampler.propose(logits, [self._sampled(item) for item in work], self._max_children)
+            tokens, log_probs = self._sampler.propose(
+                logits, [self._sampled(item) for item in work], self._max_children
+            )
         proposals = zip(tokens.tolist(), log_probs.tolist(), strict=True)
         for item in work:
             self._remember_rows(item)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from outrider.kernels.noise import Int64Array
-from outrider.kernels.sample_shard import unpack_tokens
+from outrider.kernels.token_rows import unpack_tokens
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.shards import Shard
 
@@ -45,6 +45,7 @@ def raw_logprobs(
     top_logprobs = np.zeros((len(tokens), num_top), dtype=np.float32)
     if len(asking):
         message = np.full((len(asking), 3 + 2 * num_top), -np.inf)
+        message[:, 3 + num_top :] = np.inf  # ids after all others, where a shard has fewer tokens
         maxima = np.maximum(shard.maxima(asking), _LOWEST)  # a shard of removed tokens has no mass
         message[:, 1] = maxima
         message[:, 2] = shard.exp_sums(asking, maxima, np.ones(len(asking), dtype=np.float32))
@@ -59,12 +60,14 @@ def raw_logprobs(
         gathered = communicator.all_gather(torch.from_numpy(message)).numpy()
         largest = gathered[:, :, 1].max(axis=0)
         total = np.sum(np.exp(gathered[:, :, 1] - largest) * gathered[:, :, 2], axis=0)
-        log_total = largest + np.log(total)
-        logprobs[asking] = gathered[:, :, 0].max(axis=0) - log_total
+        log_total = np.log(total)
+        logprobs[asking] = gathered[:, :, 0].max(axis=0) - largest - log_total
         if num_top > 0:
             values = np.concatenate(list(gathered[:, :, 3 : 3 + num_top]), axis=1)
             ids = np.concatenate(list(gathered[:, :, 3 + num_top :]), axis=1)
             order = np.lexsort((ids, -values))[:, :num_top]
             top_ids[asking] = np.take_along_axis(ids, order, axis=1)
-            top_logprobs[asking] = np.take_along_axis(values, order, axis=1) - log_total[:, None]
+            top_logprobs[asking] = (
+                np.take_along_axis(values, order, axis=1) - largest[:, None] - log_total[:, None]
+            )
     return RawLogprobs(torch.from_numpy(logprobs), torch.from_numpy(top_ids), torch.from_numpy(top_logprobs))
