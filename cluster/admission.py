@@ -107,13 +107,15 @@ def prepare_admission(config: Config, report: Progress) -> Admission:
     """
     # torch comes with these; the driver, which only names this function, does without.
     from outrider.workers.setup import max_sequence_tokens
-    from outrider.workers.weights.resolver import open_source, resolve
-    from outrider.workers.weights.tokenizer import load_tokenizer, same_tokenizer
+    from outrider.workers.weights.resolver import open_source, resolve, resolve_tokenizer
+    from outrider.workers.weights.tokenizer import end_token_ids, load_tokenizer, same_tokenizer
 
     cache_dir = Path(config.cluster.model_cache_dir).expanduser()
     target = resolve(config.target.model, cache_dir, report, "target.model")
-    tokenizer_model = config.target.tokenizer or config.target.model
-    tokenizer = load_tokenizer(resolve(tokenizer_model, cache_dir, report, "target.tokenizer"))
+    speaks = target
+    if config.target.tokenizer:
+        speaks = resolve_tokenizer(config.target.tokenizer, cache_dir, report, "target.tokenizer")
+    tokenizer = load_tokenizer(speaks)
     if "model" in config.draft.methods:
         draft = resolve(config.draft.model, cache_dir, report, "draft.model")
         difference = same_tokenizer(tokenizer, load_tokenizer(draft))
@@ -123,7 +125,8 @@ def prepare_admission(config: Config, report: Progress) -> Admission:
             )
     model = open_source(target).config
     max_context = max_sequence_tokens(config, model)
-    return Admission(config, tokenizer, model.vocab_size, max_context, model.eos_token_ids)
+    end_ids = end_token_ids(model, tokenizer, speaks)
+    return Admission(config, tokenizer, model.vocab_size, max_context, end_ids)
 
 
 def _require_in_range(field: str, value: int, low: int, high: int) -> None:

@@ -20,6 +20,7 @@ from outrider.workers.link.link import DraftSender
 from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
 from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.rounds.budget import CostModel, PassProfile
@@ -165,17 +166,8 @@ class DraftWorker:
             progress("load", min(done, total), total)
 
         kernels = kernels_for(self.config, source.config, device, dtype)
-        model = Transformer(
-            source.config,
-            plan,
-            source,
-            SoloCommunicator(),
-            dtype,
-            device,
-            draft.packed_weights,
-            count,
-            kernels,
-        )
+        weights = load_weights(plan, source, dtype, device, draft.packed_weights, count)
+        model = Transformer(weights, SoloCommunicator(), kernels)
         page_size = self.config.target.page_size
         num_pages = num_draft_pages(self.config, source.config)
         cache = PagedCache(source.config, plan, num_pages, page_size, dtype, device, kernels.kv_commit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceABC
 from itertools import pairwise
 from typing import Any
 
@@ -18,8 +19,9 @@ from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.batch import build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import forward_of, target_capacities
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.transformer import Transformer
+from outrider.workers.model.transformer import Hidden, Transformer
 from outrider.workers.sampling.sampler import NO_SAMPLES, Sampler
 from outrider.workers.setup import (
     agreed_kernels,
@@ -36,11 +38,22 @@ from outrider.workers.trace import Tracer
 class TargetRank:
     """The computation of one rank. A step reads: commit, forward, sample. No branch on what the step is for."""
 
-    def __init__(self, model: Transformer, cache: PagedCache, num_slots: int, tracer: Tracer) -> None:
-        """`num_slots`: sequences that run at the same time."""
+    def __init__(
+        self,
+        model: Transformer,
+        cache: PagedCache,
+        num_slots: int,
+        tracer: Tracer,
+        taps: SequenceABC[int] = (),
+    ) -> None:
+        """
+        Args:
+            num_slots: sequences that run at the same time.
+            taps: layers whose inputs rounds may ask for (`Draft.layers`), besides what leaves the last one.
+        """
         self.model = model
         self._cache = cache
-        self._forward = forward_of(model, cache, target_capacities(model, cache))
+        self._forward = forward_of(model, cache, target_capacities(model, cache), taps)
         self._tracer = tracer
         self._sequences = TargetSequences(num_slots, cache.num_pages, cache.page_size)
         self._sampler = Sampler(model.config.vocab_size, model.plan.vocab, model.communicator, model.kernels)
@@ -53,14 +66,14 @@ class TargetRank:
         with self._tracer.span("commit"):
             self._cache.commit(*(slots.to(self.model.device) for slots in self._sequences.apply(draft)))
         times.append(time.monotonic())
-        logits, hidden = torch.empty(0, len(self.model.plan.vocab)), None
+        logits, sent = torch.empty(0, len(self.model.plan.vocab)), None
         if steps.num_rows:
             with self._tracer.span("forward", steps.num_rows):
                 rows = self._sequences.rows(steps)
-                last = self._forward(build_batch(self._sequences.tables, rows, self.model.device))
-                hidden = self._hidden(draft, (last,))
+                hidden = self._forward(build_batch(self._sequences.tables, rows, self.model.device))
+                sent = self._hidden_rows(draft, hidden)
                 if len(sampled):
-                    logits = self.model.logits_of(last, sampled)
+                    logits = self.model.logits_of(hidden.last, sampled)
         times.append(time.monotonic())
         samples = NO_SAMPLES
         if len(sampled):
@@ -82,16 +95,17 @@ class TargetRank:
             commit_s=commit_s,
             forward_s=forward_s,
             sample_s=sample_s,
-            hidden=hidden,
+            hidden=sent,
         )
 
-    def _hidden(self, draft: Draft, layers: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+    def _hidden_rows(self, draft: Draft, hidden: Hidden) -> torch.Tensor | None:
         """[num_layers, num_rows, hidden_size] of the layers and rows that this round asks for, copied."""
         rows = draft.steps.hidden_rows
         if not draft.layers or not len(rows):
             return None
         index = torch.from_numpy(rows).to(self.model.device)
-        return torch.stack([layers[layer].index_select(0, index) for layer in draft.layers])
+        by_layer = {**hidden.taps, self.model.config.num_layers: hidden.last}
+        return torch.stack([by_layer[layer].index_select(0, index) for layer in draft.layers])
 
 
 class TargetWorker:
@@ -107,7 +121,7 @@ class TargetWorker:
         self._communicator: Communicator = SoloCommunicator()
 
     def load(self, progress: Callable[[str, int, int], None]) -> None:
-        """Read this rank's weights and lay out its KV cache. `progress(what, done_bytes, total_bytes)`.
+        """Read this rank's weights. `progress(what, done_bytes, total_bytes)`.
 
         Raises:
             ValueError: the checkpoint is missing or does not fit the configuration.
@@ -125,22 +139,8 @@ class TargetWorker:
             done += num_bytes
             progress("load", min(done, total), total)
 
-        kernels = kernels_for(self.config, source.config, device, dtype)
-        self._model = Transformer(
-            source.config,
-            plan,
-            source,
-            SoloCommunicator(),
-            dtype,
-            device,
-            target.packed_weights,
-            count,
-            kernels,
-        )
-        num_pages = num_target_pages(self.config, source.config)
-        self._cache = PagedCache(
-            source.config, plan, num_pages, target.page_size, dtype, device, kernels.kv_commit
-        )
+        self._kernels = kernels_for(self.config, source.config, device, dtype)
+        self._weights = load_weights(plan, source, dtype, device, target.packed_weights, count)
 
     def open_store(self, host: str) -> tuple[str, int]:
         """Rank 0: open the meeting point of all groups on a free port; returns its host and port."""
@@ -148,7 +148,9 @@ class TargetWorker:
         return host, self._store.port
 
     def connect(self, host: str, port: int, epoch: int) -> None:
-        """Join the target group and, on rank 0, the link to the DraftWorker. Every process must call it.
+        """Join the target group, build the model and its KV cache, and on rank 0 open the link to the DraftWorker.
+
+        Every process must call it.
 
         Raises:
             PeerLostError: another process has not come within `cluster.group_timeout_s`.
@@ -160,13 +162,21 @@ class TargetWorker:
         self._communicator = join_group(
             self._store, epoch, self.rank, target.tp_size, self._transport(), timeout_s
         )
-        self._model.communicator = self._communicator
-        self._model.kernels = agreed_kernels(self._model.kernels, self._communicator)
-        self._cache.use_kernel = self._model.kernels.kv_commit
-        num_slots = self.config.rounds.max_sequences
-        self._rank = TargetRank(self._model, self._cache, num_slots, self._tracer)
+        kernels = agreed_kernels(self._kernels, self._communicator)
+        weights = self._weights
+        cache = PagedCache(
+            weights.plan.config,
+            weights.plan,
+            num_target_pages(self.config, weights.plan.config),
+            target.page_size,
+            weights.dtype,
+            weights.device,
+            kernels.kv_commit,
+        )
+        model = Transformer(weights, self._communicator, kernels)
+        self._rank = TargetRank(model, cache, self.config.rounds.max_sequences, self._tracer)
         if self.rank == 0:
-            self._link = DraftReceiver(Link(self._store, epoch, True, self._model.device, timeout_s))
+            self._link = DraftReceiver(Link(self._store, epoch, True, weights.device, timeout_s))
 
     def run(self) -> None:
         """Serve rounds until the DraftWorker says stop. Any failure wakes the other ranks and is raised."""
@@ -194,7 +204,7 @@ class TargetWorker:
             self._communicator.close()
 
     def _transport(self) -> str:
-        on_gpu = self._model.device.type == "cuda"
+        on_gpu = self._weights.device.type == "cuda"
         return "nccl" if self.config.target.all_reduce == "auto" and on_gpu else self.config.target.all_reduce
 
     def stats(self) -> dict[str, Any]:

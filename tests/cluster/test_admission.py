@@ -7,6 +7,7 @@ import pytest
 from outrider.cluster.admission import Admission, prepare_admission
 from outrider.cluster.api import GenerationRequest
 from outrider.configs.loader import load_config
+from outrider.workers.weights.random_tokenizer import tokenizer_of_size
 
 
 def prepared(*overrides: str) -> Admission:
@@ -60,3 +61,14 @@ def test_a_missing_model_is_named_with_its_key(tmp_path: Path) -> None:
     for key in ("target.model", "draft.model", "target.tokenizer"):
         with pytest.raises(ValueError, match=key):
             prepared(f"{key}={tmp_path}/nothing.gguf")
+
+
+def test_a_folder_with_only_a_tokenizer_is_a_tokenizer_and_its_end_of_text_ends_a_text(
+    tmp_path: Path,
+) -> None:
+    tokenizer = tokenizer_of_size(320)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path)
+    admission = prepared(f"target.tokenizer={tmp_path}", "draft.methods=[ngram]")
+    assert len(admission.tokenizer) == 320
+    assert admission.eos_token_ids == (2, 0)

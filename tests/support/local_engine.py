@@ -18,6 +18,7 @@ from outrider.workers.link.communicator import Communicator, SoloCommunicator, b
 from outrider.workers.link.link import DraftReceiver, DraftSender, Packet
 from outrider.workers.link.messages import decode_draft
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.rounds.budget import CostModel, PassProfile
@@ -84,18 +85,16 @@ class LocalEngine:
         self.ranks = []
         for rank, communicator in enumerate(communicators):
             plan = ShardPlan(target.config, rank, len(communicators))
-            model = Transformer(
-                target.config, plan, target, communicator, dtype, torch.device("cpu"), packed=True
-            )
+            weights = load_weights(plan, target, dtype, torch.device("cpu"), packed=True)
+            model = Transformer(weights, communicator)
             cache = PagedCache(target.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
             self.ranks.append(TargetRank(model, cache, max_sequences, Tracer(f"target {rank}", False)))
         self._target_end = DraftReceiver(target_end)
         self.drafting = DraftEngine(ngram or NgramConfig())
         if draft is not None:
             plan = ShardPlan(draft.config, 0, 1)
-            model = Transformer(
-                draft.config, plan, draft, SoloCommunicator(), dtype, torch.device("cpu"), packed=True
-            )
+            weights = load_weights(plan, draft, dtype, torch.device("cpu"), packed=True)
+            model = Transformer(weights, SoloCommunicator())
             cache = PagedCache(draft.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
             vocab = draft.config.vocab_size
             self.drafting.add(

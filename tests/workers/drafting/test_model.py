@@ -15,8 +15,9 @@ from outrider.workers.drafting.model import ModelDrafter
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.transformer import Transformer
+from outrider.workers.model.transformer import Hidden, Transformer
 from outrider.workers.sampling.context import SampledRows
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.pages import PagePool
@@ -39,7 +40,8 @@ def draft_model() -> Transformer:
     spec = f"random:llama?hidden_size=32&intermediate_size=48&num_heads=4&num_kv_heads=2&vocab_size={VOCAB}"
     source = RandomSource(spec)
     plan, solo = ShardPlan(source.config, 0, 1), SoloCommunicator()
-    return Transformer(source.config, plan, source, solo, torch.float32, torch.device("cpu"), packed=False)
+    weights = load_weights(plan, source, torch.float32, torch.device("cpu"), packed=False)
+    return Transformer(weights, solo)
 
 
 def cache_of(num_pages: int, page_size: int) -> PagedCache:
@@ -55,7 +57,7 @@ def fresh_logits(texts: SequenceABC[SequenceABC[int]]) -> torch.Tensor:
         num_pages = -(-len(text) // page_size)
         rows.append(SequenceRows(range(first, first + num_pages), 0, chain(len(text)), 0, list(text)))
         first += num_pages
-    hidden = model.forward(batch_of(rows, page_size, model.device), cache_of(first, page_size))
+    hidden = model.forward(batch_of(rows, page_size, model.device), cache_of(first, page_size)).last
     last = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
     return model.logits(hidden[last])
 
@@ -82,15 +84,15 @@ class RecordingSampler(Sampler):
 class InOneBuffer:
     """A forward whose result is overwritten by the next call, as graphs do it."""
 
-    def __init__(self, forward: Callable[[ForwardBatch], torch.Tensor]) -> None:
+    def __init__(self, forward: Callable[[ForwardBatch], Hidden]) -> None:
         self.num_calls = 0
         self._forward = forward
-        self._buffer = torch.empty(0)
+        self._buffer = Hidden(torch.empty(0), {})
 
     @torch.inference_mode()
-    def __call__(self, batch: ForwardBatch) -> torch.Tensor:
+    def __call__(self, batch: ForwardBatch) -> Hidden:
         self.num_calls += 1
-        self._buffer.fill_(torch.nan)
+        self._buffer.last.fill_(torch.nan)
         self._buffer = self._forward(batch)
         return self._buffer
 

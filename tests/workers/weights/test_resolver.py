@@ -66,7 +66,7 @@ def test_files_and_directories_that_are_no_models(tmp_path: Path) -> None:
         resolve(str(tmp_path), tmp_path, silent, FIELD)
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds 2 \.gguf files; name one"):
+    with pytest.raises(ValueError, match=r"holds 2 \.gguf models; name one"):
         resolve(str(tmp_path), tmp_path, silent, FIELD)
 
 
