@@ -37,6 +37,7 @@ from outrider.workers.setup import (
     message_capacity,
     num_draft_pages,
     num_target_pages,
+    read_model_config,
     torch_device,
     torch_dtype,
 )
@@ -62,7 +63,7 @@ class DraftWorker:
             ValueError: a checkpoint is missing or does not fit the configuration.
         """
         torch.set_num_threads(self.config.draft.num_threads)
-        target = load_model(self.config, "target", progress).config
+        target = read_model_config(self.config, "target", progress)
         num_pages = num_target_pages(self.config, target)
         self._drafting = DraftEngine(self.config.draft.ngram)
         self._model_drafter = None
