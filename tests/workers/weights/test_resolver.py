@@ -1,4 +1,3 @@
-import shutil
 import subprocess
 import sys
 import threading
@@ -7,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.utils import filter_repo_objects
 
 from outrider.workers.weights.package import download_packaged_gguf
 from outrider.workers.weights.progress import silent
@@ -22,6 +20,7 @@ from outrider.workers.weights.resolver import (
     resolve_tokenizer,
 )
 from outrider.workers.weights.tokenizer import load_tokenizer
+from support.fake_hub import FakeHub
 from support.models import random_tensors, smollm2, write_gguf, write_safetensors
 
 FIELD = "draft.model"
@@ -90,26 +89,6 @@ def test_a_hub_model_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ValueError, match=r"could not be downloaded .Name or service") as error:
         resolve("org/name", tmp_path, silent, FIELD)
     assert "\n" not in str(error.value)
-
-
-class FakeHub:
-    """Stands in for the Hugging Face hub: what is asked for is copied from `remote` to `cache`, once."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-        self.remote, self.cache = folder / "remote", folder / "cache"
-        self.cache.mkdir()
-        self.revisions: set[tuple[str, str]] = set()
-        monkeypatch.setattr("huggingface_hub.snapshot_download", self)
-
-    def __call__(self, name: str, revision: str, allow_patterns: list[str]) -> str:
-        self.revisions.add((name, revision))
-        names = [path.name for path in self.remote.iterdir()]
-        for file in filter_repo_objects(names, allow_patterns=allow_patterns):
-            shutil.copy(self.remote / file, self.cache / file)
-        return str(self.cache)
-
-    def fetched_weights(self) -> list[str]:
-        return sorted(path.name for path in self.cache.glob("*.safetensors"))
 
 
 def test_a_hub_model_is_fetched_with_its_weights_and_no_others(
