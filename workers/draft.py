@@ -35,6 +35,7 @@ from outrider.workers.setup import (
     load_model,
     num_draft_pages,
     num_target_pages,
+    read_model_config,
     torch_device,
     torch_dtype,
 )
@@ -61,7 +62,7 @@ class DraftWorker:
             ValueError: a checkpoint is missing or does not fit the configuration.
         """
         torch.set_num_threads(self.config.draft.num_threads)
-        target = load_model(self.config, "target", progress).config
+        target = read_model_config(self.config, "target", progress)
         num_pages = num_target_pages(self.config, target)
         self._drafting = DraftEngine(self.config.draft.ngram)
         self._model_drafter = None
