@@ -120,29 +120,29 @@ class Admission:
 
 
 def prepare_admission(config: Config, report: Progress) -> Admission:
-    """Fetches the models and loads the tokenizer.
+    """Loads the tokenizer and reads what the target is; fetches no weights.
 
     Raises ValueError when a model is missing or the drafter's tokenizer is another one.
     """
     # torch comes with these; the driver, which only names this function, does without.
     from outrider.workers.setup import max_sequence_tokens
-    from outrider.workers.weights.resolver import open_source, resolve, resolve_tokenizer
+    from outrider.workers.weights.resolver import read_config, resolve_description, resolve_tokenizer
     from outrider.workers.weights.tokenizer import end_token_ids, load_tokenizer, same_tokenizer
 
     cache_dir = Path(config.cluster.model_cache_dir).expanduser()
-    target = resolve(config.target.model, cache_dir, report, "target.model")
+    target = resolve_description(config.target.model, cache_dir, report, "target.model")
     speaks = target
     if config.target.tokenizer:
         speaks = resolve_tokenizer(config.target.tokenizer, cache_dir, report, "target.tokenizer")
     tokenizer = load_tokenizer(speaks)
     if "model" in config.draft.methods:
-        draft = resolve(config.draft.model, cache_dir, report, "draft.model")
+        draft = resolve_description(config.draft.model, cache_dir, report, "draft.model")
         difference = same_tokenizer(tokenizer, load_tokenizer(draft))
         if difference:
             raise ValueError(
                 f"draft.model must have the target's tokenizer, got {config.draft.model!r}: {difference}"
             )
-    model = open_source(target).config
+    model = read_config(target)
     max_context = max_sequence_tokens(config, model)
     end_ids = end_token_ids(model, tokenizer, speaks)
     bound = TextBound(tokenizer)

@@ -33,6 +33,7 @@ from outrider.kernels.operators import sample_shard_op
 from outrider.kernels.shapes import check_kernel_arguments, check_shapes
 from outrider.kernels.token_rows import (
     FEW,
+    LOWEST,
     PART,
     UInt64Array,
     best_of,
@@ -174,6 +175,15 @@ class ShardLogits:
         for part in parts_of_rows(len(rows), self._size):
             x = exponentials(self._some(rows[part]), maxima[part], temperatures[part])
             np.sum(x, axis=1, dtype=np.float64, out=sums[part])
+        return sums
+
+    def weighted_sums(self, rows: Int64Array, maxima: Float32Array) -> npt.NDArray[np.float64]:
+        """[n]: of each row the sum over the shard of x * exp(x) where x = logit - maximum, finite maxima given."""
+        sums = np.empty(len(rows))
+        for part in parts_of_rows(len(rows), self._size):
+            x = self._some(rows[part]) - maxima[part, None]
+            np.maximum(x, LOWEST, out=x)  # a removed token weighs nothing
+            np.sum(x * np.exp(x), axis=1, dtype=np.float64, out=sums[part])
         return sums
 
     def largest(self, rows: Int64Array, count: int) -> Float32Array:

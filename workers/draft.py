@@ -28,8 +28,8 @@ from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.setup import (
-    load_model,
     num_target_pages,
+    read_model_config,
     torch_device,
 )
 from outrider.workers.trace import Tracer
@@ -55,7 +55,7 @@ class DraftWorker:
             ValueError: a checkpoint is missing or does not fit the configuration.
         """
         torch.set_num_threads(self.config.draft.num_threads)
-        target = load_model(self.config, "target", progress).config
+        target = read_model_config(self.config, "target", progress)
         num_pages = num_target_pages(self.config, target)
         self._drafting = self._build_drafting(target, progress)
         rounds = self.config.rounds

@@ -17,7 +17,7 @@ from outrider.workers.model.cache import bytes_per_page
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.progress import Progress
-from outrider.workers.weights.resolver import open_source, resolve
+from outrider.workers.weights.resolver import open_source, read_config, resolve, resolve_description
 from outrider.workers.weights.source import WeightSource
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,6 +66,17 @@ def load_model(config: Config, role: Literal["target", "draft"], progress: Progr
     model = config.target.model if role == "target" else config.draft.model
     cache_dir = Path(config.cluster.model_cache_dir).expanduser()
     return open_source(resolve(model, cache_dir, progress, f"{role}.model"))
+
+
+def read_model_config(config: Config, role: Literal["target", "draft"], progress: Progress) -> ModelConfig:
+    """What the target or the drafter is, for who does not hold its weights: they are not fetched.
+
+    Raises:
+        ValueError: names `target.model` or `draft.model` and what was tried.
+    """
+    model = config.target.model if role == "target" else config.draft.model
+    cache_dir = Path(config.cluster.model_cache_dir).expanduser()
+    return read_config(resolve_description(model, cache_dir, progress, f"{role}.model"))
 
 
 def num_target_pages(config: Config, model: ModelConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceABC
 from itertools import pairwise
 from typing import Any
 
@@ -40,12 +41,20 @@ class TargetRank:
     """The computation of one rank. A step reads: commit, forward, sample. No branch on what the step is for."""
 
     def __init__(
-        self, model: Transformer, cache: PagedCache, num_slots: int, taps: tuple[int, ...], tracer: Tracer
+        self,
+        model: Transformer,
+        cache: PagedCache,
+        num_slots: int,
+        tracer: Tracer,
+        taps: SequenceABC[int] = (),
     ) -> None:
-        """num_slots: sequences that run at once; taps: layers whose rows rounds may ask for, see `Hidden`."""
+        """
+        Args:
+            num_slots: sequences that run at the same time.
+            taps: layers whose inputs rounds may ask for (`Draft.layers`), besides what leaves the last one.
+        """
         self.model = model
         self._cache = cache
-        self._taps = taps
         self._forward = forward_of(model, cache, target_capacities(model, cache), taps)
         self._tracer = tracer
         self._sequences = TargetSequences(num_slots, cache.num_pages, cache.page_size)
@@ -59,14 +68,14 @@ class TargetRank:
         with self._tracer.span("commit"):
             self._cache.commit(*(slots.to(self.model.device) for slots in self._sequences.apply(draft)))
         times.append(time.monotonic())
-        logits, hidden = torch.empty(0, len(self.model.plan.vocab)), None
+        logits, sent = torch.empty(0, len(self.model.plan.vocab)), None
         if steps.num_rows:
             with self._tracer.span("forward", steps.num_rows):
                 rows = self._sequences.rows(steps)
-                rows_out = self._forward(build_batch(self._sequences.tables, rows, self.model.device))
-                hidden = self._hidden(draft, rows_out)
+                hidden = self._forward(build_batch(self._sequences.tables, rows, self.model.device))
+                sent = self._hidden_rows(draft, hidden)
                 if len(sampled):
-                    logits = self.model.logits_of(rows_out.last, sampled)
+                    logits = self.model.logits_of(hidden.last, sampled)
         times.append(time.monotonic())
         samples = NO_SAMPLES
         if len(sampled):
@@ -87,7 +96,7 @@ class TargetRank:
             commit_s=commit_s,
             forward_s=forward_s,
             sample_s=sample_s,
-            hidden=hidden,
+            hidden=sent,
         )
 
     def sample(self, steps: Steps, rows: TreeRows, logits: torch.Tensor) -> Samples:
@@ -95,14 +104,14 @@ class TargetRank:
         groups, questions = self._sequences.sampled(steps, rows), self._sequences.questions(steps)
         return self._sampler.sample(logits, groups, questions)
 
-    def _hidden(self, draft: Draft, computed: Hidden) -> torch.Tensor | None:
+    def _hidden_rows(self, draft: Draft, hidden: Hidden) -> torch.Tensor | None:
         """[num_layers, num_rows, hidden_size] of the layers and rows that this round asks for, copied."""
         rows = draft.steps.hidden_rows
         if not draft.layers or not len(rows):
             return None
         index = torch.from_numpy(rows).to(self.model.device)
-        asked = [computed.taps[self._taps[index]] for index in draft.layers]
-        return torch.stack([rows_of_layer.index_select(0, index) for rows_of_layer in asked])
+        by_layer = {**hidden.taps, self.model.config.num_layers: hidden.last}
+        return torch.stack([by_layer[layer].index_select(0, index) for layer in draft.layers])
 
 
 class TargetWorker:
@@ -167,8 +176,8 @@ class TargetWorker:
             Transformer(weights, self._communicator, kernels),
             cache,
             self.config.rounds.max_sequences,
-            layers_needed(self.config, weights.plan.config),
             self._tracer,
+            layers_needed(self.config, weights.plan.config),
         )
         if self.rank == 0:
             self._link = DraftReceiver(Link(self._store, epoch, True, weights.device, timeout_s))

