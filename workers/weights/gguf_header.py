@@ -159,6 +159,11 @@ def _read(path: Path, file: BufferedReader) -> GgufHeader:
         if name in tensors:
             raise ValueError(f"{path}: tensor {name} is there twice")
         tensors[name] = GgufTensor(path, name, shape, tensor_type, data_start + offset)
+    end = data_start
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+        if tensor.offset < end:
+            raise ValueError(f"{path}: tensor {tensor.name} begins inside the one before it")
+        end = tensor.offset + tensor.num_bytes
     return GgufHeader(path, metadata, tensors)
 
 

@@ -10,6 +10,8 @@ from outrider.workers.model.config import ROPE_KINDS, DenseMlp, LayerConfig, Mod
 from outrider.workers.weights.families import Family, family_named
 from outrider.workers.weights.fields import Fields
 
+MAX_LAYERS = 10000  # of a file that is not damaged
+
 # Bookkeeping, training, outputs of other kinds, and sampling defaults: a deployment has its own.
 _HARMLESS = """
 transformers_version torch_dtype dtype _name_or_path name_or_path _commit_hash model_name
@@ -100,7 +102,7 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         eps = fields.number("rms_norm_eps", "a number from 0 to 1", lambda value: 0 <= value <= 1)
     rope = _rope(fields, max_context)
     mlp = DenseMlp(fields.integer("intermediate_size"))
-    windows = _windows(fields, family, fields.integer("num_hidden_layers"))
+    windows = _windows(fields, family, fields.integer("num_hidden_layers", 1, MAX_LAYERS))
     tied = fields.flag("tie_word_embeddings") if fields.has("tie_word_embeddings") else False
     config = ModelConfig(
         architecture=family.name,
