@@ -251,20 +251,23 @@ class ModelMethod(DraftMethod):
         if not len(slots):
             return _Frontier(slots, slots, slots, np.zeros(0))
         most = max(1, min(self._rows_per_sequence, self._max_rows // len(slots)))
+        # A node whose children do not fit would never get them: it is expanded once.
+        limits = np.minimum(most, self.trees.room(slots) // self._max_children)
+        limits[self._rows.lags(slots) > _MAX_LAG] = 0
         is_open = self.slots.open_nodes(slots, self.slots.growth_depths(slots))
         width = is_open.shape[1]
         has_row = self._rows.has_row[slots, :width]
-        ready = (self._rows.lags(slots) <= _MAX_LAG) & (self.trees.room(slots) >= self._max_children)
-        is_open &= ~has_row & ready[:, None]
+        is_open &= ~has_row & (limits > 0)[:, None]
         owners, nodes = np.nonzero(is_open)
         gains = np.zeros((len(slots), width))
         gains[is_open] = self._gains(slots[owners], nodes).sum(axis=1)
         best = np.argsort(-gains, axis=1, kind="stable")[:, :most]
-        chosen = np.zeros_like(is_open)
-        np.put_along_axis(chosen, best, np.take_along_axis(gains, best, axis=1) > _MIN_GAIN, axis=1)
+        chosen, is_within = np.zeros_like(is_open), np.arange(best.shape[1]) < limits[:, None]
+        pays = np.take_along_axis(gains, best, axis=1) > _MIN_GAIN
+        np.put_along_axis(chosen, best, pays & is_within, axis=1)
         self._add_ancestors(slots, chosen, has_row)
-        for row in np.flatnonzero(chosen.sum(axis=1) > most).tolist():
-            chosen[row] = self._with_ancestors(int(slots[row]), gains[row], has_row[row], most)
+        for row in np.flatnonzero(chosen.sum(axis=1) > limits).tolist():
+            chosen[row] = self._with_ancestors(int(slots[row]), gains[row], has_row[row], int(limits[row]))
         owners, nodes = np.nonzero(chosen)
         return _Frontier(slots, owners, nodes, gains[owners, nodes])
 
