@@ -260,25 +260,27 @@ class ModelMethod(DraftMethod):
             return _Frontier(slots, slots, slots, np.zeros(0))
         trees = self.trees
         most = max(1, min(self._rows_per_sequence, self._max_rows // len(slots)))
+        # A node whose children do not fit would never get them: it is expanded once.
+        limits = np.minimum(most, trees.room(slots) // self._max_children)
+        limits[self._rows.lags(slots) > _MAX_LAG] = 0
         width = trees.width(slots)
         has_row = self._rows.has_row[slots, :width]
-        ready = (self._rows.lags(slots) <= _MAX_LAG) & (trees.room(slots) >= self._max_children)
-        limits = np.where(ready, self.slots.growth_depths(slots), 0)
         # Padding has no value, so it promises nothing.
         promised = self._yields.sum(axis=1)[self.slots.is_greedy[slots].astype(np.int64)]
         gains = np.maximum(promised[:, None] - trees.child_mass[slots, :width], 0.0)
         gains *= trees.values[slots, :width]
-        gains *= (trees.depths[slots, :width] < limits[:, None]) & ~has_row
+        gains *= (trees.depths[slots, :width] < self.slots.growth_depths(slots)[:, None]) & ~has_row
         chosen = gains > _MIN_GAIN
-        if chosen.sum(axis=1).max() > most:
-            best = np.argsort(-gains, axis=1, kind="stable")[:, most:]
-            chosen[np.arange(len(slots))[:, None], best] = False
+        if (chosen.sum(axis=1) > limits).any():
+            order = np.argsort(-gains, axis=1, kind="stable")
+            too_many = np.arange(width) >= limits[:, None]
+            chosen[np.nonzero(too_many)[0], order[too_many]] = False
         owners, nodes = np.nonzero(chosen)
         parents = trees.parents[slots[owners], nodes]
         if not (has_row[owners, parents] | chosen[owners, parents]).all():
             self._add_ancestors(slots, chosen, has_row)
-            for row in np.flatnonzero(chosen.sum(axis=1) > most).tolist():
-                chosen[row] = self._with_ancestors(int(slots[row]), gains[row], has_row[row], most)
+            for row in np.flatnonzero(chosen.sum(axis=1) > limits).tolist():
+                chosen[row] = self._with_ancestors(int(slots[row]), gains[row], has_row[row], int(limits[row]))
             owners, nodes = np.nonzero(chosen)
         return _Frontier(slots, owners, nodes, gains[owners, nodes])
 

@@ -87,6 +87,16 @@ class Survivors:
         """[B, M]: where there is a node."""
         return np.arange(self.old_nodes.shape[1]) < self.counts[:, None]
 
+    def rows(self, which: Ints) -> Survivors:
+        """Of some of the trees ([b] indices)."""
+        return Survivors(
+            self.slots[which],
+            self.old_nodes[which],
+            self.counts[which],
+            self.has_old_root[which],
+            self.paths[which],
+        )
+
 
 class GrowingTrees:
     """Best-first trees over continuations of sequences, one per slot; node 0 is the sequence's last token.
@@ -202,10 +212,15 @@ class GrowingTrees:
             self._raise(slots[c], children, acceptances[c, at[c]], sources[c, at[c]])
             nodes[c], at[c] = children, at[c] + 1
             following[c] = (at[c] < lengths[c]) & (self.child_mass[slots[c], children] > 0.0)
-        columns = np.arange(tokens.shape[1])
-        rest = (columns >= at[:, None]) & (columns < lengths[:, None])
-        if not rest.any():
+        unfinished = np.flatnonzero(at < lengths)
+        if not len(unfinished):
             return
+        # Of several chains that arrived at one node the first goes on; the others find its links there afterwards.
+        _, first = np.unique(slots[unfinished] * self.capacity + nodes[unfinished], return_index=True)
+        goes_on = np.zeros(len(slots), dtype=np.bool_)
+        goes_on[unfinished[first]] = True
+        columns = np.arange(tokens.shape[1])
+        rest = (columns >= at[:, None]) & (columns < lengths[:, None]) & goes_on[:, None]
         steps = np.where(rest, acceptances, 1.0)
         values = self.values[slots, nodes][:, None] * np.cumprod(steps, axis=1)
         depths = self.depths[slots, nodes][:, None] + columns - at[:, None] + 1
@@ -223,6 +238,11 @@ class GrowingTrees:
             values[rest],
             sources[rest],
         )
+        again = unfinished[~goes_on[unfinished]]
+        if len(again):
+            self.add_chains(
+                slots[again], below[again], tokens[again], lengths[again], acceptances[again], sources[again]
+            )
 
     def tails(self, slots: Ints, nodes: Ints, recent: Ints) -> Ints:
         """[M, T]: the last T tokens before and including each node.
@@ -288,6 +308,9 @@ class GrowingTrees:
         row = np.arange(len(slots))
         parents, depths = self.parents[slots, :width], self.depths[slots, :width]
         new_roots, found = self.find_children(slots, lasts, next_tokens)
+        found &= (
+            self.values[slots, new_roots] > 0.0
+        )  # below nodes so deep that it is 0 nothing tells good from bad
         exists = self.exists(slots, width)
         root_depths = depths[row, new_roots][:, None]
         columns = np.broadcast_to(np.arange(width), parents.shape)
@@ -301,7 +324,7 @@ class GrowingTrees:
         old_nodes = np.argsort(~alive, axis=1, kind="stable")[:, : int(counts.max(initial=1))]
         survivors = Survivors(slots, old_nodes, counts, found, paths)
         new_positions = self.root_positions[slots] + num_emitted
-        self._keep(survivors, alive, root_depths, self.values[slots, new_roots])
+        self._keep(survivors, alive, root_depths, np.where(found, self.values[slots, new_roots], 1.0))
         lost = ~found
         if lost.any():
             self._set_roots(slots[lost], next_tokens[lost], new_positions[lost])
