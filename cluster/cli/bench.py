@@ -55,8 +55,16 @@ def bench(
     json: Annotated[str, typer.Option(metavar="FILE", help="Write every figure as JSON.")] = "",
     chart: Annotated[str, typer.Option(metavar="FILE", help="Draw a chart (.png, .svg, .pdf).")] = "",
     trace: Annotated[str, typer.Option(metavar="FILE", help="Write a trace for ui.perfetto.dev.")] = "",
+    host: Annotated[
+        bool,
+        typer.Option("--host", help="Instead: the host's CPU time per round, over models that cost nothing."),
+    ] = False,
 ) -> None:
     """Measure speed and acceptance. Modes take turns prompt by prompt, on the same prompts and cores."""
+    if host:
+        _check_writable(json)
+        _measure_host(load_config(config, overrides), json)
+        return
     loaded = _for_bench(with_trace(load_config(config, overrides), bool(trace)))
     modes = _modes(against, loaded)
     _check_writable(json, chart, trace)
@@ -99,6 +107,16 @@ def bench(
         "transformers_threads": threads,
     }
     _report(turns, settings, peaks, model.stop_token_ids, json, chart, console)
+
+
+def _measure_host(config: Config, json: str) -> None:
+    from outrider.cluster.bench import host
+    from outrider.cluster.bench.report import wide_console
+
+    report = host.measure(config)
+    host.show(report, wide_console())
+    if json:
+        host.write_json(report, config, Path(json))
 
 
 def _for_bench(config: Config) -> Config:
