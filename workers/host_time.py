@@ -43,7 +43,7 @@ from outrider.workers.weights.config import ModelConfig
 TREE_NODES = 32  # drafted nodes of each sequence in each round
 _TREE_DEPTH = 8
 _NUM_TABLE_ROWS = 509
-_DRAFT_ERROR = 1.5  # standard deviation of the drafter's logits around the target's
+_DRAFT_ERROR = 0.7  # standard deviation of the drafter's logits around the target's
 _LOGIT_SCALE = 2.0
 _PROMPT_TOKENS = 64
 _NUM_WARM_UP_ROUNDS, _NUM_ROUNDS = 30, 100
