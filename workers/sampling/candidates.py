@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import count_true, parts_of_rows
+from outrider.kernels.token_rows import count_true, parts_of_rows
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.context import RowParameters
 from outrider.workers.sampling.law import Nuclei, nuclei
@@ -51,7 +51,9 @@ def kept_tokens(
         count = vocab_size + 1  # a rank that has sent all it has ends with -inf
     while len(pending):
         message = _pack(sums[pending], shard.largest(rows[pending], count), count)
-        gathered = communicator.all_gather(torch.from_numpy(message)).numpy()  # [size, num_pending, 2 + count]
+        gathered = communicator.all_gather(
+            torch.from_numpy(message)
+        ).numpy()  # [size, num_pending, 2 + count]
         totals = np.ascontiguousarray(gathered[:, :, :2]).view(np.float64)[:, :, 0].sum(axis=0)
         logits = gathered[:, :, 2:]
         unfinished = []

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import count_true, exponentials
+from outrider.kernels.token_rows import count_true, exponentials
 from outrider.workers.sampling.context import RowParameters, SampledRows
 from outrider.workers.sequences.params import SamplingParams
 
@@ -116,13 +116,19 @@ class Nuclei:
 
     lowest: Float32Array  # [num_rows]
     num_lowest: Int64Array  # [num_rows]
-    masses: npt.NDArray[np.float64]  # [num_rows]: sum over the kept of exp((logit - largest logit) / temperature)
+    masses: npt.NDArray[
+        np.float64
+    ]  # [num_rows]: sum over the kept of exp((logit - largest logit) / temperature)
 
     def __getitem__(self, rows: npt.NDArray[Any]) -> Nuclei:
         return Nuclei(self.lowest[rows], self.num_lowest[rows], self.masses[rows])
 
     def __setitem__(self, rows: npt.NDArray[Any], some: Nuclei) -> None:
-        self.lowest[rows], self.num_lowest[rows], self.masses[rows] = some.lowest, some.num_lowest, some.masses
+        self.lowest[rows], self.num_lowest[rows], self.masses[rows] = (
+            some.lowest,
+            some.num_lowest,
+            some.masses,
+        )
 
 
 def nuclei(
@@ -144,7 +150,7 @@ def nuclei(
     """
     num, width = logits.shape
     top_k, top_p, min_p = params.top_k[rows], params.top_p[rows], params.min_p[rows]
-    kept = np.full(num, width)
+    kept = np.full(num, width, dtype=np.int64)
     each = np.arange(num)
     certain = np.ones(num, dtype=np.bool_)
     if top_k.any():
@@ -153,10 +159,12 @@ def nuclei(
         kept[limited] = count_true(logits[limited] >= kth[limited, None])
         certain[limited] = kth[limited] > floors[limited]
     weights = exponentials(logits, logits[:, 0], params.temperatures[rows])
-    masses = torch.from_numpy(weights).cumsum(dim=1, dtype=torch.float64).numpy()  # numpy's takes three times as long
+    # numpy's takes three times as long
+    masses = torch.from_numpy(weights).cumsum(dim=1, dtype=torch.float64).numpy()
     if (top_p < 1.0).any():
-        limits = masses[each, kept - 1].copy() if totals is None else np.where(top_k > 0, masses[each, kept - 1], totals)
-        limits *= top_p
+        limits = top_p * masses[each, kept - 1]
+        if totals is not None:
+            limits = np.where(top_k > 0, limits, top_p * totals)
         limits[top_p == 1.0] = np.inf
         kept = np.minimum(kept, 1 + count_true(masses[:, :-1] < limits[:, None]))
     if min_p.any():

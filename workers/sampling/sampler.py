@@ -19,8 +19,9 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import REMOVED, ShardLogits, UInt64Array, unpack_tokens
+from outrider.kernels.sample_shard import ShardLogits
 from outrider.kernels.selection import REFERENCES, KernelSelection
+from outrider.kernels.token_rows import REMOVED, UInt64Array, unpack_tokens
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.candidates import kept_tokens
 from outrider.workers.sampling.context import RowParameters, SampledRows

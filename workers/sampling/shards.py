@@ -15,14 +15,9 @@ import torch
 
 from outrider.kernels.gather_rows import gather_rows
 from outrider.kernels.noise import Float32Array, Int64Array, UInt32Array
-from outrider.kernels.sample_shard import (
-    LOWEST,
-    UInt64Array,
-    pack_tokens,
-    removed_by_id,
-    sample_shard,
-)
+from outrider.kernels.sample_shard import LOWEST, sample_shard
 from outrider.kernels.selection import KernelSelection
+from outrider.kernels.token_rows import UInt64Array, pack_tokens, removed_by_id
 
 
 class Shard(Protocol):
@@ -165,4 +160,3 @@ class DeviceShard:
 
     def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
         return torch.as_tensor(values, device=self._logits.device)
-

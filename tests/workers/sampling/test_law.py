@@ -112,7 +112,9 @@ def test_top_k_keeps_ties_as_transformers_does() -> None:
 def test_greedy_ignores_truncation() -> None:
     sampler = Sampler(VOCAB_SIZE, range(VOCAB_SIZE), SoloCommunicator())
     logits = random_logits(0)
-    row = SampledRows(SamplingParams(temperature=0.0, top_p=0.1, top_k=3), np.array([0]), PenaltyState(PROMPT))
+    row = SampledRows(
+        SamplingParams(temperature=0.0, top_p=0.1, top_k=3), np.array([0]), PenaltyState(PROMPT)
+    )
     assert sampler.sample(logits, [row]).tokens.item() == logits.argmax().item()
 
 
