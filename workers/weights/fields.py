@@ -4,11 +4,12 @@ A field that is misread or not read at all is worse than a file that does not lo
 """
 
 import json
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+MAX_NUMBER = sys.float_info.max
 MAX_SHOWN = 80  # characters of a value in a message
 
 
@@ -47,7 +48,7 @@ class Fields:
         """A finite number for which `holds` is true; `allowed` says which those are."""
         value = self.value(key)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not holds(value):
+        if not is_number or not abs(value) <= MAX_NUMBER or not holds(value):
             raise self.wrong(key, allowed)
         return float(value)
 

@@ -46,6 +46,7 @@ class Entry:
 
     file: DataFile
     offset: int
+    num_bytes: int
     format: str
     shape: tuple[int, ...]
 
@@ -140,7 +141,14 @@ def _read_header(path: Path) -> dict[str, Entry]:
     if not isinstance(header, dict) or not all(isinstance(info, dict) for info in header.values()):
         raise ValueError(f"{path} is not a safetensors file: its header must hold an object for each tensor")
     header.pop("__metadata__", None)
-    return {name: _entry(file, name, info, 8 + length) for name, info in header.items()}
+    entries = {name: _entry(file, name, info, 8 + length) for name, info in header.items()}
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if entry.offset != end:
+            raise ValueError(f"{path}: tensor {name} does not begin where the one before it ends")
+        end += entry.num_bytes
+    file.require(end)
+    return entries
 
 
 def _entry(file: DataFile, name: str, info: dict[str, Any], data_start: int) -> Entry:
@@ -152,9 +160,8 @@ def _entry(file: DataFile, name: str, info: dict[str, Any], data_start: int) -> 
     if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] or min(shape, default=0) < 0:
         raise fields.wrong("data_offsets", "the first byte and the one after the last")
     start, stop = offsets
-    entry = Entry(file, data_start + start, format_name, tuple(shape))
+    entry = Entry(file, data_start + start, stop - start, format_name, tuple(shape))
     # The size of an element of other types does not matter: they are refused by name if they are weights.
     if format_name in DTYPES and stop - start != math.prod(shape) * entry.dtype.itemsize:
         raise ValueError(f"{file.path}: tensor {name} has {stop - start} bytes, which do not fit its shape")
-    file.require(data_start + stop)
     return entry

@@ -184,6 +184,10 @@ def test_a_damaged_index_is_one_line(tmp_path: Path, index: object, message: str
         ({"a": {}}, "tensor a: shape must be a list of integers, got nothing"),
         ({"a": {"shape": [2], "data_offsets": [4, 0], "dtype": "F32"}}, "tensor a: data_offsets must be"),
         ({"a": {"shape": [2], "data_offsets": [0, 4], "dtype": "F32"}}, "has 4 bytes, which do not fit"),
+        (
+            {"a": {"shape": [2], "data_offsets": [8, 16], "dtype": "F32"}},
+            "does not begin where the one before",
+        ),
         ({"a": {"shape": [2], "data_offsets": [0, 8], "dtype": 7}}, "tensor a: dtype must be a text, got 7"),
     ],
 )
