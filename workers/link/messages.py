@@ -150,7 +150,9 @@ class Draft:
     starts: tuple[SequenceStart, ...]
     released_slots: tuple[int, ...]
     steps: Steps
-    layers: tuple[int, ...] = ()  # whose inputs come back as hidden rows; the number of layers: what leaves the last
+    layers: tuple[
+        int, ...
+    ] = ()  # whose inputs come back as hidden rows; the number of layers: what leaves the last
     stop: bool = False  # the loop ends; everything else is empty
 
 
