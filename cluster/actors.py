@@ -18,7 +18,7 @@ from outrider.cluster.placement import DRAFT_BUNDLE, given_gpus, target_bundles
 from outrider.configs.schema import Config
 
 if TYPE_CHECKING:
-    from outrider.workers.rounds.sequence import Request, TokenEvent
+    from outrider.workers.sequences.sequence import Request, TokenEvent
 
 # `max_restarts` is 0 by default: a rank that Ray restarted on its own would have no group.
 _CONCURRENCY_GROUPS = {"loop": 1, "control": 4}
@@ -107,8 +107,9 @@ class DraftActor:
         self._worker.stop()
 
     @ray.method(concurrency_group="control")
-    def submit(self, request: "Request") -> None:
-        self._worker.submit(request)
+    def submit(self, requests: "list[Request]") -> None:
+        for request in requests:
+            self._worker.submit(request)
 
     @ray.method(concurrency_group="control")
     def cancel(self, request_id: str) -> None:

@@ -38,26 +38,41 @@ def noise_key(seed: int, position: int) -> Key:
     return z & 0xFFFFFFFF, z >> 32
 
 
+def noise_keys(seeds: npt.NDArray[np.uint64], positions: Int64Array) -> UInt32Array:
+    """[n, 2]: `noise_key` of each seed and position."""
+    z = seeds + np.uint64(_GOLDEN) * (positions.astype(np.uint64) + np.uint64(1))
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return np.stack([z, z >> np.uint64(32)], axis=1).astype(np.uint32)
+
+
 def hash_ids(key: Key, ids: npt.NDArray[np.integer]) -> UInt32Array:
     """Uniform 32-bit integers for token ids; different ids have different values."""
-    x = ids.astype(np.uint32)
-    x ^= np.uint32(key[0])
+    return hash_rows(np.array([key], dtype=np.uint32), ids.reshape(1, -1)).reshape(ids.shape)
+
+
+def hash_rows(keys: UInt32Array, ids: npt.NDArray[np.integer]) -> UInt32Array:
+    """[num_rows, n]: the hashes of each row's ids, [num_rows, n] or [1, n], under its key, [num_rows, 2]."""
+    x = ids.astype(np.uint32) ^ keys[:, :1]
     _lowbias32(x)
-    x ^= np.uint32(key[1])
+    x ^= keys[:, 1:]
     _lowbias32(x)
     return x
 
 
-def ids_with_hash_below(key: Key, bound: int, first: int, end: int) -> Int64Array:
-    """The ids in [first, end) whose hash is less than `bound`, in no particular order.
+def ids_with_hash_below(keys: UInt32Array, bound: int, first: int, end: int) -> tuple[Int64Array, Int64Array]:
+    """Rows and ids, [n] each in order of the rows: the ids in [first, end) whose hash under the row's key,
+    [num_rows, 2], is less than `bound`.
 
     Inverts the hash of 0 … bound - 1, so the work depends on `bound` and not on the number of ids.
     """
-    x = _once_inverted(bound) ^ np.uint32(key[1])
+    x = _once_inverted(bound) ^ keys[:, 1:]
     _lowbias32_inverse(x)
-    x ^= np.uint32(key[0])
+    x ^= keys[:, :1]
     x -= np.uint32(first)  # ids before `first` wrap around to large values
-    return x[x < np.uint32(end - first)].astype(np.int64) + first
+    rows, columns = np.nonzero(x < np.uint32(end - first))
+    return rows, x[rows, columns].astype(np.int64) + first
 
 
 def uniform_from_hash(h: UInt32Array) -> Float32Array:

@@ -1,7 +1,9 @@
 """Reductions that sampling makes over one rank's shard of the vocabulary. This is the CPU path.
 
-The token of a row is the argmax of logit / temperature + Gumbel(key, id), ties to the smaller id. Only tokens
-that can still win are looked at, which changes the cost and never the result:
+The token of a row is the argmax of logit / temperature + Gumbel(key, id), ties to the smaller id. All rows go
+through each operation together. The exact noise is only computed for tokens that can still win, which changes
+the cost and never the result: -log of its uniform bounds it from above. In a large vocabulary, where hashing all
+ids would cost more than everything else, fewer tokens are looked at:
 
 - The maximum of every block of 128 logits is taken once; the blocks that hold the likeliest tokens follow.
 - Noise above `_LUCKY_GUMBEL` goes to few ids, and inverting the hash lists them. Every other token must come
@@ -10,6 +12,7 @@ that can still win are looked at, which changes the cost and never the result:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -21,21 +24,37 @@ from outrider.kernels.noise import (
     Float32Array,
     Int64Array,
     Key,
+    UInt32Array,
     gumbel_from_hash,
-    hash_ids,
+    hash_rows,
     ids_with_hash_below,
 )
 from outrider.kernels.operators import sample_shard_op
 from outrider.kernels.shapes import check_kernel_arguments, check_shapes
-
-UInt64Array = npt.NDArray[np.uint64]
+from outrider.kernels.token_rows import (
+    FEW,
+    LOWEST,
+    PART,
+    UInt64Array,
+    best_of,
+    exponentials,
+    largest_hashes,
+    leaders_of,
+    lower_by_rounding,
+    pack_tokens,
+    padded,
+    parts_of_rows,
+    unpack_tokens,
+    without,
+)
 
 _BLOCK = 128  # logits per block maximum
+_SMALL = 512  # vocabulary up to which whole rows are sorted and searched
+_DENSE = 8192  # vocabulary up to which all ids are hashed
+_LARGE_PART = 4  # rows of a large vocabulary worked on at once
 _LUCKY_HASHES = 2**14  # hashes below this are found by inverting; one id in 2^18 has one
 _LUCKY_GUMBEL = 12.48  # upper bound of the noise of all other ids: -log(-log(1 - 2^-18)) = 12.4766
 _FIRST_BLOCKS = 32  # likeliest blocks that give the first bound on the best score
-_ROUNDING = 1e-3  # slack of the bounds, many times the rounding of the noise
-_RELATIVE_ROUNDING = 1e-6  # and of scores: at low temperatures they are large
 
 
 class ShardSample(NamedTuple):
@@ -49,8 +68,8 @@ class ShardSample(NamedTuple):
 
 def sample_shard(
     logits: torch.Tensor,
-    temperatures: list[float],
-    keys: list[Key],
+    temperatures: Sequence[float] | Float32Array,
+    keys: Sequence[Key] | UInt32Array,
     vocab_offset: int,
     use_kernel: bool = False,
 ) -> ShardSample:
@@ -75,27 +94,32 @@ def sample_shard(
     check_kernel_arguments((("logits", logits, torch.float32),))
     scores, tokens, largest, sums = sample_shard_op(
         logits,
-        torch.tensor(temperatures, dtype=torch.float32, device=logits.device),
-        torch.tensor(keys, dtype=torch.int64, device=logits.device).view(-1, 2),
+        torch.as_tensor(np.asarray(temperatures, dtype=np.float32), device=logits.device),
+        torch.as_tensor(np.asarray(keys, dtype=np.int64).reshape(-1, 2), device=logits.device),
         vocab_offset,
     )
     return ShardSample(scores, tokens, largest, sums.double())
 
 
 def sample_shard_by_reference(
-    logits: torch.Tensor, temperatures: list[float], keys: list[Key], vocab_offset: int
+    logits: torch.Tensor,
+    temperatures: Sequence[float] | Float32Array,
+    keys: Sequence[Key] | UInt32Array,
+    vocab_offset: int,
 ) -> ShardSample:
     """The CPU path; arguments as in `sample_shard`."""
-    shard = ShardLogits(logits, vocab_offset)
-    rows = range(len(temperatures))
-    best = np.concatenate([shard.best(i, temperatures[i], keys[i], 1) for i in rows])
-    values, ids = unpack_tokens(best)
-    divisors = [temperature or 1.0 for temperature in temperatures]
+    shard, rows = ShardLogits(logits, vocab_offset), np.arange(len(temperatures))
+    divisors = np.asarray(temperatures, dtype=np.float32)
+    best = shard.best(rows, divisors, np.asarray(keys, dtype=np.uint32).reshape(-1, 2), 1)
+    values, ids = unpack_tokens(best[:, 0])
+    divisors = np.where(divisors == 0.0, np.float32(1.0), divisors)
+    maxima = shard.maxima(rows)
+    finite = np.maximum(maxima, np.finfo(np.float32).min)  # a shard of removed tokens has no mass
     return ShardSample(
         torch.from_numpy(values),
         torch.from_numpy(ids),
-        torch.from_numpy(np.array([shard.maximum(i) / divisors[i] for i in rows], dtype=np.float32)),
-        torch.from_numpy(np.array([shard.exp_sum(i, divisors[i]) for i in rows], dtype=np.float64)),
+        torch.from_numpy(maxima / divisors),
+        torch.from_numpy(shard.exp_sums(rows, finite, divisors)),
     )
 
 
@@ -103,7 +127,7 @@ class ShardLogits:
     """Logits of several rows over one shard of the vocabulary, with the reductions sampling needs.
 
     The memory of `logits` (float32 [num_rows, shard_size], contiguous, on the CPU) is shared and must not
-    change while this object is in use.
+    change while this object is in use. Rows that hold NaN or +inf have a maximum and nothing else.
     """
 
     def __init__(self, logits: torch.Tensor, vocab_offset: int) -> None:
@@ -118,124 +142,191 @@ class ShardLogits:
     @cached_property
     def _maxima(self) -> Float32Array:
         """[num_rows, num_blocks]; the last block may be short."""
-        num_full = self._size // _BLOCK
-        full = self._logits[:, : num_full * _BLOCK].unflatten(1, (num_full, _BLOCK)).amax(-1)
-        if self._size == num_full * _BLOCK:
+        full = torch.from_numpy(self._full_blocks).amax(-1)
+        num_in_full = full.shape[1] * _BLOCK
+        if self._size == num_in_full:
             return full.numpy()
-        rest = self._logits[:, num_full * _BLOCK :].amax(-1, keepdim=True)
+        rest = self._logits[:, num_in_full:].amax(-1, keepdim=True)
         return torch.cat([full, rest], dim=1).numpy()
 
-    def logits(self, row: int | Int64Array, ids: Int64Array) -> Float32Array:
-        """Logits float32 [num_ids] of tokens of this shard; of one row, or of a row for each id."""
-        return self._rows[row, ids - self.vocab_offset]
+    @cached_property
+    def _full_blocks(self) -> Float32Array:
+        """[num_rows, num_full_blocks, _BLOCK], without the last block if it is short."""
+        num_full = self._size // _BLOCK
+        return self._logits[:, : num_full * _BLOCK].unflatten(1, (num_full, _BLOCK)).numpy()
 
-    def has(self, token: int) -> bool:
-        """Whether a token id is in this shard."""
-        return self.vocab_offset <= token < self.vocab_offset + self._size
+    @cached_property
+    def _row_maxima(self) -> Float32Array:
+        return self._rows.max(axis=1) if self._size <= _SMALL else self._maxima.max(axis=1)
 
-    def maximum(self, row: int) -> float:
-        return float(self._maxima[row].max())
+    def logits(self, rows: Int64Array, ids: Int64Array) -> Float32Array:
+        """[n]: the logit of ids[i] in rows[i]; the ids are in this shard."""
+        return self._rows[rows, ids - self.vocab_offset]
 
-    def exp_sum(self, row: int, temperature: float) -> float:
-        """Sum over the shard of exp((logit - maximum of the shard) / temperature)."""
-        maximum = self._maxima[row].max()
-        if maximum == -np.inf:
-            return 0.0
-        x = self._rows[row] - maximum
-        if temperature != 1.0:
-            x *= np.float32(1.0 / temperature)
-        return float(np.exp(x, out=x).sum(dtype=np.float64))
+    def maxima(self, rows: Int64Array) -> Float32Array:
+        """[n]: the largest logit of each row; NaN if the row has one."""
+        return self._row_maxima[rows]
 
-    def top(self, row: int, count: int) -> UInt64Array:
-        """Packed tokens of the `count` largest logits (of all, if there are fewer), largest first."""
-        logits, columns = self._at_least(row, self._lower_bound(row, count))
-        return first_packed(pack_tokens(logits, columns + self.vocab_offset), count)
+    def exp_sums(
+        self, rows: Int64Array, maxima: Float32Array, temperatures: Float32Array
+    ) -> npt.NDArray[np.float64]:
+        """[n]: of each row the sum over the shard of exp((logit - maximum) / temperature), finite maxima given."""
+        sums = np.empty(len(rows))
+        for part in parts_of_rows(len(rows), self._size):
+            x = exponentials(self._some(rows[part]), maxima[part], temperatures[part])
+            np.sum(x, axis=1, dtype=np.float64, out=sums[part])
+        return sums
 
-    def best(self, row: int, temperature: float, key: Key, count: int) -> UInt64Array:
-        """Packed tokens of the `count` best scores logit / temperature + noise, best first.
+    def weighted_sums(self, rows: Int64Array, maxima: Float32Array) -> npt.NDArray[np.float64]:
+        """[n]: of each row the sum over the shard of x * exp(x) where x = logit - maximum, finite maxima given."""
+        sums = np.empty(len(rows))
+        for part in parts_of_rows(len(rows), self._size):
+            x = self._some(rows[part]) - maxima[part, None]
+            np.maximum(x, LOWEST, out=x)  # a removed token weighs nothing
+            np.sum(x * np.exp(x), axis=1, dtype=np.float64, out=sums[part])
+        return sums
 
-        Temperature 0 ranks by the logits alone.
+    def largest(self, rows: Int64Array, count: int) -> Float32Array:
+        """[n, at most count]: the largest logits of each row in order; all, if there are fewer."""
+        count = min(count, self._size)
+        values = np.empty((len(rows), count), dtype=np.float32)
+        for part in self._parts(len(rows)):
+            found = self._some(rows[part])
+            if self._size > _SMALL:
+                found, _ = self._at_least(rows[part], self._lower_bounds(rows[part], count))
+            falling = -found
+            falling.sort(axis=1)
+            np.negative(falling[:, :count], out=values[part])
+        return values
+
+    def top(self, rows: Int64Array, count: int) -> UInt64Array:
+        """[n, at most count]: packed tokens of the largest logits in order; all, if there are fewer."""
+        count = min(count, self._size)
+        packed = np.empty((len(rows), count), dtype=np.uint64)
+        for part in self._parts(len(rows)):
+            if self._size <= _SMALL and count <= FEW:
+                values, columns = leaders_of(self._some(rows[part]), count)
+                packed[part] = pack_tokens(values, columns + self.vocab_offset)
+                if np.all(values[:, -1] > -np.inf):
+                    continue  # removed tokens would not come in the order of their ids
+            found = self._at_least(rows[part], self._lower_bounds(rows[part], count))
+            packed[part] = np.sort(pack_tokens(*found), axis=1)[:, :count]
+        return packed
+
+    def best(
+        self, rows: Int64Array, temperatures: Float32Array, keys: UInt32Array, count: int
+    ) -> UInt64Array:
+        """[n, count]: packed tokens of the best scores logit / temperature + noise of each row, in order.
+
+        Temperature 0 ranks by the logits alone. `count` is at most the size of the shard.
         """
-        if temperature == 0.0:
-            if count > 1:
-                return self.top(row, count)
-            column = int(self._rows[row].argmax())  # the first of equals
-            return pack_tokens(self._rows[row, column : column + 1], np.array([column + self.vocab_offset]))
-        bound = self._score_bound(row, temperature, key, count)
-        bound -= _ROUNDING + _RELATIVE_ROUNDING * abs(bound)
-        # Tokens below `cut` would need more noise than any but the lucky ids have.
-        cut = (bound - _LUCKY_GUMBEL) * temperature
-        logits, columns = self._at_least(row, cut)
-        ids = columns + self.vocab_offset
-        hashes = hash_ids(key, ids)
-        possible = hashes <= _largest_hash(bound - self.maximum(row) / temperature)
-        scores = logits[possible] / np.float32(temperature) + gumbel_from_hash(hashes[possible])
+        best = np.empty((len(rows), count), dtype=np.uint64)
+        greedy, noisy = np.flatnonzero(temperatures == 0.0), np.flatnonzero(temperatures)
+        if len(greedy):
+            best[greedy] = self._likeliest(rows[greedy]) if count == 1 else self.top(rows[greedy], count)
+        for part in self._parts(len(noisy)):
+            chosen = noisy[part]
+            if self._size <= _DENSE:
+                values, ids = self._some(rows[chosen]), self._all_ids[None]
+            else:
+                values, ids = self._possible(rows[chosen], temperatures[chosen], keys[chosen], count)
+            best[chosen] = best_of(values, ids, temperatures[chosen], keys[chosen], count, self.vocab_offset)
+        return best
+
+    def best_kept(
+        self,
+        rows: Int64Array,
+        lowest: Float32Array,
+        num_lowest: Int64Array,
+        temperatures: Float32Array,
+        keys: UInt32Array,
+        count: int,
+    ) -> UInt64Array:
+        """As `best`, of rows that keep logits above lowest [n] and the first num_lowest [n] that equal it.
+
+        The other tokens count as removed. Temperatures > 0.
+        """
+        best = np.empty((len(rows), count), dtype=np.uint64)
+        for part in self._parts(len(rows)):
+            if self._size <= _DENSE:
+                values, ids = self._some(rows[part]), self._all_ids[None]
+            else:
+                values, ids = self._at_least(rows[part], lowest[part])
+            values = without(values, lowest[part], num_lowest[part])
+            best[part] = best_of(values, ids, temperatures[part], keys[part], count, self.vocab_offset)
+        return best
+
+    @cached_property
+    def _all_ids(self) -> Int64Array:
+        return np.arange(self.vocab_offset, self.vocab_offset + self._size)
+
+    def _some(self, rows: Int64Array) -> Float32Array:
+        if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and np.all(rows[1:] > rows[:-1]):
+            return self._rows[rows[0] : rows[0] + len(rows)]
+        return self._rows[rows]
+
+    def _parts(self, num_rows: int) -> list[slice]:
+        return parts_of_rows(num_rows, PART // _LARGE_PART if self._size > _DENSE else self._size)
+
+    def _likeliest(self, rows: Int64Array) -> UInt64Array:
+        """[n, 1]: packed tokens of the largest logits, the first of equals."""
+        if self._size <= _SMALL:
+            columns = self._some(rows).argmax(axis=1)
+        else:
+            first = self._maxima[rows].argmax(axis=1)[:, None] * _BLOCK
+            inside = np.minimum(first + np.arange(_BLOCK), self._size - 1)
+            columns = np.take_along_axis(
+                inside, self._rows[rows[:, None], inside].argmax(axis=1)[:, None], axis=1
+            )[:, 0]
+        return pack_tokens(self._rows[rows, columns], columns + self.vocab_offset)[:, None]
+
+    def _possible(
+        self, rows: Int64Array, temperatures: Float32Array, keys: UInt32Array, count: int
+    ) -> tuple[Float32Array, Int64Array]:
+        """Logits and ids, [n, width] each, with all that can be among the `count` best of each row."""
+        values, ids = self._at_least(rows, self._lower_bounds(rows, max(count, _FIRST_BLOCKS)))
+        scores = values / temperatures[:, None]
+        scores += gumbel_from_hash(hash_rows(keys, ids))
+        bounds = np.partition(scores, -count, axis=1)[:, -count]
+        lower_by_rounding(bounds)
+        # Tokens below a cut would need more noise than any but the lucky ids have.
+        cuts = (bounds - np.float32(_LUCKY_GUMBEL)) * temperatures
+        of_row, values, ids = self._found(rows, cuts)
+        limits = largest_hashes(bounds - self.maxima(rows) / temperatures)
+        able = np.flatnonzero(hash_rows(keys[of_row], ids[:, None])[:, 0] <= limits[of_row])
+        values, ids = padded(len(rows), of_row[able], values[able], ids[able])
         end = self.vocab_offset + self._size
-        lucky = ids_with_hash_below(key, _LUCKY_HASHES, self.vocab_offset, end)
-        lucky_logits = self.logits(row, lucky)
-        lucky, lucky_logits = lucky[lucky_logits < cut], lucky_logits[lucky_logits < cut]
-        scores = np.concatenate([scores, perturb(lucky_logits, lucky, temperature, key)])
-        return first_packed(pack_tokens(scores, np.concatenate([ids[possible], lucky])), count)
+        lucky_rows, lucky_ids = ids_with_hash_below(keys, _LUCKY_HASHES, self.vocab_offset, end)
+        lucky = self.logits(rows[lucky_rows], lucky_ids)
+        low = lucky < cuts[lucky_rows]
+        more_values, more_ids = padded(len(rows), lucky_rows[low], lucky[low], lucky_ids[low])
+        return np.concatenate([values, more_values], axis=1), np.concatenate([ids, more_ids], axis=1)
 
-    def _score_bound(self, row: int, temperature: float, key: Key, count: int) -> float:
-        """A score that at least `count` tokens of the row reach: the count-th best of the likeliest ones."""
-        logits, columns = self._at_least(row, self._lower_bound(row, max(count, _FIRST_BLOCKS)))
-        if len(columns) < count:
-            return -np.inf
-        scores = perturb(logits, columns + self.vocab_offset, temperature, key)
-        return float(np.partition(scores, -count)[-count])
+    def _lower_bounds(self, rows: Int64Array, count: int) -> Float32Array:
+        """[n]: values that at least `count` logits of each row reach, and not many more."""
+        for values in (self._maxima[rows], self._rows[rows]):
+            if count <= values.shape[1]:
+                return np.partition(values, -count, axis=1)[:, -count]
+        return np.full(len(rows), -np.inf, dtype=np.float32)
 
-    def _lower_bound(self, row: int, count: int) -> float:
-        """A value that at least `count` logits of the row reach, and not many more."""
-        maxima = self._maxima[row]
-        if count <= len(maxima):
-            return float(np.partition(maxima, -count)[-count])
-        if count < self._size:
-            return float(np.partition(self._rows[row], -count)[-count])
-        return -np.inf
+    def _at_least(self, rows: Int64Array, bounds: Float32Array) -> tuple[Float32Array, Int64Array]:
+        """Logits >= bounds [n] and their ids, [n, width] each, ids ascending; rows that have fewer are filled
+        up with removed tokens that come after all others."""
+        return padded(len(rows), *self._found(rows, bounds))
 
-    def _at_least(self, row: int, bound: float) -> tuple[Float32Array, Int64Array]:
-        """Logits >= bound and their columns in ascending order."""
-        logits = self._rows[row]
-        blocks = np.flatnonzero(self._maxima[row] >= bound)
-        if 2 * len(blocks) > self._maxima.shape[1]:
-            columns = np.flatnonzero(logits >= bound)
-            return logits[columns], columns
-        columns = (blocks[:, None] * _BLOCK + np.arange(_BLOCK)).ravel()
-        columns = columns[: np.searchsorted(columns, self._size)]  # the last block may be short
-        values = logits[columns]
-        keep = values >= bound
-        return values[keep], columns[keep]
-
-
-def perturb(logits: Float32Array, ids: Int64Array, temperature: float, key: Key) -> Float32Array:
-    """The scores float32 that sampling compares: logit / temperature + noise."""
-    return logits / np.float32(temperature) + gumbel_from_hash(hash_ids(key, ids))
-
-
-def pack_tokens(values: Float32Array, ids: Int64Array) -> UInt64Array:
-    """(value, id) pairs as integers that sort by falling value, then by rising id."""
-    bits = (values + np.float32(0.0)).view(np.uint32)  # -0.0 becomes 0.0
-    falling = np.where(bits >> np.uint32(31), bits, ~bits & np.uint32(0x7FFFFFFF))
-    return (falling.astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)
-
-
-def unpack_tokens(packed: UInt64Array) -> tuple[Float32Array, Int64Array]:
-    """Values and ids of packed tokens."""
-    falling = (packed >> np.uint64(32)).astype(np.uint32)
-    bits = np.where(falling >> np.uint32(31), falling, ~falling & np.uint32(0x7FFFFFFF))
-    return bits.view(np.float32), (packed & np.uint64(0xFFFFFFFF)).astype(np.int64)
-
-
-def first_packed(packed: UInt64Array, count: int) -> UInt64Array:
-    """The `count` first packed tokens (all, if there are fewer) in order."""
-    if count < len(packed):
-        packed = np.partition(packed, count - 1)[:count]
-    return np.sort(packed)
-
-
-def _largest_hash(gumbel: float) -> np.uint32:
-    """No hash above this has noise of `gumbel` or more."""
-    if not gumbel > 0.0:  # NaN where every token is removed
-        return np.uint32(2**32 - 1)  # where hashes are large, float32 uniforms are too coarse to tell
-    return np.uint32(int(-np.expm1(-np.exp(-gumbel)) * 2**32) + 1)
+    def _found(self, rows: Int64Array, bounds: Float32Array) -> tuple[Int64Array, Float32Array, Int64Array]:
+        """Of all logits >= bounds [n] the index into `rows`, the logit and the id, in order."""
+        of_row, block = np.nonzero(self._maxima[rows] >= bounds[:, None])
+        row = rows[of_row]
+        num_full, rest = divmod(self._size, _BLOCK)
+        if rest == 0:
+            logits = self._full_blocks[row, block]  # [num_blocks, _BLOCK]
+        else:  # NaN behind the end of the last one
+            logits = np.full((len(row), _BLOCK), np.nan, dtype=np.float32)
+            full = block < num_full
+            logits[full] = self._full_blocks[row[full], block[full]]
+            logits[~full, :rest] = self._rows[row[~full], num_full * _BLOCK :]
+        found = np.flatnonzero(logits >= bounds[of_row, None])
+        in_block = found // _BLOCK
+        first_ids = (block - np.arange(len(block))) * _BLOCK + self.vocab_offset
+        return of_row[in_block], logits.ravel()[found], found + first_ids[in_block]

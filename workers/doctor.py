@@ -12,7 +12,7 @@ import torch
 from outrider.kernels.gpu_check import GpuReport, TorchGpu, all_cases, check_gpu
 from outrider.kernels.roofline import roofline_of
 from outrider.kernels.selection import DEFAULT_MEMORY, KernelSelection, select_kernels
-from outrider.workers.distributed import available_backends
+from outrider.workers.link.distributed import available_backends
 
 NOT_INSTALLED = "not installed"
 

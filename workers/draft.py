@@ -12,37 +12,31 @@ from typing import Any
 import torch
 
 from outrider.configs.schema import Config
-from outrider.workers.communicator import SoloCommunicator
-from outrider.workers.distributed import Link, connect_store
 from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.drafting.model import ModelDrafter
+from outrider.workers.drafting.method import MethodContext
+from outrider.workers.drafting.registry import METHODS
+from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.link.distributed import Link, connect_store
+from outrider.workers.link.link import DraftSender
+from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
 from outrider.workers.memory import peak_memory_bytes
-from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.config import ModelConfig
-from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.transformer import Transformer
 from outrider.workers.rounds.budget import CostModel, PassProfile
-from outrider.workers.rounds.link import DraftSender
+from outrider.workers.rounds.growth import GrowthOptions
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
-from outrider.workers.rounds.messages import Draft, SequenceStart, SequenceStep
-from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
-from outrider.workers.rounds.sequence import Request, TokenEvent
-from outrider.workers.sampling.params import SamplingParams
-from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.setup import (
-    kernels_for,
-    load_model,
-    message_capacity,
-    num_draft_pages,
     num_target_pages,
+    read_model_config,
     torch_device,
-    torch_dtype,
     use_device,
 )
 from outrider.workers.trace import Tracer
+from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.progress import Progress
 
-_ROWS_PER_STEP = 6  # nodes of one sequence that a drafter step expands
 _PROFILE_REPEATS = 3
 _HEARTBEAT_S = 2.0  # at most: so long after it a lost target is noticed by an idle DraftWorker
 
@@ -64,25 +58,21 @@ class DraftWorker:
             ValueError: a checkpoint is missing or does not fit the configuration.
         """
         torch.set_num_threads(self.config.draft.num_threads)
-        target = load_model(self.config, "target", progress).config
+        self._device = torch_device("draft", self.config.draft.device, self._gpus)
+        use_device(self._device)
+        target = read_model_config(self.config, "target", progress)
         num_pages = num_target_pages(self.config, target)
-        self._drafting = DraftEngine(self.config.draft.ngram)
-        self._model_drafter = None
-        if "model" in self.config.draft.methods:
-            self._model_drafter = self._load_model(target, progress)
-            self._drafting.add(self._model_drafter)
+        self._drafting = self._build_drafting(target, progress)
         rounds = self.config.rounds
         limits = SchedulerLimits(rounds.max_sequences, rounds.max_round_tokens, rounds.prefill_chunk)
         pool = PagePool(num_pages, self.config.target.page_size, rounds.prefix_sharing)
-        self._scheduler = Scheduler(limits, pool)
+        self._scheduler = Scheduler(limits, pool, self._drafting.prefix_kept, self._drafting.finish)
 
     def connect(self, host: str, port: int, epoch: int) -> None:
         """Open the link to rank 0 of the target, which must call its own `connect` meanwhile."""
         timeout_s = self.config.cluster.group_timeout_s
-        capacity = message_capacity(self.config)
         store = connect_store(host, port, timeout_s)
-        link = Link(store, epoch, False, capacity.draft_ints, capacity.scores_ints, timeout_s)
-        self._link = DraftSender(link, capacity)
+        self._link = DraftSender(Link(store, epoch, False, self._device, timeout_s))
 
     def profile(self, progress: Callable[[str, int, int], None]) -> PassProfile:
         """Time the draft model, and the target for the row counts of `rounds.profile_node_counts`, before `run`.
@@ -90,22 +80,26 @@ class DraftWorker:
         Each count is timed with a chain of rows and no context, all of them sampled or proposing: the median of a
         few runs.
         """
-        self._use_device()
+        use_device(self._device)
         counts = self.config.rounds.profile_node_counts
-        target_times, drafter_times = [], []
+        target_times: list[float] = []
+        step_times: dict[str, list[float]] = {}
         for done, count in enumerate(counts):
             progress("profile", done, len(counts))
             target_times.append(_median_of(partial(self._time_target, count)))
-            if self._model_drafter is not None:
-                drafter_times.append(_median_of(partial(self._model_drafter.time_step, count)))
+            for method in self._drafting.methods:
+                times = [method.time_step(count) for _ in range(_PROFILE_REPEATS)]
+                known = [seconds for seconds in times if seconds is not None]
+                if known:
+                    step_times.setdefault(method.name, []).append(median(known))
         progress("profile", len(counts), len(counts))
         target = PassProfile(tuple(counts), tuple(target_times))
-        drafter = PassProfile(tuple(counts), tuple(drafter_times)) if drafter_times else None
+        steps = {name: PassProfile(tuple(counts), tuple(times)) for name, times in step_times.items()}
         self._loop = RoundLoop(
             self._link,
             self._scheduler,
             self._drafting,
-            CostModel(target, drafter),
+            CostModel(target, steps),
             self._loop_options(),
             self._tracer,
             self._events.put,
@@ -114,7 +108,7 @@ class DraftWorker:
 
     def run(self) -> None:
         """The token loop, until `stop` or until the target is gone (PeerLostError)."""
-        self._use_device()
+        use_device(self._device)
         try:
             self._loop.run()
         finally:
@@ -149,9 +143,10 @@ class DraftWorker:
             "busy_s": self._tracer.totals(),
             "peak_memory_bytes": peak_memory_bytes(),
             "target_pass_s": dict(zip(cost.target.num_rows, cost.target.seconds, strict=True)),
-            "draft_pass_s": dict(zip(cost.drafter.num_rows, cost.drafter.seconds, strict=True))
-            if cost.drafter
-            else {},
+            "draft_step_s": {
+                name: dict(zip(profile.num_rows, profile.seconds, strict=True))
+                for name, profile in cost.methods.items()
+            },
             "num_available_pages": self._scheduler.pool.num_available,
         }
 
@@ -159,52 +154,17 @@ class DraftWorker:
         """Spans for a Chrome trace; empty unless `rounds.trace` is on."""
         return self._tracer.events()
 
-    def _load_model(self, target: ModelConfig, progress: Callable[[str, int, int], None]) -> ModelDrafter:
-        draft, rounds = self.config.draft, self.config.rounds
-        device, dtype = torch_device("draft", draft.device, self._gpus), torch_dtype(draft.dtype)
-        use_device(device)
-        source = load_model(self.config, "draft", progress)
-        plan = ShardPlan(source.config, 0, 1)
-        total, done = source.total_bytes(dtype), 0
-
-        def count(num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            progress("load", min(done, total), total)
-
-        kernels = kernels_for(self.config, source.config, device, dtype)
-        model = Transformer(
-            source.config,
-            plan,
-            source,
-            SoloCommunicator(),
-            dtype,
-            device,
-            draft.packed_weights,
-            count,
-            kernels,
+    def _build_drafting(self, target: ModelConfig, progress: Progress) -> DraftEngine:
+        rounds, tree, draft = self.config.rounds, self.config.tree, self.config.draft
+        num_recent = max(draft.ngram.max_match, tree.max_depth)
+        slots = DraftedSlots(rounds.max_sequences, tree.max_nodes, num_recent)
+        drafting = DraftEngine(slots)
+        context = MethodContext(
+            self.config, target, self._device, slots, drafting.estimator, self._tracer, progress
         )
-        page_size = self.config.target.page_size
-        num_pages = num_draft_pages(self.config, source.config)
-        cache = PagedCache(source.config, plan, num_pages, page_size, dtype, device, kernels.kv_commit)
-        vocab_size = source.config.vocab_size
-        return ModelDrafter(
-            model=model,
-            cache=cache,
-            pool=PagePool(cache.num_pages, page_size, rounds.prefix_sharing),
-            sampler=Sampler(vocab_size, range(vocab_size), SoloCommunicator(), kernels),
-            estimator=self._drafting.estimator,
-            num_target_tokens=target.vocab_size,
-            max_children=self.config.tree.max_children,
-            rows_per_sequence=_ROWS_PER_STEP,
-            max_rows=max(_ROWS_PER_STEP, rounds.max_sequences),
-            prefill_chunk=rounds.prefill_chunk,
-            tracer=self._tracer,
-        )
-
-    def _use_device(self) -> None:
-        if self._model_drafter is not None:
-            use_device(self._model_drafter.device)
+        for name in draft.methods:
+            drafting.add(METHODS[name].build(context))
+        return drafting
 
     def _loop_options(self) -> LoopOptions:
         rounds = self.config.rounds
@@ -212,10 +172,12 @@ class DraftWorker:
             overlapped=rounds.loop == "overlapped",
             num_lanes=rounds.lanes,
             merge_lanes=rounds.merge_lanes,
-            draft_ahead=rounds.draft_ahead,
-            fixed_budget=self.config.tree.budget == "fixed",
-            draft_costs=self.config.draft.placement == "shared",
-            max_round_tokens=rounds.max_round_tokens,
+            growth=GrowthOptions(
+                draft_ahead=rounds.draft_ahead,
+                fixed_budget=self.config.tree.budget == "fixed",
+                draft_costs=self.config.draft.placement == "shared",
+                max_round_tokens=rounds.max_round_tokens,
+            ),
             heartbeat_s=min(_HEARTBEAT_S, self.config.cluster.group_timeout_s / 4),
         )
 
@@ -224,13 +186,12 @@ class DraftWorker:
         pool, sampling = self._scheduler.pool, SamplingParams(temperature=0.0)
         pages = pool.allocate(min(pool.pages_for(num_rows), pool.num_available))
         num_rows = min(num_rows, len(pages) * pool.page_size)
-        chain = (0, *range(num_rows - 1))
-        step = SequenceStep(0, (), tuple(pages), (0,) * num_rows, chain, 0)
+        step = SequenceStep(0, (), pages, [0] * num_rows, [0, *range(num_rows - 1)], 0)
         begun = time.monotonic()
-        self._link.send(Draft(0, (SequenceStart(0, 1, 0, sampling),), (), (step,)))
+        self._link.send(Draft(0, (SequenceStart(0, 1, 0, sampling),), (), Steps.of([step])))
         self._link.receive()
         seconds = time.monotonic() - begun
-        self._link.send(Draft(0, (), (0,), ()))
+        self._link.send(Draft(0, (), (0,), Steps.of([])))
         self._link.receive()
         pool.release(pages)
         return seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Literal
@@ -12,13 +12,12 @@ import torch
 
 from outrider.configs.schema import Config
 from outrider.kernels.selection import DEFAULT_MEMORY, ENTRIES, KernelSelection, select_kernels
-from outrider.workers.communicator import Communicator, agreed
+from outrider.workers.link.communicator import Communicator, agreed
 from outrider.workers.model.cache import bytes_per_page
-from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.rounds.messages import MessageCapacity
+from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.progress import Progress
-from outrider.workers.weights.resolver import open_source, resolve
+from outrider.workers.weights.resolver import open_source, read_config, resolve, resolve_description
 from outrider.workers.weights.source import WeightSource
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,6 +108,17 @@ def load_model(config: Config, role: Literal["target", "draft"], progress: Progr
     return open_source(resolve(model, cache_dir, progress, f"{role}.model"))
 
 
+def read_model_config(config: Config, role: Literal["target", "draft"], progress: Progress) -> ModelConfig:
+    """What the target or the drafter is, for who does not hold its weights: they are not fetched.
+
+    Raises:
+        ValueError: names `target.model` or `draft.model` and what was tried.
+    """
+    model = config.target.model if role == "target" else config.draft.model
+    cache_dir = Path(config.cluster.model_cache_dir).expanduser()
+    return read_config(resolve_description(model, cache_dir, progress, f"{role}.model"))
+
+
 def num_target_pages(config: Config, model: ModelConfig) -> int:
     """KV pages of the target: the same on every rank, so the rank with the most KV heads decides.
 
@@ -144,16 +154,21 @@ def max_sequence_tokens(config: Config, model: ModelConfig) -> int:
     return min(config.target.max_context, model.max_context, rows)
 
 
-def message_capacity(config: Config) -> MessageCapacity:
-    """Buffer sizes of the link; both ends and all ranks must use the same."""
-    rounds = config.rounds
-    pages_per_sequence = -(-config.target.max_context // config.target.page_size)
-    return MessageCapacity.for_limits(rounds.max_round_tokens, rounds.max_sequences, pages_per_sequence)
-
-
 def _num_pages(role: str, kv_cache_bytes: int, bytes_per_page: int) -> int:
     if kv_cache_bytes < bytes_per_page:
         raise ValueError(
             f"{role}.kv_cache_bytes must be at least {bytes_per_page} (one page), got {kv_cache_bytes}"
         )
     return kv_cache_bytes // bytes_per_page
+
+
+def counting(progress: Progress, total_bytes: int) -> Callable[[int], None]:
+    """What a loader calls with the bytes it has read: reports them all together as `load`."""
+    done = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress("load", min(done, total_bytes), total_bytes)
+
+    return count

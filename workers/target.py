@@ -8,23 +8,25 @@ from typing import Any
 import torch
 
 from outrider.configs.schema import Config
-from outrider.workers.communicator import Communicator, SoloCommunicator
-from outrider.workers.distributed import Link, connect_store, join_group, open_store
+from outrider.workers.drafting.registry import layers_needed
 from outrider.workers.last_resort import Interruptible
+from outrider.workers.link.communicator import Communicator, SoloCommunicator, broadcast_message
+from outrider.workers.link.distributed import Link, connect_store, join_group, open_store
+from outrider.workers.link.link import DraftReceiver
+from outrider.workers.link.messages import Draft, Scores, Steps, decode_draft
 from outrider.workers.memory import peak_memory_bytes
-from outrider.workers.model.batch import build_batch
+from outrider.workers.model.batch import TreeRows, build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import forward_of, target_capacities
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.transformer import Transformer
-from outrider.workers.rounds.link import DraftReceiver
-from outrider.workers.rounds.messages import Draft, Scores, StepScores, decode_draft
-from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.model.transformer import Hidden, Transformer
+from outrider.workers.sampling.sampler import NO_SAMPLES, Sampler, Samples
 from outrider.workers.setup import (
     agreed_kernels,
+    counting,
     kernels_for,
     load_model,
-    message_capacity,
     num_target_pages,
     torch_device,
     torch_dtype,
@@ -42,58 +44,75 @@ ABORT_GRACE_S = 10.0
 class TargetRank:
     """The computation of one rank. A step reads: commit, forward, sample. No branch on what the step is for."""
 
-    def __init__(self, model: Transformer, cache: PagedCache, tracer: Tracer) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        cache: PagedCache,
+        num_slots: int,
+        tracer: Tracer,
+        taps: Sequence[int] = (),
+    ) -> None:
+        """
+        Args:
+            num_slots: sequences that run at the same time.
+            taps: layers whose inputs rounds may ask for (`Draft.layers`), besides what leaves the last one.
+        """
         self.model = model
         self._cache = cache
-        self._forward = forward_of(model, cache, target_capacities(model, cache))
+        self._forward = forward_of(model, cache, target_capacities(model, cache), taps)
         self._stretches = Stretches(model.device, tracer)
-        self._sequences = TargetSequences(cache.num_pages, cache.page_size)
+        self._sequences = TargetSequences(num_slots, cache.num_pages, cache.page_size)
         self._sampler = Sampler(model.config.vocab_size, model.plan.vocab, model.communicator, model.kernels)
 
     @torch.inference_mode()
     def step(self, draft: Draft) -> Scores:
         """One round: keep what was accepted, compute every node, sample after the nodes that ask for it."""
-        stretches = self._stretches
+        stretches, steps, sampled = self._stretches, draft.steps, draft.steps.sampled_rows
         stretches.begin()
         self._cache.commit(*(slots.to(self.model.device) for slots in self._sequences.apply(draft)))
         stretches.end("commit")
-        num_rows = sum(len(step.tokens) for step in draft.steps)
-        sampled = _sampled_rows(draft)
-        logits = torch.empty(0, len(self.model.plan.vocab))
-        if num_rows:
-            rows = [self._sequences.rows(step) for step in draft.steps]
-            hidden = self._forward(build_batch(rows, self._cache.page_size, self.model.device))
-            if sampled:
-                logits = self.model.logits_of(hidden, sampled)
-        stretches.end("forward", num_rows)
-        steps: tuple[StepScores, ...] = tuple(StepScores((), (), (), ()) for _ in draft.steps)
-        if sampled:
-            steps = self._sample(draft, logits)
+        logits, sent = torch.empty(0, len(self.model.plan.vocab)), None
+        if steps.num_rows:
+            rows = self._sequences.rows(steps)
+            hidden = self._forward(build_batch(self._sequences.tables, rows, self.model.device))
+            sent = self._hidden_rows(draft, hidden)
+            if len(sampled):
+                logits = self.model.logits_of(hidden.last, sampled)
+        stretches.end("forward", steps.num_rows)
+        samples = NO_SAMPLES
+        if len(sampled):
+            samples = self.sample(steps, rows, logits)
         stretches.end("sample", len(sampled))
         commit_s, forward_s, sample_s = stretches.settle()
-        return Scores(draft.round_id, steps, commit_s, forward_s, sample_s)
+        asking = self._sequences.asking(steps)
+        return Scores(
+            round_id=draft.round_id,
+            tokens=samples.tokens.numpy(),
+            failed=~samples.valid.numpy(),
+            logprobs=samples.logprobs.numpy()[asking],
+            top_ids=samples.top_ids.numpy()[asking],
+            top_logprobs=samples.top_logprobs.numpy()[asking],
+            child_logprobs=samples.token_logprobs.numpy(),
+            entropies=samples.entropies.numpy(),
+            commit_s=commit_s,
+            forward_s=forward_s,
+            sample_s=sample_s,
+            hidden=sent,
+        )
 
-    def _sample(self, draft: Draft, logits: torch.Tensor) -> tuple[StepScores, ...]:
-        contexts = [self._sequences.contexts(step) for step in draft.steps]
-        samples = self._sampler.sample(logits, [context for rows in contexts for context in rows])
-        tokens = samples.tokens.tolist()
-        steps, at = [], 0
-        for rows in contexts:
-            part = slice(at, at + len(rows))
-            at += len(rows)
-            wants = rows[0].params if rows else None
-            num_top = wants.top_logprobs if wants is not None and wants.logprobs else 0
-            steps.append(
-                StepScores(
-                    tokens=tuple(tokens[part]),
-                    logprobs=tuple(samples.logprobs[part].tolist()) if wants and wants.logprobs else (),
-                    top_ids=tuple(map(tuple, samples.top_ids[part, :num_top].tolist())) if num_top else (),
-                    top_logprobs=(
-                        tuple(map(tuple, samples.top_logprobs[part, :num_top].tolist())) if num_top else ()
-                    ),
-                )
-            )
-        return tuple(steps)
+    def sample(self, steps: Steps, rows: TreeRows, logits: torch.Tensor) -> Samples:
+        """The target's token after every sampled node, from logits [M, vocab_shard], and what else is asked."""
+        groups, questions = self._sequences.sampled(steps, rows), self._sequences.questions(steps)
+        return self._sampler.sample(logits, groups, questions)
+
+    def _hidden_rows(self, draft: Draft, hidden: Hidden) -> torch.Tensor | None:
+        """[num_layers, num_rows, hidden_size] of the layers and rows that this round asks for, copied."""
+        rows = draft.steps.hidden_rows
+        if not draft.layers or not len(rows):
+            return None
+        index = torch.from_numpy(rows).to(self.model.device)
+        by_layer = {**hidden.taps, self.model.config.num_layers: hidden.last}
+        return torch.stack([by_layer[layer].index_select(0, index) for layer in draft.layers])
 
 
 class TargetWorker:
@@ -113,7 +132,7 @@ class TargetWorker:
         self._wake: list[Callable[[], None]] = []
 
     def load(self, progress: Callable[[str, int, int], None]) -> None:
-        """Read this rank's weights and lay out its KV cache. `progress(what, done_bytes, total_bytes)`.
+        """Read this rank's weights. `progress(what, done_bytes, total_bytes)`.
 
         Raises:
             ValueError: the checkpoint is missing or does not fit the configuration.
@@ -125,30 +144,9 @@ class TargetWorker:
         self._transport = transport_for(target.all_reduce, device, target.tp_size)
         source = load_model(self.config, "target", progress)
         plan = ShardPlan(source.config, self.rank, target.tp_size)
-        total = source.total_bytes(dtype) // target.tp_size
-        done = 0
-
-        def count(num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            progress("load", min(done, total), total)
-
-        kernels = kernels_for(self.config, source.config, device, dtype)
-        self._model = Transformer(
-            source.config,
-            plan,
-            source,
-            SoloCommunicator(),
-            dtype,
-            device,
-            target.packed_weights,
-            count,
-            kernels,
-        )
-        num_pages = num_target_pages(self.config, source.config)
-        self._cache = PagedCache(
-            source.config, plan, num_pages, target.page_size, dtype, device, kernels.kv_commit
-        )
+        counted = counting(progress, source.total_bytes(dtype) // target.tp_size)
+        self._kernels = kernels_for(self.config, source.config, device, dtype)
+        self._weights = load_weights(plan, source, dtype, device, target.packed_weights, counted)
 
     def open_store(self, host: str) -> tuple[str, int]:
         """Rank 0: open the meeting point of all groups on a free port; returns its host and port."""
@@ -156,7 +154,9 @@ class TargetWorker:
         return host, self._store.port
 
     def connect(self, host: str, port: int, epoch: int) -> None:
-        """Join the target group and, on rank 0, the link to the DraftWorker. Every process must call it.
+        """Join the target group, build the model and its KV cache, and on rank 0 open the link to the DraftWorker.
+
+        Every process must call it.
 
         Raises:
             PeerLostError: another process has not come within `cluster.group_timeout_s`.
@@ -165,24 +165,36 @@ class TargetWorker:
             self._connect(host, port, epoch)
 
     def _connect(self, host: str, port: int, epoch: int) -> None:
-        use_device(self._model.device)
+        use_device(self._weights.device)
         timeout_s = self.config.cluster.group_timeout_s
         if self.rank != 0:
             self._store = connect_store(host, port, timeout_s)
         target = self.config.target
         self._communicator = join_group(
-            self._store, epoch, self.rank, target.tp_size, self._transport, timeout_s, self._model.device
+            self._store, epoch, self.rank, target.tp_size, self._transport, timeout_s, self._weights.device
         )
         self._wake = [self._communicator.abort]
-        self._model.communicator = self._communicator
-        self._model.kernels = agreed_kernels(self._model.kernels, self._communicator)
-        self._cache.use_kernel = self._model.kernels.kv_commit
-        self._rank = TargetRank(self._model, self._cache, self._tracer)
-        self._capacity = message_capacity(self.config)
+        kernels = agreed_kernels(self._kernels, self._communicator)
+        weights = self._weights
+        cache = PagedCache(
+            weights.plan.config,
+            weights.plan,
+            num_target_pages(self.config, weights.plan.config),
+            target.page_size,
+            weights.dtype,
+            weights.device,
+            kernels.kv_commit,
+        )
+        self._rank = TargetRank(
+            Transformer(weights, self._communicator, kernels),
+            cache,
+            self.config.rounds.max_sequences,
+            self._tracer,
+            layers_needed(self.config, weights.plan.config),
+        )
         if self.rank == 0:
-            capacity = self._capacity
-            link = Link(self._store, epoch, True, capacity.scores_ints, capacity.draft_ints, timeout_s)
-            self._link = DraftReceiver(link, capacity)
+            link = Link(self._store, epoch, True, weights.device, timeout_s)
+            self._link = DraftReceiver(link)
             self._wake.append(link.abort)
 
     def run(self) -> None:
@@ -199,16 +211,16 @@ class TargetWorker:
         self._interruptible.end(self._wake, grace_s)
 
     def _run(self) -> None:
-        use_device(self._model.device)
+        use_device(self._weights.device)
         try:
-            buffer = torch.zeros(self._capacity.draft_ints, dtype=torch.int32)
+            message = torch.empty(0, dtype=torch.int32)
             while True:
                 with self._tracer.span("wait"):
                     if self.rank == 0:
-                        buffer = self._link.receive_buffer()
-                    self._communicator.broadcast(buffer)
+                        message = self._link.receive_message()
+                    message = broadcast_message(self._communicator, message)
                 with self._tracer.span("communicate"):
-                    draft = decode_draft(buffer)
+                    draft = decode_draft(message)
                 if draft.stop:
                     return
                 scores = self._rank.step(draft)
@@ -230,12 +242,3 @@ class TargetWorker:
     def trace_events(self) -> list[dict[str, Any]]:
         """Spans for a Chrome trace; empty unless `rounds.trace` is on."""
         return self._tracer.events()
-
-
-def _sampled_rows(draft: Draft) -> list[int]:
-    rows: list[int] = []
-    at = 0
-    for step in draft.steps:
-        rows += range(at + step.first_sampled, at + len(step.tokens))
-        at += len(step.tokens)
-    return rows

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from outrider.workers.model.batch import SequenceRows
-from outrider.workers.rounds.messages import Draft, SequenceStart, SequenceStep
-from outrider.workers.sampling.context import PenaltyState, RowContext
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.link.messages import Draft, Steps
+from outrider.workers.model.batch import TreeRows, ancestor_masks, depths_of, num_mask_words
+from outrider.workers.sampling.context import PenaltyState, SampledRows
+from outrider.workers.sampling.logprobs import NO_QUESTIONS, LawQuestions
+from outrider.workers.sequences.page_tables import PageTables
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.segments import Int64Array, places_in, starts_of
 
 
 @dataclass
 class SlotState:
-    """One sequence as the target knows it."""
+    """What a slot's sequence asks for, and what its output was so far where that matters."""
 
     sampling: SamplingParams
     prompt_length: int
-    tokens: list[int] = field(default_factory=list)  # of the committed KV rows
-    pages: list[int] = field(default_factory=list)
     penalties: PenaltyState = field(default_factory=lambda: PenaltyState(()))
     num_counted: int = 0  # tokens that `penalties` knows
 
@@ -31,12 +33,19 @@ class TargetSequences:
 
     Which token each cache row was computed from is kept beside the cache: a sequence that takes shared pages
     learns its tokens from them, and they need not travel again.
+
+    Attributes:
+        tables: the pages of each slot.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        self._page_size = page_size
+    def __init__(self, num_slots: int, num_pages: int, page_size: int) -> None:
+        self.tables = PageTables(num_slots, page_size)
+        self._states: dict[int, SlotState] = {}
+        self._context_lens = np.zeros(num_slots, dtype=np.int64)  # committed rows
+        self._wants_logprobs = np.zeros(num_slots, dtype=bool)
+        self._needs_children = np.zeros(num_slots, dtype=bool)
+        self._needs_entropy = np.zeros(num_slots, dtype=bool)
         self._row_tokens = np.zeros(num_pages * page_size, dtype=np.int64)
-        self._slots: dict[int, SlotState] = {}
 
     def apply(self, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:
         """Free and fill slots, hand out pages, accept last round's paths.
@@ -44,76 +53,112 @@ class TargetSequences:
         Returns source and target cache slots (int64 [M] each) of the rows that have to move.
         """
         for slot in draft.released_slots:
-            del self._slots[slot]
+            del self._states[slot]
+            self.tables.clear(slot)
         for start in draft.starts:
-            assert start.slot not in self._slots
-            self._slots[start.slot] = SlotState(start.sampling, start.prompt_length)
-        moves: list[np.ndarray] = []
-        for step in draft.steps:
-            state = self._slots[step.slot]
-            moves.append(self._accept(state, step.accepted))
-            state.pages += step.new_pages
-        for start in draft.starts:
-            self._adopt_shared(start)
-        both = np.concatenate(moves, axis=1) if moves else np.zeros((2, 0), dtype=np.int64)
-        return torch.from_numpy(both[0].copy()), torch.from_numpy(both[1].copy())
+            assert start.slot not in self._states
+            self._states[start.slot] = SlotState(start.sampling, start.prompt_length)
+            self._context_lens[start.slot] = start.num_shared_tokens
+            self._wants_logprobs[start.slot] = start.sampling.logprobs
+            self._needs_children[start.slot] = start.needs.child_logprobs
+            self._needs_entropy[start.slot] = start.needs.entropy
+        sources, targets = self._accept(draft.steps)
+        self._append_pages(draft.steps)
+        return torch.from_numpy(sources), torch.from_numpy(targets)
 
-    def rows(self, step: SequenceStep) -> SequenceRows:
-        """The step's nodes as rows of a forward, written behind the committed ones."""
-        state = self._slots[step.slot]
-        context_len = len(state.tokens)
-        cache_slots = self._cache_slots(state, np.arange(context_len, context_len + len(step.tokens)))
-        self._row_tokens[cache_slots] = step.tokens
-        return SequenceRows(state.pages, context_len, step.parents, 0, step.tokens)
+    def rows(self, steps: Steps) -> TreeRows:
+        """The steps' nodes as rows of a forward, written behind the committed ones."""
+        slots_of_rows = np.repeat(steps.slots, steps.num_nodes)
+        context_lens = self._context_lens[steps.slots]
+        cache_slots = self.tables.cache_slots(
+            slots_of_rows, np.repeat(context_lens, steps.num_nodes) + steps.places
+        )
+        self._row_tokens[cache_slots] = steps.tokens
+        parents = steps.parents + np.repeat(starts_of(steps.num_nodes), steps.num_nodes)
+        ancestors = ancestor_masks(parents, steps.places, num_mask_words(steps.num_nodes))
+        return TreeRows(
+            slots=steps.slots,
+            context_lens=context_lens,
+            tree_lens=steps.num_nodes,
+            query_lens=steps.num_nodes,
+            tokens=steps.tokens,
+            tree_rows=steps.places,
+            depths=depths_of(ancestors),
+            ancestors=ancestors,
+        )
 
-    def contexts(self, step: SequenceStep) -> list[RowContext]:
-        """What the law of each sampled node depends on, besides its logits."""
-        state, first = self._slots[step.slot], step.first_sampled
-        if first == len(step.tokens):
-            return []
-        context_len, uses_context = len(state.tokens), state.sampling.uses_context
-        if uses_context:
-            self._count_tokens(state, step.tokens[: first + 1])
-        depths = list(range(first + 1))
-        paths: list[tuple[int, ...]] = [()] * (first + 1)
-        if uses_context:
-            paths[first] = self._uncounted(state, step.tokens[: first + 1])
-        for node in range(first + 1, len(step.tokens)):
-            depths.append(depths[step.parents[node]] + 1)
-            paths.append((*paths[step.parents[node]], step.tokens[node]) if uses_context else ())
-        return [
-            RowContext(state.sampling, context_len + depths[node] + 1, state.penalties, paths[node])
-            for node in range(first, len(step.tokens))
-        ]
+    def sampled(self, steps: Steps, rows: TreeRows) -> list[SampledRows]:
+        """What the laws of the sampled nodes depend on besides the logits, of each step that has any."""
+        positions = np.repeat(rows.context_lens + 1, rows.query_lens) + rows.depths
+        ends = np.cumsum(steps.num_nodes)
+        groups = []
+        for b in np.flatnonzero(steps.num_sampled).tolist():
+            state, end = self._states[int(steps.slots[b])], int(ends[b])
+            first = end - int(steps.num_sampled[b])
+            start = end - int(steps.num_nodes[b])
+            paths = self._paths(state, steps, b, start) if state.sampling.uses_context else ()
+            groups.append(SampledRows(state.sampling, positions[first:end], state.penalties, paths))
+        return groups
 
-    def _accept(self, state: SlotState, accepted: SequenceABC[int]) -> np.ndarray:
-        context_len = len(state.tokens)
-        sources = self._cache_slots(state, context_len + np.array(accepted, dtype=np.int64))
-        targets = self._cache_slots(state, context_len + np.arange(len(accepted)))
+    def asking(self, steps: Steps) -> npt.NDArray[np.bool_]:
+        """Which of the sampled nodes belong to sequences that ask for log-probabilities, bool [M]."""
+        return np.repeat(self._wants_logprobs[steps.slots], steps.num_sampled)
+
+    def questions(self, steps: Steps) -> LawQuestions:
+        """What the rules of the sequences need of the laws; rows are counted among the sampled nodes."""
+        about_children = self._needs_children[steps.slots]
+        about_entropies = self._needs_entropy[steps.slots]
+        if not about_children.any() and not about_entropies.any():
+            return NO_QUESTIONS
+        per_node = partial(np.repeat, repeats=steps.num_nodes)
+        drafted = np.flatnonzero((steps.places > per_node(steps.first_sampled)) & per_node(about_children))
+        parents = steps.parents + per_node(starts_of(steps.num_nodes))
+        return LawQuestions(
+            rows=np.searchsorted(steps.sampled_rows, parents[drafted]),
+            tokens=steps.tokens[drafted],
+            entropy_rows=np.flatnonzero(np.repeat(about_entropies, steps.num_sampled)),
+        )
+
+    def _accept(self, steps: Steps) -> tuple[Int64Array, Int64Array]:
+        slots = np.repeat(steps.slots, steps.num_accepted)
+        context_lens = self._context_lens[slots]
+        sources = self.tables.cache_slots(slots, context_lens + steps.accepted)
+        targets = self.tables.cache_slots(slots, context_lens + places_in(steps.num_accepted))
         self._row_tokens[targets] = self._row_tokens[sources]
-        state.tokens += self._row_tokens[targets].tolist()
+        self._context_lens[steps.slots] += steps.num_accepted
         moving = sources != targets
-        return np.stack([sources[moving], targets[moving]])
+        return sources[moving], targets[moving]
 
-    def _adopt_shared(self, start: SequenceStart) -> None:
-        state = self._slots[start.slot]
-        rows = self._cache_slots(state, np.arange(start.num_shared_tokens))
-        state.tokens = self._row_tokens[rows].tolist()
+    def _append_pages(self, steps: Steps) -> None:
+        ends = np.cumsum(steps.num_new_pages)
+        for b in np.flatnonzero(steps.num_new_pages).tolist():
+            end = int(ends[b])
+            self.tables.append(int(steps.slots[b]), steps.new_pages[end - int(steps.num_new_pages[b]) : end])
 
-    def _cache_slots(self, state: SlotState, rows: np.ndarray) -> np.ndarray:
-        pages = np.array(state.pages, dtype=np.int64)
-        return pages[rows // self._page_size] * self._page_size + rows % self._page_size
+    def _tokens(self, slot: int, first: int, end: int) -> list[int]:
+        """Tokens of a sequence whose rows are computed or about to be."""
+        rows = np.arange(first, end)
+        tokens: list[int] = self._row_tokens[self.tables.cache_slots(np.full(len(rows), slot), rows)].tolist()
+        return tokens
 
-    def _count_tokens(self, state: SlotState, chain: SequenceABC[int]) -> None:
-        """Let `penalties` know the prompt and the committed output. The chain completes the prompt."""
+    def _paths(self, state: SlotState, steps: Steps, b: int, start: int) -> list[tuple[int, ...]]:
+        """Output tokens before each sampled node of a step that `penalties` does not know; it learns committed ones.
+
+        The chain completes the prompt, wherever its chunks end. `start`: where the step's nodes begin.
+        """
+        slot, first = int(steps.slots[b]), int(steps.first_sampled[b])
+        context_len = int(self._context_lens[slot])
         if state.num_counted == 0:
-            known = [*state.tokens, *chain]
-            state.penalties = PenaltyState(known[: state.prompt_length])
+            state.penalties = PenaltyState(self._tokens(slot, 0, state.prompt_length))
             state.num_counted = state.prompt_length
-        for token in state.tokens[state.num_counted :]:
+        known = self._tokens(slot, state.num_counted, context_len + first + 1)
+        num_committed = max(0, context_len - state.num_counted)
+        for token in known[:num_committed]:
             state.penalties.add(token)
-        state.num_counted = max(state.num_counted, len(state.tokens))
-
-    def _uncounted(self, state: SlotState, chain: SequenceABC[int]) -> tuple[int, ...]:
-        """The part of the chain that is output and not in `penalties` yet."""
-        return tuple([*state.tokens, *chain][state.num_counted :])
+        state.num_counted += num_committed
+        paths = {first: tuple(known[num_committed:])}
+        nodes = slice(start + first + 1, start + int(steps.num_nodes[b]))
+        tokens, parents = steps.tokens[nodes].tolist(), steps.parents[nodes].tolist()
+        for node, (token, parent) in enumerate(zip(tokens, parents, strict=True), first + 1):
+            paths[node] = (*paths[parent], token)
+        return list(paths.values())

@@ -16,7 +16,7 @@ from outrider.workers.baselines import (
     BaselineRequest,
     Generation,
 )
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 
 MODES: tuple[str, ...] = ("outrider", "plain", *BASELINE_MODES)
 

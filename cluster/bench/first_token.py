@@ -11,7 +11,7 @@ from scipy.stats import chi2
 
 from outrider.cluster.bench.identity import Answerer, Question
 from outrider.cluster.bench.runner import EncodedPrompt
-from outrider.workers.sampling.params import MAX_TOP_LOGPROBS, SamplingParams
+from outrider.workers.sequences.params import MAX_TOP_LOGPROBS, SamplingParams
 
 SMALLEST_P_VALUE = 1e-4
 """A correct sampler falls below it once in ten thousand checks."""

@@ -15,9 +15,9 @@ from typing import Protocol
 
 from outrider.cluster.bench.metrics import first_difference
 from outrider.cluster.bench.runner import EncodedPrompt
-from outrider.workers.rounds.sequence import TokenLogprobs
-from outrider.workers.sampling.params import MAX_TOP_LOGPROBS, SamplingParams
 from outrider.workers.sampling.token_noise import token_noise
+from outrider.workers.sequences.params import MAX_TOP_LOGPROBS, SamplingParams
+from outrider.workers.sequences.sequence import TokenLogprobs
 
 # Largest score difference that rounding explains. float32: the project's rule. bfloat16: logits between 16 and
 # 32 are multiples of 0.125, and each of two computations may be a few of those off; the largest gap seen over

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from outrider.workers.baselines import Generation
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 
 BusySeconds = Mapping[str, Mapping[str, float]]
 """worker name -> kind of span -> seconds, as `Tracer.totals` counts them."""

@@ -27,22 +27,23 @@ class ModelFacts:
 
 
 def open_model(config: Config) -> ModelFacts:
-    """Tokenizer and limits of the target; fetches the model if need be."""
+    """Tokenizer and limits of the target; fetches no weights."""
     from outrider.workers.setup import max_sequence_tokens
     from outrider.workers.weights.progress import silent
-    from outrider.workers.weights.resolver import open_source, resolve
-    from outrider.workers.weights.tokenizer import load_tokenizer
+    from outrider.workers.weights.resolver import read_config, resolve_description, resolve_tokenizer
+    from outrider.workers.weights.tokenizer import end_token_ids, load_tokenizer
 
     cache_dir = Path(config.cluster.model_cache_dir).expanduser()
-    resolved = resolve(config.target.model, cache_dir, silent, "target.model")
-    model = open_source(resolved).config
+    resolved = resolve_description(config.target.model, cache_dir, silent, "target.model")
+    model = read_config(resolved)
     if config.target.tokenizer:
-        resolved = resolve(config.target.tokenizer, cache_dir, silent, "target.tokenizer")
+        resolved = resolve_tokenizer(config.target.tokenizer, cache_dir, silent, "target.tokenizer")
+    tokenizer = load_tokenizer(resolved)
     return ModelFacts(
-        tokenizer=load_tokenizer(resolved),
+        tokenizer=tokenizer,
         vocab_size=model.vocab_size,
         max_tokens=max_sequence_tokens(config, model),
-        stop_token_ids=tuple(model.eos_token_ids),
+        stop_token_ids=end_token_ids(model, tokenizer, resolved),
     )
 
 

@@ -98,6 +98,7 @@ def test_the_documented_presets_ship() -> None:
         ("target.tp_size=1.5", "target.tp_size must be an integer, got 1.5"),
         ("target.tp_size=true", "target.tp_size must be an integer, got True"),
         ("target.tp_size=0", "target.tp_size must be at least 1, got 0"),
+        ("cluster.max_open_requests=0", "cluster.max_open_requests must be at least 1, got 0"),
         ("rounds.draft_ahead=maybe", "rounds.draft_ahead must be true or false, got 'maybe'"),
         ("sampling.temperature=hot", "sampling.temperature must be a number, got 'hot'"),
         (

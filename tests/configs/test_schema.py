@@ -11,7 +11,7 @@ import pytest
 from outrider.configs import schema
 from outrider.configs.schema import Config
 
-ROOT = Path(schema.__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SECTIONS = [
     value for value in vars(schema).values() if inspect.isclass(value) and dataclasses.is_dataclass(value)
 ]

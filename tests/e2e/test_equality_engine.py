@@ -16,8 +16,8 @@ from outrider.cluster.bench.identity import Mismatch
 from outrider.cluster.engine import Engine
 from outrider.configs.loader import load_config
 from outrider.configs.schema import Config
-from outrider.workers.rounds.sequence import DraftOptions
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.resolver import ResolvedModel, open_source, resolve
 from support.equality import PLAIN, Case, Reference, assert_same_tokens, decode

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from outrider.cluster.bench.identity import Mismatch
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 from support.equality import TOLERANCE, Case, Reference, assert_same_tokens, score_gaps
 from support.tiny import GREEDY, tiny_cases
 

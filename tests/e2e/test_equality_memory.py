@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from outrider.cluster.bench.identity import Mismatch
-from outrider.workers.rounds.sequence import TokenEvent
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import TokenEvent
 from outrider.workers.weights.source import WeightSource
 from support.equality import (
     PLAIN,
@@ -164,7 +164,8 @@ def test_a_cancelled_request_frees_its_pages_within_a_round_and_disturbs_nobody(
 ) -> None:
     lengths = (5, 17, 40, 200, 3, 64, 99, 30)
     cases = tiny_cases(lengths, replace(GREEDY, max_tokens=30))
-    decoding, reading, waiting = cases[2], cases[3], cases[7]
+    # The shortest prompts take the four slots: while the 17 tokens are read, the 200 wait; the 40 decode later.
+    decoding, reading, waiting = cases[2], cases[1], cases[3]
     with LocalEngine(
         target,
         drafter,

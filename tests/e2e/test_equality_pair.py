@@ -7,7 +7,7 @@ import pytest
 
 from outrider.cluster.bench.identity import Mismatch
 from outrider.cluster.bench.prompts import SHIPPED_PROMPTS, encode, load_prompts
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.weights.resolver import open_source
 from outrider.workers.weights.tokenizer import load_tokenizer
 from support.equality import PLAIN, Case, Reference, assert_same_tokens, decode, num_accepted

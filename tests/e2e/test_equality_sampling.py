@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from outrider.cluster.bench.identity import Mismatch
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.weights.source import WeightSource
 from support.equality import PLAIN, Case, Reference, assert_same_tokens, decode, num_accepted
 from support.local_engine import LocalEngine, default_options

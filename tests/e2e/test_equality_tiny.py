@@ -7,7 +7,9 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from outrider.cluster.bench.identity import Mismatch
+from outrider.workers.drafting.method import DraftMethod
 from outrider.workers.rounds.budget import PassProfile
+from outrider.workers.sequences.tree import Ints
 from outrider.workers.weights.source import WeightSource
 from support.equality import (
     PLAIN,
@@ -103,12 +105,14 @@ class StepSpy:
 
     def __init__(self, engine: LocalEngine) -> None:
         self.num_ahead = 0
-        self._step = engine.drafting.step
-        engine.drafting.step = self.step  # type: ignore[method-assign]
+        self._drafting = engine.drafting
+        self._expand = engine.drafting.expand
+        engine.drafting.expand = self.expand  # type: ignore[method-assign]
 
-    def step(self, sequences: list) -> bool:  # type: ignore[type-arg]
-        grew = self._step(sequences)
-        self.num_ahead += grew and any(sequence.in_flight for sequence in sequences)
+    def expand(self, method: DraftMethod, slots: Ints) -> bool:
+        grew = self._expand(method, slots)
+        in_flight = any(self._drafting.slots.sequence(slot).in_flight for slot in slots.tolist())
+        self.num_ahead += grew and in_flight
         return grew
 
 

@@ -111,4 +111,5 @@ def test_listing_ids_by_inverting_the_hash(first: int, end: int) -> None:
         key = noise_key(11, position)
         ids = np.arange(first, end)
         expected = ids[hash_ids(key, ids) < bound]
-        assert sorted(ids_with_hash_below(key, bound, first, end)) == expected.tolist()
+        rows, found = ids_with_hash_below(np.array([(0, 0), key], dtype=np.uint32), bound, first, end)
+        assert sorted(found[rows == 1]) == expected.tolist()

@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.kernels.noise import gumbel_from_hash, hash_ids, noise_key
-from outrider.kernels.sample_shard import ShardLogits, pack_tokens, sample_shard, unpack_tokens
+from outrider.kernels.sample_shard import ShardLogits, sample_shard
+from outrider.kernels.token_rows import UInt64Array, pack_tokens, unpack_tokens
+
+FIRST = np.array([0])  # rows
 
 
 def plain_scores(row: np.ndarray, temperature: float, seed: int, position: int, offset: int) -> np.ndarray:
@@ -15,6 +18,11 @@ def plain_scores(row: np.ndarray, temperature: float, seed: int, position: int, 
         return row
     ids = np.arange(len(row)) + offset
     return row / np.float32(temperature) + gumbel_from_hash(hash_ids(noise_key(seed, position), ids))
+
+
+def best_of_row(shard: ShardLogits, temperature: float, seed: int, position: int, count: int) -> UInt64Array:
+    keys = np.array([noise_key(seed, position)], dtype=np.uint32)
+    return shard.best(FIRST, np.array([temperature], dtype=np.float32), keys, count)[0]
 
 
 def ranked(values: np.ndarray, offset: int) -> list[int]:
@@ -54,9 +62,9 @@ def random_row(shape: str, size: int, seed: int) -> np.ndarray:
 def test_best_equals_the_full_search(
     shape: str, size: int, temperature: float, count: int, offset: int, seed: int
 ) -> None:
-    row = random_row(shape, size, seed % 2**32)
+    row, count = random_row(shape, size, seed % 2**32), min(count, size)
     shard = ShardLogits(torch.from_numpy(row)[None], offset)
-    values, ids = unpack_tokens(shard.best(0, temperature, noise_key(seed, 3), count))
+    values, ids = unpack_tokens(best_of_row(shard, temperature, seed, 3, count))
     scores = plain_scores(row, temperature, seed, 3, offset)
     assert ids.tolist() == ranked(scores, offset)[:count]
     assert values.tolist() == scores[ids - offset].tolist()
@@ -69,7 +77,7 @@ def test_ids_with_very_large_noise_win_from_far_below() -> None:
     won = 0
     for position in range(60):
         shard = ShardLogits(torch.from_numpy(row)[None], 0)
-        ids = unpack_tokens(shard.best(0, 1.0, noise_key(8, position), 3))[1]
+        ids = unpack_tokens(best_of_row(shard, 1.0, 8, position, 3))[1]
         assert ids.tolist() == ranked(plain_scores(row, 1.0, 8, position, 0), 0)[:3]
         won += int(ids[0] != 0)
     assert 0 < won < 60
@@ -84,8 +92,10 @@ def test_ids_with_very_large_noise_win_from_far_below() -> None:
 )
 def test_top_equals_a_full_sort(shape: str, size: int, count: int, seed: int) -> None:
     row = random_row(shape, size, seed)
-    values, ids = unpack_tokens(ShardLogits(torch.from_numpy(row)[None], 7).top(0, count))
+    values, ids = unpack_tokens(ShardLogits(torch.from_numpy(row)[None], 7).top(FIRST, count)[0])
     assert ids.tolist() == ranked(row, 7)[:count]
+    largest = ShardLogits(torch.from_numpy(row)[None], 7).largest(FIRST, count)[0]
+    assert largest.tolist() == values.tolist()
     assert values.tolist() == row[ids - 7].tolist()
 
 
@@ -93,16 +103,18 @@ def test_top_equals_a_full_sort(shape: str, size: int, count: int, seed: int) ->
 def test_maximum_and_sum_give_the_normaliser(temperature: float) -> None:
     logits = torch.randn(3, 1003, generator=torch.Generator().manual_seed(0)) * 4
     shard = ShardLogits(logits, 0)
+    rows, maxima = np.arange(3), shard.maxima(np.arange(3))
+    sums = shard.exp_sums(rows, maxima, np.full(3, temperature, dtype=np.float32))
     for row in range(3):
-        log_total = shard.maximum(row) / temperature + np.log(shard.exp_sum(row, temperature))
+        log_total = maxima[row] / temperature + np.log(sums[row])
         expected = torch.logsumexp(logits[row].double() / temperature, 0).item()
         assert log_total == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_shard_of_removed_tokens_has_no_mass() -> None:
     shard = ShardLogits(torch.full((1, 300), -torch.inf), 0)
-    assert shard.exp_sum(0, 1.0) == 0.0
-    assert shard.maximum(0) == -np.inf
+    assert shard.exp_sums(FIRST, np.array([3.0], np.float32), np.array([1.0], np.float32)).tolist() == [0.0]
+    assert shard.maxima(FIRST).tolist() == [-np.inf]
 
 
 def test_sample_shard_handles_rows_one_by_one() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from outrider.kernels.attention_plan import MAX_FOLDED_QUERIES
 from outrider.kernels.tree_attention import tree_attention
-from outrider.workers.model.batch import SequenceRows, build_batch, chain
+from support.rows import SequenceRows, batch_of, chain
 
 CPU = torch.device("cpu")
 HK, G, D = 2, 3, 8
@@ -61,7 +61,7 @@ def run(sequences, page_size=4, num_pages=64, window=0, soft_cap=0.0, seed=0):
             v_pages[page, offset] = torch.randn(HK, D, generator=generator)
     num_queries = sum(len(rows.tokens) for rows in sequences)
     q = torch.randn(num_queries, HK * G, D, generator=generator)
-    batch = build_batch(sequences, page_size, CPU)
+    batch = batch_of(sequences, page_size, CPU)
     got = tree_attention(q, k_pages, v_pages, batch.tree, SCALE, window, soft_cap)
     want = expected(q, k_pages, v_pages, sequences, page_size, window, soft_cap)
     return got, want
@@ -125,7 +125,7 @@ def test_window_counts_depth_not_rows() -> None:
     # With a window of 3, d at position 5 sees positions 3 4 5: a, b, d. Counting rows (d is row 3, so
     # "position" 6) would lose a; c is no ancestor.
     parents = [0, 0, 0, 1]
-    batch = build_batch([rows_of([0, 1], 3, parents)], 4, CPU)
+    batch = batch_of([rows_of([0, 1], 3, parents)], 4, CPU)
     group = batch.tree.plan.groups[0]
     mask = group.mask(window=3, repeat=1, dtype=torch.float32)[0, 0]
     by_hand = torch.tensor(
@@ -153,7 +153,7 @@ def test_soft_cap_bends_the_scores() -> None:
 
 def test_sequences_of_very_different_length_are_not_padded_to_the_longest() -> None:
     short = [rows_of([2 * i, 2 * i + 1], 3, [0]) for i in range(8)]
-    batch = build_batch([*short, rows_of(list(range(20, 60)), 150, [0])], 4, CPU)
+    batch = batch_of([*short, rows_of(list(range(20, 60)), 150, [0])], 4, CPU)
     assert sorted(group.num_sequences for group in batch.tree.plan.groups) == [1, 8]
     gathered = sum(group.num_sequences * group.num_keys for group in batch.tree.plan.groups)
     assert gathered == 8 * 4 + 151

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from transformers import (
     GenerationConfig,
@@ -27,10 +28,10 @@ from transformers import (
 from outrider.cluster.bench.identity import TOLERANCE_OF_DTYPE, Mismatch
 from outrider.cluster.bench.metrics import first_difference
 from outrider.kernels.noise import gumbel
-from outrider.workers.rounds.sequence import DraftOptions, Request, RequestStats, TokenEvent
-from outrider.workers.sampling.context import PenaltyState, RowContext
+from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.law import edit_rows
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request, RequestStats, TokenEvent
 from outrider.workers.weights.reference import load_transformers
 from outrider.workers.weights.resolver import ResolvedModel
 from support.local_engine import LocalEngine, output_tokens
@@ -178,7 +179,7 @@ def score_gaps(
         penalties.add(token)
     row = logits.clone()
     if sampling.edits_logits:
-        edit_rows(row[None], [RowContext(sampling, position, penalties)], 0)
+        edit_rows(row[None], [SampledRows(sampling, np.array([position]), penalties)], 0)
     if sampling.is_greedy:
         return [(row.max() - row[token]).item() for token in candidates]
     x = row / sampling.temperature

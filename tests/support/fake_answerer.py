@@ -7,7 +7,7 @@ import torch
 
 from outrider.cluster.bench.identity import Answer, Question
 from outrider.kernels.noise import gumbel
-from outrider.workers.rounds.sequence import TokenLogprobs
+from outrider.workers.sequences.sequence import TokenLogprobs
 
 VOCAB_SIZE = 40
 

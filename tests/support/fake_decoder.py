@@ -4,7 +4,7 @@ import threading
 from dataclasses import dataclass, field
 
 from outrider.workers.baselines import Generation
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from outrider.workers.link.communicator import broadcast_message
 from support.rank_processes import GroupPlace, die
 
 SHAPES = [(1,), (8, 576), (3, 5, 7), (300_000,), (1_000, 1536)]  # the last ones take several slots
@@ -48,6 +49,9 @@ def gather_and_broadcast(place: GroupPlace) -> tuple[Any, ...]:
     buffer = torch.arange(700_000, dtype=torch.int32) if place.rank == 0 else torch.zeros(700_000).int()
     group.broadcast(buffer)
     assert torch.equal(buffer, torch.arange(700_000, dtype=torch.int32))
+    for length in (0, 1, 1023, 1024, 3000):  # as long as the first block has room for, one more, much longer
+        message = torch.arange(length if place.rank == 0 else 7, dtype=torch.int32)
+        assert torch.equal(broadcast_message(group, message), torch.arange(length, dtype=torch.int32))
     group.close()
     return gathered.tolist(), number.item()
 

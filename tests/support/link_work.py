@@ -6,26 +6,27 @@ import time
 
 import torch
 
+from outrider.workers.link.link import NO_PAYLOAD, Packet
 from support.rank_processes import LinkPlace, die
 
 
 def echo(place: LinkPlace) -> int:
-    """Answer each message with its first two numbers until the other end closes."""
+    """Send each packet back until the other end closes."""
     link = place.target_end()
     count = 0
     while True:
         try:
-            message = link.receive()
+            packet = link.receive()
         except ConnectionError:
             link.close()
             return count
-        link.send(message[:2].clone())
+        link.send(packet)
         count += 1
 
 
 def answer_once_then_die(place: LinkPlace) -> None:
     link = place.target_end()
-    link.send(link.receive()[:2].clone())
+    link.send(link.receive())
     time.sleep(0.2)  # the answer leaves; data that a dead process still had in hand would be lost
     die()
 
@@ -33,7 +34,7 @@ def answer_once_then_die(place: LinkPlace) -> None:
 def send_a_burst_then_close(place: LinkPlace) -> None:
     link = place.target_end()
     for i in range(50):
-        link.send(torch.tensor([i, -i], dtype=torch.int32))
+        link.send(Packet(torch.tensor([i, -i], dtype=torch.int32), NO_PAYLOAD))
     link.close()
     place.wait_until_done()
 

@@ -7,44 +7,54 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from outrider.configs.schema import NgramConfig
-from outrider.workers.communicator import Communicator, SoloCommunicator
+from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.drafting.model import ModelDrafter
+from outrider.workers.drafting.method import DraftMethod
+from outrider.workers.drafting.model import ModelMethod
+from outrider.workers.drafting.ngram import NgramMethod
+from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.link.communicator import Communicator, SoloCommunicator, broadcast_message
+from outrider.workers.link.link import DraftReceiver, DraftSender, Packet
+from outrider.workers.link.messages import decode_draft
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.rounds.budget import CostModel, PassProfile
-from outrider.workers.rounds.link import DraftReceiver, DraftSender
+from outrider.workers.rounds.growth import GrowthOptions
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
-from outrider.workers.rounds.messages import MessageCapacity, decode_draft
-from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
-from outrider.workers.rounds.sequence import Request, TokenEvent
 from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.hidden import all_layers
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.rules import RULES, Rule
+from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
+from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.source import WeightSource
 
+MethodBuilder = Callable[[DraftedSlots, AcceptanceEstimator, ModelConfig], DraftMethod]
+
+_MAX_DEPTH = 32
 _RECEIVE_TIMEOUT_S = 600.0  # so long that a process which was stopped for a while can go on
 
 
 class QueueLink:
     """One end of a link inside a process."""
 
-    def __init__(
-        self, outbox: queue.SimpleQueue[torch.Tensor], inbox: queue.SimpleQueue[torch.Tensor]
-    ) -> None:
+    def __init__(self, outbox: queue.SimpleQueue[Packet], inbox: queue.SimpleQueue[Packet]) -> None:
         self._outbox, self._inbox = outbox, inbox
 
-    def send(self, buffer: torch.Tensor) -> None:
-        self._outbox.put(buffer.clone())
+    def send(self, packet: Packet) -> None:
+        self._outbox.put(Packet(packet.message.clone(), packet.payload.clone()))
 
-    def receive(self) -> torch.Tensor:
+    def receive(self) -> Packet:
         return self._inbox.get(timeout=_RECEIVE_TIMEOUT_S)
 
     def poll(self) -> bool:
@@ -56,8 +66,8 @@ class QueueLink:
 
 def queue_links() -> tuple[QueueLink, QueueLink]:
     """Two ends that talk to each other."""
-    there: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
-    back: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+    there: queue.SimpleQueue[Packet] = queue.SimpleQueue()
+    back: queue.SimpleQueue[Packet] = queue.SimpleQueue()
     return QueueLink(there, back), QueueLink(back, there)
 
 
@@ -81,33 +91,31 @@ class LocalEngine:
         ngram: NgramConfig | None = None,
         dtype: torch.dtype = torch.float32,
         profile: PassProfile | None = None,
+        max_nodes: int = 32,
+        methods: Iterable[MethodBuilder] = (),
+        rules: Mapping[str, Rule] = RULES,
     ) -> None:
-        self.capacity = MessageCapacity.for_limits(max_round_tokens, max_sequences, num_pages)
+        """`methods`: further draft methods; `rules`: those that requests may name."""
         draft_end, target_end = queue_links()
-        self.ranks = []
-        for rank, communicator in enumerate(communicators):
-            plan = ShardPlan(target.config, rank, len(communicators))
-            model = Transformer(
-                target.config, plan, target, communicator, dtype, torch.device("cpu"), packed=True
-            )
-            cache = PagedCache(target.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
-            self.ranks.append(TargetRank(model, cache, Tracer(f"target {rank}", False)))
-        self._target_end = DraftReceiver(target_end, self.capacity)
-        self.drafting = DraftEngine(ngram or NgramConfig())
+        self._target_end = DraftReceiver(target_end)
+        ngram = ngram or NgramConfig()
+        slots = DraftedSlots(max_sequences, max_nodes, max(ngram.max_match, _MAX_DEPTH))
+        self.drafting = DraftEngine(slots)
+        self.drafting.add(NgramMethod(slots, self.drafting.estimator, ngram))
         if draft is not None:
             plan = ShardPlan(draft.config, 0, 1)
-            model = Transformer(
-                draft.config, plan, draft, SoloCommunicator(), dtype, torch.device("cpu"), packed=True
-            )
+            weights = load_weights(plan, draft, dtype, torch.device("cpu"), packed=True)
+            model = Transformer(weights, SoloCommunicator())
             cache = PagedCache(draft.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
             vocab = draft.config.vocab_size
             self.drafting.add(
-                ModelDrafter(
+                ModelMethod(
+                    slots=slots,
+                    estimator=self.drafting.estimator,
                     model=model,
                     cache=cache,
                     pool=PagePool(num_pages, page_size, prefix_sharing),
                     sampler=Sampler(vocab, range(vocab), SoloCommunicator()),
-                    estimator=self.drafting.estimator,
                     num_target_tokens=target.config.vocab_size,
                     max_children=max_children,
                     rows_per_sequence=4,
@@ -116,17 +124,31 @@ class LocalEngine:
                     tracer=Tracer("draft model", False),
                 )
             )
+        for build in methods:
+            self.drafting.add(build(slots, self.drafting.estimator, target.config))
+        rule_needs = [rule.needs.hidden for rule in rules.values()]
+        layers = all_layers([*self.drafting.needs(), *rule_needs])
+        self.ranks = []
+        for rank, communicator in enumerate(communicators):
+            plan = ShardPlan(target.config, rank, len(communicators))
+            weights = load_weights(plan, target, dtype, torch.device("cpu"), packed=True)
+            model = Transformer(weights, communicator)
+            cache = PagedCache(target.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
+            self.ranks.append(
+                TargetRank(model, cache, max_sequences, Tracer(f"target {rank}", False), layers)
+            )
         limits = SchedulerLimits(max_sequences, max_round_tokens, prefill_chunk)
         self.pool = PagePool(num_pages, page_size, prefix_sharing)
         self.events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self.loop = RoundLoop(
-            DraftSender(draft_end, self.capacity),
-            Scheduler(limits, self.pool),
+            DraftSender(draft_end),
+            Scheduler(limits, self.pool, self.drafting.prefix_kept, self.drafting.finish),
             self.drafting,
             CostModel(profile or PassProfile((1, 64), (0.010, 0.012))),
             options or default_options(),
             Tracer("draft", False),
             self.events.put,
+            rules,
         )
         self.errors: list[BaseException] = []
         self._threads = [threading.Thread(target=self._guard, args=(self.loop.run,), daemon=True)]
@@ -172,12 +194,12 @@ class LocalEngine:
 
     def _serve(self, rank: int) -> None:
         communicator = self.ranks[rank].model.communicator
-        buffer = torch.zeros(self.capacity.draft_ints, dtype=torch.int32)
+        message = torch.empty(0, dtype=torch.int32)
         while True:
             if rank == 0:
-                buffer = self._target_end.receive_buffer()
-            communicator.broadcast(buffer)
-            draft = decode_draft(buffer)
+                message = self._target_end.receive_message()
+            message = broadcast_message(communicator, message)
+            draft = decode_draft(message)
             if draft.stop:
                 return
             scores = self.ranks[rank].step(draft)
@@ -194,18 +216,17 @@ class LocalEngine:
 
 
 def default_options(**changes: float) -> LoopOptions:
-    """Both lanes, everything overlapped, budget measured; `changes` name fields of LoopOptions."""
-    values = {
-        "overlapped": True,
-        "num_lanes": 2,
-        "merge_lanes": False,
+    """Both lanes, everything overlapped, budget measured; `changes` name fields of LoopOptions or GrowthOptions."""
+    growth = {
         "draft_ahead": True,
         "fixed_budget": False,
         "draft_costs": False,
         "max_round_tokens": 256,
-        "heartbeat_s": 2.0,
     }
-    return LoopOptions(**{**values, **changes})
+    values = {"overlapped": True, "num_lanes": 2, "merge_lanes": False, "heartbeat_s": 2.0}
+    growth |= {name: value for name, value in changes.items() if name in growth}
+    values |= {name: value for name, value in changes.items() if name not in growth}
+    return LoopOptions(**values, growth=GrowthOptions(**growth))
 
 
 def output_tokens(events: list[TokenEvent]) -> list[int]:

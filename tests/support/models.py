@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from outrider.workers.model.config import ModelConfig, to_hf_config
+from outrider.workers.weights.config import ModelConfig, to_hf_config
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.random_source import RandomSource
 from outrider.workers.weights.resolver import ResolvedModel, default_cache_dir, resolve
@@ -130,12 +130,12 @@ def write_gguf(
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_context)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(config.layers[0].mlp.intermediate_size)
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_freq_base(config.layers[0].rope.theta)
     writer.add_eos_token_id(2)
     writer.add_bos_token_id(1)
     for key, value in (extra or {}).items():

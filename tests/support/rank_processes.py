@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from outrider.workers.communicator import Communicator, PeerLostError
-from outrider.workers.distributed import Link, connect_store, join_group, open_store
+from outrider.workers.link.communicator import Communicator, PeerLostError
+from outrider.workers.link.distributed import Link, connect_store, join_group, open_store
 
 HOST = "127.0.0.1"
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")
 GROUP_TIMEOUT_S = 120.0  # far beyond LIMIT_S: a test that passes did not wait for it
 LIMIT_S = 60.0
 
@@ -45,7 +45,7 @@ class GroupPlace:
 
     def join(self) -> Communicator:
         store = connect_store(HOST, self.port, self.timeout_s)
-        return join_group(store, self.epoch, self.rank, self.size, self.transport, self.timeout_s, _CPU)
+        return join_group(store, self.epoch, self.rank, self.size, self.transport, self.timeout_s, CPU)
 
     def say_done(self) -> None:
         connect_store(HOST, self.port, LIMIT_S).set("done", "")
@@ -56,7 +56,7 @@ class GroupPlace:
 
 @dataclass(frozen=True)
 class LinkPlace:
-    """Where one end of the link meets the other. Messages are 4 integers to the target, 2 to the drafter."""
+    """Where one end of the link meets the other."""
 
     port: int
     epoch: int
@@ -69,10 +69,10 @@ class LinkPlace:
         connect_store(HOST, self.port, LIMIT_S).wait(["done"])
 
     def target_end(self) -> Link:
-        return Link(connect_store(HOST, self.port, self.timeout_s), self.epoch, True, 2, 4, self.timeout_s)
+        return Link(connect_store(HOST, self.port, self.timeout_s), self.epoch, True, CPU, self.timeout_s)
 
     def draft_end(self) -> Link:
-        return Link(connect_store(HOST, self.port, self.timeout_s), self.epoch, False, 4, 2, self.timeout_s)
+        return Link(connect_store(HOST, self.port, self.timeout_s), self.epoch, False, CPU, self.timeout_s)
 
 
 class RankProcesses:
@@ -81,7 +81,7 @@ class RankProcesses:
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
         # Modules of `support` cannot be preloaded: the server does not have the tests on its path.
-        self._context.set_forkserver_preload(["outrider.workers.distributed"])
+        self._context.set_forkserver_preload(["outrider.workers.link.distributed"])
         self._running: list[tuple[BaseProcess, Connection]] = []
 
     def start(self, work: Callable[[Any], Any], argument: object) -> None:

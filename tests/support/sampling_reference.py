@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from outrider.kernels.noise import gumbel_from_hash, hash_ids, noise_key
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 
 
 def edited_logits(
@@ -63,6 +63,7 @@ def processed_log_probs(edited: np.ndarray, params: SamplingParams) -> np.ndarra
     return log_probs
 
 
+@np.errstate(over="ignore")  # what leaves float32 downwards is as good as removed
 def scores(edited: np.ndarray, params: SamplingParams, position: int) -> np.ndarray:
     """log p̃ + G up to a constant, float32 [vocab_size]; -inf for removed tokens."""
     if params.is_greedy:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from outrider.workers.rounds.pages import PagePool
-from outrider.workers.rounds.scheduler import PlannedStep, Scheduler, SchedulerLimits
-from outrider.workers.rounds.sequence import DraftOptions, Request
-from outrider.workers.sampling.params import SamplingParams
+from collections.abc import Callable
+
+from outrider.workers.rounds.scheduler import PlannedStep, Scheduler, SchedulerLimits, whole_prefix
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
 
 PAGE = 4
 
@@ -16,9 +18,10 @@ def scheduler_with(
     max_round_tokens: int = 32,
     prefill_chunk: int = 8,
     prefix_sharing: bool = False,
+    prefix_kept: Callable[[Sequence], int] = whole_prefix,
 ) -> Scheduler:
     limits = SchedulerLimits(max_sequences, max_round_tokens, prefill_chunk)
-    return Scheduler(limits, PagePool(num_pages, PAGE, prefix_sharing))
+    return Scheduler(limits, PagePool(num_pages, PAGE, prefix_sharing), prefix_kept)
 
 
 def request(request_id: str, prompt_length: int, max_tokens: int = 100, first_token: int = 1) -> Request:

@@ -13,17 +13,18 @@ import torch
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.engine import DraftEngine, StepForecast
+from outrider.workers.link.link import DraftReceiver, DraftSender
+from outrider.workers.link.messages import Draft, Scores, decode_draft
 from outrider.workers.rounds.budget import CostModel, PassProfile
-from outrider.workers.rounds.link import DraftReceiver, DraftSender
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
-from outrider.workers.rounds.messages import Draft, MessageCapacity, Scores, StepScores, decode_draft
-from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
-from outrider.workers.rounds.sequence import DraftOptions, Request, Sequence, TokenEvent
-from outrider.workers.rounds.tree import GrowingNode
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence, TokenEvent
+from outrider.workers.sequences.tree import GrowingNode
 from outrider.workers.trace import Tracer
 from support.local_engine import queue_links
+from support.steps import scores_of, steps_in
 
 
 def right_token(position: int) -> int:
@@ -44,18 +45,17 @@ class ScriptedTarget:
             del self._context[slot]
         for start in draft.starts:
             self._context[start.slot] = start.num_shared_tokens
-        steps = []
-        for step in draft.steps:
+        sampled: list[int] = []
+        for step in steps_in(draft.steps):
             self._context[step.slot] += len(step.accepted)
             depths = [0]
             for node in range(1, len(step.tokens)):
                 depths.append(depths[step.parents[node]] + 1)
             first = self._context[step.slot] + 1
-            sampled = [right_token(first + depth) for depth in depths[step.first_sampled :]]
-            steps.append(StepScores(tuple(sampled), (), (), ()))
-        if draft.steps:
+            sampled += [right_token(first + depth) for depth in depths[step.first_sampled :]]
+        if len(draft.steps):
             self._sleep(self._verify_s)
-        return Scores(draft.round_id, tuple(steps), 0.0, self._verify_s, 0.0)
+        return scores_of(draft.round_id, sampled, self._verify_s)
 
 
 class ScriptedDrafter:
@@ -133,14 +133,13 @@ def run_scripted(
     is_right: Callable[[int], bool],
 ) -> tuple[float, dict[str, list[int]]]:
     """Seconds that `num_sequences` texts of `num_tokens` take, and the texts."""
-    capacity = MessageCapacity.for_limits(256, 8, 64)
     draft_end, target_end = queue_links()
-    receiver = DraftReceiver(target_end, capacity)
+    receiver = DraftReceiver(target_end)
     target = ScriptedTarget(verify_s)
 
     def serve() -> None:
         while True:
-            draft = decode_draft(receiver.receive_buffer())
+            draft = decode_draft(receiver.receive_message())
             if draft.stop:
                 return
             receiver.send(target.step(draft))
@@ -150,7 +149,7 @@ def run_scripted(
     cost = CostModel(PassProfile((1,), (verify_s,)), PassProfile((1,), (step_s,)))
     events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
     loop = RoundLoop(
-        DraftSender(draft_end, capacity),
+        DraftSender(draft_end),
         Scheduler(SchedulerLimits(8, 256, 64), PagePool(256, 16, False)),
         drafting,
         cost,

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from outrider.cluster.bench.prompts import SHIPPED_PROMPTS, encode, load_prompts, select
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.weights.resolver import open_source
 from outrider.workers.weights.source import WeightSource
 from outrider.workers.weights.tokenizer import load_tokenizer

@@ -3,7 +3,28 @@
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from outrider.workers.model.config import ModelConfig, RopeScaling, to_hf_config
+from outrider.workers.weights.config import DenseMlp, LayerConfig, ModelConfig, Rope, to_hf_config
+from outrider.workers.weights.source import Stored
+
+_ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": 256}
+ROPES = (
+    Rope(),
+    Rope(kind="linear", parameters={"factor": 4.0}),
+    Rope(
+        kind="llama3",
+        parameters={
+            "factor": 8.0,
+            "original_max_position_embeddings": 256,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
+    ),
+    Rope(kind="yarn", parameters=_ORIGINAL),
+    Rope(
+        kind="yarn", parameters={**_ORIGINAL, "truncate": False, "beta_fast": 16.0, "attention_factor": 1.2}
+    ),
+    Rope(kind="yarn", parameters={**_ORIGINAL, "mscale": 1.0, "mscale_all_dim": 0.5}),
+)
 
 
 class TensorSource:
@@ -30,6 +51,9 @@ class TensorSource:
         self.reads.append((name, part.numel()))
         return part.contiguous()
 
+    def read_stored(self, name: str, rows: slice, columns: slice) -> Stored:
+        return Stored(self.read(name, rows, columns, torch.float32), "F32", {})
+
     def read_rows(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self._tensors[name][ids].to(dtype)
 
@@ -43,23 +67,21 @@ def tiny_config(
     num_kv_heads: int = 2,
     intermediate_size: int = 160,
     vocab_size: int = 300,
-    rope_scaling: RopeScaling | None = None,
+    rope: Rope | None = None,
     tied_embeddings: bool = False,
     max_context: int = 1024,
+    windows: tuple[int, ...] = (0, 0),
 ) -> ModelConfig:
-    """Two layers with heads of size 16; heads * 16 need not be the hidden size, as in Qwen3."""
+    """A layer for each of `windows`, with heads of size 16; heads * 16 need not be the hidden size, as in Qwen3."""
     return ModelConfig(
         architecture=architecture,
-        num_layers=2,
+        layers=tuple(LayerConfig(window, rope or Rope(), DenseMlp(intermediate_size)) for window in windows),
         hidden_size=8 * num_heads,
-        intermediate_size=intermediate_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=16,
         vocab_size=vocab_size,
         rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        rope_scaling=rope_scaling or RopeScaling(),
         max_context=max_context,
         tied_embeddings=tied_embeddings,
         qkv_bias=architecture == "qwen2",

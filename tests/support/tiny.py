@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from outrider.workers.rounds.sequence import DraftOptions
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions
 from outrider.workers.weights.resolver import ResolvedModel
 from support.equality import Case
 from support.models import random_model

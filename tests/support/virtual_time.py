@@ -14,14 +14,14 @@ from unittest.mock import patch
 
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.engine import DraftEngine
+from outrider.workers.link.messages import Draft, Scores
 from outrider.workers.rounds import loop as loop_module
 from outrider.workers.rounds.budget import CostModel, PassProfile
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
-from outrider.workers.rounds.messages import Draft, Scores
-from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
-from outrider.workers.rounds.sequence import DraftOptions, Request, TokenEvent
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
 from outrider.workers.trace import Tracer
 from support.local_engine import output_tokens
 from support.scripted import ScriptedDrafter, ScriptedTarget
@@ -57,7 +57,7 @@ class VirtualLink:
     def send(self, draft: Draft) -> None:
         self.drafts.append(draft)
         if not draft.stop:
-            seconds = self._latencies.at(sum(len(step.tokens) for step in draft.steps))
+            seconds = self._latencies.at(draft.steps.num_rows)
             self._free_at = max(self._clock.now_s, self._free_at) + seconds
             scores = replace(self._target.step(draft), forward_s=seconds)
             self._under_way.append((self._free_at, scores))

@@ -11,8 +11,8 @@ import pytest
 from outrider.configs.loader import load_config
 from outrider.workers.draft import DraftWorker
 from outrider.workers.rounds.budget import PassProfile
-from outrider.workers.rounds.sequence import DraftOptions, Request, TokenEvent
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
 from support.local_engine import output_tokens

@@ -9,22 +9,23 @@ import torch
 from outrider.configs.loader import load_config
 from outrider.kernels.selection import ENTRIES, KernelSelection
 from outrider.workers import draft as draft_module
-from outrider.workers.communicator import SoloCommunicator
 from outrider.workers.draft import DraftWorker
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.model import ModelDrafter
+from outrider.workers.link.communicator import SoloCommunicator
+from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
 from outrider.workers.model import cache as cache_module
 from outrider.workers.model import transformer as transformer_module
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.rounds.messages import Draft, SequenceStart, SequenceStep
-from outrider.workers.rounds.pages import PagePool
-from outrider.workers.rounds.sequence import DraftOptions, Request, Sequence
-from outrider.workers.rounds.tree import DraftTree, GrowingTree
 from outrider.workers.sampling import shards
-from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
+from outrider.workers.sequences.tree import DraftTree, GrowingTree
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.progress import silent
@@ -66,10 +67,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[Any, ...]]]:
 
 def model_and_cache(selection: KernelSelection) -> tuple[Transformer, PagedCache]:
     source = RandomSource("random:llama?hidden_size=32&intermediate_size=48&num_heads=4&vocab_size=96")
-    plan, solo = ShardPlan(source.config, 0, 1), SoloCommunicator()
-    model = Transformer(
-        source.config, plan, source, solo, torch.float32, CPU, packed=False, kernels=selection
-    )
+    plan = ShardPlan(source.config, 0, 1)
+    weights = load_weights(plan, source, torch.float32, CPU, packed=False)
+    model = Transformer(weights, SoloCommunicator(), selection)
     return model, PagedCache(source.config, plan, 8, 4, torch.float32, CPU, selection.kv_commit)
 
 
@@ -86,10 +86,11 @@ def sampled_rows(calls: dict[str, list[tuple[Any, ...]]]) -> list[list[int]]:
 
 def test_the_target_calls_the_entries(selection: KernelSelection, calls: dict[str, Any]) -> None:
     model, cache = model_and_cache(selection)
-    rank = TargetRank(model, cache, Tracer("target", False))
+    rank = TargetRank(model, cache, 1, Tracer("target", False))
     start = SequenceStart(0, 3, 0, SamplingParams())
-    rank.step(Draft(1, (start,), (), (SequenceStep(0, (), (0, 1), (5, 6, 7, 8, 9), (0, 0, 1, 2, 2), 2),)))
-    rank.step(Draft(2, (), (), (SequenceStep(0, (0, 1, 2, 4), (), (3,), (0,), 0),)))
+    tree = SequenceStep(0, (), (0, 1), (5, 6, 7, 8, 9), (0, 0, 1, 2, 2), 2)
+    rank.step(Draft(1, (start,), (), Steps.of([tree])))
+    rank.step(Draft(2, (), (), Steps.of([SequenceStep(0, (0, 1, 2, 4), (), (3,), (0,), 0)])))
     assert sampled_rows(calls) == [[2, 3, 4], [0]]
     expected = {name: {getattr(selection, name)} for name in CALLED}
     if not selection.sample_shard:  # the reference is called by its parts
@@ -134,7 +135,7 @@ def test_the_draft_worker_hands_its_selection_to_model_cache_and_sampler(
         monkeypatch.setattr(draft_module, name, lambda *args: given.append(args[at]) or original(*args))
 
     monkeypatch.setattr(draft_module, "kernels_for", lambda *_: selection)
-    recorded("Transformer", 8)
+    recorded("Transformer", 2)
     recorded("PagedCache", 6)
     recorded("Sampler", 3)
     DraftWorker(load_config("tiny-random", [])).load(silent)

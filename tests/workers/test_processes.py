@@ -8,10 +8,10 @@ import pytest
 
 from outrider.configs.loader import load_config
 from outrider.configs.schema import Config
-from outrider.workers.communicator import PeerLostError
 from outrider.workers.first_gpu.processes import Deployment, WorkerProcess, deployed, start_draft
-from outrider.workers.rounds.sequence import DraftOptions, Request, TokenEvent
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.link.communicator import PeerLostError
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
 from outrider.workers.weights.random_source import RandomSource
 from support.local_engine import LocalEngine, default_options, output_tokens
 from support.stuck import StuckTarget

@@ -13,8 +13,8 @@ import torch
 from outrider.configs.loader import load_config
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers import target as target_module
-from outrider.workers.communicator import Communicator, SoloCommunicator, agreed
 from outrider.workers.draft import DraftWorker
+from outrider.workers.link.communicator import Communicator, SoloCommunicator, agreed
 from outrider.workers.setup import agreed_kernels, torch_device, transport_for
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
@@ -165,5 +165,5 @@ def test_target_workers_use_what_all_of_them_may(monkeypatch: pytest.MonkeyPatch
     host, port = workers[0].open_store("127.0.0.1")
     run_ranks(2, lambda rank: workers[rank.rank].connect(host, port, 1))
     for worker in workers:
-        assert worker._model.kernels == KernelSelection.of(["gather_rows"])
-        assert not worker._cache.use_kernel
+        assert worker._rank.model.kernels == KernelSelection.of(["gather_rows"])
+        assert not worker._rank._cache.use_kernel

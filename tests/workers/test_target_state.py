@@ -7,10 +7,10 @@ its rows 4-7 are cache slots 4-7.
 import pytest
 import torch
 
-from outrider.workers.model.batch import SequenceRows
-from outrider.workers.rounds.messages import Draft, SequenceStart, SequenceStep
-from outrider.workers.sampling.context import RowContext
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
+from outrider.workers.model.batch import build_batch
+from outrider.workers.sampling.context import SampledRows
+from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.target_state import TargetSequences
 
 PENALISED = SamplingParams(temperature=0.0, repetition_penalty=1.2, frequency_penalty=0.5)
@@ -18,10 +18,10 @@ PENALISED = SamplingParams(temperature=0.0, repetition_penalty=1.2, frequency_pe
 
 def started(sampling: SamplingParams | None = None, prompt_length: int = 3) -> TargetSequences:
     """Slot 2 with the prompt 10 11 12 and a tree below it under way: 12 -> (13 -> 15, 14)."""
-    sequences = TargetSequences(num_pages=8, page_size=4)
+    sequences = TargetSequences(num_slots=5, num_pages=8, page_size=4)
     first = step((10, 11, 12, 13, 15, 14), (0, 0, 1, 2, 3, 2), first_sampled=2, new_pages=(5, 1))
     apply(sequences, (first,), starts=(SequenceStart(2, prompt_length, 0, sampling or SamplingParams()),))
-    sequences.rows(first)
+    compute(sequences, first)
     return sequences
 
 
@@ -43,22 +43,38 @@ def apply(
     released: tuple[int, ...] = (),
 ) -> list[tuple[int, int]]:
     """The moves, as (from, to) cache slots."""
-    sources, targets = sequences.apply(Draft(1, starts, released, steps))
+    sources, targets = sequences.apply(Draft(1, starts, released, Steps.of(steps)))
     assert (sources.dtype, targets.dtype) == (torch.int64, torch.int64)
     return list(zip(sources.tolist(), targets.tolist(), strict=True))
 
 
-def seen_tokens(context: RowContext) -> dict[int, int]:
-    """Token -> times in the output, for the penalties of a row."""
-    ids, counts = context.penalties.with_path(context.path_tokens)
-    return dict(zip(ids.tolist(), counts.tolist(), strict=True))
+def compute(sequences: TargetSequences, *steps: SequenceStep) -> list[int]:
+    """The cache slots in which the steps' rows are written."""
+    rows = sequences.rows(Steps.of(steps))
+    slots: list[int] = build_batch(sequences.tables, rows, torch.device("cpu")).slots.tolist()
+    return slots
+
+
+def sampled(sequences: TargetSequences, *steps: SequenceStep) -> list[SampledRows]:
+    all_steps = Steps.of(steps)
+    return sequences.sampled(all_steps, sequences.rows(all_steps))
+
+
+def seen_tokens(sequences: TargetSequences, step: SequenceStep) -> list[dict[int, int]]:
+    """For the penalties of each sampled node: token -> times in the output."""
+    (rows,) = sampled(sequences, step)
+    ids, counts, seen = rows.penalties.along(rows.paths)
+    return [
+        dict(zip(ids[has].tolist(), row[has].tolist(), strict=True))
+        for row, has in zip(counts, seen, strict=True)
+    ]
 
 
 def test_a_path_that_is_in_place_moves_nothing() -> None:
     sequences = started()
     following = step((16,), (0,), accepted=(0, 1, 2, 3, 4))  # 10 11 12 13 15
     assert apply(sequences, (following,)) == []
-    assert sequences.rows(following) == SequenceRows([5, 1], 5, (0,), 0, (16,))
+    assert compute(sequences, following) == [5]
 
 
 def test_a_path_through_a_later_branch_moves_behind_the_committed_rows() -> None:
@@ -66,24 +82,24 @@ def test_a_path_through_a_later_branch_moves_behind_the_committed_rows() -> None
     following = step((16,), (0,), accepted=(0, 1, 2, 5))  # 10 11 12 14
     # Row 5 (page 1, offset 1 = cache slot 5) becomes row 3 (page 5, offset 3 = cache slot 23).
     assert apply(sequences, (following,)) == [(5, 23)]
-    assert sequences.rows(following).context_len == 4
+    assert compute(sequences, following) == [4]
 
 
 def test_later_paths_are_relative_to_the_committed_rows() -> None:
     sequences = started()
     second = step((14, 30, 31, 32), (0, 0, 0, 2), accepted=(0, 1, 2))
     assert apply(sequences, (second,)) == []
-    assert sequences.rows(second) == SequenceRows([5, 1], 3, (0, 0, 0, 2), 0, (14, 30, 31, 32))
+    assert compute(sequences, second) == [23, 4, 5, 6]
     third = step((40,), (0,), accepted=(0, 2, 3), new_pages=(7,))  # 14 31 32: rows 3, 5, 6 -> 3, 4, 5
     assert apply(sequences, (third,)) == [(5, 4), (6, 5)]
-    assert sequences.rows(third) == SequenceRows([5, 1, 7], 6, (0,), 0, (40,))
+    assert compute(sequences, third) == [6]
 
 
 def test_moves_of_all_sequences_are_made_at_once() -> None:
     sequences = started()
     other = step((1, 2, 3), (0, 0, 0), new_pages=(3,), slot=0)
     apply(sequences, (other,), starts=(SequenceStart(0, 1, 0, SamplingParams()),))
-    sequences.rows(other)
+    compute(sequences, other)
     moves = apply(
         sequences,
         (step((16,), (0,), accepted=(0, 1, 2, 5)), step((9,), (0,), accepted=(0, 2), slot=0)),
@@ -92,33 +108,48 @@ def test_moves_of_all_sequences_are_made_at_once() -> None:
 
 
 def test_a_prompt_in_chunks() -> None:
-    sequences = TargetSequences(num_pages=8, page_size=4)
+    sequences = TargetSequences(num_slots=5, num_pages=8, page_size=4)
     chunk = step((10, 11, 12), (0, 0, 1), first_sampled=3, new_pages=(5,))
     apply(sequences, (chunk,), starts=(SequenceStart(2, 5, 0, SamplingParams()),))
-    assert sequences.rows(chunk) == SequenceRows([5], 0, (0, 0, 1), 0, (10, 11, 12))
-    assert sequences.contexts(chunk) == []
+    assert compute(sequences, chunk) == [20, 21, 22]
+    assert sampled(sequences, chunk) == []
     rest = step((13, 14), (0, 0), first_sampled=1, accepted=(0, 1, 2), new_pages=(1,))
     assert apply(sequences, (rest,)) == []
-    assert sequences.rows(rest) == SequenceRows([5, 1], 3, (0, 0), 0, (13, 14))
-    (context,) = sequences.contexts(rest)
-    assert context.position == 5
+    assert compute(sequences, rest) == [23, 4]
+    assert [rows.positions.tolist() for rows in sampled(sequences, rest)] == [[5]]
+
+
+def test_rows_of_several_sequences_lie_back_to_back() -> None:
+    sequences = started()
+    other = step((1, 2, 3), (0, 0, 0), new_pages=(3,), slot=0)
+    following = step((14, 30, 31), (0, 0, 1), accepted=(0, 1, 2))
+    apply(sequences, (other, following), starts=(SequenceStart(0, 1, 0, SamplingParams()),))
+    rows = sequences.rows(Steps.of([other, following]))
+    assert rows.slots.tolist() == [0, 2]
+    assert rows.context_lens.tolist() == [0, 3]
+    assert rows.tree_lens.tolist() == rows.query_lens.tolist() == [3, 3]
+    assert rows.tokens.tolist() == [1, 2, 3, 14, 30, 31]
+    assert rows.tree_rows.tolist() == [0, 1, 2, 0, 1, 2]
+    assert rows.depths.tolist() == [0, 1, 1, 0, 1, 2]
+    assert rows.ancestors.tolist() == [[0b1], [0b11], [0b101], [0b1], [0b11], [0b111]]
+    assert compute(sequences, other, following) == [12, 13, 14, 23, 4, 5]
 
 
 def test_positions_follow_the_depth() -> None:
     sequences = started()
     second = step((14, 30, 31, 32), (0, 0, 0, 2), accepted=(0, 1, 2))
     apply(sequences, (second,))
-    sequences.rows(second)
+    compute(sequences, second)
     # 14 is token 3 of the sequence; after it comes token 4, after 30 and 31 token 5, after 32 token 6.
-    assert [context.position for context in sequences.contexts(second)] == [4, 5, 5, 6]
-    assert all(context.path_tokens == () for context in sequences.contexts(second))  # nothing asked for it
+    (rows,) = sampled(sequences, second)
+    assert rows.positions.tolist() == [4, 5, 5, 6]
+    assert rows.paths == ()  # nothing asked for it
 
 
 def test_penalties_know_the_prompt_the_output_and_the_path() -> None:
     sequences = started(PENALISED)
     first = step((10, 11, 12, 13, 15, 14), (0, 0, 1, 2, 3, 2), first_sampled=2)
-    contexts = sequences.contexts(first)  # after 12, 13, 15 and 14
-    assert [seen_tokens(context) for context in contexts] == [
+    assert seen_tokens(sequences, first) == [  # after 12, 13, 15 and 14
         {10: 0, 11: 0, 12: 0},
         {10: 0, 11: 0, 12: 0, 13: 1},
         {10: 0, 11: 0, 12: 0, 13: 1, 15: 1},
@@ -126,8 +157,8 @@ def test_penalties_know_the_prompt_the_output_and_the_path() -> None:
     ]
     second = step((14, 14, 10), (0, 0, 1), accepted=(0, 1, 2, 3))  # 13 came out, then 14
     apply(sequences, (second,))
-    sequences.rows(second)
-    assert [seen_tokens(context) for context in sequences.contexts(second)] == [
+    compute(sequences, second)
+    assert seen_tokens(sequences, second) == [
         {10: 0, 11: 0, 12: 0, 13: 1, 14: 1},
         {10: 0, 11: 0, 12: 0, 13: 1, 14: 2},
         {10: 1, 11: 0, 12: 0, 13: 1, 14: 2},
@@ -135,15 +166,15 @@ def test_penalties_know_the_prompt_the_output_and_the_path() -> None:
 
 
 def test_penalties_of_a_prompt_in_chunks_know_all_of_it() -> None:
-    sequences = TargetSequences(num_pages=8, page_size=4)
+    sequences = TargetSequences(num_slots=5, num_pages=8, page_size=4)
     chunk = step((10, 11, 12), (0, 0, 1), first_sampled=3, new_pages=(5, 1))
     apply(sequences, (chunk,), starts=(SequenceStart(2, 5, 0, PENALISED),))
-    sequences.rows(chunk)
-    assert sequences.contexts(chunk) == []
+    compute(sequences, chunk)
+    assert sampled(sequences, chunk) == []
     rest = step((13, 14, 15), (0, 0, 1), first_sampled=1, accepted=(0, 1, 2))
     apply(sequences, (rest,))
-    sequences.rows(rest)
-    assert [seen_tokens(context) for context in sequences.contexts(rest)] == [
+    compute(sequences, rest)
+    assert seen_tokens(sequences, rest) == [
         {10: 0, 11: 0, 12: 0, 13: 0, 14: 0},
         {10: 0, 11: 0, 12: 0, 13: 0, 14: 0, 15: 1},
     ]
@@ -152,37 +183,37 @@ def test_penalties_of_a_prompt_in_chunks_know_all_of_it() -> None:
 @pytest.mark.parametrize("prompt_length", [1, 2, 4, 5])
 def test_a_recomputed_sequence_counts_its_output_as_output(prompt_length: int) -> None:
     # Five known tokens come back in two chunks; those behind the prompt are output, wherever the chunks end.
-    sequences = TargetSequences(num_pages=8, page_size=4)
+    sequences = TargetSequences(num_slots=5, num_pages=8, page_size=4)
     known = (10, 11, 12, 11, 12)
     chunk = step(known[:3], (0, 0, 1), first_sampled=3, new_pages=(5, 1))
     apply(sequences, (chunk,), starts=(SequenceStart(2, prompt_length, 0, PENALISED),))
-    sequences.rows(chunk)
+    compute(sequences, chunk)
     rest = step(known[3:], (0, 0), first_sampled=1, accepted=(0, 1, 2))
     apply(sequences, (rest,))
-    sequences.rows(rest)
-    (context,) = sequences.contexts(rest)
+    compute(sequences, rest)
+    (seen,) = seen_tokens(sequences, rest)
     output = known[prompt_length:]
-    assert seen_tokens(context) == {token: output.count(token) for token in known}
+    assert seen == {token: output.count(token) for token in known}
     # The next round commits them: nothing is counted twice.
     following = step((13,), (0,), accepted=(0, 1))
     apply(sequences, (following,))
-    sequences.rows(following)
-    (context,) = sequences.contexts(following)
-    assert seen_tokens(context) == {token: output.count(token) for token in known} | {13: 1}
+    compute(sequences, following)
+    (seen,) = seen_tokens(sequences, following)
+    assert seen == {token: output.count(token) for token in known} | {13: 1}
 
 
 def test_a_sequence_learns_the_tokens_of_pages_it_shares() -> None:
     sequences = started()
     following = step((15, 16, 17), (0, 0, 1), accepted=(0, 1, 2, 5))  # committed: 10 11 12 14
     apply(sequences, (following,))
-    sequences.rows(following)
+    compute(sequences, following)
     newcomer = step((20,), (0,), new_pages=(5, 6), slot=4)
     moves = apply(sequences, (newcomer,), starts=(SequenceStart(4, 5, 4, PENALISED),))
     assert moves == []
-    assert sequences.rows(newcomer) == SequenceRows([5, 6], 4, (0,), 0, (20,))
-    (context,) = sequences.contexts(newcomer)
+    assert compute(sequences, newcomer) == [24]
+    (seen,) = seen_tokens(sequences, newcomer)
     # 14, which moved into the shared page when it was accepted, and not 13, which stood there before.
-    assert seen_tokens(context) == {10: 0, 11: 0, 12: 0, 14: 0, 20: 0}
+    assert seen == {10: 0, 11: 0, 12: 0, 14: 0, 20: 0}
 
 
 def test_a_page_is_shared_in_the_message_that_fills_it_last() -> None:
@@ -194,18 +225,18 @@ def test_a_page_is_shared_in_the_message_that_fills_it_last() -> None:
         (newcomer, step((16,), (0,), accepted=(0, 1, 2, 5))),
         starts=(SequenceStart(4, 5, 4, PENALISED),),
     )
-    sequences.rows(newcomer)
-    (context,) = sequences.contexts(newcomer)
-    assert 14 in seen_tokens(context)
+    compute(sequences, newcomer)
+    (seen,) = seen_tokens(sequences, newcomer)
+    assert 14 in seen
 
 
 def test_a_released_slot_is_filled_anew_in_the_same_message() -> None:
     sequences = started(PENALISED)
     again = step((30, 31), (0, 0), first_sampled=1, new_pages=(3,))
     assert apply(sequences, (again,), starts=(SequenceStart(2, 2, 0, PENALISED),), released=(2,)) == []
-    assert sequences.rows(again) == SequenceRows([3], 0, (0, 0), 0, (30, 31))
-    (context,) = sequences.contexts(again)
-    assert seen_tokens(context) == {30: 0, 31: 0}
+    assert compute(sequences, again) == [12, 13]
+    (seen,) = seen_tokens(sequences, again)
+    assert seen == {30: 0, 31: 0}
 
 
 def test_a_slot_that_is_taken_cannot_be_started() -> None:

@@ -7,13 +7,13 @@ import time
 import pytest
 import torch
 
-from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.link.communicator import SoloCommunicator
+from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.rounds.messages import Draft, SequenceStart, SequenceStep
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.target import TargetRank
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer

@@ -2,56 +2,67 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence as SequenceABC
+import numpy as np
+
+from outrider.workers.sequences.tree import Bools, Floats, Ints
 
 _PRIOR_WEIGHT = 6.0  # observations a prior is worth
 _MAX_WEIGHT = 200.0  # older observations fade beyond this many: texts change
-_LOG_PROB_EDGES = (-0.02, -0.1, -0.3, -0.7, -1.3, -2.2, -3.5, -5.0)  # nats
+_MAX_RANK = 4  # proposals behind it are counted as one kind
+_LOG_PROB_EDGES = np.array((-0.02, -0.1, -0.3, -0.7, -1.3, -2.2, -3.5, -5.0))  # nats
+
+NUM_SAMPLED_KINDS = 2 * (_MAX_RANK + 1) * (len(_LOG_PROB_EDGES) + 1)
+"""Kinds of `priors_and_kinds`."""
 
 
 class AcceptanceEstimator:
     """Accepted fraction per kind of proposal (method, rank among siblings, confidence), with a prior for the unseen.
 
-    A proposal's `source` key is stored in its tree node; once the target has sampled after the node's parent,
+    A proposal's key is stored in its tree node as `source`; once the target has sampled after the node's parent,
     `observe` counts whether the proposal was it. Proposals below a rejected parent teach nothing.
     """
 
     def __init__(self) -> None:
-        self._accepted: dict[tuple[int, ...], float] = {}
-        self._seen: dict[tuple[int, ...], float] = {}
+        self._accepted = np.zeros(1)  # key 0 is the roots'
+        self._seen = np.zeros(1)
 
-    def estimate(self, source: tuple[int, ...], prior: float) -> float:
-        """Probability of acceptance, between 0.001 and 0.995."""
-        accepted = self._accepted.get(source, 0.0) + _PRIOR_WEIGHT * prior
-        return min(max(accepted / (self._seen.get(source, 0.0) + _PRIOR_WEIGHT), 0.001), 0.995)
+    def reserve(self, num_keys: int) -> int:
+        """Room for a method's kinds of proposals; returns the first of its keys."""
+        first = len(self._seen)
+        self._accepted = np.concatenate([self._accepted, np.zeros(num_keys)])
+        self._seen = np.concatenate([self._seen, np.zeros(num_keys)])
+        return first
 
-    def observe(self, source: tuple[int, ...], accepted: bool) -> None:
-        """Count one outcome."""
-        seen = self._seen.get(source, 0.0)
-        fade = _MAX_WEIGHT / (_MAX_WEIGHT + 1.0) if seen >= _MAX_WEIGHT else 1.0
-        self._seen[source] = seen * fade + 1.0
-        self._accepted[source] = self._accepted.get(source, 0.0) * fade + float(accepted)
+    def estimate(self, sources: Ints, priors: Floats) -> Floats:
+        """Probabilities of acceptance, between 0.001 and 0.995; all of one shape."""
+        accepted = self._accepted[sources] + _PRIOR_WEIGHT * priors
+        return np.clip(accepted / (self._seen[sources] + _PRIOR_WEIGHT), 0.001, 0.995)
+
+    def observe(self, sources: Ints, accepted: Bools) -> None:
+        """Count outcomes; [M] each."""
+        self._seen += np.bincount(sources, minlength=len(self._seen))
+        self._accepted += np.bincount(sources[accepted], minlength=len(self._seen))
+        fade = _MAX_WEIGHT / np.maximum(self._seen, _MAX_WEIGHT)
+        self._seen *= fade
+        self._accepted *= fade
 
 
-def log_prob_bucket(log_prob: float) -> int:
-    """Bucket of a draft log-probability (nats); 0 is the most confident."""
-    return sum(log_prob < edge for edge in _LOG_PROB_EDGES)
+def priors_and_kinds(log_probs: Floats, is_greedy: Bools) -> tuple[Floats, Ints]:
+    """Prior acceptance and kind of proposals by rank (0 = best under the shared noise); [M, children] each.
 
-
-def model_source(
-    method: int, rank: int, log_probs: SequenceABC[float], is_greedy: bool
-) -> tuple[tuple[int, ...], float]:
-    """Estimate key and prior for the proposal of `rank` (0 = best under the shared noise) of a draft model.
-
-    Greedy and sampled requests are counted apart. At temperature 0 a larger model is surer of what a small one
+    Greedy and sampled requests ([M]) are counted apart. At temperature 0 a larger model is surer of what a small one
     finds likely. Otherwise the noise, which target and drafter share, has chosen already, so that a high rank
     means more than the bare probability. The priors' constants are fitted to Qwen2.5-Coder 1.5B with 0.5B.
     """
-    q = math.exp(min(log_probs[rank], 0.0))
-    if is_greedy:
-        first_misses = (1.0 - math.exp(min(log_probs[0], 0.0))) ** 1.5
-        prior = 1.0 - first_misses if rank == 0 else min(0.85 * q / rank, first_misses / 2**rank)
-    else:
-        prior = 0.35 + 0.6 * q if rank == 0 else min(0.35, 0.02 + 0.8 * q) / rank
-    return (method, int(is_greedy), min(rank, 4), log_prob_bucket(log_probs[rank])), prior
+    ranks = np.arange(log_probs.shape[1])
+    later = np.maximum(ranks, 1)
+    probs = np.exp(np.minimum(log_probs, 0.0))
+    first_misses = (1.0 - probs[:, :1]) ** 1.5
+    greedy = np.minimum(0.85 * probs / later, first_misses / 2.0**ranks)
+    greedy[:, :1] = 1.0 - first_misses
+    sampled = np.minimum(0.35, 0.02 + 0.8 * probs) / later
+    sampled[:, 0] = 0.35 + 0.6 * probs[:, 0]
+    buckets = (log_probs[..., None] < _LOG_PROB_EDGES).sum(axis=-1)
+    num_buckets, num_ranks = len(_LOG_PROB_EDGES) + 1, _MAX_RANK + 1
+    kinds = (is_greedy[:, None] * num_ranks + np.minimum(ranks, _MAX_RANK)) * num_buckets + buckets
+    return np.where(is_greedy[:, None], greedy, sampled), kinds

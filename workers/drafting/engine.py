@@ -1,167 +1,158 @@
 """All draft methods of a run behind one face: trees are started, grown, cut and re-rooted here.
 
-Each sequence has one growing tree into which every method puts its proposals. Lookup is free and fills the
-tree at once; the draft model grows it step by step, as long as the caller finds that another step pays.
+Each sequence has one growing tree into which every method that its request names puts proposals. Free methods
+fill it at once and again after every step of another; the others take a step where the caller finds that it pays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
-from typing import Protocol
 
-from outrider.configs.schema import NgramConfig
+import numpy as np
+
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
-from outrider.workers.drafting.ngram import NgramIndex, propose_ngrams
-from outrider.workers.rounds.sequence import Sequence
-from outrider.workers.rounds.tree import GrowingTree
-from outrider.workers.rounds.verify import Verdict
-
-
-@dataclass(frozen=True)
-class StepForecast:
-    """What the next step of the draft model would do.
-
-    Attributes:
-        gains: expected accepted tokens, in this round's trees, of each proposal it makes, descending; empty when
-            nothing is left to expand.
-        num_rows: rows of its forward, tokens included that the model has not read yet.
-    """
-
-    gains: list[float]
-    num_rows: int
-
-
-class StepwiseDrafter(Protocol):
-    """A method that grows trees by forwards of its own: a draft model, or a script in a test."""
-
-    def start(self, sequence: Sequence) -> None:
-        """A sequence begins to run."""
-
-    def step(self, sequences: SequenceABC[Sequence]) -> bool:
-        """One forward over the trees of these sequences; False when nothing is left to expand."""
-
-    def forecast(self, sequences: SequenceABC[Sequence]) -> StepForecast:
-        """What the next `step` over these sequences would do."""
-
-    def survival(self, sequences: SequenceABC[Sequence]) -> float:
-        """Probability that the next `step`, taken while these trees are verified, spares one afterwards.
-
-        A node counts with its value if it is not in the tree that is verified. Those that are spare nothing:
-        the verdict makes one of their children the root, or a node further down, and that has to be expanded.
-        """
-
-    def root_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
-        """The gains of a step if these sequences' trees were only roots: what was seen so far, but no less than
-        what is assumed at first, so that a hard text does not end drafting for those after it."""
-
-    def unread(self, sequences: SequenceABC[Sequence]) -> list[int]:
-        """How many tokens `read_prompts` has to read before steps can follow, of each sequence where it has to."""
-
-    def read_prompts(self, sequences: SequenceABC[Sequence]) -> int:
-        """Read one chunk of what these sequences' caches lack; returns its tokens."""
-
-    def rerooted(self, sequence: Sequence, path: list[int], survivors: dict[int, int]) -> None:
-        """Follow a verdict: `path` are the old tree's nodes that came out, root first; `survivors` maps old
-        nodes to new ones and is empty when the tree was started afresh."""
-
-    def finish(self, sequence: Sequence) -> None:
-        """The sequence is done or gives its memory back."""
+from outrider.workers.drafting.method import DraftMethod, Forecast, Verified
+from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.sequences.hidden import HiddenNeeds
+from outrider.workers.sequences.rules import Verdicts
+from outrider.workers.sequences.sequence import Sequence
+from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints
 
 
 class DraftEngine:
-    """The trees of all running sequences."""
+    """The methods of a run and the trees of all running sequences."""
 
-    def __init__(self, ngram: NgramConfig) -> None:
+    def __init__(self, slots: DraftedSlots) -> None:
+        self.slots = slots
+        self.trees = slots.trees
         self.estimator = AcceptanceEstimator()
-        self._ngram = ngram
-        self._indexes: dict[str, NgramIndex] = {}
-        self._stepwise: list[StepwiseDrafter] = []
+        self.methods: list[DraftMethod] = []
+        self._uses: dict[str, Bools] = {}  # by method, [S]: whether the slot's request names it
 
-    def add(self, drafter: StepwiseDrafter) -> None:
-        """Let a draft model take part; call before any sequence starts."""
-        self._stepwise.append(drafter)
+    def add(self, method: DraftMethod) -> None:
+        """Let a method take part; call before any sequence starts."""
+        assert method.name not in self._uses
+        self.methods.append(method)
+        self._uses[method.name] = np.zeros(len(self.slots), dtype=np.bool_)
+
+    def prefix_kept(self, sequence: Sequence) -> int:
+        """The most tokens that may be taken from shared pages: what every method of the request still has of them."""
+        kept = [m.prefix_kept(sequence) for m in self.methods if self._is_asked(m, sequence)]
+        return min(kept, default=len(sequence.tokens))
+
+    def hidden_needs(self, sequence: Sequence) -> list[HiddenNeeds]:
+        """What this sequence's methods read of the target's hidden rows."""
+        return [m.needs for m in self.methods if m.needs.layers and self._uses[m.name][sequence.slot]]
+
+    def needs(self) -> list[HiddenNeeds]:
+        """What all methods read of the target's hidden rows."""
+        return [method.needs for method in self.methods]
 
     def start(self, sequence: Sequence) -> None:
-        """A sequence begins to run."""
-        if sequence.id in self._indexes:  # it was here before its pages were taken away
-            return
-        self._indexes[sequence.id] = NgramIndex(self._ngram)
-        for drafter in self._stepwise:
-            drafter.start(sequence)
+        """A sequence begins to run in its slot."""
+        self.slots.start(sequence)
+        for method in self.methods:
+            self._uses[method.name][sequence.slot] = self._is_asked(method, sequence)
+            if self._is_asked(method, sequence):
+                method.start(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """A sequence is done. One that was never started is ignored."""
-        if self._indexes.pop(sequence.id, None) is None:
-            return
-        for drafter in self._stepwise:
-            drafter.finish(sequence)
+        """A running sequence leaves its slot."""
+        for method in self.methods:
+            if self._uses[method.name][sequence.slot]:
+                method.finish(sequence)
+                self._uses[method.name][sequence.slot] = False
 
-    def look_up(self, sequences: SequenceABC[Sequence]) -> None:
-        """Put the proposals that cost nothing into the trees: below the root and below every leaf."""
-        for sequence in sequences:
-            if "ngram" not in sequence.request.draft.methods:
-                continue
-            index, tree = self._indexes[sequence.id], sequence.tree
-            max_depth = min(sequence.request.draft.max_depth, sequence.num_remaining - 1)
-            leaves = [n for n in range(1, len(tree)) if not tree.nodes[n].children]
-            for node in [0, *leaves]:
-                if tree.nodes[node].depth < max_depth:
-                    propose_ngrams(index, sequence.tokens, tree, node, max_depth, self.estimator)
+    def look_up(self, slots: Ints) -> None:
+        """Put the proposals that cost nothing into the trees."""
+        for method in self.methods:
+            if method.is_free:
+                method.expand(self._using(method, slots))
 
-    def forecast(self, sequences: SequenceABC[Sequence]) -> StepForecast:
-        """What one more step over these sequences would do."""
-        forecasts = [drafter.forecast(drafted_by_model(sequences)) for drafter in self._stepwise]
-        gains = sorted((gain for forecast in forecasts for gain in forecast.gains), reverse=True)
-        return StepForecast(gains, sum(forecast.num_rows for forecast in forecasts))
+    def forecasts(self, slots: Ints) -> list[tuple[DraftMethod, Forecast]]:
+        """What one more step over these slots would do, of every method that has something left to do."""
+        found = [
+            (method, method.forecast(self._using(method, slots)))
+            for method in self.methods
+            if not method.is_free
+        ]
+        return [(method, forecast) for method, forecast in found if len(forecast.gains)]
 
-    def survival(self, sequences: SequenceABC[Sequence]) -> float:
-        """Probability that one more step, taken before the verdict is known, spares one after it."""
-        return max((d.survival(drafted_by_model(sequences)) for d in self._stepwise), default=0.0)
+    def expand(self, method: DraftMethod, slots: Ints) -> bool:
+        """One step of a method on the trees of these slots; False when there was nothing to do."""
+        if not method.expand(self._using(method, slots)):
+            return False
+        self.look_up(slots)
+        return True
 
-    def root_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
-        """The gains of a step if these sequences' trees were only roots, descending."""
-        drafted = drafted_by_model(sequences)
-        return sorted((gain for d in self._stepwise for gain in d.root_gains(drafted)), reverse=True)
+    def survival(self, method: DraftMethod, slots: Ints, sent: DraftTrees) -> float:
+        """Probability that a step of the method, taken before the verdict about `sent` ([B] rows) is known, spares
+        one after it."""
+        uses = self._uses[method.name][slots]
+        return method.survival(slots[uses], sent.rows(np.flatnonzero(uses))) if uses.any() else 0.0
 
-    def step(self, sequences: SequenceABC[Sequence]) -> bool:
-        """One step of the draft model on these sequences' trees; False when there was nothing to do."""
-        progress = [drafter.step(drafted_by_model(sequences)) for drafter in self._stepwise]
-        if any(progress):
-            self.look_up(sequences)
-        return any(progress)
+    def root_gains(self, method: DraftMethod, sequences: SequenceABC[Sequence]) -> Floats:
+        """The gains of a method's step if these sequences' trees were only roots, descending; waiting ones, too."""
+        is_greedy = [s.request.sampling.is_greedy for s in sequences if self._is_asked(method, s)]
+        return np.sort(method.root_gains(np.array(is_greedy, dtype=np.bool_)))[::-1]
 
-    def unread(self, sequences: SequenceABC[Sequence]) -> list[int]:
-        """How many tokens `read_prompts` has to read, of each sequence in which the draft model lags behind."""
-        return [n for drafter in self._stepwise for n in drafter.unread(drafted_by_model(sequences))]
+    def unread(self, method: DraftMethod, slots: Ints) -> Ints:
+        """How many tokens `read` has to read, of each sequence in which the method lags behind."""
+        return method.unread(self._using(method, slots))
 
-    def read_prompts(self, sequences: SequenceABC[Sequence]) -> int:
-        """Read one chunk of the prompts into the draft model's cache; returns its tokens."""
-        return sum(drafter.read_prompts(drafted_by_model(sequences)) for drafter in self._stepwise)
+    def read(self, method: DraftMethod, slots: Ints) -> int:
+        """Let the method read one chunk of what it lacks; returns its tokens."""
+        return method.read(self._using(method, slots))
 
-    def settle(self, sequence: Sequence, verdict: Verdict) -> None:
-        """Learn from a verdict and re-root the sequence's tree below the tokens that came out.
+    def observe(self, verified: Verified) -> None:
+        """A round was verified: every method sees its own sequences' part of it."""
+        for method in self.methods:
+            uses = self._uses[method.name]
+            steps = tuple(step for step in verified.steps if uses[step.sequence.slot])
+            if steps:
+                method.observe(Verified(steps, verified.hidden))
 
-        The sequence's `tokens` have been extended already; `sent_tree` is what the verdict is about.
+    def settle(self, slots: Ints, trees: DraftTrees, verdicts: Verdicts) -> None:
+        """Learn from verdicts and re-root these slots' trees below the tokens that came out.
+
+        trees, verdicts: a row per slot; all tokens of the verdicts came out.
         """
-        tree, sent = sequence.tree, sequence.sent_tree
-        path = [sent.growing_nodes[node] for node in verdict.path]
-        emitted = verdict.emitted(sent)
-        self._learn(tree, path, emitted)
-        survivors = tree.reroot(emitted)
-        for drafter in self._stepwise:
-            drafter.rerooted(sequence, path, survivors)
+        if not len(slots):
+            return
+        row = np.arange(len(slots))
+        lasts = trees.growing_nodes[row, verdicts.paths[row, verdicts.num_accepted]]
+        self._learn(slots, trees, verdicts)
+        survivors = self.trees.reroot(slots, lasts, verdicts.next_tokens, verdicts.num_accepted + 1)
+        for method in self.methods:
+            own = np.flatnonzero(self._uses[method.name][slots])
+            if len(own):
+                method.rerooted(survivors.rows(own))
 
-    def _learn(self, tree: GrowingTree, path: list[int], emitted: list[int]) -> None:
+    def _learn(self, slots: Ints, trees: DraftTrees, verdicts: Verdicts) -> None:
         """Every proposal after a node of the path met its answer, also one that was not worth sending.
 
         Learning from those alone that are sent, a method that once failed would never be tried again.
         """
-        for node, token in zip(path, emitted, strict=True):
-            for proposed, child in tree.nodes[node].children.items():
-                self.estimator.observe(tree.nodes[child].source, proposed == token)
+        width = self.trees.width(slots)
+        row = np.arange(len(slots))[:, None]
+        answers, _ = verdicts.emitted(trees)
+        path = np.take_along_axis(trees.growing_nodes, verdicts.paths, axis=1)  # [B, D]
+        on_path = np.arange(path.shape[1]) <= verdicts.num_accepted[:, None]
+        answered = np.zeros((len(slots), width), dtype=np.bool_)
+        answer = np.zeros((len(slots), width), dtype=np.int64)
+        rows = np.broadcast_to(row, path.shape)
+        answered[rows[on_path], path[on_path]] = True
+        answer[rows[on_path], path[on_path]] = answers[on_path]
+        parents = self.trees.parents[slots, :width]
+        met = answered[row, parents] & self.trees.exists(slots, width)
+        met[:, 0] = False
+        accepted = self.trees.tokens[slots, :width] == answer[row, parents]
+        self.estimator.observe(self.trees.sources[slots, :width][met], accepted[met])
 
+    def _using(self, method: DraftMethod, slots: Ints) -> Ints:
+        return slots[self._uses[method.name][slots]]
 
-def drafted_by_model(sequences: SequenceABC[Sequence]) -> list[Sequence]:
-    """Those whose request asks for the draft model."""
-    return [s for s in sequences if "model" in s.request.draft.methods and s.request.draft.max_nodes > 0]
+    @staticmethod
+    def _is_asked(method: DraftMethod, sequence: Sequence) -> bool:
+        draft = sequence.request.draft
+        return method.name in draft.methods and draft.max_nodes > 0

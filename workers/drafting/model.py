@@ -7,69 +7,69 @@ of everything that survives below it (SwiftSpec, arXiv 2506.11309).
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from outrider.workers.drafting.acceptance import AcceptanceEstimator, model_source
-from outrider.workers.drafting.engine import StepForecast
-from outrider.workers.model.batch import SequenceRows, build_batch, chain
+from outrider.workers.drafting.acceptance import NUM_SAMPLED_KINDS, AcceptanceEstimator, priors_and_kinds
+from outrider.workers.drafting.method import DraftMethod, Forecast, MethodContext
+from outrider.workers.drafting.row_cache import Expansion, RowCache, chain_masks
+from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.link.communicator import SoloCommunicator
+from outrider.workers.model.batch import TreeRows, build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import draft_capacities, forward_of
+from outrider.workers.model.loader import load_weights
+from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.rounds.pages import PagePool
-from outrider.workers.rounds.sequence import Sequence
-from outrider.workers.sampling.context import PenaltyState, RowContext
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import Sequence
+from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints, Survivors
+from outrider.workers.setup import (
+    counting,
+    kernels_for,
+    load_model,
+    num_draft_pages,
+    torch_dtype,
+)
+from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 
-MODEL_METHOD = 1
+_ROWS_PER_STEP = 6  # nodes of one sequence that a step expands
 _MAX_LAG = 32  # tokens the model reads on the way to drafting; more are read in chunks beforehand
 _MIN_GAIN = 0.01  # expected accepted tokens below which a node is not worth a row
 _FIRST_YIELD = 0.5  # assumed of the best proposals before any was seen
 _SMOOTHING = 0.05
 
 
-@dataclass
-class _CachedSequence:
-    """The drafter's rows of one sequence: `context_len` committed ones, then one per expanded tree node."""
-
-    penalties: PenaltyState
-    pages: list[int] = field(default_factory=list)
-    context_len: int = 0
-    num_pages_remembered: int = 0
-    rows: dict[int, int] = field(default_factory=dict)  # tree node -> tree row; row 0 is the root
-    parents: list[int] = field(default_factory=list)  # tree row -> parent's tree row
-
-    def lag(self, sequence: Sequence) -> int:
-        """Known tokens without a row, the root included; 0 once the root has been expanded."""
-        return 0 if self.rows else len(sequence.tokens) - self.context_len
-
-
 @dataclass(frozen=True)
-class _Work:
-    """Rows that one sequence puts into a forward, and which tree nodes the last of them stand for."""
+class _Frontier:
+    """The nodes that the next step expands: those of `slots` by index, ascending, parents first."""
 
-    sequence: Sequence
-    nodes: tuple[int, ...]
-    row_of: dict[int, int]  # tree node -> tree row, for all nodes that have one once this is computed
-    rows: SequenceRows
+    slots: Ints  # [B]
+    owners: Ints  # [M] index of each node's slot
+    nodes: Ints  # [M]
+    gains: Floats  # [M]
 
 
-class ModelDrafter:
-    """Grows trees with a draft model. Never fails a request: without pages it just proposes nothing."""
+class ModelMethod(DraftMethod):
+    """Grows trees with a draft model. Without pages it just proposes nothing."""
+
+    name = "model"
 
     def __init__(
         self,
+        slots: DraftedSlots,
+        estimator: AcceptanceEstimator,
         model: Transformer,
         cache: PagedCache,
         pool: PagePool,
         sampler: Sampler,
-        estimator: AcceptanceEstimator,
         num_target_tokens: int,
         max_children: int,
         rows_per_sequence: int,
@@ -77,22 +77,57 @@ class ModelDrafter:
         prefill_chunk: int,
         tracer: Tracer,
     ) -> None:
+        """num_target_tokens: a padded vocabulary may have more ids than the target's; max_rows: of a step's nodes."""
+        super().__init__(slots, estimator)
         self._model = model
         self._run = forward_of(model, cache, draft_capacities(model, cache))
-        self._tracer = tracer
+        self._stretches = Stretches(model.device, tracer)
         self._cache = cache
-        self._pool = pool
+        self._rows = RowCache(slots, pool)
         self._sampler = sampler
-        self._estimator = estimator
-        self._num_target_tokens = num_target_tokens  # a padded vocabulary may have more ids than the target
+        self._num_target_tokens = num_target_tokens
         self._max_children = max_children
         self._rows_per_sequence = rows_per_sequence
         self._max_rows = max_rows
         self._prefill_chunk = prefill_chunk
-        self._cached: dict[str, _CachedSequence] = {}
-        # By rank: how likely the proposal below a node is accepted, if the node is.
-        self._first_yields = [_FIRST_YIELD / 4**rank for rank in range(max_children)]
-        self._greedy_yields, self._sampled_yields = list(self._first_yields), list(self._first_yields)
+        self._penalties = [PenaltyState(())] * len(slots)
+        self._planned: tuple[tuple[int, bytes], _Frontier] | None = None
+        self._first_source = estimator.reserve(NUM_SAMPLED_KINDS)
+        # By rank: how likely the proposal below a node is accepted, if the node is; of sampled and greedy requests,
+        # because for sampled ones the noise chooses.
+        self._first_yields = _FIRST_YIELD / 4.0 ** np.arange(max_children)
+        self._yields = np.stack([self._first_yields, self._first_yields])
+
+    @classmethod
+    def build(cls, context: MethodContext) -> ModelMethod:
+        """Load `draft.model` and lay out its cache."""
+        config, progress = context.config, context.progress
+        draft, rounds = config.draft, config.rounds
+        device, dtype = context.device, torch_dtype(draft.dtype)
+        source = load_model(config, "draft", progress)
+        plan = ShardPlan(source.config, 0, 1)
+        counted = counting(progress, source.total_bytes(dtype))
+        kernels = kernels_for(config, source.config, device, dtype)
+        solo = SoloCommunicator()
+        weights = load_weights(plan, source, dtype, device, draft.packed_weights, counted)
+        model = Transformer(weights, solo, kernels)
+        page_size = config.target.page_size
+        num_pages = num_draft_pages(config, source.config)
+        vocab_size = source.config.vocab_size
+        return cls(
+            slots=context.slots,
+            estimator=context.estimator,
+            model=model,
+            cache=PagedCache(source.config, plan, num_pages, page_size, dtype, device, kernels.kv_commit),
+            pool=PagePool(num_pages, page_size, rounds.prefix_sharing),
+            sampler=Sampler(vocab_size, range(vocab_size), solo, kernels),
+            num_target_tokens=context.target.vocab_size,
+            max_children=config.tree.max_children,
+            rows_per_sequence=_ROWS_PER_STEP,
+            max_rows=max(_ROWS_PER_STEP, rounds.max_sequences),
+            prefill_chunk=rounds.prefill_chunk,
+            tracer=context.tracer,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -101,278 +136,278 @@ class ModelDrafter:
 
     def start(self, sequence: Sequence) -> None:
         """Take the shared pages that hold the beginning of the prompt."""
-        pages = self._pool.share_prefix(sequence.tokens, len(sequence.tokens) - 1)
-        self._cached[sequence.id] = _CachedSequence(
-            penalties=PenaltyState(sequence.request.prompt_tokens),
-            pages=pages,
-            context_len=len(pages) * self._pool.page_size,
-            num_pages_remembered=len(pages),
-        )
+        self._rows.start(sequence)
+        if sequence.request.sampling.uses_context:
+            state = PenaltyState(sequence.request.prompt_tokens)
+            for token in sequence.tokens[len(sequence.request.prompt_tokens) :]:
+                state.add(token)
+            self._penalties[sequence.slot] = state
 
     def finish(self, sequence: Sequence) -> None:
         """Give the pages back."""
-        self._pool.release(self._cached.pop(sequence.id).pages)
+        self._rows.finish(sequence.slot)
 
-    def unread(self, sequences: SequenceABC[Sequence]) -> list[int]:
+    def unread(self, slots: Ints) -> Ints:
         """The tokens that these sequences' caches lack, where they are too many for a step to read them."""
-        missing = [self._cached[sequence.id].lag(sequence) - 1 for sequence in sequences]
-        return [count for count in missing if count >= _MAX_LAG]
+        missing = self._rows.lags(slots) - 1
+        return missing[missing >= _MAX_LAG]
 
-    def read_prompts(self, sequences: SequenceABC[Sequence]) -> int:
+    @torch.inference_mode()
+    def read(self, slots: Ints) -> int:
         """Read one chunk, shared between the sequences that lag far behind; returns its tokens."""
-        room, work = self._prefill_chunk, []
-        for sequence in sequences:
-            cached = self._cached[sequence.id]
-            missing = cached.lag(sequence) - 1  # the root is left for drafting
-            count = min(missing, room)
-            if missing < _MAX_LAG or count <= 0 or not self._take_pages(cached, cached.context_len + count):
-                continue
-            room -= count
-            tokens = sequence.tokens[cached.context_len : cached.context_len + count]
-            rows = SequenceRows(cached.pages, cached.context_len, chain(count), 0, tokens)
-            work.append(_Work(sequence, (), {}, rows))
-        if work:
-            self._forward(work)
-            for item in work:
-                self._commit_rows(item.sequence, len(item.rows.tokens))
+        missing = self._rows.lags(slots) - 1  # the root is left for drafting
+        room, chosen, counts = self._prefill_chunk, [], []
+        for slot, lacking in zip(slots.tolist(), missing.tolist(), strict=True):
+            count = min(lacking, room)
+            if lacking >= _MAX_LAG and count > 0 and self._rows.take_pages(slot, count):
+                room -= count
+                chosen.append(slot)
+                counts.append(count)
+        if chosen:
+            read, lengths = np.array(chosen), np.array(counts)
+            contexts = self._rows.context_lens[read]
+            tokens = [
+                self.slots.sequence(slot).tokens[begin : begin + count]
+                for slot, begin, count in zip(chosen, contexts.tolist(), counts, strict=True)
+            ]
+            self._planned = None
+            self._forward(_chains(read, contexts, lengths, np.concatenate(tokens)))
+            self._stretches.end("forward", int(lengths.sum()))
+            self._stretches.settle()
+            self._rows.commit(read, lengths)
         return self._prefill_chunk - room
 
-    def forecast(self, sequences: SequenceABC[Sequence]) -> StepForecast:
-        """What the next step over these sequences would do."""
-        gains, num_rows = [], 0
-        for sequence in sequences:
-            frontier = [node for _, node in self._frontier(sequence, self._rows_for_each(sequences))]
-            if frontier:
-                num_rows += self._cached[sequence.id].lag(sequence) + sum(node > 0 for node in frontier)
-            for node in frontier:
-                if sequence.tree.nodes[node].depth < sequence.request.draft.max_depth:
-                    gains += self._gains(sequence, node)
-        return StepForecast(sorted((gain for gain in gains if gain > 0.0), reverse=True), num_rows)
+    def forecast(self, slots: Ints) -> Forecast:
+        """What the next step over these slots would do."""
+        frontier = self._frontier(slots)
+        if not len(frontier.nodes):
+            return Forecast(np.zeros(0), 0, frontier.nodes)
+        owner_slots = slots[frontier.owners]
+        counted = self.trees.depths[owner_slots, frontier.nodes] < self.slots.max_depth[owner_slots]
+        gains = self._gains(owner_slots[counted], frontier.nodes[counted]).ravel()
+        growing = slots[np.flatnonzero(np.bincount(frontier.owners))]
+        num_rows = int(self._rows.lags(growing).sum()) + int((frontier.nodes > 0).sum())
+        return Forecast(np.sort(gains[gains > 0.0])[::-1], num_rows, growing)
 
-    def root_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
-        """The gains of a step if these sequences' trees were only roots, at least those assumed at first."""
-        return [
-            max(seen, first)
-            for sequence in sequences
-            for seen, first in zip(self._yields_of(sequence), self._first_yields, strict=True)
-        ]
+    def root_gains(self, is_greedy: Bools) -> Floats:
+        """The gains of a step over roots, at least those assumed at first."""
+        return np.maximum(self._yields, self._first_yields)[is_greedy.astype(np.int64)].ravel()
 
-    def survival(self, sequences: SequenceABC[Sequence]) -> float:
+    def survival(self, slots: Ints, sent: DraftTrees) -> float:
         """Of the nodes that the next step expands and that are not verified now, the best one's value."""
-        values = [
-            sequence.tree.nodes[node].value
-            for sequence in sequences
-            for _, node in self._frontier(sequence, self._rows_for_each(sequences))
-            if node not in sequence.sent_tree.growing_nodes
-        ]
-        return max(values, default=0.0)
+        frontier = self._frontier(slots)
+        is_sent = np.zeros((len(slots), max(1, self.trees.width(slots))), dtype=np.bool_)
+        exists = sent.exists
+        is_sent[np.nonzero(exists)[0], sent.growing_nodes[exists]] = True
+        values = self.trees.values[slots[frontier.owners], frontier.nodes]
+        return float(values[~is_sent[frontier.owners, frontier.nodes]].max(initial=0.0))
 
     @torch.inference_mode()
     def time_step(self, num_rows: int) -> float:
-        """Seconds of a step over one chain of greedy rows, all proposing; call before any sequence starts."""
-        pages = self._pool.allocate(min(self._pool.pages_for(num_rows), self._pool.num_available))
-        num_rows = min(num_rows, len(pages) * self._pool.page_size)
-        rows = SequenceRows(pages, 0, chain(num_rows), 0, [0] * num_rows)
-        context = RowContext(SamplingParams(temperature=0.0), 0, PenaltyState(()), ())
+        """Seconds of a step over one chain of greedy rows, all proposing."""
+        pool = self._rows.pool
+        pages = pool.allocate(min(pool.pages_for(num_rows), pool.num_available))
+        num_rows = min(num_rows, len(pages) * pool.page_size)
+        self._rows.tables.clear(0)
+        self._rows.tables.append(0, pages)
+        zero, length = np.zeros(1, dtype=np.int64), np.array([num_rows])
+        rows = _chains(zero, zero, length, np.zeros(num_rows, dtype=np.int64))
+        sampled = SampledRows(SamplingParams(temperature=0.0), np.arange(num_rows), PenaltyState(()))
         begun = time.monotonic()
-        hidden = self._run(build_batch([rows], self._cache.page_size, self._model.device))
-        self._sampler.propose(self._model.logits(hidden), [context] * num_rows, self._max_children)
+        hidden = self._run(build_batch(self._rows.tables, rows, self._model.device)).last
+        self._sampler.propose(self._model.logits(hidden), [sampled], self._max_children)
         seconds = time.monotonic() - begun
-        self._pool.release(pages)
+        self._rows.tables.clear(0)
+        pool.release(pages)
         return seconds
 
     @torch.inference_mode()
-    def step(self, sequences: SequenceABC[Sequence]) -> bool:
+    def expand(self, slots: Ints) -> bool:
         """Expand the most promising nodes of these trees in one forward."""
-        work = self._choose(sequences)
-        if not work:
+        frontier = self._within_room(self._frontier(slots))
+        if not len(frontier.nodes):
             return False
-        hidden = self._forward(work)
-        proposing: list[int] = []
-        contexts: list[RowContext] = []
-        at = 0
-        for item in work:
-            at += len(item.rows.tokens)
-            proposing += range(at - len(item.nodes), at)
-            contexts += [self._context(item.sequence, node) for node in item.nodes]
-        with self._tracer.span("forward", len(proposing)):
-            logits = self._model.logits_of(hidden, proposing)
-        with self._tracer.span("sample", len(proposing)):
-            tokens, log_probs = self._sampler.propose(logits, contexts, self._max_children)
-        proposals = zip(tokens.tolist(), log_probs.tolist(), strict=True)
-        for item in work:
-            self._remember_rows(item)
-            for node in item.nodes:
-                promised = item.sequence.tree.nodes[node].value
-                values = self._add_children(item.sequence, node, *next(proposals))
-                yields = self._yields_of(item.sequence)
-                for rank, value in enumerate(values):
-                    yields[rank] += _SMOOTHING * (value - promised * yields[rank])
+        counts = np.bincount(frontier.owners, minlength=len(slots))
+        expansion = self._rows.plan(slots[counts > 0], counts[counts > 0], frontier.nodes)
+        hidden = self._forward(expansion.rows)
+        logits = self._model.logits_of(hidden, expansion.node_rows)
+        self._stretches.end("forward", len(expansion.rows.tokens))
+        tokens, log_probs = self._sampler.propose(logits, self._sampled_rows(expansion), self._max_children)
+        self._stretches.end("sample", len(expansion.nodes))
+        self._stretches.settle()
+        self._rows.computed(expansion)
+        self._propose(expansion.node_slots, expansion.nodes, tokens.numpy(), log_probs.numpy())
         return True
 
-    def rerooted(self, sequence: Sequence, path: list[int], survivors: dict[int, int]) -> None:
-        """Keep the rows of the path that came out and of the survivors below it, contiguous again."""
-        cached = self._cached[sequence.id]
-        old_rows = cached.rows
-        for token in sequence.tokens[len(sequence.tokens) - len(path) :]:
-            cached.penalties.add(token)
-        kept = [old_rows[node] for node in path if node in old_rows]
-        new_root = next((old for old, new in survivors.items() if new == 0), -1)
-        alive = len(kept) == len(path) and new_root in old_rows
-        staying = sorted((new, old) for old, new in survivors.items() if old in old_rows) if alive else []
-        kept_and_staying = kept + [old_rows[old] for _, old in staying]
-        self._move_rows(cached, kept_and_staying)
-        self._commit_rows(sequence, len(kept))
-        cached.rows = {new: row for row, (new, _) in enumerate(staying)}
-        nodes = sequence.tree.nodes
-        cached.parents = [cached.rows[nodes[new].parent] for new, _ in staying]
+    def rerooted(self, survivors: Survivors) -> None:
+        """Keep the rows of the paths that came out and of the survivors below them."""
+        sources, targets = self._rows.reroot(survivors)
+        if len(sources):
+            device = self._model.device
+            self._cache.commit(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device))
+        for slot, length in zip(survivors.slots.tolist(), survivors.paths.sum(axis=1).tolist(), strict=True):
+            sequence = self.slots.sequence(slot)
+            if sequence.request.sampling.uses_context:
+                for token in sequence.tokens[-length:]:
+                    self._penalties[slot].add(token)
 
-    def _choose(self, sequences: SequenceABC[Sequence]) -> list[_Work]:
-        """The rows of the next forward: the sequences that gain most, as long as there is room."""
-        rows = self._rows_for_each(sequences)
-        frontiers = [(sequence, self._frontier(sequence, rows)) for sequence in sequences]
-        frontiers.sort(key=lambda item: -sum(gain for gain, _ in item[1]))
-        work, room = [], self._max_rows
-        for sequence, frontier in frontiers:
-            nodes = [node for _, node in frontier]
-            if nodes and len(nodes) <= room and self._take_rows(sequence, len(nodes)):
-                room -= len(nodes)
-                work.append(self._work(sequence, nodes))
-        return work
-
-    def _rows_for_each(self, sequences: SequenceABC[Sequence]) -> int:
-        """Nodes of one sequence that a step expands: many sequences share its rows."""
-        return max(1, min(self._rows_per_sequence, self._max_rows // max(1, len(sequences))))
-
-    def _frontier(self, sequence: Sequence, max_nodes: int) -> list[tuple[float, int]]:
-        """(expected gain, node) of the at most `max_nodes` nodes that the next step expands, parents first.
+    def _frontier(self, slots: Ints) -> _Frontier:
+        """The nodes that the next step expands; for a few sequences more of each than for many.
 
         The gain of a node is what the model is expected to add to what other methods proposed there already.
         The end of a looked-up chain may promise most: then the chain above it comes along, in one forward.
         """
-        cached, nodes = self._cached[sequence.id], sequence.tree.nodes
-        if cached.lag(sequence) > _MAX_LAG:
-            return []
-        # Deeper than this round can use: a path of one round, the token after it, a path of the next.
-        depth_limit = min(2 * sequence.request.draft.max_depth + 1, sequence.num_remaining - 1)
-        gains = {
-            node: sum(self._gains(sequence, node))
-            for node in range(len(nodes))
-            if node not in cached.rows and nodes[node].depth < depth_limit
-        }
-        chosen: set[int] = set()
-        for node in sorted(gains, key=lambda n: (-gains[n], n)):
-            if gains[node] <= _MIN_GAIN or len(chosen) == max_nodes:
+        key = (self.trees.version, slots.tobytes())
+        if self._planned is None or self._planned[0] != key:
+            self._planned = (key, self._find_frontier(slots))
+        return self._planned[1]
+
+    def _find_frontier(self, slots: Ints) -> _Frontier:
+        if not len(slots):
+            return _Frontier(slots, slots, slots, np.zeros(0))
+        trees = self.trees
+        most = max(1, min(self._rows_per_sequence, self._max_rows // len(slots)))
+        # A node whose children do not fit would never get them: it is expanded once.
+        limits = np.minimum(most, trees.room(slots) // self._max_children)
+        limits[self._rows.lags(slots) > _MAX_LAG] = 0
+        width = trees.width(slots)
+        has_row = self._rows.has_row[slots, :width]
+        # Padding has no value, so it promises nothing.
+        promised = self._yields.sum(axis=1)[self.slots.is_greedy[slots].astype(np.int64)]
+        gains = np.maximum(promised[:, None] - trees.child_mass[slots, :width], 0.0)
+        gains *= trees.values[slots, :width]
+        gains *= (trees.depths[slots, :width] < self.slots.growth_depths(slots)[:, None]) & ~has_row
+        chosen = gains > _MIN_GAIN
+        if (chosen.sum(axis=1) > limits).any():
+            order = np.argsort(-gains, axis=1, kind="stable")
+            too_many = np.arange(width) >= limits[:, None]
+            chosen[np.nonzero(too_many)[0], order[too_many]] = False
+        owners, nodes = np.nonzero(chosen)
+        parents = trees.parents[slots[owners], nodes]
+        if not (has_row[owners, parents] | chosen[owners, parents]).all():
+            self._add_ancestors(slots, chosen, has_row)
+            for row in np.flatnonzero(chosen.sum(axis=1) > limits).tolist():
+                chosen[row] = self._with_ancestors(
+                    int(slots[row]), gains[row], has_row[row], int(limits[row])
+                )
+            owners, nodes = np.nonzero(chosen)
+        return _Frontier(slots, owners, nodes, gains[owners, nodes])
+
+    def _add_ancestors(self, slots: Ints, chosen: Bools, has_row: Bools) -> None:
+        """Mark in `chosen` ([B, N]) what has to be computed before what is marked."""
+        owners, nodes = np.nonzero(chosen)
+        while len(nodes):
+            nodes = self.trees.parents[slots[owners], nodes]
+            missing = ~has_row[owners, nodes] & ~chosen[owners, nodes]
+            owners, nodes = owners[missing], nodes[missing]
+            chosen[owners, nodes] = True
+
+    def _with_ancestors(self, slot: int, gains: Floats, has_row: Bools, most: int) -> Bools:
+        """[N]: the best nodes for which there is room with all that is above them."""
+        chosen = np.zeros_like(has_row)
+        parents, num_chosen = self.trees.parents[slot], 0
+        for node in np.argsort(-gains, kind="stable").tolist():
+            if gains[node] <= _MIN_GAIN or num_chosen == most:
                 break
-            needed, above = [], node
-            while above not in cached.rows and above not in chosen:
+            needed: list[int] = []
+            above = node
+            while not has_row[above] and not chosen[above] and len(needed) <= most:
                 needed.append(above)
                 if above == 0:
                     break
-                above = nodes[above].parent
-            if len(chosen) + len(needed) <= max_nodes:
-                chosen.update(needed)
-        return [(gains[node], node) for node in sorted(chosen)]
+                above = int(parents[above])
+            if num_chosen + len(needed) <= most:
+                chosen[needed] = True
+                num_chosen += len(needed)
+        return chosen
 
-    def _yields_of(self, sequence: Sequence) -> list[float]:
-        """The noise chooses for sampled requests, so theirs are counted apart."""
-        return self._greedy_yields if sequence.request.sampling.is_greedy else self._sampled_yields
+    def _gains(self, slots: Ints, nodes: Ints) -> Floats:
+        """[M, children] by rank: expected accepted tokens of proposals below nodes, less what is there."""
+        values, proposed = self.trees.values[slots, nodes], self.trees.child_mass[slots, nodes]
+        yields = self._yields[self.slots.is_greedy[slots].astype(np.int64)]
+        # What is there already takes the place of the first proposals.
+        left = np.maximum(np.cumsum(yields, axis=1) - proposed[:, None], 0.0)
+        left[:, 1:] -= left[:, :-1].copy()
+        return values[:, None] * left
 
-    def _gains(self, sequence: Sequence, node: int) -> list[float]:
-        """By rank, the expected accepted tokens of the model's proposals below a node, less what is there."""
-        nodes, gains = sequence.tree.nodes, []
-        proposed = sum(nodes[child].acceptance for child in nodes[node].children.values())
-        for acceptance in self._yields_of(sequence):
-            gains.append(nodes[node].value * max(0.0, acceptance - proposed))
-            proposed = max(0.0, proposed - acceptance)
-        return gains
+    def _within_room(self, frontier: _Frontier) -> _Frontier:
+        """As many sequences as a step has rows for, those that gain most first, and pages."""
+        if not len(frontier.nodes):
+            return frontier
+        counts = np.bincount(frontier.owners, minlength=len(frontier.slots))
+        if len(frontier.nodes) <= self._max_rows and self._rows.have_room(frontier.slots, counts):
+            return frontier
+        totals = np.bincount(frontier.owners, frontier.gains, minlength=len(frontier.slots))
+        allowed, room = np.zeros(len(frontier.slots), dtype=np.bool_), self._max_rows
+        for index in np.argsort(-totals, kind="stable").tolist():
+            count = int(counts[index])
+            if 0 < count <= room and self._rows.take_rows(int(frontier.slots[index]), count):
+                room -= count
+                allowed[index] = True
+        kept = allowed[frontier.owners]
+        return _Frontier(frontier.slots, frontier.owners[kept], frontier.nodes[kept], frontier.gains[kept])
 
-    def _work(self, sequence: Sequence, nodes: list[int]) -> _Work:
-        """Rows for `nodes`, parents first; before the root come the tokens that the cache lacks."""
-        cached, tree = self._cached[sequence.id], sequence.tree.nodes
-        tokens, parents, row_of = [], list(cached.parents), dict(cached.rows)
-        if not cached.rows:
-            tokens = sequence.tokens[cached.context_len :]
-            parents = chain(len(tokens))
-            row_of = {0: len(tokens) - 1}
-        for node in nodes:
-            if node:
-                row_of[node] = len(parents)
-                parents.append(row_of[tree[node].parent])
-                tokens.append(tree[node].token)
-        rows = SequenceRows(cached.pages, cached.context_len, parents, len(cached.parents), tokens)
-        return _Work(sequence, tuple(nodes), row_of, rows)
+    def _forward(self, rows: TreeRows) -> torch.Tensor:
+        """[num_rows, hidden], valid until the next call. Its stretch of time begins here; the caller ends it."""
+        batch = build_batch(self._rows.tables, rows, self._model.device)
+        self._stretches.begin()
+        return self._run(batch).last
 
-    def _forward(self, work: list[_Work]) -> torch.Tensor:
-        """[num_rows, hidden], valid until the next call."""
-        batch = build_batch([item.rows for item in work], self._cache.page_size, self._model.device)
-        with self._tracer.span("forward", len(batch.tokens)):
-            return self._run(batch)
+    def _sampled_rows(self, expansion: Expansion) -> list[SampledRows]:
+        positions = self.trees.root_positions[expansion.node_slots] + 1
+        positions += self.trees.depths[expansion.node_slots, expansion.nodes]
+        sampled, begin = [], 0
+        for slot, end in zip(expansion.slots.tolist(), np.cumsum(expansion.num_nodes).tolist(), strict=True):
+            params = self.slots.sequence(slot).request.sampling
+            paths: list[list[int]] = []
+            if params.uses_context:
+                paths = [self._path(slot, node) for node in expansion.nodes[begin:end].tolist()]
+            sampled.append(SampledRows(params, positions[begin:end], self._penalties[slot], paths))
+            begin = end
+        return sampled
 
-    def _context(self, sequence: Sequence, node: int) -> RowContext:
-        tree = sequence.tree
-        return RowContext(
-            params=sequence.request.sampling,
-            position=tree.nodes[node].position + 1,
-            penalties=self._cached[sequence.id].penalties,
-            path_tokens=tuple(tree.path_tokens(node)),
+    def _path(self, slot: int, node: int) -> list[int]:
+        tokens = []
+        while node:
+            tokens.append(int(self.trees.tokens[slot, node]))
+            node = int(self.trees.parents[slot, node])
+        return tokens[::-1]
+
+    def _propose(self, slots: Ints, nodes: Ints, tokens: Ints, log_probs: Floats) -> None:
+        """Put proposals ([M, children], best first) below nodes ([M]), and learn what proposals are worth."""
+        is_greedy = self.slots.is_greedy[slots].astype(np.int64)
+        log_probs = log_probs.astype(np.float64)
+        priors, kinds = priors_and_kinds(log_probs, self.slots.is_greedy[slots])
+        sources = self._first_source + kinds
+        # Top-k, top-p or min-p removed what has no probability: the target cannot pick it.
+        possible = (log_probs > -np.inf) & (tokens < self._num_target_tokens)
+        promised = self.trees.values[slots, nodes]
+        at, _ = np.nonzero(possible)
+        values = np.zeros(tokens.shape)
+        values[possible] = self.trees.add_children(
+            slots[at],
+            nodes[at],
+            tokens[possible],
+            self.estimator.estimate(sources[possible], priors[possible]),
+            sources[possible],
+        )
+        self._learn_yields(
+            is_greedy, values - promised[:, None] * self._yields[is_greedy], log_probs > -np.inf
         )
 
-    def _remember_rows(self, item: _Work) -> None:
-        """The computed rows are the tree's now; what came before the root is committed."""
-        cached, root_row = self._cached[item.sequence.id], item.row_of[0]
-        self._commit_rows(item.sequence, root_row)
-        cached.rows = {node: row - root_row for node, row in item.row_of.items()}
-        cached.parents = [max(0, parent - root_row) for parent in item.rows.parents[root_row:]]
+    def _learn_yields(self, is_greedy: Ints, errors: Floats, met: Bools) -> None:
+        """Follow how far the expected yields were off: [M, children], where a rank was proposed at all."""
+        totals, counts = np.zeros_like(self._yields), np.zeros_like(self._yields)
+        np.add.at(totals, is_greedy, np.where(met, errors, 0.0))
+        np.add.at(counts, is_greedy, met)
+        weights = 1.0 - (1.0 - _SMOOTHING) ** counts  # as if one came after the other
+        self._yields += weights * totals / np.maximum(counts, 1.0)
 
-    def _add_children(
-        self, sequence: Sequence, node: int, tokens: list[int], log_probs: list[float]
-    ) -> list[float]:
-        """Put the proposals into the tree; returns the expected accepted tokens of each."""
-        tree, values = sequence.tree, []
-        is_greedy = sequence.request.sampling.is_greedy
-        for rank, token in enumerate(tokens):
-            if log_probs[rank] == -math.inf:  # top-k, top-p or min-p removed it: the target cannot pick it
-                break
-            if token >= self._num_target_tokens:
-                values.append(0.0)
-                continue
-            source, prior = model_source(MODEL_METHOD, rank, log_probs, is_greedy)
-            child = tree.add_child(node, token, self._estimator.estimate(source, prior), source)
-            values.append(tree.nodes[child].value)
-        return values
 
-    def _take_rows(self, sequence: Sequence, num_nodes: int) -> bool:
-        cached = self._cached[sequence.id]
-        num_rows = (
-            len(cached.rows) + cached.lag(sequence) + num_nodes
-        )  # one too many where the root is among them
-        return self._take_pages(cached, cached.context_len + num_rows)
-
-    def _take_pages(self, cached: _CachedSequence, num_rows: int) -> bool:
-        missing = self._pool.pages_for(num_rows) - len(cached.pages)
-        if missing > self._pool.num_available:
-            return False
-        if missing > 0:
-            cached.pages += self._pool.allocate(missing)
-        return True
-
-    def _commit_rows(self, sequence: Sequence, count: int) -> None:
-        cached = self._cached[sequence.id]
-        cached.context_len += count
-        known = sequence.tokens[: cached.context_len]
-        cached.num_pages_remembered = self._pool.remember_prefix(
-            cached.pages, known, cached.num_pages_remembered
-        )
-
-    def _move_rows(self, cached: _CachedSequence, rows: list[int]) -> None:
-        """Move tree rows `rows` to rows 0, 1, 2, …"""
-        moves = [(old, new) for new, old in enumerate(rows) if old != new]
-        if moves:
-            sources = torch.tensor([self._slot(cached, old) for old, _ in moves])
-            targets = torch.tensor([self._slot(cached, new) for _, new in moves])
-            self._cache.commit(sources.to(self._model.device), targets.to(self._model.device))
-
-    def _slot(self, cached: _CachedSequence, row: int) -> int:
-        page, offset = divmod(cached.context_len + row, self._pool.page_size)
-        return cached.pages[page] * self._pool.page_size + offset
+def _chains(slots: Ints, contexts: Ints, lengths: Ints, tokens: Ints) -> TreeRows:
+    """Rows of known tokens ([sum of lengths]) behind the committed ones."""
+    first = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    rows = np.arange(len(tokens)) - first
+    num_words = max(1, -(-int(lengths.max()) // 64))
+    ancestors = np.concatenate([chain_masks(int(length), num_words) for length in lengths])
+    return TreeRows(slots, contexts, lengths, lengths, tokens, rows, rows, ancestors)

@@ -7,97 +7,105 @@ enter the same tree as the proposals of other methods.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence as SequenceABC
+import numpy as np
 
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
-from outrider.workers.rounds.tree import GrowingTree
+from outrider.workers.drafting.method import DraftMethod, MethodContext, Verified
+from outrider.workers.drafting.ngram_table import NgramTable
+from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.sequences.sequence import Sequence
+from outrider.workers.sequences.tree import Floats, Ints, Survivors
 
-NGRAM_METHOD = 0
-_MAX_OCCURRENCES = 16  # the most recent ones are compared
-_MATCH_EDGES = (2, 3, 4, 5, 7, 10, 15, 24)  # tokens
+_MATCH_EDGES = np.array((2, 3, 4, 5, 7, 10, 15, 24))  # tokens
 
 
-class NgramIndex:
-    """Where each run of `min_match` tokens of one sequence ends; extended as the sequence grows."""
+class NgramMethod(DraftMethod):
+    """Proposes at once what costs nothing: below the roots, and below whatever other methods proposed last."""
 
-    def __init__(self, config: NgramConfig) -> None:
-        self.config = config
-        self._ends: dict[tuple[int, ...], list[int]] = {}
-        self._num_indexed = 0
+    name = "ngram"
+    is_free = True
 
-    def continuations(
-        self, tokens: SequenceABC[int], path: SequenceABC[int], max_length: int
-    ) -> list[tuple[int, list[int]]]:
-        """(match length, tokens that followed) of earlier occurrences of the last tokens, longest match first.
+    def __init__(self, slots: DraftedSlots, estimator: AcceptanceEstimator, config: NgramConfig) -> None:
+        super().__init__(slots, estimator)
+        assert slots.recent.shape[1] >= config.max_match  # and as long as the longest path of a round
+        self._config = config
+        self._table = NgramTable(config, len(slots))
+        self._num_kinds = len(_MATCH_EDGES) + 1
+        self._first_source = estimator.reserve(config.max_candidates * self._num_kinds)
+        self._num_indexed = np.zeros(len(slots), dtype=np.int64)  # tokens
+        self._num_looked_up = np.zeros(len(slots), dtype=np.int64)  # nodes, the oldest ones
 
-        The last tokens are those of `tokens` followed by `path`, draft tokens that may come next.
-        """
-        self._extend(tokens)
-        width = self.config.min_match
-        num_known, length = len(tokens), len(tokens) + len(path)
-        tail = [*tokens[max(0, num_known - self.config.max_match) :], *path]
-        if length <= width or max_length < 1:
-            return []
-        ends = self._ends.get(tuple(tail[-width:]), [])
-        ranked = sorted(
-            (
-                (self._match_length(tokens, tail, end), end)
-                for end in ends[-_MAX_OCCURRENCES:]
-                if end < length
-            ),
-            reverse=True,
+    @classmethod
+    def build(cls, context: MethodContext) -> NgramMethod:
+        """From `draft.ngram`."""
+        return cls(context.slots, context.estimator, context.config.draft.ngram)
+
+    def start(self, sequence: Sequence) -> None:
+        """Index the prompt."""
+        self._table.start(sequence.slot, np.array(sequence.tokens))
+        self._num_indexed[sequence.slot] = len(sequence.tokens)
+        self._num_looked_up[sequence.slot] = 0
+
+    def finish(self, sequence: Sequence) -> None:
+        """Drop the index."""
+        self._table.finish(sequence.slot)
+
+    def observe(self, verified: Verified) -> None:
+        """Index what came out."""
+        slots, counts, tokens = [], [], []
+        for step in verified.steps:
+            slot = step.sequence.slot
+            new = step.sequence.tokens[self._num_indexed[slot] :]
+            if new:
+                slots.append(slot)
+                counts.append(len(new))
+                tokens += new
+        if slots:
+            self._num_indexed[slots] += counts
+            self._table.extend(np.array(slots), np.array(counts), np.array(tokens))
+
+    def rerooted(self, survivors: Survivors) -> None:
+        """The root is another one; its survivors were looked up before."""
+        self._num_looked_up[survivors.slots] = 0
+
+    def expand(self, slots: Ints) -> bool:
+        """Add what followed the last tokens earlier, below the root and leaves that were not looked up yet."""
+        depths = self.slots.round_depths(slots)
+        is_open = self.slots.open_nodes(slots, depths)
+        width = is_open.shape[1]
+        columns = np.arange(width)
+        is_leaf = self.trees.child_mass[slots, :width] == 0.0
+        is_open &= (is_leaf & (columns >= self._num_looked_up[slots][:, None])) | (
+            (columns == 0) & (self._num_looked_up[slots] == 0)[:, None]
         )
-        found: list[tuple[int, list[int]]] = []
-        for match, end in ranked:
-            # A match that reaches the end repeats itself: its continuation goes round with the period.
-            reach = [*tokens[end : end + max_length], *path]
-            follow = [reach[i % len(reach)] for i in range(max_length)]
-            if all(follow != other for _, other in found):
-                found.append((match, follow))
-            if len(found) == self.config.max_candidates:
-                break
-        return found
+        owners, nodes = np.nonzero(is_open)
+        if not len(nodes):
+            return False
+        owner_slots = slots[owners]
+        room = depths[owners] - self.trees.depths[owner_slots, nodes]
+        path_lengths = self.trees.depths[owner_slots, nodes]
+        recent = self.slots.recent[owner_slots]
+        tails = self.trees.tails(owner_slots, nodes, recent)
+        lengths = np.minimum(self.slots.num_tokens[owner_slots] + path_lengths, recent.shape[1])
+        found = self._table.look_up(owner_slots, tails, lengths, path_lengths, room)
+        for rank in range(self._config.max_candidates):
+            hits = np.flatnonzero(found.match_lengths[:, rank])
+            if len(hits):
+                tokens = found.tokens[hits, rank]
+                acceptances, sources = self._estimates(found.match_lengths[hits, rank], rank, tokens.shape[1])
+                self.trees.add_chains(
+                    owner_slots[hits], nodes[hits], tokens, room[hits], acceptances, sources
+                )
+        self._num_looked_up[slots] = self.trees.num_nodes[slots]
+        return bool(found.match_lengths.any())
 
-    def _extend(self, tokens: SequenceABC[int]) -> None:
-        width = self.config.min_match
-        for end in range(max(self._num_indexed + 1, width), len(tokens) + 1):
-            self._ends.setdefault(tuple(tokens[end - width : end]), []).append(end)
-        self._num_indexed = len(tokens)
-
-    def _match_length(self, tokens: SequenceABC[int], tail: SequenceABC[int], end: int) -> int:
-        length, limit = self.config.min_match, min(self.config.max_match, end, len(tail))
-        while length < limit and tokens[end - 1 - length] == tail[-1 - length]:
-            length += 1
-        return length
-
-
-def propose_ngrams(
-    index: NgramIndex,
-    tokens: SequenceABC[int],
-    tree: GrowingTree,
-    below: int,
-    max_depth: int,
-    estimator: AcceptanceEstimator,
-) -> None:
-    """Add what followed the last tokens earlier, below node `below` of the tree, whose root is `tokens[-1]`."""
-    room = max_depth - tree.nodes[below].depth
-    for rank, (match, follow) in enumerate(index.continuations(tokens, tree.path_tokens(below), room)):
-        node = below
-        for depth, token in enumerate(follow):
-            # Once the tokens before it are accepted, the match is longer by as many.
-            source = (NGRAM_METHOD, rank, _match_bucket(match + depth))
-            node = tree.add_child(
-                node, token, estimator.estimate(source, _prior(match + depth, rank)), source
-            )
-
-
-def _prior(match_length: int, rank: int) -> float:
-    """One or two equal tokens mean little, four or five much: fitted to Spec-Bench answers of Qwen2.5-Coder 1.5B."""
-    prior = 0.9 * (1.0 - math.exp(-((match_length / 4.0) ** 2)))
-    return prior if rank == 0 else 0.5 * prior
-
-
-def _match_bucket(length: int) -> int:
-    return sum(length >= edge for edge in _MATCH_EDGES)
+    def _estimates(self, matches: Ints, rank: int, length: int) -> tuple[Floats, Ints]:
+        """Acceptances and sources, [C, length] each, along the continuations of matches ([C] tokens) of a rank."""
+        # Once the tokens before it are accepted, the match is longer by as many.
+        lengths = matches[:, None] + np.arange(length)
+        # One or two equal tokens mean little, four or five much: fitted to Spec-Bench answers of Qwen2.5-Coder 1.5B.
+        priors = 0.9 * (1.0 - np.exp(-((lengths / 4.0) ** 2))) * (1.0 if rank == 0 else 0.5)
+        buckets = np.searchsorted(_MATCH_EDGES, lengths, side="right")
+        sources = self._first_source + rank * self._num_kinds + buckets
+        return self.estimator.estimate(sources, priors), sources

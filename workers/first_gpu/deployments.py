@@ -11,15 +11,15 @@ from torch.profiler import profile
 from outrider.configs.loader import load_config
 from outrider.configs.schema import Config
 from outrider.kernels.selection import REFERENCES
-from outrider.workers.communicator import SoloCommunicator
-from outrider.workers.distributed import GroupCommunicator, open_store
 from outrider.workers.first_gpu.processes import deployed
 from outrider.workers.first_gpu.report import Row, passed_or_failed
 from outrider.workers.first_gpu.setting import Setting
 from outrider.workers.first_gpu.small_model import ALL_KERNELS, build, compare_graphs, logits_of
-from outrider.workers.rounds.messages import Draft, SequenceStart, SequenceStep
-from outrider.workers.rounds.sequence import DraftOptions, Request, TokenEvent
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.link.communicator import SoloCommunicator
+from outrider.workers.link.distributed import GroupCommunicator, open_store
+from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer, write_chrome_trace
 

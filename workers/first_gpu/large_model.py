@@ -17,23 +17,23 @@ from torch.profiler import profile
 from outrider.kernels.gpu_check import median_replay_s
 from outrider.kernels.roofline import least_time_s, roofline_of
 from outrider.kernels.selection import REFERENCES, KernelSelection
-from outrider.workers.communicator import SoloCommunicator
 from outrider.workers.first_gpu.expected import MANY, ONE, ONE_LONG, Figure
 from outrider.workers.first_gpu.report import Row, milliseconds, not_run
 from outrider.workers.first_gpu.setting import Setting
 from outrider.workers.first_gpu.small_model import ALL_KERNELS
+from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import ForwardBatch, SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache, bytes_per_page
-from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.cuda_graphs import forward_of, target_capacities
 from outrider.workers.model.linear import Linear
 from outrider.workers.model.loader import NO_BIAS
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling.context import PenaltyState, RowContext
-from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.timing import stopwatch_of
+from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.random_source import tensor_shapes
 
 DTYPE = torch.bfloat16

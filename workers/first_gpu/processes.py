@@ -14,7 +14,7 @@ from typing import Any
 
 from outrider.configs.schema import Config
 from outrider.workers.draft import DraftWorker
-from outrider.workers.rounds.sequence import Request, TokenEvent
+from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
 

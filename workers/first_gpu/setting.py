@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from outrider.kernels.gpu_check import Gpu, TorchGpu, all_cases
 from outrider.kernels.kernel_cases import Preparation
 from outrider.workers.first_gpu.expected import UNKNOWN, Figure
-from outrider.workers.model.config import ModelConfig, RopeScaling
+from outrider.workers.weights.config import ModelConfig, RopeScaling
 
 GIB = 1 << 30
 

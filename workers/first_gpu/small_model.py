@@ -7,9 +7,9 @@ from torch import Tensor
 
 from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.kernels.self_test import ENTRIES
-from outrider.workers.communicator import Communicator, SoloCommunicator
 from outrider.workers.first_gpu.report import Row, not_run, passed_or_failed
 from outrider.workers.first_gpu.setting import Setting
+from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model.batch import ForwardBatch, SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import GraphedForward, forward_of, target_capacities

@@ -1,33 +1,47 @@
-"""From sequences to the tensors of one forward."""
+"""From the rows of many trees to the tensors of one forward."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from outrider.kernels.tree_batch import MASK_WORD_BITS, TreeBatch
+from outrider.workers.sequences.page_tables import PageTables
+from outrider.workers.sequences.segments import Int64Array
+
+UInt64Array = npt.NDArray[np.uint64]
 
 
-@dataclass(frozen=True)
-class SequenceRows:
-    """One sequence's share of a forward.
+@dataclass(frozen=True, eq=False)
+class TreeRows:
+    """The rows that one forward computes: N of them, those of B sequences back to back.
+
+    Tree row j of a sequence is the j-th behind its committed rows, whatever its depth. The queries are the LAST
+    `query_lens` of its `tree_lens` rows.
 
     Attributes:
-        pages: page ids, enough for context_len + len(parents) rows.
-        context_len: committed rows in the cache.
-        parents: for each tree row, already cached or new, the row of its parent; parents come first. The root is
-            row 0 and is its own parent. A prompt chunk is the chain [0, 0, 1, 2, ...].
-        num_cached: how many of the first tree rows are in the cache already.
-        tokens: token ids of the other rows, the queries: len(parents) - num_cached of them.
+        slots: int64 [B], the sequences.
+        context_lens: int64 [B], committed rows in the cache.
+        tree_lens: int64 [B], rows behind them once this is computed, those included that are cached already.
+        query_lens: int64 [B].
+        tokens: int64 [N].
+        tree_rows: int64 [N], the tree row of each query.
+        depths: int64 [N]; the root has depth 0.
+        ancestors: uint64 [N, W]; bit k of word w: tree row 64 * w + k is an ancestor of the query, or is the query.
     """
 
-    pages: Sequence[int]
-    context_len: int
-    parents: Sequence[int]
-    num_cached: int
-    tokens: Sequence[int]
+    slots: Int64Array
+    context_lens: Int64Array
+    tree_lens: Int64Array
+    query_lens: Int64Array
+    tokens: Int64Array
+    tree_rows: Int64Array
+    depths: Int64Array
+    ancestors: UInt64Array
 
 
 @dataclass(frozen=True)
@@ -45,70 +59,67 @@ class ForwardBatch:
     tree: TreeBatch
 
 
-def chain(num_rows: int) -> list[int]:
-    """Parents of a chain of rows: [0, 0, 1, 2, ...]."""
-    return [0, *range(num_rows - 1)]
+def num_mask_words(tree_lens: Int64Array) -> int:
+    """Words of an ancestor mask for the longest of these trees."""
+    return max(1, -(-int(tree_lens.max(initial=0)) // MASK_WORD_BITS))
 
 
-def build_batch(sequences: Sequence[SequenceRows], page_size: int, device: torch.device) -> ForwardBatch:
-    """Lays the queries of all sequences out for one forward."""
-    context_lens = [s.context_len for s in sequences]
-    tree_lens = [len(s.parents) for s in sequences]
-    query_lens = [len(s.tokens) for s in sequences]
-    num_words = max(1, -(-max(tree_lens) // MASK_WORD_BITS))
-    max_pages = max(len(s.pages) for s in sequences)
-    page_table = np.zeros((len(sequences), max_pages), dtype=np.int32)
-    tokens: list[int] = []
-    depths: list[int] = []
-    slots: list[np.ndarray] = []
-    masks: list[bytes] = []
-    for b, rows in enumerate(sequences):
-        assert len(rows.parents) == rows.num_cached + len(rows.tokens), (
-            "a query per tree row that is not cached"
-        )
-        assert len(rows.pages) * page_size >= rows.context_len + len(rows.parents), (
-            "too few pages for the rows"
-        )
-        pages = np.asarray(rows.pages, dtype=np.int64)
-        page_table[b, : len(pages)] = pages
-        tokens += rows.tokens
-        row_depths, row_masks = _depths_and_masks(rows.parents)
-        depths += row_depths[rows.num_cached :]
-        masks += [mask.to_bytes(8 * num_words, "little") for mask in row_masks[rows.num_cached :]]
-        new = np.arange(rows.context_len + rows.num_cached, rows.context_len + len(rows.parents))
-        slots.append(pages[new // page_size] * page_size + new % page_size)
-    depth_array = np.array(depths, dtype=np.int32)
-    ancestors = np.frombuffer(bytearray(b"".join(masks)), dtype=np.int64).reshape(len(tokens), num_words)
-    positions = np.repeat(np.array(context_lens, dtype=np.int64), query_lens) + depth_array
+def ancestor_masks(parents: Int64Array, bits: Int64Array, num_words: int) -> UInt64Array:
+    """Of every row the rows on its path to the root, itself included: uint64 [N, num_words].
 
-    def tensor(array: np.ndarray) -> Tensor:
+    By pointer doubling: a row's mask takes in that of its 1st, 2nd, 4th, … ancestor, each of which tells of as many
+    rows, so a chain of n rows takes log2(n) passes, a tree those of its depth.
+
+    Args:
+        parents: int64 [N], the index of each row's parent among these N; a root is its own parent.
+        bits: int64 [N], the bit that stands for each row.
+    """
+    masks = np.zeros((len(parents), num_words), dtype=np.uint64)
+    words, places = np.divmod(bits, MASK_WORD_BITS)
+    masks[np.arange(len(parents)), words] = np.uint64(1) << places.astype(np.uint64)
+    reached = parents
+    while True:
+        masks |= masks.take(reached, axis=0)
+        further = reached.take(reached)
+        if np.array_equal(further, reached):
+            return masks
+        reached = further
+
+
+def depths_of(masks: UInt64Array) -> Int64Array:
+    """Depth of every row, int64 [N], from its ancestor mask, uint64 [N, W]."""
+    return np.bitwise_count(masks).sum(axis=1, dtype=np.int64) - 1
+
+
+def build_batch(tables: PageTables, rows: TreeRows, device: torch.device) -> ForwardBatch:
+    """Lays the queries of all sequences out for one forward; the tables hold pages for all their rows."""
+    slots_of_rows = np.repeat(rows.slots, rows.query_lens)
+    contexts_of_rows = np.repeat(rows.context_lens, rows.query_lens)
+    num_pages = tables.num_pages[rows.slots]
+    num_rows = rows.context_lens + rows.tree_lens
+    assert (num_pages * tables.page_size >= num_rows).all(), "too few pages for the rows"
+    cache_slots = tables.cache_slots(slots_of_rows, contexts_of_rows + rows.tree_rows)
+    query_indptr = np.zeros(len(rows.slots) + 1, dtype=np.int32)
+    np.cumsum(rows.query_lens, out=query_indptr[1:])
+
+    def tensor(array: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(device)
 
     tree = TreeBatch(
-        page_table=tensor(page_table),
-        context_lens=tensor(np.array(context_lens, dtype=np.int32)),
-        tree_lens=tensor(np.array(tree_lens, dtype=np.int32)),
-        query_indptr=tensor(np.cumsum([0, *query_lens], dtype=np.int32)),
-        ancestors=tensor(ancestors),
-        depths=tensor(depth_array),
-        page_size=page_size,
-        host_context_lens=tuple(context_lens),
-        host_tree_lens=tuple(tree_lens),
-        host_query_lens=tuple(query_lens),
+        page_table=tensor(tables.page_table[rows.slots, : num_pages.max()]),
+        context_lens=tensor(rows.context_lens.astype(np.int32)),
+        tree_lens=tensor(rows.tree_lens.astype(np.int32)),
+        query_indptr=tensor(query_indptr),
+        ancestors=tensor(rows.ancestors.view(np.int64)),
+        depths=tensor(rows.depths.astype(np.int32)),
+        page_size=tables.page_size,
+        host_context_lens=tuple(rows.context_lens.tolist()),
+        host_tree_lens=tuple(rows.tree_lens.tolist()),
+        host_query_lens=tuple(rows.query_lens.tolist()),
     )
     return ForwardBatch(
-        tokens=tensor(np.array(tokens, dtype=np.int64)),
-        positions=tensor(positions),
-        slots=tensor(np.concatenate(slots)),
+        tokens=tensor(rows.tokens),
+        positions=tensor(contexts_of_rows + rows.depths),
+        slots=tensor(cache_slots),
         tree=tree,
     )
-
-
-def _depths_and_masks(parents: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Depth of each tree row, and its ancestors with itself as bits of a Python integer."""
-    depths, masks = [0], [1]
-    for row in range(1, len(parents)):
-        parent = parents[row]
-        depths.append(depths[parent] + 1)
-        masks.append(masks[parent] | 1 << row)
-    return depths, masks

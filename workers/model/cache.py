@@ -5,8 +5,8 @@ from torch import Tensor
 
 from outrider.kernels.kv_commit import kv_commit
 from outrider.workers.model import memory
-from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.shard import ShardPlan
+from outrider.workers.weights.config import ModelConfig
 
 
 def bytes_per_page(config: ModelConfig, plan: ShardPlan, dtype: torch.dtype, page_size: int) -> int:

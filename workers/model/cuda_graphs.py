@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.tree_batch import MASK_WORD_BITS, TreeBatch
-from outrider.workers.communicator import Communicator, SoloCommunicator, agreed
-from outrider.workers.distributed import GroupCommunicator
+from outrider.workers.link.communicator import Communicator, SoloCommunicator, agreed
+from outrider.workers.link.distributed import GroupCommunicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.transformer import Transformer
+from outrider.workers.model.transformer import Hidden, Transformer
 
 # Rows of the graphs that are captured; larger batches (prompt chunks) run without a graph.
 TARGET_ROWS = (8, 16, 32, 64, 128, 256)
@@ -117,21 +117,29 @@ class GraphedForward:
     calls `rehearse`, `warm_up` and `capture`, in this order; see `forward_of` for what happens when one fails.
     """
 
-    def __init__(self, model: Transformer, cache: PagedCache, capacities: Sequence[GraphCapacity]) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        cache: PagedCache,
+        capacities: Sequence[GraphCapacity],
+        taps: Sequence[int] = (),
+    ) -> None:
+        """`taps` are recorded with the graphs, so they are the same for every batch."""
         self._model = model
         self._cache = cache
+        self._taps = tuple(taps)
         self._capacities = sorted(capacities, key=lambda capacity: capacity.num_rows)
         self._statics: list[StaticBatch] = []
-        self._graphs: list[tuple[StaticBatch, torch.cuda.CUDAGraph, Tensor]] = []
+        self._graphs: list[tuple[StaticBatch, torch.cuda.CUDAGraph, Hidden]] = []
 
-    def __call__(self, batch: ForwardBatch) -> Tensor:
-        """[N, hidden] before the final norm, valid until the next call."""
+    def __call__(self, batch: ForwardBatch) -> Hidden:
+        """Valid until the next call: a graph writes its results where it wrote them before."""
         for static, graph, hidden in self._graphs:
             if static.capacity.holds(batch):
                 static.fill(batch)
                 graph.replay()
-                return hidden[: batch.tree.num_queries]
-        return self._model.forward(batch, self._cache)
+                return hidden.first(batch.tree.num_queries)
+        return self._model.forward(batch, self._cache, self._taps)
 
     def rehearse(self) -> None:
         """What can fail on this rank: memory, compiling and loading kernels. Says nothing to the other ranks.
@@ -141,12 +149,10 @@ class GraphedForward:
         """
         page_size, device = self._cache.page_size, self._model.device
         self._statics = [StaticBatch(capacity, page_size, device) for capacity in self._capacities]
-        communicator, self._model.communicator = self._model.communicator, SoloCommunicator()
-        try:
-            for static in self._statics:
-                self._model.forward(static.batch, self._cache).cpu()  # waits, so that errors come up here
-        finally:
-            self._model.communicator = communicator
+        alone = Transformer(self._model.weights, SoloCommunicator(), self._model.kernels)
+        for static in self._statics:
+            hidden = alone.forward(static.batch, self._cache, self._taps)
+            hidden.last.cpu()  # waits, so that errors come up here
 
     def warm_up(self) -> None:
         """Opens the connections between ranks for sums of each size, which must not happen in a capture."""
@@ -155,7 +161,7 @@ class GraphedForward:
         with torch.cuda.stream(side):
             for static in self._statics:
                 for _ in range(WARM_UP_RUNS):
-                    self._model.forward(static.batch, self._cache)
+                    self._model.forward(static.batch, self._cache, self._taps)
         torch.cuda.current_stream().wait_stream(side)
 
     def capture(self) -> None:
@@ -171,7 +177,7 @@ class GraphedForward:
         for static in reversed(self._statics):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                hidden = self._model.forward(static.batch, self._cache)
+                hidden = self._model.forward(static.batch, self._cache, self._taps)
             self._graphs.insert(0, (static, graph, hidden))
 
 
@@ -188,10 +194,12 @@ def can_be_captured(model: Transformer) -> bool:
 
 
 def forward_of(
-    model: Transformer, cache: PagedCache, capacities: Sequence[GraphCapacity]
-) -> Callable[[ForwardBatch], Tensor]:
+    model: Transformer, cache: PagedCache, capacities: Sequence[GraphCapacity], taps: Sequence[int] = ()
+) -> Callable[[ForwardBatch], Hidden]:
     """The model's forward over a cache, by graphs where every rank can have them; what it returns is valid until the
     next call. Ranks must call it together.
+
+    `taps`: layers whose inputs every call returns beside the last hidden rows, see `Hidden`; the same on every rank.
 
     A rank that replays sums over ranks needs partners that replay them as well. So before the first sum the ranks
     agree that nothing is wrong with any of them alone, and after the captures that all have succeeded.
@@ -199,10 +207,10 @@ def forward_of(
     Raises:
         PeerLostError: a rank was lost, or sums over ranks fail.
     """
-    eager = partial(model.forward, cache=cache)
+    eager = partial(model.forward, cache=cache, taps=tuple(taps))
     if model.device.type != "cuda":
         return eager
-    graphed = GraphedForward(model, cache, capacities)
+    graphed = GraphedForward(model, cache, capacities, taps)
     (possible,) = agreed(model.communicator, [can_be_captured(model)])
     if possible and _all_manage(graphed.rehearse, model.communicator):
         graphed.warm_up()

@@ -7,6 +7,7 @@ the speed of memory, `F.linear` at about half of it. torch offers the layout as 
 """
 
 import functools
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,54 +24,84 @@ MIN_ROWS = 4
 FLOAT32_SUM_COLUMNS = 256
 
 
-class Linear:
-    """y = x W^T + b.
+class Linear(Protocol):
+    """y = x W^T + b, however W is kept: dense, packed, with scales, as a product of two.
 
     Attributes:
         in_features, out_features: sizes.
-        packed: the weight is kept in the blocked layout, from which single rows cannot be read.
+        min_rows: a product of fewer rows is padded to this many first. Who makes several products of the same rows
+            pads them once, before.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, packed: bool) -> None:
-        """Keeps the weight, or a packed copy of it.
-
-        Args:
-            weight: [out, in].
-            bias: [out], or no elements for none.
-            packed: use the blocked layout, if this machine has it for this dtype. Its blocking depends on
-                `torch.get_num_threads()`: set that before.
-        """
-        self.out_features, self.in_features = weight.shape
-        self.packed = packed and weight.device.type == "cpu" and packing_works(weight.dtype)
-        self.bias = bias if bias.numel() else None
-        if self.packed:
-            self._columns = _columns_per_sum(weight)
-            self._blocks = [_pack(part) for part in weight.split(self._columns, dim=1)]
-        else:
-            self._weight = weight
+    in_features: int
+    out_features: int
+    min_rows: int
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, in] -> [rows, out]."""
-        if not self.packed:
-            return F.linear(x, self._weight, self.bias)
+        ...
+
+
+def make_linear(weight: Tensor, bias: Tensor, packed: bool) -> Linear:
+    """Keeps a weight in the fastest layout that this machine has for it.
+
+    Args:
+        weight: [out, in].
+        bias: [out], or no elements for none.
+        packed: use the blocked layout, if this machine has it for this dtype. Its blocking depends on
+            `torch.get_num_threads()`: set that before.
+    """
+    if packed and weight.device.type == "cpu" and packing_works(weight.dtype):
+        return PackedLinear(weight, bias)
+    return DenseLinear(weight, bias)
+
+
+class DenseLinear:
+    """The weight as it is."""
+
+    min_rows = 1
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        """`weight` [out, in], `bias` [out] or no elements for none."""
+        self.out_features, self.in_features = weight.shape
+        self._weight = weight
+        self._bias = bias if bias.numel() else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+
+class PackedLinear:
+    """A copy of the weight in the blocked layout, from which single rows cannot be read."""
+
+    min_rows = MIN_ROWS
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        """`weight` [out, in], `bias` [out] or no elements for none."""
+        self.out_features, self.in_features = weight.shape
+        self._bias = bias if bias.numel() else None
+        self._columns = _columns_per_sum(weight)
+        self._blocks = [_pack(part) for part in weight.split(self._columns, dim=1)]
+
+    def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
-        product = self._product(pad_rows(x))
+        product = self._product(pad_rows(x, MIN_ROWS))
         return product if rows >= MIN_ROWS else product[:rows]
 
     def _product(self, x: Tensor) -> Tensor:
         if len(self._blocks) == 1:
-            return _multiply(x, self._blocks[0], self.bias)
+            return _multiply(x, self._blocks[0], self._bias)
         parts = x.split(self._columns, dim=1)
-        total = _multiply(parts[0], self._blocks[0], self.bias)
+        total = _multiply(parts[0], self._blocks[0], self._bias)
         for part, block in zip(parts[1:], self._blocks[1:], strict=True):
             total = _multiply_add(part, block, total)
         return total
 
 
-def pad_rows(x: Tensor) -> Tensor:
-    """x [rows, n] with rows of zeros behind it where it has fewer than MIN_ROWS."""
+def pad_rows(x: Tensor, min_rows: int) -> Tensor:
+    """x [rows, n] with rows of zeros behind it where it has fewer than `min_rows`."""
     rows = x.shape[0]
-    return x if rows >= MIN_ROWS else F.pad(x, (0, 0, 0, MIN_ROWS - rows))
+    return x if rows >= min_rows else F.pad(x, (0, 0, 0, min_rows - rows))
 
 
 @functools.cache

@@ -7,28 +7,31 @@ import torch
 from torch import Tensor
 
 from outrider.workers.model import memory
-from outrider.workers.model.linear import Linear
+from outrider.workers.model.embedding import Embedding, MatrixEmbedding, StoredEmbedding
+from outrider.workers.model.head import Head, LinearHead
+from outrider.workers.model.linear import Linear, PackedLinear, make_linear
+from outrider.workers.model.mlp import GatedMlp, Mlp
 from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.vocabulary import VocabularyRange
+from outrider.workers.weights.config import DenseMlp
 from outrider.workers.weights.source import WeightSource
+from outrider.workers.weights.tensors import EMBEDDING, HEAD
 
 ALL = slice(None)
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 READ_CHUNK_BYTES = 64 << 20
 NO_BIAS = torch.empty(0)
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer on one rank. HQ query places and HK KV heads of size D, I MLP columns.
+    """One layer on one rank. HQ query places and HK KV heads of size D.
 
     Attributes:
         attention_norm, mlp_norm: [hidden].
         qkv: hidden -> (HQ + 2 HK) * D.
         q_norm, k_norm: [D]; empty when the model has none.
         attention_output: HQ * D -> hidden, a partial sum over ranks.
-        gate_up: hidden -> 2 I, gates first.
-        down: I -> hidden, a partial sum over ranks.
+        mlp: hidden -> hidden, a partial sum over ranks.
     """
 
     attention_norm: Tensor
@@ -37,8 +40,75 @@ class LayerWeights:
     k_norm: Tensor
     attention_output: Linear
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: Mlp
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """All that one rank keeps of a model.
+
+    Attributes:
+        plan: which part that is.
+        dtype: of weights and activations.
+        device: where they are.
+        embedding: of the ids `plan.vocab`.
+        layers: first to last.
+        final_norm: [hidden].
+        head: logits of the ids `plan.vocab`.
+    """
+
+    plan: ShardPlan
+    dtype: torch.dtype
+    device: torch.device
+    embedding: Embedding
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor
+    head: Head
+
+
+def ignore_bytes(num_bytes: int) -> None:
+    """For a loader that nobody watches."""
+
+
+def load_weights(
+    plan: ShardPlan,
+    source: WeightSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    packed: bool,
+    progress: Callable[[int], None] = ignore_bytes,
+) -> ModelWeights:
+    """Reads one rank's weights, the largest matrix first, so that the peak is their size plus one matrix.
+
+    Args:
+        plan: the model and the rank's part; source: where its weights are read from.
+        dtype: of weights and activations.
+        packed: keep matrices in the processor's blocked layout (CPU only).
+        progress: called with the bytes of each weight read.
+
+    Raises:
+        ValueError: a weight is missing.
+    """
+    loader = WeightLoader(plan, source, dtype, device, packed, progress)
+    tied = plan.config.tied_embeddings
+    ids = VocabularyRange(plan.vocab.start, plan.vocab.stop)
+    matrix = loader.vocabulary_matrix(EMBEDDING if tied else HEAD)
+    linear = loader.linear(matrix, NO_BIAS)
+    embedding: Embedding
+    if tied and isinstance(linear, PackedLinear):
+        embedding = StoredEmbedding(source, EMBEDDING, ids, dtype)
+    else:
+        embedding = MatrixEmbedding(matrix if tied else loader.vocabulary_matrix(EMBEDDING), ids)
+    del matrix  # may be as large as the layers of a small model
+    return ModelWeights(
+        plan=plan,
+        dtype=dtype,
+        device=device,
+        embedding=embedding,
+        layers=tuple(loader.layer(index) for index in range(plan.config.num_layers)),
+        final_norm=loader.vector("model.norm.weight", ALL),
+        head=LinearHead(linear, ids),
+    )
 
 
 class WeightLoader:
@@ -71,8 +141,7 @@ class WeightLoader:
             k_norm=self._head_norm(attention + "k_norm.weight"),
             attention_output=self._attention_output(attention + "o_proj.weight"),
             mlp_norm=self.vector(prefix + "post_attention_layernorm.weight", ALL),
-            gate_up=self._gate_up(prefix + "mlp."),
-            down=self._down(prefix + "mlp.down_proj.weight"),
+            mlp=self._mlp(prefix + "mlp.", self.plan.config.layers[index].mlp),
         )
         memory.release_freed()
         return weights
@@ -92,7 +161,7 @@ class WeightLoader:
 
     def linear(self, weight: Tensor, bias: Tensor) -> Linear:
         """A matrix in the layout asked for; a bias of no elements means none."""
-        return Linear(weight.to(self.device), bias.to(self.device), self.packed)
+        return make_linear(weight.to(self.device), bias.to(self.device), self.packed)
 
     def _read_rows_into(self, out: Tensor, name: str, rows: range) -> None:
         step = max(1, READ_CHUNK_BYTES // (out.shape[1] * out.itemsize))
@@ -135,15 +204,14 @@ class WeightLoader:
         self.progress(read.nbytes)
         return self.linear(weight.view(config.hidden_size, -1), NO_BIAS)
 
-    def _gate_up(self, prefix: str) -> Linear:
-        columns, hidden = self.plan.intermediate, self.plan.config.hidden_size
-        weight = torch.empty(2, len(columns), hidden, dtype=self.dtype)
-        self._read_rows_into(weight[0], prefix + "gate_proj.weight", columns)
-        self._read_rows_into(weight[1], prefix + "up_proj.weight", columns)
-        return self.linear(weight.view(-1, hidden), NO_BIAS)
-
-    def _down(self, name: str) -> Linear:
-        columns = self.plan.intermediate
-        read = self.source.read(name, ALL, slice(columns.start, columns.stop), self.dtype)
-        self.progress(read.nbytes)
-        return self.linear(read, NO_BIAS)
+    def _mlp(self, prefix: str, described: DenseMlp) -> Mlp:
+        hidden, columns = self.plan.config.hidden_size, self.plan.mlp_columns(described.intermediate_size)
+        gate_up = torch.empty(2, len(columns), hidden, dtype=self.dtype)
+        self._read_rows_into(gate_up[0], prefix + "gate_proj.weight", columns)
+        self._read_rows_into(gate_up[1], prefix + "up_proj.weight", columns)
+        fused = self.linear(gate_up.view(-1, hidden), NO_BIAS)
+        del gate_up
+        part = slice(columns.start, columns.stop)
+        down = self.source.read(prefix + "down_proj.weight", ALL, part, self.dtype)
+        self.progress(down.nbytes)
+        return GatedMlp(fused, self.linear(down, NO_BIAS))

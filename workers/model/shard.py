@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from outrider.workers.model.config import ModelConfig
+from outrider.workers.weights.config import ModelConfig
 
 MLP_BLOCK = 128
 VOCAB_BLOCK = 64
@@ -32,7 +32,8 @@ class ShardPlan:
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.size, (self.rank, self.size)
-        limit = min(self.config.num_heads, self.config.intermediate_size, self.config.vocab_size)
+        narrowest = min(layer.mlp.intermediate_size for layer in self.config.layers)
+        limit = min(self.config.num_heads, narrowest, self.config.vocab_size)
         if self.size > limit:
             raise ValueError(
                 f"target.tp_size must be at most {limit} for this model (its query heads), got {self.size}"
@@ -73,10 +74,9 @@ class ShardPlan:
             for i in range(len(self._readers(kv_head)))
         )
 
-    @cached_property
-    def intermediate(self) -> range:
-        """MLP columns of this rank."""
-        return _share_blocks(self.config.intermediate_size, MLP_BLOCK, self.rank, self.size)
+    def mlp_columns(self, intermediate_size: int) -> range:
+        """Columns of this rank of an MLP that has `intermediate_size` of them."""
+        return _share_blocks(intermediate_size, MLP_BLOCK, self.rank, self.size)
 
     @cached_property
     def vocab(self) -> range:

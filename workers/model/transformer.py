@@ -1,7 +1,10 @@
-"""The transformer, for target and drafter alike: Llama, Qwen2 and Qwen3 on one tensor-parallel rank."""
+"""The transformer, for target and drafter alike, on one tensor-parallel rank; its family is in its configuration."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,19 +13,30 @@ from outrider.kernels.gather_rows import gather_rows
 from outrider.kernels.rope_append import rope_append
 from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.kernels.tree_attention import tree_attention
-from outrider.workers.communicator import Communicator
+from outrider.workers.link.communicator import Communicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.config import ModelConfig
 from outrider.workers.model.linear import pad_rows
-from outrider.workers.model.loader import EMBEDDING, HEAD, NO_BIAS, LayerWeights, WeightLoader
+from outrider.workers.model.loader import ModelWeights
 from outrider.workers.model.rope import RotaryEmbedding
-from outrider.workers.model.shard import ShardPlan
-from outrider.workers.weights.source import WeightSource
 
 
-def _no_progress(num_bytes: int) -> None:
-    pass
+@dataclass(frozen=True)
+class Hidden:
+    """What a forward gives, one row for each row of its batch, in the model's dtype.
+
+    Attributes:
+        last: [N, hidden] that leave the last layer, before the final norm.
+        taps: by layer, [N, hidden] that enter it, for the layers asked for. Layer 0 reads the embedding; the number
+            of layers stands for `last`.
+    """
+
+    last: Tensor
+    taps: Mapping[int, Tensor]
+
+    def first(self, num_rows: int) -> "Hidden":
+        """Of the first `num_rows` rows; no copy."""
+        return Hidden(self.last[:num_rows], {layer: rows[:num_rows] for layer, rows in self.taps.items()})
 
 
 class Transformer:
@@ -32,119 +46,102 @@ class Transformer:
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        plan: ShardPlan,
-        source: WeightSource,
-        communicator: Communicator,
-        dtype: torch.dtype,
-        device: torch.device,
-        packed: bool,
-        progress: Callable[[int], None] = _no_progress,
-        kernels: KernelSelection = REFERENCES,
+        self, weights: ModelWeights, communicator: Communicator, kernels: KernelSelection = REFERENCES
     ) -> None:
-        """Loads this rank's weights, the largest matrix first, so that the peak is their size plus one matrix.
+        """Built once, of weights that are loaded and ranks that are connected.
 
         Args:
-            config: the model; plan: this rank's part; source: where its weights are read from.
             communicator: of the ranks that share this model.
-            dtype: of weights and activations.
-            packed: keep matrices in the processor's blocked layout (CPU only).
-            progress: called with the bytes of each weight read.
-            kernels: which CUDA kernels to run, see `select_kernels`.
-
-        Raises:
-            ValueError: a weight is missing or has another shape than the configuration says.
+            kernels: which CUDA kernels to run, see `select_kernels`; the same on every rank.
         """
-        self.config = config
-        self.plan = plan
-        self.source = source
+        self.weights = weights
         self.communicator = communicator
-        self.dtype = dtype
         self.kernels = kernels
-        self.device = device
-        self.rope = RotaryEmbedding(config, dtype, device)
-        self.scale = config.head_dim**-0.5
-        loader = WeightLoader(plan, source, dtype, device, packed, progress)
-        matrix = loader.vocabulary_matrix(EMBEDDING if config.tied_embeddings else HEAD)
-        self.head = loader.linear(matrix, NO_BIAS)
-        # Rows cannot be read from a packed matrix: tied embedding rows then come from the source on demand.
-        self.embeds_from_source = config.tied_embeddings and self.head.packed
-        if self.embeds_from_source:
-            matrix = torch.empty(0)
-        elif not config.tied_embeddings:
-            matrix = loader.vocabulary_matrix(EMBEDDING)
-        self.embedding = matrix
-        self.final_norm = loader.vector("model.norm.weight", slice(None))
-        self.layers = [loader.layer(index) for index in range(config.num_layers)]
+        self.plan = weights.plan
+        self.config = weights.plan.config
+        self.device = weights.device
+        self.dtype = weights.dtype
+        self.scale = self.config.head_dim**-0.5
+        # Most models have one kind of layer.
+        kinds = list(dict.fromkeys(layer.rope for layer in self.config.layers))
+        self._ropes = [RotaryEmbedding(self.config, rope, self.dtype, self.device) for rope in kinds]
+        self._rope_of_layer = [kinds.index(layer.rope) for layer in self.config.layers]
+        layer = weights.layers[0]
+        self._min_rows = max(layer.qkv.min_rows, layer.attention_output.min_rows)
 
     @torch.inference_mode()
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids int64 [N] -> [N, hidden]."""
+        embedding, use_kernel = self.weights.embedding, self.kernels.gather_rows
         if self.plan.size == 1:
-            return self._embedding_rows(tokens)
-        first, last = self.plan.vocab.start, self.plan.vocab.stop
-        foreign = (tokens < first) | (tokens >= last)
-        rows = self._embedding_rows(tokens.masked_fill(foreign, first))
-        return self.communicator.all_reduce(rows.masked_fill_(foreign[:, None], 0.0))
+            return embedding.rows(tokens, use_kernel)
+        columns, here = embedding.vocabulary.columns(tokens)
+        rows = embedding.rows(columns, use_kernel)
+        return self.communicator.all_reduce(rows.masked_fill_(~here[:, None], 0.0))
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, cache: PagedCache) -> Tensor:
-        """Runs all layers, writing the rows' keys and values: [N, hidden] before the final norm."""
-        num_rows = batch.tokens.shape[0]
-        hidden = self._padded(self.embed(batch.tokens))
-        cos, sin = self.rope(batch.positions)
-        eps = self.config.rms_norm_eps
-        width = (self.config.hidden_size,)
-        for index, layer in enumerate(self.layers):
+    def forward(self, batch: ForwardBatch, cache: PagedCache, taps: Sequence[int] = ()) -> Hidden:
+        """Runs all layers, writing the rows' keys and values.
+
+        `taps`: layers whose inputs are wanted as well, from 0 to the number of layers, see `Hidden`.
+        """
+        hidden = pad_rows(self.embed(batch.tokens), self._min_rows)
+        rotations = [rope(batch.positions) for rope in self._ropes]
+        eps, width = self.config.rms_norm_eps, (self.config.hidden_size,)
+        tapped: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.weights.layers):
+            if index in taps:
+                tapped[index] = hidden
             normed = F.rms_norm(hidden, width, layer.attention_norm, eps)
-            attended = self._attention(layer, normed, cos, sin, batch, cache.keys(index), cache.values(index))
+            attended = self._attention(index, normed, rotations[self._rope_of_layer[index]], batch, cache)
             hidden = hidden + self.communicator.all_reduce(attended)
             normed = F.rms_norm(hidden, width, layer.mlp_norm, eps)
-            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            hidden = hidden + self.communicator.all_reduce(layer.down(F.silu(gate) * up))
-        return hidden[:num_rows]
+            hidden = hidden + self.communicator.all_reduce(layer.mlp(normed))
+        if self.config.num_layers in taps:
+            tapped[self.config.num_layers] = hidden
+        return Hidden(hidden, tapped).first(batch.tokens.shape[0])
+
+    @torch.inference_mode()
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Rows [M, hidden] of `Hidden.last` after the final norm, as the head reads them."""
+        width, eps = (self.config.hidden_size,), self.config.rms_norm_eps
+        return F.rms_norm(hidden, width, self.weights.final_norm, eps)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Rows [M, hidden] as `forward` returns them -> this rank's logits, float32 [M, vocab_shard]."""
-        normed = F.rms_norm(hidden, (self.config.hidden_size,), self.final_norm, self.config.rms_norm_eps)
-        return self.head(normed).float()
+        """Rows [M, hidden] of `Hidden.last` -> this rank's logits, float32 [M, vocab_shard]."""
+        return self.weights.head(self.normed(hidden))
 
     @torch.inference_mode()
-    def logits_of(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
+    def logits_of(self, hidden: Tensor, rows: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
         """`logits` of these rows of a forward's [N, hidden]: float32 [len(rows), vocab_shard]."""
-        index = torch.tensor(rows, dtype=torch.int64, device=hidden.device)
+        index = torch.as_tensor(rows, dtype=torch.int64, device=hidden.device)
         return self.logits(gather_rows(hidden, index, self.kernels.gather_rows))
 
     def _attention(
         self,
-        layer: LayerWeights,
+        index: int,
         normed: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rotation: tuple[Tensor, Tensor],
         batch: ForwardBatch,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        cache: PagedCache,
     ) -> Tensor:
+        layer, described = self.weights.layers[index], self.config.layers[index]
+        k_pages, v_pages = cache.keys(index), cache.values(index)
         HQ, HK, D = self.plan.num_query_places, self.plan.num_kv_heads, self.config.head_dim
         heads = layer.qkv(normed).view(-1, HQ + 2 * HK, D)[: batch.tree.num_queries]
         q, k, v = heads.split((HQ, HK, HK), dim=1)
         if self.config.qk_norm:
             q = F.rms_norm(q, (D,), layer.q_norm, self.config.rms_norm_eps)
             k = F.rms_norm(k, (D,), layer.k_norm, self.config.rms_norm_eps)
-        q = rope_append(q, k, v, cos, sin, batch.slots, k_pages, v_pages, self.kernels.rope_append)
+        q = rope_append(q, k, v, *rotation, batch.slots, k_pages, v_pages, self.kernels.rope_append)
         out = tree_attention(  # [N, HQ, D]
-            q, k_pages, v_pages, batch.tree, self.scale, use_kernel=self.kernels.tree_attention
+            q,
+            k_pages,
+            v_pages,
+            batch.tree,
+            self.scale,
+            described.window,
+            use_kernel=self.kernels.tree_attention,
         )
-        return layer.attention_output(self._padded(out.flatten(1)))
-
-    def _padded(self, rows: Tensor) -> Tensor:
-        """Enough rows for packed products, once for all that follow; attention leaves the added ones out."""
-        return pad_rows(rows) if self.head.packed else rows
-
-    def _embedding_rows(self, tokens: Tensor) -> Tensor:
-        """Rows of ids that this rank holds, [N, hidden]."""
-        if self.embeds_from_source:
-            return self.source.read_rows(EMBEDDING, tokens, self.dtype)
-        return gather_rows(self.embedding, tokens - self.plan.vocab.start, self.kernels.gather_rows)
+        return layer.attention_output(pad_rows(out.flatten(1), self._min_rows))

@@ -7,9 +7,13 @@ Expected tokens of a round are one per sequence (the target's own) plus the valu
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
-from itertools import accumulate
+
+import numpy as np
+
+from outrider.workers.sequences.tree import Floats
 
 _SMOOTHING = 0.1  # weight of the newest measurement
 _SHAPE_SMOOTHING = 0.03  # its further weight for the row counts next to its own
@@ -34,6 +38,15 @@ class PassProfile:
         slope = (times[right] - times[left]) / (counts[right] - counts[left])
         return times[left] + slope * (rows - counts[left])
 
+    def of_range(self, first: int, count: int) -> Floats:
+        """[count]: seconds for `first`, `first` + 1, … rows."""
+        rows = np.arange(first, first + count)
+        seconds: Floats = np.interp(rows, self.num_rows, self.seconds)
+        if len(self.num_rows) > 1 and first + count - 1 > self.num_rows[-1]:
+            slope = (self.seconds[-1] - self.seconds[-2]) / (self.num_rows[-1] - self.num_rows[-2])
+            seconds += slope * np.maximum(rows - self.num_rows[-1], 0)
+        return seconds
+
     def shares(self, rows: int) -> list[float]:
         """How much each measured count has to do with `rows`, 0 to 1: the two around it by nearness, summing to 1.
 
@@ -51,48 +64,54 @@ class PassProfile:
 
 
 class CostModel:
-    """Seconds of a target pass, a drafter step and reading, from start-up profiles and what is measured since.
+    """Seconds of a target pass, and of each draft method's steps and reading, from start-up profiles and what is
+    measured since.
 
-    Rows cost more in long contexts and in many sequences than in a profile's one chain, so serving teaches both
+    Rows cost more in long contexts and in many sequences than in a profile's one chain, so serving teaches the
     profiles: mostly their scale, slowly their shape.
     """
 
-    def __init__(self, target: PassProfile, drafter: PassProfile | None = None) -> None:
-        """`drafter`: None until its first step is seen; steps count as free until then."""
+    def __init__(self, target: PassProfile, methods: Mapping[str, PassProfile] | None = None) -> None:
+        """`methods`: profiles of steps by method; one that is missing counts as free until its first step is seen."""
         self.target = _monotone(target.num_rows, target.seconds)
-        self.drafter = _monotone(drafter.num_rows, drafter.seconds) if drafter else None
+        self.methods = {name: _monotone(p.num_rows, p.seconds) for name, p in (methods or {}).items()}
         self.draft_round_s = 0.0  # all drafting of one lane in one round
-        self._read_token_s = 0.0  # one token of a prompt, read by the drafter; 0 until seen
+        self._read_token_s: dict[str, float] = {}  # one token of a prompt, read by a method
 
     def target_s(self, rows: int) -> float:
         """Predicted seconds of the target for a round of `rows` rows."""
         return self.target.at(rows)
 
-    def draft_step_s(self, rows: int) -> float:
-        """Predicted seconds of a drafter step over `rows` rows."""
-        return self.drafter.at(rows) if self.drafter else 0.0
+    def step_s(self, method: str, rows: int) -> float:
+        """Predicted seconds of a method's step over `rows` rows."""
+        return self.methods[method].at(rows) if method in self.methods else 0.0
 
-    def read_s(self, tokens: int) -> float:
-        """Predicted seconds in which the drafter reads `tokens` tokens without proposing any."""
-        return tokens * self._read_token_s if self._read_token_s else self.draft_step_s(tokens)
+    def read_s(self, method: str, tokens: int) -> float:
+        """Predicted seconds in which a method reads `tokens` tokens without proposing any."""
+        if method in self._read_token_s:
+            return tokens * self._read_token_s[method]
+        return self.step_s(method, tokens)
 
     def observe_target(self, rows: int, seconds: float) -> None:
         """A served round without long prompts; outliers (a stalled machine) count at most double."""
         self.target = _learned(self.target, rows, seconds)
 
-    def observe_draft_step(self, rows: int, seconds: float) -> None:
-        """A drafter step; outliers count at most double: one stalled step must not end drafting for long."""
-        self.drafter = _learned(self.drafter or PassProfile((1,), (seconds,)), rows, seconds)
+    def observe_step(self, method: str, rows: int, seconds: float) -> None:
+        """A method's step; outliers count at most double: one stalled step must not end drafting for long."""
+        self.methods[method] = _learned(
+            self.methods.get(method, PassProfile((1,), (seconds,))), rows, seconds
+        )
 
-    def observe_reading(self, tokens: int, seconds: float) -> None:
-        """The drafter has read a chunk."""
-        self._read_token_s = self._smooth(self._read_token_s, seconds / tokens)
+    def observe_reading(self, method: str, tokens: int, seconds: float) -> None:
+        """A method has read a chunk."""
+        self._read_token_s[method] = self._smooth(self._read_token_s.get(method, 0.0), seconds / tokens)
 
-    def doubt_draft_steps(self) -> None:
+    def doubt_steps(self, method: str) -> None:
         """A step was not worth it; let its cost fade, so that one bad measurement is tried again some day."""
-        if self.drafter:
-            faded = [_FADING * seconds for seconds in self.drafter.seconds]
-            self.drafter = PassProfile(self.drafter.num_rows, tuple(faded))
+        if method in self.methods:
+            profile = self.methods[method]
+            faded = [_FADING * seconds for seconds in profile.seconds]
+            self.methods[method] = PassProfile(profile.num_rows, tuple(faded))
 
     def observe_draft_round(self, seconds: float) -> None:
         self.draft_round_s = self._smooth(self.draft_round_s, seconds)
@@ -109,53 +128,48 @@ class CostModel:
         two_lanes = max(2.0 * half, 2.0 * self.draft_round_s, self.draft_round_s + half)
         return one_lane <= two_lanes
 
-    def best_num_nodes(
-        self, values: SequenceABC[float], num_base_rows: int, num_sequences: int, drafted_s: float
-    ) -> int:
+    def best_num_nodes(self, values: Floats, num_base_rows: int, num_sequences: int, drafted_s: float) -> int:
         """How many of the nodes, most valuable first, give the most expected tokens per second.
 
-        values: descending; num_base_rows: rows the round has anyway; drafted_s: spent on drafting, which
+        values: float64 [M] descending; num_base_rows: rows the round has anyway; drafted_s: spent on drafting, which
         counts because a round that costs more anyway may well verify more.
         """
         return self._best(values, num_base_rows, num_sequences, drafted_s)[0]
 
     def saved_by_step(
         self,
-        values: SequenceABC[float],
+        values: Floats,
         num_base_rows: int,
         num_sequences: int,
         drafted_s: float,
-        step_gains: SequenceABC[float],
+        step_gains: Floats,
         step_s: float,
     ) -> float:
-        """Seconds that one more drafter step of `step_s` saves against sending what there is; negative: loses.
+        """Seconds that one more draft step of `step_s` saves against sending what there is; negative: loses.
 
-        step_gains: expected accepted tokens of each proposal that the step makes, descending. To verify one
-        takes a row of the target; a full batch pays for rows long before one sequence does, so as many
+        step_gains: float64 [G], expected accepted tokens of each proposal that the step makes, descending. To verify
+        one takes a row of the target; a full batch pays for rows long before one sequence does, so as many
         proposals count as are worth their rows.
         """
         assert num_sequences > 0
         count, rate = self._best(values, num_base_rows, num_sequences, drafted_s)
-        best_net = net = 0.0
-        for row, gain in enumerate(step_gains, start=num_base_rows + count):
-            net += gain - rate * (self.target_s(row + 1) - self.target_s(row))
-            best_net = max(best_net, net)
-        return best_net / rate - step_s
+        seconds = self.target.of_range(num_base_rows + count, len(step_gains) + 1)
+        net = np.cumsum(step_gains - rate * np.diff(seconds))
+        return float(net.max(initial=0.0)) / rate - step_s
 
     def _best(
-        self, values: SequenceABC[float], num_base_rows: int, num_sequences: int, drafted_s: float
+        self, values: Floats, num_base_rows: int, num_sequences: int, drafted_s: float
     ) -> tuple[int, float]:
         """How many nodes to verify, and the tokens per second against which more time has to be weighed.
 
         These are the round's own, but at least those of plain decoding: in a round that also reads a long prompt
         tokens are few for its time, but all time spent on more of them is lost to the rounds after it.
         """
-        seconds = [self.target_s(num_base_rows + count) + drafted_s for count in range(len(values) + 1)]
-        expected = list(accumulate(values, initial=float(num_sequences)))
-        plain_rate = num_sequences / self.target_s(num_sequences)
-        rate = max(plain_rate, *(e / s for e, s in zip(expected, seconds, strict=True)))
-        net = [e - rate * s for e, s in zip(expected, seconds, strict=True)]
-        return net.index(max(net)), rate
+        seconds = self.target.of_range(num_base_rows, len(values) + 1) + drafted_s
+        expected = np.full(len(values) + 1, float(num_sequences))
+        expected[1:] += np.cumsum(values)
+        rate = max(num_sequences / self.target_s(num_sequences), float((expected / seconds).max()))
+        return int((expected - rate * seconds).argmax()), rate
 
     @staticmethod
     def _smooth(old: float, new: float) -> float:

@@ -5,13 +5,34 @@ Knows nothing of models or messages' bytes: it turns requests into planned steps
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from outrider.workers.rounds.messages import MAX_STARTS_PER_ROUND
-from outrider.workers.rounds.pages import PagePool
-from outrider.workers.rounds.sequence import Request, Sequence
-from outrider.workers.rounds.tree import GrowingTree
+from outrider.workers.link.messages import MAX_STARTS_PER_ROUND
+from outrider.workers.sequences.pages import PagePool, Prefix
+from outrider.workers.sequences.sequence import Request, Sequence
+
+_ROUNDS_TO_HALVE = 4  # of waiting, for which a prompt counts as half as long
+
+
+def precedence(num_left: int, since_round: int) -> float:
+    """Of all prompts that wait, the one for which this is least is read first.
+
+    A prompt with `num_left` tokens left counts as half as long for every four rounds of waiting: this is the log2
+    of that, but for the present round's number, which is the same for all, so that an order once found stands.
+    Among those that wait alike the shortest goes first, which gives the least mean time to a first token (shortest
+    remaining time first); one that is r times as long goes before those that come more than 4 log2(r) rounds
+    later, so nobody waits for ever.
+    """
+    return math.log2(num_left) + since_round / _ROUNDS_TO_HALVE
+
+
+def whole_prefix(sequence: Sequence) -> int:
+    """All tokens of a prefix may be shared: nothing else is kept for them that would be missing."""
+    return len(sequence.tokens)
 
 
 @dataclass(frozen=True)
@@ -37,71 +58,90 @@ class PlannedStep:
 
 
 class Scheduler:
-    """Sequences wait, run in a lane, and finish. When pages run out the newest one is computed again later."""
+    """Sequences wait, run in a lane, and finish. When pages run out the newest one is computed again later.
 
-    def __init__(self, limits: SchedulerLimits, pool: PagePool) -> None:
+    `prefix_kept` says of a sequence about to run how many of its first tokens may come from shared pages, because
+    everybody who keeps something for each token, such as a draft method, still has it for these. `on_leave` hears of
+    a sequence that is about to lose its slot.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        pool: PagePool,
+        prefix_kept: Callable[[Sequence], int] = whole_prefix,
+        on_leave: Callable[[Sequence], None] = lambda sequence: None,
+    ) -> None:
         self.limits = limits
         self.pool = pool
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
+        self._on_leave = on_leave
+        self.waiting: list[Sequence] = []  # the next to run first
         self.released_slots: list[int] = []  # the target hears of them with the next message
+        self._prefix_kept = prefix_kept
+        self._running: dict[str, Sequence] = {}  # oldest first
+        self._unfinished: dict[str, Sequence] = {}
+        self._lane_sizes: Counter[int] = Counter()
         self._free_slots = list(range(limits.max_sequences))[::-1]
+        self._num_rounds = 0
+        self._num_arrived = 0
+        self._num_admitted = 0
+
+    @property
+    def running(self) -> Collection[Sequence]:
+        """Those with a slot, oldest first."""
+        return self._running.values()
 
     @property
     def is_idle(self) -> bool:
-        return not self.waiting and not self.running
+        return not self._unfinished
 
     def submit(self, request: Request) -> None:
         """Queue a request. The caller has checked that it fits into the KV cache alone."""
+        assert request.id not in self._unfinished, f"request {request.id} was submitted twice"
         tokens = list(request.prompt_tokens)
-        self.waiting.append(Sequence(request, tokens, tree=GrowingTree(tokens[-1], len(tokens) - 1)))
+        sequence = Sequence(request, tokens)
+        sequence.arrival, sequence.waiting_since = self._num_arrived, self._num_rounds
+        self._num_arrived += 1
+        self._unfinished[request.id] = sequence
+        insort(self.waiting, sequence, key=_place_in_line)
 
     def find(self, request_id: str) -> Sequence | None:
         """The waiting or running sequence of a request."""
-        return next((s for s in [*self.running, *self.waiting] if s.id == request_id), None)
+        return self._unfinished.get(request_id)
 
     def assign_lanes(self, num_lanes: int) -> list[Sequence]:
         """Admit waiting sequences, spread what is not in flight over `num_lanes`; returns the admitted ones."""
         admitted: list[Sequence] = []
         while self.waiting and self._can_admit(self.waiting[0]) and len(admitted) < MAX_STARTS_PER_ROUND:
-            sequence = self.waiting.popleft()
-            sequence.slot = self._free_slots.pop()
-            # The last token is always computed: its hidden state gives the next one.
-            sequence.pages = self.pool.share_prefix(sequence.tokens, len(sequence.tokens) - 1)
-            sequence.num_pages_remembered = len(sequence.pages)
-            sequence.num_committed = len(sequence.pages) * self.pool.page_size
-            if not sequence.num_output:
-                sequence.stats = replace(sequence.stats, num_cached_prompt_tokens=sequence.num_committed)
-            sequence.lane = self._smallest_lane(num_lanes)
-            self.running.append(sequence)
+            sequence = self.waiting.pop(0)
+            self._admit(sequence, self._smallest_lane(num_lanes))
             admitted.append(sequence)
-        movable = [s for s in reversed(self.running) if not s.in_flight]
-        for sequence in movable:
-            smallest = self._smallest_lane(num_lanes)
-            size_here, size_there = self._lane_size(sequence.lane), self._lane_size(smallest)
-            if sequence.lane >= num_lanes or size_here > size_there + 1:
-                sequence.lane = smallest
+        sizes = [self._lane_sizes[lane] for lane in range(num_lanes)]
+        if max(sizes) - min(sizes) > 1 or sum(sizes) < len(self._running):
+            self._spread(num_lanes)
         return admitted
 
     def plan(self, lane: int) -> list[PlannedStep]:
-        """Choose the steps of a lane's next round, oldest sequence first, with pages for their chains."""
+        """Choose the steps of a lane's next round, oldest sequence first, with pages for their chains.
+
+        Whoever decodes takes part; prompts share `prefill_chunk` in the order of `precedence`.
+        """
+        idle = [s for s in self._running.values() if s.lane == lane and not s.in_flight]
+        lengths = self._chain_lengths(idle)
+        evictable = [s for s in self._running.values() if not s.in_flight]
         steps: list[PlannedStep] = []
-        rows_left = self.limits.max_round_tokens
-        prefill_left = self.limits.prefill_chunk
-        starts_left = MAX_STARTS_PER_ROUND
-        for sequence in [s for s in self.running if s.lane == lane and not s.in_flight]:
-            if sequence not in self.running:  # its pages went to an older one just now
+        for sequence in idle:
+            length = lengths.get(sequence.id, 0)
+            if length == 0 or sequence.id not in self._running:  # its pages may have gone to an older one
                 continue
-            is_prefill = sequence.num_uncommitted > 1
-            length = min(sequence.num_uncommitted, prefill_left, rows_left) if is_prefill else 1
-            if length <= 0 or rows_left <= 0 or (not sequence.started and starts_left == 0):
+            if not self._take_pages(sequence, sequence.num_committed + length, evictable):
                 continue
-            if not self._take_pages(sequence, sequence.num_committed + length):
-                continue
-            starts_left -= 0 if sequence.started else 1
-            rows_left -= length
-            prefill_left -= length if is_prefill else 0
-            steps.append(PlannedStep(sequence, length))
+            step = PlannedStep(sequence, length)
+            # A prompt that was given only what others left over goes on waiting.
+            if step.reaches_end or 2 * length >= self.limits.prefill_chunk:
+                sequence.waiting_since = self._num_rounds
+            steps.append(step)
+        self._num_rounds += 1
         return steps
 
     def tree_room(self, step: PlannedStep) -> int:
@@ -120,36 +160,83 @@ class Scheduler:
 
     def commit_sent(self, sequence: Sequence) -> None:
         """The message that commits `num_committed` rows is under way: later messages may share these pages."""
-        known = sequence.tokens[: sequence.num_committed]
-        sequence.num_pages_remembered = self.pool.remember_prefix(
-            sequence.pages, known, sequence.num_pages_remembered
+        sequence.remembered = self.pool.remember_prefix(
+            sequence.pages, sequence.tokens, sequence.num_committed, sequence.remembered
         )
 
     def finish(self, sequence: Sequence) -> None:
         """Free the slot and the pages of a sequence that is not in flight."""
-        if sequence in self.running:
+        if sequence.id in self._running:
             self._leave(sequence)
         else:
-            self.waiting.remove(sequence)
+            place = bisect_left(self.waiting, _place_in_line(sequence), key=_place_in_line)
+            assert self.waiting.pop(place) is sequence
+        del self._unfinished[sequence.id]
 
     def _can_admit(self, sequence: Sequence) -> bool:
         if not self._free_slots:
             return False
-        if not self.running:
+        if not self._running:
             return True
         # Room for the next chunk and one page for everybody who runs; less would take pages back at once.
         chunk = min(len(sequence.tokens), self.limits.prefill_chunk)
-        return self.pool.num_available >= self.pool.pages_for(chunk) + len(self.running)
+        return self.pool.num_available >= self.pool.pages_for(chunk) + len(self._running)
 
-    def _take_pages(self, sequence: Sequence, num_rows: int) -> bool:
+    def _admit(self, sequence: Sequence, lane: int) -> None:
+        sequence.slot = self._free_slots.pop()
+        # The last token is always computed: its hidden state gives the next one.
+        max_tokens = min(len(sequence.tokens) - 1, self._prefix_kept(sequence))
+        sequence.pages, sequence.remembered = self.pool.share_prefix(sequence.tokens, max_tokens)
+        sequence.num_committed = len(sequence.pages) * self.pool.page_size
+        if not sequence.num_output:
+            sequence.stats = replace(sequence.stats, num_cached_prompt_tokens=sequence.num_committed)
+        sequence.lane = lane
+        self._lane_sizes[lane] += 1
+        sequence.admission = self._num_admitted
+        self._num_admitted += 1
+        self._running[sequence.id] = sequence
+
+    def _spread(self, num_lanes: int) -> None:
+        """Move sequences that are not in flight, the newest first, to smaller lanes."""
+        for sequence in reversed(self._running.values()):
+            smallest = self._smallest_lane(num_lanes)
+            is_uneven = self._lane_sizes[sequence.lane] > self._lane_sizes[smallest] + 1
+            if not sequence.in_flight and (sequence.lane >= num_lanes or is_uneven):
+                self._lane_sizes[sequence.lane] -= 1
+                sequence.lane = smallest
+                self._lane_sizes[smallest] += 1
+
+    def _smallest_lane(self, num_lanes: int) -> int:
+        return min(range(num_lanes), key=lambda lane: (self._lane_sizes[lane], lane))
+
+    def _chain_lengths(self, sequences: list[Sequence]) -> dict[str, int]:
+        """By request id, how many tokens each of these sequences may compute this round; none where it is absent."""
+        lengths: dict[str, int] = {}
+        rows_left = self.limits.max_round_tokens
+        prefill_left = self.limits.prefill_chunk
+        starts_left = MAX_STARTS_PER_ROUND
+        decoding = [s for s in sequences if s.num_uncommitted == 1]
+        prompts = sorted((s for s in sequences if s.num_uncommitted > 1), key=_place_in_line)
+        for sequence in [*decoding, *prompts]:
+            is_prompt = sequence.num_uncommitted > 1
+            length = min(sequence.num_uncommitted, rows_left, prefill_left if is_prompt else 1)
+            if length <= 0 or (not sequence.started and starts_left == 0):
+                continue
+            lengths[sequence.id] = length
+            rows_left -= length
+            prefill_left -= length if is_prompt else 0
+            starts_left -= 0 if sequence.started else 1
+        return lengths
+
+    def _take_pages(self, sequence: Sequence, num_rows: int, evictable: list[Sequence]) -> bool:
+        """Hold pages for `num_rows`, if need be those of newer ones, out of `evictable`, whose last is the newest."""
         missing = self.pool.pages_for(num_rows) - len(sequence.pages)
         while missing > self.pool.num_available:
-            newer = [s for s in self.running[self.running.index(sequence) + 1 :] if not s.in_flight]
-            if newer:
-                self._recompute_later(newer[-1])
+            if evictable and evictable[-1].admission > sequence.admission:
+                self._recompute_later(evictable.pop())
             else:
                 # Everybody newer is in flight, or nobody is newer and the older ones need their pages.
-                holds_all = len(self.running) == 1
+                holds_all = len(self._running) == 1
                 assert not holds_all, "a request larger than the KV cache was let in"
                 return False
         if missing > 0:
@@ -160,21 +247,27 @@ class Scheduler:
         self._leave(sequence)
         sequence.stats = replace(sequence.stats, num_recomputed=sequence.stats.num_recomputed + 1)
         sequence.pending_accepted = ()
-        sequence.num_committed = sequence.num_pages_sent = sequence.num_pages_remembered = 0
+        sequence.num_committed = sequence.num_pages_sent = 0
+        sequence.remembered = Prefix()
         sequence.started = False
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_place_in_line)
 
     def _leave(self, sequence: Sequence) -> None:
         assert not sequence.in_flight
-        self.running.remove(sequence)
+        self._on_leave(sequence)
+        del self._running[sequence.id]
+        self._lane_sizes[sequence.lane] -= 1
         self.pool.release(sequence.pages)
         sequence.pages = []
         self._free_slots.append(sequence.slot)
         if sequence.started:
             self.released_slots.append(sequence.slot)
 
-    def _lane_size(self, lane: int) -> int:
-        return sum(s.lane == lane for s in self.running)
 
-    def _smallest_lane(self, num_lanes: int) -> int:
-        return min(range(num_lanes), key=lambda lane: (self._lane_size(lane), lane))
+def _place_in_line(sequence: Sequence) -> tuple[bool, float, int]:
+    """Sort key of those who want to read: a text that has begun to come goes on before others begin."""
+    return (
+        sequence.num_output == 0,
+        precedence(sequence.num_uncommitted, sequence.waiting_since),
+        sequence.arrival,
+    )

@@ -1,95 +1,275 @@
-"""What one round's scores mean for one sequence: tokens out, KV rows to keep, or the end."""
+"""What one round's scores mean: tokens out, KV rows to keep, trees re-rooted, or the end of a text."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
 
 from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.rounds.messages import StepScores
-from outrider.workers.rounds.scheduler import PlannedStep
-from outrider.workers.rounds.sequence import RequestStats, Sequence, TokenEvent, TokenLogprobs
-from outrider.workers.rounds.tree import DraftTree
-from outrider.workers.rounds.verify import Verdict, verify_exact
+from outrider.workers.drafting.method import Verified, VerifiedStep
+from outrider.workers.link.messages import Scores
+from outrider.workers.rounds.outgoing import Round, score_needs
+from outrider.workers.sequences.hidden import HiddenRows, all_layers
+from outrider.workers.sequences.origin import Origin
+from outrider.workers.sequences.rules import NodeScores, Rule, Verdicts
+from outrider.workers.sequences.sequence import RequestStats, Sequence, TokenEvent, TokenLogprobs
+from outrider.workers.sequences.tree import Ints
+
+_NOT_NUMBERS = "the target's logits after token {position} are not numbers, or nothing is left to sample from"
 
 
-def settle_step(step: PlannedStep, scores: StepScores, drafting: DraftEngine) -> TokenEvent:
-    """Accept, extend the sequence, note which KV rows the next message commits, re-root the draft tree.
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of a step; the event is empty while a prompt is being read."""
 
-    The event is empty while a prompt is being read. A sequence that finishes keeps its tree and pages; the
-    caller frees them.
+    sequence: Sequence
+    event: TokenEvent
+
+
+def settle_round(
+    round_: Round, scores: Scores, rules: SequenceABC[Rule], drafting: DraftEngine
+) -> list[Outcome]:
+    """Accept, extend the sequences, note which KV rows the next messages commit, re-root the draft trees.
+
+    rules: of each step. A sequence that finishes keeps its tree and pages; the caller frees them.
     """
-    sequence, chain = step.sequence, step.chain_length
-    if sequence.cancelled:
-        return _event(sequence, (), (), (), "cancelled")
-    if not step.reaches_end:
-        _keep_rows(sequence, tuple(range(chain)))
-        return _event(sequence, (), (), (), "")
-    tree = sequence.sent_tree
-    verdict = verify_exact(tree, scores.tokens)
-    emitted, finish_reason = _until_end(sequence, verdict.emitted(tree))
-    _keep_rows(sequence, (*range(chain), *(chain - 1 + node for node in verdict.path[1:])))
-    sequence.tokens += emitted
-    sequence.stats = _count(sequence.stats, tree, verdict)
-    num_accepted = len(verdict.path) - 1
-    from_draft = tuple(i < num_accepted for i in range(len(emitted)))
-    logprobs = _logprobs(scores, verdict, len(emitted)) if scores.logprobs else ()
-    if not finish_reason:
-        drafting.settle(sequence, verdict)
-    return _event(sequence, tuple(emitted), from_draft, logprobs, finish_reason)
+    verdicts = _Verdicts(round_, scores, rules)
+    outcomes, verified, going_on = [], [], []
+    for index, step in enumerate(round_.steps):
+        sequence, chain = step.sequence, step.chain_length
+        if sequence.cancelled:
+            outcomes.append(Outcome(sequence, _event(sequence, finish_reason="cancelled")))
+            continue
+        committed = list(range(chain))
+        event = _event(sequence)
+        if step.reaches_end:
+            committed += verdicts.message_nodes(index)
+            event = _emit(sequence, verdicts, index)
+            if not event.finish_reason:
+                going_on.append(index)
+                drafting.slots.extend(sequence, list(event.tokens))
+        sequence.pending_accepted = tuple(committed)
+        sequence.num_committed += len(committed)
+        outcomes.append(Outcome(sequence, event))
+        verified.append((index, sequence, committed))
+    if verified:
+        drafting.observe(_verified(round_, scores, verified))
+    if going_on:
+        chosen = np.array(going_on)
+        slots = np.array([round_.steps[i].sequence.slot for i in going_on])
+        drafting.settle(slots, round_.trees.rows(chosen), verdicts.rows(chosen))
+    return outcomes
+
+
+class _Verdicts:
+    """The verdicts of all steps of a round, by the rule of each, and the scores by node."""
+
+    def __init__(self, round_: Round, scores: Scores, rules: SequenceABC[Rule]) -> None:
+        self.trees = round_.trees
+        self.scores = _node_scores(round_, scores, rules)
+        self._flat = scores
+        names = [rule.name for rule in rules]
+        parts = {
+            rule.name: (np.array([i for i, name in enumerate(names) if name == rule.name]), rule)
+            for rule in rules
+        }
+        if len(parts) == 1:
+            ((_, rule),) = parts.values()
+            self._all = rule.verdict(self.trees, self.scores)
+        else:
+            self._all = _merged(
+                len(names),
+                [
+                    (rows, rule.verdict(self.trees.rows(rows), _score_rows(self.scores, rows)))
+                    for rows, rule in parts.values()
+                ],
+            )
+        tokens, origins = self._all.emitted(self.trees)
+        self.tokens, self.origins = tokens.tolist(), origins.tolist()
+        self.num_accepted = self._all.num_accepted.tolist()
+        self.failed = self._all.failed.tolist()
+        self.paths = self._all.paths.tolist()
+        self._chain_lengths = round_.chain_lengths.tolist()
+        self._num_sampled = round_.trees.counts
+        last = np.take_along_axis(self._all.paths, self._all.num_accepted[:, None], axis=1)
+        is_child = (self.trees.parents == last) & self.trees.exists
+        is_child[:, 0] = False
+        self.num_offered = (self._all.num_accepted + is_child.any(axis=1)).tolist()
+        """How deep drafted tokens stood below accepted parents."""
+        self.num_drafted = np.maximum(self.trees.counts - 1, 0).tolist()
+        self.num_kept = self._all.is_kept.sum(axis=1).tolist()
+        asks = [step.sequence.request.sampling.logprobs for step in round_.steps]
+        counts = np.where(asks, self._num_sampled, 0)
+        self._logprob_rows = (np.cumsum(counts) - counts).tolist()
+
+    def rows(self, which: Ints) -> Verdicts:
+        """Of some of the steps."""
+        v = self._all
+        return Verdicts(
+            v.paths[which], v.num_accepted[which], v.next_tokens[which], v.is_kept[which], v.failed[which]
+        )
+
+    def message_nodes(self, index: int) -> list[int]:
+        """Message nodes of the accepted drafts of a step."""
+        chain = self._chain_lengths[index]
+        return [chain - 1 + node for node in self.paths[index][1 : self.num_accepted[index] + 1]]
+
+    def logprobs(self, index: int, count: int, num_top: int) -> tuple[TokenLogprobs, ...]:
+        """Of the first `count` tokens that came out of a step. Token i was chosen after node i of the path."""
+        found, first = [], self._logprob_rows[index]
+        for i, node in enumerate(self.paths[index][:count]):
+            row = first + node
+            logprob = float(self._flat.logprobs[row])
+            if self.origins[index][i] == Origin.KEPT:
+                logprob = float(self.scores.child_logprobs[index, self.paths[index][i + 1]])
+            top = zip(
+                self._flat.top_ids[row, :num_top].tolist(),
+                self._flat.top_logprobs[row, :num_top].tolist(),
+                strict=True,
+            )
+            found.append(TokenLogprobs(logprob, tuple(top)))
+        return tuple(found)
+
+
+def _emit(sequence: Sequence, verdicts: _Verdicts, index: int) -> TokenEvent:
+    """Extend the sequence by what came out, up to a stop token (included) or the length limit."""
+    num_accepted = verdicts.num_accepted[index]
+    failed = verdicts.failed[index]
+    emitted = verdicts.tokens[index][: num_accepted + (0 if failed else 1)]
+    tokens, finish_reason = _until_end(sequence, emitted)
+    error = ""
+    if failed and not finish_reason:
+        finish_reason = "error"
+        error = _NOT_NUMBERS.format(position=len(sequence.tokens) + len(tokens) - 1)
+    sequence.tokens += tokens
+    sequence.stats = _count(sequence.stats, verdicts, index)
+    sampling = sequence.request.sampling
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    if sampling.logprobs:
+        logprobs = verdicts.logprobs(index, len(tokens), sampling.top_logprobs)
+    origins = tuple(_ORIGINS[origin] for origin in verdicts.origins[index][: len(tokens)])
+    return TokenEvent(sequence.id, tuple(tokens), origins, logprobs, finish_reason, error, sequence.stats)
+
+
+_ORIGINS = tuple(Origin)
 
 
 def _until_end(sequence: Sequence, emitted: list[int]) -> tuple[list[int], str]:
     """The tokens up to a stop token (included) or the length limit, and why the text ends there, if it does."""
-    sampling = sequence.request.sampling
-    emitted = emitted[: sequence.num_remaining]
+    stops, num_remaining = sequence.request.sampling.stop_token_ids, sequence.num_remaining
+    emitted = emitted[:num_remaining]
     for index, token in enumerate(emitted):
-        if token in sampling.stop_token_ids:
+        if token in stops:
             return emitted[: index + 1], "stop"
-    return emitted, "length" if len(emitted) == sequence.num_remaining else ""
+    return emitted, "length" if len(emitted) == num_remaining else ""
 
 
-def _keep_rows(sequence: Sequence, nodes: tuple[int, ...]) -> None:
-    sequence.pending_accepted = nodes
-    sequence.num_committed += len(nodes)
-
-
-def _count(stats: RequestStats, tree: DraftTree, verdict: Verdict) -> RequestStats:
-    depths = tree.depths()
-    path = set(verdict.path)
-    num_levels = max(len(stats.depth_drafted), max(depths))
-    drafted = list(stats.depth_drafted) + [0] * (num_levels - len(stats.depth_drafted))
-    accepted = list(stats.depth_accepted) + [0] * (num_levels - len(stats.depth_accepted))
-    offered = {depths[n] for n in range(1, len(depths)) if tree.parents[n] in path}
-    for depth in offered:
-        drafted[depth - 1] += 1
-    for depth in range(1, len(verdict.path)):
-        accepted[depth - 1] += 1
+def _count(stats: RequestStats, verdicts: _Verdicts, index: int) -> RequestStats:
+    num_accepted = verdicts.num_accepted[index]
+    num_levels = max(len(stats.depth_drafted), verdicts.num_offered[index])
     return replace(
         stats,
         num_rounds=stats.num_rounds + 1,
-        num_drafted=stats.num_drafted + tree.num_drafted,
-        num_accepted=stats.num_accepted + len(verdict.path) - 1,
-        depth_drafted=tuple(drafted),
-        depth_accepted=tuple(accepted),
+        num_drafted=stats.num_drafted + verdicts.num_drafted[index],
+        num_accepted=stats.num_accepted + num_accepted,
+        num_kept=stats.num_kept + verdicts.num_kept[index],
+        depth_drafted=_one_more(stats.depth_drafted, verdicts.num_offered[index], num_levels),
+        depth_accepted=_one_more(stats.depth_accepted, num_accepted, num_levels),
     )
 
 
-def _logprobs(scores: StepScores, verdict: Verdict, count: int) -> tuple[TokenLogprobs, ...]:
-    """Token i of the output was sampled after node i of the accepted path."""
-    found = []
-    for node in verdict.path[:count]:
-        top: tuple[tuple[int, float], ...] = ()
-        if scores.top_ids:
-            top = tuple(zip(scores.top_ids[node], scores.top_logprobs[node], strict=True))
-        found.append(TokenLogprobs(scores.logprobs[node], top))
-    return tuple(found)
+def _one_more(counts: tuple[int, ...], depth: int, num_levels: int) -> tuple[int, ...]:
+    """One more of each of the first `depth` counts, of which there are `num_levels` then."""
+    longer = counts + (0,) * (num_levels - len(counts))
+    return tuple(count + 1 for count in longer[:depth]) + longer[depth:]
 
 
-def _event(
-    sequence: Sequence,
-    tokens: tuple[int, ...],
-    from_draft: tuple[bool, ...],
-    logprobs: tuple[TokenLogprobs, ...],
-    finish_reason: str,
-) -> TokenEvent:
-    return TokenEvent(sequence.id, tokens, from_draft, logprobs, finish_reason, "", sequence.stats)
+def _node_scores(round_: Round, scores: Scores, rules: SequenceABC[Rule]) -> NodeScores:
+    """Flat scores of the sampled nodes, padded to the trees."""
+    exists = round_.trees.exists
+    shape = exists.shape
+    tokens, failed = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
+    tokens[exists], failed[exists] = scores.tokens, scores.failed
+    child_logprobs, entropies = np.zeros(shape), np.zeros(shape)
+    needs = [score_needs(step.sequence, rule) for step, rule in zip(round_.steps, rules, strict=True)]
+    if len(scores.child_logprobs):
+        drafted = exists & np.array([need.child_logprobs for need in needs])[:, None]
+        drafted[:, 0] = False
+        child_logprobs[drafted] = scores.child_logprobs
+    if len(scores.entropies):
+        entropies[exists & np.array([need.entropy for need in needs])[:, None]] = scores.entropies
+    return NodeScores(tokens, failed, child_logprobs, entropies, _hidden_by_node(round_, scores, rules))
+
+
+def _hidden_by_node(round_: Round, scores: Scores, rules: SequenceABC[Rule]) -> dict[int, torch.Tensor]:
+    """By layer, [B, K, hidden] of the trees' nodes, for the layers that rules read; zero rows where nothing came."""
+    layers = all_layers(rule.needs.hidden for rule in rules)
+    hidden = _hidden_rows(round_, scores)
+    if hidden is None or not layers:
+        return {}
+    nodes = np.arange(round_.trees.tokens.shape[1]) + round_.chain_lengths[:, None] - 1  # message nodes
+    sent = round_.trees.exists & (nodes >= hidden.first_nodes[:, None])
+    rows = np.where(sent, hidden.first_rows[:, None] + nodes - hidden.first_nodes[:, None], 0)
+    index, mask = torch.from_numpy(rows), torch.from_numpy(sent)[..., None]
+    return {
+        layer: hidden.layers[layer][index.to(hidden.layers[layer].device)].masked_fill(
+            ~mask.to(hidden.layers[layer].device), 0.0
+        )
+        for layer in layers
+    }
+
+
+def _hidden_rows(round_: Round, scores: Scores) -> HiddenRows | None:
+    if scores.hidden is None:
+        return None
+    counts = round_.num_nodes - round_.first_hidden
+    layers = dict(zip(round_.layers, scores.hidden.unbind(0), strict=True))
+    return HiddenRows(layers, round_.first_hidden, np.cumsum(counts) - counts)
+
+
+def _verified(
+    round_: Round, scores: Scores, settled: SequenceABC[tuple[int, Sequence, list[int]]]
+) -> Verified:
+    steps = tuple(
+        VerifiedStep(
+            sequence=sequence,
+            index=index,
+            num_known=int(round_.num_known[index]),
+            committed=np.array(committed, dtype=np.int64),
+            chain_length=round_.steps[index].chain_length,
+            growing_nodes=round_.trees.growing_nodes[index, : round_.trees.counts[index]],
+        )
+        for index, sequence, committed in settled
+    )
+    return Verified(steps, _hidden_rows(round_, scores))
+
+
+def _score_rows(scores: NodeScores, which: Ints) -> NodeScores:
+    return NodeScores(
+        scores.tokens[which],
+        scores.failed[which],
+        scores.child_logprobs[which],
+        scores.entropies[which],
+        {layer: rows[torch.from_numpy(which).to(rows.device)] for layer, rows in scores.hidden.items()},
+    )
+
+
+def _merged(num_rows: int, parts: SequenceABC[tuple[Ints, Verdicts]]) -> Verdicts:
+    """Verdicts of some rows each, put together."""
+    width = max(verdicts.paths.shape[1] for _, verdicts in parts)
+    paths, is_kept = (np.zeros((num_rows, width), dtype) for dtype in (np.int64, np.bool_))
+    num_accepted, next_tokens = (np.zeros(num_rows, dtype=np.int64) for _ in range(2))
+    failed = np.zeros(num_rows, dtype=np.bool_)
+    for rows, verdicts in parts:
+        paths[rows, : verdicts.paths.shape[1]] = verdicts.paths
+        is_kept[rows, : verdicts.paths.shape[1]] = verdicts.is_kept
+        num_accepted[rows], next_tokens[rows] = verdicts.num_accepted, verdicts.next_tokens
+        failed[rows] = verdicts.failed
+    return Verdicts(paths, num_accepted, next_tokens, is_kept, failed)
+
+
+def _event(sequence: Sequence, finish_reason: str = "") -> TokenEvent:
+    return TokenEvent(sequence.id, (), (), (), finish_reason, "", sequence.stats)

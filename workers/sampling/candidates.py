@@ -1,106 +1,96 @@
-"""The likeliest tokens of truncated rows, found over vocabulary shards without gathering logits.
+"""What truncation keeps of rows, found over vocabulary shards without gathering logits.
 
-Every rank sends its likeliest tokens of each row. What top-k, top-p and min-p keep is a prefix of the merged
-list, and it is final once it ends above the last token that any rank sent; rows where it does not go round
-again with more tokens.
+Every rank sends its largest logits of each row. What top-k, top-p and min-p keep is a prefix of the merged list,
+and it is final once it ends above the last one that any rank sent; rows where it does not go round again with
+more logits.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import UInt64Array, unpack_tokens
-from outrider.workers.communicator import Communicator
-from outrider.workers.sampling.law import num_in_top_k, num_kept
-from outrider.workers.sampling.params import SamplingParams
-from outrider.workers.sampling.shards import REMOVED, Shard
+from outrider.kernels.token_rows import count_true, parts_of_rows
+from outrider.workers.link.communicator import Communicator
+from outrider.workers.sampling.context import RowParameters
+from outrider.workers.sampling.law import Nuclei, nuclei
+from outrider.workers.sampling.shards import Shard
 
-_FIRST_COUNT = 128  # tokens a rank sends per row at first: most nuclei of 0.95 are smaller
+_FIRST_COUNT = 128  # logits a rank sends per row at first: most nuclei of 0.95 are smaller
+_SMALL_VOCABULARY = 512  # of which a rank sends all it has
 _GROWTH = 8
-_PADDING = np.uint64(2**64 - 1)
-
-
-@dataclass(frozen=True)
-class KeptTokens:
-    """All tokens that truncation leaves of one row: largest logit first, ties by id. Never empty."""
-
-    logits: Float32Array  # [num_kept]
-    ids: Int64Array  # [num_kept]
-
-    def logits_of(self, ids: Int64Array) -> Float32Array:
-        """[n]: the logits of some of them."""
-        order = np.argsort(self.ids)
-        return self.logits[order[np.searchsorted(self.ids, ids, sorter=order)]]
 
 
 def kept_tokens(
-    shard: Shard, rows: list[int], params: list[SamplingParams], communicator: Communicator
-) -> list[KeptTokens]:
-    """Truncate `rows` of the shard. Every rank gets the same result.
+    shard: Shard,
+    rows: Int64Array,
+    maxima: Float32Array,
+    params: RowParameters,
+    vocab_size: int,
+    communicator: Communicator,
+) -> Nuclei:
+    """Truncate `rows` of the batch. `num_lowest` counts this rank's tokens; the rest every rank gets alike.
 
     Args:
         shard: this rank's logits, edited and not divided by the temperature.
-        rows: the rows to truncate.
-        params: of each of `rows`; temperature > 0.
+        rows: int64 [n], the rows to truncate; temperatures > 0.
+        maxima: [n], the largest logit of each over the whole vocabulary, finite.
+        params: of the batch.
     """
-    sums = _maxima_and_sums(shard, rows, params)
-    found: dict[int, KeptTokens] = {}
-    pending = list(range(len(rows)))
-    count = max(_FIRST_COUNT, 1 + max(p.top_k for p in params))
-    while pending:
-        message = _pack(shard, [rows[i] for i in pending], sums[pending], count)
-        # [size, num_pending, 2 + count]
-        gathered = communicator.all_gather(message).numpy().view(np.uint64)
+    sends_all = vocab_size <= _SMALL_VOCABULARY
+    sums = np.zeros(len(rows))
+    summed = np.flatnonzero((params.top_p[rows] < 1.0) & (params.top_k[rows] == 0))
+    if len(summed) and not sends_all:
+        chosen = rows[summed]
+        sums[summed] = shard.exp_sums(chosen, maxima[summed], params.temperatures[chosen])
+    result = Nuclei(np.empty_like(maxima), np.empty(len(rows), dtype=np.int64), np.empty(len(rows)))
+    pending = np.arange(len(rows))
+    count = max(_FIRST_COUNT, 1 + int(params.top_k[rows].max(initial=0)))
+    if sends_all:
+        count = vocab_size + 1  # a rank that has sent all it has ends with -inf
+    while len(pending):
+        message = _pack(sums[pending], shard.largest(rows[pending], count), count)
+        gathered = communicator.all_gather(
+            torch.from_numpy(message)
+        ).numpy()  # [size, num_pending, 2 + count]
+        totals = np.ascontiguousarray(gathered[:, :, :2]).view(np.float64)[:, :, 0].sum(axis=0)
+        logits = gathered[:, :, 2:]
         unfinished = []
-        for j, i in enumerate(pending):
-            kept = _merge(gathered[:, j], params[i])
-            if kept is None:
-                unfinished.append(i)
-            else:
-                found[i] = kept
-        pending = unfinished
+        for part in parts_of_rows(len(pending), logits[:, 0].size):
+            some, own = logits[:, part], pending[part]
+            floors = some[:, :, -1].max(axis=0)
+            found, certain = nuclei(
+                _merged(some), floors, None if sends_all else totals[part], params, rows[own]
+            )
+            if communicator.size > 1:
+                found = _share(found, some, communicator.rank)
+            result[own[certain]] = found[certain]
+            unfinished.append(own[~certain])
+        pending = np.concatenate(unfinished)
         count *= _GROWTH
-    return [found[i] for i in range(len(rows))]
-
-
-def _maxima_and_sums(shard: Shard, rows: list[int], params: list[SamplingParams]) -> np.ndarray:
-    """float64 [num_rows, 2] of the shard; -inf and 0 where the mass of the whole vocabulary is not needed."""
-    result = np.tile([-np.inf, 0.0], (len(rows), 1))
-    needed = [i for i, p in enumerate(params) if p.top_p < 1.0 and p.top_k == 0]
-    if needed:
-        chosen = [rows[i] for i in needed]
-        result[needed, 0] = shard.maxima(chosen)
-        result[needed, 1] = shard.exp_sums(chosen, [params[i].temperature for i in needed])
     return result
 
 
-def _pack(shard: Shard, rows: list[int], sums: np.ndarray, count: int) -> torch.Tensor:
-    """int64 [num_rows, 2 + count]: bits of maximum and sum (float64), then packed tokens and padding."""
-    message = np.full((len(rows), 2 + count), _PADDING)
-    message[:, :2] = sums.view(np.uint64)
-    for j, tokens in enumerate(shard.top(rows, count)):
-        message[j, 2 : 2 + len(tokens)] = tokens
-    return torch.from_numpy(message.view(np.int64))
+def _pack(sums: np.ndarray, logits: Float32Array, count: int) -> Float32Array:
+    """[num_rows, 2 + count]: the float64 sums as two words each, logits, and -inf where there are no more."""
+    message = np.full((len(sums), 2 + count), -np.inf, dtype=np.float32)
+    message[:, :2] = sums.view(np.float32).reshape(-1, 2)
+    message[:, 2 : 2 + logits.shape[1]] = logits
+    return message
 
 
-def _merge(parts: UInt64Array, params: SamplingParams) -> KeptTokens | None:
-    """Kept tokens of one row from the ranks' messages, [size, 2 + count]; None if they are too few."""
-    maxima, sums = parts[:, 0].view(np.float64), parts[:, 1].view(np.float64)
-    last_sent, _ = unpack_tokens(parts[parts[:, -1] != _PADDING, -1])  # of ranks that may have more
-    floor = last_sent.max(initial=-np.inf)  # tokens above it are all here
-    packed = parts[:, 2:].reshape(-1)
-    packed = packed[packed < REMOVED] if len(parts) == 1 else np.sort(packed[packed < REMOVED])
-    assert packed.size, "every token of a row has logit -inf"
-    logits, ids = unpack_tokens(packed)
-    in_top_k = num_in_top_k(logits, params.top_k)
-    if params.top_k > 0 and logits[in_top_k - 1] <= floor:
-        return None
-    total = float(np.sum(sums * np.exp((maxima - logits[0]) / np.float32(params.temperature))))
-    kept = num_kept(logits, params, total)
-    if logits[kept - 1] <= floor:
-        return None
-    return KeptTokens(logits[:kept], ids[:kept])
+def _merged(logits: Float32Array) -> Float32Array:
+    """[num_rows, size * count], largest first, of [size, num_rows, count]."""
+    if len(logits) == 1:
+        return logits[0]
+    falling = -np.concatenate(list(logits), axis=1)
+    falling.sort(axis=1)
+    return np.negative(falling, out=falling)
+
+
+def _share(found: Nuclei, logits: Float32Array, rank: int) -> Nuclei:
+    """Of the tokens equal to the lowest, which go by their ids, those that fall to this rank."""
+    num_equal = count_true(logits == found.lowest[:, None])  # [size, num_rows]
+    left = np.maximum(found.num_lowest - num_equal[:rank].sum(axis=0), 0)
+    return Nuclei(found.lowest, np.minimum(left, num_equal[rank]), found.masses)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from outrider.workers.sampling.params import SamplingParams
+from outrider.kernels.noise import Int64Array, noise_keys
+from outrider.workers.sequences.params import SamplingParams
 
 
 class PenaltyState:
@@ -35,31 +37,66 @@ class PenaltyState:
             self._num += 1
         self._counts[index] += 1
 
-    def with_path(self, path: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Distinct token ids of prompt, output and `path`, and how often output and path have each."""
-        counts = self._counts[: self._num].copy()
+    def along(self, paths: Sequence[Sequence[int]]) -> tuple[Int64Array, Int64Array, npt.NDArray[np.bool_]]:
+        """Prompt, output and path of each of several rows.
+
+        Returns:
+            ids int64 [num_ids], distinct: all tokens of prompt, output and any path; counts int64
+            [num_rows, num_ids]: how often output and the row's path have each; seen bool [num_rows, num_ids]:
+            whether the row has it at all, in the prompt or counted.
+        """
         extra: dict[int, int] = {}
-        for token in path:
-            index = self._index.get(token, -1)
-            if index >= 0:
-                counts[index] += 1
-            else:
-                extra[token] = extra.get(token, 0) + 1
+        rows, columns = [], []
+        for row, path in enumerate(paths):
+            for token in path:
+                index = self._index.get(token, -1)
+                rows.append(row)
+                columns.append(index if index >= 0 else extra.setdefault(token, self._num + len(extra)))
         ids = self._ids[: self._num]
         if extra:
             ids = np.concatenate([ids, np.array(list(extra), dtype=np.int64)])
-            counts = np.concatenate([counts, np.array(list(extra.values()), dtype=np.int64)])
-        return ids, counts
+        counts = np.zeros((len(paths), len(ids)), dtype=np.int64)
+        counts[:, : self._num] = self._counts[: self._num]
+        np.add.at(counts, (rows, columns), 1)
+        seen = counts > 0
+        seen[:, : self._num] = True
+        return ids, counts, seen
 
 
 @dataclass(frozen=True)
-class RowContext:
-    """One row of logits to sample from: whose it is and where in the sequence it stands."""
+class SampledRows:
+    """Consecutive rows of logits to sample from that belong to one sequence."""
 
     params: SamplingParams
-    position: int
-    """Index in the sequence (prompt included) of the token that is sampled."""
+    positions: Int64Array
+    """[num_rows]: index in the sequence (prompt included) of the token that is sampled from each."""
     penalties: PenaltyState
-    """Shared by all rows of a sequence; only looked at when the parameters ask for penalties."""
-    path_tokens: tuple[int, ...] = ()
-    """Output tokens before `position` that `penalties` does not have yet: a tree path."""
+    """Only looked at when the parameters ask for penalties."""
+    paths: Sequence[Sequence[int]] = ()
+    """[num_rows] output tokens before the position that `penalties` does not have yet, a tree path; only looked
+    at when the parameters ask for penalties."""
+
+
+class RowParameters:
+    """The parameters of all rows of a batch as arrays [num_rows], each from its own group."""
+
+    def __init__(self, groups: Sequence[SampledRows]) -> None:
+        lengths = np.array([len(group.positions) for group in groups], dtype=np.int64)
+        params = [group.params for group in groups]
+        self._of_group = np.repeat(np.arange(len(groups)), lengths)
+        self.num_rows = len(self._of_group)
+        self.temperatures = self._rows([p.temperature for p in params], np.float32)
+        self.top_k = self._rows([p.top_k for p in params], np.int64)
+        self.top_p = self._rows([p.top_p for p in params], np.float64)
+        self.min_p = self._rows([p.min_p for p in params], np.float64)
+        self.truncates = self._rows([p.truncates for p in params], np.bool_)
+        self.logprobs = self._rows([p.logprobs for p in params], np.bool_)
+        self.max_top_logprobs = max((p.top_logprobs for p in params if p.logprobs), default=0)
+        positions = [group.positions for group in groups]
+        self.keys = noise_keys(
+            self._rows([p.seed for p in params], np.uint64),
+            np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64),
+        )
+
+    def _rows(self, of_groups: list[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        return np.array(of_groups, dtype=dtype)[self._of_group]

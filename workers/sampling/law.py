@@ -10,14 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from outrider.kernels.noise import Float32Array
-from outrider.workers.sampling.context import RowContext
-from outrider.workers.sampling.params import SamplingParams
+from outrider.kernels.noise import Float32Array, Int64Array
+from outrider.kernels.token_rows import count_true, exponentials
+from outrider.workers.sampling.context import RowParameters, SampledRows
+from outrider.workers.sequences.params import SamplingParams
+
+MAX_LOGIT = 1e36
+"""A row whose largest logit, edited, is not within ±MAX_LOGIT is no law: divided by the lowest temperature it would
+leave float32."""
 
 
 @dataclass(frozen=True)
@@ -33,86 +39,140 @@ class Edits:
             logits[self.rows, self.columns] = self.logits
 
 
-def edit_rows(logits: torch.Tensor, contexts: Sequence[RowContext], vocab_offset: int) -> Edits:
+def edit_rows(logits: torch.Tensor, groups: Sequence[SampledRows], vocab_offset: int) -> Edits:
     """Apply logit bias and penalties in place, where the logits are: only what is edited is brought to the host.
 
     Args:
         logits: float32 [num_rows, shard_size]; column 0 is token `vocab_offset`.
-        contexts: what each row is sampled for.
+        groups: what the rows are sampled for, in their order.
     """
-    edited_rows = [i for i, context in enumerate(contexts) if context.params.edits_logits]
-    named = [_TokensOfRow(contexts[i], vocab_offset, logits.shape[1]) for i in edited_rows]
-    lengths = [len(tokens.local_ids) for tokens in named]
-    if not any(lengths):
+    ends = np.cumsum([len(group.positions) for group in groups])
+    editing = [
+        (_EditedTokens(group, vocab_offset, logits.shape[1]), int(end) - len(group.positions), int(end))
+        for group, end in zip(groups, ends, strict=True)
+        if group.params.edits_logits
+    ]
+    editing = [item for item in editing if len(item[0].local_ids)]
+    if not editing:
         nothing = torch.empty(0, dtype=torch.int64)
         return Edits(nothing, nothing, torch.empty(0))
-    rows = torch.from_numpy(np.repeat(edited_rows, lengths)).to(logits.device)
-    columns = torch.from_numpy(np.concatenate([t.local_ids for t in named]) - vocab_offset).to(logits.device)
+    rows = torch.from_numpy(
+        np.concatenate([np.repeat(np.arange(a, b), len(t.local_ids)) for t, a, b in editing])
+    ).to(logits.device)
+    columns = torch.from_numpy(np.concatenate([np.tile(t.local_ids, b - a) for t, a, b in editing]))
+    columns = (columns - vocab_offset).to(logits.device)
     original = logits[rows, columns]
     edited = original.cpu().numpy().copy()
-    for tokens, end in zip(named, np.cumsum(lengths), strict=True):
-        tokens.edit(edited[end - len(tokens.local_ids) : end])
+    at = 0
+    for tokens, first, end in editing:
+        size = (end - first) * len(tokens.local_ids)
+        tokens.edit(edited[at : at + size].reshape(end - first, -1))
+        at += size
     logits[rows, columns] = torch.from_numpy(edited).to(logits.device)
     return Edits(rows, columns, original)
 
 
-class _TokensOfRow:
-    """The tokens of one shard that a row's parameters edit: those of the context first, then others with a bias."""
+class _EditedTokens:
+    """The tokens of one shard that a group's parameters edit: those of the context first, then others with a bias."""
 
-    def __init__(self, context: RowContext, first: int, size: int) -> None:
-        self._params = params = context.params
-        ids = counts = np.zeros(0, dtype=np.int64)
+    def __init__(self, group: SampledRows, first: int, size: int) -> None:
+        self._params = params = group.params
+        ids = np.zeros(0, dtype=np.int64)
         if params.uses_context:
-            ids, counts = context.penalties.with_path(context.path_tokens)
+            ids, self._counts, self._seen = group.penalties.along(group.paths or [()] * len(group.positions))
         bias_ids = np.array([token for token, _ in params.logit_bias], dtype=np.int64)
         all_ids = np.concatenate([ids, bias_ids[~np.isin(bias_ids, ids)]])
         local = (all_ids >= first) & (all_ids < first + size)
         self.local_ids = all_ids[local]
-        self._counts = counts[local[: len(ids)]]
+        if params.uses_context:
+            self._counts, self._seen = self._counts[:, local[: len(ids)]], self._seen[:, local[: len(ids)]]
 
     def edit(self, logits: Float32Array) -> None:
-        """`logits` of `local_ids`, in place."""
+        """`logits` [num_rows, num_local_ids], in place."""
         bias = dict(self._params.logit_bias)
         if bias:
             logits += np.array([bias.get(token, 0.0) for token in self.local_ids.tolist()], dtype=np.float32)
         if self._params.uses_context:
-            penalise(logits[: len(self._counts)], self._counts, self._params)
+            context = logits[:, : self._counts.shape[1]]
+            np.copyto(context, _penalised(context, self._counts, self._params), where=self._seen)
 
 
-def penalise(logits: Float32Array, counts: npt.NDArray[np.int64], params: SamplingParams) -> None:
-    """Repetition, then presence and frequency penalties, in place, on the logits of tokens seen so far.
+def _penalised(logits: Float32Array, counts: Int64Array, params: SamplingParams) -> Float32Array:
+    """After repetition, then presence and frequency penalties.
 
     `counts` says how often the output has each: 0 for a token that only the prompt has.
     """
     factor = np.float32(params.repetition_penalty)
-    np.copyto(logits, np.where(logits < 0, logits * factor, logits / factor))
-    logits -= np.float32(params.presence_penalty) * (counts > 0)
-    logits -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
+    result = np.where(logits < 0, logits * factor, logits / factor)
+    result -= np.float32(params.presence_penalty) * (counts > 0)
+    result -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
+    return result
 
 
-def num_kept(logits: Float32Array, params: SamplingParams, total: float) -> int:
-    """How many of the likeliest tokens top-k, top-p and min-p leave.
+@dataclass(frozen=True)
+class Nuclei:
+    """What truncation keeps of several rows: every logit above `lowest`, and of those equal to it the first
+    `num_lowest` by id."""
+
+    lowest: Float32Array  # [num_rows]
+    num_lowest: Int64Array  # [num_rows]
+    masses: npt.NDArray[
+        np.float64
+    ]  # [num_rows]: sum over the kept of exp((logit - largest logit) / temperature)
+
+    def __getitem__(self, rows: npt.NDArray[Any]) -> Nuclei:
+        return Nuclei(self.lowest[rows], self.num_lowest[rows], self.masses[rows])
+
+    def __setitem__(self, rows: npt.NDArray[Any], some: Nuclei) -> None:
+        self.lowest[rows], self.num_lowest[rows], self.masses[rows] = (
+            some.lowest,
+            some.num_lowest,
+            some.masses,
+        )
+
+
+def nuclei(
+    logits: Float32Array,
+    floors: Float32Array,
+    totals: npt.NDArray[np.float64] | None,
+    params: RowParameters,
+    rows: Int64Array,
+) -> tuple[Nuclei, npt.NDArray[np.bool_]]:
+    """What top-k, top-p and min-p leave of rows, and of which rows that is certain, bool [n].
 
     Args:
-        logits: float32 [num_candidates], the largest of the vocabulary, largest first.
-        params: temperature > 0.
-        total: sum over the vocabulary of exp((logit - largest logit) / temperature).
+        logits: float32 [n, num_candidates], the largest of the vocabulary, largest first.
+        floors: float32 [n]: logits up to here may be missing; -inf where none are.
+        totals: [n], sums over the vocabulary of exp((logit - largest logit) / temperature), only looked at
+            where top-p is asked for and top-k is not; None if `logits` are the whole vocabulary's.
+        params: of a batch; temperatures > 0.
+        rows: int64 [n], which rows of the batch these are.
     """
-    kept = num_in_top_k(logits, params.top_k)
-    x = (logits[:kept] - logits[0]).astype(np.float64) / np.float32(params.temperature)
-    if params.top_p < 1.0:
-        weights = np.exp(x)
-        if params.top_k > 0:
-            total = float(weights.sum())
-        mass_before = np.cumsum(weights) - weights
-        kept = max(1, int(np.count_nonzero(mass_before < params.top_p * total)))
-    if params.min_p > 0.0:
-        kept = min(kept, int(np.count_nonzero(x >= np.log(params.min_p))))
-    return kept
-
-
-def num_in_top_k(logits: Float32Array, top_k: int) -> int:
-    """How many of `logits` (largest first) reach the k-th largest."""
-    if top_k == 0 or top_k >= len(logits):
-        return len(logits)
-    return int(np.count_nonzero(logits >= logits[top_k - 1]))
+    num, width = logits.shape
+    top_k, top_p, min_p = params.top_k[rows], params.top_p[rows], params.min_p[rows]
+    kept = np.full(num, width, dtype=np.int64)
+    each = np.arange(num)
+    certain = np.ones(num, dtype=np.bool_)
+    if top_k.any():
+        kth = logits[each, np.minimum(top_k, width) - 1]
+        limited = (top_k > 0) & (top_k < width)
+        kept[limited] = count_true(logits[limited] >= kth[limited, None])
+        certain[limited] = kth[limited] > floors[limited]
+    weights = exponentials(logits, logits[:, 0], params.temperatures[rows])
+    # numpy's takes three times as long
+    masses = torch.from_numpy(weights).cumsum(dim=1, dtype=torch.float64).numpy()
+    if (top_p < 1.0).any():
+        limits = top_p * masses[each, kept - 1]
+        if totals is not None:
+            limits = np.where(top_k > 0, limits, top_p * totals)
+        limits[top_p == 1.0] = np.inf
+        kept = np.minimum(kept, 1 + count_true(masses[:, :-1] < limits[:, None]))
+    if min_p.any():
+        asking = np.flatnonzero(min_p)
+        x = (logits[asking] - logits[asking, :1]).astype(np.float64) / params.temperatures[rows[asking], None]
+        likely = count_true(x >= np.log(min_p[asking])[:, None])
+        kept[asking] = np.minimum(kept[asking], likely)
+    lowest = logits[each, kept - 1]
+    num_above = count_true(logits > lowest[:, None])
+    certain = (certain & (lowest > floors)) | (floors == -np.inf)
+    return Nuclei(lowest, kept - num_above, masses[each, kept - 1]), certain

@@ -4,9 +4,9 @@ p̃ is the law after everything the request asked for (`law.py`), G is counter-b
 (`kernels/noise.py`), absent at temperature 0. Plain decoding and every node of a draft tree use it, and the
 drafter proposes with the same noise; so a text is, seed for seed, the same for every way of drafting.
 
-Logits stay on their ranks, and on a GPU whose kernel samples them (else they are copied to its host). A row that
-nothing truncates costs one exchange of (score, id) per rank; for the others see `candidates.py`. All ranks
-return the same, whatever their number.
+Logits stay on their ranks, and on a GPU whose kernel samples them (else they are copied to its host). The ranks
+exchange each row's maximum, which says whether the row is a law at all, and their best (score, id); what rows with
+truncation need besides is in `candidates.py`. All ranks return the same, whatever their number.
 """
 
 from __future__ import annotations
@@ -15,27 +15,62 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from outrider.kernels.noise import Float32Array, Int64Array, Key, noise_key
-from outrider.kernels.sample_shard import UInt64Array, first_packed, pack_tokens, perturb, unpack_tokens
+from outrider.kernels.noise import Float32Array, Int64Array
+from outrider.kernels.sample_shard import ShardLogits
 from outrider.kernels.selection import REFERENCES, KernelSelection
-from outrider.workers.communicator import Communicator
-from outrider.workers.sampling.candidates import KeptTokens, kept_tokens
-from outrider.workers.sampling.context import RowContext
-from outrider.workers.sampling.law import edit_rows
-from outrider.workers.sampling.logprobs import RawLogprobs, raw_logprobs
-from outrider.workers.sampling.shards import DeviceShard, HostShard, Shard
+from outrider.kernels.token_rows import REMOVED, UInt64Array, unpack_tokens
+from outrider.workers.link.communicator import Communicator
+from outrider.workers.sampling.candidates import kept_tokens
+from outrider.workers.sampling.context import RowParameters, SampledRows
+from outrider.workers.sampling.law import MAX_LOGIT, Edits, edit_rows
+from outrider.workers.sampling.logprobs import NO_QUESTIONS, LawQuestions, raw_logprobs
+from outrider.workers.sampling.shards import DeviceShard, Shard
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Sampled tokens, and log-probabilities (nats) under the model's own law for rows that asked."""
+    """Sampled tokens, and log-probabilities (nats) under the model's own law for rows that asked.
+
+    A row is invalid if its logits, edited as the request asks, are no law: NaN or infinity among them, nothing
+    left, or none within ±MAX_LOGIT. Its token is 0 and its log-probabilities are 0; the other rows are what they
+    would be without it.
+    """
 
     tokens: torch.Tensor  # int64 [num_rows]
+    valid: torch.Tensor  # bool [num_rows]
     logprobs: torch.Tensor  # float32 [num_rows]; 0 where a row did not ask
     top_ids: torch.Tensor  # int64 [num_rows, k], likeliest first; k is the most that any row asks for
     top_logprobs: torch.Tensor  # float32 [num_rows, k]
+    token_logprobs: torch.Tensor  # float32 [num_tokens] of the tokens asked about; 0 in an invalid row
+    entropies: torch.Tensor  # float32 [num_entropies] of the rows asked about; 0 of an invalid row
+
+
+NO_SAMPLES = Samples(
+    tokens=torch.empty(0, dtype=torch.int64),
+    valid=torch.empty(0, dtype=torch.bool),
+    logprobs=torch.empty(0),
+    top_ids=torch.empty(0, 0, dtype=torch.int64),
+    top_logprobs=torch.empty(0, 0),
+    token_logprobs=torch.empty(0),
+    entropies=torch.empty(0),
+)
+"""Of no rows."""
+
+
+@dataclass(frozen=True)
+class _Edited:
+    """The rows of one call, edited."""
+
+    params: RowParameters
+    logits: torch.Tensor
+    edits: Edits
+    shard: Shard
+    maxima: Float32Array  # [num_rows], over the whole vocabulary
+    whole: Int64Array  # valid rows that nothing truncates
+    truncated: Int64Array  # the other valid rows
 
 
 class Sampler:
@@ -59,31 +94,44 @@ class Sampler:
         self._communicator = communicator
         self._kernels = kernels
 
-    def sample(self, logits: torch.Tensor, rows: Sequence[RowContext]) -> Samples:
+    @np.errstate(over="ignore")  # what leaves float32 downwards is as good as removed
+    def sample(
+        self, logits: torch.Tensor, groups: Sequence[SampledRows], questions: LawQuestions = NO_QUESTIONS
+    ) -> Samples:
         """Sample one token per row.
 
         Args:
             logits: float32 [num_rows, end - first], straight from the model. Edited while this runs, and as
                 before when it returns.
-            rows: what each row is to be sampled for; the same on every rank.
+            groups: what the rows are to be sampled for, in their order; the same on every rank.
+            questions: what else is to be known of the model's own law; the same on every rank.
         """
-        assert logits.shape == (len(rows), self._end - self._first)
-        logits = self._where_sampled(logits)
-        edits = edit_rows(logits, rows, self._first)
-        shard = self._shard(logits)
-        tokens = np.zeros(len(rows), dtype=np.int64)
-        whole = [i for i, row in enumerate(rows) if not row.params.truncates]
-        truncated = [i for i, row in enumerate(rows) if row.params.truncates]
-        if whole:
-            tokens[whole] = self._sample_whole(shard, whole, rows)
-        if truncated:
-            tokens[truncated] = self._sample_truncated(shard, truncated, rows)
-        edits.undo(logits)
-        raw = self._raw_logprobs(self._shard(logits) if len(edits.rows) else shard, tokens, rows)
-        return Samples(torch.from_numpy(tokens), raw.logprobs, raw.top_ids, raw.top_logprobs)
+        batch = self._edit(logits, groups)
+        best = np.zeros(len(batch.maxima), dtype=np.uint64)  # token 0 where a row is invalid
+        best[batch.whole] = _best_whole(batch, 1)[:, 0]
+        best[batch.truncated] = self._best_kept(batch, 1)[0][:, 0]
+        valid = np.zeros(len(best), dtype=np.bool_)
+        valid[batch.whole] = valid[batch.truncated] = True
+        message = torch.from_numpy(best.view(np.int64))
+        best = self._communicator.all_gather(message).numpy().view(np.uint64).min(axis=0)
+        tokens = unpack_tokens(best)[1]
+        batch.edits.undo(batch.logits)
+        shard = self._shard(batch.logits) if len(batch.edits.rows) else batch.shard
+        raw = raw_logprobs(
+            shard,
+            range(self._first, self._end),
+            tokens,
+            np.flatnonzero(batch.params.logprobs),
+            batch.params.max_top_logprobs,
+            questions,
+            valid,
+            self._communicator,
+        )
+        return Samples(torch.from_numpy(tokens), torch.from_numpy(valid), *raw)
 
+    @np.errstate(over="ignore")
     def propose(
-        self, logits: torch.Tensor, rows: Sequence[RowContext], num: int
+        self, logits: torch.Tensor, groups: Sequence[SampledRows], num: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The `num` best tokens of each row by log p̃ + G, for drafting: the first is what `sample` returns.
 
@@ -91,95 +139,69 @@ class Sampler:
 
         Args:
             logits: float32 [num_rows, vocab_size]; edited while this runs, and as before when it returns.
-            rows: what each row is to be sampled for.
+            groups: what the rows are to be sampled for, in their order.
             num: at most vocab_size.
 
         Returns:
             ids int64 [num_rows, num], distinct within a row, best first, and log p̃ of each, float32
             [num_rows, num]: -inf for tokens that p̃ removes, which stand last and only where p̃ leaves fewer
-            than `num`. A greedy row is ranked by logits, its log-probabilities are those of temperature 1.
+            than `num`, and for all of an invalid row. A greedy row is ranked by logits, its log-probabilities
+            are those of temperature 1.
         """
         assert self._communicator.size == 1
-        assert logits.shape == (len(rows), self._vocab_size)
         assert num <= self._vocab_size
-        logits = self._where_sampled(logits)
-        edits = edit_rows(logits, rows, 0)
-        shard = self._shard(logits)
-        ids = np.empty((len(rows), num), dtype=np.int64)
-        log_probs = np.empty((len(rows), num), dtype=np.float32)
-        whole = [i for i, row in enumerate(rows) if not row.params.truncates]
-        truncated = [i for i, row in enumerate(rows) if row.params.truncates]
-        if whole:
-            ids[whole], log_probs[whole] = _propose_whole(shard, whole, rows, num)
-        if truncated:
-            params = [rows[i].params for i in truncated]
-            kept_rows = kept_tokens(shard, truncated, params, self._communicator)
-            for i, kept in zip(truncated, kept_rows, strict=True):
-                ids[i], log_probs[i] = _propose_kept(shard, i, rows[i], kept, num)
-        edits.undo(logits)
+        batch = self._edit(logits, groups)
+        ids = np.tile(np.arange(num), (len(batch.maxima), 1))
+        log_probs = np.full(ids.shape, -np.inf, dtype=np.float32)
+        temperatures = batch.params.temperatures
+        temperatures = np.where(temperatures == 0.0, np.float32(1.0), temperatures)
+        whole = batch.whole
+        masses_of_whole = batch.shard.exp_sums(whole, batch.maxima[whole], temperatures[whole])
+        for rows, ranked, masses in (
+            (whole, _best_whole(batch, num), masses_of_whole),
+            (batch.truncated, *self._best_kept(batch, num)),
+        ):
+            ids[rows] = unpack_tokens(ranked)[1]
+            chosen = batch.shard.logits(np.repeat(rows, num), ids[rows].ravel()).reshape(-1, num)
+            scaled = (chosen - batch.maxima[rows, None]) / temperatures[rows, None]
+            scaled -= np.log(masses).astype(np.float32)[:, None]
+            log_probs[rows] = np.where(ranked < REMOVED, scaled, np.float32(-np.inf))
+        batch.edits.undo(batch.logits)
         return torch.from_numpy(ids), torch.from_numpy(log_probs)
 
-    def _where_sampled(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits if self._kernels.sample_shard else logits.cpu().contiguous()
+    def _edit(self, logits: torch.Tensor, groups: Sequence[SampledRows]) -> _Edited:
+        params = RowParameters(groups)
+        assert logits.shape == (params.num_rows, self._end - self._first)
+        if not self._kernels.sample_shard:
+            logits = logits.cpu().contiguous()
+        edits = edit_rows(logits, groups, self._first)
+        shard = self._shard(logits)
+        own_maxima = torch.from_numpy(shard.maxima(np.arange(params.num_rows)))
+        maxima = self._communicator.all_gather(own_maxima).numpy().max(axis=0)  # NaN if any is
+        valid = np.abs(maxima) <= MAX_LOGIT
+        whole, truncated = np.flatnonzero(valid & ~params.truncates), np.flatnonzero(valid & params.truncates)
+        return _Edited(params, logits, edits, shard, maxima, whole, truncated)
 
     def _shard(self, logits: torch.Tensor) -> Shard:
         if self._kernels.sample_shard:
             return DeviceShard(logits, self._first, self._kernels)
-        return HostShard(logits, self._first)
+        return ShardLogits(logits, self._first)
 
-    def _sample_whole(self, shard: Shard, indices: list[int], rows: Sequence[RowContext]) -> Int64Array:
-        best = np.concatenate(_best(shard, indices, rows, 1))
-        message = torch.from_numpy(best.view(np.int64))  # [num_rows]
-        gathered = self._communicator.all_gather(message).numpy().view(np.uint64)  # [size, num_rows]
-        return unpack_tokens(gathered.min(axis=0))[1]
-
-    def _sample_truncated(self, shard: Shard, indices: list[int], rows: Sequence[RowContext]) -> Int64Array:
-        kept_rows = kept_tokens(shard, indices, [rows[i].params for i in indices], self._communicator)
-        best = [_scored(kept, rows[i]).min() for i, kept in zip(indices, kept_rows, strict=True)]
-        return unpack_tokens(np.array(best))[1]
-
-    def _raw_logprobs(self, shard: Shard, tokens: Int64Array, rows: Sequence[RowContext]) -> RawLogprobs:
-        asking = [i for i, row in enumerate(rows) if row.params.logprobs]
-        num_top = max((rows[i].params.top_logprobs for i in asking), default=0)
-        return raw_logprobs(shard, tokens, asking, num_top, self._communicator)
+    def _best_kept(self, batch: _Edited, num: int) -> tuple[UInt64Array, npt.NDArray[np.float64]]:
+        """Of the truncated rows [n, num] packed tokens with their scores, and [n] the masses of what is kept."""
+        rows, params = batch.truncated, batch.params
+        if not len(rows):
+            return np.empty((0, num), dtype=np.uint64), np.empty(0)
+        kept = kept_tokens(
+            batch.shard, rows, batch.maxima[rows], params, self._vocab_size, self._communicator
+        )
+        ranked = batch.shard.best_kept(
+            rows, kept.lowest, kept.num_lowest, params.temperatures[rows], params.keys[rows], num
+        )
+        return ranked, kept.masses
 
 
-def _best(shard: Shard, indices: list[int], rows: Sequence[RowContext], num: int) -> list[UInt64Array]:
-    keys = [_key(rows[i]) for i in indices]
-    return shard.best(indices, [rows[i].params.temperature for i in indices], keys, num)
-
-
-def _propose_whole(
-    shard: Shard, indices: list[int], rows: Sequence[RowContext], num: int
-) -> tuple[Int64Array, Float32Array]:
-    """Ids and log-probabilities, [num_indices, num] each, of rows that nothing truncates."""
-    ids = unpack_tokens(np.stack(_best(shard, indices, rows, num)))[1]
-    temperatures = [rows[i].params.temperature or 1.0 for i in indices]
-    logits = shard.logits(np.repeat(indices, num).tolist(), ids.ravel()).reshape(ids.shape)
-    divisors = np.array(temperatures, dtype=np.float32)[:, None]
-    scaled = (logits - shard.maxima(indices)[:, None]) / divisors
-    return ids, scaled - np.log(shard.exp_sums(indices, temperatures)).astype(np.float32)[:, None]
-
-
-def _propose_kept(
-    shard: Shard, index: int, row: RowContext, kept: KeptTokens, num: int
-) -> tuple[Int64Array, Float32Array]:
-    """Ids and log-probabilities, [num] each, of a row with these tokens left."""
-    ids = unpack_tokens(first_packed(_scored(kept, row), num))[1]
-    temperature = np.float32(row.params.temperature)
-    log_total = np.log(np.exp((kept.logits - kept.logits[0]) / temperature).sum())
-    log_probs = np.full(num, -np.inf, dtype=np.float32)
-    logits = kept.logits_of(ids)
-    log_probs[: len(ids)] = (logits - kept.logits[0]) / temperature - log_total
-    # The kept tokens are the first of the likeliest: where they are too few, go on with the next ones.
-    more = unpack_tokens(shard.top([index], num)[0])[1][len(ids) :] if len(ids) < num else ids[:0]
-    return np.concatenate([ids, more]), log_probs
-
-
-def _scored(kept: KeptTokens, row: RowContext) -> UInt64Array:
-    """Kept tokens packed with their scores."""
-    return pack_tokens(perturb(kept.logits, kept.ids, row.params.temperature, _key(row)), kept.ids)
-
-
-def _key(row: RowContext) -> Key:
-    return noise_key(row.params.seed, row.position)
+def _best_whole(batch: _Edited, num: int) -> UInt64Array:
+    """Of the rows that nothing truncates [n, num] packed tokens with their scores."""
+    rows, params = batch.whole, batch.params
+    return batch.shard.best(rows, params.temperatures[rows], params.keys[rows], num)

@@ -2,84 +2,80 @@
 
 Both answer the same questions for several rows at a time, with the same numbers but for the rounding of exp and
 log: all ranks of a group use the same kind (`agreed_kernels`). A `DeviceShard` brings answers to the host, never
-whole rows.
+whole rows. `ShardLogits` is the shard on the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from outrider.kernels.gather_rows import gather_rows
-from outrider.kernels.noise import Float32Array, Int64Array, Key
-from outrider.kernels.sample_shard import ShardLogits, UInt64Array, pack_tokens, sample_shard
+from outrider.kernels.noise import Float32Array, Int64Array, UInt32Array
+from outrider.kernels.sample_shard import sample_shard
 from outrider.kernels.selection import KernelSelection
-
-REMOVED = pack_tokens(np.array([-np.inf], dtype=np.float32), np.zeros(1, dtype=np.int64))[0]
-"""Packed tokens from here on have value -inf."""
+from outrider.kernels.token_rows import LOWEST, UInt64Array, pack_tokens, removed_by_id
 
 
 class Shard(Protocol):
-    """Logits of several rows over the token ids of one rank; packed tokens are those of `pack_tokens`."""
+    """Logits of several rows over the token ids of one rank; packed tokens are those of `pack_tokens`.
 
-    def has(self, token: int) -> bool:
-        """Whether a token id is in this shard."""
-        ...
+    `rows` are int64 [n], distinct. Rows without a finite maximum over the whole vocabulary may be asked for their
+    maxima only.
+    """
 
-    def logits(self, rows: Sequence[int], ids: Int64Array) -> Float32Array:
+    def logits(self, rows: Int64Array, ids: Int64Array) -> Float32Array:
         """[n]: the logit of ids[i] in rows[i]; the ids are in this shard."""
         ...
 
-    def maxima(self, rows: Sequence[int]) -> Float32Array:
-        """[n]: the largest logit of each row."""
+    def maxima(self, rows: Int64Array) -> Float32Array:
+        """[n]: the largest logit of each row; NaN if the row has one."""
         ...
 
-    def exp_sums(self, rows: Sequence[int], temperatures: Sequence[float]) -> np.ndarray:
-        """float64 [n]: of each row the sum of exp((logit - largest logit) / temperature)."""
+    def exp_sums(
+        self, rows: Int64Array, maxima: Float32Array, temperatures: Float32Array
+    ) -> npt.NDArray[np.float64]:
+        """[n]: of each row the sum of exp((logit - maximum) / temperature), for the finite maxima given."""
         ...
 
-    def top(self, rows: Sequence[int], count: int) -> list[UInt64Array]:
-        """Of each row the `count` likeliest tokens (all, if there are fewer), packed with their logits, in order."""
+    def weighted_sums(self, rows: Int64Array, maxima: Float32Array) -> npt.NDArray[np.float64]:
+        """[n]: of each row the sum of x * exp(x) where x = logit - maximum, for the finite maxima given."""
+        ...
+
+    def largest(self, rows: Int64Array, count: int) -> Float32Array:
+        """[n, at most count]: the largest logits of each row in order; all, if there are fewer."""
+        ...
+
+    def top(self, rows: Int64Array, count: int) -> UInt64Array:
+        """[n, at most count]: packed tokens of the largest logits in order; all, if there are fewer."""
         ...
 
     def best(
-        self, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[Key], count: int
-    ) -> list[UInt64Array]:
-        """Of each row the `count` best tokens by logit / temperature + noise, packed with their scores, in order.
+        self, rows: Int64Array, temperatures: Float32Array, keys: UInt32Array, count: int
+    ) -> UInt64Array:
+        """[n, count]: packed tokens of the best scores logit / temperature + noise of each row, in order.
 
         Temperature 0 ranks by the logits alone. `count` is at most the size of the shard.
         """
         ...
 
+    def best_kept(
+        self,
+        rows: Int64Array,
+        lowest: Float32Array,
+        num_lowest: Int64Array,
+        temperatures: Float32Array,
+        keys: UInt32Array,
+        count: int,
+    ) -> UInt64Array:
+        """As `best`, of rows that keep logits above lowest [n] and the first num_lowest [n] that equal it.
 
-class HostShard:
-    """A shard in the host's memory. `logits` [num_rows, shard_size] must not change while this is in use."""
-
-    def __init__(self, logits: torch.Tensor, vocab_offset: int) -> None:
-        self._shard = ShardLogits(logits, vocab_offset)
-
-    def has(self, token: int) -> bool:
-        return self._shard.has(token)
-
-    def logits(self, rows: Sequence[int], ids: Int64Array) -> Float32Array:
-        return self._shard.logits(np.asarray(rows, dtype=np.int64), ids)
-
-    def maxima(self, rows: Sequence[int]) -> Float32Array:
-        return np.array([self._shard.maximum(row) for row in rows], dtype=np.float32)
-
-    def exp_sums(self, rows: Sequence[int], temperatures: Sequence[float]) -> np.ndarray:
-        return np.array([self._shard.exp_sum(*each) for each in zip(rows, temperatures, strict=True)])
-
-    def top(self, rows: Sequence[int], count: int) -> list[UInt64Array]:
-        return [self._shard.top(row, count) for row in rows]
-
-    def best(
-        self, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[Key], count: int
-    ) -> list[UInt64Array]:
-        return [self._shard.best(*each, count) for each in zip(rows, temperatures, keys, strict=True)]
+        The other tokens count as removed. Temperatures > 0.
+        """
+        ...
 
 
 class DeviceShard:
@@ -89,62 +85,78 @@ class DeviceShard:
         """`kernels`: has `sample_shard`."""
         assert kernels.sample_shard
         self._logits = logits
-        self._vocab_offset = vocab_offset
+        self._first, self._end = vocab_offset, vocab_offset + logits.shape[1]
         self._kernels = kernels
 
-    def has(self, token: int) -> bool:
-        return self._vocab_offset <= token < self._vocab_offset + self._logits.shape[1]
+    def logits(self, rows: Int64Array, ids: Int64Array) -> Float32Array:
+        return self._logits[self._tensor(rows), self._tensor(ids - self._first)].cpu().numpy()
 
-    def logits(self, rows: Sequence[int], ids: Int64Array) -> Float32Array:
-        columns = self._tensor(ids - self._vocab_offset, torch.int64)
-        return self._logits[self._tensor(rows, torch.int64), columns].cpu().numpy()
-
-    def maxima(self, rows: Sequence[int]) -> Float32Array:
+    def maxima(self, rows: Int64Array) -> Float32Array:
         return self._rows(rows).amax(dim=1).cpu().numpy()
 
-    def exp_sums(self, rows: Sequence[int], temperatures: Sequence[float]) -> np.ndarray:
-        part = self._rows(rows)
-        x = part - part.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
-        x *= self._tensor([1.0 / temperature for temperature in temperatures], torch.float32)[:, None]
+    def exp_sums(
+        self, rows: Int64Array, maxima: Float32Array, temperatures: Float32Array
+    ) -> npt.NDArray[np.float64]:
+        x = self._rows(rows) - self._tensor(maxima)[:, None]
+        x *= self._tensor(np.float32(1.0) / temperatures)[:, None]
         return x.exp_().sum(dim=1, dtype=torch.float64).cpu().numpy()
 
-    def top(self, rows: Sequence[int], count: int) -> list[UInt64Array]:
+    def weighted_sums(self, rows: Int64Array, maxima: Float32Array) -> npt.NDArray[np.float64]:
+        x = (self._rows(rows) - self._tensor(maxima)[:, None]).clamp_min(float(LOWEST))
+        return (x * x.exp()).sum(dim=1, dtype=torch.float64).cpu().numpy()
+
+    def largest(self, rows: Int64Array, count: int) -> Float32Array:
+        part = self._rows(rows)
+        return part.topk(min(count, part.shape[1]), dim=1).values.cpu().numpy()
+
+    def top(self, rows: Int64Array, count: int) -> UInt64Array:
         part = self._rows(rows)
         # `pack_tokens` upside down, so that it fits into a signed integer: no two are equal.
         bits = (part + 0.0).view(torch.int32)  # -0.0 becomes 0.0
         rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() * 2**32
-        first, end = self._vocab_offset, self._vocab_offset + part.shape[1]
-        rising += 0xFFFFFFFF - torch.arange(first, end, device=part.device)
+        rising += 0xFFFFFFFF - torch.arange(self._first, self._end, device=part.device)
         largest = rising.topk(min(count, part.shape[1]), dim=1).values.cpu().numpy()
-        return list(np.uint64(2**63 - 1) - largest.view(np.uint64))
+        return np.uint64(2**63 - 1) - largest.view(np.uint64)
 
     def best(
-        self, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[Key], count: int
-    ) -> list[UInt64Array]:
+        self, rows: Int64Array, temperatures: Float32Array, keys: UInt32Array, count: int
+    ) -> UInt64Array:
         part = self._rows(rows)
-        if count > 1:
-            part = part.clone()
-        first, end = self._vocab_offset, self._vocab_offset + part.shape[1]
+        return self._best(part.clone() if count > 1 else part, temperatures, keys, count)
+
+    def best_kept(
+        self,
+        rows: Int64Array,
+        lowest: Float32Array,
+        num_lowest: Int64Array,
+        temperatures: Float32Array,
+        keys: UInt32Array,
+        count: int,
+    ) -> UInt64Array:
+        part, edge = self._rows(rows), self._tensor(lowest)[:, None]
+        equal = part == edge
+        late = equal & (equal.cumsum(dim=1, dtype=torch.int32) > self._tensor(num_lowest)[:, None])
+        return self._best(part.masked_fill((part < edge) | late, -torch.inf), temperatures, keys, count)
+
+    def _best(
+        self, part: torch.Tensor, temperatures: Float32Array, keys: UInt32Array, count: int
+    ) -> UInt64Array:
+        """The best of all rows of `part`, which for more than one winner is used up."""
         values, ids = [], []
         for remaining in reversed(range(count)):
-            sample = sample_shard(part, list(temperatures), list(keys), first, use_kernel=True)
+            sample = sample_shard(part, temperatures, keys, self._first, use_kernel=True)
             values.append(sample.values)
-            # A row of NaN has no best token; it must not make the device read out of bounds.
-            ids.append(sample.ids.clamp(first, end - 1))
+            # Where nothing is left there is no best token; it must not make the device write out of bounds.
+            ids.append(sample.ids.clamp(self._first, self._end - 1))
             if remaining:  # the winner leaves, the next one is sought
-                part.scatter_(1, ids[-1][:, None] - first, -torch.inf)
+                part.scatter_(1, ids[-1][:, None] - self._first, -torch.inf)
         packed = pack_tokens(torch.stack(values, 1).cpu().numpy(), torch.stack(ids, 1).cpu().numpy())
-        # Winners that left are like removed tokens: where these come into play, the host tells them apart.
-        for i in np.flatnonzero(packed[:, -1] >= REMOVED).tolist() if count > 1 else ():
-            host = HostShard(self._rows([rows[i]]).cpu(), self._vocab_offset)
-            (found,) = host.best([0], [temperatures[i]], [keys[i]], count)
-            packed[i, : len(found)] = found  # nothing in a row of NaN
-        return list(packed)
+        return removed_by_id(packed, self._first)
 
-    def _rows(self, rows: Sequence[int]) -> torch.Tensor:
-        if list(rows) == list(range(len(self._logits))):
+    def _rows(self, rows: Int64Array) -> torch.Tensor:
+        if np.array_equal(rows, np.arange(len(self._logits))):
             return self._logits
-        return gather_rows(self._logits, self._tensor(rows, torch.int64), self._kernels.gather_rows)
+        return gather_rows(self._logits, self._tensor(rows), self._kernels.gather_rows)
 
-    def _tensor(self, values: Sequence[float] | Int64Array, dtype: torch.dtype) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values), dtype=dtype, device=self._logits.device)
+    def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.as_tensor(values, device=self._logits.device)

@@ -7,12 +7,41 @@ import math
 from typing import Any
 
 import numpy as np
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType
 
-from outrider.workers.model.config import ModelConfig, model_config_from_hf
+from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.families import family_named
+from outrider.workers.weights.fields import Fields
 from outrider.workers.weights.gguf_header import GgufHeader
+from outrider.workers.weights.hf_config import model_config_from_hf
 from outrider.workers.weights.source import DataFile
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ROPE_FACTORS = "rope_freqs.weight"
+
+# What llama.cpp reads of a model stands under its architecture or one of these. The rest is how a file was made,
+# by whom, and sampling defaults; the tokenizer is read in gguf_tokenizer.py.
+_NAMESPACES = frozenset((*MODEL_ARCH_NAMES.values(), "adapter", "clip", "diffusion", "xielu"))
+_HARMLESS_OF_MODEL = ("rope.scaling.finetuned",)
+
+# What another model would do with them is not done here: their neutral values.
+_OFF: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "expert_shared_count": (0,),
+    "nextn_predict_layers": (0,),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "pooling_type": (0,),
+    "use_parallel_residual": (False,),
+    "tensor_data_layout": ("reference",),
+    "rope.scaling.yarn_ext_factor": (1,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_log_multiplier": (0,),
+}
 
 # A chat model ends its turn with one of these even where the metadata name only the base model's end of text.
 # llama.cpp treats them alike (`special_eog_ids` in llama-vocab.cpp).
@@ -29,114 +58,138 @@ END_OF_TURN = (
 
 def model_config_from_gguf(header: GgufHeader) -> ModelConfig:
     """Raises ValueError for another architecture, a missing key, or a feature that is not supported."""
-    return model_config_from_hf(hf_config_dict(header))
+    described = hf_config_dict(header)
+    try:
+        return model_config_from_hf(described)
+    except ValueError as error:
+        raise ValueError(f"{header.path}: {error}") from error
 
 
 def hf_config_dict(header: GgufHeader) -> dict[str, Any]:
-    """The fields of config.json that the metadata and the tensor shapes determine."""
-    architecture = header.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"{header.path} has architecture {architecture}; supported in GGUF: {', '.join(ARCHITECTURES)}"
-        )
+    """The fields of config.json that the metadata and the tensors determine; no key of the model is left out."""
     embedding = header.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise ValueError(f"{header.path} has no tensor token_embd.weight")
-    if _optional(header, "expert_count", 0):
-        raise ValueError(f"{header.path} is a mixture of experts; supported in GGUF: dense models")
-    context = _required(header, "context_length")
-    if 0 < _optional(header, "attention.sliding_window", 0) < context:
-        raise ValueError(f"{header.path} uses a sliding window; supported in GGUF: full attention")
-    num_heads = _required(header, "attention.head_count")
-    head_dim = _optional(header, "attention.key_length", embedding.shape[1] // num_heads)
-    rotated = _optional(header, "rope.dimension_count", head_dim)
-    if rotated != head_dim:
-        raise ValueError(
-            f"{header.path} rotates {rotated} of {head_dim} head dimensions; supported: all of them"
+    fields = Fields(header.metadata, f"{header.path}: ")
+    fields.require_off({"general.type": ("model",), "general.quantization_version": (2,)})
+    name = fields.value("general.architecture")
+    arch = family_named(name, f"{header.path}: general.architecture").name
+    if embedding is None or len(embedding.shape) != 2:
+        raise ValueError(f"{header.path} has no matrix token_embd.weight")
+    fields.require_off({f"{arch}.{key}": neutral for key, neutral in _OFF.items()})
+    # The embedding may be padded beyond the vocabulary in the metadata; logits have its length.
+    vocab_size = embedding.shape[0]
+    if fields.has(f"{arch}.vocab_size"):
+        fields.integer(f"{arch}.vocab_size", 1, vocab_size)
+    context = fields.integer(f"{arch}.context_length")
+    hidden_size = fields.integer(f"{arch}.embedding_length")
+    num_heads = fields.integer(f"{arch}.attention.head_count")
+    head_dim = _integer(fields, f"{arch}.attention.key_length", hidden_size // num_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if _integer(fields, f"{arch}.{key}", head_dim) != head_dim:
+            raise fields.wrong(f"{arch}.{key}", f"{head_dim}, the size of a head")
+    window = _integer(fields, f"{arch}.attention.sliding_window", 0, low=0)
+    if 0 < window < context:
+        raise fields.wrong(
+            f"{arch}.attention.sliding_window",
+            f"0 or the context ({context}): sliding windows are not read from GGUF",
         )
-    eos = end_ids(header)
+    eps = fields.number(
+        f"{arch}.attention.layer_norm_rms_epsilon", "a number from 0 to 1", lambda x: 0 <= x <= 1
+    )
+    theta = 10000.0
+    if fields.has(f"{arch}.rope.freq_base"):
+        theta = fields.number(f"{arch}.rope.freq_base", "a number above 1", lambda x: x > 1)
     config: dict[str, Any] = {
-        "model_type": architecture,
-        "num_hidden_layers": _required(header, "block_count"),
-        "hidden_size": embedding.shape[1],
-        "intermediate_size": _required(header, "feed_forward_length"),
+        "model_type": arch,
+        "num_hidden_layers": fields.integer(f"{arch}.block_count"),
+        "hidden_size": hidden_size,
+        "intermediate_size": fields.integer(f"{arch}.feed_forward_length"),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": _optional(header, "attention.head_count_kv", num_heads),
+        "num_key_value_heads": _integer(fields, f"{arch}.attention.head_count_kv", num_heads),
         "head_dim": head_dim,
-        # The embedding may be padded beyond the vocabulary in the metadata; logits have its length.
-        "vocab_size": embedding.shape[0],
+        "vocab_size": vocab_size,
         # Stored as float32; the decimal that was meant (1e-5, 1e-6) is its shortest representation.
-        "rms_norm_eps": float(str(np.float32(_required(header, "attention.layer_norm_rms_epsilon")))),
-        "rope_theta": float(_optional(header, "rope.freq_base", 10000.0)),
+        "rms_norm_eps": float(str(np.float32(eps))),
+        "rope_theta": theta,
         "max_position_embeddings": context,
         "tie_word_embeddings": "output.weight" not in header.tensors,
-        "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": list(eos),
-        "hidden_act": "silu",
+        "bos_token_id": list(fields.token_ids("tokenizer.ggml.bos_token_id", vocab_size)),
+        "eos_token_id": list(gguf_end_ids(header, vocab_size)),
     }
-    if architecture != "qwen2":
-        config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
-    scaling = _rope_scaling(header, head_dim, config["rope_theta"], context)
+    scaling = _rope_scaling(header, fields, arch, head_dim, theta, context)
     if scaling:
         config["rope_scaling"] = scaling
+    fields.ignore(key for key in header.metadata if key.partition(".")[0] not in _NAMESPACES)
+    fields.ignore(f"{arch}.{key}" for key in _HARMLESS_OF_MODEL)
+    fields.refuse_unread()
     return config
 
 
-def end_ids(header: GgufHeader) -> tuple[int, ...]:
-    """Ids that end a text or a turn: those the metadata name, then known end-of-turn tokens it defines."""
-    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    named = [header.metadata.get(f"tokenizer.ggml.{key}") for key in keys]
-    tokens = header.metadata.get("tokenizer.ggml.tokens", [])
-    known = [i for i, token in enumerate(tokens) if token in END_OF_TURN]
-    return tuple(dict.fromkeys(i for i in (*named, *known) if i is not None))
+def gguf_end_ids(header: GgufHeader, vocab_size: int) -> tuple[int, ...]:
+    """Ids that end a text or a turn: those the metadata name, then known end-of-turn tokens that they define.
+
+    Raises ValueError for an id that is not below `vocab_size`.
+    """
+    fields = Fields(header.metadata, f"{header.path}: ")
+    named: list[int] = []
+    for key in ("eos_token_id", "eot_token_id", "eom_token_id"):
+        named += fields.token_ids(f"tokenizer.ggml.{key}", vocab_size)
+    tokens = fields.texts("tokenizer.ggml.tokens") if fields.given("tokenizer.ggml.tokens") else []
+    known = [i for i, token in enumerate(tokens[:vocab_size]) if token in END_OF_TURN]
+    return tuple(dict.fromkeys((*named, *known)))
 
 
-def _required(header: GgufHeader, key: str) -> Any:
-    name = f"{header.metadata['general.architecture']}.{key}"
-    value = header.metadata.get(name)
-    if value is None:
-        raise ValueError(f"{header.path} lacks the metadata key {name}")
-    if isinstance(value, list):
-        raise ValueError(
-            f"{header.path}: {name} differs by layer; supported in GGUF: the same for all layers"
-        )
-    return value
+def _integer(fields: Fields, key: str, default: int, low: int = 1) -> int:
+    return fields.integer(key, low) if fields.has(key) else default
 
 
-def _optional(header: GgufHeader, key: str, default: Any) -> Any:
-    name = f"{header.metadata['general.architecture']}.{key}"
-    return _required(header, key) if name in header.metadata else default
+def _number(fields: Fields, key: str, default: float) -> float:
+    return fields.number(key, "a finite number", lambda value: True) if fields.has(key) else default
 
 
-def _rope_scaling(header: GgufHeader, head_dim: int, theta: float, context: int) -> dict[str, Any]:
-    if "rope_freqs.weight" in header.tensors:
-        return llama3_scaling(_read_rope_factors(header), head_dim, theta)
-    kind = _optional(header, "rope.scaling.type", "none")
-    factor = float(_optional(header, "rope.scaling.factor", _optional(header, "rope.scale_linear", 1.0)))
-    if kind == "none" or factor in (0.0, 1.0):
+def _rope_scaling(
+    header: GgufHeader, fields: Fields, arch: str, head_dim: int, theta: float, context: int
+) -> dict[str, Any]:
+    scaling = f"{arch}.rope.scaling."
+    kind = "none"
+    if fields.has(scaling + "type"):
+        kind = fields.text(scaling + "type", ("none", "linear", "yarn"))
+    factor = _number(fields, scaling + "factor", _number(fields, f"{arch}.rope.scale_linear", 1.0))
+    attention = _number(fields, scaling + "attn_factor", 1.0)
+    original = _integer(fields, scaling + "original_context_length", round(context / (factor or 1)))
+    betas = {
+        "beta_fast": _number(fields, scaling + "yarn_beta_fast", 32.0),
+        "beta_slow": _number(fields, scaling + "yarn_beta_slow", 1.0),
+    }
+    is_stretched = kind != "none" and factor not in (0.0, 1.0)
+    if ROPE_FACTORS in header.tensors:
+        if is_stretched:
+            raise ValueError(
+                f"{header.path} has both {scaling}type and {ROPE_FACTORS}; supported: one of them"
+            )
+        return llama3_scaling(_read_rope_factors(header, head_dim), head_dim, theta)
+    if not is_stretched:
         return {}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
-    if kind == "yarn":
-        attention = float(_optional(header, "rope.scaling.attn_factor", 1.0))
-        return {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": int(
-                _optional(header, "rope.scaling.original_context_length", round(context / factor))
-            ),
-            "beta_fast": float(_optional(header, "rope.scaling.yarn_beta_fast", 32.0)),
-            "beta_slow": float(_optional(header, "rope.scaling.yarn_beta_slow", 1.0)),
-            # llama.cpp multiplies its own 1 + 0.1 ln(factor) by attn_factor; config.json holds the product.
-            "attention_factor": attention * (0.1 * math.log(factor) + 1.0),
-        }
-    raise ValueError(f"{header.path} has rope scaling {kind}; supported in GGUF: none, linear, yarn, llama3")
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        **betas,
+        # llama.cpp multiplies its own 1 + 0.1 ln(factor) by attn_factor; config.json holds the product.
+        "attention_factor": attention * (0.1 * math.log(factor) + 1.0) if factor > 0 else attention,
+    }
 
 
-def _read_rope_factors(header: GgufHeader) -> np.ndarray:
-    tensor = header.tensors["rope_freqs.weight"]
+def _read_rope_factors(header: GgufHeader, head_dim: int) -> np.ndarray:
+    tensor = header.tensors[ROPE_FACTORS]
+    if tensor.type != GGMLQuantizationType.F32 or tensor.shape != (head_dim // 2,):
+        raise ValueError(
+            f"{header.path}: {ROPE_FACTORS} must be {head_dim // 2} values of type F32, "
+            f"got {list(tensor.shape)} of type {tensor.type.name}"
+        )
     factors = np.empty(tensor.shape[0], np.float32)
-    DataFile(header.path).read_into(factors.view(np.uint8).data, tensor.offset)
+    DataFile(tensor.path).read_into(factors.view(np.uint8).data, tensor.offset)
     return factors.astype(np.float64)
 
 
@@ -149,6 +202,8 @@ def llama3_scaling(factors: np.ndarray, head_dim: int, theta: float) -> dict[str
     -low / (high - low) leave one of the three free, and low = 1 as in every published model fixes it.
     Raises ValueError when no parameters fit within 1e-3.
     """
+    if not np.isfinite(factors).all() or factors.min() < 1 - 1e-3:
+        raise ValueError(f"{ROPE_FACTORS} must not be below 1, got {factors.min():g}")
     factor = round(float(factors.max()), 4)
     if factor <= 1.0:
         return {}

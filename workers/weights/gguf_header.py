@@ -1,4 +1,4 @@
-"""Header of a GGUF file: metadata and the table of tensors.
+"""Header of a GGUF file, or of one that was split into parts: metadata and the table of tensors.
 
 `gguf.GGUFReader` makes two numpy arrays per vocabulary entry (7 s and 500 MB for a 152k vocabulary), so the
 header is read here; block layouts, type numbers and dequantisation come from the gguf package.
@@ -6,6 +6,8 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
+import os
+import re
 import struct
 from dataclasses import dataclass
 from io import BufferedReader
@@ -14,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
+
+from outrider.workers.weights.fields import Fields
 
 _SCALARS = {
     GGUFValueType.UINT8: "<u1",
@@ -29,11 +33,16 @@ _SCALARS = {
     GGUFValueType.FLOAT64: "<f8",
 }
 
+_MAX_DIMS = 4
+_LONG = 1 << 20
+_PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
 
 @dataclass(frozen=True)
 class GgufTensor:
     """Where a tensor lies. `shape` is in torch order (rows first; GGUF itself lists the row length first)."""
 
+    path: Path
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
@@ -51,15 +60,60 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata (arrays are lists) and the tensors by their GGUF names."""
+    """Metadata (arrays are lists) and the tensors by their GGUF names, of all parts of a split file.
+
+    `path` is the first part.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
 
+def first_part(path: Path) -> Path:
+    """The first part of the split file that `path` is named as a part of; `path` itself for other names."""
+    match = _PART_NAME.fullmatch(path.name)
+    return path.with_name(f"{match[1]}-00001-of-{match[3]}.gguf") if match else path
+
+
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Reads the header. Raises ValueError when the file is not GGUF version 2 or 3 or ends too early."""
+    """Reads the header; for any part of a split file those of all parts, as llama.cpp's `gguf-split` makes them.
+
+    Raises ValueError when the file is not GGUF version 2 or 3, ends too early, or lacks a part.
+    """
+    header = _read_file(path)
+    num_parts = header.metadata.get("split.count", 0)
+    if num_parts in (0, 1):
+        return header
+    match = _PART_NAME.fullmatch(path.name)
+    if match is None or int(match[3]) != num_parts:
+        raise ValueError(
+            f"{path} is one of {num_parts} parts, so it must be named NAME-0000N-of-{num_parts:05}.gguf"
+        )
+    paths = [path.with_name(f"{match[1]}-{i + 1:05}-of-{match[3]}.gguf") for i in range(num_parts)]
+    missing = [part.name for part in paths if not part.exists()]
+    if missing:
+        raise ValueError(f"{path} lacks {missing[0]} ({len(missing)} of {num_parts} parts missing)")
+    tensors: dict[str, GgufTensor] = {}
+    parts = [_read_file(part) for part in paths]
+    for number, part in enumerate(parts):
+        told = (part.metadata.get("split.no"), part.metadata.get("split.count"))
+        if told != (number, num_parts):
+            raise ValueError(
+                f"{part.path} says that it is part {told[0]} of {told[1]}, not what its name says"
+            )
+        if tensors.keys() & part.tensors.keys():
+            raise ValueError(
+                f"{part.path}: tensor {min(tensors.keys() & part.tensors.keys())} is there twice"
+            )
+        tensors |= part.tensors
+    total = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise ValueError(f"{path}: the {num_parts} parts have {len(tensors)} of {total} tensors")
+    return GgufHeader(paths[0], parts[0].metadata, tensors)
+
+
+def _read_file(path: Path) -> GgufHeader:
     with path.open("rb") as file:
         try:
             return _read(path, file)
@@ -76,27 +130,48 @@ def _read(path: Path, file: BufferedReader) -> GgufHeader:
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
         key = _string(file)
+        if key in metadata:
+            raise ValueError(f"{path}: the metadata key {key} is there twice")
         metadata[key] = _value(file, _kind(path, file))
     infos = []
     for _ in range(num_tensors):
         name = _string(file)
         (num_dims,) = struct.unpack("<I", _take(file, 4))
+        if not 1 <= num_dims <= _MAX_DIMS:
+            raise ValueError(f"{path}: tensor {name} has {num_dims} dimensions, not 1 to {_MAX_DIMS}")
         dims = struct.unpack(f"<{num_dims}Q", _take(file, 8 * num_dims))
         type_number, offset = struct.unpack("<IQ", _take(file, 12))
         infos.append((name, tuple(reversed(dims)), type_number, offset))
-    alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+    fields = Fields(metadata, f"{path}: ")
+    alignment = GGUF_DEFAULT_ALIGNMENT
+    if fields.has("general.alignment"):
+        alignment = fields.integer("general.alignment")
     data_start = -(-file.tell() // alignment) * alignment
-    tensors = {}
+    tensors: dict[str, GgufTensor] = {}
     for name, shape, type_number, offset in infos:
         try:
             tensor_type = GGMLQuantizationType(type_number)
         except ValueError as error:
             raise ValueError(f"{path}: tensor {name} has unknown type {type_number}") from error
-        tensors[name] = GgufTensor(name, shape, tensor_type, data_start + offset)
+        if shape[-1] % GGML_QUANT_SIZES[tensor_type][0]:
+            raise ValueError(
+                f"{path}: tensor {name} has rows of {shape[-1]}, not whole {tensor_type.name} blocks"
+            )
+        if name in tensors:
+            raise ValueError(f"{path}: tensor {name} is there twice")
+        tensors[name] = GgufTensor(path, name, shape, tensor_type, data_start + offset)
+    end = data_start
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+        if tensor.offset < end:
+            raise ValueError(f"{path}: tensor {tensor.name} begins inside the one before it")
+        end = tensor.offset + tensor.num_bytes
     return GgufHeader(path, metadata, tensors)
 
 
 def _take(file: BufferedReader, count: int) -> bytes:
+    # A length that was damaged must not become an allocation. Strings are many: the size is asked for long ones.
+    if count > _LONG and count > os.fstat(file.fileno()).st_size:
+        raise EOFError("it ends inside the header")
     data = file.read(count)
     if len(data) < count:
         raise EOFError("it ends inside the header")
@@ -125,6 +200,8 @@ def _value(file: BufferedReader, kind: GGUFValueType) -> Any:
         if item in _SCALARS:
             dtype = np.dtype(_SCALARS[item])
             return np.frombuffer(_take(file, count * dtype.itemsize), dtype).tolist()
+        if count > os.fstat(file.fileno()).st_size:
+            raise EOFError("it ends inside the header")
         return [_value(file, item) for _ in range(count)]
     dtype = np.dtype(_SCALARS[kind])
     return np.frombuffer(_take(file, dtype.itemsize), dtype)[0].item()

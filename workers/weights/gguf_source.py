@@ -15,15 +15,24 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from outrider.workers.model.config import ModelConfig
-from outrider.workers.weights.gguf_config import model_config_from_gguf
+from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.families import FAMILIES
+from outrider.workers.weights.gguf_config import ROPE_FACTORS, model_config_from_gguf
 from outrider.workers.weights.gguf_header import GgufTensor, read_gguf_header
-from outrider.workers.weights.source import CHUNK_ELEMENTS, DataFile, bounds, read_rectangle, unknown_tensor
+from outrider.workers.weights.source import (
+    CHUNK_ELEMENTS,
+    DataFile,
+    Stored,
+    bounds,
+    read_rectangle,
+    unknown_tensor,
+)
+from outrider.workers.weights.tensors import EMBEDDING, HEAD, FoundTensor, check_tensors, tensor_shapes
 
 _TOP_LEVEL = {
-    "token_embd.weight": "model.embed_tokens.weight",
+    "token_embd.weight": EMBEDDING,
     "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+    "output.weight": HEAD,
 }
 _IN_LAYER = {
     "attn_norm": "input_layernorm",
@@ -38,27 +47,39 @@ _IN_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Consumed by the configuration, or derived data that a model does not need.
-_NOT_WEIGHTS = {"rope_freqs.weight"}
+# Read into the configuration, or derived from it: no weights of the model.
+_NOT_WEIGHTS = re.compile(rf"{re.escape(ROPE_FACTORS)}|blk\.\d+\.attn_rot_embd\.weight")
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
 class GgufSource:
-    """One GGUF file (architectures llama, qwen2, qwen3; any type the gguf package can dequantise)."""
+    """A GGUF file or all parts of a split one (any type that the gguf package can dequantise).
+
+    Opening it reads the headers and compares the tensors with the metadata: see `check_tensors`.
+    """
 
     def __init__(self, path: Path) -> None:
         header = read_gguf_header(path)
         self.path = path
-        self._file = DataFile(path)
-        self._file.require(max((t.offset + t.num_bytes for t in header.tensors.values()), default=0))
         self._config = model_config_from_gguf(header)
-        self._tensors: dict[str, GgufTensor] = {}
-        for tensor in header.tensors.values():
-            if tensor.name not in _NOT_WEIGHTS:
-                self._tensors[_hugging_face_name(path, tensor.name)] = tensor
-        if self._config.tied_embeddings:
-            self._tensors.pop("lm_head.weight", None)
-        self._is_permuted = header.metadata["general.architecture"] == "llama"
+        tensors = [t for t in header.tensors.values() if not _NOT_WEIGHTS.fullmatch(t.name)]
+        self._tensors = {_hugging_face_name(tensor.name): tensor for tensor in tensors}
+        readable = {kind: _can_dequantize(kind) for kind in {tensor.type for tensor in tensors}}
+        try:
+            check_tensors(
+                self._config.architecture,
+                tensor_shapes(self._config),
+                {
+                    name: FoundTensor(tensor.name, tensor.shape, tensor.type.name, readable[tensor.type])
+                    for name, tensor in self._tensors.items()
+                },
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        self._files = {part: DataFile(part) for part in {tensor.path for tensor in tensors}}
+        for tensor in tensors:
+            self._files[tensor.path].require(tensor.offset + tensor.num_bytes)
+        self._is_permuted = FAMILIES[self._config.architecture].gguf_permutes
 
     @property
     def config(self) -> ModelConfig:
@@ -94,6 +115,20 @@ class GgufSource:
             out[covered[0] - start : covered[1] - start] = values[covered[0] - first : covered[1] - first]
         return out
 
+    def read_stored(self, name: str, rows: slice, columns: slice) -> Stored:
+        """`columns` must be whole blocks. Rows of q and k are in Hugging Face's order, as everywhere."""
+        tensor = self._tensor(name)
+        start, stop = bounds(rows, tensor.shape[0])
+        left, right = bounds(columns, tensor.shape[1])
+        block, _ = GGML_QUANT_SIZES[tensor.type]
+        assert (left % block, right % block) == (0, 0), (name, columns, block)
+        unit = self._permuted_head_dim(name) or 1
+        first, last = start // unit * unit, -(-stop // unit) * unit
+        blocks = self._blocks(tensor, (first, last), (left // block, right // block))
+        if self._permuted_head_dim(name):
+            blocks = self._unpermute(name, blocks)
+        return Stored(blocks[start - first : stop - first].contiguous(), tensor.type.name, {})
+
     def read_rows(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         assert not self._permuted_head_dim(name), name
         tensor = self._tensor(name)
@@ -102,7 +137,7 @@ class GgufSource:
         view = blocks.reshape(-1).data
         for i, row in enumerate(ids.tolist()):
             assert 0 <= row < num_rows, (name, row)
-            self._file.read_into(
+            self._files[tensor.path].read_into(
                 view[i * tensor.row_bytes : (i + 1) * tensor.row_bytes],
                 tensor.offset + row * tensor.row_bytes,
             )
@@ -118,13 +153,19 @@ class GgufSource:
 
     def _decode(self, tensor: GgufTensor, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
         """Float32 values of a rectangle; whole blocks are read and what is outside the columns is cut off."""
-        block, block_bytes = GGML_QUANT_SIZES[tensor.type]
+        block, _ = GGML_QUANT_SIZES[tensor.type]
         first_block, last_block = columns[0] // block, -(-columns[1] // block)
-        blocks = torch.empty(rows[1] - rows[0], (last_block - first_block) * block_bytes, dtype=torch.uint8)
-        window = first_block * block_bytes, last_block * block_bytes
-        read_rectangle(self._file, tensor.offset, tensor.row_bytes, rows, window, blocks)
+        blocks = self._blocks(tensor, rows, (first_block, last_block))
         values = _dequantize(blocks.numpy(), tensor.type)
         return values[:, columns[0] - first_block * block : columns[1] - first_block * block]
+
+    def _blocks(self, tensor: GgufTensor, rows: tuple[int, int], window: tuple[int, int]) -> torch.Tensor:
+        """Blocks `window` of some rows, u8 [rows, bytes], in the order of the file."""
+        _, size = GGML_QUANT_SIZES[tensor.type]
+        blocks = torch.empty(rows[1] - rows[0], (window[1] - window[0]) * size, dtype=torch.uint8)
+        span = window[0] * size, window[1] * size
+        read_rectangle(self._files[tensor.path], tensor.offset, tensor.row_bytes, rows, span, blocks)
+        return blocks
 
     def _permuted_head_dim(self, name: str) -> int:
         """Rows of a head when the tensor's rows are permuted inside each head, 0 when they are in order."""
@@ -145,10 +186,20 @@ def _dequantize(blocks: np.ndarray, tensor_type: GGMLQuantizationType) -> torch.
     return torch.from_numpy(gguf.dequantize(blocks, tensor_type))
 
 
-def _hugging_face_name(path: Path, name: str) -> str:
+def _can_dequantize(tensor_type: GGMLQuantizationType) -> bool:
+    """Whether the gguf package converts this type; tried on one block of zeros."""
+    try:
+        _dequantize(np.zeros((1, GGML_QUANT_SIZES[tensor_type][1]), np.uint8), tensor_type)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _hugging_face_name(name: str) -> str:
+    """Its own name for a tensor of no known part, which `check_tensors` then refuses."""
     if name in _TOP_LEVEL:
         return _TOP_LEVEL[name]
     match = _LAYER_NAME.fullmatch(name)
     if match is None or match[2] not in _IN_LAYER:
-        raise ValueError(f"{path}: tensor {name} belongs to no supported model (llama, qwen2, qwen3, dense)")
+        return name
     return f"model.layers.{match[1]}.{_IN_LAYER[match[2]]}.{match[3]}"

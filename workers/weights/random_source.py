@@ -12,14 +12,13 @@ from urllib.parse import parse_qsl
 
 import torch
 
-from outrider.workers.model.config import ModelConfig, model_config_from_hf
-from outrider.workers.weights.source import bounds
+from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.families import FAMILIES
+from outrider.workers.weights.hf_config import model_config_from_hf
+from outrider.workers.weights.source import Stored, bounds
+from outrider.workers.weights.tensors import EMBEDDING, HEAD, tensor_shapes
 
 PREFIX = "random:"
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 # How much a token likes each of its successors, how much the layers add to the embedding, and roughly the
 # cosine of the last hidden state with the head's row of the likeliest token, which follows from the two.
@@ -85,6 +84,9 @@ class RandomSource:
             part = part[:, slice(*bounds(columns, whole.shape[1]))]
         return part.to(dtype, copy=True).contiguous()
 
+    def read_stored(self, name: str, rows: slice, columns: slice) -> Stored:
+        return Stored(self.read(name, rows, columns, torch.float32), "F32", {})
+
     def read_rows(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self._whole(name)[ids].to(dtype)
 
@@ -139,8 +141,8 @@ class RandomSource:
 def parse_spec(spec: str) -> tuple[str, dict[str, float]]:
     """`random:llama?key=value&...` -> (architecture, all options with defaults filled in)."""
     architecture, _, query = spec.removeprefix(PREFIX).partition("?")
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"random:{architecture} is unknown; allowed: {', '.join(ARCHITECTURES)}")
+    if architecture not in FAMILIES:
+        raise ValueError(f"random:{architecture} is unknown; allowed: {', '.join(FAMILIES)}")
     options: dict[str, float] = {**_INTEGERS, **_FLOATS}
     optional = {"head_dim"}
     for key, text in parse_qsl(query, keep_blank_values=True):
@@ -157,37 +159,6 @@ def parse_spec(spec: str) -> tuple[str, dict[str, float]]:
         if not 0 <= options[key] < math.inf or (key in _HF_KEYS and options[key] == 0):
             raise ValueError(f"random:{architecture} option {key} must be positive, got {text}")
     return architecture, options
-
-
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face names and shapes of all tensors of a dense model."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not config.tied_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        shapes[prefix + "self_attn.q_proj.weight"] = (query, hidden)
-        shapes[prefix + "self_attn.k_proj.weight"] = (key, hidden)
-        shapes[prefix + "self_attn.v_proj.weight"] = (key, hidden)
-        shapes[prefix + "self_attn.o_proj.weight"] = (hidden, query)
-        shapes[prefix + "mlp.gate_proj.weight"] = (inner, hidden)
-        shapes[prefix + "mlp.up_proj.weight"] = (inner, hidden)
-        shapes[prefix + "mlp.down_proj.weight"] = (hidden, inner)
-        if config.qkv_bias:
-            shapes[prefix + "self_attn.q_proj.bias"] = (query,)
-            shapes[prefix + "self_attn.k_proj.bias"] = (key,)
-            shapes[prefix + "self_attn.v_proj.bias"] = (key,)
-        if config.qk_norm:
-            shapes[prefix + "self_attn.q_norm.weight"] = (config.head_dim,)
-            shapes[prefix + "self_attn.k_norm.weight"] = (config.head_dim,)
-    return shapes
 
 
 def _model_config(architecture: str, options: dict[str, float]) -> ModelConfig:

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from outrider.workers.model.config import to_hf_config
+from outrider.workers.weights.config import to_hf_config
 from outrider.workers.weights.resolver import ResolvedModel, open_source
 
 

@@ -1,96 +1,91 @@
-"""Safetensors checkpoints: one file, or several with an index.
+"""Safetensors checkpoints: a directory with config.json and one file, or several with an index."""
 
-The format (8 bytes of header length, a JSON header, raw row-major data) is read here directly, not mapped:
-each rank reads the byte ranges of its own slices, and nothing that was read stays resident.
-Format: https://github.com/huggingface/safetensors#format
-"""
-
-import json
 import math
-import struct
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from outrider.workers.model.config import ModelConfig, model_config_from_hf
-from outrider.workers.weights.source import CHUNK_ELEMENTS, DataFile, bounds, read_rectangle, unknown_tensor
+from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.fields import Fields, read_json
+from outrider.workers.weights.hf_config import model_config_from_hf
+from outrider.workers.weights.safetensors_files import Entry, SafetensorsFiles, weight_files
+from outrider.workers.weights.source import CHUNK_ELEMENTS, Stored, bounds, unknown_tensor
+from outrider.workers.weights.tensors import (
+    EMBEDDING,
+    HEAD,
+    FoundTensor,
+    check_tensors,
+    is_harmless,
+    tensor_shapes,
+)
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_MAX_HEADER_BYTES = 100 << 20
-
-
-@dataclass(frozen=True)
-class _Entry:
-    file: DataFile
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+# Types whose values mean themselves.
+_READABLE = ("F64", "F32", "F16", "BF16")
 
 
 class SafetensorsSource:
-    """A directory with config.json and model.safetensors, or model.safetensors.index.json and its shards."""
+    """A directory with config.json and model.safetensors, or model.safetensors.index.json and its shards.
 
-    def __init__(self, directory: Path) -> None:
+    Opening it reads the headers and compares the tensors with the configuration: see `check_tensors`.
+    """
+
+    def __init__(self, directory: Path, names: Collection[str] = ()) -> None:
+        """`names`: the tensors that are wanted, so that files without them may be missing; none: the whole model."""
         self.directory = directory
         self._config = read_hf_config(directory)
-        self._entries: dict[str, _Entry] = {}
-        for path in _weight_files(directory):
-            self._entries.update(_read_header(path))
-        if self._config.tied_embeddings:
-            # Some exporters write the tied head a second time; the embedding is the one that counts.
-            self._entries.pop("lm_head.weight", None)
+        self._files = SafetensorsFiles(weight_files(directory, names_to_fetch(directory, names)))
+        found = {name for name in self._files.entries if not is_harmless(name)}
+        tied = self._config.tied_embeddings
+        expected = tensor_shapes(replace(self._config, tied_embeddings=tied and HEAD not in found))
+        # Names in the files by the names that they are asked for.
+        self._stored_as = {name: name for name in found if not names or name in names}
+        if tied and HEAD in names and HEAD not in found and EMBEDDING in found:
+            self._stored_as[HEAD] = EMBEDDING
+            expected[HEAD] = expected[EMBEDDING]
+        if tied and not names and EMBEDDING not in found and HEAD in found:
+            self._stored_as[EMBEDDING] = self._stored_as.pop(HEAD)
+            del expected[HEAD]
+        try:
+            check_tensors(
+                self._config.architecture,
+                {name: shape for name, shape in expected.items() if not names or name in names},
+                {name: self._found(stored) for name, stored in self._stored_as.items()},
+            )
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
+        if tied and not names and HEAD in self._stored_as:
+            self._settle_tied_head()
 
     @property
     def config(self) -> ModelConfig:
         return self._config
 
     def names(self) -> set[str]:
-        return set(self._entries)
+        return set(self._stored_as)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
     def read(self, name: str, rows: slice, columns: slice, dtype: torch.dtype) -> torch.Tensor:
         entry = self._entry(name)
-        num_rows = entry.shape[0] if entry.shape else 1
-        num_columns = math.prod(entry.shape[1:])
-        start, stop = bounds(rows, num_rows)
-        left, right = bounds(columns, num_columns) if len(entry.shape) > 1 else (0, 1)
+        start, stop = bounds(rows, entry.shape[0])
+        left, right = bounds(columns, entry.shape[1]) if len(entry.shape) > 1 else (0, 1)
         out = torch.empty(stop - start, right - left, dtype=dtype)
-        size = entry.dtype.itemsize
         step = max(1, CHUNK_ELEMENTS // max(1, right - left))
         for first in range(start, stop, step):
             last = min(first + step, stop)
-            target = out[first - start : last - start]
-            stored = target if dtype == entry.dtype else torch.empty(target.shape, dtype=entry.dtype)
-            read_rectangle(
-                entry.file,
-                entry.offset,
-                num_columns * size,
-                (first, last),
-                (left * size, right * size),
-                stored.view(torch.uint8),
-            )
-            if stored is not target:
-                target.copy_(stored)
-        if len(entry.shape) == 2:
-            return out
-        return out.reshape(stop - start, *entry.shape[1:]) if entry.shape else out.reshape(())
+            stored = self._files.read_stored(self._stored_as[name], (first, last), (left, right))
+            out[first - start : last - start] = stored.data
+        return out if len(entry.shape) > 1 else out[:, 0]
+
+    def read_stored(self, name: str, rows: slice, columns: slice) -> Stored:
+        num_rows, num_columns = self._entry(name).shape
+        return self._files.read_stored(
+            self._stored_as[name], bounds(rows, num_rows), bounds(columns, num_columns)
+        )
 
     def read_rows(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         entry = self._entry(name)
@@ -104,83 +99,65 @@ class SafetensorsSource:
         return stored.to(dtype)
 
     def total_bytes(self, dtype: torch.dtype) -> int:
-        return sum(math.prod(entry.shape) for entry in self._entries.values()) * dtype.itemsize
+        return sum(math.prod(self.shape(name)) for name in self._stored_as) * dtype.itemsize
 
-    def _entry(self, name: str) -> _Entry:
-        if name not in self._entries:
+    def _entry(self, name: str) -> Entry:
+        if name not in self._stored_as:
             raise unknown_tensor(name, self.directory)
-        return self._entries[name]
+        return self._files.entries[self._stored_as[name]]
+
+    def _found(self, stored: str) -> FoundTensor:
+        entry = self._files.entries[stored]
+        return FoundTensor(stored, entry.shape, entry.format, entry.format in _READABLE)
+
+    def _settle_tied_head(self) -> None:
+        """A second copy of the embedding is left out; a head of its own counts, as in transformers 5."""
+        if self._are_equal(HEAD, EMBEDDING):
+            del self._stored_as[HEAD]
+            return
+        self._config = replace(self._config, tied_embeddings=False)
+        warnings.warn(
+            f"{self.directory}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; "
+            f"{HEAD} is used",
+            stacklevel=2,
+        )
+
+    def _are_equal(self, one: str, other: str) -> bool:
+        rows, columns = self.shape(one)
+        step = max(1, CHUNK_ELEMENTS // columns)
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            if not torch.equal(*(self.read(x, part, slice(None), torch.float32) for x in (one, other))):
+                return False
+        return True
+
+
+def names_to_fetch(directory: Path, names: Collection[str]) -> Collection[str]:
+    """The tensors in whose files some tensors are: a tied head is in the embedding, if it is nowhere else."""
+    return {*names, EMBEDDING} if HEAD in names and read_hf_config(directory).tied_embeddings else names
 
 
 def read_hf_config(directory: Path) -> ModelConfig:
     """ModelConfig from config.json, with the end-of-sequence ids of generation_config.json added.
 
-    Raises ValueError when config.json is missing or is not JSON, or describes a model that is not supported.
+    Needs no weights. Raises ValueError when config.json is missing or is not JSON, or describes a model that is
+    not supported.
     """
-    config = model_config_from_hf(_read_json(directory / "config.json"))
-    generation = directory / "generation_config.json"
-    if not generation.exists():
-        return config
-    eos = _read_json(generation).get("eos_token_id")
-    extra = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(f"{directory} holds an adapter (adapter_config.json); merge it into its model first")
+    path = directory / "config.json"
+    raw = read_json(path)
+    try:
+        config = model_config_from_hf(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    extra = generation_end_ids(directory, config.vocab_size)
     return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-    elif (directory / "model.safetensors").exists():
-        names = ["model.safetensors"]
-    else:
-        names = sorted(path.name for path in directory.glob("*.safetensors"))
-    missing = [name for name in names if not (directory / name).exists()]
-    if missing:
-        raise ValueError(
-            f"{directory} lacks {missing[0]} ({len(missing)} of {len(names)} weight files missing)"
-        )
-    if not names:
-        raise ValueError(f"{directory} has no .safetensors file")
-    return [directory / name for name in names]
-
-
-def _read_header(path: Path) -> dict[str, _Entry]:
-    file = DataFile(path)
-    length_bytes = bytearray(8)
-    file.read_into(memoryview(length_bytes), 0)
-    (length,) = struct.unpack("<Q", length_bytes)
-    if length > _MAX_HEADER_BYTES:
-        raise ValueError(f"{path} is not a safetensors file: its header would take {length} bytes")
-    header_bytes = bytearray(length)
-    file.read_into(memoryview(header_bytes), 8)
-    try:
-        header: dict[str, Any] = json.loads(header_bytes)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    entries = {}
-    for name, info in header.items():
-        if name == "__metadata__":
-            continue
-        if info["dtype"] not in _DTYPES:
-            raise ValueError(
-                f"{path}: tensor {name} has dtype {info['dtype']}; supported: {', '.join(_DTYPES)}"
-            )
-        start, stop = info["data_offsets"]
-        entry = _Entry(file, 8 + length + start, _DTYPES[info["dtype"]], tuple(info["shape"]))
-        if stop - start != math.prod(entry.shape) * entry.dtype.itemsize:
-            raise ValueError(f"{path}: tensor {name} has {stop - start} bytes, which do not fit its shape")
-        file.require(8 + length + stop)
-        entries[name] = entry
-    return entries
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path.parent} has no {path.name}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return data
+def generation_end_ids(directory: Path, vocab_size: int) -> tuple[int, ...]:
+    """End-of-text ids that a generation_config.json names, () without one; ValueError for what is no id."""
+    path = directory / "generation_config.json"
+    if not path.exists():
+        return ()
+    return Fields(read_json(path), f"{path}: ").token_ids("eos_token_id", vocab_size)

@@ -2,7 +2,7 @@ import pytest
 
 from outrider.cluster.bench.decoders import EngineAnswerer, EngineDecoder
 from outrider.cluster.bench.identity import Question
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 from support.answering_engine import AnsweringEngine
 from support.fake_answerer import FakeAnswerer
 

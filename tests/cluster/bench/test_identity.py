@@ -4,7 +4,7 @@ import pytest
 
 from outrider.cluster.bench.identity import check_identity
 from outrider.cluster.bench.runner import EncodedPrompt
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 from support.fake_answerer import FakeAnswerer
 
 PROMPTS = [EncodedPrompt(f"p{index}", "qa", (index, index + 3)) for index in range(4)]

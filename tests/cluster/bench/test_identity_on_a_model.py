@@ -9,8 +9,8 @@ from outrider.cluster.bench.first_token import check_first_tokens
 from outrider.cluster.bench.identity import Answer, Question, check_identity, explain
 from outrider.cluster.bench.runner import EncodedPrompt
 from outrider.kernels.noise import gumbel
-from outrider.workers.rounds.sequence import DraftOptions, Request
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request
 from outrider.workers.weights.reference import load_transformers
 from outrider.workers.weights.resolver import open_source
 from support.local_engine import LocalEngine, output_tokens

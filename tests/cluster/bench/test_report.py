@@ -10,7 +10,7 @@ from outrider.cluster.bench.machine import describe_machine
 from outrider.cluster.bench.metrics import agreements, summarise
 from outrider.cluster.bench.report import BenchReport, show, write_json
 from outrider.cluster.bench.runner import EncodedPrompt, Plan, run_turns
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 from support.fake_decoder import FakeDecoder
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -1,5 +1,5 @@
 from outrider.cluster.bench.runner import EncodedPrompt, Plan, count_turns, run_turns, warm_up
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
 from support.fake_decoder import FakeDecoder
 
 PROMPTS = [EncodedPrompt(f"p{index}", "qa", (index, 10 * index)) for index in range(3)]

@@ -5,10 +5,10 @@ import pytest
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.engine import DraftEngine, drafted_by_model
-from outrider.workers.rounds.sequence import DraftOptions, Request, Sequence
-from outrider.workers.rounds.tree import DraftTree, GrowingTree
-from outrider.workers.rounds.verify import Verdict
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.rules import Verdict
+from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
+from outrider.workers.sequences.tree import DraftTree, GrowingTree
 from support.scripted import ScriptedDrafter
 
 #         1 2 | 3 4 5 6  1 2 | ?

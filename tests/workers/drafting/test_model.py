@@ -10,21 +10,24 @@ import pytest
 import torch
 
 from outrider.configs.schema import NgramConfig
-from outrider.workers.communicator import SoloCommunicator
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.model import ModelDrafter
-from outrider.workers.model.batch import ForwardBatch, SequenceRows, build_batch, chain
+from outrider.workers.link.communicator import SoloCommunicator
+from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.transformer import Transformer
-from outrider.workers.rounds.pages import PagePool
-from outrider.workers.rounds.sequence import DraftOptions, Request, Sequence
-from outrider.workers.rounds.tree import DraftTree, GrowingTree
-from outrider.workers.rounds.verify import verify_exact
-from outrider.workers.sampling.params import SamplingParams
-from outrider.workers.sampling.sampler import RowContext, Sampler
+from outrider.workers.model.transformer import Hidden, Transformer
+from outrider.workers.sampling.context import SampledRows
+from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.rules import verify_exact
+from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
+from outrider.workers.sequences.tree import DraftTree, GrowingTree
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.random_source import RandomSource
+from support.rows import SequenceRows, batch_of, chain
 
 VOCAB = 96
 # One row in a batch of several and the same row alone are summed in another order. Measured: 4e-6 at most.
@@ -37,7 +40,8 @@ def draft_model() -> Transformer:
     spec = f"random:llama?hidden_size=32&intermediate_size=48&num_heads=4&num_kv_heads=2&vocab_size={VOCAB}"
     source = RandomSource(spec)
     plan, solo = ShardPlan(source.config, 0, 1), SoloCommunicator()
-    return Transformer(source.config, plan, source, solo, torch.float32, torch.device("cpu"), packed=False)
+    weights = load_weights(plan, source, torch.float32, torch.device("cpu"), packed=False)
+    return Transformer(weights, solo)
 
 
 def cache_of(num_pages: int, page_size: int) -> PagedCache:
@@ -53,7 +57,7 @@ def fresh_logits(texts: SequenceABC[SequenceABC[int]]) -> torch.Tensor:
         num_pages = -(-len(text) // page_size)
         rows.append(SequenceRows(range(first, first + num_pages), 0, chain(len(text)), 0, list(text)))
         first += num_pages
-    hidden = model.forward(build_batch(rows, page_size, model.device), cache_of(first, page_size))
+    hidden = model.forward(batch_of(rows, page_size, model.device), cache_of(first, page_size)).last
     last = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
     return model.logits(hidden[last])
 
@@ -63,27 +67,32 @@ class RecordingSampler(Sampler):
 
     def __init__(self) -> None:
         super().__init__(VOCAB, range(VOCAB), SoloCommunicator())
-        self.proposed: list[tuple[torch.Tensor, RowContext]] = []
+        self.proposed: list[tuple[torch.Tensor, SampledRows]] = []
 
     def propose(
-        self, logits: torch.Tensor, rows: SequenceABC[RowContext], num: int
+        self, logits: torch.Tensor, groups: SequenceABC[SampledRows], num: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.proposed += zip(logits.clone(), rows, strict=True)
-        return super().propose(logits, rows, num)
+        alone = [
+            replace(group, positions=group.positions[i : i + 1], paths=group.paths[i : i + 1])
+            for group in groups
+            for i in range(len(group.positions))
+        ]
+        self.proposed += zip(logits.clone(), alone, strict=True)
+        return super().propose(logits, groups, num)
 
 
 class InOneBuffer:
     """A forward whose result is overwritten by the next call, as graphs do it."""
 
-    def __init__(self, forward: Callable[[ForwardBatch], torch.Tensor]) -> None:
+    def __init__(self, forward: Callable[[ForwardBatch], Hidden]) -> None:
         self.num_calls = 0
         self._forward = forward
-        self._buffer = torch.empty(0)
+        self._buffer = Hidden(torch.empty(0), {})
 
     @torch.inference_mode()
-    def __call__(self, batch: ForwardBatch) -> torch.Tensor:
+    def __call__(self, batch: ForwardBatch) -> Hidden:
         self.num_calls += 1
-        self._buffer.fill_(torch.nan)
+        self._buffer.last.fill_(torch.nan)
         self._buffer = self._forward(batch)
         return self._buffer
 
@@ -128,6 +137,8 @@ class Drafting:
         max_depth: int = 4,
     ) -> Sequence:
         sampling = sampling or SamplingParams(temperature=0.0, max_tokens=1000)
+        if not sampling.uses_context:  # too little to matter, but now each row says its path
+            sampling = replace(sampling, frequency_penalty=1e-9)
         seed = 1 + max(self.sequences, default=0)
         options = DraftOptions(methods, 8, max_depth)
         request = Request(str(seed), tuple(prompt), replace(sampling, seed=seed), options)
@@ -148,8 +159,8 @@ class Drafting:
         progress = self.engine.step(sequences or list(self.sequences.values()))
         if self.sampler.proposed:
             rows = [row for _, row in self.sampler.proposed]
-            texts = [[*self.sequences[row.params.seed].tokens, *row.path_tokens] for row in rows]
-            assert [row.position for row in rows] == [len(text) for text in texts]
+            texts = [[*self.sequences[row.params.seed].tokens, *row.paths[0]] for row in rows]
+            assert [row.positions.tolist() for row in rows] == [[len(text)] for text in texts]
             logits = torch.stack([logits for logits, _ in self.sampler.proposed])
             torch.testing.assert_close(logits, fresh_logits(texts), atol=TOLERANCE, rtol=0.0)
             self.num_rows_checked += len(rows)
@@ -238,7 +249,7 @@ def test_what_survives_a_verdict_is_not_computed_again() -> None:
     assert drafting.verdict(sequence, [], {0: first}) == [first]
     assert children(sequence) == below
     drafting.step()
-    assert all(row.path_tokens for _, row in drafting.sampler.proposed)  # the new root was not among them
+    assert all(row.paths[0] for _, row in drafting.sampler.proposed)  # the new root was not among them
 
 
 def test_tokens_that_were_not_proposed_are_read_with_the_next_step() -> None:
@@ -350,7 +361,7 @@ def test_the_first_proposal_is_what_the_target_would_sample_with_these_logits() 
             drafting.step(sequence)
         for logits, row in drafting.sampler.proposed:
             node = 0
-            for token in row.path_tokens:
+            for token in row.paths[0]:
                 node = sequence.tree.nodes[node].children[token]
             with torch.inference_mode():
                 (sampled,) = drafting.sampler.sample(logits[None], [row]).tokens.tolist()

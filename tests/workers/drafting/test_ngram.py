@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.ngram import NgramIndex, propose_ngrams
-from outrider.workers.rounds.tree import GrowingTree
+from outrider.workers.sequences.tree import GrowingTree
 
 TWO = NgramConfig(min_match=2, max_match=4, max_candidates=2)
 

@@ -1,6 +1,7 @@
 """Batches padded to a graph's capacity: what the kernels make of them on the CPU executors. No graph is captured."""
 
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +17,9 @@ from outrider.kernels.attention_cases import (
 )
 from outrider.kernels.launch_plans import attention_shape, plan_rope_append, plan_tree_attention
 from outrider.kernels.selection import REFERENCES
-from outrider.workers.communicator import Communicator, SoloCommunicator
+from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model import cuda_graphs
-from outrider.workers.model.batch import ForwardBatch, SequenceRows, build_batch, chain
+from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cuda_graphs import (
     GraphCapacity,
     GraphedForward,
@@ -28,8 +29,10 @@ from outrider.workers.model.cuda_graphs import (
     forward_of,
     target_capacities,
 )
+from outrider.workers.model.transformer import Hidden
 from support.cuda_on_cpu.executor import SCHEDULES
 from support.cuda_on_cpu.kernels import source_kernels
+from support.rows import SequenceRows, batch_of, chain
 from support.stand_in_cuda import StandInCuda
 from support.thread_group import ThreadCommunicator, run_ranks
 
@@ -44,7 +47,7 @@ def filled(case: AttentionCase) -> tuple[StaticBatch, torch.Tensor, torch.Tensor
     num_rows = inputs.q.shape[0]
     static = StaticBatch(CAPACITY, case.page_size, CPU)
     before = [SequenceRows(list(range(8)), 3, chain(4), 0, [1] * 4) for _ in range(4)]
-    static.fill(build_batch(before, case.page_size, CPU))
+    static.fill(batch_of(before, case.page_size, CPU))
     rows = torch.arange(num_rows)
     static.fill(ForwardBatch(rows + 100, rows + 200, rows + 300, inputs.batch))
     q = torch.full((CAPACITY.num_rows, *inputs.q.shape[1:]), float("nan")).to(inputs.q.dtype)
@@ -96,7 +99,7 @@ def test_rope_writes_nothing_for_padding() -> None:
 
 
 def test_a_capacity_holds_what_fits() -> None:
-    batch = build_batch([SequenceRows(list(range(5)), 10, chain(6), 0, [1] * 6)], 4, CPU)
+    batch = batch_of([SequenceRows(list(range(5)), 10, chain(6), 0, [1] * 6)], 4, CPU)
     fits = GraphCapacity(num_rows=6, num_sequences=1, max_pages=5, mask_words=1, max_keys=16)
     assert fits.holds(batch)
     for change in (
@@ -127,9 +130,9 @@ def test_no_capacity_is_larger_than_the_cache() -> None:
 def test_a_drafter_adds_few_rows_to_large_trees() -> None:
     capacities = draft_capacities(*stand_ins(max_context=1000, num_pages=80, page_size=16))
     grown = SequenceRows(list(range(63)), 700, chain(206), 200, [1] * 6)
-    assert capacities[0].holds(build_batch([grown], 16, CPU))
+    assert capacities[0].holds(batch_of([grown], 16, CPU))
     prompt_chunk = SequenceRows(list(range(63)), 0, chain(65), 0, [1] * 65)
-    assert not any(capacity.holds(build_batch([prompt_chunk], 16, CPU)) for capacity in capacities)
+    assert not any(capacity.holds(batch_of([prompt_chunk], 16, CPU)) for capacity in capacities)
 
 
 def test_graphs_share_one_pool_and_the_largest_is_captured_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,14 +169,14 @@ def test_on_a_cpu_the_forward_runs_without_graphs() -> None:
         kernels = REFERENCES
         communicator = SoloCommunicator()
 
-        def forward(self, batch: str, cache: str) -> tuple[str, str]:
-            return batch, cache
+        def forward(self, batch: str, cache: str, taps: tuple[int, ...]) -> tuple[str, str, tuple[int, ...]]:
+            return batch, cache, taps
 
     model: Any = Model()
     cache: Any = "cache"
     batch: Any = "batch"
     assert not can_be_captured(model)
-    assert forward_of(model, cache, [CAPACITY])(batch) == ("batch", "cache")  # type: ignore[comparison-overlap]
+    assert forward_of(model, cache, [CAPACITY], [3])(batch) == ("batch", "cache", (3,))  # type: ignore[comparison-overlap]
 
 
 class ScriptedGraphs:
@@ -181,7 +184,7 @@ class ScriptedGraphs:
 
     fails: tuple[str, int] = ("nothing", 0)
 
-    def __init__(self, model: Any, cache: Any, capacities: Any) -> None:
+    def __init__(self, model: Any, cache: Any, capacities: Any, taps: Any) -> None:
         self.communicator: Communicator = model.communicator
         self.warmed_up = False
 
@@ -233,6 +236,39 @@ def test_all_ranks_replay_or_none(
     assert run_ranks(3, work) == [expected] * 3
 
 
+def test_a_replay_gives_the_rows_of_the_batch_and_the_taps_of_the_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With graphs that record nothing: what a replay returns is what the capture returned, cut to the batch."""
+    asked = []
+
+    def forward(batch: ForwardBatch, cache: object, taps: tuple[int, ...]) -> Hidden:
+        asked.append(taps)
+        rows = torch.arange(2.0 * len(batch.tokens)).view(-1, 2)
+        return Hidden(rows, {layer: rows + layer for layer in taps})
+
+    replays: list[None] = []
+    graph = SimpleNamespace(replay=lambda: replays.append(None))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(cuda_graphs, "Transformer", lambda weights, solo, kernels: model)
+    model: Any = SimpleNamespace(device=CPU, forward=forward, weights=None, kernels=REFERENCES)
+    cache: Any = SimpleNamespace(page_size=4)
+    graphed = GraphedForward(model, cache, [CAPACITY], taps=(5, 1))
+    graphed.rehearse()
+    graphed.capture()
+    assert asked == [(5, 1)] * 2
+    hidden = graphed(batch_of([SequenceRows([0, 1], 0, chain(3), 0, [7] * 3)], 4, CPU))
+    assert len(replays) == 1
+    assert hidden.last.shape == (3, 2)
+    assert {layer: rows.tolist() for layer, rows in hidden.taps.items()} == {
+        layer: (hidden.last + layer).tolist() for layer in (5, 1)
+    }
+    large = graphed(batch_of([SequenceRows(list(range(5)), 0, chain(17), 0, [7] * 17)], 4, CPU))
+    assert (len(large.last), len(replays), asked[-1]) == (17, 1, (5, 1))
+
+
 def test_a_rank_that_cannot_capture_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "GraphedForward", ScriptedGraphs)
     monkeypatch.setattr(cuda_graphs, "can_be_captured", lambda model: True)
@@ -261,5 +297,7 @@ def test_where_no_rank_can_capture_nothing_is_said(monkeypatch: pytest.MonkeyPat
 def on_gpu(communicator: Communicator) -> tuple[Any, Any]:
     """A model that says it is on a GPU, and its cache."""
     device = torch.device("cuda")
-    model = SimpleNamespace(device=device, communicator=communicator, forward=lambda batch, cache: "eager")
+    model = SimpleNamespace(
+        device=device, communicator=communicator, forward=lambda batch, cache, taps: "eager"
+    )
     return model, "cache"

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from outrider.workers.model import linear, memory
-from outrider.workers.model.linear import Linear, packing_works
+from outrider.workers.model.linear import DenseLinear, PackedLinear, make_linear, packing_works
 
 NO_BIAS = torch.empty(0)
 
@@ -21,8 +21,8 @@ def test_packed_gives_what_a_plain_product_gives(
     bias = torch.randn(outputs, generator=generator).to(dtype)
     x = torch.randn(rows, features, generator=generator).to(dtype)
     for b in (bias, NO_BIAS):
-        packed = Linear(weight, b, packed=True)
-        assert packed.packed
+        packed = make_linear(weight, b, packed=True)
+        assert isinstance(packed, PackedLinear)
         want = F.linear(x, weight, b if b.numel() else None)
         # Sums of order 1 in another order: some 1e-6 in float32, one rounding (2^-8 of up to 4) in bfloat16.
         tolerance = 1e-5 if dtype == torch.float32 else 0.02
@@ -31,7 +31,7 @@ def test_packed_gives_what_a_plain_product_gives(
 
 def test_a_row_is_the_same_alone_and_padded() -> None:
     weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    packed = Linear(weight, NO_BIAS, packed=True)
+    packed = make_linear(weight, NO_BIAS, packed=True)
     x = torch.randn(4, 32)
     torch.testing.assert_close(packed(x[:1]), packed(x)[:1], atol=1e-6, rtol=0)
 
@@ -39,8 +39,8 @@ def test_a_row_is_the_same_alone_and_padded() -> None:
 def test_falls_back_where_packing_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "packing_works", lambda dtype: False)
     weight, x = torch.randn(6, 5), torch.randn(2, 5)
-    plain = Linear(weight, NO_BIAS, packed=True)
-    assert not plain.packed
+    plain = make_linear(weight, NO_BIAS, packed=True)
+    assert isinstance(plain, DenseLinear)
     assert torch.equal(plain(x), F.linear(x, weight))
 
 

@@ -3,20 +3,24 @@ the same operators that launch on a GPU. Only the launcher and the number of mul
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from outrider.kernels import gather_rows, kv_commit, operators, rope_append, sample_shard, tree_attention
-from outrider.kernels.noise import noise_key
+from outrider.kernels.noise import noise_key, noise_keys
+from outrider.kernels.sample_shard import ShardLogits
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
-from outrider.workers.communicator import Communicator, SoloCommunicator
-from outrider.workers.model.batch import SequenceRows, build_batch, chain
+from outrider.kernels.token_rows import unpack_tokens
+from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import GraphCapacity, GraphedForward
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.sampling.shards import DeviceShard, HostShard
+from outrider.workers.sampling.shards import DeviceShard
 from support.cuda_on_cpu.kernels import source_kernels
+from support.rows import SequenceRows, batch_of, chain
 from support.tensor_source import reference_model, tiny_config
 from support.thread_group import thread_group
 
@@ -59,9 +63,8 @@ def model_and_cache(kernels: KernelSelection, communicator: Communicator) -> tup
     config = replace(tiny_config("qwen3", num_heads=6, num_kv_heads=2), hidden_size=128, head_dim=64)
     _, source = reference_model(config)
     plan = ShardPlan(config, communicator.rank, communicator.size)
-    model = Transformer(
-        config, plan, source, communicator, torch.bfloat16, CPU, packed=False, kernels=kernels
-    )
+    weights = load_weights(plan, source, torch.bfloat16, CPU, packed=False)
+    model = Transformer(weights, communicator, kernels)
     return model, PagedCache(config, plan, len(PAGES), PAGE, torch.bfloat16, CPU, kernels.kv_commit)
 
 
@@ -71,7 +74,7 @@ def generate(kernels: KernelSelection) -> list[torch.Tensor]:
     first, second = PAGES[:12], PAGES[12:]
 
     def logits(*sequences: SequenceRows) -> torch.Tensor:
-        hidden = model.forward(build_batch(sequences, PAGE, CPU), cache)
+        hidden = model.forward(batch_of(sequences, PAGE, CPU), cache).last
         return model.logits_of(hidden, range(len(hidden)))
 
     tree = [0, 0, 0, 1, 1, 2]
@@ -108,7 +111,6 @@ def test_a_rank_rehearses_its_graphs_alone(launcher: CountingLauncher) -> None:
     GraphedForward(model, cache, [GraphCapacity(3, 2, 4, 1, 32), GraphCapacity(9, 2, 4, 1, 32)]).rehearse()
     assert {"tree_attention", "rope_append", "gather_rows"} <= set(launcher.kernels)
     assert torch.equal(cache.kv, before)
-    assert model.communicator is communicator
 
 
 def test_a_shard_is_sampled_by_its_kernel_as_by_the_reference(launcher: CountingLauncher) -> None:
@@ -128,22 +130,20 @@ def test_the_best_tokens_of_a_row_are_found_by_the_kernel_one_after_the_other(
     launcher: CountingLauncher,
 ) -> None:
     logits = (torch.randn(4, 700, generator=torch.Generator().manual_seed(0)) * 5).bfloat16().float()
-    logits[2] = torch.nan
+    logits[2] = -torch.inf
     before = logits.clone()
-    rows, temperatures, keys = [3, 0, 1], [0.0, 0.8, 1.3], [noise_key(seed, 4) for seed in range(3)]
+    rows, temperatures = np.array([3, 0, 1]), np.array([0.0, 0.8, 1.3], dtype=np.float32)
+    keys = noise_keys(np.arange(3, dtype=np.uint64), np.full(3, 4))
     shard = DeviceShard(logits, 7000, ALL_KERNELS)
-    on_host = HostShard(logits, 7000).best(rows, temperatures, keys, 4)
+    on_host = ShardLogits(logits, 7000).best(rows, temperatures, keys, 4)
     for packed, expected in zip(shard.best(rows, temperatures, keys, 4), on_host, strict=True):
-        (values, ids), (expected_values, expected_ids) = (
-            sample_shard.unpack_tokens(p) for p in (packed, expected)
-        )
+        (values, ids), (expected_values, expected_ids) = (unpack_tokens(p) for p in (packed, expected))
         assert ids.tolist() == expected_ids.tolist()
         torch.testing.assert_close(torch.from_numpy(values), torch.from_numpy(expected_values))
     assert set(launcher.kernels) == {"gather_rows", "sample_shard"}
-    for packed in shard.best([2, 2], [0.0, 1.0], keys[:2], 2):
-        ids = sample_shard.unpack_tokens(packed)[1]
-        assert all(7000 <= token < 7700 for token in ids)
-    assert torch.equal(logits.nan_to_num(), before.nan_to_num())
+    removed = shard.best(np.array([2]), temperatures[1:2], keys[:1], 2)
+    assert unpack_tokens(removed)[1].tolist() == [[7000, 7001]]
+    assert torch.equal(logits, before)
 
 
 def test_rows_are_gathered_by_their_kernel(launcher: CountingLauncher) -> None:
@@ -155,7 +155,7 @@ def test_rows_are_gathered_by_their_kernel(launcher: CountingLauncher) -> None:
 
 def test_long_contexts_are_split_and_merged(launcher: CountingLauncher) -> None:
     q, pages = torch.randn(1, 4, 64).bfloat16(), torch.randn(2, 40, 16, 2, 64).bfloat16()
-    batch = build_batch([SequenceRows(list(range(40)), 600, [0], 0, [1])], 16, CPU).tree
+    batch = batch_of([SequenceRows(list(range(40)), 600, [0], 0, [1])], 16, CPU).tree
     attended = [
         tree_attention.tree_attention(q, *pages, batch, 0.125, use_kernel=used) for used in (True, False)
     ]

@@ -13,18 +13,18 @@ from outrider.kernels.attention_cases import ATTENTION_CASES, attention_in_float
 from outrider.kernels.kernel_cases import batch_to
 from outrider.kernels.selection import REFERENCES
 from outrider.kernels.tree_attention import tree_attention
-from outrider.workers.communicator import SoloCommunicator
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.model import ModelDrafter
+from outrider.workers.link.communicator import SoloCommunicator
+from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.rounds.messages import Draft, SequenceStart, SequenceStep
-from outrider.workers.rounds.pages import PagePool
-from outrider.workers.rounds.sequence import DraftOptions, Request, Sequence
-from outrider.workers.rounds.tree import DraftTree, GrowingTree
-from outrider.workers.sampling.params import SamplingParams
 from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
+from outrider.workers.sequences.tree import DraftTree, GrowingTree
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.random_source import RandomSource

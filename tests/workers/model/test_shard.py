@@ -34,8 +34,11 @@ def test_every_head_column_and_token_has_one_owner(size: int, num_heads: int, nu
     ranks = plans(
         size, num_heads=num_heads, num_kv_heads=num_kv_heads, intermediate_size=1100, vocab_size=301
     )
-    for part, total in (("query_heads", num_heads), ("intermediate", 1100), ("vocab", 301)):
-        ranges = [getattr(plan, part) for plan in ranks]
+    for ranges, total in (
+        ([plan.query_heads for plan in ranks], num_heads),
+        ([plan.mlp_columns(1100) for plan in ranks], 1100),
+        ([plan.vocab for plan in ranks], 301),
+    ):
         assert ranges[0].start == 0
         assert ranges[-1].stop == total
         assert all(a.stop == b.start for a, b in pairwise(ranges))
@@ -48,9 +51,9 @@ def test_every_head_column_and_token_has_one_owner(size: int, num_heads: int, nu
 
 
 def test_mlp_blocks_of_128_where_the_model_has_enough() -> None:
-    assert [len(plan.intermediate) for plan in plans(3, intermediate_size=1536)] == [512, 512, 512]
-    assert [len(plan.intermediate) for plan in plans(2, intermediate_size=8960)] == [4480, 4480]
-    assert [len(plan.intermediate) % 128 for plan in plans(3, intermediate_size=8960)] == [0, 0, 0]
+    assert [len(plan.mlp_columns(1536)) for plan in plans(3)] == [512, 512, 512]
+    assert [len(plan.mlp_columns(8960)) for plan in plans(2)] == [4480, 4480]
+    assert [len(plan.mlp_columns(8960)) % 128 for plan in plans(3)] == [0, 0, 0]
 
 
 def test_more_ranks_than_query_heads_are_refused() -> None:

@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from outrider.workers.communicator import SoloCommunicator
-from outrider.workers.model.batch import SequenceRows, build_batch, chain
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.config import ModelConfig
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
+from outrider.workers.weights.config import ModelConfig
+from support.rows import SequenceRows, batch_of, chain
 from support.tensor_source import TensorSource, reference_model, tiny_config
 from support.thread_group import ThreadCommunicator, thread_group
 
@@ -46,7 +46,7 @@ def logits_on(size: int, config: ModelConfig, source: TensorSource, packed: bool
 
     def rank_logits(communicator: ThreadCommunicator) -> list[torch.Tensor]:
         plan = ShardPlan(config, communicator.rank, size)
-        model = Transformer(config, plan, source, communicator, torch.float32, CPU, packed)
+        model = Transformer(load_weights(plan, source, torch.float32, CPU, packed), communicator)
         cache = PagedCache(config, plan, 16, PAGE, torch.float32, CPU)
         pages = [3, 9, 1, 0, 7, 5, 11, 2, 4, 6]
         out = []
@@ -54,7 +54,7 @@ def logits_on(size: int, config: ModelConfig, source: TensorSource, packed: bool
             SequenceRows(pages, 0, chain(70), 0, tokens[:70]),
             SequenceRows(pages, 70, TREE, 0, tokens[70:]),
         ):
-            hidden = model.forward(build_batch([rows], PAGE, CPU), cache)
+            hidden = model.forward(batch_of([rows], PAGE, CPU), cache).last
             shard = model.logits(hidden)
             assert shard.shape[1] == len(plan.vocab)
             out.append(shard)
@@ -86,6 +86,6 @@ def test_a_rank_reads_only_its_own_slices(size: int) -> None:
     for rank in range(size):
         tensors.reads.clear()
         plan = ShardPlan(config, rank, size)
-        Transformer(config, plan, tensors, SoloCommunicator(), torch.float32, CPU, True)
+        load_weights(plan, tensors, torch.float32, CPU, True)
         read = sum(numel for name, numel in tensors.reads if "norm" not in name)
         assert read == matrices // size

@@ -1,15 +1,18 @@
 """The transformer against transformers' own, and every way of running it against one pass."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from outrider.workers.communicator import SoloCommunicator
-from outrider.workers.model.batch import SequenceRows, build_batch, chain
+from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.config import ModelConfig, RopeScaling
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from support.tensor_source import TensorSource, reference_model, tiny_config
+from outrider.workers.weights.config import ModelConfig, Rope
+from support.rows import SequenceRows, batch_of, chain
+from support.tensor_source import ROPES, TensorSource, reference_model, tiny_config
 
 CPU = torch.device("cpu")
 PAGE = 8
@@ -20,21 +23,15 @@ CONFIGS = {
     "llama": tiny_config("llama"),
     "llama, 9 heads on 3": tiny_config("llama", num_heads=9, num_kv_heads=3),
     "llama, one KV head, tied": tiny_config("llama", num_kv_heads=1, tied_embeddings=True),
-    "llama, llama3 scaling": tiny_config(
-        "llama",
-        rope_scaling=RopeScaling(
-            kind="llama3", factor=8.0, original_max_context=64, low_freq_factor=1.0, high_freq_factor=4.0
-        ),
-    ),
-    "llama, linear scaling": tiny_config("llama", rope_scaling=RopeScaling(kind="linear", factor=4.0)),
+    "llama, llama3 scaling": tiny_config("llama", rope=ROPES[2]),
+    "llama, linear scaling": tiny_config("llama", rope=ROPES[1]),
     "qwen2": tiny_config("qwen2"),
     "qwen2, tied": tiny_config("qwen2", tied_embeddings=True),
-    "qwen2, yarn scaling": tiny_config(
-        "qwen2",
-        rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_max_context=64, attention_factor=1.1386),
-    ),
+    "qwen2, yarn scaling": tiny_config("qwen2", rope=ROPES[4]),
+    "qwen2, a window in one layer": tiny_config("qwen2", windows=(0, 48)),
     "qwen3": tiny_config("qwen3"),
     "qwen3, tied": tiny_config("qwen3", tied_embeddings=True),
+    "qwen3, windows": tiny_config("qwen3", windows=(48, 48)),
 }
 
 
@@ -45,12 +42,12 @@ def _one_thread() -> None:
 
 def load(config: ModelConfig, source: TensorSource, packed: bool = True) -> tuple[Transformer, PagedCache]:
     plan = ShardPlan(config, 0, 1)
-    model = Transformer(config, plan, source, SoloCommunicator(), torch.float32, CPU, packed)
+    model = Transformer(load_weights(plan, source, torch.float32, CPU, packed), SoloCommunicator())
     return model, PagedCache(config, plan, 64, PAGE, torch.float32, CPU)
 
 
 def run(model: Transformer, cache: PagedCache, *sequences: SequenceRows) -> torch.Tensor:
-    return model.logits(model.forward(build_batch(sequences, PAGE, CPU), cache))
+    return model.logits(model.forward(batch_of(sequences, PAGE, CPU), cache).last)
 
 
 def prompt(num_tokens: int, seed: int = 1) -> list[int]:
@@ -80,6 +77,23 @@ def test_logits_equal_those_of_transformers(config: ModelConfig, packed: bool) -
     got = run(model, cache, SequenceRows(scattered_pages(200), 0, chain(200), 0, tokens))
     assert got.dtype == torch.float32
     assert (got - want).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 3, 90])
+def test_taps_are_the_hidden_states_of_transformers(packed: bool, num_rows: int) -> None:
+    reference, source = reference_model(tiny_config("qwen3", windows=(0, 48, 0)))
+    model, cache = load(source.config, source, packed)
+    tokens = prompt(num_rows)
+    with torch.no_grad():
+        *entering, after_norm = reference(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+    rows = SequenceRows(scattered_pages(num_rows), 0, chain(num_rows), 0, tokens)
+    hidden = model.forward(batch_of([rows], PAGE, CPU), cache, taps=(2, 0, 3))
+    assert sorted(hidden.taps) == [0, 2, 3]
+    assert hidden.taps[3] is hidden.last or torch.equal(hidden.taps[3], hidden.last)
+    for layer in (0, 2):
+        torch.testing.assert_close(hidden.taps[layer], entering[layer][0], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(model.normed(hidden.last), after_norm[0], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 65])
@@ -176,17 +190,35 @@ def test_sequences_in_one_batch_do_not_see_each_other(tiny: tuple[ModelConfig, T
 
 def test_logits_of_some_rows_are_those_rows_of_all(tiny: tuple[ModelConfig, TensorSource]) -> None:
     model, cache = load(*tiny)
-    batch = build_batch([SequenceRows([0, 1], 0, chain(10), 0, prompt(10))], PAGE, CPU)
-    hidden = model.forward(batch, cache)
+    batch = batch_of([SequenceRows([0, 1], 0, chain(10), 0, prompt(10))], PAGE, CPU)
+    hidden = model.forward(batch, cache).last
     assert hidden.shape == (10, tiny[0].hidden_size)
     torch.testing.assert_close(model.logits(hidden[[9, 2]]), model.logits(hidden)[[9, 2]], atol=1e-5, rtol=0)
+
+
+def test_layers_may_differ_in_their_rotary_positions(tiny: tuple[ModelConfig, TensorSource]) -> None:
+    """As in models that stretch full layers only. No transformers model of these families does: checked by parts."""
+    config, source = tiny
+    tokens = prompt(90)
+    rows = SequenceRows(scattered_pages(90), 0, chain(90), 0, tokens)
+
+    def taps(*ropes: Rope) -> torch.Tensor:
+        layers = tuple(replace(layer, rope=rope) for layer, rope in zip(config.layers, ropes, strict=True))
+        model, cache = load(replace(config, layers=layers), source)
+        hidden = model.forward(batch_of([rows], PAGE, CPU), cache, taps=(1,))
+        return torch.stack([hidden.taps[1], hidden.last])
+
+    plain, yarn, mixed = taps(ROPES[0], ROPES[0]), taps(ROPES[3], ROPES[3]), taps(ROPES[0], ROPES[3])
+    assert torch.equal(mixed[0], plain[0])
+    assert not torch.allclose(mixed[1], plain[1], atol=TOLERANCE)
+    assert not torch.allclose(mixed[1], yarn[1], atol=TOLERANCE)
 
 
 def test_bfloat16_follows_float32(tiny: tuple[ModelConfig, TensorSource]) -> None:
     config, source = tiny
     model, cache = load(config, source)
     plan = ShardPlan(config, 0, 1)
-    low = Transformer(config, plan, source, SoloCommunicator(), torch.bfloat16, CPU, True)
+    low = Transformer(load_weights(plan, source, torch.bfloat16, CPU, True), SoloCommunicator())
     low_cache = PagedCache(config, plan, 64, PAGE, torch.bfloat16, CPU)
     rows = SequenceRows(scattered_pages(90), 0, chain(90), 0, prompt(90))
     want, got = run(model, cache, rows), run(low, low_cache, rows)
@@ -202,9 +234,7 @@ def test_every_weight_is_read_once_and_reported(tiny: tuple[ModelConfig, TensorS
         {name: tensors.read(name, slice(None), slice(None), torch.float32) for name in tensors.names()},
     )
     reported: list[int] = []
-    Transformer(
-        config, ShardPlan(config, 0, 1), source, SoloCommunicator(), torch.float32, CPU, True, reported.append
-    )
+    load_weights(ShardPlan(config, 0, 1), source, torch.float32, CPU, True, reported.append)
     assert {name for name, _ in source.reads} == source.names()
     assert sum(numel for _, numel in source.reads) * 4 == source.total_bytes(torch.float32)
     assert sum(reported) == source.total_bytes(torch.float32)

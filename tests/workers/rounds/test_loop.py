@@ -8,15 +8,16 @@ import pytest
 
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.engine import DraftEngine
+from outrider.workers.link.messages import Draft, Scores, SequenceStep
 from outrider.workers.rounds.budget import CostModel, PassProfile
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
-from outrider.workers.rounds.messages import Draft, Scores, SequenceStep
-from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
-from outrider.workers.rounds.sequence import RequestStats, TokenEvent
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.sequence import RequestStats, TokenEvent
 from outrider.workers.trace import Tracer
 from support.local_engine import default_options
 from support.scripted import ScriptedTarget, right_token
+from support.steps import scores_of, steps_in
 from support.virtual_time import run_requests, scripted_request
 
 SERIAL = default_options(overlapped=False, fixed_budget=True)
@@ -29,7 +30,7 @@ def right_text(first_position: int, num_tokens: int) -> list[int]:
 
 
 def steps_of(drafts: list[Draft], slot: int) -> list[SequenceStep]:
-    return [step for draft in drafts for step in draft.steps if step.slot == slot]
+    return [step for draft in drafts for step in steps_in(draft.steps) if step.slot == slot]
 
 
 @LOOPS
@@ -56,7 +57,7 @@ def test_a_round_is_one_message_with_what_was_accepted_and_what_is_next(options:
     assert second.first_sampled == 0
     assert run.drafts[0].starts[0].prompt_length == 3
     assert [draft.round_id for draft in run.drafts] == list(range(1, len(run.drafts) + 1))
-    assert all(draft.steps for draft in run.drafts)
+    assert all(len(draft.steps) for draft in run.drafts)
 
 
 @LOOPS
@@ -97,7 +98,7 @@ def test_a_long_prompt_does_not_stall_those_who_decode(options: LoopOptions) -> 
     chunks = [len(step.tokens) for step in steps_of(run.drafts, 1)]
     assert chunks == [16] * 9 + [6, 1, 1, 1]
     # While the prompt is read the other one gets a token in every second round at least (it has its own lane).
-    decoding = [any(step.slot == 0 for step in draft.steps) for draft in run.drafts[:24]]
+    decoding = [any(step.slot == 0 for step in steps_in(draft.steps)) for draft in run.drafts[:24]]
     assert all(a or b for a, b in pairwise(decoding))
     assert run.texts["long"] == right_text(150, 4)
 
@@ -107,7 +108,7 @@ def test_no_message_has_more_rows_than_allowed() -> None:
     requests = [scripted_request(str(i), 20, prompt_length=3 + i) for i in range(6)]
     options = default_options(fixed_budget=True, max_round_tokens=12)
     run = run_requests(requests, options=options, limits=limits)
-    assert max(sum(len(step.tokens) for step in draft.steps) for draft in run.drafts) == 12
+    assert max(draft.steps.num_rows for draft in run.drafts) == 12
     assert run.texts == {str(i): right_text(3 + i, 20) for i in range(6)}
 
 
@@ -164,7 +165,7 @@ def test_requests_join_and_leave_at_any_round(options: LoopOptions) -> None:
     requests = [scripted_request(str(i), 3 + 7 * (i % 4)) for i in range(12)]
     run = run_requests(requests, options=options, limits=limits)
     assert run.texts == {str(i): right_text(3, 3 + 7 * (i % 4)) for i in range(12)}
-    slots = [step.slot for draft in run.drafts for step in draft.steps]
+    slots = [slot for draft in run.drafts for slot in draft.steps.slots.tolist()]
     assert set(slots) == {0, 1, 2}
     assert sum(len(draft.starts) for draft in run.drafts) == 12
 
@@ -281,11 +282,11 @@ def loop_in_a_thread(link: CountingLink, options: LoopOptions) -> tuple[RoundLoo
 def test_an_idle_loop_sends_empty_rounds_and_what_the_target_has_to_know(overlapped: bool) -> None:
     link = CountingLink()
     loop, thread = loop_in_a_thread(link, default_options(overlapped=overlapped, heartbeat_s=0.01))
-    assert link.next_sent().steps == ()
-    assert link.next_sent().steps == ()
+    assert len(link.next_sent().steps) == 0
+    assert len(link.next_sent().steps) == 0
     loop.submit(scripted_request("a", 1, max_nodes=0))
     sent = link.next_sent()
-    while not sent.steps:
+    while not len(sent.steps):
         sent = link.next_sent()
     assert link.next_sent().released_slots == (0,)  # the heartbeat after the last round
     loop.stop()
@@ -298,7 +299,7 @@ def test_stopping_ends_the_loop_and_tells_the_target(overlapped: bool) -> None:
     link = CountingLink()
     loop, thread = loop_in_a_thread(link, default_options(overlapped=overlapped, heartbeat_s=20.0))
     loop.submit(scripted_request("endless", 10**6, max_nodes=0))
-    assert link.next_sent().steps
+    assert len(link.next_sent().steps)
     loop.stop()
     thread.join(timeout=20)
     assert not thread.is_alive()
@@ -310,7 +311,7 @@ def test_stopping_ends_the_loop_and_tells_the_target(overlapped: bool) -> None:
 def test_scores_of_another_round_are_our_own_mistake() -> None:
     class Confused(CountingLink):
         def receive(self) -> Scores:
-            return Scores(99, (), 0.0, 0.0, 0.0)
+            return scores_of(99)
 
     scheduler = Scheduler(SchedulerLimits(4, 64, 16), PagePool(16, 16, False))
     cost = CostModel(PassProfile((1,), (0.01,)))

@@ -99,7 +99,7 @@ def test_drafting_ahead_hides_the_drafter_of_one_sequence(share: float, at_least
 def test_what_survives_a_verdict_is_sent_at_once() -> None:
     _, overlapped = both_loops(verify_s=0.05, step_s=0.01, depth=4, num_sequences=1, share=1.0)
     assert overlapped.seconds == pytest.approx(4 * 0.01 + len(overlapped.drafts) * 0.05)
-    assert all(len(draft.steps[0].tokens) == 5 for draft in overlapped.drafts[1:-1])
+    assert all(draft.steps.num_nodes[0] == 5 for draft in overlapped.drafts[1:-1])
 
 
 def test_without_drafting_ahead_one_sequence_gains_nothing() -> None:

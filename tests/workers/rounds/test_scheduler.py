@@ -1,10 +1,12 @@
 """Lanes, prompt chunks and pages of sequences without any model. Pages of four rows."""
 
+from collections.abc import Iterable
+
 import pytest
 
-from outrider.workers.rounds.messages import MAX_STARTS_PER_ROUND
-from outrider.workers.rounds.scheduler import PlannedStep, Scheduler
-from outrider.workers.rounds.sequence import Sequence
+from outrider.workers.link.messages import MAX_STARTS_PER_ROUND
+from outrider.workers.rounds.scheduler import PlannedStep, Scheduler, precedence
+from outrider.workers.sequences.sequence import Sequence
 from support.scheduling import request, scheduler_with, send, settle
 
 
@@ -12,7 +14,7 @@ def submit(scheduler: Scheduler, *lengths: int, first_token: int = 1) -> list[Se
     """One request of each prompt length, named a, b, c, ..."""
     for name, length in zip("abcdefghijkl", lengths, strict=False):
         scheduler.submit(request(name, length, first_token=first_token))
-    return list(scheduler.waiting)[-len(lengths) :]
+    return sorted(scheduler.waiting, key=lambda sequence: sequence.arrival)[-len(lengths) :]
 
 
 def play(scheduler: Scheduler, lane: int = 0, num_lanes: int = 1) -> dict[str, int]:
@@ -38,6 +40,66 @@ def test_a_long_prompt_does_not_stall_those_who_decode() -> None:
     scheduler.submit(request("long", 30))
     for chunk in (8, 8, 8, 6):
         assert play(scheduler) == {"a": 1, "long": chunk}
+
+
+def first_tokens(scheduler: Scheduler, prompts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """In which round each request's first token came; it is its only one. `prompts` come before each round."""
+    rounds: dict[str, int] = {}
+    for number, new in enumerate(prompts):
+        for name, length in new.items():
+            scheduler.submit(request(name, length))
+        play(scheduler)
+        for sequence in [s for s in scheduler.running if s.num_output]:
+            rounds[sequence.id] = number
+            scheduler.finish(sequence)
+    return rounds
+
+
+def test_first_tokens_of_mixed_prompts_do_not_depend_on_their_order() -> None:
+    lengths = {"a": 40, "b": 9, "c": 300, "d": 22, "e": 120, "f": 64, "g": 13, "h": 800}
+    orders = [sorted(lengths), sorted(lengths)[::-1], list("hbcafedg"), list("bcadefgh")]
+    for max_sequences in (8, 3):
+        seen = []
+        for names in orders:
+            scheduler = scheduler_with(400, max_sequences, max_round_tokens=40, prefill_chunk=32)
+            at_once = {name: lengths[name] for name in names}
+            seen.append(first_tokens(scheduler, [at_once] + [{}] * 60))
+        assert all(rounds == seen[0] for rounds in seen)
+        assert sorted(seen[0], key=lambda name: seen[0][name]) == sorted(lengths, key=lambda n: lengths[n])
+        assert sorted(seen[0].values())[len(lengths) // 2] <= 5  # of 1368 tokens in 43 rounds
+        assert max(seen[0].values()) <= 48
+
+
+@pytest.mark.parametrize("max_sequences", [8, 1])
+def test_a_long_prompt_gets_done_under_an_endless_stream_of_short_ones(max_sequences: int) -> None:
+    # Each short one takes a whole round's chunk, so without ageing the long one would never be read.
+    scheduler = scheduler_with(200, max_sequences, prefill_chunk=8)
+    stream = ({f"short {n}": 8} | ({"long": 64} if n == 0 else {}) for n in range(120))
+    rounds = first_tokens(scheduler, stream)
+    # Its eight chunks wait 4 log2(left / 8) rounds each, 61 in all, and as long as the short ones that wait then.
+    assert rounds["long"] <= 61 + sum(range(9)) + 8
+    assert rounds["short 0"] == 0  # and it does not hold up those who come
+    waits = [rounds[f"short {n}"] - n for n in range(100)]
+    assert max(waits) <= 9
+
+
+def test_a_prompt_that_waited_goes_before_shorter_ones_that_come_later() -> None:
+    assert precedence(64, 0) < precedence(8, 13)
+    assert precedence(8, 11) < precedence(64, 0)  # 4 log2(64 / 8) = 12 rounds later
+    assert precedence(8, 5) < precedence(9, 5)
+
+
+def test_no_more_of_a_prefix_is_shared_than_everybody_has_kept() -> None:
+    kept = {"b": 7, "c": 0, "d": 100}
+    scheduler = scheduler_with(prefix_sharing=True, prefix_kept=lambda s: kept.get(s.id, 0))
+    submit(scheduler, 10)
+    for _ in range(3):
+        play(scheduler)
+    for name in kept:
+        scheduler.submit(request(name, 10))
+    scheduler.assign_lanes(1)
+    cached = {s.id: s.stats.num_cached_prompt_tokens for s in scheduler.running}
+    assert cached == {"a": 0, "b": 4, "c": 0, "d": 8}  # in whole pages
 
 
 def test_prompts_share_the_chunk_of_a_round_oldest_first() -> None:
@@ -82,17 +144,17 @@ def test_a_sequence_is_admitted_when_its_chunk_and_a_page_for_everybody_else_are
     scheduler = scheduler_with(num_pages=num_pages, prefill_chunk=8)
     submit(scheduler, 8)
     play(scheduler)  # holds two pages; the newcomer needs two, and one is left for growth
-    (newcomer,) = submit(scheduler, 8)
-    assert (newcomer in scheduler.assign_lanes(1)) == admitted
+    scheduler.submit(request("newcomer", 8))
+    assert (scheduler.find("newcomer") in scheduler.assign_lanes(1)) == admitted
 
 
 def test_shared_prefixes_are_taken_and_counted() -> None:
     scheduler = scheduler_with(prefix_sharing=True, prefill_chunk=16)
-    a, b = submit(scheduler, 10, 9)
-    scheduler.waiting.remove(b)
+    (a,) = submit(scheduler, 10)
     assert play(scheduler) == {"a": 10}
     assert play(scheduler) == {"a": 1}  # this message commits the rows of the prompt
-    scheduler.waiting.append(b)
+    scheduler.submit(request("b", 9))
+    (b,) = scheduler.waiting
     assert play(scheduler) == {"a": 1, "b": 1}  # two full pages of 9 tokens, and the last one
     assert b.pages[:2] == a.pages[:2]
     assert b.stats.num_cached_prompt_tokens == 8
@@ -107,7 +169,7 @@ def test_rows_are_shared_only_once_their_commit_is_under_way() -> None:
 
 def test_the_newest_sequence_is_computed_again_when_pages_run_out() -> None:
     scheduler = scheduler_with(num_pages=4)
-    a, b, c = submit(scheduler, 4, 4, 3)
+    a, b, _ = submit(scheduler, 4, 4, 4)
     assert play(scheduler) == {"a": 4, "b": 4}  # no page would be left for c
     assert play(scheduler) == {"a": 1, "b": 1}
     for _ in range(3):
@@ -119,11 +181,14 @@ def test_the_newest_sequence_is_computed_again_when_pages_run_out() -> None:
     assert (b.pages, b.num_committed, b.num_pages_sent, b.started) == ([], 0, 0, False)
     assert b.stats.num_recomputed == 1
     assert scheduler.released_slots == [slot]
-    assert list(scheduler.waiting) == [b, c]  # it goes first when there is room again
+    scheduler.submit(request("d", 1))
+    # Its text has begun to come, so it goes first when there is room again.
+    assert [sequence.id for sequence in scheduler.waiting] == ["b", "d", "c"]
+    scheduler.finish(scheduler.waiting[1])
 
     scheduler.finish(a)
     assert play(scheduler) == {"b": 8}  # all it knows is computed again, output included
-    assert play(scheduler) == {"b": 1, "c": 3}
+    assert play(scheduler) == {"b": 1, "c": 4}
     assert b.stats.num_recomputed == 1
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from outrider.workers.rounds.scheduler import PlannedStep
-from outrider.workers.rounds.sequence import Sequence
+from outrider.workers.sequences.sequence import Sequence
 from support.scheduling import PAGE, request, scheduler_with, send, settle
 
 

@@ -8,13 +8,12 @@ import pytest
 
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.rounds.messages import StepScores
 from outrider.workers.rounds.scheduler import PlannedStep
-from outrider.workers.rounds.sequence import DraftOptions, Request, Sequence, TokenEvent, TokenLogprobs
-from outrider.workers.rounds.settle import settle_step
-from outrider.workers.rounds.tree import DraftTree, GrowingTree
-from outrider.workers.rounds.verify import Verdict, verify_exact
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.rounds.settle import StepScores, settle_step
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.rules import Verdict, verify_exact
+from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence, TokenEvent, TokenLogprobs
+from outrider.workers.sequences.tree import DraftTree, GrowingTree
 
 TREE = DraftTree(tokens=(10, 11, 13, 12), parents=(0, 0, 1, 0), growing_nodes=(0, 1, 2, 3))
 

@@ -1,5 +1,6 @@
 """The law against transformers' own logits processors, and penalties against the OpenAI formula by hand."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from outrider.workers.communicator import SoloCommunicator
-from outrider.workers.sampling.context import PenaltyState, RowContext
-from outrider.workers.sampling.law import edit_rows, num_in_top_k, num_kept
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.link.communicator import SoloCommunicator
+from outrider.workers.sampling.context import PenaltyState, RowParameters, SampledRows
+from outrider.workers.sampling.law import edit_rows, nuclei
 from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.params import SamplingParams
 from support.sampling_reference import edited_logits
 
 VOCAB_SIZE = 500
@@ -50,7 +51,7 @@ def transformers_law(params: SamplingParams, input_ids: list[int], logits: torch
 def our_law(params: SamplingParams, logits: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of the whole vocabulary, which `propose` lists when asked for all of it."""
     sampler = Sampler(VOCAB_SIZE, range(VOCAB_SIZE), SoloCommunicator())
-    row = RowContext(params, position=5, penalties=PenaltyState(PROMPT))
+    row = SampledRows(params, np.array([5]), PenaltyState(PROMPT))
     ids, log_probs = sampler.propose(logits, [row], VOCAB_SIZE)
     law = torch.empty(VOCAB_SIZE)
     law[ids[0]] = log_probs[0]
@@ -111,7 +112,9 @@ def test_top_k_keeps_ties_as_transformers_does() -> None:
 def test_greedy_ignores_truncation() -> None:
     sampler = Sampler(VOCAB_SIZE, range(VOCAB_SIZE), SoloCommunicator())
     logits = random_logits(0)
-    row = RowContext(SamplingParams(temperature=0.0, top_p=0.1, top_k=3), 0, PenaltyState(PROMPT))
+    row = SampledRows(
+        SamplingParams(temperature=0.0, top_p=0.1, top_k=3), np.array([0]), PenaltyState(PROMPT)
+    )
     assert sampler.sample(logits, [row]).tokens.item() == logits.argmax().item()
 
 
@@ -122,7 +125,7 @@ def test_presence_and_frequency_by_hand() -> None:
         state.add(token)
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
     row = torch.ones(VOCAB_SIZE)
-    edit_rows(row[None], [RowContext(params, 9, state, path_tokens=(21, 22))], 0)
+    edit_rows(row[None], [SampledRows(params, np.array([9]), state, [(21, 22)])], 0)
     expected = torch.ones(VOCAB_SIZE)
     expected[20] = 1 - 0.5 - 2 * 0.25
     expected[21] = 1 - 0.5 - 2 * 0.25
@@ -155,11 +158,17 @@ def test_edits_of_a_shard_and_their_undoing(fields: dict[str, Any], shard: range
         state.add(token)
     logits = random_logits(3)[0]
     row = logits[shard.start : shard.stop].clone()
-    edits = edit_rows(row[None], [RowContext(params, 24, state, tuple(path))], shard.start)
+    edits = edit_rows(row[None], [SampledRows(params, np.array([24]), state, [path])], shard.start)
     expected = edited_logits(logits.numpy(), params, prompt, output + path)[shard.start : shard.stop]
     assert row.numpy().tolist() == expected.tolist()
     edits.undo(row[None])
     assert torch.equal(row, logits[shard.start : shard.stop])
+
+
+def counted(state: PenaltyState, path: Sequence[int]) -> dict[int, int]:
+    ids, counts, seen = state.along([path])
+    assert seen.all()
+    return dict(zip(ids.tolist(), counts[0].tolist(), strict=True))
 
 
 def test_penalty_state_grows_as_if_built_at_once() -> None:
@@ -168,17 +177,30 @@ def test_penalty_state_grows_as_if_built_at_once() -> None:
     state = PenaltyState(prompt)
     for token in output:
         state.add(token)
-    ids, counts = state.with_path((5, 5, 1000))
-    assert sorted(ids.tolist()) == sorted({*prompt, *output, 5, 1000})
-    for token, count in zip(ids.tolist(), counts.tolist(), strict=True):
-        assert count == [*output, 5, 5, 1000].count(token)
+    expected = {token: [*output, 5, 5, 1000].count(token) for token in {*prompt, *output, 5, 1000}}
+    assert counted(state, (5, 5, 1000)) == expected
 
 
 def test_a_path_does_not_change_the_sequence() -> None:
     state = PenaltyState([1, 2])
-    state.with_path((1, 3, 3))
-    ids, counts = state.with_path(())
-    assert dict(zip(ids.tolist(), counts.tolist(), strict=True)) == {1: 0, 2: 0}
+    assert counted(state, (1, 3, 3)) == {1: 1, 2: 0, 3: 2}
+    assert counted(state, ()) == {1: 0, 2: 0}
+
+
+def test_paths_of_several_rows_are_counted_apart() -> None:
+    state = PenaltyState([1, 2])
+    ids, counts, seen = state.along([(), (3,), (1, 3, 4)])
+    assert ids.tolist() == [1, 2, 3, 4]
+    assert counts.tolist() == [[0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 1, 1]]
+    assert seen.tolist() == [[True, True, False, False], [True, True, True, False], [True] * 4]
+
+
+def num_kept(logits: np.ndarray, params: SamplingParams, total: float = 0.0) -> int:
+    batch = RowParameters([SampledRows(params, np.array([0]), PenaltyState(()))])
+    no_floor, totals = np.array([-np.inf], dtype=np.float32), np.array([total])
+    found, certain = nuclei(logits[None], no_floor, totals, batch, np.array([0]))
+    assert certain.all()
+    return int(np.count_nonzero(logits > found.lowest) + found.num_lowest[0])
 
 
 def test_number_kept_by_hand() -> None:
@@ -197,4 +219,5 @@ def test_number_kept_by_hand() -> None:
 
 def test_ties_at_the_kth_token_stay() -> None:
     logits = np.array([3, 2, 2, 2, 1], dtype=np.float32)
-    assert [num_in_top_k(logits, k) for k in (0, 1, 2, 3, 4, 5, 9)] == [5, 1, 4, 4, 4, 5, 5]
+    kept = [num_kept(logits, SamplingParams(top_k=k)) for k in (0, 1, 2, 3, 4, 5, 9)]
+    assert kept == [5, 1, 4, 4, 4, 5, 5]

@@ -3,22 +3,21 @@
 The operators' CPU implementations stand in for the kernels.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from outrider.kernels.noise import noise_key
-from outrider.kernels.sample_shard import sample_shard
+from outrider.kernels.noise import noise_keys
+from outrider.kernels.sample_shard import ShardLogits, sample_shard
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
-from outrider.workers.communicator import SoloCommunicator
+from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.sampling import shards
-from outrider.workers.sampling.context import PenaltyState, RowContext
-from outrider.workers.sampling.params import SamplingParams
+from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.sampler import Sampler
-from outrider.workers.sampling.shards import DeviceShard, HostShard
+from outrider.workers.sampling.shards import DeviceShard
+from outrider.workers.sequences.params import SamplingParams
 from support.thread_group import ThreadCommunicator, run_ranks
 
 VOCAB_SIZE = 20_001
@@ -40,11 +39,14 @@ REPORTED = [
 EVERYTHING = [*PLAIN, *EDITED, *TRUNCATED, *REPORTED]
 
 
-def rows_of(params: list[SamplingParams]) -> list[RowContext]:
-    return [RowContext(each, 9 + i, PenaltyState([1, 2, 2, 7]), (7, 11)) for i, each in enumerate(params)]
+def rows_of(params: list[SamplingParams]) -> list[SampledRows]:
+    return [
+        SampledRows(each, np.array([9 + i]), PenaltyState([1, 2, 2, 7]), [(7, 11)])
+        for i, each in enumerate(params)
+    ]
 
 
-def logits_for(rows: list[RowContext]) -> torch.Tensor:
+def logits_for(rows: list[SampledRows]) -> torch.Tensor:
     """As of a model in bfloat16: ties everywhere."""
     generator = torch.Generator().manual_seed(len(rows))
     return (torch.randn(len(rows), VOCAB_SIZE, generator=generator) * 3).bfloat16().float()
@@ -119,7 +121,7 @@ def test_rows_that_only_need_their_token_bring_one_number_each(brought: list[int
     assert max(brought) == len(rows)
 
 
-def test_the_kernel_samples_what_nothing_truncates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_samples_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     sampled: list[int] = []
 
     def recording(logits: torch.Tensor, *arguments: Any, **flags: Any) -> Any:
@@ -130,19 +132,16 @@ def test_the_kernel_samples_what_nothing_truncates(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(shards, "sample_shard", recording)
     rows = rows_of(EVERYTHING)
     whole_sampler(KERNELS).sample(logits_for(rows), rows)
-    assert sampled == [sum(not params.truncates for params in EVERYTHING)]
+    num_truncated = sum(params.truncates for params in EVERYTHING)
+    assert sampled == [len(EVERYTHING) - num_truncated, num_truncated]
 
 
 def test_tokens_run_out() -> None:
     """Three tokens are left of the vocabulary; the first removed ones follow, as on the host."""
     logits = torch.full((2, 300), -torch.inf)
     logits[:, [7, 100, 250]] = torch.tensor([1.0, 3.0, 2.0])
-    made: list[Callable[[], DeviceShard | HostShard]] = [
-        lambda: DeviceShard(logits, 50, KERNELS),
-        lambda: HostShard(logits, 50),
-    ]
-    keys = [noise_key(1, 2), noise_key(3, 4)]
-    on_device, on_host = (make().best([0, 1], [0.0, 1.0], keys, 6) for make in made)
-    np.testing.assert_array_equal(on_device, on_host)
-    on_device, on_host = (make().top([0, 1], 6) for make in made)
-    np.testing.assert_array_equal(on_device, on_host)
+    device, host = DeviceShard(logits, 50, KERNELS), ShardLogits(logits, 50)
+    rows, temperatures = np.arange(2), np.array([0.0, 1.0], dtype=np.float32)
+    keys = noise_keys(np.array([1, 3], dtype=np.uint64), np.array([2, 4]))
+    np.testing.assert_array_equal(*(shard.best(rows, temperatures, keys, 6) for shard in (device, host)))
+    np.testing.assert_array_equal(*(shard.top(rows, 6) for shard in (device, host)))

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as Kind
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from outrider.workers.model.config import RopeScaling
+from outrider.workers.weights.config import Rope
 from outrider.workers.weights.gguf_config import llama3_scaling
 from outrider.workers.weights.gguf_source import GgufSource
 from support.models import random_tensors, write_gguf
@@ -64,8 +64,14 @@ def test_llama3_files_carry_divisors_in_a_tensor(tmp_path: Path) -> None:
     factors = llama3_factors(500000.0, 64, 32.0, 8192, 4.0)
     write_gguf(tmp_path / "m.gguf", config, tensors, ready={"rope_freqs.weight": (factors, Kind.F32)})
     source = GgufSource(tmp_path / "m.gguf")
-    scaling = RopeScaling("llama3", 32.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
-    assert source.config == replace(config, rope_scaling=scaling)
+    rope = source.config.layers[0].rope
+    assert (rope.theta, rope.kind) == (500000.0, "llama3")
+    assert rope.parameters == {
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     assert source.names() == set(tensors)
 
 
@@ -76,15 +82,18 @@ def test_divisors_of_another_rule_are_refused() -> None:
 
 def test_linear_and_yarn(tmp_path: Path) -> None:
     linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-    assert source_with(tmp_path, linear).config.rope_scaling == RopeScaling("linear", 4.0)
+    assert source_with(tmp_path, linear).config.layers[0].rope == Rope(
+        kind="linear", parameters={"factor": 4.0}
+    )
     yarn = {
         "qwen2.rope.scaling.type": "yarn",
         "qwen2.rope.scaling.factor": 4.0,
         "qwen2.rope.scaling.original_context_length": 1024,
     }
-    scaling = source_with(tmp_path, yarn, "qwen2").config.rope_scaling
-    assert (scaling.kind, scaling.factor, scaling.original_max_context) == ("yarn", 4.0, 1024)
-    assert scaling.attention_factor == pytest.approx(0.1 * math.log(4) + 1)
+    rope = source_with(tmp_path, yarn, "qwen2").config.layers[0].rope
+    assert (rope.kind, rope.parameters["factor"]) == ("yarn", 4.0)
+    assert rope.parameters["original_max_position_embeddings"] == 1024
+    assert rope.parameters["attention_factor"] == pytest.approx(0.1 * math.log(4) + 1)
 
 
 def test_chat_end_of_turn_ends_a_text_too(tmp_path: Path) -> None:
@@ -96,10 +105,20 @@ def test_chat_end_of_turn_ends_a_text_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"llama.expert_count": 8}, "mixture of experts"),
-        ({"llama.attention.sliding_window": 128}, "sliding window"),
-        ({"llama.rope.dimension_count": 8}, "rotates 8 of 16"),
-        ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, "rope scaling longrope"),
+        ({"llama.expert_count": 8}, "llama.expert_count must be 0 or null"),
+        ({"llama.attention.sliding_window": 128}, "sliding_window must be 0 or the context"),
+        ({"llama.rope.dimension_count": 8}, "rope.dimension_count must be 16, the size of a head, got 8"),
+        ({"llama.attention.value_length": 8}, "attention.value_length must be 16, the size of a head, got 8"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type must be one of none, linear, yarn"),
+        ({"llama.rope.freq_base": 0.0}, "rope.freq_base must be a number above 1, got 0.0"),
+        ({"llama.logit_scale": 0.5}, "llama.logit_scale must be 0 or 1 or null"),
+        ({"llama.attention.causal": False}, "llama.attention.causal must be true or null"),
+        ({"llama.residual_scale": 0.5}, "llama.residual_scale is not known here"),
+        ({"qwen2.residual_scale": 0.5}, "qwen2.residual_scale is not known here"),
+        ({"adapter.type": "lora"}, "adapter.type is not known here"),
+        ({"general.type": "mmproj"}, "general.type must be 'model' or null"),
+        ({"general.alignment": "x"}, "general.alignment must be a positive integer, got 'x'"),
+        ({"tokenizer.ggml.eot_token_id": 320}, "eot_token_id must be token ids .integers from 0 to 319."),
     ],
 )
 def test_unsupported_features_are_named(tmp_path: Path, extra: dict[str, Any], message: str) -> None:
@@ -110,5 +129,7 @@ def test_unsupported_features_are_named(tmp_path: Path, extra: dict[str, Any], m
 def test_other_architectures_are_named(tmp_path: Path) -> None:
     config, tensors = random_tensors("llama")
     write_gguf(tmp_path / "m.gguf", replace(config, architecture="gemma3"), tensors)
-    with pytest.raises(ValueError, match="architecture gemma3; supported in GGUF: llama, qwen2, qwen3"):
+    with pytest.raises(
+        ValueError, match=r"general\.architecture must be one of llama, qwen2, qwen3, got 'gemma3'"
+    ):
         GgufSource(tmp_path / "m.gguf")

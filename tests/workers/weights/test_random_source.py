@@ -35,9 +35,9 @@ def test_slices_are_parts_of_the_whole() -> None:
 def test_options() -> None:
     options = "num_layers=3&hidden_size=96&intermediate_size=80&num_heads=6&num_kv_heads=3&vocab_size=500"
     config = RandomSource(f"random:qwen2?{options}&tied=1&head_dim=8&max_context=777&rope_theta=5e5").config
-    assert (config.num_layers, config.hidden_size, config.intermediate_size) == (3, 96, 80)
+    assert (config.num_layers, config.hidden_size, config.layers[0].mlp.intermediate_size) == (3, 96, 80)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (6, 3, 8)
-    assert (config.vocab_size, config.max_context, config.rope_theta) == (500, 777, 5e5)
+    assert (config.vocab_size, config.max_context, config.layers[0].rope.theta) == (500, 777, 5e5)
     assert config.tied_embeddings
     assert config.qkv_bias
 

@@ -11,8 +11,14 @@ from outrider.workers.weights.byte_alphabet import BYTE_TO_CHARACTER
 from outrider.workers.weights.gguf_header import GgufHeader
 from outrider.workers.weights.gguf_tokenizer import tokenizer_from_gguf
 from outrider.workers.weights.random_tokenizer import tokenizer_of_size
-from outrider.workers.weights.tokenizer import IncrementalDecoder, load_tokenizer, same_tokenizer
-from support.models import coder_pair, random_model, smollm2
+from outrider.workers.weights.resolver import ResolvedModel
+from outrider.workers.weights.tokenizer import (
+    IncrementalDecoder,
+    end_token_ids,
+    load_tokenizer,
+    same_tokenizer,
+)
+from support.models import coder_pair, random_model, random_tensors, smollm2
 
 SPEC_BENCH = Path(__file__).parents[4] / "shared" / "data" / "spec_bench.jsonl"
 TEXTS = [
@@ -71,6 +77,37 @@ def test_special_tokens_are_found_in_text_and_padding_is_left_out() -> None:
     assert tokenizer.decode([256, 257], skip_special_tokens=False) == "<|im_end|>"
 
 
+def test_special_tokens_that_a_file_calls_normal_are_found_in_text() -> None:
+    """But a normal token that merges lead to stays what it is."""
+    tokens = ["<|im_start|>", "</s>", "a|", "<|", "a|>", "<|a|>"]
+    merges = ["< |", "a |", "a| >", "<| a|>"]
+    described = header("smollm", tokens, merges, bos_token_id=257)
+    tokenizer = tokenizer_from_gguf(described)
+    assert tokenizer.encode("<|im_start|>") == [256]
+    assert tokenizer.encode("</s>") == [257]
+    assert tokenizer.decode([256, 257], skip_special_tokens=True) == ""
+    assert tokenizer.decode([261], skip_special_tokens=True) == "<|a|>"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tokens", "abc", "tokenizer.ggml.tokens must be a list of texts"),
+        ("merges", ["ab"], "merges must hold two tokens with a space between them, got 'ab'"),
+        ("token_type", [1], "token_type must have a type for each of 258 tokens, got 1"),
+        ("bos_token_id", 258, "bos_token_id must be token ids .integers from 0 to 257., got 258"),
+        ("add_eos_token", True, "add_eos_token must be false or null"),
+        ("normalizer.lowercase", True, "normalizer.lowercase is not known here"),
+    ],
+)
+def test_what_a_tokenizer_says_is_read_or_refused(key: str, value: Any, message: str) -> None:
+    described = header("smollm", [], [])
+    described.metadata[f"tokenizer.ggml.{key}"] = value
+    with pytest.raises(ValueError, match=message) as error:
+        tokenizer_from_gguf(described)
+    assert "\n" not in str(error.value)
+
+
 def test_a_beginning_of_text_token_is_added_where_the_metadata_ask_for_it() -> None:
     tokenizer = tokenizer_from_gguf(header("smollm", [], [], bos_token_id=256, add_bos_token=True))
     assert tokenizer.encode("a") == [256, BYTE_TO_CHARACTER.index("a")]
@@ -113,20 +150,41 @@ def test_too_small_a_vocabulary_has_no_tokenizer() -> None:
 
 
 def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
-    from outrider.workers.weights.resolver import ResolvedModel
+    def message() -> str:
+        with pytest.raises(ValueError, match="has no usable tokenizer: ") as error:
+            load_tokenizer(ResolvedModel("x", "safetensors", tmp_path))
+        assert "\n" not in str(error.value)
+        return str(error.value)
 
-    with pytest.raises(ValueError, match="has no usable tokenizer") as error:
-        load_tokenizer(ResolvedModel("x", "safetensors", tmp_path))
-    assert "\n" not in str(error.value)
+    assert message().endswith("there is no tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert message().endswith("a file lacks 'added_tokens'")
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert "Expecting property name" in message()
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text("{}")
+    assert not message().endswith(":")
 
 
 def test_a_saved_tokenizer_is_read_back(tmp_path: Path) -> None:
-    from outrider.workers.weights.resolver import ResolvedModel
-
     tokenizer_of_size(400).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(ResolvedModel("x", "safetensors", tmp_path))
     assert same_tokenizer(tokenizer, tokenizer_of_size(400)) == ""
     assert tokenizer.chat_template
+
+
+def test_a_text_ends_where_the_model_the_tokenizer_or_the_generation_config_says(tmp_path: Path) -> None:
+    model = random_tensors("llama")[0]
+    folder = ResolvedModel("x", "safetensors", tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9]}))
+    assert model.eos_token_ids == (2,)
+    tokenizer = tokenizer_of_size(320)
+    tokenizer.eos_token = "<|endoftext|>"
+    assert end_token_ids(model, tokenizer, random_model()) == (2, 0)
+    assert end_token_ids(model, tokenizer, folder) == (2, 9, 0)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "9"}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be token ids"):
+        end_token_ids(model, tokenizer, folder)
 
 
 def test_tokenizers_that_differ() -> None:
@@ -177,8 +235,15 @@ def test_tokenizers_that_are_not_byte_level_decode_token_by_token_too() -> None:
     ids = [1, 2, *smile, 4, 3, *smile[:2]]
     decoder = IncrementalDecoder(fast)
     parts = [decoder.add(token) for token in ids]
-    assert parts[:6] == ["hello", " world", "", "", "", "🙂"]
-    assert "".join(parts) + decoder.finish() == fast.decode(ids)
+    assert parts == ["hello", " world", "", "", "", "🙂", "!", " ", "", ""]
+    assert decoder.finish() == "\ufffd"
+    assert "".join(parts) == fast.decode(ids[:-2])
+    # Good characters before a broken one stay, and a broken one is one U+FFFD, at the end and before other text.
+    japanese = [words.index(f"<0x{byte:02X}>") for byte in "日本".encode()]
+    decoder = IncrementalDecoder(fast)
+    assert decoder.push(japanese[:-2]) + decoder.finish() == "日\ufffd"
+    assert IncrementalDecoder(fast).push([*japanese[:-1], 2, 1, *japanese]) == "日\ufffd world hello日本"
+    assert IncrementalDecoder(fast).push([*japanese, 1]) == fast.decode([*japanese, 1]) == "日本 hello"
 
 
 def benchmark_texts() -> list[str]:

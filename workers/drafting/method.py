@@ -1,0 +1,178 @@
+"""The seam for draft methods: what proposes continuations, whatever it is.
+
+There are four kinds, all with this one interface: free ones (lookup), one forward without a cache (Medusa), one
+forward per level with a cache (a small model, EAGLE), one forward for all levels with a cache (parallel heads).
+A method grows the trees of all its sequences at once, and keeps what it remembers of them by slot. Nothing
+outside of a method's file and the registry knows its name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+
+from outrider.configs.schema import Config
+from outrider.workers.drafting.acceptance import AcceptanceEstimator
+from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.sequences.hidden import NO_HIDDEN_ROWS, HiddenNeeds, HiddenRows
+from outrider.workers.sequences.sequence import Sequence
+from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints, Survivors
+from outrider.workers.trace import Tracer
+from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.progress import Progress
+
+_NO_INTS = np.zeros(0, dtype=np.int64)
+_NO_FLOATS = np.zeros(0)
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """What methods are built from. target: the target's shape; device: where models compute; progress: told of what
+    is loaded."""
+
+    config: Config
+    target: ModelConfig
+    device: torch.device
+    slots: DraftedSlots
+    estimator: AcceptanceEstimator
+    tracer: Tracer
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a method's next `expand` would do.
+
+    Attributes:
+        gains: float64 [M], expected accepted tokens, in this round's trees, of each proposal, descending; empty when
+            nothing is left to expand.
+        num_rows: rows of its forward, tokens included that the method has not read yet.
+        slots: int64 [b], those whose trees would grow.
+    """
+
+    gains: Floats
+    num_rows: int
+    slots: Ints
+
+
+@dataclass(frozen=True)
+class VerifiedStep:
+    """What a round did for one sequence. Message nodes are its known tokens (the chain), then its draft tree.
+
+    Attributes:
+        sequence: with the tokens that came out already.
+        index: of the step among those of the round, also of those that ended by being cancelled.
+        num_known: tokens that had a KV row in the target before.
+        committed: int64 [C] message nodes whose rows the target keeps: those of the tokens at positions
+            num_known, num_known + 1, …
+        chain_length: nodes before the draft tree; its root is the last of them.
+        growing_nodes: int64 [K] of each node of the draft tree, root first, the node in the growing tree.
+    """
+
+    sequence: Sequence
+    index: int
+    num_known: int
+    committed: Ints
+    chain_length: int
+    growing_nodes: Ints
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A round that was verified, before its trees are re-rooted.
+
+    hidden: the rows that the round's methods and rules asked for, by the steps' `index`; None where nobody asked.
+    """
+
+    steps: tuple[VerifiedStep, ...]
+    hidden: HiddenRows | None
+
+
+class DraftMethod(ABC):
+    """Proposes continuations of sequences. Never fails a request: what it cannot do it leaves undone.
+
+    Slots come as int64 [B], distinct; they belong to sequences whose requests use the method.
+    """
+
+    name: str
+    is_free = False  # `expand` costs nothing worth measuring: it is always run, and never forecast
+    needs: HiddenNeeds = NO_HIDDEN_ROWS
+
+    def __init__(self, slots: DraftedSlots, estimator: AcceptanceEstimator) -> None:
+        self.slots = slots
+        self.trees = slots.trees
+        self.estimator = estimator
+
+    @classmethod
+    @abstractmethod
+    def build(cls, context: MethodContext) -> Self:
+        """The method as its section of the configuration says, with its weights loaded.
+
+        Raises:
+            ValueError: a checkpoint is missing or does not fit, or the configuration.
+        """
+
+    @classmethod
+    def needs_of(cls, config: Config, target: ModelConfig) -> HiddenNeeds:
+        """What `needs` of the built method will be: the target asks before anything is loaded."""
+        return NO_HIDDEN_ROWS
+
+    def prefix_kept(self, sequence: Sequence) -> int:
+        """How many of the sequence's first tokens it need not see verified again: more are not shared.
+
+        A method that lives on the target's hidden rows has them only of what it kept; one that reads tokens by
+        itself, or looks at the newest row alone, needs none.
+        """
+        return len(sequence.tokens)
+
+    def start(self, sequence: Sequence) -> None:
+        """A sequence begins to run in its slot, with `num_committed` tokens from shared pages."""
+
+    def finish(self, sequence: Sequence) -> None:
+        """The sequence leaves its slot."""
+
+    def forecast(self, slots: Ints) -> Forecast:
+        """What the next `expand` over these slots would do; free methods are not asked."""
+        return Forecast(_NO_FLOATS, 0, _NO_INTS)
+
+    @abstractmethod
+    def expand(self, slots: Ints) -> bool:
+        """Add proposals to the trees of these slots; False when there was nothing to add."""
+
+    def observe(self, verified: Verified) -> None:
+        """A round was verified: true hidden rows are here."""
+
+    def rerooted(self, survivors: Survivors) -> None:
+        """Trees were re-rooted: move what is kept beside their nodes."""
+
+    def survival(self, slots: Ints, sent: DraftTrees) -> float:
+        """Probability that the next `expand`, done while the trees `sent` are verified, spares one afterwards.
+
+        A node counts with its value if it is not verified itself. Those that are spare nothing: the verdict makes one
+        of their children the root, or a node further down, and that has to be expanded.
+        """
+        return 0.0
+
+    def root_gains(self, is_greedy: Bools) -> Floats:
+        """The gains of an `expand` over trees of roots alone, of sequences that are greedy or not ([B]).
+
+        They are what was seen so far, but no less than what is assumed at first, so that a hard text does not end
+        drafting for those after it.
+        """
+        return _NO_FLOATS
+
+    def unread(self, slots: Ints) -> Ints:
+        """How many tokens `read` has to read before proposals can follow, of each slot where it has to."""
+        return _NO_INTS
+
+    def read(self, slots: Ints) -> int:
+        """Read one chunk of what is unread; returns its tokens."""
+        return 0
+
+    def time_step(self, num_rows: int) -> float | None:
+        """Seconds of an `expand` over this many rows, measured before any sequence starts; None if it has no cost."""
+        return None

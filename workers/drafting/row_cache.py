@@ -1,0 +1,284 @@
+"""KV rows of growing trees in a drafter's own paged cache: committed ones, then one for each expanded node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.model.batch import TreeRows
+from outrider.workers.sequences.page_tables import PageTables
+from outrider.workers.sequences.pages import PagePool, Prefix
+from outrider.workers.sequences.sequence import Sequence
+from outrider.workers.sequences.tree import Bools, Ints, Survivors
+
+_WORD_BITS = 64
+UInt64s = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Nodes whose rows one forward computes, those of a slot together, parents first.
+
+    Attributes:
+        slots: int64 [B] the sequences.
+        num_nodes: int64 [B] expanded nodes of each.
+        num_catching_up: int64 [B] known tokens before the root that each has to read on the way.
+        nodes, node_slots: int64 [M].
+        node_rows: int64 [M], of each node its row within the forward.
+        rows: the forward.
+    """
+
+    slots: Ints
+    num_nodes: Ints
+    num_catching_up: Ints
+    nodes: Ints
+    node_slots: Ints
+    node_rows: Ints
+    rows: TreeRows
+
+
+class RowCache:
+    """Which rows of a paged cache belong to which sequence and node. Tree row 0 is the root's.
+
+    Attributes:
+        tables: pages by slot.
+        context_lens: int64 [S], committed rows.
+        has_row: bool [S, N], whether a node was expanded.
+    """
+
+    def __init__(self, slots: DraftedSlots, pool: PagePool) -> None:
+        self._slots = slots
+        self._trees = slots.trees
+        self.pool = pool
+        shape = self._trees.tokens.shape
+        self.tables = PageTables(len(slots), pool.page_size)
+        self.context_lens = np.zeros(len(slots), dtype=np.int64)
+        self.has_row = np.zeros(shape, dtype=np.bool_)
+        self._row_of = np.zeros(shape, dtype=np.int64)
+        self._num_rows = np.zeros(len(slots), dtype=np.int64)  # tree rows
+        self._masks: UInt64s = np.zeros((*shape, -(-shape[1] // _WORD_BITS)), dtype=np.uint64)
+        self._pages: list[list[int]] = [[] for _ in range(len(slots))]
+        self._remembered = [Prefix()] * len(slots)
+
+    def start(self, sequence: Sequence) -> None:
+        """Take the shared pages that hold the beginning of the text."""
+        slot = sequence.slot
+        pages, remembered = self.pool.share_prefix(sequence.tokens, len(sequence.tokens) - 1)
+        self._pages[slot], self._remembered[slot] = pages, remembered
+        self.tables.clear(slot)
+        self.tables.append(slot, pages)
+        self.context_lens[slot] = len(pages) * self.pool.page_size
+        self.has_row[slot] = False
+        self._num_rows[slot] = 0
+
+    def finish(self, slot: int) -> None:
+        """Give the pages back."""
+        self.pool.release(self._pages[slot])
+        self._pages[slot] = []
+        self.tables.clear(slot)
+
+    def lags(self, slots: Ints) -> Ints:
+        """[B]: known tokens without a row, the root included; 0 once the root has been expanded."""
+        return np.where(self.has_row[slots, 0], 0, self._slots.num_tokens[slots] - self.context_lens[slots])
+
+    def take_pages(self, slot: int, num_tree_rows: int) -> bool:
+        """Hold pages for this many rows behind the committed ones; False when there are none."""
+        num_rows = int(self.context_lens[slot]) + num_tree_rows
+        missing = self.pool.pages_for(num_rows) - len(self._pages[slot])
+        if missing > self.pool.num_available:
+            return False
+        if missing > 0:
+            pages = self.pool.allocate(missing)
+            self._pages[slot] += pages
+            self.tables.append(slot, pages)
+        return True
+
+    def have_room(self, slots: Ints, num_nodes: Ints) -> bool:
+        """Whether every slot holds the pages for these further nodes ([B]) already."""
+        num_rows = self.context_lens[slots] + self._num_rows[slots] + num_nodes
+        num_rows += np.maximum(self.lags(slots) - 1, 0)
+        return bool((num_rows <= self.tables.num_pages[slots] * self.pool.page_size).all())
+
+    def take_rows(self, slot: int, num_nodes: int) -> bool:
+        """Hold pages for these further nodes, and what has to be read before them."""
+        lag = int(self.lags(np.array([slot]))[0])
+        return self.take_pages(slot, int(self._num_rows[slot]) + max(0, lag - 1) + num_nodes)
+
+    def plan(self, slots: Ints, num_nodes: Ints, nodes: Ints) -> Expansion:
+        """Rows for nodes of distinct slots, those of a slot together, parents first; see `Expansion`."""
+        extra = np.maximum(self.lags(slots) - 1, 0)
+        num_before = self._num_rows[slots]
+        node_slots = np.repeat(slots, num_nodes)
+        rank = np.arange(len(nodes)) - np.repeat(np.cumsum(num_nodes) - num_nodes, num_nodes)
+        tree_rows = np.repeat(num_before, num_nodes) + rank
+        places = node_slots * self.has_row.shape[1] + nodes
+        self._row_of.reshape(-1)[places] = tree_rows
+        tree_lens = extra + num_before + num_nodes
+        num_words = max(1, -(-int(tree_lens.max()) // _WORD_BITS))
+        masks = self._new_masks(node_slots, nodes, places, tree_rows)
+        tokens, depths = self._trees.tokens.reshape(-1)[places], self._trees.depths.reshape(-1)[places]
+        query_lens, node_rows = num_nodes, np.arange(len(nodes))
+        if extra.any():
+            query_lens = extra + num_nodes
+            node_extra = np.repeat(extra, num_nodes)
+            node_rows = np.repeat(np.cumsum(query_lens) - num_nodes, num_nodes) + rank
+            tokens, tree_rows, depths, masks = self._behind_known_tokens(
+                slots,
+                extra,
+                query_lens,
+                node_rows,
+                (tokens, tree_rows + node_extra, depths + node_extra),
+                _behind_chains(masks, node_extra, num_words),
+            )
+        rows = TreeRows(
+            slots=slots,
+            context_lens=self.context_lens[slots],
+            tree_lens=tree_lens,
+            query_lens=query_lens,
+            tokens=tokens,
+            tree_rows=tree_rows,
+            depths=depths,
+            ancestors=np.ascontiguousarray(masks[:, :num_words]),
+        )
+        return Expansion(slots, num_nodes, extra, nodes, node_slots, node_rows, rows)
+
+    def _behind_known_tokens(
+        self,
+        slots: Ints,
+        extra: Ints,
+        query_lens: Ints,
+        node_rows: Ints,
+        of_nodes: tuple[Ints, Ints, Ints],
+        node_masks: UInt64s,
+    ) -> tuple[Ints, Ints, Ints, UInt64s]:
+        """Tokens, tree rows, depths and masks of all rows: of nodes, and before them of known tokens."""
+        num_rows = int(query_lens.sum())
+        tokens, tree_rows, depths = (np.zeros(num_rows, dtype=np.int64) for _ in range(3))
+        tokens[node_rows], tree_rows[node_rows], depths[node_rows] = of_nodes
+        masks: UInt64s = np.zeros((num_rows, node_masks.shape[1]), dtype=np.uint64)
+        masks[node_rows] = node_masks
+        begins = np.cumsum(query_lens) - query_lens
+        # Mostly one token each: the target's own of the last round.
+        for slot, begin, count in zip(slots.tolist(), begins.tolist(), extra.tolist(), strict=True):
+            if count:
+                tokens[begin : begin + count] = self._slots.sequence(slot).tokens[-1 - count : -1]
+                tree_rows[begin : begin + count] = depths[begin : begin + count] = np.arange(count)
+                masks[begin : begin + count] = chain_masks(count, masks.shape[1])
+        return tokens, tree_rows, depths, masks
+
+    def computed(self, expansion: Expansion) -> None:
+        """The forward was run: its nodes have rows, what came before the roots is committed."""
+        self.has_row[expansion.node_slots, expansion.nodes] = True
+        self._num_rows[expansion.slots] += expansion.num_nodes
+        if expansion.num_catching_up.any():
+            self.commit(expansion.slots, expansion.num_catching_up)
+
+    def commit(self, slots: Ints, counts: Ints) -> None:
+        """The next rows of these sequences hold known tokens; later sequences may share full pages of them."""
+        self.context_lens[slots] += counts
+        for slot in slots[counts > 0].tolist():
+            self._remembered[slot] = self.pool.remember_prefix(
+                self._pages[slot],
+                self._slots.sequence(slot).tokens,
+                int(self.context_lens[slot]),
+                self._remembered[slot],
+            )
+
+    def reroot(self, survivors: Survivors) -> tuple[Ints, Ints]:
+        """Keep the rows of the paths that came out, and of the survivors below them, contiguous again.
+
+        Returns source and target cache slots (int64 [M] each) of the rows that have to move.
+        """
+        slots, paths, exists = survivors.slots, survivors.paths, survivors.exists
+        row, width = np.arange(len(slots))[:, None], paths.shape[1]
+        has_row = self.has_row[slots, :width]
+        # A node has a row only if its parent has one, so without the new root's nothing below it is kept.
+        goes_on = survivors.has_old_root & has_row[row[:, 0], survivors.old_nodes[:, 0]]
+        alive = np.zeros_like(paths)
+        rows = np.broadcast_to(row, exists.shape)
+        stays = exists & goes_on[:, None]
+        alive[rows[stays], survivors.old_nodes[stays]] = True
+        kept = has_row & (paths | alive)
+        # Ancestors are older than what hangs below them: by node, the path comes first.
+        old_rows, new_rows = self._row_of[slots, :width], np.cumsum(kept, axis=1) - 1
+        moving = kept & (old_rows != new_rows)
+        owners = np.broadcast_to(slots[:, None], kept.shape)[moving]
+        contexts = self.context_lens[owners]
+        sources = self.tables.cache_slots(owners, contexts + old_rows[moving])
+        targets = self.tables.cache_slots(owners, contexts + new_rows[moving])
+        num_committed = (has_row & paths).sum(axis=1)
+        self.commit(slots, num_committed)
+        self._keep(survivors, has_row[row, survivors.old_nodes] & stays, new_rows - num_committed[:, None])
+        return sources, targets
+
+    def _keep(self, survivors: Survivors, has_row: Bools, new_rows: Ints) -> None:
+        slots, old = survivors.slots, survivors.old_nodes
+        width = old.shape[1]
+        rows = np.where(has_row, new_rows[np.arange(len(slots))[:, None], old], 0)
+        self.has_row[slots] = False
+        self.has_row[slots, :width] = has_row
+        self._row_of[slots, :width] = rows
+        self._num_rows[slots] = has_row.sum(axis=1)
+        masks = np.where(has_row[..., None], _own_bits(rows, self._masks.shape[2]), np.uint64(0))
+        parents = self._trees.parents[slots, :width]
+        row = np.arange(len(slots))[:, None]
+        for _ in range(int(self._trees.depths[slots, :width].max(initial=0)).bit_length()):
+            masks |= masks[row, parents]
+            parents = parents[row, parents]
+        self._masks[slots, :width] = masks
+
+    def _new_masks(self, slots: Ints, nodes: Ints, places: Ints, tree_rows: Ints) -> UInt64s:
+        """[M, W]: the ancestors, by tree row, of nodes that get rows, parents first."""
+        known = self._masks.reshape(-1, self._masks.shape[2])
+        masks = _own_bits(tree_rows, known.shape[1])
+        parents = self._trees.parents.reshape(-1)[places]
+        parent_places = places - nodes + parents
+        is_root = nodes == 0
+        pending = ~is_root
+        ready = pending & self.has_row.reshape(-1)[parent_places]
+        while True:
+            masks[ready] |= known[parent_places[ready]]
+            known[places] = masks
+            pending &= ~ready
+            if not pending.any():
+                return masks
+            # The parent is among these nodes: once its mask is whole, the node's can be.
+            waiting = np.zeros(len(known), dtype=np.bool_)
+            waiting[places[pending]] = True
+            ready = pending & ~waiting[parent_places]
+
+
+def chain_masks(length: int, num_words: int) -> UInt64s:
+    """[length, num_words]: row i of a chain sees rows 0 to i."""
+    rows = np.arange(length)[:, None]
+    words = np.arange(num_words) * _WORD_BITS
+    num_bits = np.clip(rows + 1 - words, 0, _WORD_BITS).astype(np.uint64)
+    full = num_bits == _WORD_BITS
+    masks = (np.uint64(1) << np.where(full, np.uint64(0), num_bits)) - np.uint64(1)
+    masks[full] = np.uint64(0xFFFFFFFFFFFFFFFF)
+    return masks
+
+
+def _own_bits(rows: Ints, num_words: int) -> UInt64s:
+    """[..., W]: the bit of each row."""
+    words, places = np.divmod(rows, _WORD_BITS)
+    bits = np.uint64(1) << places.astype(np.uint64)
+    return np.where(np.arange(num_words) == words[..., None], bits[..., None], np.uint64(0))
+
+
+def _behind_chains(masks: UInt64s, lengths: Ints, num_words: int) -> UInt64s:
+    """[M, num_words]: the masks of trees behind chains of fewer than 64 rows, all of which they see."""
+    wide = np.zeros((len(masks), num_words + 1), dtype=np.uint64)
+    shared = min(num_words, masks.shape[1])
+    wide[:, :shared] = masks[:, :shared]
+    if not lengths.any():
+        return wide[:, :num_words]
+    shift = lengths.astype(np.uint64)[:, None]
+    carried = np.where(shift > 0, wide[:, :num_words] >> (np.uint64(_WORD_BITS) - np.maximum(shift, 1)), 0)
+    out = wide[:, :num_words] << shift
+    out[:, 1:] |= carried[:, : num_words - 1].astype(np.uint64)
+    out[:, 0] |= (np.uint64(1) << shift[:, 0]) - np.uint64(1)
+    return out

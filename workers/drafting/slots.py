@@ -1,0 +1,83 @@
+"""What drafting knows of the running sequences, by slot: their trees, limits and last tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from outrider.workers.sequences.sequence import Sequence
+from outrider.workers.sequences.tree import Bools, GrowingTrees, Ints
+
+_NODES_PER_SENT_NODE = 4  # a tree grows on while a cut of it is verified
+_MIN_NODES = 64
+
+
+class DraftedSlots:
+    """The sequences that run, a row per slot; methods read it, the engine keeps it.
+
+    Attributes:
+        trees: where methods put their proposals.
+        sequences: by slot; what is left of an ended sequence means nothing.
+        is_greedy: bool [S], temperature 0.
+        max_nodes, max_depth: int64 [S], of the request: drafted nodes in a round, and on one path.
+        num_remaining: int64 [S], tokens that may still be emitted.
+        recent: int64 [S, T], the last tokens, the newest last; zeros before the text begins.
+        num_tokens: int64 [S], prompt and output.
+    """
+
+    def __init__(self, num_slots: int, max_nodes: int, num_recent: int) -> None:
+        """max_nodes: drafted nodes of a sequence in a round, at most; num_recent: T."""
+        capacity = max(_MIN_NODES, _NODES_PER_SENT_NODE * max_nodes)
+        self.trees = GrowingTrees(num_slots, capacity)
+        self.sequences: list[Sequence | None] = [None] * num_slots
+        self.is_greedy = np.zeros(num_slots, dtype=np.bool_)
+        self.max_nodes, self.max_depth, self.num_remaining, self.num_tokens = (
+            np.zeros(num_slots, dtype=np.int64) for _ in range(4)
+        )
+        self.recent = np.zeros((num_slots, num_recent), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def start(self, sequence: Sequence) -> None:
+        """The sequence runs in its slot from now on."""
+        slot, draft = sequence.slot, sequence.request.draft
+        self.sequences[slot] = sequence
+        self.is_greedy[slot] = sequence.request.sampling.is_greedy
+        self.max_nodes[slot], self.max_depth[slot] = draft.max_nodes, draft.max_depth
+        self.recent[slot] = 0
+        last = sequence.tokens[-self.recent.shape[1] :]
+        self.recent[slot, -len(last) :] = last
+        self._count(sequence)
+        self.trees.start(slot, sequence.tokens[-1], len(sequence.tokens) - 1)
+
+    def extend(self, sequence: Sequence, tokens: list[int]) -> None:
+        """`tokens` have come out; the sequence has them already."""
+        last = tokens[-self.recent.shape[1] :]
+        recent = self.recent[sequence.slot]
+        recent[: -len(last)] = recent[len(last) :].copy()
+        recent[-len(last) :] = last
+        self._count(sequence)
+
+    def sequence(self, slot: int) -> Sequence:
+        """Who runs in this slot."""
+        sequence = self.sequences[slot]
+        assert sequence is not None
+        return sequence
+
+    def round_depths(self, slots: Ints) -> Ints:
+        """[B]: the deepest node that a round may verify: it emits one token more than it accepts, so the last
+        token needs no draft."""
+        return np.minimum(self.max_depth[slots], self.num_remaining[slots] - 1)
+
+    def growth_depths(self, slots: Ints) -> Ints:
+        """[B]: the deepest node worth having: a path of this round, the token after it, a path of the next."""
+        return np.minimum(2 * self.max_depth[slots] + 1, self.num_remaining[slots] - 1)
+
+    def open_nodes(self, slots: Ints, depths: Ints) -> Bools:
+        """[B, width]: nodes above these depths, whose children may be proposed."""
+        width = self.trees.width(slots)
+        return self.trees.exists(slots, width) & (self.trees.depths[slots, :width] < depths[:, None])
+
+    def _count(self, sequence: Sequence) -> None:
+        self.num_remaining[sequence.slot] = sequence.num_remaining
+        self.num_tokens[sequence.slot] = len(sequence.tokens)

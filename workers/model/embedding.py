@@ -1,0 +1,49 @@
+"""From token ids to rows of the embedding matrix, of which a rank has a part."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from outrider.kernels.gather_rows import gather_rows
+from outrider.workers.model.vocabulary import VocabularyRange
+from outrider.workers.weights.source import WeightSource
+
+
+class Embedding(Protocol):
+    """The rows of some token ids."""
+
+    @property
+    def vocabulary(self) -> VocabularyRange:
+        """The ids whose rows are here."""
+        ...
+
+    def rows(self, columns: Tensor, use_kernel: bool) -> Tensor:
+        """[N, hidden] of columns int64 [N] of the vocabulary."""
+        ...
+
+
+class MatrixEmbedding:
+    """A matrix [len(vocabulary), hidden] in memory."""
+
+    def __init__(self, matrix: Tensor, vocabulary: VocabularyRange) -> None:
+        self.matrix = matrix
+        self.vocabulary = vocabulary
+
+    def rows(self, columns: Tensor, use_kernel: bool) -> Tensor:
+        return gather_rows(self.matrix, columns, use_kernel)
+
+
+class StoredEmbedding:
+    """Rows read from the checkpoint when they are asked for: a packed head has no rows to be read from."""
+
+    def __init__(
+        self, source: WeightSource, name: str, vocabulary: VocabularyRange, dtype: torch.dtype
+    ) -> None:
+        self._source = source
+        self._name = name
+        self._dtype = dtype
+        self.vocabulary = vocabulary
+
+    def rows(self, columns: Tensor, use_kernel: bool) -> Tensor:
+        return self._source.read_rows(self._name, self.vocabulary.ids(columns), self._dtype)

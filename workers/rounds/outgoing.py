@@ -1,0 +1,133 @@
+"""From planned steps and their trees to the message of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass
+
+import numpy as np
+
+from outrider.workers.drafting.engine import DraftEngine
+from outrider.workers.link.messages import ScoreNeeds, SequenceStart, Steps
+from outrider.workers.rounds.scheduler import PlannedStep
+from outrider.workers.sequences.hidden import HiddenNeeds, all_layers
+from outrider.workers.sequences.rules import Rule
+from outrider.workers.sequences.sequence import Sequence
+from outrider.workers.sequences.tree import DraftTrees, Ints
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round under verification. Message nodes of a step are its chain, then its tree without the root.
+
+    Attributes:
+        trees: a row per step; no node where the chain does not reach the last known token.
+        chain_lengths: int64 [B].
+        num_known: int64 [B], tokens that have a KV row in the target before this round.
+        first_hidden: int64 [B], the first message node whose hidden rows come back; the number of nodes: none do.
+        layers: of which layers they come back.
+        expected_at: when the scores should be here, by the loop's clock.
+    """
+
+    round_id: int
+    lane: int
+    steps: tuple[PlannedStep, ...]
+    trees: DraftTrees
+    chain_lengths: Ints
+    num_known: Ints
+    first_hidden: Ints
+    layers: tuple[int, ...]
+    expected_at: float
+
+    @property
+    def num_nodes(self) -> Ints:
+        """[B] message nodes."""
+        return self.chain_lengths + np.maximum(self.trees.counts - 1, 0)
+
+
+def start_message(sequence: Sequence, rule: Rule) -> SequenceStart:
+    """What the target has to know of a sequence before its first step."""
+    return SequenceStart(
+        slot=sequence.slot,
+        prompt_length=len(sequence.request.prompt_tokens),
+        num_shared_tokens=sequence.num_committed,
+        sampling=sequence.request.sampling,
+        needs=score_needs(sequence, rule),
+    )
+
+
+def score_needs(sequence: Sequence, rule: Rule) -> ScoreNeeds:
+    """What the target computes for a sequence besides its samples; log-probs of kept tokens are those of children."""
+    reports_kept = sequence.request.sampling.logprobs and not rule.is_lossless
+    return ScoreNeeds(rule.needs.child_logprobs or reports_kept, rule.needs.entropy)
+
+
+def hidden_wanted(
+    steps: SequenceABC[PlannedStep], trees: DraftTrees, drafting: DraftEngine, rules: SequenceABC[Rule]
+) -> tuple[Ints, tuple[int, ...]]:
+    """From which message node on the hidden rows of each step are wanted ([B]), and of which layers."""
+    firsts, all_needs = [], []
+    for step, rule, count in zip(steps, rules, trees.counts.tolist(), strict=True):
+        needs = drafting.hidden_needs(step.sequence)
+        if rule.needs.hidden.layers:
+            needs = [*needs, rule.needs.hidden]
+        num_nodes = step.chain_length + max(count - 1, 0)
+        firsts.append(_first_wanted(needs, step, num_nodes))
+        all_needs += needs
+    return np.array(firsts, dtype=np.int64), all_layers(all_needs)
+
+
+def steps_message(round_: Round) -> Steps:
+    """The round's nodes; what the steps' sequences owe the target (accepted rows, new pages) is taken off them."""
+    chains, pages, accepted = [], [], []
+    for step, length in zip(round_.steps, round_.chain_lengths.tolist(), strict=True):
+        sequence = step.sequence
+        chains.append(sequence.tokens[sequence.num_committed : sequence.num_committed + length])
+        pages.append(sequence.pages[sequence.num_pages_sent :])
+        sequence.num_pages_sent = len(sequence.pages)
+        accepted.append(sequence.pending_accepted)
+        sequence.pending_accepted = ()
+    lengths, trees = round_.chain_lengths, round_.trees
+    num_nodes = round_.num_nodes
+    ends = np.cumsum(num_nodes)
+    begins = ends - num_nodes
+    tokens = np.empty(int(ends[-1]), dtype=np.int64)
+    parents = np.empty_like(tokens)
+    in_chain = _spans(begins, lengths)
+    tokens[in_chain] = np.concatenate([np.asarray(chain, dtype=np.int64) for chain in chains])
+    parents[in_chain] = np.maximum(in_chain - np.repeat(begins, lengths) - 1, 0)
+    drafted = trees.exists
+    drafted[:, 0] = False
+    in_tree = _spans(begins + lengths, np.maximum(trees.counts - 1, 0))
+    tokens[in_tree] = trees.tokens[drafted]
+    parents[in_tree] = (trees.parents + lengths[:, None] - 1)[drafted]
+    return Steps(
+        slots=np.array([step.sequence.slot for step in round_.steps], dtype=np.int64),
+        num_accepted=np.array([len(a) for a in accepted], dtype=np.int64),
+        accepted=_flat(accepted),
+        num_new_pages=np.array([len(p) for p in pages], dtype=np.int64),
+        new_pages=_flat(pages),
+        num_nodes=num_nodes,
+        tokens=tokens,
+        parents=parents,
+        first_sampled=lengths - (trees.counts > 0),
+        first_hidden=round_.first_hidden,
+    )
+
+
+def _first_wanted(needs: SequenceABC[HiddenNeeds], step: PlannedStep, num_nodes: int) -> int:
+    if not needs:
+        return num_nodes
+    if any(need.of_context for need in needs):
+        return 0
+    return step.chain_length - int(step.reaches_end)
+
+
+def _spans(begins: Ints, lengths: Ints) -> Ints:
+    """begins[0], begins[0] + 1, …: `lengths[i]` numbers from each of `begins`."""
+    ends = np.cumsum(lengths)
+    return np.arange(int(ends[-1])) + np.repeat(begins - ends + lengths, lengths)
+
+
+def _flat(parts: SequenceABC[SequenceABC[int]]) -> Ints:
+    return np.array([value for part in parts for value in part], dtype=np.int64)

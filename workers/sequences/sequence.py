@@ -1,0 +1,109 @@
+"""Request: what a user asks. Sequence: its running state in the DraftWorker. TokenEvent: what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from outrider.workers.sequences.origin import Origin
+from outrider.workers.sequences.pages import Prefix
+from outrider.workers.sequences.params import SamplingParams
+
+
+@dataclass(frozen=True)
+class DraftOptions:
+    """How one request is drafted. `max_nodes` = 0 is plain decoding: every tree is its root alone."""
+
+    methods: tuple[str, ...]
+    max_nodes: int  # draft tokens per round, at most
+    max_depth: int  # draft tokens on one path, at most
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to continue."""
+
+    id: str
+    prompt_tokens: tuple[int, ...]
+    sampling: SamplingParams
+    draft: DraftOptions
+    rule: str = "exact"  # by which drafted tokens are accepted
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities (nats) of one emitted token under the target's unprocessed law, and of the likeliest."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, log-probability), likeliest first
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """What speculation did for one request so far. Index d of the tuples is draft depth d + 1."""
+
+    num_rounds: int = 0  # target steps that emitted at least one token
+    num_drafted: int = 0
+    num_accepted: int = 0  # kept ones included
+    num_kept: int = 0  # accepted by a rule where the target sampled another token
+    num_cached_prompt_tokens: int = 0  # prompt tokens taken from shared pages
+    num_recomputed: int = 0  # times the pages were taken away and the sequence computed again
+    depth_drafted: tuple[int, ...] = ()  # rounds that offered a token at this depth below accepted parents
+    depth_accepted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """Tokens of one request that one round settled; the last event of a request has a finish reason."""
+
+    request_id: str
+    tokens: tuple[int, ...]
+    origins: tuple[Origin, ...]  # whose choice each token is
+    logprobs: tuple[TokenLogprobs, ...]  # as many as tokens, or none when the request did not ask
+    finish_reason: str  # "" while running, then "stop", "length", "cancelled" or "error"
+    error: str
+    stats: RequestStats
+
+
+@dataclass
+class Sequence:
+    """A request that runs.
+
+    The target's KV cache holds `num_committed` rows of `tokens`; the rest are known but not computed there:
+    one token (the last) while decoding, more while the prompt is read or after the pages were taken away.
+    """
+
+    request: Request
+    tokens: list[int]  # prompt, then output
+    arrival: int = 0  # how many requests came before
+    admission: int = 0  # how many times a sequence had been let run before
+    waiting_since: int = 0  # the round in which it came, or since which it has read little of what it lacks
+    slot: int = 0
+    lane: int = 0
+    pages: list[int] = field(default_factory=list)
+    num_committed: int = 0
+    num_pages_sent: int = 0  # the target knows this many of `pages`
+    remembered: Prefix = field(default_factory=Prefix)  # findable by other sequences
+    pending_accepted: tuple[int, ...] = ()  # nodes of the last step that the next message commits
+    started: bool = False  # the target knows the slot
+    in_flight: bool = False
+    cancelled: bool = False
+    finish_reason: str = ""
+    stats: RequestStats = field(default_factory=RequestStats)
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.request.prompt_tokens)
+
+    @property
+    def num_uncommitted(self) -> int:
+        """Known tokens without a KV row; 1 while decoding."""
+        return len(self.tokens) - self.num_committed
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that may still be emitted."""
+        return self.request.sampling.max_tokens - self.num_output

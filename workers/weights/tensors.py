@@ -1,0 +1,118 @@
+"""Which tensors a model has, and that a checkpoint has these and no others."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from outrider.workers.weights.config import ModelConfig
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+# Derived from the configuration: old checkpoints carry them, transformers ignores them as well.
+_HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_OF_QUANTISATION = re.compile(
+    r"scale|zero_point|zeros|qweight|g_idx|packed|weight_shape|SCB|weight_format|absmax|quant|\.biases$"
+)
+
+
+@dataclass(frozen=True)
+class FoundTensor:
+    """A tensor of a checkpoint.
+
+    Attributes:
+        stored_as: its name in the file.
+        shape: rows first.
+        format: how its values are stored, as the file names it, e.g. "BF16" or "Q4_K".
+        is_readable: whether its values mean something without further tensors (no scales, not packed).
+    """
+
+    stored_as: str
+    shape: tuple[int, ...]
+    format: str
+    is_readable: bool
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a tensor may be there although nobody reads it."""
+    return _HARMLESS.fullmatch(name) is not None
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face names and shapes of all tensors of a model."""
+    hidden = config.hidden_size
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        EMBEDDING: (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tied_embeddings:
+        shapes[HEAD] = (config.vocab_size, hidden)
+    for index, layer in enumerate(config.layers):
+        prefix = f"model.layers.{index}."
+        inner = layer.mlp.intermediate_size
+        shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        shapes[prefix + "self_attn.q_proj.weight"] = (query, hidden)
+        shapes[prefix + "self_attn.k_proj.weight"] = (key, hidden)
+        shapes[prefix + "self_attn.v_proj.weight"] = (key, hidden)
+        shapes[prefix + "self_attn.o_proj.weight"] = (hidden, query)
+        shapes[prefix + "mlp.gate_proj.weight"] = (inner, hidden)
+        shapes[prefix + "mlp.up_proj.weight"] = (inner, hidden)
+        shapes[prefix + "mlp.down_proj.weight"] = (hidden, inner)
+        if config.qkv_bias:
+            shapes[prefix + "self_attn.q_proj.bias"] = (query,)
+            shapes[prefix + "self_attn.k_proj.bias"] = (key,)
+            shapes[prefix + "self_attn.v_proj.bias"] = (key,)
+        if config.qk_norm:
+            shapes[prefix + "self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[prefix + "self_attn.k_norm.weight"] = (config.head_dim,)
+    return shapes
+
+
+def check_tensors(
+    architecture: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, FoundTensor]
+) -> None:
+    """Compares a checkpoint with its configuration before anything is cut out of it.
+
+    Args:
+        architecture: what the checkpoint says it is, for messages.
+        expected: shapes by Hugging Face name, see `tensor_shapes`.
+        found: its tensors by Hugging Face name, harmless ones left out.
+
+    Raises:
+        ValueError: one line that names a tensor that nobody would read, that is missing, that is stored in a way
+            that needs more than itself, or that has another shape.
+    """
+    left_over = [tensor.stored_as for name, tensor in sorted(found.items()) if name not in expected]
+    if left_over:
+        name = next((name for name in left_over if _OF_QUANTISATION.search(name)), left_over[0])
+        reason = (
+            "quantised weights can be read from GGUF only"
+            if _OF_QUANTISATION.search(name)
+            else f"a {architecture} of this configuration has none of that name"
+        )
+        raise ValueError(f"tensor {name} would be left out: {reason}{_more(len(left_over))}")
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        raise ValueError(f"has no tensor {missing[0]}{_more(len(missing))}")
+    for _, tensor in sorted(found.items()):
+        if not tensor.is_readable:
+            raise ValueError(
+                f"tensor {tensor.stored_as} is stored as {tensor.format}, which cannot be read; "
+                "readable: F64, F32, F16, BF16, and the types of GGUF that the gguf package converts"
+            )
+    wrong = [
+        (t.stored_as, t.shape, expected[name])
+        for name, t in sorted(found.items())
+        if t.shape != expected[name]
+    ]
+    if wrong:
+        name, got, want = wrong[0]
+        raise ValueError(
+            f"tensor {name} has the shape {list(got)}, the configuration says {list(want)}{_more(len(wrong))}"
+        )
+
+
+def _more(count: int) -> str:
+    return f" ({count} such tensors)" if count > 1 else ""
