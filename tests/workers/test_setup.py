@@ -87,12 +87,11 @@ def test_every_thread_of_a_worker_computes_on_the_workers_gpu(monkeypatch: pytes
     monkeypatch.setattr("outrider.workers.target.connect_store", never)
     config = load_config("tiny-random", ["target.tp_size=2"])
     target, draft = TargetWorker(config, 1, (1,)), DraftWorker(config, (1,))
-    target._model = SimpleNamespace(device=GPU)  # type: ignore[assignment]
-    draft._model_drafter = SimpleNamespace(device=GPU)  # type: ignore[assignment]
+    target._weights = SimpleNamespace(device=GPU)  # type: ignore[assignment]
+    draft._device = GPU
     draft._loop = draft._link = SimpleNamespace(run=never, close=lambda: None, send=never)  # type: ignore[assignment]
     monkeypatch.setattr(draft, "_time_target", never)
-    target._capacity = SimpleNamespace(draft_ints=1)  # type: ignore[assignment]
-    target._communicator = SimpleNamespace(broadcast=never, abort=lambda: None, close=lambda: None)  # type: ignore[assignment]
+    target._communicator = SimpleNamespace(rank=1, broadcast=never, abort=lambda: None, close=lambda: None)  # type: ignore[assignment]
     for call in (
         partial(target.connect, "host", 1, 1),
         target.run,
@@ -143,8 +142,7 @@ def test_workers_that_were_given_no_gpu_use_none(worker: Any, monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     made = worker(load_config("tiny-random", ["target.device=auto", "draft.device=auto"]))
     made.load(silent)
-    model = made._model if isinstance(made, TargetWorker) else made._model_drafter._model
-    assert model.device == CPU
+    assert (made._weights.device if isinstance(made, TargetWorker) else made._device) == CPU
 
 
 @pytest.mark.filterwarnings("ignore:.*will not be used")

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep
+from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.transformer import Transformer
+from outrider.workers.model.transformer import Hidden, Transformer
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.target import TargetRank
 from outrider.workers.timing import Stretches
@@ -31,11 +32,11 @@ def test_the_target_books_a_forward_under_forward_though_only_sampling_waits(
     plan, solo = ShardPlan(source.config, 0, 1), SoloCommunicator()
     tracer = Tracer("target 0", enabled=True)
     with pretend_gpu() as device:
-        model = Transformer(source.config, plan, source, solo, torch.float32, device, packed=False)
-        rank = TargetRank(model, PagedCache(source.config, plan, 8, 4, torch.float32, device), tracer)
+        model = Transformer(load_weights(plan, source, torch.float32, device, packed=False), solo)
+        rank = TargetRank(model, PagedCache(source.config, plan, 8, 4, torch.float32, device), 1, tracer)
         forward, sample = rank._forward, rank._sampler.sample
 
-        def slow_forward(batch: ForwardBatch) -> torch.Tensor:
+        def slow_forward(batch: ForwardBatch) -> Hidden:
             cuda.advance(8.0)  # of the GPU's time; the host goes on at once
             return forward(batch)
 
@@ -46,7 +47,7 @@ def test_the_target_books_a_forward_under_forward_though_only_sampling_waits(
         rank._forward = slow_forward
         monkeypatch.setattr(rank._sampler, "sample", slow_sample)
         step = SequenceStep(0, (), (0,), (5, 6), (0, 0), 1)
-        scores = rank.step(Draft(1, (SequenceStart(0, 2, 0, SamplingParams()),), (), (step,)))
+        scores = rank.step(Draft(1, (SequenceStart(0, 2, 0, SamplingParams()),), (), Steps.of([step])))
     assert (scores.commit_s, scores.forward_s, scores.sample_s) == pytest.approx((0.0, 8e-3, 2e-3))
     assert {kind: s for kind, s in tracer.totals().items() if s} == pytest.approx(
         {"forward": 8e-3, "sample": 2e-3}

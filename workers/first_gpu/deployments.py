@@ -17,7 +17,7 @@ from outrider.workers.first_gpu.setting import Setting
 from outrider.workers.first_gpu.small_model import ALL_KERNELS, build, compare_graphs, logits_of
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.link.distributed import GroupCommunicator, open_store
-from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep
+from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
 from outrider.workers.target import TargetRank
@@ -163,13 +163,13 @@ def profiled_rounds(setting: Setting) -> list[Row]:
     """What takes the host and the device most in one rank's rounds of one sequence."""
     kernels = ALL_KERNELS if setting.has_kernels else REFERENCES
     model, cache = build(setting, setting.device, torch.bfloat16, kernels, SoloCommunicator())
-    rank = TargetRank(model, cache, Tracer("target 0", False))
+    rank = TargetRank(model, cache, 1, Tracer("target 0", False))
     start = SequenceStart(0, 2, 0, SamplingParams(temperature=0.8, top_p=0.9))
-    rank.step(Draft(0, (start,), (), (SequenceStep(0, (), tuple(range(16)), (5, 6), (0, 0), 1),)))
-    tree = SequenceStep(0, (0,), (), (7, 8, 9, 10, 11, 12, 13, 14), (0, 0, 0, 1, 1, 2, 2, 3), 0)
+    rank.step(Draft(0, (start,), (), Steps.of([SequenceStep(0, (), range(16), (5, 6), (0, 0), 1)])))
+    tree = Steps.of([SequenceStep(0, (0,), (), (7, 8, 9, 10, 11, 12, 13, 14), (0, 0, 0, 1, 1, 2, 2, 3), 0)])
     with profile(activities=setting.activities) as profiled:
         for number in range(1, NUM_ROUNDS + 1):
-            rank.step(Draft(number, (), (), (tree,)))
+            rank.step(Draft(number, (), (), tree))
         setting.synchronize()
     profiled.export_chrome_trace(str(setting.folder / "profile.json"))
     host = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)[:5]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import profile
@@ -21,23 +22,25 @@ from outrider.workers.first_gpu.expected import MANY, ONE, ONE_LONG, Figure
 from outrider.workers.first_gpu.report import Row, milliseconds, not_run
 from outrider.workers.first_gpu.setting import Setting
 from outrider.workers.first_gpu.small_model import ALL_KERNELS
+from outrider.workers.first_gpu.trees import PAGE_SIZE, chain, trees_of
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.model.batch import ForwardBatch, SequenceRows, build_batch, chain
+from outrider.workers.model.batch import ForwardBatch, TreeRows, build_batch
 from outrider.workers.model.cache import PagedCache, bytes_per_page
 from outrider.workers.model.cuda_graphs import forward_of, target_capacities
-from outrider.workers.model.linear import Linear
-from outrider.workers.model.loader import NO_BIAS
+from outrider.workers.model.linear import DenseLinear
+from outrider.workers.model.loader import NO_BIAS, load_weights
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.transformer import Transformer
-from outrider.workers.sampling.context import PenaltyState, RowContext
+from outrider.workers.model.transformer import Hidden, Transformer
+from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.page_tables import PageTables
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.timing import stopwatch_of
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.random_source import tensor_shapes
+from outrider.workers.weights.source import Stored
 
 DTYPE = torch.bfloat16
-PAGE_SIZE = 16
 BLOCK_ELEMENTS = 1 << 20
 # Kernels by words in their names, the first match counts; what is left are norms, sums and copies.
 KINDS = (
@@ -74,6 +77,9 @@ class RepeatedSource:
         block = self._block.to(dtype)
         return block.repeat(-(-math.prod(parts) // len(block)))[: math.prod(parts)].view(parts)
 
+    def read_stored(self, name: str, rows: slice, columns: slice) -> Stored:
+        return Stored(self.read(name, rows, columns, torch.float32), "F32", {})
+
     def read_rows(self, name: str, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return self.read(name, slice(len(ids)), slice(None), dtype)
 
@@ -81,17 +87,17 @@ class RepeatedSource:
         return sum(math.prod(shape) for shape in self._shapes.values()) * dtype.itemsize
 
 
-def sequences_of(num_rows: int, num_sequences: int, context: int, cache: PagedCache) -> list[SequenceRows]:
-    """Rows shared out evenly over sequences that have no page in common; none where the cache is too small."""
+def sequences_of(
+    num_rows: int, num_sequences: int, context: int, cache: PagedCache
+) -> tuple[PageTables, TreeRows] | None:
+    """Rows shared out evenly over sequences that have no page in common; None where the cache is too small."""
     each = num_rows // num_sequences
     pages_each = -(-(context + each) // PAGE_SIZE)
     if pages_each * num_sequences > cache.num_pages:
-        return []
+        return None
     pages = torch.randperm(cache.num_pages, generator=torch.Generator().manual_seed(1)).tolist()
-    return [
-        SequenceRows(pages[b * pages_each : (b + 1) * pages_each], context, chain(each), 0, [1] * each)
-        for b in range(num_sequences)
-    ]
+    parts = [pages[b * pages_each : (b + 1) * pages_each] for b in range(num_sequences)]
+    return trees_of(parts, context, chain(each), [1] * each)
 
 
 def replays(setting: Setting) -> list[Row]:
@@ -99,8 +105,8 @@ def replays(setting: Setting) -> list[Row]:
     sizes, device = setting.sizes, setting.device
     plan = ShardPlan(sizes.large, 0, sizes.num_ranks)
     kernels = ALL_KERNELS if setting.on_gpu else REFERENCES
-    source, solo = RepeatedSource(sizes.large), SoloCommunicator()
-    model = Transformer(sizes.large, plan, source, solo, DTYPE, device, packed=False, kernels=kernels)
+    weights = load_weights(plan, RepeatedSource(sizes.large), DTYPE, device, packed=False)
+    model = Transformer(weights, SoloCommunicator(), kernels)
     num_pages = sizes.cache_bytes // bytes_per_page(sizes.large, plan, DTYPE, PAGE_SIZE)
     cache = PagedCache(sizes.large, plan, num_pages, PAGE_SIZE, DTYPE, device, kernels.kv_commit)
     cache.kv.normal_()
@@ -113,15 +119,15 @@ def replays(setting: Setting) -> list[Row]:
                 rows_in_all = num_rows // num_sequences * num_sequences
                 name = f"{rows_in_all} rows, {num_sequences} sequences, context {context}"
                 sequences = sequences_of(num_rows, num_sequences, context, cache)
-                if not sequences:
+                if sequences is None:
                     rows.append(not_run(name, f"the cache of {sizes.cache_bytes >> 30} GiB does not hold it"))
                     continue
-                batch = build_batch(sequences, PAGE_SIZE, device)
+                batch = build_batch(*sequences, device)
                 rows.append(milliseconds(name, timed(setting, forward, batch)))
     return rows + breakdown(setting, forward, cache)
 
 
-def timed(setting: Setting, forward: Callable[[ForwardBatch], Tensor], batch: ForwardBatch) -> float:
+def timed(setting: Setting, forward: Callable[[ForwardBatch], Hidden], batch: ForwardBatch) -> float:
     """Median seconds of a forward, on the device's own time line."""
     stopwatch = stopwatch_of(setting.device)
     forward(batch)
@@ -132,7 +138,7 @@ def timed(setting: Setting, forward: Callable[[ForwardBatch], Tensor], batch: Fo
     return median(stopwatch.laps_ns()) * 1e-9
 
 
-def breakdown(setting: Setting, forward: Callable[[ForwardBatch], Tensor], cache: PagedCache) -> list[Row]:
+def breakdown(setting: Setting, forward: Callable[[ForwardBatch], Hidden], cache: PagedCache) -> list[Row]:
     """The rounds of `expected.py` by kind of kernel, and the host's time until a replay is on its way."""
     sizes, device = setting.sizes, setting.device
     rows = []
@@ -140,17 +146,17 @@ def breakdown(setting: Setting, forward: Callable[[ForwardBatch], Tensor], cache
         num_rows, num_sequences, context = case
         name = f"{num_rows} rows, {num_sequences} sequences, context {context}"
         sequences = sequences_of(num_rows, num_sequences, context, cache)
-        if not sequences:
+        if sequences is None:
             rows.append(not_run(name, "the cache does not hold it"))
             continue
-        batch = build_batch(sequences, PAGE_SIZE, device)
+        batch = build_batch(*sequences, device)
         for kind, seconds in seconds_by_kind(setting, forward, batch).items():
             rows.append(milliseconds(f"{kind}: {name}", seconds, setting.figure(figures, kind)))
         host = []
         for _ in range(sizes.replays):
             setting.synchronize()
             begun = time.perf_counter()
-            forward(build_batch(sequences, PAGE_SIZE, device))
+            forward(build_batch(*sequences, device))
             host.append(time.perf_counter() - begun)
         figure = setting.figure(figures, "host before the replay")
         rows.append(milliseconds(f"host: {name}", median(host), figure))
@@ -158,7 +164,7 @@ def breakdown(setting: Setting, forward: Callable[[ForwardBatch], Tensor], cache
 
 
 def seconds_by_kind(
-    setting: Setting, forward: Callable[[ForwardBatch], Tensor], batch: ForwardBatch
+    setting: Setting, forward: Callable[[ForwardBatch], Hidden], batch: ForwardBatch
 ) -> dict[str, float]:
     """What one forward spends in attention, matrix products and the rest, from torch's profiler."""
     with profile(activities=setting.activities) as profiled:
@@ -176,7 +182,8 @@ def products(setting: Setting) -> list[Row]:
     """Each matrix product of the rank beside its roofline, all of a round beside the plan; then sampling."""
     sizes, device = setting.sizes, setting.device
     plan, config = ShardPlan(sizes.large, 0, sizes.num_ranks), sizes.large
-    heads, inner = plan.num_query_places, len(plan.intermediate)
+    heads = plan.num_query_places
+    inner = len(plan.mlp_columns(config.layers[0].mlp.intermediate_size))
     D, hidden = config.head_dim, config.hidden_size
     shapes = {
         "qkv": ((heads + 2 * plan.num_kv_heads) * D, hidden),
@@ -191,7 +198,7 @@ def products(setting: Setting) -> list[Row]:
         matrix_bytes = out_features * in_features * DTYPE.itemsize
         copies = max(2, sizes.weight_bytes // matrix_bytes)
         weights = torch.randn(copies, out_features, in_features, dtype=DTYPE, device=device)
-        matrices = [Linear(weight, NO_BIAS, packed=False) for weight in weights.unbind()]
+        matrices = [DenseLinear(weight, NO_BIAS) for weight in weights.unbind()]
         for num_rows in sizes.rows:
             x = torch.randn(num_rows, in_features, dtype=DTYPE, device=device)
             seconds = median_product_s(setting, matrices, x)
@@ -206,7 +213,7 @@ def products(setting: Setting) -> list[Row]:
     return rows + sampling(setting, len(plan.vocab))
 
 
-def median_product_s(setting: Setting, matrices: Sequence[Linear], x: Tensor) -> float:
+def median_product_s(setting: Setting, matrices: Sequence[DenseLinear], x: Tensor) -> float:
     """Seconds of one product, walking through copies of the matrix: none is in the cache when its turn comes."""
 
     def run() -> None:
@@ -240,13 +247,13 @@ def sampling(setting: Setting, vocab_size: int) -> list[Row]:
     for name, params in asked.items():
         for num_rows, figures in ((setting.sizes.one[0], ONE), (setting.sizes.many[0], MANY)):
             logits = torch.randn(num_rows, vocab_size, device=setting.device) * 3
-            contexts = [RowContext(params, n, PenaltyState(()), ()) for n in range(num_rows)]
-            sampler.sample(logits, contexts)
+            asked_of = [SampledRows(params, np.arange(num_rows), PenaltyState(()))]
+            sampler.sample(logits, asked_of)
             times = []
             for _ in range(setting.sizes.replays):
                 setting.synchronize()
                 begun = time.perf_counter()
-                sampler.sample(logits, contexts)
+                sampler.sample(logits, asked_of)
                 times.append(time.perf_counter() - begun)
             figure = setting.figure(figures, f"sampling, {name}")
             rows.append(milliseconds(f"sampling, {name}, {num_rows} rows", median(times), figure))

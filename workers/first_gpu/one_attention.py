@@ -5,16 +5,15 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.tree_attention import tree_attention
-from outrider.workers.model.batch import SequenceRows, build_batch, chain
-
-PAGE_SIZE = 16
+from outrider.workers.first_gpu.trees import PAGE_SIZE, chain, trees_of
+from outrider.workers.model.batch import build_batch
 
 
 def attend(device: torch.device, num_rows: int, context: int, dtype: torch.dtype, use_kernel: bool) -> Tensor:
     """[num_rows, 16, 128] of random queries, keys and values."""
     num_pages = -(-(context + num_rows) // PAGE_SIZE)
-    rows = SequenceRows(list(range(num_pages)), context, chain(num_rows), 0, [1] * num_rows)
-    batch = build_batch([rows], PAGE_SIZE, device).tree
+    tables, rows = trees_of([range(num_pages)], context, chain(num_rows), [1] * num_rows)
+    batch = build_batch(tables, rows, device).tree
     q = torch.randn(num_rows, 16, 128, dtype=dtype, device=device)
     pages = torch.randn(2, num_pages, PAGE_SIZE, 2, 128, dtype=dtype, device=device)
     return tree_attention(q, pages[0], pages[1], batch, 128**-0.5, use_kernel=use_kernel)

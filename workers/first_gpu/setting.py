@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from outrider.kernels.gpu_check import Gpu, TorchGpu, all_cases
 from outrider.kernels.kernel_cases import Preparation
 from outrider.workers.first_gpu.expected import UNKNOWN, Figure
-from outrider.workers.weights.config import ModelConfig, RopeScaling
+from outrider.workers.weights.config import DenseMlp, LayerConfig, ModelConfig, Rope
 
 GIB = 1 << 30
 
@@ -22,16 +22,13 @@ GIB = 1 << 30
 def _llama(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocab: int) -> ModelConfig:
     return ModelConfig(
         architecture="llama",
-        num_layers=layers,
+        layers=(LayerConfig(window=0, rope=Rope(theta=500_000.0), mlp=DenseMlp(inner)),) * layers,
         hidden_size=hidden,
-        intermediate_size=inner,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=128 if hidden >= 8192 else hidden // heads,
         vocab_size=vocab,
         rms_norm_eps=1e-5,
-        rope_theta=500_000.0,
-        rope_scaling=RopeScaling(),
         max_context=32_768 + 512,
         tied_embeddings=False,
         qkv_bias=False,

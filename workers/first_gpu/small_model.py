@@ -9,17 +9,19 @@ from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.kernels.self_test import ENTRIES
 from outrider.workers.first_gpu.report import Row, not_run, passed_or_failed
 from outrider.workers.first_gpu.setting import Setting
+from outrider.workers.first_gpu.trees import PAGE_SIZE, chain, trees_of
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
-from outrider.workers.model.batch import ForwardBatch, SequenceRows, build_batch, chain
+from outrider.workers.model.batch import ForwardBatch, build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import GraphedForward, forward_of, target_capacities
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.weights.random_source import RandomSource
 
 CPU = torch.device("cpu")
 ALL_KERNELS = KernelSelection.of(ENTRIES)
-PAGE_SIZE, NUM_PAGES = 16, 64
+NUM_PAGES = 64
 CONTEXT = 40  # tokens before the trees
 # Relative errors of logits. In float32 only the order of sums differs; in bfloat16 every operation rounds, and the
 # kernels round less often than the CPU's references do.
@@ -37,9 +39,8 @@ def build(
     """The small model with an empty cache."""
     source = RandomSource(setting.model_spec())
     plan = ShardPlan(source.config, 0, 1)
-    model = Transformer(
-        source.config, plan, source, communicator, dtype, device, packed=False, kernels=kernels
-    )
+    weights = load_weights(plan, source, dtype, device, packed=False)
+    model = Transformer(weights, communicator, kernels)
     cache = PagedCache(source.config, plan, NUM_PAGES, PAGE_SIZE, dtype, device, kernels.kv_commit)
     return model, cache
 
@@ -49,27 +50,27 @@ def tree_batch(num_rows: int, device: torch.device) -> ForwardBatch:
     parents = [0, *(row // 3 for row in range(num_rows - 1))]
     tokens = [(7 * row + 3) % 64 for row in range(num_rows)]
     pages = range(-(-(CONTEXT + num_rows) // PAGE_SIZE))
-    return build_batch([SequenceRows(list(pages), CONTEXT, parents, 0, tokens)], PAGE_SIZE, device)
+    return build_batch(*trees_of([pages], CONTEXT, parents, tokens), device)
 
 
 def read_prompt(model: Transformer, cache: PagedCache) -> Tensor:
     """Fills the cache with the prompt before the trees; its hidden rows."""
-    pages = list(range(-(-CONTEXT // PAGE_SIZE)))
-    rows = SequenceRows(pages, 0, chain(CONTEXT), 0, [(5 * n) % 64 for n in range(CONTEXT)])
-    return model.forward(build_batch([rows], PAGE_SIZE, model.device), cache)
+    pages = range(-(-CONTEXT // PAGE_SIZE))
+    prompt = trees_of([pages], 0, chain(CONTEXT), [(5 * n) % 64 for n in range(CONTEXT)])
+    return model.forward(build_batch(*prompt, model.device), cache).last
 
 
 def logits_of(model: Transformer, cache: PagedCache) -> Tensor:
     """Float32 on the CPU: of a prompt, a tree behind it, and a node behind a path that was committed."""
     device = model.device
-    hidden = [read_prompt(model, cache), model.forward(tree_batch(9, device), cache).clone()]
+    hidden = [read_prompt(model, cache), model.forward(tree_batch(9, device), cache).last.clone()]
     # The path root, third child, its first child: rows 0, 3, 8; the first is in place.
     sources, targets = (
         torch.tensor([CONTEXT + row for row in rows], device=device) for rows in ((3, 8), (1, 2))
     )
     cache.commit(sources, targets)
-    last = SequenceRows(list(range(4)), CONTEXT + 3, [0], 0, [11])
-    hidden.append(model.forward(build_batch([last], PAGE_SIZE, device), cache))
+    last = build_batch(*trees_of([range(4)], CONTEXT + 3, [0], [11]), device)
+    hidden.append(model.forward(last, cache).last)
     return torch.cat([model.logits_of(rows, range(len(rows))).cpu() for rows in hidden])
 
 
@@ -112,8 +113,8 @@ def compare_graphs(setting: Setting, communicator: Communicator) -> list[Row]:
     rows = []
     for num_rows in setting.sizes.trees:
         batch = tree_batch(num_rows, setting.device)
-        eager = model.forward(batch, cache).float()
-        replayed = [forward(batch).float().clone() for _ in range(3)]
+        eager = model.forward(batch, cache).last.float()
+        replayed = [forward(batch).last.float().clone() for _ in range(3)]
         off = ((replayed[0] - eager).norm() / eager.norm()).item()
         problems = [] if off < 2e-2 else [f"{off:.2e} off the forward without a graph"]
         problems += [] if all(torch.equal(x, replayed[0]) for x in replayed) else ["replays gave other bits"]

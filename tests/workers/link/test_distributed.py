@@ -204,6 +204,15 @@ def test_link_reports_a_dead_peer_after_its_last_message() -> None:
     assert processes.outcomes()[0].exit_code == -9
 
 
+def test_link_does_not_deliver_half_a_packet() -> None:
+    place, processes, _store = start_link(link_work.die_before_the_payload)
+    link = place.draft_end()
+    with pytest.raises(PeerLostError, match="link: "):
+        link.receive()
+    link.close()
+    assert processes.outcomes()[0].exit_code == -9
+
+
 def test_link_delivers_what_was_sent_before_it_was_closed() -> None:
     place, processes, _store = start_link(link_work.send_a_burst_then_close)
     link = place.draft_end()

@@ -140,11 +140,12 @@ def test_graphs_share_one_pool_and_the_largest_is_captured_first(monkeypatch: py
     cuda.install(monkeypatch)
     captured = []
 
-    def forward(batch: ForwardBatch, cache: Any) -> torch.Tensor:
+    def forward(batch: ForwardBatch, cache: Any, taps: Any) -> Hidden:
         captured.append(batch.tokens.shape[0])
-        return torch.full((batch.tokens.shape[0], 2), float(batch.tokens.shape[0]))
+        return Hidden(torch.full((batch.tokens.shape[0], 2), float(batch.tokens.shape[0])), {})
 
-    model: Any = SimpleNamespace(device=CPU, forward=forward, communicator=SoloCommunicator())
+    model: Any = SimpleNamespace(device=CPU, forward=forward, weights=None, kernels=None)
+    monkeypatch.setattr(cuda_graphs, "Transformer", lambda *_: model)
     cache: Any = SimpleNamespace(page_size=4)
     capacities = [GraphCapacity(rows, 2, 8, 1, 32) for rows in (16, 8, 64)]
     graphed = GraphedForward(model, cache, capacities)
@@ -153,8 +154,8 @@ def test_graphs_share_one_pool_and_the_largest_is_captured_first(monkeypatch: py
     graphed.capture()
     assert captured == [64, 16, 8]
     assert cuda.pools == ["pool 1"] * 3
-    nine = build_batch([SequenceRows([0, 1, 2], 0, chain(9), 0, [1] * 9)], 4, CPU)
-    assert torch.equal(graphed(nine), torch.full((9, 2), 16.0))  # the smallest that holds it
+    nine = batch_of([SequenceRows([0, 1, 2], 0, chain(9), 0, [1] * 9)], 4, CPU)
+    assert torch.equal(graphed(nine).last, torch.full((9, 2), 16.0))  # the smallest that holds it
 
 
 def stand_ins(max_context: int, num_pages: int, page_size: int) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,17 +15,18 @@ from outrider.kernels.kernel_cases import batch_to
 from outrider.kernels.selection import REFERENCES
 from outrider.kernels.tree_attention import tree_attention
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
-from outrider.workers.drafting.model import ModelDrafter
+from outrider.workers.drafting.model import ModelMethod
+from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep
+from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
-from outrider.workers.sequences.tree import DraftTree, GrowingTree
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.random_source import RandomSource
@@ -40,7 +42,8 @@ SAMPLINGS = (
 def model_and_cache(device: torch.device) -> tuple[Transformer, PagedCache]:
     source = RandomSource("random:qwen3?hidden_size=32&intermediate_size=48&num_heads=4&vocab_size=96")
     plan = ShardPlan(source.config, 0, 1)
-    model = Transformer(source.config, plan, source, SoloCommunicator(), torch.float32, device, packed=False)
+    weights = load_weights(plan, source, torch.float32, device, packed=False)
+    model = Transformer(weights, SoloCommunicator())
     return model, PagedCache(source.config, plan, 24, 4, torch.float32, device)
 
 
@@ -71,7 +74,7 @@ def test_the_fallback_of_attention_runs_on_a_gpu(case) -> None:  # type: ignore[
 def target_rounds(device: torch.device) -> list[object]:
     """Two prompts in one round, one of them sampled, then a tree and a lone root behind accepted paths."""
     model, cache = model_and_cache(device)
-    rank = TargetRank(model, cache, Tracer("target", False))
+    rank = TargetRank(model, cache, 2, Tracer("target", False))
     starts = tuple(SequenceStart(slot, 3, 0, sampling) for slot, sampling in enumerate(SAMPLINGS))
     prompts = (
         SequenceStep(0, (), (0, 1, 2), (5, 6, 7, 8, 9), (0, 0, 1, 2, 2), 2),
@@ -81,17 +84,23 @@ def target_rounds(device: torch.device) -> list[object]:
         SequenceStep(0, (0, 1, 2, 4), (), (3,), (0,), 0),
         SequenceStep(1, (0, 1, 2), (5,), (1, 2, 3), (0, 0, 0), 0),
     )
-    return [rank.step(Draft(1, starts, (), prompts)).steps, rank.step(Draft(2, (), (), later)).steps]
+    drafts = Draft(1, starts, (), Steps.of(prompts)), Draft(2, (), (), Steps.of(later))
+    return [
+        (scores.tokens.tolist(), scores.failed.tolist(), scores.top_ids.tolist(), scores.logprobs.tolist())
+        for scores in map(rank.step, drafts)
+    ]
 
 
 def drafted_trees(device: torch.device) -> list[object]:
     model, cache = model_and_cache(device)
-    drafter = ModelDrafter(
+    slots = DraftedSlots(len(SAMPLINGS), 8, 4)
+    drafter = ModelMethod(
+        slots=slots,
+        estimator=AcceptanceEstimator(),
         model=model,
         cache=cache,
         pool=PagePool(24, 4, True),
         sampler=Sampler(96, range(96), SoloCommunicator(), REFERENCES),
-        estimator=AcceptanceEstimator(),
         num_target_tokens=96,
         max_children=2,
         rows_per_sequence=2,
@@ -99,16 +108,18 @@ def drafted_trees(device: torch.device) -> list[object]:
         prefill_chunk=8,
         tracer=Tracer("draft", False),
     )
-    sequences = []
-    for name, sampling in zip("ab", SAMPLINGS, strict=True):
-        request = Request(name, (1, 2, 3), sampling, DraftOptions(("model",), 8, 4))
-        sequence = Sequence(request, [1, 2, 3], tree=GrowingTree(3, 2))
-        sequence.sent_tree = DraftTree.root_only(3)
+    prompt = [3 * n % 64 for n in range(40)]
+    for slot, sampling in enumerate(SAMPLINGS):
+        request = Request(str(slot), tuple(prompt), sampling, DraftOptions(("model",), 8, 4))
+        sequence = Sequence(request, list(prompt), slot=slot)
+        slots.start(sequence)
         drafter.start(sequence)
-        sequences.append(sequence)
-    while any(len(sequence.tree.nodes) < 8 for sequence in sequences):
-        assert drafter.step(sequences)
-    return [[(node.token, node.parent) for node in sequence.tree.nodes] for sequence in sequences]
+    both = np.arange(len(SAMPLINGS))
+    while len(drafter.unread(both)):
+        assert drafter.read(both)
+    while (slots.trees.num_nodes < 8).any():
+        assert drafter.expand(both)
+    return [slots.trees.tokens.tolist(), slots.trees.parents.tolist()]
 
 
 @pytest.mark.parametrize("work", [target_rounds, drafted_trees])
