@@ -18,6 +18,10 @@ from outrider.workers.model import memory
 ROWS_HINT = 8
 # The kernels for 4 to 6 rows read at full speed; those for 1 to 3 rows take a quarter longer.
 MIN_ROWS = 4
+# oneDNN makes code for every number of rows that a matrix is multiplied with, some 0.6 MB each, of which half stays
+# for ever whatever its cache may hold: 256 numbers of rows and the four matrices of a layer are 600 MB. So every
+# number up to this is computed as it is, above it four of each doubling: 33 up to 512.
+EXACT_ROWS = 16
 # A float32 sum over all columns in one accumulator is twice as far off as MKL's, which transformers uses; sums
 # over at most this many columns, added up, are as close.
 FLOAT32_SUM_COLUMNS = 256
@@ -29,6 +33,7 @@ class Linear:
     Attributes:
         in_features, out_features: sizes.
         packed: the weight is kept in the blocked layout, from which single rows cannot be read.
+        pads: products are made of `padded_rows` rows, because oneDNN makes them.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, packed: bool) -> None:
@@ -42,6 +47,7 @@ class Linear:
         """
         self.out_features, self.in_features = weight.shape
         self.packed = packed and weight.device.type == "cpu" and packing_works(weight.dtype)
+        self.pads = self.packed or (weight.device.type == "cpu" and weight.dtype != torch.float32)
         self.bias = bias if bias.numel() else None
         if self.packed:
             self._columns = _columns_per_sum(weight)
@@ -51,11 +57,11 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, in] -> [rows, out]."""
-        if not self.packed:
+        if not self.pads:
             return F.linear(x, self._weight, self.bias)
-        rows = x.shape[0]
-        product = self._product(pad_rows(x))
-        return product if rows >= MIN_ROWS else product[:rows]
+        rows = pad_rows(x)
+        product = self._product(rows) if self.packed else F.linear(rows, self._weight, self.bias)
+        return product if len(rows) == len(x) else product[: len(x)]
 
     def _product(self, x: Tensor) -> Tensor:
         if len(self._blocks) == 1:
@@ -67,10 +73,18 @@ class Linear:
         return total
 
 
+def padded_rows(rows: int) -> int:
+    """How many rows a product of `rows` is made of, at most a fifth more from EXACT_ROWS on."""
+    if rows <= EXACT_ROWS:
+        return max(rows, MIN_ROWS)
+    step = 1 << ((rows - 1).bit_length() - 3)
+    return -(-rows // step) * step
+
+
 def pad_rows(x: Tensor) -> Tensor:
-    """x [rows, n] with rows of zeros behind it where it has fewer than MIN_ROWS."""
-    rows = x.shape[0]
-    return x if rows >= MIN_ROWS else F.pad(x, (0, 0, 0, MIN_ROWS - rows))
+    """x [rows, n] with rows of zeros behind it, `padded_rows` in all."""
+    rows, padded = x.shape[0], padded_rows(x.shape[0])
+    return x if rows == padded else F.pad(x, (0, 0, 0, padded - rows))
 
 
 @functools.cache

@@ -140,8 +140,8 @@ class Transformer:
         return layer.attention_output(self._padded(out.flatten(1)))
 
     def _padded(self, rows: Tensor) -> Tensor:
-        """Enough rows for packed products, once for all that follow; attention leaves the added ones out."""
-        return pad_rows(rows) if self.head.packed else rows
+        """The rows that products are made of, once for all that follow; attention leaves the added ones out."""
+        return pad_rows(rows) if self.head.pads else rows
 
     def _embedding_rows(self, tokens: Tensor) -> Tensor:
         """Rows of ids that this rank holds, [N, hidden]."""
