@@ -43,7 +43,7 @@ class TextRows(DraftMethod):
     def compute(self, nodes: dict[int, list[int]]) -> Expansion:
         """Rows for these nodes by slot, ascending, as one forward. Each must see just the rows of its own text."""
         for slot, own in nodes.items():
-            assert self.rows.take_rows(slot, len(own), int(self.rows.lags(np.array([slot]))[0]))
+            assert self.rows.take_rows(slot, len(own))
         flat = [(slot, node) for slot, own in nodes.items() for node in own]
         counts = np.array([len(own) for own in nodes.values()])
         expansion = self.rows.plan(np.array(list(nodes)), counts, np.array([node for _, node in flat]))
@@ -200,9 +200,12 @@ def test_pages_run_out_and_come_back() -> None:
     sequence = start(engine, 0, [1, 2, 3, 4, 5])
     rows.compute({0: [0]})  # five rows, two pages
     start(engine, 1, [8, 9])
-    assert not rows.rows.take_rows(1, 4, 2)  # four and the 8 need two
-    assert rows.rows.take_rows(1, 3, 2)
-    assert rows.rows.take_rows(1, 3, 2)  # they are held already
+    assert not rows.rows.take_rows(1, 4)  # four and the 8 need two
+    assert not rows.rows.have_room(np.array([0, 1]), np.array([3, 3]))
+    assert rows.rows.take_rows(1, 3)
+    assert rows.rows.take_rows(1, 3)  # they are held already
+    assert rows.rows.have_room(np.array([0, 1]), np.array([3, 3]))
+    assert not rows.rows.have_room(np.array([0, 1]), np.array([4, 3]))
     engine.finish(sequence)
     assert rows.rows.pool.num_available == 2
     again = start(engine, 0, [1, 2, 3, 4, 6])
