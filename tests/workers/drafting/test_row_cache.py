@@ -189,8 +189,8 @@ def test_a_slot_whose_request_does_not_name_the_method_is_left_alone() -> None:
     start(engine, 0, [1, 2, 3], methods=("another",))
     start(engine, 2, [1, 2], methods=())
     grow(engine, 0, 0, 5, 6)
-    answer(engine, [0], cut_of(engine.trees, {0: [1]}), [{0: 5, 1: 9}])  # of the old sequence, its row would move
-    answer(engine, [0, 1, 2], cut_of(engine.trees, {0: [], 1: [], 2: []}), [{0: 9}] * 3)
+    # Of the sequence that had slot 0 before, the row of node 1 would move.
+    answer(engine, [0, 1, 2], cut_of(engine.trees, {0: [1], 1: [], 2: []}), [{0: 5, 1: 9}, {}, {}])
     assert rows.cache == kept
     assert rows.rows.context_lens[1] == 10
 
