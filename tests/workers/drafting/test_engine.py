@@ -194,7 +194,7 @@ class RecordingEstimator(AcceptanceEstimator):
         self.observed += zip(sources.tolist(), accepted.tolist(), strict=True)
 
 
-#   node 0 ─┬─ 1 = 11 ─┬─ 3 = 13          sources are named after the tokens, 100 more in slot 2
+#   node 0 ─┬─ 1 = 11 ─┬─ 3 = 13          sources are named after the tokens, 50 more from slot to slot
 #           │          └─ 4 = 14
 #           └─ 2 = 12 ─── 5 = 15
 BELOW = ((0, 11, 0.8), (0, 12, 0.1), (1, 13, 0.5), (1, 14, 0.3), (2, 15, 0.2))
@@ -202,8 +202,12 @@ BELOW = ((0, 11, 0.8), (0, 12, 0.1), (1, 13, 0.5), (1, 14, 0.3), (2, 15, 0.2))
 
 def learned(said: dict[int, dict[int, int]], sent: list[int]) -> dict[int, list[tuple[int, bool]]]:
     """What verdicts on this tree in these slots teach, by slot; token 0 is said after the other nodes."""
-    engine, _ = engine_with(*[sequence_of(PROMPT, slot, ()) for slot in said])
+    engine, _ = engine_with(*[sequence_of(PROMPT, slot, ()) for slot in (0, *said)])
     engine.estimator = estimator = RecordingEstimator()
+    for node in range(
+        9
+    ):  # a longer tree beside them, which makes their arrays wider; its root's child is not met
+        engine.trees.add_children(*(np.array([value]) for value in (0, node, 3, 0.5, 1)))
     for slot in said:
         for parent, token, acceptance in BELOW:
             engine.trees.add_children(
@@ -213,7 +217,10 @@ def learned(said: dict[int, dict[int, int]], sent: list[int]) -> dict[int, list[
                 np.array([acceptance]),
                 np.array([token + 50 * slot]),
             )
-    answer(engine, list(said), cut_of(engine.trees, dict.fromkeys(said, sent)), list(said.values()))
+    sent_trees = cut_of(engine.trees, {0: [], **dict.fromkeys(said, sent)})
+    answer(engine, [0, *said], sent_trees, [{}, *said.values()])
+    assert estimator.observed.count((1, False)) == 1
+    assert len(estimator.observed) == 1 + sum(source >= 50 for source, _ in estimator.observed)
     return {
         slot: sorted((source - 50 * slot, hit) for source, hit in estimator.observed if source // 50 == slot)
         for slot in said
