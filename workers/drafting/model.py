@@ -281,7 +281,9 @@ class ModelMethod(DraftMethod):
         if not (has_row[owners, parents] | chosen[owners, parents]).all():
             self._add_ancestors(slots, chosen, has_row)
             for row in np.flatnonzero(chosen.sum(axis=1) > limits).tolist():
-                chosen[row] = self._with_ancestors(int(slots[row]), gains[row], has_row[row], int(limits[row]))
+                chosen[row] = self._with_ancestors(
+                    int(slots[row]), gains[row], has_row[row], int(limits[row])
+                )
             owners, nodes = np.nonzero(chosen)
         return _Frontier(slots, owners, nodes, gains[owners, nodes])
 
