@@ -229,6 +229,7 @@ class ModelMethod(DraftMethod):
             sampled = self._sampled_rows(expansion)
             tokens, log_probs = self._sampler.propose(logits, sampled, self._max_children)
         self._rows.computed(expansion)
+        self._planned = None  # also where the trees have all the proposals already
         self._propose(expansion.node_slots, expansion.nodes, tokens.numpy(), log_probs.numpy())
         return True
 
