@@ -17,7 +17,7 @@ from outrider.workers.model.batch import ForwardBatch, SequenceRows, build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.transformer import Transformer
+from outrider.workers.model.transformer import Hidden, Transformer
 from outrider.workers.rounds.pages import PagePool
 from outrider.workers.rounds.sequence import DraftOptions, Request, Sequence
 from outrider.workers.rounds.tree import DraftTree, GrowingTree
@@ -77,15 +77,15 @@ class RecordingSampler(Sampler):
 class InOneBuffer:
     """A forward whose result is overwritten by the next call, as graphs do it."""
 
-    def __init__(self, forward: Callable[[ForwardBatch], torch.Tensor]) -> None:
+    def __init__(self, forward: Callable[[ForwardBatch], Hidden]) -> None:
         self.num_calls = 0
         self._forward = forward
-        self._buffer = torch.empty(0)
+        self._buffer = Hidden(torch.empty(0), {})
 
     @torch.inference_mode()
-    def __call__(self, batch: ForwardBatch) -> torch.Tensor:
+    def __call__(self, batch: ForwardBatch) -> Hidden:
         self.num_calls += 1
-        self._buffer.fill_(torch.nan)
+        self._buffer.last.fill_(torch.nan)
         self._buffer = self._forward(batch)
         return self._buffer
 
