@@ -108,8 +108,9 @@ class DraftEngine:
         """A round was verified: every method sees its own sequences' part of it."""
         for method in self.methods:
             uses = self._uses[method.name]
-            if any(uses[step.sequence.slot] for step in verified.steps):
-                method.observe(verified)
+            steps = tuple(step for step in verified.steps if uses[step.sequence.slot])
+            if steps:
+                method.observe(Verified(steps, verified.hidden))
 
     def settle(self, slots: Ints, trees: DraftTrees, verdicts: Verdicts) -> None:
         """Learn from verdicts and re-root these slots' trees below the tokens that came out.
@@ -123,8 +124,9 @@ class DraftEngine:
         self._learn(slots, trees, verdicts)
         survivors = self.trees.reroot(slots, lasts, verdicts.next_tokens, verdicts.num_accepted + 1)
         for method in self.methods:
-            if self._uses[method.name][slots].any():
-                method.rerooted(survivors)
+            uses = self._uses[method.name][slots]
+            if uses.any():
+                method.rerooted(survivors.rows(np.flatnonzero(uses)))
 
     def _learn(self, slots: Ints, trees: DraftTrees, verdicts: Verdicts) -> None:
         """Every proposal after a node of the path met its answer, also one that was not worth sending.

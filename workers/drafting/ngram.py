@@ -33,7 +33,7 @@ class NgramMethod(DraftMethod):
         self._table = NgramTable(config, len(slots))
         self._num_kinds = len(_MATCH_EDGES) + 1
         self._first_source = estimator.reserve(config.max_candidates * self._num_kinds)
-        self._num_indexed = np.zeros(len(slots), dtype=np.int64)  # tokens; 0 where the method is not used
+        self._num_indexed = np.zeros(len(slots), dtype=np.int64)  # tokens
         self._num_looked_up = np.zeros(len(slots), dtype=np.int64)  # nodes, the oldest ones
 
     @classmethod
@@ -57,7 +57,7 @@ class NgramMethod(DraftMethod):
         slots, counts, tokens = [], [], []
         for step in verified.steps:
             slot = step.sequence.slot
-            new = step.sequence.tokens[self._num_indexed[slot] :] if self._num_indexed[slot] else []
+            new = step.sequence.tokens[self._num_indexed[slot] :]
             if new:
                 slots.append(slot)
                 counts.append(len(new))

@@ -87,6 +87,16 @@ class Survivors:
         """[B, M]: where there is a node."""
         return np.arange(self.old_nodes.shape[1]) < self.counts[:, None]
 
+    def rows(self, which: Ints) -> Survivors:
+        """What is left of some of the trees ([b] indices)."""
+        return Survivors(
+            self.slots[which],
+            self.old_nodes[which],
+            self.counts[which],
+            self.has_old_root[which],
+            self.paths[which],
+        )
+
 
 class GrowingTrees:
     """Best-first trees over continuations of sequences, one per slot; node 0 is the sequence's last token.
