@@ -107,7 +107,12 @@ def test_a_rule_is_told_what_it_needs_and_nobody_else_pays(
     rules = RULES | {rule.name: rule, EverySecond.name: EverySecond()}
     cases = tiny_cases((5, 17, 90, 30), replace(ASKING, max_tokens=16))
     with LocalEngine(
-        target, drafter, communicators=thread_group(tp_size), methods=TOYS, rules=rules
+        target,
+        drafter,
+        communicators=thread_group(tp_size),
+        options=default_options(fixed_budget=True),
+        methods=TOYS,
+        rules=rules,
     ) as engine:
         names = ["exact", EverySecond.name, rule.name, "exact"]
         found = engine.generate(
@@ -120,6 +125,8 @@ def test_a_rule_is_told_what_it_needs_and_nobody_else_pays(
     known = case.prompt
     for trees, scores, verdicts in rule.seen:
         assert len(trees.counts) == 1
+        if trees.counts[0] == 0:  # in the middle of the prompt
+            continue
         texts = [(*known[:-1], *path) for path in paths_of(trees)]
         exists = slice(len(texts))
         rows = reference.rows(texts, (1,))

@@ -22,7 +22,7 @@ class EverySecond(Rule):
 
 
 class Typical(Rule):
-    """Keeps tokens that are likelier than the law's typical one: log p > -entropy (as arXiv 2202.00666).
+    """Keeps tokens that are not much less likely than the law's typical one (as arXiv 2202.00666): 1 nat.
 
     It also asks for hidden rows. `seen`: trees, scores and verdicts in order.
     """
@@ -36,7 +36,7 @@ class Typical(Rule):
 
     def verdict(self, trees: DraftTrees, scores: NodeScores) -> Verdicts:
         surprise = np.take_along_axis(scores.entropies, trees.parents, axis=1)
-        kept = (scores.child_logprobs > -surprise) & trees.exists
+        kept = (scores.child_logprobs > -surprise - 1.0) & trees.exists
         kept[:, 0] = False
         verdicts = follow(trees, scores, sampled_children(trees, scores) | kept)
         self.seen.append((trees, scores, verdicts))
