@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from _pytest.mark import ParameterSet
@@ -159,9 +158,7 @@ def test_rows_of_recomputed_sequences_are_true(
         overlapped=overlapped, num_lanes=num_lanes, draft_ahead=draft_ahead, fixed_budget=True
     )
     cases, toys = tiny_cases(sampling=replace(GREEDY, max_tokens=32)), Toys(num_blocks)
-    with LocalEngine(
-        target, drafter, options=options, num_pages=20, methods=toys.builders
-    ) as engine:
+    with LocalEngine(target, drafter, options=options, num_pages=20, methods=toys.builders) as engine:
         for name, drafts in {"mixed": [PLAIN, PROBE, TAPS, ALL] * 2, "all": [ALL] * 8}.items():
             texts = decode(engine, cases, drafts)
             assert_same_texts(reference, cases, texts, ties, f"{name}, {loop}, {num_blocks} blocks")

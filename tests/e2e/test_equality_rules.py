@@ -45,9 +45,7 @@ def check_text(reference: Reference, case: Case, events: list[TokenEvent]) -> No
     laws = logits.log_softmax(dim=1)
     said = [logprob for event in events for logprob in event.logprobs]
     own = laws[torch.arange(len(tokens)), torch.tensor(tokens)]
-    torch.testing.assert_close(
-        torch.tensor([s.logprob for s in said]), own, atol=TOLERANCE, rtol=TOLERANCE
-    )
+    torch.testing.assert_close(torch.tensor([s.logprob for s in said]), own, atol=TOLERANCE, rtol=TOLERANCE)
     best = laws.topk(2).values
     told = torch.tensor([[logprob for _, logprob in s.top] for s in said])
     torch.testing.assert_close(told, best, atol=TOLERANCE, rtol=TOLERANCE)
@@ -59,9 +57,7 @@ def check_text(reference: Reference, case: Case, events: list[TokenEvent]) -> No
     assert stats.num_rounds - 1 <= origins.count(T) <= stats.num_rounds
 
 
-@pytest.mark.parametrize(
-    ("tp_size", "loop"), [(1, "serial, 1 lane"), (2, "2 lanes"), (3, "2 lanes, ahead")]
-)
+@pytest.mark.parametrize(("tp_size", "loop"), [(1, "serial, 1 lane"), (2, "2 lanes"), (3, "2 lanes, ahead")])
 def test_every_second_drafted_token_is_kept(
     target: WeightSource, drafter: WeightSource, reference: Reference, tp_size: int, loop: str
 ) -> None:

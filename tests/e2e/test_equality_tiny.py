@@ -20,6 +20,7 @@ from support.local_engine import LocalEngine, default_options
 from support.thread_group import thread_group
 from support.tiny import LOOPS, METHODS, SLOW_TARGET, tiny_cases
 
+
 def combinations() -> list[ParameterSet]:
     """All of them; the fast suite runs those where each loop meets each tensor-parallel size and budget."""
     found = []
@@ -54,7 +55,9 @@ def test_all_methods_give_the_text_of_transformers(
         target, drafter, communicators=thread_group(tp_size), options=options, profile=SLOW_TARGET
     ) as engine:
         spy = AheadSpy(engine)
-        assert_same_texts(reference, cases, decode(engine, cases, PLAIN), ties, f"plain, tp {tp_size}, {loop}")
+        assert_same_texts(
+            reference, cases, decode(engine, cases, PLAIN), ties, f"plain, tp {tp_size}, {loop}"
+        )
         for method, draft in METHODS.items():
             what = f"{method}, tp {tp_size}, {loop}, {budget}"
             together = decode(engine, cases, draft)
@@ -64,7 +67,9 @@ def test_all_methods_give_the_text_of_transformers(
             assert num_accepted(together) > 0
             assert num_accepted(alone) > 0
         mixed = [PLAIN, *METHODS.values()] * 2
-        assert_same_texts(reference, cases, decode(engine, cases, mixed), ties, f"mixed, tp {tp_size}, {loop}, {budget}")
+        assert_same_texts(
+            reference, cases, decode(engine, cases, mixed), ties, f"mixed, tp {tp_size}, {loop}, {budget}"
+        )
         assert (spy.num_steps > 0) == draft_ahead
     assert engine.pool.num_available == engine.pool.num_pages
 

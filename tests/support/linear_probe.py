@@ -1,4 +1,4 @@
-"""A draft method that lives on the target's last hidden rows of known tokens: a linear map that is learned as it goes.
+"""A draft method that lives on the target's last hidden rows of known tokens: a linear map, learned on the way.
 
 One forward without a cache, as Medusa's: from the newest committed row it proposes a token for each of the next
 places. Its map is the sum of what was seen: of every committed row, times the token that came so far behind it. What
@@ -53,7 +53,9 @@ class LinearProbe(DraftMethod):
         self._num_learned = np.zeros((len(slots), _NUM_LEVELS), dtype=np.int64)  # rows
         self._has_proposed = np.ones(len(slots), dtype=np.bool_)
         self._num_blocks = num_blocks  # of prefixes, those used last
-        self._blocks: OrderedDict[tuple[int, ...], torch.Tensor] = OrderedDict()  # by all tokens up to its end
+        self._blocks: OrderedDict[tuple[int, ...], torch.Tensor] = (
+            OrderedDict()
+        )  # by all tokens up to its end
 
     @classmethod
     def build(cls, context: MethodContext) -> Self:

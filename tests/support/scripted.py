@@ -152,9 +152,7 @@ def scripted_loop(
     for method in methods(drafting.slots, drafting.estimator):
         drafting.add(method)
     scheduler = Scheduler(limits, pool, drafting.prefix_kept, drafting.finish)
-    return RoundLoop(
-        link, scheduler, drafting, cost, options, Tracer("draft", False), emit, clock=clock
-    )
+    return RoundLoop(link, scheduler, drafting, cost, options, Tracer("draft", False), emit, clock=clock)
 
 
 def run_scripted(

@@ -117,6 +117,7 @@ def run_requests(
             loop.stop()
 
     pool = PagePool(num_pages, 16, prefix_sharing=False)
+
     def methods(slots: DraftedSlots, estimator: AcceptanceEstimator) -> list[ScriptedMethod]:
         drafters.append(ScriptedMethod(slots, estimator, step_s, is_right, clock.sleep, must_read))
         return drafters

@@ -167,8 +167,12 @@ def test_another_drafter_step_pays_when_it_brings_more_than_the_same_time_does_n
     assert cost.saved_by_step(np.array([]), 1, 1, 0.0, step_gains=np.array([0.21]), step_s=0.010) > 0
     assert cost.saved_by_step(np.array([]), 1, 1, 0.0, step_gains=np.array([0.19]), step_s=0.010) <= 0
     # With 0.8 + 0.6 drafted in 20 ms the rate is 2.4 in 70 ms: 10 ms are worth 0.34.
-    assert cost.saved_by_step(np.array([0.8, 0.6]), 1, 1, 0.020, step_gains=np.array([0.33]), step_s=0.010) <= 0
-    assert cost.saved_by_step(np.array([0.8, 0.6]), 1, 1, 0.020, step_gains=np.array([0.35]), step_s=0.010) > 0
+    assert (
+        cost.saved_by_step(np.array([0.8, 0.6]), 1, 1, 0.020, step_gains=np.array([0.33]), step_s=0.010) <= 0
+    )
+    assert (
+        cost.saved_by_step(np.array([0.8, 0.6]), 1, 1, 0.020, step_gains=np.array([0.35]), step_s=0.010) > 0
+    )
 
 
 def test_a_step_for_many_sequences_has_to_pay_for_all_their_rows() -> None:
@@ -176,7 +180,10 @@ def test_a_step_for_many_sequences_has_to_pay_for_all_their_rows() -> None:
     cost = CostModel(PassProfile((8, 16), (0.100, 0.180)))
     assert cost.saved_by_step(np.array([]), 8, 8, 0.0, step_gains=np.array([0.6] * 8), step_s=0.005) <= 0
     # Two nodes that promise more than their rows cost bring 0.3 each: more than the step. The others stay out.
-    assert cost.saved_by_step(np.array([]), 8, 8, 0.0, step_gains=np.array([1.1, 1.1, 0.6, 0.6]), step_s=0.005) > 0
+    assert (
+        cost.saved_by_step(np.array([]), 8, 8, 0.0, step_gains=np.array([1.1, 1.1, 0.6, 0.6]), step_s=0.005)
+        > 0
+    )
 
 
 def test_a_step_that_costs_nothing_still_has_to_pay_for_its_row() -> None:
@@ -192,7 +199,9 @@ def test_in_a_round_that_reads_a_prompt_time_is_worth_what_decoding_makes_of_it(
     assert cost.target_s(300) > 1.4
     assert cost.saved_by_step(np.array([]), 300, 1, 0.0, step_gains=np.array([0.9]), step_s=0.035) <= 0
     assert cost.saved_by_step(np.array([]), 300, 1, 0.0, step_gains=np.array([0.9]), step_s=0.030) > 0
-    assert cost.best_num_nodes(np.array([0.13, 0.11]), 300, 1, 0.0) == 1  # a row costs 5 ms, which is 0.12 tokens
+    assert (
+        cost.best_num_nodes(np.array([0.13, 0.11]), 300, 1, 0.0) == 1
+    )  # a row costs 5 ms, which is 0.12 tokens
 
 
 def test_one_lane_when_half_the_rows_cost_nearly_the_same() -> None:
