@@ -48,9 +48,9 @@ class Forecast:
     """What a method's next `expand` would do.
 
     Attributes:
-        gains: float64 [M], expected accepted tokens, in this round's trees, of each proposal, descending; empty when
-            nothing is left to expand.
-        num_rows: rows of its forward, tokens included that the method has not read yet.
+        gains: float64 [M], expected accepted tokens, in this round's trees, of each proposal, descending; none of
+            proposals that are too deep for it, and only good for the next.
+        num_rows: rows of its forward, tokens included that the method has not read yet; 0: nothing is left to expand.
         slots: int64 [b], those whose trees would grow.
     """
 

@@ -236,6 +236,7 @@ class ModelMethod(DraftMethod):
         self._stretches.end("sample", len(expansion.nodes))
         self._stretches.settle()
         self._rows.computed(expansion)
+        self._planned = None  # also where the trees have all the proposals already
         self._propose(expansion.node_slots, expansion.nodes, tokens.numpy(), log_probs.numpy())
         return True
 

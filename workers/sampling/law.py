@@ -50,7 +50,7 @@ def edit_rows(logits: torch.Tensor, groups: Sequence[SampledRows], vocab_offset:
     editing = [
         (_EditedTokens(group, vocab_offset, logits.shape[1]), int(end) - len(group.positions), int(end))
         for group, end in zip(groups, ends, strict=True)
-        if group.params.edits_logits
+        if group.params.edits_logits and len(group.positions)
     ]
     editing = [item for item in editing if len(item[0].local_ids)]
     if not editing:
