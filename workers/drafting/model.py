@@ -15,7 +15,7 @@ import torch
 
 from outrider.workers.drafting.acceptance import NUM_SAMPLED_KINDS, AcceptanceEstimator, priors_and_kinds
 from outrider.workers.drafting.method import DraftMethod, Forecast, MethodContext
-from outrider.workers.drafting.row_cache import Expansion, RowCache, chain_masks
+from outrider.workers.drafting.row_cache import Expansion, RowCache, chains
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import TreeRows, build_batch
@@ -30,13 +30,7 @@ from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints, Survivors
-from outrider.workers.setup import (
-    counting,
-    kernels_for,
-    load_model,
-    num_draft_pages,
-    torch_dtype,
-)
+from outrider.workers.setup import counting, kernels_for, load_model, num_draft_pages, torch_dtype
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 
@@ -129,11 +123,6 @@ class ModelMethod(DraftMethod):
             tracer=context.tracer,
         )
 
-    @property
-    def device(self) -> torch.device:
-        """Where the draft model is."""
-        return self._model.device
-
     def start(self, sequence: Sequence) -> None:
         """Take the shared pages that hold the beginning of the prompt."""
         self._rows.start(sequence)
@@ -171,7 +160,7 @@ class ModelMethod(DraftMethod):
                 for slot, begin, count in zip(chosen, contexts.tolist(), counts, strict=True)
             ]
             self._planned = None
-            self._forward(_chains(read, contexts, lengths, np.concatenate(tokens)))
+            self._forward(chains(read, contexts, lengths, np.concatenate(tokens)))
             self._stretches.end("forward", int(lengths.sum()))
             self._stretches.settle()
             self._rows.commit(read, lengths)
@@ -211,7 +200,7 @@ class ModelMethod(DraftMethod):
         self._rows.tables.clear(0)
         self._rows.tables.append(0, pages)
         zero, length = np.zeros(1, dtype=np.int64), np.array([num_rows])
-        rows = _chains(zero, zero, length, np.zeros(num_rows, dtype=np.int64))
+        rows = chains(zero, zero, length, np.zeros(num_rows, dtype=np.int64))
         sampled = SampledRows(SamplingParams(temperature=0.0), np.arange(num_rows), PenaltyState(()))
         begun = time.monotonic()
         hidden = self._run(build_batch(self._rows.tables, rows, self._model.device)).last
@@ -403,12 +392,3 @@ class ModelMethod(DraftMethod):
         np.add.at(counts, is_greedy, met)
         weights = 1.0 - (1.0 - _SMOOTHING) ** counts  # as if one came after the other
         self._yields += weights * totals / np.maximum(counts, 1.0)
-
-
-def _chains(slots: Ints, contexts: Ints, lengths: Ints, tokens: Ints) -> TreeRows:
-    """Rows of known tokens ([sum of lengths]) behind the committed ones."""
-    first = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    rows = np.arange(len(tokens)) - first
-    num_words = max(1, -(-int(lengths.max()) // 64))
-    ancestors = np.concatenate([chain_masks(int(length), num_words) for length in lengths])
-    return TreeRows(slots, contexts, lengths, lengths, tokens, rows, rows, ancestors)

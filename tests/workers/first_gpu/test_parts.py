@@ -26,7 +26,7 @@ from outrider.workers.first_gpu.report import PartReport, Row, read_all, summary
 from outrider.workers.first_gpu.setting import FULL, TINY, Setting
 from outrider.workers.model import cuda_graphs
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.transformer import Transformer
+from outrider.workers.model.transformer import Hidden, Transformer
 from support.cuda_on_cpu.kernels import source_kernels
 from support.pretend_gpu import PretendTensor, pretend_gpu
 from support.stand_in_cuda import StandInCuda
@@ -130,7 +130,8 @@ def test_the_launch_that_ncu_looks_at_can_be_made() -> None:
 
 def test_the_timed_rank_is_rank_0_of_a_70b_over_7() -> None:
     plan = ShardPlan(FULL.large, 0, FULL.num_ranks)
-    sizes = (plan.num_query_places, plan.num_kv_heads, len(plan.intermediate), len(plan.vocab))
+    columns = plan.mlp_columns(FULL.large.layers[0].mlp.intermediate_size)
+    sizes = (plan.num_query_places, plan.num_kv_heads, len(columns), len(plan.vocab))
     assert sizes == (16, 2, 4096, 18368)
     source = RepeatedSource(FULL.large)
     norm = source.read("model.norm.weight", slice(None), slice(None), torch.bfloat16)
@@ -147,13 +148,13 @@ def gpu_with_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     cuda.install(monkeypatch)
     forward = Transformer.forward
 
-    def recorded(model: Transformer, *arguments: Any) -> torch.Tensor:
+    def recorded(model: Transformer, *arguments: Any) -> Hidden:
         result = forward(model, *arguments)
         if cuda.recording is not None:
 
             def again() -> None:
                 with torch.inference_mode():
-                    result.copy_(forward(model, *arguments))
+                    result.last.copy_(forward(model, *arguments).last)
 
             cuda.recording.append(again)
         return result
@@ -193,7 +194,7 @@ def gpu_with_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 ON_GPU = replace(
     TINY,
     small="hidden_size=64&num_layers=1&num_heads=2&num_kv_heads=1&head_dim=64",
-    large=replace(TINY.large, num_layers=1, head_dim=64),
+    large=replace(TINY.large, layers=TINY.large.layers[:1], head_dim=64),
     rows=(8,),
     replays=1,
 )
