@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 
 from outrider.cluster.api import Completion, Piece, Segment
 from outrider.cluster.text import Decoder, TextAssembler
-from outrider.workers.sequences.rules import Origin
+from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.sequence import Request, RequestStats, TokenEvent, TokenLogprobs
 
 

@@ -60,5 +60,5 @@ def test_target_workers_use_what_all_of_them_may(monkeypatch: pytest.MonkeyPatch
     host, port = workers[0].open_store("127.0.0.1")
     run_ranks(2, lambda rank: workers[rank.rank].connect(host, port, 1))
     for worker in workers:
-        assert worker._model.kernels == KernelSelection.of(["gather_rows"])
-        assert not worker._cache.use_kernel
+        assert worker._rank.model.kernels == KernelSelection.of(["gather_rows"])
+        assert not worker._rank._cache.use_kernel

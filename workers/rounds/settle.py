@@ -13,7 +13,8 @@ from outrider.workers.drafting.method import Verified, VerifiedStep
 from outrider.workers.link.messages import Scores
 from outrider.workers.rounds.outgoing import Round, score_needs
 from outrider.workers.sequences.hidden import HiddenRows, all_layers
-from outrider.workers.sequences.rules import NodeScores, Origin, Rule, Verdicts
+from outrider.workers.sequences.origin import Origin
+from outrider.workers.sequences.rules import NodeScores, Rule, Verdicts
 from outrider.workers.sequences.sequence import RequestStats, Sequence, TokenEvent, TokenLogprobs
 from outrider.workers.sequences.tree import Ints
 

@@ -9,26 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
 
 import numpy as np
 import torch
 
 from outrider.workers.sequences.hidden import NO_HIDDEN_ROWS, HiddenNeeds
+from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints
-
-
-class Origin(IntEnum):
-    """Whose choice an emitted token is."""
-
-    TARGET = 0  # sampled by the target where no draft was accepted
-    DRAFT = 1  # drafted, and what the target samples there
-    KEPT = 2  # drafted, and kept by a rule although the target samples another token
-
-    @property
-    def label(self) -> str:
-        """As clients read it: `target`, `draft` or `kept`."""
-        return self.name.lower()
 
 
 @dataclass(frozen=True)

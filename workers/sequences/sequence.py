@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.pages import Prefix
 from outrider.workers.sequences.params import SamplingParams
-from outrider.workers.sequences.rules import Origin
 
 
 @dataclass(frozen=True)
