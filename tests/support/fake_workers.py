@@ -14,6 +14,7 @@ from outrider.cluster.admission import Admission
 from outrider.cluster.coordinator import Coordinator
 from outrider.cluster.text import Decoder
 from outrider.configs.schema import Config, SamplingConfig, TargetConfig, TreeConfig
+from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.sequence import Request, RequestStats, TokenEvent, TokenLogprobs
 
 FAKE_CONFIG = Config(
@@ -155,7 +156,7 @@ class FakeDraft(FakeTarget):
         count = len(tokens)
         logprobs = (TokenLogprobs(-0.5, ()),) * count if request.sampling.logprobs else ()
         stats = RequestStats(num_rounds=-(-self._emitted[request.id] // 3))
-        origins = (False, True, True)[:count]
+        origins = (Origin.TARGET, Origin.DRAFT, Origin.DRAFT)[:count]
         return TokenEvent(request.id, tuple(tokens), origins, logprobs, reason, "", stats)
 
 
