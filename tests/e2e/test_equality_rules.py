@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.params import SamplingParams
-from outrider.workers.sequences.rules import RULES, Origin
+from outrider.workers.sequences.rules import RULES
 from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
 from outrider.workers.sequences.tree import DraftTrees
 from outrider.workers.weights.source import WeightSource

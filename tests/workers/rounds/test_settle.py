@@ -18,8 +18,9 @@ from outrider.workers.link.messages import Scores
 from outrider.workers.rounds.outgoing import Round
 from outrider.workers.rounds.scheduler import PlannedStep
 from outrider.workers.rounds.settle import settle_round
+from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.params import SamplingParams
-from outrider.workers.sequences.rules import EXACT, Origin, Rule
+from outrider.workers.sequences.rules import EXACT, Rule
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence, TokenEvent, TokenLogprobs
 from outrider.workers.sequences.tree import DraftTrees, Ints
 from support.steps import scores_of
