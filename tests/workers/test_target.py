@@ -113,7 +113,7 @@ def test_nothing_is_sent_that_nobody_asked_for() -> None:
 
 
 def test_a_law_that_is_none_fails_alone(alone: tuple[Transformer, PagedCache]) -> None:
-    rank = TargetRank(*model_of(SoloCommunicator()), 2, (), Tracer("target", False))
+    rank = TargetRank(*model_of(SoloCommunicator()), 2, Tracer("target", False))
     removed = SamplingParams(logit_bias=tuple((token, -np.inf) for token in range(96)))
     starts = (SequenceStart(0, 3, 0, removed), SequenceStart(1, 3, 0, GREEDY))
     steps = [SequenceStep(slot, (), (2 * slot,), PROMPT, (0, 0, 1), first_sampled=2) for slot in (0, 1)]
