@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import torch
 
 from outrider.configs.schema import Config
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
@@ -30,10 +31,12 @@ _NO_FLOATS = np.zeros(0)
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What methods are built from. target: the target's shape; progress: told of what is loaded."""
+    """What methods are built from. target: the target's shape; device: where models compute; progress: told of what
+    is loaded."""
 
     config: Config
     target: ModelConfig
+    device: torch.device
     slots: DraftedSlots
     estimator: AcceptanceEstimator
     tracer: Tracer
