@@ -167,14 +167,14 @@ def leaders_of(values: Float32Array, count: int) -> tuple[Float32Array, Int64Arr
     Where only -inf is left the columns repeat.
     """
     rest = values if count == 1 else values.copy()
-    each = np.arange(len(values))
+    flat, firsts = rest.reshape(-1), np.arange(len(values)) * values.shape[1]
     largest = np.empty((len(values), count), dtype=np.float32)
     columns = np.empty((len(values), count), dtype=np.int64)
     for i in range(count):
-        columns[:, i] = rest.argmax(axis=1)
-        largest[:, i] = rest[each, columns[:, i]]
+        columns[:, i] = column = rest.argmax(axis=1)
+        largest[:, i] = flat[firsts + column]
         if i + 1 < count:
-            rest[each, columns[:, i]] = -np.inf
+            flat[firsts + column] = -np.inf
     return largest, columns
 
 
