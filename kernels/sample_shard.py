@@ -161,7 +161,7 @@ class ShardLogits:
 
     def logits(self, rows: Int64Array, ids: Int64Array) -> Float32Array:
         """[n]: the logit of ids[i] in rows[i]; the ids are in this shard."""
-        return self._rows[rows, ids - self.vocab_offset]
+        return self._rows.reshape(-1)[rows * self._size + ids - self.vocab_offset]
 
     def maxima(self, rows: Int64Array) -> Float32Array:
         """[n]: the largest logit of each row; NaN if the row has one."""
@@ -174,7 +174,7 @@ class ShardLogits:
         sums = np.empty(len(rows))
         for part in parts_of_rows(len(rows), self._size):
             x = exponentials(self._some(rows[part]), maxima[part], temperatures[part])
-            np.sum(x, axis=1, dtype=np.float64, out=sums[part])
+            np.add.reduce(x, axis=1, dtype=np.float64, out=sums[part])
         return sums
 
     def weighted_sums(self, rows: Int64Array, maxima: Float32Array) -> npt.NDArray[np.float64]:
@@ -207,7 +207,7 @@ class ShardLogits:
             if self._size <= _SMALL and count <= FEW:
                 values, columns = leaders_of(self._some(rows[part]), count)
                 packed[part] = pack_tokens(values, columns + self.vocab_offset)
-                if np.all(values[:, -1] > -np.inf):
+                if np.count_nonzero(values[:, -1] == -np.inf) == 0:
                     continue  # removed tokens would not come in the order of their ids
             found = self._at_least(rows[part], self._lower_bounds(rows[part], count))
             packed[part] = np.sort(pack_tokens(*found), axis=1)[:, :count]
@@ -220,8 +220,10 @@ class ShardLogits:
 
         Temperature 0 ranks by the logits alone. `count` is at most the size of the shard.
         """
+        greedy, noisy = (temperatures == 0.0).nonzero()[0], temperatures.nonzero()[0]
+        if not len(noisy):
+            return self._likeliest(rows) if count == 1 else self.top(rows, count)
         best = np.empty((len(rows), count), dtype=np.uint64)
-        greedy, noisy = np.flatnonzero(temperatures == 0.0), np.flatnonzero(temperatures)
         if len(greedy):
             best[greedy] = self._likeliest(rows[greedy]) if count == 1 else self.top(rows[greedy], count)
         for part in self._parts(len(noisy)):
@@ -261,8 +263,8 @@ class ShardLogits:
         return np.arange(self.vocab_offset, self.vocab_offset + self._size)
 
     def _some(self, rows: Int64Array) -> Float32Array:
-        if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and np.all(rows[1:] > rows[:-1]):
-            return self._rows[rows[0] : rows[0] + len(rows)]
+        if len(rows) and int(rows[-1]) - int(rows[0]) == len(rows) - 1:  # they ascend
+            return self._rows[int(rows[0]) : int(rows[0]) + len(rows)]
         return self._rows[rows]
 
     def _parts(self, num_rows: int) -> list[slice]:
@@ -271,13 +273,15 @@ class ShardLogits:
     def _likeliest(self, rows: Int64Array) -> UInt64Array:
         """[n, 1]: packed tokens of the largest logits, the first of equals."""
         if self._size <= _SMALL:
-            columns = self._some(rows).argmax(axis=1)
-        else:
-            first = self._maxima[rows].argmax(axis=1)[:, None] * _BLOCK
-            inside = np.minimum(first + np.arange(_BLOCK), self._size - 1)
-            columns = np.take_along_axis(
-                inside, self._rows[rows[:, None], inside].argmax(axis=1)[:, None], axis=1
-            )[:, 0]
+            values = self._some(rows)
+            columns = values.argmax(axis=1)
+            largest = values.reshape(-1)[np.arange(len(rows)) * self._size + columns]
+            return pack_tokens(largest, columns + self.vocab_offset)[:, None]
+        first = self._maxima[rows].argmax(axis=1)[:, None] * _BLOCK
+        inside = np.minimum(first + np.arange(_BLOCK), self._size - 1)
+        columns = np.take_along_axis(
+            inside, self._rows[rows[:, None], inside].argmax(axis=1)[:, None], axis=1
+        )[:, 0]
         return pack_tokens(self._rows[rows, columns], columns + self.vocab_offset)[:, None]
 
     def _possible(

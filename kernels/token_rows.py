@@ -31,6 +31,7 @@ FEW = 8
 
 _PADDING = np.uint64(2**64 - 1)  # a packed token that comes after all others
 _NO_ID = 2**32 - 1
+_ID_BITS = np.uint64(2**32 - 1)
 _ROUNDING = 1e-3  # slack of bounds on scores, many times the rounding of the noise
 _RELATIVE_ROUNDING = 1e-6  # and of scores: at low temperatures they are large
 
@@ -38,15 +39,30 @@ _RELATIVE_ROUNDING = 1e-6  # and of scores: at low temperatures they are large
 def pack_tokens(values: Float32Array, ids: Int64Array) -> UInt64Array:
     """(value, id) pairs as integers that sort by falling value, then by rising id."""
     bits = (values + np.float32(0.0)).view(np.uint32)  # -0.0 becomes 0.0
-    falling = np.where(bits >> np.uint32(31), bits, ~bits & np.uint32(0x7FFFFFFF))
-    return (falling.astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)
+    packed = _falling(bits).astype(np.uint64)
+    packed <<= np.uint64(32)
+    packed |= ids.astype(np.uint64)
+    return packed
+
+
+def ids_of(packed: UInt64Array) -> Int64Array:
+    """The ids of packed tokens."""
+    return (packed & _ID_BITS).view(np.int64)
 
 
 def unpack_tokens(packed: UInt64Array) -> tuple[Float32Array, Int64Array]:
     """Values and ids of packed tokens."""
-    falling = (packed >> np.uint64(32)).astype(np.uint32)
-    bits = np.where(falling >> np.uint32(31), falling, ~falling & np.uint32(0x7FFFFFFF))
-    return bits.view(np.float32), (packed & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    bits = _falling((packed >> np.uint64(32)).astype(np.uint32))
+    return bits.view(np.float32), ids_of(packed)
+
+
+def _falling(bits: UInt32Array) -> UInt32Array:
+    """The bits of float32 numbers as integers that fall as the numbers rise, and back again: positive numbers turn
+    all bits but the sign, negative ones none."""
+    turned = (bits >> np.uint32(31)) - np.uint32(1)  # all bits of positive numbers, none of negative ones
+    turned &= np.uint32(0x7FFFFFFF)
+    turned ^= bits
+    return turned
 
 
 def lower_by_rounding(bounds: Float32Array) -> None:
@@ -120,14 +136,14 @@ def largest_hashes(noise: Float32Array) -> UInt32Array:
 def exponentials(values: Float32Array, maxima: Float32Array, temperatures: Float32Array) -> Float32Array:
     """exp((value - maximum) / temperature): values [n, width], maxima and temperatures > 0 [n]."""
     x = values - maxima[:, None]
-    if np.any(temperatures != 1.0):
+    if np.count_nonzero(temperatures != 1.0):
         x *= np.float32(1.0) / temperatures[:, None]
     return np.exp(x, out=x)
 
 
 def removed_by_id(packed: UInt64Array, first_id: int) -> UInt64Array:
     """Fill winners [n, count] up with removed tokens, by their ids from `first_id` on, where they ran out."""
-    short = np.flatnonzero(packed[:, -1] >= REMOVED)
+    short = (packed[:, -1] >= REMOVED).nonzero()[0]
     if not len(short):
         return packed
     some, count = packed[short], packed.shape[1]
@@ -151,14 +167,14 @@ def leaders_of(values: Float32Array, count: int) -> tuple[Float32Array, Int64Arr
     Where only -inf is left the columns repeat.
     """
     rest = values if count == 1 else values.copy()
-    each = np.arange(len(values))
+    flat, firsts = rest.reshape(-1), np.arange(len(values)) * values.shape[1]
     largest = np.empty((len(values), count), dtype=np.float32)
     columns = np.empty((len(values), count), dtype=np.int64)
     for i in range(count):
-        columns[:, i] = rest.argmax(axis=1)
-        largest[:, i] = rest[each, columns[:, i]]
+        columns[:, i] = column = rest.argmax(axis=1)
+        largest[:, i] = flat[firsts + column]
         if i + 1 < count:
-            rest[each, columns[:, i]] = -np.inf
+            flat[firsts + column] = -np.inf
     return largest, columns
 
 

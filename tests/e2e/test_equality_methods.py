@@ -186,7 +186,7 @@ def test_a_prefix_is_shared_as_far_as_its_rows_are_kept(
         reused = toys.probe.num_reused
         assert reused == 5 * PAGE_SIZE
         # Other texts drive the rows out, but not the pages.
-        others = tiny_cases((200, 200))
+        others = [replace(case, id=f"other {case.id}") for case in tiny_cases((200, 200))]
         texts |= decode(engine, others, PROBE)
         later = decode(engine, again, [PROBE, TAPS])
         cached = [later[case.id].stats.num_cached_prompt_tokens for case in again]

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from outrider.workers.drafting.acceptance import NUM_SAMPLED_KINDS, AcceptanceEstimator, priors_and_kinds
@@ -46,6 +47,8 @@ class _Frontier:
     """The nodes that the next step expands: those of `slots` by index, ascending, parents first."""
 
     slots: Ints  # [B]
+    lags: Ints  # [B] known tokens that the step has to read, the root included
+    counts: Ints  # [B] nodes of each
     owners: Ints  # [M] index of each node's slot
     nodes: Ints  # [M]
     gains: Floats  # [M]
@@ -91,6 +94,7 @@ class ModelMethod(DraftMethod):
         # because for sampled ones the noise chooses.
         self._first_yields = _FIRST_YIELD / 4.0 ** np.arange(max_children)
         self._yields = np.stack([self._first_yields, self._first_yields])
+        self._yields_so_far = self._yields.cumsum(axis=1)  # of a rank and all before it
 
     @classmethod
     def build(cls, context: MethodContext) -> ModelMethod:
@@ -172,11 +176,14 @@ class ModelMethod(DraftMethod):
         if not len(frontier.nodes):
             return Forecast(np.zeros(0), 0, frontier.nodes)
         owner_slots = slots[frontier.owners]
-        counted = self.trees.depths[owner_slots, frontier.nodes] < self.slots.max_depth[owner_slots]
+        depths = self.trees.depths.reshape(-1)[owner_slots * self.trees.capacity + frontier.nodes]
+        counted = depths < self.slots.max_depth[owner_slots]
         gains = self._gains(owner_slots[counted], frontier.nodes[counted]).ravel()
-        growing = slots[np.flatnonzero(np.bincount(frontier.owners))]
-        num_rows = int(self._rows.lags(growing).sum()) + int((frontier.nodes > 0).sum())
-        return Forecast(np.sort(gains[gains > 0.0])[::-1], num_rows, growing)
+        gains = gains[gains > 0.0]
+        gains.sort()
+        grows = frontier.counts > 0
+        num_rows = int(np.add.reduce(frontier.lags[grows])) + int(np.count_nonzero(frontier.nodes))
+        return Forecast(gains[::-1], num_rows, slots[grows])
 
     def root_gains(self, is_greedy: Bools) -> Floats:
         """The gains of a step over roots, at least those assumed at first."""
@@ -216,8 +223,10 @@ class ModelMethod(DraftMethod):
         frontier = self._within_room(self._frontier(slots))
         if not len(frontier.nodes):
             return False
-        counts = np.bincount(frontier.owners, minlength=len(slots))
-        expansion = self._rows.plan(slots[counts > 0], counts[counts > 0], frontier.nodes)
+        grows = frontier.counts > 0
+        expansion = self._rows.plan(
+            slots[grows], frontier.lags[grows], frontier.counts[grows], frontier.nodes
+        )
         hidden = self._forward(expansion.rows)
         logits = self._model.logits_of(hidden, expansion.node_rows)
         self._stretches.end("forward", len(expansion.rows.tokens))
@@ -235,7 +244,8 @@ class ModelMethod(DraftMethod):
         if len(sources):
             device = self._model.device
             self._cache.commit(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device))
-        for slot, length in zip(survivors.slots.tolist(), survivors.paths.sum(axis=1).tolist(), strict=True):
+        lengths = np.add.reduce(survivors.paths, axis=1, dtype=np.int64)
+        for slot, length in zip(survivors.slots.tolist(), lengths.tolist(), strict=True):
             sequence = self.slots.sequence(slot)
             if sequence.request.sampling.uses_context:
                 for token in sequence.tokens[-length:]:
@@ -254,34 +264,40 @@ class ModelMethod(DraftMethod):
 
     def _find_frontier(self, slots: Ints) -> _Frontier:
         if not len(slots):
-            return _Frontier(slots, slots, slots, np.zeros(0))
+            return _Frontier(slots, slots, slots, slots, slots, np.zeros(0))
         trees = self.trees
         most = max(1, min(self._rows_per_sequence, self._max_rows // len(slots)))
         # A node whose children do not fit would never get them: it is expanded once.
         limits = np.minimum(most, trees.room(slots) // self._max_children)
-        limits[self._rows.lags(slots) > _MAX_LAG] = 0
+        lags = self._rows.lags(slots)
+        limits *= lags <= _MAX_LAG
         width = trees.width(slots)
         has_row = self._rows.has_row[slots, :width]
         # Padding has no value, so it promises nothing.
-        promised = self._yields.sum(axis=1)[self.slots.is_greedy[slots].astype(np.int64)]
-        gains = np.maximum(promised[:, None] - trees.child_mass[slots, :width], 0.0)
+        promised = self._yields_so_far[:, -1][self.slots.is_greedy[slots].view(np.int8)]
+        gains = promised[:, None] - trees.child_mass[slots, :width]
         gains *= trees.values[slots, :width]
-        gains *= (trees.depths[slots, :width] < self.slots.growth_depths(slots)[:, None]) & ~has_row
+        gains *= trees.depths[slots, :width] < self.slots.growth_depths(slots)[:, None]
+        gains *= ~has_row
         chosen = gains > _MIN_GAIN
-        if (chosen.sum(axis=1) > limits).any():
-            order = np.argsort(-gains, axis=1, kind="stable")
+        counts = np.add.reduce(chosen, axis=1, dtype=np.int64)
+        if np.count_nonzero(counts > limits):
+            order = (-gains).argsort(axis=1, kind="stable")
             too_many = np.arange(width) >= limits[:, None]
-            chosen[np.nonzero(too_many)[0], order[too_many]] = False
-        owners, nodes = np.nonzero(chosen)
-        parents = trees.parents[slots[owners], nodes]
-        if not (has_row[owners, parents] | chosen[owners, parents]).all():
+            chosen[too_many.nonzero()[0], order[too_many]] = False
+            counts = np.add.reduce(chosen, axis=1, dtype=np.int64)
+        owners, nodes = chosen.nonzero()
+        parents = trees.parents.reshape(-1)[slots[owners] * trees.capacity + nodes]
+        is_ready = (has_row | chosen)[owners, parents]
+        if np.count_nonzero(is_ready) < len(is_ready):
             self._add_ancestors(slots, chosen, has_row)
             for row in np.flatnonzero(chosen.sum(axis=1) > limits).tolist():
                 chosen[row] = self._with_ancestors(
                     int(slots[row]), gains[row], has_row[row], int(limits[row])
                 )
-            owners, nodes = np.nonzero(chosen)
-        return _Frontier(slots, owners, nodes, gains[owners, nodes])
+            counts = np.add.reduce(chosen, axis=1, dtype=np.int64)
+            owners, nodes = chosen.nonzero()
+        return _Frontier(slots, lags, counts, owners, nodes, gains[owners, nodes])
 
     def _add_ancestors(self, slots: Ints, chosen: Bools, has_row: Bools) -> None:
         """Mark in `chosen` ([B, N]) what has to be computed before what is marked."""
@@ -313,10 +329,11 @@ class ModelMethod(DraftMethod):
 
     def _gains(self, slots: Ints, nodes: Ints) -> Floats:
         """[M, children] by rank: expected accepted tokens of proposals below nodes, less what is there."""
-        values, proposed = self.trees.values[slots, nodes], self.trees.child_mass[slots, nodes]
-        yields = self._yields[self.slots.is_greedy[slots].astype(np.int64)]
+        here = slots * self.trees.capacity + nodes
+        values, proposed = self.trees.values.reshape(-1)[here], self.trees.child_mass.reshape(-1)[here]
+        yields_so_far = self._yields_so_far[self.slots.is_greedy[slots].view(np.int8)]
         # What is there already takes the place of the first proposals.
-        left = np.maximum(np.cumsum(yields, axis=1) - proposed[:, None], 0.0)
+        left = np.maximum(yields_so_far - proposed[:, None], 0.0)
         left[:, 1:] -= left[:, :-1].copy()
         return values[:, None] * left
 
@@ -324,8 +341,10 @@ class ModelMethod(DraftMethod):
         """As many sequences as a step has rows for, those that gain most first, and pages."""
         if not len(frontier.nodes):
             return frontier
-        counts = np.bincount(frontier.owners, minlength=len(frontier.slots))
-        if len(frontier.nodes) <= self._max_rows and self._rows.have_room(frontier.slots, counts):
+        counts = frontier.counts
+        if len(frontier.nodes) <= self._max_rows and self._rows.have_room(
+            frontier.slots, frontier.lags, counts
+        ):
             return frontier
         totals = np.bincount(frontier.owners, frontier.gains, minlength=len(frontier.slots))
         allowed, room = np.zeros(len(frontier.slots), dtype=np.bool_), self._max_rows
@@ -335,7 +354,14 @@ class ModelMethod(DraftMethod):
                 room -= count
                 allowed[index] = True
         kept = allowed[frontier.owners]
-        return _Frontier(frontier.slots, frontier.owners[kept], frontier.nodes[kept], frontier.gains[kept])
+        return _Frontier(
+            frontier.slots,
+            frontier.lags,
+            counts * allowed,
+            frontier.owners[kept],
+            frontier.nodes[kept],
+            frontier.gains[kept],
+        )
 
     def _forward(self, rows: TreeRows) -> torch.Tensor:
         """[num_rows, hidden], valid until the next call. Its stretch of time begins here; the caller ends it."""
@@ -345,9 +371,9 @@ class ModelMethod(DraftMethod):
 
     def _sampled_rows(self, expansion: Expansion) -> list[SampledRows]:
         positions = self.trees.root_positions[expansion.node_slots] + 1
-        positions += self.trees.depths[expansion.node_slots, expansion.nodes]
+        positions += self.trees.depths.reshape(-1)[expansion.places]
         sampled, begin = [], 0
-        for slot, end in zip(expansion.slots.tolist(), np.cumsum(expansion.num_nodes).tolist(), strict=True):
+        for slot, end in zip(expansion.slots.tolist(), expansion.num_nodes.cumsum().tolist(), strict=True):
             params = self.slots.sequence(slot).request.sampling
             paths: list[list[int]] = []
             if params.uses_context:
@@ -365,30 +391,36 @@ class ModelMethod(DraftMethod):
 
     def _propose(self, slots: Ints, nodes: Ints, tokens: Ints, log_probs: Floats) -> None:
         """Put proposals ([M, children], best first) below nodes ([M]), and learn what proposals are worth."""
-        is_greedy = self.slots.is_greedy[slots].astype(np.int64)
+        is_greedy = self.slots.is_greedy[slots]
         log_probs = log_probs.astype(np.float64)
-        priors, kinds = priors_and_kinds(log_probs, self.slots.is_greedy[slots])
-        sources = self._first_source + kinds
+        priors, kinds = priors_and_kinds(log_probs, is_greedy)
+        kinds += self._first_source
         # Top-k, top-p or min-p removed what has no probability: the target cannot pick it.
-        possible = (log_probs > -np.inf) & (tokens < self._num_target_tokens)
-        promised = self.trees.values[slots, nodes]
-        at, _ = np.nonzero(possible)
+        met = log_probs > -np.inf
+        possible = met & (tokens < self._num_target_tokens)
+        promised = self.trees.values.reshape(-1)[slots * self.trees.capacity + nodes]
+        at, sources = possible.nonzero()[0], kinds[possible]
         values = np.zeros(tokens.shape)
         values[possible] = self.trees.add_children(
             slots[at],
             nodes[at],
             tokens[possible],
-            self.estimator.estimate(sources[possible], priors[possible]),
-            sources[possible],
+            self.estimator.estimate(sources, priors[possible]),
+            sources,
         )
-        self._learn_yields(
-            is_greedy, values - promised[:, None] * self._yields[is_greedy], log_probs > -np.inf
-        )
+        laws = is_greedy.view(np.int8)
+        values -= promised[:, None] * self._yields[laws]
+        values *= met
+        self._learn_yields(laws, values, met)
 
-    def _learn_yields(self, is_greedy: Ints, errors: Floats, met: Bools) -> None:
-        """Follow how far the expected yields were off: [M, children], where a rank was proposed at all."""
-        totals, counts = np.zeros_like(self._yields), np.zeros_like(self._yields)
-        np.add.at(totals, is_greedy, np.where(met, errors, 0.0))
-        np.add.at(counts, is_greedy, met)
+    def _learn_yields(self, laws: npt.NDArray[np.int8], errors: Floats, met: Bools) -> None:
+        """Follow how far the expected yields were off: [M, children], 0 where a rank was not proposed at all.
+
+        laws: [M], 1 of greedy rows.
+        """
+        totals, counts = np.zeros(self._yields.shape), np.zeros(self._yields.shape)
+        np.add.at(totals, laws, errors)
+        np.add.at(counts, laws, met)
         weights = 1.0 - (1.0 - _SMOOTHING) ** counts  # as if one came after the other
         self._yields += weights * totals / np.maximum(counts, 1.0)
+        self._yields_so_far = self._yields.cumsum(axis=1)

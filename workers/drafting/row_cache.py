@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from outrider.workers.drafting.slots import DraftedSlots
-from outrider.workers.model.batch import TreeRows
+from outrider.workers.model.batch import TreeRows, num_mask_words
 from outrider.workers.sequences.page_tables import PageTables
 from outrider.workers.sequences.pages import PagePool, Prefix
+from outrider.workers.sequences.segments import places_in
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, Ints, Survivors
 
@@ -27,6 +28,7 @@ class Expansion:
         num_nodes: int64 [B] expanded nodes of each.
         num_catching_up: int64 [B] known tokens before the root that each has to read on the way.
         nodes, node_slots: int64 [M].
+        places: int64 [M], of each node in flat arrays over slots and nodes.
         node_rows: int64 [M], of each node its row within the forward.
         rows: the forward.
     """
@@ -36,6 +38,7 @@ class Expansion:
     num_catching_up: Ints
     nodes: Ints
     node_slots: Ints
+    places: Ints
     node_rows: Ints
     rows: TreeRows
 
@@ -82,7 +85,9 @@ class RowCache:
 
     def lags(self, slots: Ints) -> Ints:
         """[B]: known tokens without a row, the root included; 0 once the root has been expanded."""
-        return np.where(self.has_row[slots, 0], 0, self._slots.num_tokens[slots] - self.context_lens[slots])
+        lags = self._slots.num_tokens[slots] - self.context_lens[slots]
+        lags *= ~self.has_row[slots, 0]
+        return lags
 
     def take_pages(self, slot: int, num_tree_rows: int) -> bool:
         """Hold pages for this many rows behind the committed ones; False when there are none."""
@@ -96,35 +101,39 @@ class RowCache:
             self.tables.append(slot, pages)
         return True
 
-    def have_room(self, slots: Ints, num_nodes: Ints) -> bool:
-        """Whether every slot holds the pages for these further nodes ([B]) already."""
+    def have_room(self, slots: Ints, lags: Ints, num_nodes: Ints) -> bool:
+        """Whether every slot ([B]) holds the pages for what it lacks and these further nodes already."""
         num_rows = self.context_lens[slots] + self._num_rows[slots] + num_nodes
-        num_rows += np.maximum(self.lags(slots) - 1, 0)
-        return bool((num_rows <= self.tables.num_pages[slots] * self.pool.page_size).all())
+        num_rows += np.maximum(lags - 1, 0)
+        lacks = num_rows > self.tables.num_pages[slots] * self.pool.page_size
+        return np.count_nonzero(lacks) == 0
 
     def take_rows(self, slot: int, num_nodes: int) -> bool:
         """Hold pages for these further nodes, and what has to be read before them."""
         lag = int(self.lags(np.array([slot]))[0])
         return self.take_pages(slot, int(self._num_rows[slot]) + max(0, lag - 1) + num_nodes)
 
-    def plan(self, slots: Ints, num_nodes: Ints, nodes: Ints) -> Expansion:
-        """Rows for nodes of distinct slots, those of a slot together, parents first; see `Expansion`."""
-        extra = np.maximum(self.lags(slots) - 1, 0)
+    def plan(self, slots: Ints, lags: Ints, num_nodes: Ints, nodes: Ints) -> Expansion:
+        """Rows for nodes of distinct slots, those of a slot together, parents first; see `Expansion`.
+
+        lags: int64 [B], those of the slots.
+        """
+        extra = np.maximum(lags - 1, 0)
         num_before = self._num_rows[slots]
-        node_slots = np.repeat(slots, num_nodes)
-        rank = np.arange(len(nodes)) - np.repeat(np.cumsum(num_nodes) - num_nodes, num_nodes)
-        tree_rows = np.repeat(num_before, num_nodes) + rank
+        node_slots = slots.repeat(num_nodes)
+        rank = places_in(num_nodes)
+        tree_rows = num_before.repeat(num_nodes) + rank
         places = node_slots * self.has_row.shape[1] + nodes
         self._row_of.reshape(-1)[places] = tree_rows
         tree_lens = extra + num_before + num_nodes
-        num_words = max(1, -(-int(tree_lens.max()) // _WORD_BITS))
+        num_words = num_mask_words(tree_lens)
         masks = self._new_masks(node_slots, nodes, places, tree_rows)
         tokens, depths = self._trees.tokens.reshape(-1)[places], self._trees.depths.reshape(-1)[places]
         query_lens, node_rows = num_nodes, np.arange(len(nodes))
-        if extra.any():
+        if np.count_nonzero(extra):
             query_lens = extra + num_nodes
-            node_extra = np.repeat(extra, num_nodes)
-            node_rows = np.repeat(np.cumsum(query_lens) - num_nodes, num_nodes) + rank
+            node_extra = extra.repeat(num_nodes)
+            node_rows = (query_lens.cumsum() - num_nodes).repeat(num_nodes) + rank
             tokens, tree_rows, depths, masks = self._behind_known_tokens(
                 slots,
                 extra,
@@ -143,7 +152,7 @@ class RowCache:
             depths=depths,
             ancestors=np.ascontiguousarray(masks[:, :num_words]),
         )
-        return Expansion(slots, num_nodes, extra, nodes, node_slots, node_rows, rows)
+        return Expansion(slots, num_nodes, extra, nodes, node_slots, places, node_rows, rows)
 
     def _behind_known_tokens(
         self,
@@ -171,9 +180,9 @@ class RowCache:
 
     def computed(self, expansion: Expansion) -> None:
         """The forward was run: its nodes have rows, what came before the roots is committed."""
-        self.has_row[expansion.node_slots, expansion.nodes] = True
+        self.has_row.reshape(-1)[expansion.places] = True
         self._num_rows[expansion.slots] += expansion.num_nodes
-        if expansion.num_catching_up.any():
+        if np.count_nonzero(expansion.num_catching_up):
             self.commit(expansion.slots, expansion.num_catching_up)
 
     def commit(self, slots: Ints, counts: Ints) -> None:
@@ -234,16 +243,14 @@ class RowCache:
         """[M, W]: the ancestors, by tree row, of nodes that get rows, parents first."""
         known = self._masks.reshape(-1, self._masks.shape[2])
         masks = _own_bits(tree_rows, known.shape[1])
-        parents = self._trees.parents.reshape(-1)[places]
-        parent_places = places - nodes + parents
-        is_root = nodes == 0
-        pending = ~is_root
+        parent_places = places - nodes + self._trees.parents.reshape(-1)[places]
+        pending = nodes > 0
         ready = pending & self.has_row.reshape(-1)[parent_places]
         while True:
             masks[ready] |= known[parent_places[ready]]
             known[places] = masks
             pending &= ~ready
-            if not pending.any():
+            if not np.count_nonzero(pending):
                 return masks
             # The parent is among these nodes: once its mask is whole, the node's can be.
             waiting = np.zeros(len(known), dtype=np.bool_)

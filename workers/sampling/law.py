@@ -39,6 +39,10 @@ class Edits:
             logits[self.rows, self.columns] = self.logits
 
 
+_NO_ROWS = torch.empty(0, dtype=torch.int64)
+NO_EDITS = Edits(_NO_ROWS, _NO_ROWS, torch.empty(0))
+
+
 def edit_rows(logits: torch.Tensor, groups: Sequence[SampledRows], vocab_offset: int) -> Edits:
     """Apply logit bias and penalties in place, where the logits are: only what is edited is brought to the host.
 
@@ -46,16 +50,15 @@ def edit_rows(logits: torch.Tensor, groups: Sequence[SampledRows], vocab_offset:
         logits: float32 [num_rows, shard_size]; column 0 is token `vocab_offset`.
         groups: what the rows are sampled for, in their order.
     """
-    ends = np.cumsum([len(group.positions) for group in groups])
-    editing = [
-        (_EditedTokens(group, vocab_offset, logits.shape[1]), int(end) - len(group.positions), int(end))
-        for group, end in zip(groups, ends, strict=True)
-        if group.params.edits_logits and len(group.positions)
-    ]
-    editing = [item for item in editing if len(item[0].local_ids)]
+    editing, end = [], 0
+    for group in groups:
+        first, end = end, end + len(group.positions)
+        if group.params.edits_logits and len(group.positions):
+            tokens = _EditedTokens(group, vocab_offset, logits.shape[1])
+            if len(tokens.local_ids):
+                editing.append((tokens, first, end))
     if not editing:
-        nothing = torch.empty(0, dtype=torch.int64)
-        return Edits(nothing, nothing, torch.empty(0))
+        return NO_EDITS
     rows = torch.from_numpy(
         np.concatenate([np.repeat(np.arange(a, b), len(t.local_ids)) for t, a, b in editing])
     ).to(logits.device)

@@ -23,7 +23,7 @@ from outrider.kernels.token_rows import LOWEST, UInt64Array, pack_tokens, remove
 class Shard(Protocol):
     """Logits of several rows over the token ids of one rank; packed tokens are those of `pack_tokens`.
 
-    `rows` are int64 [n], distinct. Rows without a finite maximum over the whole vocabulary may be asked for their
+    `rows` are int64 [n], ascending. Rows without a finite maximum over the whole vocabulary may be asked for their
     maxima only.
     """
 

@@ -45,7 +45,7 @@ class GrowingTrees:
 
     def width(self, slots: Ints) -> int:
         """Nodes of the largest of these trees: the columns worth looking at."""
-        return int(self.num_nodes[slots].max()) if len(slots) else 0
+        return int(np.maximum.reduce(self.num_nodes[slots])) if len(slots) else 0
 
     def exists(self, slots: Ints, width: int) -> Bools:
         """[B, width]: where there is a node."""
@@ -76,7 +76,7 @@ class GrowingTrees:
             float64 [M]: the value that each has in its tree; 0 where the tree was full.
         """
         known = self.child_mass[slots, parents] > 0.0
-        if not known.any():
+        if not np.count_nonzero(known):
             return self._add_new(slots, parents, tokens, acceptances, sources)
         candidates = np.flatnonzero(known)
         nodes, found = self.find_children(slots[candidates], parents[candidates], tokens[candidates])
@@ -95,8 +95,7 @@ class GrowingTrees:
         above = slots * self.capacity + parents
         values = self.values.reshape(-1)[above] * acceptances
         depths = self.depths.reshape(-1)[above] + 1
-        fits = self._append(slots, parents, tokens, depths, acceptances, values, sources)
-        values[~fits] = 0.0
+        values *= self._append(slots, parents, tokens, depths, acceptances, values, sources)
         return values
 
     def add_chains(
@@ -178,15 +177,25 @@ class GrowingTrees:
     def offers(self, slots: Ints, depth_limits: Ints, node_limits: Ints) -> Offers:
         """The most valuable nodes below the roots: at most `node_limits[b]`, none deeper than `depth_limits[b]`."""
         width = self.width(slots)
-        allowed = self.depths[slots, :width] <= depth_limits[:, None]
-        allowed[:, :1] = False
-        values = self.values[slots, :width] * allowed
+        values = self._offered_values(slots, depth_limits, width)
         most = min(width, int(node_limits.max(initial=0)))
         # A child is never worth more than its parent and is younger, so the order is topological.
-        order = np.argsort(-values, axis=1, kind="stable")[:, :most]
-        ordered = values[np.arange(len(slots))[:, None], order]
+        order = (-values).argsort(axis=1, kind="stable")[:, :most]
+        ordered = values.reshape(-1)[order + (np.arange(len(slots)) * width)[:, None]]
         ordered[np.arange(most) >= node_limits[:, None]] = 0.0
         return Offers(order, ordered)
+
+    def count_offers(self, slots: Ints, depth_limits: Ints) -> Ints:
+        """[B]: the nodes that `offers` has to give where there is no limit on their number."""
+        values = self._offered_values(slots, depth_limits, self.width(slots))
+        return np.add.reduce(values > 0.0, axis=1, dtype=np.int64)
+
+    def _offered_values(self, slots: Ints, depth_limits: Ints, width: int) -> Floats:
+        """[B, width]; 0 of nodes that are too deep, and of roots."""
+        values = self.values[slots, :width]
+        values *= self.depths[slots, :width] <= depth_limits[:, None]
+        values[:, :1] = 0.0
+        return values
 
     def cut(self, slots: Ints, offers: Offers, counts: Ints) -> DraftTrees:
         """The trees of the roots and the first `counts[b]` offered nodes, best path first.
@@ -198,15 +207,15 @@ class GrowingTrees:
         nodes = np.zeros((len(slots), width), dtype=np.int64)
         nodes[:, 1:] = offers.nodes[:, : width - 1]
         exists = np.arange(width) <= counts[:, None]
-        nodes[~exists] = 0
+        nodes *= exists
         if width > 2:
             nodes = self._best_path_first(slots, nodes, exists)
-        place = np.zeros((len(slots), self.width(slots)), dtype=np.int64)  # of a growing node in the cut
-        row = np.arange(len(slots))[:, None]
-        columns = np.broadcast_to(np.arange(width), nodes.shape)
-        place[np.broadcast_to(row, nodes.shape)[exists], nodes[exists]] = columns[exists]
-        parents = place[row, self.parents[slots[:, None], nodes]]
-        return DraftTrees(counts + 1, self.tokens[slots[:, None], nodes], parents, nodes)
+        firsts = (np.arange(len(slots)) * self.width(slots))[:, None]
+        place = np.zeros(len(slots) * self.width(slots), dtype=np.int64)  # of a growing node in the cut
+        place[(firsts + nodes)[exists]] = exists.nonzero()[1]
+        here = (slots * self.capacity)[:, None] + nodes
+        parents = place[firsts + self.parents.reshape(-1)[here]]
+        return DraftTrees(counts + 1, self.tokens.reshape(-1)[here], parents, nodes)
 
     def reroot(self, slots: Ints, lasts: Ints, next_tokens: Ints, num_emitted: Ints) -> Survivors:
         """Follow the tokens that came out; keep what hangs below the last of them.
@@ -221,25 +230,27 @@ class GrowingTrees:
         row = np.arange(len(slots))
         parents, depths = self.parents[slots, :width], self.depths[slots, :width]
         new_roots, found = self.find_children(slots, lasts, next_tokens)
-        found &= (
-            self.values[slots, new_roots] > 0.0
-        )  # below nodes so deep that it is 0 nothing tells good from bad
-        exists = self.exists(slots, width)
+        root_values = self.values[slots, new_roots]
+        found &= root_values > 0.0  # below nodes so deep that it is 0 nothing tells good from bad
         root_depths = depths[row, new_roots][:, None]
-        columns = np.broadcast_to(np.arange(width), parents.shape)
         # Of every node, its ancestor at the depth of the new root, by doubling.
-        above = np.where(depths > root_depths, parents, columns)
+        firsts = (row * width)[:, None]
+        own = firsts + np.arange(width)
+        above = np.where(depths > root_depths, firsts + parents, own)
         for _ in range(int(depths.max(initial=0)).bit_length()):
-            above = above[row[:, None], above]
-        alive = (above == new_roots[:, None]) & exists & found[:, None]
+            above = above.reshape(-1)[above]
+        alive = above == firsts + new_roots[:, None]
+        alive &= self.exists(slots, width)
+        alive &= found[:, None]
         paths = self._paths(slots, lasts, width)
-        counts = np.maximum(alive.sum(axis=1), 1)
-        old_nodes = np.argsort(~alive, axis=1, kind="stable")[:, : int(counts.max(initial=1))]
+        counts = np.maximum(np.add.reduce(alive, axis=1, dtype=np.int64), 1)
+        old_nodes = (~alive).argsort(axis=1, kind="stable")[:, : int(counts.max(initial=1))]
         survivors = Survivors(slots, old_nodes, counts, found, paths)
         new_positions = self.root_positions[slots] + num_emitted
-        self._keep(survivors, alive, root_depths, np.where(found, self.values[slots, new_roots], 1.0))
+        if np.count_nonzero(found):
+            self._keep(survivors, alive, root_depths, np.where(found, root_values, 1.0))
         lost = ~found
-        if lost.any():
+        if np.count_nonzero(lost):
             self._set_roots(slots[lost], next_tokens[lost], new_positions[lost])
         self.root_positions[slots] = new_positions
         return survivors
@@ -249,25 +260,29 @@ class GrowingTrees:
         on_path = np.zeros((len(slots), width), dtype=np.bool_)
         row, current = np.arange(len(slots)), lasts
         on_path[:, 0] = True
-        while current.any():
+        flat_parents, firsts = self.parents.reshape(-1), slots * self.capacity
+        while np.count_nonzero(current):
             on_path[row, current] = True
-            current = self.parents[slots, current]
+            current = flat_parents[firsts + current]
         return on_path
 
     def _keep(self, survivors: Survivors, alive: Bools, root_depths: Ints, root_values: Floats) -> None:
         slots, old, width = survivors.slots, survivors.old_nodes, survivors.old_nodes.shape[1]
-        here = (slots[:, None], np.arange(width))
-        there = (slots[:, None], old)
-        new_index = np.cumsum(alive, axis=1) - 1
-        moved = new_index[np.arange(len(slots))[:, None], self.parents[there]]
+        firsts = (slots * self.capacity)[:, None]
+        here, there = firsts + np.arange(width), firsts + old
+        new_index = alive.cumsum(axis=1) - 1
+        old_parents = self.parents.reshape(-1)[there]
+        moved = new_index.reshape(-1)[(np.arange(len(slots)) * alive.shape[1])[:, None] + old_parents]
         self.version += 1
-        self.depths[here] = self.depths[there] - root_depths
-        values = self.values[there] / root_values[:, None] * survivors.exists
+        flat_values, flat_depths = self.values.reshape(-1), self.depths.reshape(-1)
+        flat_depths[here] = flat_depths[there] - root_depths
+        values = flat_values[there] / root_values[:, None] * survivors.exists
         self.values[slots, : alive.shape[1]] = 0.0
-        self.values[here] = values
+        flat_values[here] = values
         for array in (self.tokens, self.acceptances, self.sources, self.child_mass):
-            array[here] = array[there]
-        self.parents[here] = np.maximum(moved, 0)
+            flat = array.reshape(-1)
+            flat[here] = flat[there]
+        self.parents.reshape(-1)[here] = np.maximum(moved, 0)
         self.num_nodes[slots] = survivors.counts
         self.parents[slots, 0] = self.depths[slots, 0] = 0
         self.values[slots, 0] = self.acceptances[slots, 0] = 1.0
@@ -285,24 +300,26 @@ class GrowingTrees:
     def _best_path_first(self, slots: Ints, nodes: Ints, exists: Bools) -> Ints:
         """Nodes ([B, K], root first, by value) in a topological order that starts with the best path."""
         num_rows, width = nodes.shape
-        row = np.arange(num_rows)
-        best_child = np.zeros((num_rows, self.width(slots)), dtype=np.int64)  # of a growing node
-        parents = self.parents[slots[:, None], nodes]
-        # Of several assignments to one place the last holds: from the least valuable to the best.
-        for_child = np.flatnonzero(exists[:, 1:].T[::-1].ravel())
-        reversed_parents = parents[:, 1:].T[::-1].ravel()[for_child]
-        reversed_nodes = nodes[:, 1:].T[::-1].ravel()[for_child]
-        best_child[np.tile(row, width - 1)[for_child], reversed_parents] = reversed_nodes
-        is_best = np.zeros_like(best_child, dtype=np.bool_)
-        current = best_child[:, 0]
-        while current.any():
-            is_best[row, current] = True
-            current = np.where(current > 0, best_child[row, current], 0)
-        is_best[:, 0] = True
-        behind = ~is_best[row[:, None], nodes] | ~exists
-        behind[:, 0] = False
-        order = np.argsort(behind + 2 * ~exists, axis=1, kind="stable")
-        return np.take_along_axis(nodes, order, axis=1)
+        num_growing = self.width(slots)
+        firsts = np.arange(num_rows) * num_growing
+        places = firsts[:, None] + nodes
+        best_child = np.zeros(num_rows * num_growing, dtype=np.int64)  # of a growing node
+        parents = self.parents.reshape(-1)[(slots * self.capacity)[:, None] + nodes] + firsts[:, None]
+        drafted = exists[:, 1:]
+        # Of several assignments to one place the last holds: from the least valuable to the best. In copies, because
+        # numpy assigns views of negative stride in the order of memory.
+        best_child[parents[:, 1:][drafted][::-1].copy()] = nodes[:, 1:][drafted][::-1].copy()
+        is_best = np.zeros(len(best_child), dtype=np.bool_)
+        current = best_child[firsts]
+        while np.count_nonzero(current):
+            is_best[firsts + current] = True
+            # Padding and leaves point at roots, from which no way leads on.
+            current = best_child[firsts + current] * (current > 0)
+        is_best[firsts] = True
+        behind = ~is_best[places] + 2 * ~exists
+        behind[:, 0] = 0
+        order = behind.argsort(axis=1, kind="stable")
+        return nodes.reshape(-1)[order + (np.arange(num_rows) * width)[:, None]]
 
     def _append(
         self,
@@ -318,7 +335,7 @@ class GrowingTrees:
         self.version += 1
         own = self.num_nodes[slots] + _rank_in_group(slots)
         fits = own < self.capacity
-        if not fits.all():
+        if np.count_nonzero(fits) < len(fits):
             slots, parents, tokens, depths = slots[fits], parents[fits], tokens[fits], depths[fits]
             acceptances, values, sources, own = acceptances[fits], values[fits], sources[fits], own[fits]
         first = slots * self.capacity
@@ -368,4 +385,4 @@ def _rank_in_group(groups: Ints) -> Ints:
     is_first = np.empty(len(groups), dtype=np.bool_)
     is_first[:1] = True
     np.not_equal(groups[1:], groups[:-1], out=is_first[1:])
-    return index - np.maximum.accumulate(np.where(is_first, index, 0))
+    return index - np.maximum.accumulate(index * is_first)
