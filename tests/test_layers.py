@@ -31,7 +31,7 @@ ALLOWED_PACKAGES = {
         "huggingface_hub",
         "psutil",
     },
-    "cluster": {"ray", "typer", "rich", "matplotlib", "numpy", "scipy", "psutil", "transformers", "torch"},
+    "cluster": {"ray", "typer", "rich", "matplotlib", "numpy", "scipy", "psutil", "transformers"},
 }
 
 STDLIB = __import__("sys").stdlib_module_names
