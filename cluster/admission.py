@@ -1,16 +1,18 @@
 """The door: what a user sends becomes a `Request` that the DraftWorker can run, or a one-line ValueError."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outrider.cluster.api import GenerationRequest, Prompt
+from outrider.cluster.api import GenerationRequest
+from outrider.cluster.request_options import request_draft, request_sampling
 from outrider.cluster.text import Decoder
-from outrider.configs.loader import convert_fields
+from outrider.cluster.text_bound import TextBound
 from outrider.configs.schema import Config
 from outrider.workers.sequences.params import SamplingParams
-from outrider.workers.sequences.sequence import DraftOptions, Request
+from outrider.workers.sequences.sequence import Request
 from outrider.workers.weights.progress import Progress
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ class Admission:
 
     config: Config
     tokenizer: "PreTrainedTokenizerFast"
+    text_bound: TextBound
     vocab_size: int
     max_context: int
     eos_token_ids: tuple[int, ...]
@@ -34,7 +37,7 @@ class Admission:
     def admit(self, request_id: str, asked: GenerationRequest) -> Request:
         """Raises ValueError naming the field and what it may be."""
         sampling = self._sampling(asked.sampling)
-        draft = self._draft(asked.draft)
+        draft = request_draft(self.config, asked.draft)
         prompt_tokens = self._tokens(asked.prompt)
         if not prompt_tokens:
             raise ValueError("prompt must have at least one token, got an empty one")
@@ -46,6 +49,14 @@ class Admission:
             )
         return Request(request_id, prompt_tokens, sampling, draft)
 
+    def warning(self, request: Request) -> str:
+        """What its user should know about a request that can be run; empty: nothing."""
+        bos = self.tokenizer.bos_token_id
+        if bos is None or request.prompt_tokens[:2] != (bos, bos):
+            return ""
+        name = self.tokenizer.bos_token
+        return f"the prompt begins with two {name}: the tokenizer puts one before a text, leave yours out"
+
     def decoder(self) -> Decoder:
         """For the text of one answer."""
         from outrider.workers.weights.tokenizer import IncrementalDecoder
@@ -53,82 +64,111 @@ class Admission:
         return IncrementalDecoder(self.tokenizer)
 
     def _sampling(self, asked: Mapping[str, object]) -> SamplingParams:
-        defaults = SamplingParams(**asdict(self.config.sampling))
-        sampling = replace(defaults, **convert_fields(SamplingParams, asked, "sampling"))
-        sampling.validate(self.vocab_size)
+        sampling = request_sampling(self.config, asked, self.vocab_size)
         if sampling.ignore_eos:
             return sampling
         return replace(sampling, stop_token_ids=sampling.stop_token_ids + self.eos_token_ids)
 
-    def _draft(self, asked: Mapping[str, object]) -> DraftOptions:
-        draft, tree = self.config.draft, self.config.tree
-        defaults = DraftOptions(draft.methods, tree.max_nodes, tree.max_depth)
-        options = replace(defaults, **convert_fields(DraftOptions, asked, "draft"))
-        for method in options.methods:
-            if method not in draft.methods:
-                allowed = ", ".join(draft.methods) or "none"
-                raise ValueError(f"draft.methods must be among the deployment's ({allowed}), got {method!r}")
-        _require_in_range("draft.max_nodes", options.max_nodes, 0, tree.max_nodes)
-        _require_in_range("draft.max_depth", options.max_depth, 1, tree.max_depth)
-        return options
-
-    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+    def _tokens(self, prompt: object) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt))
-        if all(isinstance(item, int) for item in prompt):
-            return self._token_ids(prompt)
-        if all(isinstance(item, Mapping) for item in prompt):
-            return self._chat_tokens(prompt)
-        raise ValueError(f"prompt must be a text, messages or token ids, got {prompt!r}")
+            _require_unicode("prompt", prompt)
+            return self._encode(prompt, add_special_tokens=True)
+        if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray | memoryview):
+            if all(type(item) is int for item in prompt):
+                return self._token_ids(prompt)
+            if all(isinstance(item, Mapping) for item in prompt):
+                return self._chat_tokens(prompt)
+        raise ValueError(
+            "prompt must be a text, a list of messages or a list of token ids, got "
+            f"{type(prompt).__name__} {reprlib.repr(prompt)}"
+        )
 
-    def _token_ids(self, prompt: Sequence[object]) -> tuple[int, ...]:
-        tokens = tuple(item for item in prompt if isinstance(item, int))
-        for token in tokens:
-            _require_in_range("prompt token ids", token, 0, self.vocab_size - 1)
-        return tokens
+    def _token_ids(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        # The length is checked before the ids: a list that is far too long is not looked at.
+        if len(tokens) <= self.max_context:
+            for token in tokens:
+                _require_in_range("prompt token ids", token, 0, self.vocab_size - 1)
+        return tuple(tokens)
 
-    def _chat_tokens(self, messages: Sequence[object]) -> tuple[int, ...]:
-        conversation = [dict(message) for message in messages if isinstance(message, Mapping)]
-        for message in conversation:
-            if set(message) != {"role", "content"} or not all(isinstance(v, str) for v in message.values()):
-                raise ValueError(f"a message must have the texts role and content, got {message!r}")
+    def _chat_tokens(self, messages: Sequence[Mapping[object, object]]) -> tuple[int, ...]:
+        conversation = [_message(message) for message in messages]
         if not self.tokenizer.chat_template:
             raise ValueError("messages need a chat template, which this model lacks; send a text (--raw)")
-        text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        assert isinstance(text, str)
         # The template writes special tokens itself.
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return self._encode(self._rendered(conversation), add_special_tokens=False)
+
+    def _rendered(self, conversation: list[dict[str, str]]) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:
+            # A template is a program of the model's: it refuses messages, or fails at them, in its own ways.
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"the model's chat template refuses these messages: {reason[0]}") from error
+        assert isinstance(text, str)
+        return text
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        # Tokenizing takes 5 us and 200 bytes for each character.
+        if self.text_bound.exceeds(text, self.max_context):
+            raise ValueError(
+                f"prompt must be at most {self.max_context} tokens (the least of target.max_context, the "
+                f"model's limit and the KV cache), got a text of {len(text)} characters, which are more"
+            )
+        return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
 def prepare_admission(config: Config, report: Progress) -> Admission:
-    """Fetches the models and loads the tokenizer.
+    """Loads the tokenizer and reads what the target is; fetches no weights.
 
     Raises ValueError when a model is missing or the drafter's tokenizer is another one.
     """
     # torch comes with these; the driver, which only names this function, does without.
     from outrider.workers.setup import max_sequence_tokens
-    from outrider.workers.weights.resolver import open_source, resolve, resolve_tokenizer
+    from outrider.workers.weights.resolver import read_config, resolve_description, resolve_tokenizer
     from outrider.workers.weights.tokenizer import end_token_ids, load_tokenizer, same_tokenizer
 
     cache_dir = Path(config.cluster.model_cache_dir).expanduser()
-    target = resolve(config.target.model, cache_dir, report, "target.model")
+    target = resolve_description(config.target.model, cache_dir, report, "target.model")
     speaks = target
     if config.target.tokenizer:
         speaks = resolve_tokenizer(config.target.tokenizer, cache_dir, report, "target.tokenizer")
     tokenizer = load_tokenizer(speaks)
     if "model" in config.draft.methods:
-        draft = resolve(config.draft.model, cache_dir, report, "draft.model")
+        draft = resolve_description(config.draft.model, cache_dir, report, "draft.model")
         difference = same_tokenizer(tokenizer, load_tokenizer(draft))
         if difference:
             raise ValueError(
                 f"draft.model must have the target's tokenizer, got {config.draft.model!r}: {difference}"
             )
-    model = open_source(target).config
+    model = read_config(target)
     max_context = max_sequence_tokens(config, model)
     end_ids = end_token_ids(model, tokenizer, speaks)
-    return Admission(config, tokenizer, model.vocab_size, max_context, end_ids)
+    bound = TextBound(tokenizer)
+    return Admission(config, tokenizer, bound, model.vocab_size, max_context, end_ids)
+
+
+def _message(asked: Mapping[object, object]) -> dict[str, str]:
+    texts = {field: asked.get(field) for field in ("role", "content")}
+    message = {field: text for field, text in texts.items() if isinstance(text, str)}
+    if len(message) < len(texts) or len(asked) > len(texts):
+        shown = reprlib.repr(dict(asked))
+        raise ValueError(f"a message must have the texts role and content, got {shown}")
+    for field, text in message.items():
+        _require_unicode(f"{field} of a message", text)
+    return message
 
 
 def _require_in_range(field: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ValueError(f"{field} must be in [{low}, {high}], got {value}")
+
+
+def _require_unicode(field: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{field} must be valid Unicode, got half of a surrogate pair at character {error.start}"
+        ) from error

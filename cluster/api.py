@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.sequence import RequestStats, TokenLogprobs
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
@@ -33,7 +34,7 @@ class Segment:
     """Text of one origin."""
 
     text: str
-    from_draft: bool  # of the token that completed the text: an accepted draft token?
+    origin: Origin  # of the token that completed the text
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Piece:
 
     segments: tuple[Segment, ...]
     tokens: tuple[int, ...]
-    from_draft: tuple[bool, ...]  # per token
+    origins: tuple[Origin, ...]  # per token
     logprobs: tuple[TokenLogprobs, ...]  # per token, or none where the request did not ask
     finish_reason: str  # "" while running, then "stop", "length", "cancelled" or "error"
     error: str
@@ -59,7 +60,7 @@ class Completion:
 
     text: str
     tokens: tuple[int, ...]
-    from_draft: tuple[bool, ...]  # per token
+    origins: tuple[Origin, ...]  # per token
     logprobs: tuple[TokenLogprobs, ...]  # per token, or none where the request did not ask
     token_times_s: tuple[float, ...]  # per token: when it was at the Coordinator
     finish_reason: str  # "stop", "length", "cancelled" or "error"
@@ -69,15 +70,15 @@ class Completion:
     total_s: float
 
 
-def failed_completion(error: str) -> Completion:
-    """The answer of a request that was refused."""
+def failed_completion(error: str, finish_reason: str = "error") -> Completion:
+    """The answer of a request that never ran: it was refused, or cancelled before."""
     return Completion(
         text="",
         tokens=(),
-        from_draft=(),
+        origins=(),
         logprobs=(),
         token_times_s=(),
-        finish_reason="error",
+        finish_reason=finish_reason,
         error=error,
         num_prompt_tokens=0,
         stats=RequestStats(),
@@ -93,3 +94,38 @@ class Progress:
     stage: str  # "download", "load", "profile"
     done: int
     total: int  # bytes for download and load, measurements for profile; 0 where unknown
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A request that cannot be run, and why: one line."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What the sender of a request that runs should know."""
+
+    text: str
+
+
+Answer = Piece | Completion | Refusal | Notice
+"""What the Coordinator says about a request. Whoever asked for the whole answer gets no pieces."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A request on its way to the door: its turn is taken, its contents are not looked at yet."""
+
+    request_id: str
+    contents: bytes  # a pickled GenerationRequest
+    whole: bool  # one Completion at the end, instead of Pieces as they come
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What the Coordinator hands over at a time."""
+
+    answers: tuple[tuple[str, Answer], ...]  # with request ids, in order
+    failure: str  # why the deployment is unusable; empty while it works

@@ -6,8 +6,7 @@ with Engine.start(load_config("quickstart")) as engine:
 """
 
 import os
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +14,14 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from outrider.cluster.actors import spawn_workers
-from outrider.cluster.api import Completion, EngineError, GenerationRequest, Piece, Progress, Prompt
+from outrider.cluster.api import Completion, EngineError, GenerationRequest, Progress, Prompt
+from outrider.cluster.calls import CLOSED, Calls, result_of_call
 from outrider.cluster.coordinator import Coordinator
+from outrider.cluster.inbox import CompletionStream, Inbox, PieceStream
 from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.placement import COORDINATOR_BUNDLE, check_cpus, reserve
 from outrider.cluster.session import RaySession
@@ -30,7 +30,9 @@ from outrider.configs.schema import Config
 NOTHING_SPECIAL: Mapping[str, object] = MappingProxyType({})
 
 _POLL_S = 0.2
-_STOP_TIMEOUT_S = 10.0
+_STATS_S = 30.0  # longer than the Coordinator waits for a worker
+_STOP_S = 12.0  # likewise
+_TRACE_S = 60.0  # spans of a long run are many megabytes
 
 
 def no_progress(stages: Sequence[Progress]) -> None:
@@ -43,11 +45,12 @@ class Engine:
     ValueError: the user can change something; the text is one line. EngineError: a worker died.
     """
 
-    def __init__(self, session: RaySession, group: PlacementGroup, coordinator: Any) -> None:
+    def __init__(self, session: RaySession, group: PlacementGroup, calls: Calls) -> None:
         """Use `Engine.start`."""
         self._session = session
         self._group = group
-        self._coordinator = coordinator
+        self._calls = calls
+        self._inbox: Inbox | None = None
         self._closed = False
 
     @classmethod
@@ -69,13 +72,15 @@ class Engine:
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, COORDINATOR_BUNDLE),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
         ).remote(config, partial(spawn_workers, group=group))
-        engine = cls(session, group, coordinator)
+        calls = Calls(coordinator)
+        engine = cls(session, group, calls)
         try:
             started = coordinator.start.remote()
             while not ray.wait([started], timeout=_POLL_S)[0]:
-                progress(_get(coordinator.progress.remote()))
-            _get(started)
-            progress(_get(coordinator.progress.remote()))
+                progress(calls("progress", timeout_s=config.cluster.start_timeout_s))
+            result_of_call(started)
+            progress(calls("progress"))
+            engine._inbox = Inbox(calls)
         except BaseException:
             engine.close()
             raise
@@ -86,51 +91,21 @@ class Engine:
         prompt: Prompt,
         sampling: Mapping[str, object] = NOTHING_SPECIAL,
         draft: Mapping[str, object] = NOTHING_SPECIAL,
-    ) -> Iterator[Piece]:
+    ) -> PieceStream:
         """Sends a request; the iterator gives its pieces as they come. Leaving it early cancels the request.
 
-        sampling, draft: as in `GenerationRequest`. Raises ValueError for a request that cannot be run.
+        sampling, draft: as in `GenerationRequest`. The iterator raises ValueError for a request that cannot be
+        run.
         """
-        request_id = uuid.uuid4().hex
-        asked = GenerationRequest(prompt, dict(sampling), dict(draft))
-        pieces = self._coordinator.stream.options(num_returns="streaming").remote(request_id, asked)
-        return self._pieces(request_id, pieces)
+        inbox = self._open_inbox()
+        (request_id,) = inbox.send([_asked(prompt, sampling, draft)], whole=False)
+        return PieceStream(inbox, request_id)
 
-    def _pieces(self, request_id: str, refs: Any) -> Iterator[Piece]:
-        finished = False
-        try:
-            for ref in refs:
-                piece: Piece = _get(ref)
-                finished = bool(piece.finish_reason)
-                yield piece
-        except (ValueError, EngineError):
-            finished = True
-            raise
-        finally:
-            if not finished and not self._closed:
-                self._coordinator.cancel.remote(request_id)
-        self._raise_if_broken()
-
-    def completions(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
+    def completions(self, requests: Sequence[GenerationRequest]) -> CompletionStream:
         """Runs all requests at once and gives their answers in order. A bad request fails alone."""
-        ids = [uuid.uuid4().hex for _ in requests]
-        calls = zip(ids, requests, strict=True)
-        refs = [self._coordinator.complete.remote(request_id, asked) for request_id, asked in calls]
-        return self._completions(ids, refs)
-
-    def _completions(self, ids: Sequence[str], refs: Sequence[Any]) -> Iterator[Completion]:
-        num_done = 0
-        try:
-            for ref in refs:
-                completion: Completion = _get(ref)
-                num_done += 1
-                if completion.finish_reason == "error":
-                    self._raise_if_broken()
-                yield completion
-        finally:
-            if not self._closed:
-                for request_id in ids[num_done:]:
-                    self._coordinator.cancel.remote(request_id)
+        inbox = self._open_inbox()
+        plain = [_asked(asked.prompt, asked.sampling, asked.draft) for asked in requests]
+        return CompletionStream(inbox, inbox.send(plain, whole=True))
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """As `completions`, all answers at the end."""
@@ -138,33 +113,39 @@ class Engine:
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Counters of every process, by name ("draft", "target 0", ..., "coordinator")."""
-        stats: dict[str, dict[str, Any]] = _get(self._coordinator.stats.remote())
+        stats: dict[str, dict[str, Any]] = self._calls("stats", timeout_s=_STATS_S)
         return stats
 
     def trace(self) -> dict[str, list[dict[str, Any]]]:
         """Spans of every worker for `write_chrome_trace`; empty lists unless `rounds.trace` is set."""
-        trace: dict[str, list[dict[str, Any]]] = _get(self._coordinator.trace.remote())
+        trace: dict[str, list[dict[str, Any]]] = self._calls("trace", timeout_s=_TRACE_S)
         return trace
 
     def close(self) -> None:
-        """Ends all processes of the deployment, and Ray if `start` started it. May be called again."""
+        """Ends all processes of the deployment, and Ray if `start` started it. May be called again.
+
+        Afterwards every other call, and every stream that is open, raises EngineError.
+        """
         if self._closed:
             return
         self._closed = True
         with interrupts_deferred():
+            if self._inbox is not None:
+                self._inbox.close(CLOSED)
             try:
                 # Loops that end in order leave no complaints about lost peers.
-                ray.get(self._coordinator.stop.remote(), timeout=_STOP_TIMEOUT_S)
-            except RayError:
+                self._calls("stop", timeout_s=_STOP_S)
+            except EngineError:
                 pass  # the Coordinator or a worker is gone or hangs; their place goes, and they with it
             finally:
+                self._calls.close()
                 remove_placement_group(self._group)
                 self._session.close()
 
-    def _raise_if_broken(self) -> None:
-        failure = _get(self._coordinator.failure.remote())
-        if failure:
-            raise EngineError(failure)
+    def _open_inbox(self) -> Inbox:
+        if self._closed or self._inbox is None:
+            raise EngineError(CLOSED)
+        return self._inbox
 
     def __enter__(self) -> "Engine":
         return self
@@ -178,17 +159,10 @@ class Engine:
         self.close()
 
 
-def _get(ref: Any) -> Any:
-    """The value of a call to the Coordinator, or the error that it raised there."""
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, ValueError | EngineError):
-            raise cause from None
-        raise EngineError(f"the Coordinator failed: {type(cause).__name__}: {cause}") from error
-    except RayActorError as error:
-        raise EngineError("the Coordinator died: its process is gone") from error
+def _asked(prompt: Prompt, sampling: Mapping[str, object], draft: Mapping[str, object]) -> GenerationRequest:
+    """As it travels: read-only views of mappings cannot be pickled. What is no mapping is refused at the door."""
+    options = (dict(value) if isinstance(value, Mapping) else value for value in (sampling, draft))
+    return GenerationRequest(prompt, *options)
 
 
 def _num_cpus() -> int:

@@ -2,32 +2,45 @@
 
 import logging
 import os
+import threading
+from functools import partial
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import ray
 from ray._raylet import Config as RayCoreConfig  # type: ignore[attr-defined]  # a compiled module
 
 from outrider.cluster.interrupts import interrupts_deferred
+from outrider.cluster.ray_errors import check_joinable, start_failure
+from outrider.cluster.ray_process import Keeper, keep_token_private, stop_reports
 from outrider.configs.schema import ClusterConfig
 
 # The control plane carries no tensors; Ray's default would map 30 % of the memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
 
 
-def _connect(address: str, num_cpus: int) -> None:
-    if address == "local":
-        ray.init(
-            "local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            # Ray gives workers way to everything else (nice 15); here the workers are what the machine is for.
-            _system_config={"worker_niceness": 0},
-        )
-    else:
+def _connect(cluster: ClusterConfig, num_cpus: int) -> None:
+    address = cluster.ray_address
+    if address != "local":
+        if not address.startswith("ray://"):
+            check_joinable(address, cluster.ray_auth)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        stop_reports()
+        return
+    context: Any = ray.init(
+        "local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        # Ray gives workers way to everything else (nice 15); here the workers are what the machine is for.
+        _system_config={"worker_niceness": 0},
+    )
+    # Ray opens its folder to everybody; logs, sockets and what is passed by file are in there.
+    Path(context.address_info["session_dir"]).chmod(0o700)
+    stop_reports()
 
 
 class RaySession:
@@ -38,27 +51,34 @@ class RaySession:
 
     def __init__(self, cluster: ClusterConfig, num_cpus: int) -> None:
         self._owned = not ray.is_initialized()
+        self._keeper: Keeper | None = None
         if not self._owned:
             return
         # Ray takes this from the environment alone and has read it when it was imported.
         os.environ["RAY_AUTH_MODE"] = cluster.ray_auth
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        if cluster.ray_address == "local" and cluster.ray_auth == "token":
+            keep_token_private(Path.home())
         RayCoreConfig.initialize("")
         try:
             with interrupts_deferred():
-                _connect(cluster.ray_address, num_cpus)
-        except KeyboardInterrupt:
+                connect = partial(_connect, cluster, num_cpus)
+                if threading.current_thread() is threading.main_thread():
+                    connect()  # the signal handlers that Ray wants are set by this thread alone
+                else:
+                    self._keeper = Keeper(connect)
+        except (KeyboardInterrupt, ValueError):
             self.close()
             raise
-        except ConnectionError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"cluster.ray_address must be local or a Ray that runs, got {cluster.ray_address!r}: {reason}"
-            ) from error
+        except Exception as error:  # Ray raises OSError, RuntimeError, its own, and Exception itself
+            self.close()
+            raise start_failure(error, cluster.ray_address) from error
 
     def close(self) -> None:
         if self._owned and ray.is_initialized():
             ray.shutdown()
+        if self._keeper is not None:
+            self._keeper.release()
 
     def __enter__(self) -> "RaySession":
         return self

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from outrider.cluster.api import Segment
+from outrider.cluster.stop_strings import StopStrings
+from outrider.workers.sequences.origin import Origin
 
 
 class Decoder(Protocol):
@@ -26,50 +28,43 @@ class TextAssembler:
     """
 
     def __init__(self, decoder: Decoder, stop: Sequence[str]) -> None:
-        assert all(stop), stop
         self._decoder = decoder
-        self._stop = tuple(stop)
+        self._stop = StopStrings(stop)
         self._held: list[Segment] = []  # decoded, not shown yet
+        self._num_held = 0  # characters
         self.stopped = False
 
-    def add(self, token: int, from_draft: bool) -> list[Segment]:
+    def add(self, token: int, origin: Origin) -> list[Segment]:
         """The text that can be shown now. Sets `stopped` when the token completes a stop string."""
         assert not self.stopped
-        return self._take(Segment(self._decoder.add(token), from_draft))
+        return self._take(Segment(self._decoder.add(token), origin))
 
     def finish(self) -> list[Segment]:
         """The rest, at the end of the answer: nothing is held back any longer."""
         if self.stopped:
             return []
-        segments = self._take(Segment(self._decoder.finish(), from_draft=False))
+        segments = self._take(Segment(self._decoder.finish(), Origin.TARGET))
         segments += self._held
-        self._held = []
+        self._held, self._num_held = [], 0
         return segments
 
     def _take(self, new: Segment) -> list[Segment]:
+        begin = self._stop.find(new.text)
+        num_before = self._num_held
         if new.text:
             self._held.append(new)
-        if not self._stop:
-            ready, self._held = self._held, []
-            return ready
-        text = "".join(segment.text for segment in self._held)
-        ends = [position for position in (text.find(stop) for stop in self._stop) if position >= 0]
-        if ends:
+            self._num_held += len(new.text)
+        if begin is not None:
             self.stopped = True
-            ready, self._held = _split(self._held, min(ends))[0], []
-        else:
-            ready, self._held = _split(self._held, len(text) - self._num_doubtful(text))
+            ready = _split(self._held, num_before + begin)[0]
+            self._held, self._num_held = [], 0
+            return ready
+        num_doubtful = self._stop.num_doubtful
+        if num_doubtful == self._num_held:
+            return []
+        ready, self._held = _split(self._held, self._num_held - num_doubtful)
+        self._num_held = num_doubtful
         return ready
-
-    def _num_doubtful(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string begins with."""
-        longest = 0
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(text)), longest, -1):
-                if text.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
 
 
 def _split(segments: Sequence[Segment], position: int) -> tuple[list[Segment], list[Segment]]:
@@ -79,8 +74,8 @@ def _split(segments: Sequence[Segment], position: int) -> tuple[list[Segment], l
     for segment in segments:
         head, tail = segment.text[: max(position, 0)], segment.text[max(position, 0) :]
         if head:
-            before.append(Segment(head, segment.from_draft))
+            before.append(Segment(head, segment.origin))
         if tail:
-            after.append(Segment(tail, segment.from_draft))
+            after.append(Segment(tail, segment.origin))
         position -= len(segment.text)
     return before, after

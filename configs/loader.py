@@ -134,7 +134,10 @@ def _convert(kind: Any, value: object, key: str) -> Any:
     if kind is int and key.endswith("_bytes") and isinstance(value, str):
         return _size_bytes(value, key)
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ValueError(f"{key} must be a number of less than 309 digits") from error
     if type(value) is not kind:
         raise ValueError(f"{key} must be {_describe(kind)}, got {value!r}")
     return value

@@ -244,11 +244,15 @@ class ClusterConfig:
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Ray's placement strategy: together or apart, as a wish or (STRICT) as a condition."""
 
-    start_timeout_s: float = 60.0
-    """How long to wait for the placement group and for the processes, in seconds; loading is not counted."""
+    start_timeout_s: float = 90.0
+    """A start ends with an error when for so long, in seconds, there is no place for a process, a process does
+    not answer, or nothing moves: no download, no loading, no measurement. One that moves may take longer."""
 
     group_timeout_s: float = 60.0
     """How long a rank waits for its peers before it takes them for dead, in seconds."""
+
+    max_open_requests: int = 4096
+    """Most requests that wait or run at a time; further ones are refused."""
 
     model_cache_dir: str = "~/.cache/outrider/models"
     """Folder for models taken out of packages (`pypi:`); `~` is the home of the worker's user."""
@@ -259,6 +263,7 @@ class ClusterConfig:
             _require(getattr(self, name) > 0, f"cluster.{name}", getattr(self, name), "more than 0")
         for name in ("num_gpus_per_target", "num_gpus_per_draft"):
             _require(getattr(self, name) >= 0, f"cluster.{name}", getattr(self, name), "at least 0")
+        _require_at_least(self, "cluster", 1, "max_open_requests")
         for name in ("start_timeout_s", "group_timeout_s"):
             _require(getattr(self, name) > 0, f"cluster.{name}", getattr(self, name), "more than 0")
 
@@ -316,3 +321,19 @@ class Config:
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Defaults of requests."""
+
+    def __post_init__(self) -> None:
+        target, cluster = self.target, self.cluster
+        for role, device in (("target", target.device), ("draft", self.draft.device)):
+            given = getattr(cluster, f"num_gpus_per_{role}")
+            allowed = f"more than 0, because {role}.device is cuda"
+            _require(device != "cuda" or given > 0, f"cluster.num_gpus_per_{role}", given, allowed)
+        if target.tp_size > 1 and target.device != "cpu" and cluster.num_gpus_per_target > 0:
+            allowed = "auto, nccl or gloo, because ranks compute on GPUs"
+            _require(target.all_reduce != "shm", "target.all_reduce", target.all_reduce, allowed)
+            _require(
+                target.all_reduce == "gloo" or cluster.num_gpus_per_target >= 1,
+                "cluster.num_gpus_per_target",
+                cluster.num_gpus_per_target,
+                "at least 1, because nccl wants a GPU for each rank (target.all_reduce gloo does not)",
+            )

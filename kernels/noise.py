@@ -40,11 +40,19 @@ def noise_key(seed: int, position: int) -> Key:
 
 def noise_keys(seeds: npt.NDArray[np.uint64], positions: Int64Array) -> UInt32Array:
     """[n, 2]: `noise_key` of each seed and position."""
-    z = seeds + np.uint64(_GOLDEN) * (positions.astype(np.uint64) + np.uint64(1))
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = positions.astype(np.uint64)
+    z += np.uint64(1)
+    z *= np.uint64(_GOLDEN)
+    z += seeds
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
     z ^= z >> np.uint64(31)
-    return np.stack([z, z >> np.uint64(32)], axis=1).astype(np.uint32)
+    keys = np.empty((len(z), 2), dtype=np.uint32)
+    keys[:, 0] = z  # its low half
+    keys[:, 1] = z >> np.uint64(32)
+    return keys
 
 
 def hash_ids(key: Key, ids: npt.NDArray[np.integer]) -> UInt32Array:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,32 +28,33 @@ from outrider.kernels.noise import (
     gumbel_from_hash,
     hash_rows,
     ids_with_hash_below,
-    uniform_from_hash,
 )
 from outrider.kernels.operators import sample_shard_op
 from outrider.kernels.shapes import check_kernel_arguments, check_shapes
-
-UInt64Array = npt.NDArray[np.uint64]
-
-REMOVED = np.uint64(0xFF800000 << 32)
-"""Packed tokens from here on have value -inf."""
-
-_PADDING = np.uint64(2**64 - 1)  # a packed token that comes after all others
-
-LOWEST = np.finfo(np.float32).min
+from outrider.kernels.token_rows import (
+    FEW,
+    LOWEST,
+    PART,
+    UInt64Array,
+    best_of,
+    exponentials,
+    largest_hashes,
+    leaders_of,
+    lower_by_rounding,
+    pack_tokens,
+    padded,
+    parts_of_rows,
+    unpack_tokens,
+    without,
+)
 
 _BLOCK = 128  # logits per block maximum
 _SMALL = 512  # vocabulary up to which whole rows are sorted and searched
 _DENSE = 8192  # vocabulary up to which all ids are hashed
-_FEW = 8  # winners up to which looking for one after the other is cheaper than sorting
-_PART = 2**16  # elements worked on at once
-_LARGE_PART = 16  # rows of a large vocabulary worked on at once
-_NO_ID = 2**32 - 1
+_LARGE_PART = 4  # rows of a large vocabulary worked on at once
 _LUCKY_HASHES = 2**14  # hashes below this are found by inverting; one id in 2^18 has one
 _LUCKY_GUMBEL = 12.48  # upper bound of the noise of all other ids: -log(-log(1 - 2^-18)) = 12.4766
 _FIRST_BLOCKS = 32  # likeliest blocks that give the first bound on the best score
-_ROUNDING = 1e-3  # slack of the bounds, many times the rounding of the noise
-_RELATIVE_ROUNDING = 1e-6  # and of scores: at low temperatures they are large
 
 
 class ShardSample(NamedTuple):
@@ -141,12 +142,18 @@ class ShardLogits:
     @cached_property
     def _maxima(self) -> Float32Array:
         """[num_rows, num_blocks]; the last block may be short."""
-        num_full = self._size // _BLOCK
-        full = self._logits[:, : num_full * _BLOCK].unflatten(1, (num_full, _BLOCK)).amax(-1)
-        if self._size == num_full * _BLOCK:
+        full = torch.from_numpy(self._full_blocks).amax(-1)
+        num_in_full = full.shape[1] * _BLOCK
+        if self._size == num_in_full:
             return full.numpy()
-        rest = self._logits[:, num_full * _BLOCK :].amax(-1, keepdim=True)
+        rest = self._logits[:, num_in_full:].amax(-1, keepdim=True)
         return torch.cat([full, rest], dim=1).numpy()
+
+    @cached_property
+    def _full_blocks(self) -> Float32Array:
+        """[num_rows, num_full_blocks, _BLOCK], without the last block if it is short."""
+        num_full = self._size // _BLOCK
+        return self._logits[:, : num_full * _BLOCK].unflatten(1, (num_full, _BLOCK)).numpy()
 
     @cached_property
     def _row_maxima(self) -> Float32Array:
@@ -154,7 +161,7 @@ class ShardLogits:
 
     def logits(self, rows: Int64Array, ids: Int64Array) -> Float32Array:
         """[n]: the logit of ids[i] in rows[i]; the ids are in this shard."""
-        return self._rows[rows, ids - self.vocab_offset]
+        return self._rows.reshape(-1)[rows * self._size + ids - self.vocab_offset]
 
     def maxima(self, rows: Int64Array) -> Float32Array:
         """[n]: the largest logit of each row; NaN if the row has one."""
@@ -165,15 +172,15 @@ class ShardLogits:
     ) -> npt.NDArray[np.float64]:
         """[n]: of each row the sum over the shard of exp((logit - maximum) / temperature), finite maxima given."""
         sums = np.empty(len(rows))
-        for part in self._parts(len(rows)):
+        for part in parts_of_rows(len(rows), self._size):
             x = exponentials(self._some(rows[part]), maxima[part], temperatures[part])
-            np.sum(x, axis=1, dtype=np.float64, out=sums[part])
+            np.add.reduce(x, axis=1, dtype=np.float64, out=sums[part])
         return sums
 
     def weighted_sums(self, rows: Int64Array, maxima: Float32Array) -> npt.NDArray[np.float64]:
         """[n]: of each row the sum over the shard of x * exp(x) where x = logit - maximum, finite maxima given."""
         sums = np.empty(len(rows))
-        for part in self._parts(len(rows)):
+        for part in parts_of_rows(len(rows), self._size):
             x = self._some(rows[part]) - maxima[part, None]
             np.maximum(x, LOWEST, out=x)  # a removed token weighs nothing
             np.sum(x * np.exp(x), axis=1, dtype=np.float64, out=sums[part])
@@ -197,10 +204,10 @@ class ShardLogits:
         count = min(count, self._size)
         packed = np.empty((len(rows), count), dtype=np.uint64)
         for part in self._parts(len(rows)):
-            if self._size <= _SMALL and count <= _FEW:
-                values, columns = _leaders(self._some(rows[part]), count)
+            if self._size <= _SMALL and count <= FEW:
+                values, columns = leaders_of(self._some(rows[part]), count)
                 packed[part] = pack_tokens(values, columns + self.vocab_offset)
-                if np.all(values[:, -1] > -np.inf):
+                if np.count_nonzero(values[:, -1] == -np.inf) == 0:
                     continue  # removed tokens would not come in the order of their ids
             found = self._at_least(rows[part], self._lower_bounds(rows[part], count))
             packed[part] = np.sort(pack_tokens(*found), axis=1)[:, :count]
@@ -213,8 +220,10 @@ class ShardLogits:
 
         Temperature 0 ranks by the logits alone. `count` is at most the size of the shard.
         """
+        greedy, noisy = (temperatures == 0.0).nonzero()[0], temperatures.nonzero()[0]
+        if not len(noisy):
+            return self._likeliest(rows) if count == 1 else self.top(rows, count)
         best = np.empty((len(rows), count), dtype=np.uint64)
-        greedy, noisy = np.flatnonzero(temperatures == 0.0), np.flatnonzero(temperatures)
         if len(greedy):
             best[greedy] = self._likeliest(rows[greedy]) if count == 1 else self.top(rows[greedy], count)
         for part in self._parts(len(noisy)):
@@ -245,7 +254,7 @@ class ShardLogits:
                 values, ids = self._some(rows[part]), self._all_ids[None]
             else:
                 values, ids = self._at_least(rows[part], lowest[part])
-            values = _without(values, lowest[part], num_lowest[part])
+            values = without(values, lowest[part], num_lowest[part])
             best[part] = best_of(values, ids, temperatures[part], keys[part], count, self.vocab_offset)
         return best
 
@@ -254,23 +263,25 @@ class ShardLogits:
         return np.arange(self.vocab_offset, self.vocab_offset + self._size)
 
     def _some(self, rows: Int64Array) -> Float32Array:
-        if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and np.all(rows[1:] > rows[:-1]):
-            return self._rows[rows[0] : rows[0] + len(rows)]
+        if len(rows) and int(rows[-1]) - int(rows[0]) == len(rows) - 1:  # they ascend
+            return self._rows[int(rows[0]) : int(rows[0]) + len(rows)]
         return self._rows[rows]
 
     def _parts(self, num_rows: int) -> list[slice]:
-        return parts_of_rows(num_rows, _PART // _LARGE_PART if self._size > _DENSE else self._size)
+        return parts_of_rows(num_rows, PART // _LARGE_PART if self._size > _DENSE else self._size)
 
     def _likeliest(self, rows: Int64Array) -> UInt64Array:
         """[n, 1]: packed tokens of the largest logits, the first of equals."""
         if self._size <= _SMALL:
-            columns = self._some(rows).argmax(axis=1)
-        else:
-            first = self._maxima[rows].argmax(axis=1)[:, None] * _BLOCK
-            inside = np.minimum(first + np.arange(_BLOCK), self._size - 1)
-            columns = np.take_along_axis(
-                inside, self._rows[rows[:, None], inside].argmax(axis=1)[:, None], axis=1
-            )[:, 0]
+            values = self._some(rows)
+            columns = values.argmax(axis=1)
+            largest = values.reshape(-1)[np.arange(len(rows)) * self._size + columns]
+            return pack_tokens(largest, columns + self.vocab_offset)[:, None]
+        first = self._maxima[rows].argmax(axis=1)[:, None] * _BLOCK
+        inside = np.minimum(first + np.arange(_BLOCK), self._size - 1)
+        columns = np.take_along_axis(
+            inside, self._rows[rows[:, None], inside].argmax(axis=1)[:, None], axis=1
+        )[:, 0]
         return pack_tokens(self._rows[rows, columns], columns + self.vocab_offset)[:, None]
 
     def _possible(
@@ -281,15 +292,18 @@ class ShardLogits:
         scores = values / temperatures[:, None]
         scores += gumbel_from_hash(hash_rows(keys, ids))
         bounds = np.partition(scores, -count, axis=1)[:, -count]
-        bounds -= _ROUNDING + _RELATIVE_ROUNDING * np.abs(bounds)
+        lower_by_rounding(bounds)
         # Tokens below a cut would need more noise than any but the lucky ids have.
         cuts = (bounds - np.float32(_LUCKY_GUMBEL)) * temperatures
-        values, ids = self._at_least(rows, cuts)
+        of_row, values, ids = self._found(rows, cuts)
+        limits = largest_hashes(bounds - self.maxima(rows) / temperatures)
+        able = np.flatnonzero(hash_rows(keys[of_row], ids[:, None])[:, 0] <= limits[of_row])
+        values, ids = padded(len(rows), of_row[able], values[able], ids[able])
         end = self.vocab_offset + self._size
         lucky_rows, lucky_ids = ids_with_hash_below(keys, _LUCKY_HASHES, self.vocab_offset, end)
         lucky = self.logits(rows[lucky_rows], lucky_ids)
         low = lucky < cuts[lucky_rows]
-        more_values, more_ids = _padded(len(rows), lucky_rows[low], lucky[low], lucky_ids[low])
+        more_values, more_ids = padded(len(rows), lucky_rows[low], lucky[low], lucky_ids[low])
         return np.concatenate([values, more_values], axis=1), np.concatenate([ids, more_ids], axis=1)
 
     def _lower_bounds(self, rows: Int64Array, count: int) -> Float32Array:
@@ -302,152 +316,21 @@ class ShardLogits:
     def _at_least(self, rows: Int64Array, bounds: Float32Array) -> tuple[Float32Array, Int64Array]:
         """Logits >= bounds [n] and their ids, [n, width] each, ids ascending; rows that have fewer are filled
         up with removed tokens that come after all others."""
+        return padded(len(rows), *self._found(rows, bounds))
+
+    def _found(self, rows: Int64Array, bounds: Float32Array) -> tuple[Int64Array, Float32Array, Int64Array]:
+        """Of all logits >= bounds [n] the index into `rows`, the logit and the id, in order."""
         of_row, block = np.nonzero(self._maxima[rows] >= bounds[:, None])
-        columns = block[:, None] * _BLOCK + np.arange(_BLOCK)
-        inside = np.minimum(columns, self._size - 1)  # the last block may be short
-        values = self._rows[rows[of_row][:, None], inside]
-        found = np.flatnonzero((values >= bounds[of_row][:, None]) & (columns == inside))
-        of_row = of_row[found // _BLOCK]
-        return _padded(len(rows), of_row, values.ravel()[found], columns.ravel()[found] + self.vocab_offset)
-
-
-def best_of(
-    values: Float32Array,
-    ids: Int64Array,
-    temperatures: Float32Array,
-    keys: UInt32Array,
-    count: int,
-    first_id: int,
-) -> UInt64Array:
-    """[n, count]: packed tokens of the best scores logit / temperature + noise of each row, in order.
-
-    The noise -log(-log(1 - v)) is at most -log(v), one float32 logarithm; the two exact ones are taken where that
-    bound reaches the best.
-
-    Args:
-        values: float32 [n, width], logits; -inf is removed.
-        ids: int64 [n, width] or [1, width], distinct in a row.
-        temperatures: float32 [n], > 0.
-        keys: uint32 [n, 2].
-        first_id: where fewer than `count` are left, removed tokens follow, by their ids from here on.
-    """
-    num, width = values.shape
-    hashes = hash_rows(keys, ids)
-    scaled = values / temperatures[:, None]
-    upper = scaled - np.log(uniform_from_hash(hashes))
-    ids = np.broadcast_to(ids, values.shape)
-    each = np.arange(num)[:, None]
-    if count <= _FEW:
-        leading, leaders = _leaders(upper, count)
-    else:
-        leaders = np.argpartition(upper, -count, axis=1)[:, -count:]
-        leading = upper[each, leaders]
-    bounds = (scaled[each, leaders] + gumbel_from_hash(hashes[each, leaders])).min(axis=1)
-    bounds -= _ROUNDING + _RELATIVE_ROUNDING * np.abs(bounds)
-    bounds[leading.min(axis=1) == -np.inf] = np.finfo(
-        np.float32
-    ).min  # fewer than `count` are left: all of them
-    found = np.flatnonzero(upper >= bounds[:, None])
-    scores = scaled.ravel()[found] + gumbel_from_hash(hashes.ravel()[found])
-    of_row, column = np.divmod(found, width)
-    packed = pack_tokens(scores, ids[of_row, column])
-    ranked = _matrix(num, of_row, packed, _PADDING, count)
-    if count == 1:
-        return removed_by_id(ranked.min(axis=1, keepdims=True), first_id)
-    ranked.sort(axis=1)
-    return removed_by_id(ranked[:, :count], first_id)
-
-
-def parts_of_rows(num_rows: int, width: int) -> list[slice]:
-    """Rows of so many elements, a few at a time, so that what is worked on stays in the processor's cache."""
-    step = max(1, _PART // width)
-    return [slice(first, first + step) for first in range(0, num_rows, step)]
-
-
-def exponentials(values: Float32Array, maxima: Float32Array, temperatures: Float32Array) -> Float32Array:
-    """exp((value - maximum) / temperature): values [n, width], maxima and temperatures > 0 [n]."""
-    x = values - maxima[:, None]
-    if np.any(temperatures != 1.0):
-        x *= np.float32(1.0) / temperatures[:, None]
-    return np.exp(x, out=x)
-
-
-def removed_by_id(packed: UInt64Array, first_id: int) -> UInt64Array:
-    """Fill winners [n, count] up with removed tokens, by their ids from `first_id` on, where they ran out."""
-    short = np.flatnonzero(packed[:, -1] >= REMOVED)
-    if not len(short):
-        return packed
-    some, count = packed[short], packed.shape[1]
-    left = some < REMOVED
-    ids = np.arange(first_id, first_id + count, dtype=np.uint64)
-    taken = ((some & np.uint64(0xFFFFFFFF))[:, :, None] == ids) & left[:, :, None]
-    free = ids[np.argsort(taken.any(axis=1), axis=1, kind="stable")]
-    at = np.maximum(np.arange(count) - count_true(left)[:, None], 0)
-    packed[short] = np.where(left, some, REMOVED + np.take_along_axis(free, at, axis=1))
-    return packed
-
-
-def count_true(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
-    """Of each row, over the last axis; faster than counting booleans."""
-    return np.add.reduce(mask.view(np.uint8), axis=-1, dtype=np.int32)
-
-
-def _leaders(values: Float32Array, count: int) -> tuple[Float32Array, Int64Array]:
-    """Of each row the `count` largest values and their columns in order, the first of equals first.
-
-    Where only -inf is left the columns repeat.
-    """
-    rest = values if count == 1 else values.copy()
-    each = np.arange(len(values))
-    largest = np.empty((len(values), count), dtype=np.float32)
-    columns = np.empty((len(values), count), dtype=np.int64)
-    for i in range(count):
-        columns[:, i] = rest.argmax(axis=1)
-        largest[:, i] = rest[each, columns[:, i]]
-        if i + 1 < count:
-            rest[each, columns[:, i]] = -np.inf
-    return largest, columns
-
-
-def _without(values: Float32Array, lowest: Float32Array, num_lowest: Int64Array) -> Float32Array:
-    """A copy in which -inf stands for what is below `lowest` and for all but the first `num_lowest` equal to it."""
-    kept = values >= lowest[:, None]
-    result = np.where(kept, values, np.float32(-np.inf))
-    equal = values == lowest[:, None]
-    crowded = np.flatnonzero(count_true(equal) > num_lowest)
-    if len(crowded):
-        late = equal[crowded]
-        late &= np.cumsum(late, axis=1) > num_lowest[crowded, None]
-        result[crowded] = np.where(late, np.float32(-np.inf), result[crowded])
-    return result
-
-
-def _padded(
-    num_rows: int, rows: Int64Array, values: Float32Array, ids: Int64Array
-) -> tuple[Float32Array, Int64Array]:
-    """Tokens, in order of their rows, as matrices filled up with removed tokens that no vocabulary has."""
-    return _matrix(num_rows, rows, values, -np.inf, 1), _matrix(num_rows, rows, ids, _NO_ID, 1)
-
-
-def _matrix(
-    num_rows: int, rows: Int64Array, values: npt.NDArray[Any], filling: Any, min_width: int
-) -> npt.NDArray[Any]:
-    counts = np.bincount(rows, minlength=num_rows)
-    starts = np.cumsum(counts) - counts
-    matrix = np.full((num_rows, counts.max(initial=min_width)), filling, dtype=values.dtype)
-    matrix[rows, np.arange(len(rows)) - starts[rows]] = values
-    return matrix
-
-
-def pack_tokens(values: Float32Array, ids: Int64Array) -> UInt64Array:
-    """(value, id) pairs as integers that sort by falling value, then by rising id."""
-    bits = (values + np.float32(0.0)).view(np.uint32)  # -0.0 becomes 0.0
-    falling = np.where(bits >> np.uint32(31), bits, ~bits & np.uint32(0x7FFFFFFF))
-    return (falling.astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)
-
-
-def unpack_tokens(packed: UInt64Array) -> tuple[Float32Array, Int64Array]:
-    """Values and ids of packed tokens."""
-    falling = (packed >> np.uint64(32)).astype(np.uint32)
-    bits = np.where(falling >> np.uint32(31), falling, ~falling & np.uint32(0x7FFFFFFF))
-    return bits.view(np.float32), (packed & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        row = rows[of_row]
+        num_full, rest = divmod(self._size, _BLOCK)
+        if rest == 0:
+            logits = self._full_blocks[row, block]  # [num_blocks, _BLOCK]
+        else:  # NaN behind the end of the last one
+            logits = np.full((len(row), _BLOCK), np.nan, dtype=np.float32)
+            full = block < num_full
+            logits[full] = self._full_blocks[row[full], block[full]]
+            logits[~full, :rest] = self._rows[row[~full], num_full * _BLOCK :]
+        found = np.flatnonzero(logits >= bounds[of_row, None])
+        in_block = found // _BLOCK
+        first_ids = (block - np.arange(len(block))) * _BLOCK + self.vocab_offset
+        return of_row[in_block], logits.ravel()[found], found + first_ids[in_block]

@@ -36,12 +36,11 @@ class TargetSequences:
 
     Attributes:
         tables: the pages of each slot.
-        states: of the slots that are taken.
     """
 
     def __init__(self, num_slots: int, num_pages: int, page_size: int) -> None:
         self.tables = PageTables(num_slots, page_size)
-        self.states: dict[int, SlotState] = {}
+        self._states: dict[int, SlotState] = {}
         self._context_lens = np.zeros(num_slots, dtype=np.int64)  # committed rows
         self._wants_logprobs = np.zeros(num_slots, dtype=bool)
         self._needs_children = np.zeros(num_slots, dtype=bool)
@@ -54,11 +53,11 @@ class TargetSequences:
         Returns source and target cache slots (int64 [M] each) of the rows that have to move.
         """
         for slot in draft.released_slots:
-            del self.states[slot]
+            del self._states[slot]
             self.tables.clear(slot)
         for start in draft.starts:
-            assert start.slot not in self.states
-            self.states[start.slot] = SlotState(start.sampling, start.prompt_length)
+            assert start.slot not in self._states
+            self._states[start.slot] = SlotState(start.sampling, start.prompt_length)
             self._context_lens[start.slot] = start.num_shared_tokens
             self._wants_logprobs[start.slot] = start.sampling.logprobs
             self._needs_children[start.slot] = start.needs.child_logprobs
@@ -69,13 +68,13 @@ class TargetSequences:
 
     def rows(self, steps: Steps) -> TreeRows:
         """The steps' nodes as rows of a forward, written behind the committed ones."""
-        slots_of_rows = np.repeat(steps.slots, steps.num_nodes)
+        slots_of_rows = steps.slots.repeat(steps.num_nodes)
         context_lens = self._context_lens[steps.slots]
         cache_slots = self.tables.cache_slots(
-            slots_of_rows, np.repeat(context_lens, steps.num_nodes) + steps.places
+            slots_of_rows, context_lens.repeat(steps.num_nodes) + steps.places
         )
         self._row_tokens[cache_slots] = steps.tokens
-        parents = steps.parents + np.repeat(starts_of(steps.num_nodes), steps.num_nodes)
+        parents = steps.parents + starts_of(steps.num_nodes).repeat(steps.num_nodes)
         ancestors = ancestor_masks(parents, steps.places, num_mask_words(steps.num_nodes))
         return TreeRows(
             slots=steps.slots,
@@ -90,26 +89,30 @@ class TargetSequences:
 
     def sampled(self, steps: Steps, rows: TreeRows) -> list[SampledRows]:
         """What the laws of the sampled nodes depend on besides the logits, of each step that has any."""
-        positions = np.repeat(rows.context_lens + 1, rows.query_lens) + rows.depths
-        ends = np.cumsum(steps.num_nodes)
-        groups = []
-        for b in np.flatnonzero(steps.num_sampled).tolist():
-            state, end = self.states[int(steps.slots[b])], int(ends[b])
-            first = end - int(steps.num_sampled[b])
-            start = end - int(steps.num_nodes[b])
-            paths = self._paths(state, steps, b, start) if state.sampling.uses_context else ()
-            groups.append(SampledRows(state.sampling, positions[first:end], state.penalties, paths))
+        positions = (rows.context_lens + 1).repeat(rows.query_lens) + rows.depths
+        groups, end = [], 0
+        segments = zip(
+            steps.slots.tolist(), steps.num_nodes.tolist(), steps.num_sampled.tolist(), strict=True
+        )
+        for b, (slot, num_nodes, num_sampled) in enumerate(segments):
+            start, end = end, end + num_nodes
+            if num_sampled:
+                state = self._states[slot]
+                paths = self._paths(state, steps, b, start) if state.sampling.uses_context else ()
+                groups.append(
+                    SampledRows(state.sampling, positions[end - num_sampled : end], state.penalties, paths)
+                )
         return groups
 
     def asking(self, steps: Steps) -> npt.NDArray[np.bool_]:
         """Which of the sampled nodes belong to sequences that ask for log-probabilities, bool [M]."""
-        return np.repeat(self._wants_logprobs[steps.slots], steps.num_sampled)
+        return self._wants_logprobs[steps.slots].repeat(steps.num_sampled)
 
     def questions(self, steps: Steps) -> LawQuestions:
         """What the rules of the sequences need of the laws; rows are counted among the sampled nodes."""
         about_children = self._needs_children[steps.slots]
         about_entropies = self._needs_entropy[steps.slots]
-        if not about_children.any() and not about_entropies.any():
+        if not np.count_nonzero(about_children) and not np.count_nonzero(about_entropies):
             return NO_QUESTIONS
         per_node = partial(np.repeat, repeats=steps.num_nodes)
         drafted = np.flatnonzero((steps.places > per_node(steps.first_sampled)) & per_node(about_children))
@@ -121,7 +124,7 @@ class TargetSequences:
         )
 
     def _accept(self, steps: Steps) -> tuple[Int64Array, Int64Array]:
-        slots = np.repeat(steps.slots, steps.num_accepted)
+        slots = steps.slots.repeat(steps.num_accepted)
         context_lens = self._context_lens[slots]
         sources = self.tables.cache_slots(slots, context_lens + steps.accepted)
         targets = self.tables.cache_slots(slots, context_lens + places_in(steps.num_accepted))
@@ -131,10 +134,11 @@ class TargetSequences:
         return sources[moving], targets[moving]
 
     def _append_pages(self, steps: Steps) -> None:
-        ends = np.cumsum(steps.num_new_pages)
-        for b in np.flatnonzero(steps.num_new_pages).tolist():
-            end = int(ends[b])
-            self.tables.append(int(steps.slots[b]), steps.new_pages[end - int(steps.num_new_pages[b]) : end])
+        end = 0
+        for slot, count in zip(steps.slots.tolist(), steps.num_new_pages.tolist(), strict=True):
+            if count:
+                self.tables.append(slot, steps.new_pages[end : end + count])
+                end += count
 
     def _tokens(self, slot: int, first: int, end: int) -> list[int]:
         """Tokens of a sequence whose rows are computed or about to be."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from outrider.cluster.printable import printable
 from outrider.configs.loader import PRESETS_DIR
 
 PromptStyle = Literal["chat", "raw"]
 
 _CODE_REQUEST = "Complete this Python function. Answer with the complete function.\n```python\n{code}```"
-_TEXT_KEYS = ("text", "instruction", "input")
+_TEXT_KEYS = ("prompt", "text", "instruction", "input", "question")
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Prompt:
     """What a user asks."""
 
     id: str
-    category: str
+    category: str  # id and category are shown: they have no control characters
     text: str
     is_code: bool = False
     """The text is code to continue: raw as it is, in a chat with a request around it."""
@@ -42,9 +44,8 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"--data must be a .jsonl or .txt file, got {str(path)!r} (no such file)")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    prompts = []
-    for number, line in enumerate(lines, start=1):
+    prompts: list[Prompt] = []
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
@@ -57,7 +58,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
         prompts.append(_prompt(row, path, number))
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
-    return prompts
+    return [replace(p, id=printable(p.id), category=printable(p.category)) for p in prompts]
 
 
 def select(prompts: Sequence[Prompt], limit: int, categories: Sequence[str] = ()) -> list[Prompt]:
@@ -103,21 +104,55 @@ def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, style: PromptStyl
     return tuple(ids)
 
 
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file, with or without a byte-order mark.
+
+    Lines end with LF, CRLF or CR: U+2028, U+2029, U+0085 and others that `splitlines` knows may stand in a text.
+    """
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {number}: must be UTF-8, got the byte 0x{content[error.start]:02x}"
+        ) from error
+    return iter(io.StringIO(text, newline=None))
+
+
 def _prompt(row: Any, path: Path, number: int) -> Prompt:
+    where = f"{path}, line {number}"
     if isinstance(row, str):
-        return Prompt(f"{path.stem}/{number}", path.stem, row)
+        return Prompt(f"{path.stem}/{number}", path.stem, _text(row, where))
     if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number}: must be an object or a string")
+        raise ValueError(f"{where}: must be an object or a string, got {row!r}")
     category = str(row.get("category", path.stem))
-    if isinstance(row.get("turns"), list) and row["turns"]:
-        return Prompt(f"{path.stem}/{row.get('question_id', number)}", category, str(row["turns"][0]))
+    if "turns" in row:
+        turns = row["turns"]
+        if not isinstance(turns, list) or not turns:
+            raise ValueError(f"{where}: turns must be a list of texts, got {turns!r}")
+        name = f"{path.stem}/{row.get('question_id', number)}"
+        return Prompt(name, category, _text(turns[0], f"{where}: turns[0]"))
     if "prompt" in row and "entry_point" in row:
-        return Prompt(str(row.get("task_id", number)), category, str(row["prompt"]), is_code=True)
-    for key in ("prompt", *_TEXT_KEYS, "question"):
-        if isinstance(row.get(key), str):
-            return Prompt(str(row.get("id", f"{path.stem}/{number}")), category, row[key])
-    fields = ", ".join(("turns", "prompt", *_TEXT_KEYS, "question"))
-    raise ValueError(f"{path}, line {number}: must have one of the fields {fields}; has {', '.join(row)}")
+        text = _text(row["prompt"], f"{where}: prompt")
+        return Prompt(str(row.get("task_id", number)), category, text, is_code=True)
+    # Data sets leave fields empty that a row does not use: null beside a text is no fault.
+    present = sorted((key for key in _TEXT_KEYS if key in row), key=lambda key: row[key] is None)
+    if present:
+        name = str(row.get("id", f"{path.stem}/{number}"))
+        return Prompt(name, category, _text(row[present[0]], f"{where}: {present[0]}"))
+    fields = ", ".join(("turns", *_TEXT_KEYS))
+    raise ValueError(f"{where}: must have one of the fields {fields}; has {', '.join(row) or 'none'}")
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where} must be a text, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} must be valid Unicode, got {value[error.start]!r} in it") from error
+    return value
 
 
 def _spread(num_items: int, num_chosen: int) -> list[int]:

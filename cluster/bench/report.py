@@ -173,7 +173,7 @@ def _category_table(report: BenchReport, categories: Sequence[str]) -> Table:
         table.add_column(summary.label, justify="right")
     for category in categories:
         table.add_row(
-            category,
+            Text(category),
             *(_number(s.tokens_per_s_by_category.get(category, math.nan), 1) for s in report.summaries),
         )
     return table

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+from rich.table import Column
 
 from outrider.cluster.cli.inputs import Style, open_model, read_prompts
 from outrider.cluster.cli.options import ConfigName, MaxTokens, Overrides, Seed, Temperature, TopP, given
 from outrider.cluster.cli.start import running_engine, save_trace, with_trace
+from outrider.cluster.cli.terminal import progress_bars, signs_of_life
 from outrider.configs.loader import load_config
 from outrider.configs.schema import Config
 
@@ -54,8 +55,16 @@ def bench(
     json: Annotated[str, typer.Option(metavar="FILE", help="Write every figure as JSON.")] = "",
     chart: Annotated[str, typer.Option(metavar="FILE", help="Draw a chart (.png, .svg, .pdf).")] = "",
     trace: Annotated[str, typer.Option(metavar="FILE", help="Write a trace for ui.perfetto.dev.")] = "",
+    host: Annotated[
+        bool,
+        typer.Option("--host", help="Instead: the host's CPU time per round, over models that cost nothing."),
+    ] = False,
 ) -> None:
     """Measure speed and acceptance. Modes take turns prompt by prompt, on the same prompts and cores."""
+    if host:
+        _check_writable(json)
+        _measure_host(load_config(config, overrides), json)
+        return
     loaded = _for_bench(with_trace(load_config(config, overrides), bool(trace)))
     modes = _modes(against, loaded)
     _check_writable(json, chart, trace)
@@ -65,12 +74,11 @@ def bench(
     from outrider.cluster.bench.machine import num_cpus
     from outrider.cluster.bench.report import wide_console
     from outrider.cluster.bench.runner import Plan
-    from outrider.workers.sequences.params import SamplingParams
+    from outrider.cluster.request_options import check_options
 
     plan = Plan(_concurrencies(concurrency), repeats)
-    sampling = SamplingParams(**asdict(loaded.sampling))
     asked = given({"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens})
-    sampling = replace(sampling, **asked)  # type: ignore[arg-type]
+    sampling = check_options(loaded, asked, {})
     model = open_model(loaded)
     sampling.validate(model.vocab_size)
     console = wide_console()
@@ -99,6 +107,16 @@ def bench(
         "transformers_threads": threads,
     }
     _report(turns, settings, peaks, model.stop_token_ids, json, chart, console)
+
+
+def _measure_host(config: Config, json: str) -> None:
+    from outrider.cluster.bench import host
+    from outrider.cluster.bench.report import wide_console
+
+    report = host.measure(config)
+    host.show(report, wide_console())
+    if json:
+        host.write_json(report, config, Path(json))
 
 
 def _for_bench(config: Config) -> Config:
@@ -181,12 +199,13 @@ def _measure(
     from outrider.cluster.bench.runner import count_turns, run_turns, warm_up
 
     notes = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bars:
-        task = bars.add_task("warm up", total=None)
-        warm_up(decoders, prompts, sampling, _NUM_WARM_UP_TOKENS)
-        bars.update(task, description="turns", total=count_turns(decoders, prompts, plan))
-        return run_turns(decoders, prompts, sampling, plan, on_turn=lambda turn: bars.advance(task))
+    count = MofNCompleteColumn(table_column=Column(no_wrap=True))
+    with progress_bars(notes, count, TimeRemainingColumn()) as bars:
+        num_turns = count_turns(decoders, prompts, plan)
+        task = bars.add_task("turns", total=num_turns)
+        with signs_of_life(notes, lambda: f"bench: {bars.tasks[task].completed:g} of {num_turns} turns"):
+            warm_up(decoders, prompts, sampling, _NUM_WARM_UP_TOKENS)
+            return run_turns(decoders, prompts, sampling, plan, on_turn=lambda turn: bars.advance(task))
 
 
 def _title(config: Config, data: str, num_prompts: int, threads: int) -> str:

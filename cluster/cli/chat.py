@@ -18,11 +18,13 @@ from outrider.cluster.cli.options import (
 )
 from outrider.cluster.cli.show import LEGEND, show_stream, summary
 from outrider.cluster.cli.start import running_engine
+from outrider.cluster.cli.terminal import say_error
 from outrider.configs.loader import load_config
 
 if TYPE_CHECKING:
     from outrider.cluster.engine import Engine
 
+_SOME_REFUSED = 1
 _HELP = "Ctrl-C ends an answer, /new starts over, /exit or Ctrl-D leaves."
 
 
@@ -39,11 +41,21 @@ def chat(
     """Talk to the target."""
     loaded = load_config(config, overrides)
     sampling = given({"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens})
+    draft = draft_options(plain, [], None, None)
+
+    from outrider.cluster.request_options import check_options
+
+    check_options(loaded, sampling, draft)
     with running_engine(loaded) as engine:
-        _converse(engine, system, sampling, draft_options(plain, [], None, None))
+        all_answered = _converse(engine, system, sampling, draft)
+    # Who sits at a terminal has seen it and gone on.
+    if not all_answered and not Console().is_terminal:
+        raise typer.Exit(_SOME_REFUSED)
 
 
-def _converse(engine: "Engine", system: str, sampling: dict[str, object], draft: dict[str, object]) -> None:
+def _converse(engine: "Engine", system: str, sampling: dict[str, object], draft: dict[str, object]) -> bool:
+    """Until the user leaves. Returns whether every question was answered."""
+    all_answered = True
     console, notes = Console(), Console(stderr=True)
     first = [{"role": "system", "content": system}] if system else []
     messages = list(first)
@@ -54,9 +66,9 @@ def _converse(engine: "Engine", system: str, sampling: dict[str, object], draft:
         try:
             line = input("> " if console.is_terminal else "").strip()
         except (EOFError, KeyboardInterrupt):
-            return
+            return all_answered
         if line == "/exit":
-            return
+            return all_answered
         if line == "/new":
             messages = list(first)
             continue
@@ -67,13 +79,15 @@ def _converse(engine: "Engine", system: str, sampling: dict[str, object], draft:
             answer = show_stream(console, engine.stream([*messages, question], sampling, draft))
         except ValueError as error:
             # The conversation as it was before the question is still good.
-            typer.echo(f"Error: {error}; /new starts over", err=True)
+            say_error(f"{error}; /new starts over")
+            all_answered = False
             continue
         except KeyboardInterrupt:
-            typer.echo("\n(interrupted)", err=True)
+            typer.echo("(interrupted)", err=True)
             continue
         if answer.error:
-            typer.echo(f"Error: {answer.error}", err=True)
+            say_error(answer.error)
+            all_answered = False
             continue
         messages += [question, {"role": "assistant", "content": answer.text}]
         if notes.is_terminal:

@@ -1,6 +1,7 @@
 """`outrider check`: does speculation leave the text as it is, on the user's own model and machine?"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from outrider.cluster.cli.inputs import Style, open_model, read_prompts
 from outrider.cluster.cli.options import ConfigName, Overrides
 from outrider.cluster.cli.start import running_engine
+from outrider.cluster.cli.terminal import signs_of_life
 from outrider.configs.loader import load_config
 
 if TYPE_CHECKING:
@@ -45,30 +47,37 @@ def check(
     from outrider.cluster.bench.first_token import check_first_tokens
     from outrider.cluster.bench.identity import TOLERANCE_OF_DTYPE, check_identity
     from outrider.cluster.bench.report import wide_console
+    from outrider.cluster.request_options import check_options
     from outrider.workers.sequences.params import SamplingParams
 
+    if temperature == 0:
+        raise ValueError("--temperature must be above 0, got 0: greedy decoding is compared in any case")
+    check_options(loaded, {"temperature": temperature, "max_tokens": max_tokens}, {})
     tolerance = tolerance or TOLERANCE_OF_DTYPE[loaded.target.dtype]
     greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     sampled = [replace(greedy, temperature=temperature, seed=seed) for seed in range(seeds)]
     model = open_model(loaded)
-    sampled[0].validate(model.vocab_size)
-    if temperature == 0:
-        raise ValueError("--temperature must be above 0, got 0: greedy decoding is compared in any case")
     console = wide_console()
     prompts = read_prompts(model, data, limit, category, style, max_tokens, console)
-    notes = Console(stderr=True)
     with running_engine(loaded) as engine:
         answerer = EngineAnswerer(engine)
         identities = []
         for samplings in ([greedy], sampled):
-            with notes.status(f"T = {samplings[0].temperature:g}: {len(prompts)} prompts, both ways"):
+            with _under_way(f"T = {samplings[0].temperature:g}: {len(prompts)} prompts, both ways"):
                 identities.append(check_identity(answerer, prompts, samplings, tolerance))
             show_identity(identities[-1], console)
-        with notes.status(f"T = 1: {draws} first tokens"):
+        with _under_way(f"T = 1: {draws} first tokens"):
             laws = check_first_tokens(answerer, prompts, _NUM_LAWS, draws)
     show_laws(laws, console)
     if not verdict(identities, laws, console):
         raise typer.Exit(_FAILED)
+
+
+@contextmanager
+def _under_way(what: str) -> Iterator[None]:
+    notes = Console(stderr=True)
+    with notes.status(what), signs_of_life(notes, lambda: f"check: {what}"):
+        yield
 
 
 def show_identity(result: "IdentityResult", console: Console) -> None:
@@ -88,6 +97,7 @@ def show_identity(result: "IdentityResult", console: Console) -> None:
             f"({mismatch.plain_gap:.2g} below the best), speculative {mismatch.speculative_token} "
             f"({mismatch.speculative_gap:.2g} below the best)",
             style="red",
+            markup=False,
             highlight=False,
         )
 
@@ -97,6 +107,7 @@ def show_laws(results: "Sequence[LawResult]", console: Console) -> None:
         console.print(
             f"T = 1, first token of {result.prompt_id}: {result.num_draws} draws, {result.num_classes} classes, "
             f"chi-square p = {result.p_value:.3g}, total variation {result.total_variation:.3f}",
+            markup=False,
             highlight=False,
         )
 

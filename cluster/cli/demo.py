@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +16,8 @@ from outrider.cluster.bench.prompts import Prompt, load_prompts
 from outrider.cluster.cli.options import MaxTokens, Overrides, given
 from outrider.cluster.cli.show import LEGEND, Answer, show_stream
 from outrider.cluster.cli.start import running_engine
+from outrider.cluster.cli.terminal import progress_bars
+from outrider.cluster.request_options import check_options
 from outrider.configs import loader
 from outrider.configs.loader import load_config
 
@@ -50,6 +52,7 @@ def demo(
         f"Starting {loaded.target.model} on {ranks} target ranks, and a DraftWorker.", highlight=False
     )
     sampling = given({"max_tokens": max_tokens})
+    check_options(loaded, sampling, {})
     with running_engine(loaded) as engine:
         console.print(LEGEND)
         _ask(engine, prompts[0], given({"max_tokens": 4}), {})  # the first request of a process is slow
@@ -57,8 +60,9 @@ def demo(
         speculative = [_show(console, engine, prompt, sampling) for prompt in prompts]
         busy = busy_shares(before, engine.stats(), time.perf_counter() - start_s)
         console.print()
-        waiting = track(prompts, "The same without drafting", console=console, transient=True)
-        plain = [_ask(engine, prompt, sampling, _PLAIN) for prompt in waiting]
+        with progress_bars(console, TaskProgressColumn(), TimeRemainingColumn()) as bars:
+            waiting = bars.track(prompts, description="The same without drafting")
+            plain = [_ask(engine, prompt, sampling, _PLAIN) for prompt in waiting]
     names = [prompt.id for prompt in prompts]
     pairs = [Comparison(*row) for row in zip(names, speculative, plain, strict=True)]
     console.print(speed_table(pairs))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from outrider.cluster.cli.options import (
     ConfigName,
@@ -29,11 +30,14 @@ from outrider.cluster.cli.options import (
 )
 from outrider.cluster.cli.show import completion_json, show_stream, summary
 from outrider.cluster.cli.start import running_engine, save_trace, with_trace
+from outrider.cluster.cli.terminal import say_error
 from outrider.configs.loader import load_config
 
 if TYPE_CHECKING:
     from outrider.cluster.api import GenerationRequest
     from outrider.cluster.engine import Engine
+
+_SOME_REFUSED = 1
 
 
 def generate(
@@ -93,18 +97,20 @@ def generate(
     draft = draft_options(plain, draft_methods, draft_nodes, draft_depth)
 
     from outrider.cluster.api import GenerationRequest
+    from outrider.cluster.request_options import check_options
 
+    check_options(loaded, sampling, draft)
     requests = [
         GenerationRequest(text if raw else [{"role": "user", "content": text}], sampling, draft)
         for _, text in texts
     ]
     with running_engine(loaded) as engine:
-        if as_json:
-            _print_json(engine, texts, requests)
-        else:
-            _print_text(engine, texts, requests)
+        print_answers = _print_json if as_json else _print_text
+        all_answered = print_answers(engine, texts, requests)
         if trace:
             save_trace(engine, Path(trace))
+    if not all_answered:
+        raise typer.Exit(_SOME_REFUSED)
 
 
 def _read_prompts(prompt: str, path: str, limit: int) -> list[tuple[str, str]]:
@@ -122,29 +128,38 @@ def _read_prompts(prompt: str, path: str, limit: int) -> list[tuple[str, str]]:
 
 def _print_json(
     engine: "Engine", texts: Sequence[tuple[str, str]], requests: "Sequence[GenerationRequest]"
-) -> None:
-    """All prompts at once, answers in their order."""
+) -> bool:
+    """All prompts at once, answers in their order. Returns whether none failed."""
+    all_answered = True
     for (prompt_id, text), completion in zip(texts, engine.completions(requests), strict=True):
         typer.echo(completion_json(completion, text, prompt_id))
+        all_answered &= not completion.error
+    return all_answered
 
 
 def _print_text(
     engine: "Engine", texts: Sequence[tuple[str, str]], requests: "Sequence[GenerationRequest]"
-) -> None:
-    """One after the other, streamed."""
+) -> bool:
+    """One after the other, streamed. Returns whether none failed."""
     console, notes = Console(), Console(stderr=True)
     several = len(texts) > 1
+    all_answered = True
     for (prompt_id, _), request in zip(texts, requests, strict=True):
-        if several:
-            console.rule(prompt_id) if console.is_terminal else console.file.write(f"## {prompt_id}\n")
+        if several and console.is_terminal:
+            console.rule(Text(prompt_id))
+        elif several:
+            console.file.write(f"## {prompt_id}\n")
         try:
             answer = show_stream(console, engine.stream(request.prompt, request.sampling, request.draft))
         except ValueError as error:
             if not several:
                 raise
-            typer.echo(f"Error: {prompt_id}: {error}", err=True)
+            say_error(f"{prompt_id}: {error}")
+            all_answered = False
             continue
         if answer.error:
-            typer.echo(f"Error: {prompt_id}: {answer.error}", err=True)
+            say_error(f"{prompt_id}: {answer.error}")
+            all_answered = False
         if notes.is_terminal:
             notes.print(summary(answer), style="dim", highlight=False)
+    return all_answered

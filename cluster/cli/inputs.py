@@ -27,15 +27,15 @@ class ModelFacts:
 
 
 def open_model(config: Config) -> ModelFacts:
-    """Tokenizer and limits of the target; fetches the model if need be."""
+    """Tokenizer and limits of the target; fetches no weights."""
     from outrider.workers.setup import max_sequence_tokens
     from outrider.workers.weights.progress import silent
-    from outrider.workers.weights.resolver import open_source, resolve, resolve_tokenizer
+    from outrider.workers.weights.resolver import read_config, resolve_description, resolve_tokenizer
     from outrider.workers.weights.tokenizer import end_token_ids, load_tokenizer
 
     cache_dir = Path(config.cluster.model_cache_dir).expanduser()
-    resolved = resolve(config.target.model, cache_dir, silent, "target.model")
-    model = open_source(resolved).config
+    resolved = resolve_description(config.target.model, cache_dir, silent, "target.model")
+    model = read_config(resolved)
     if config.target.tokenizer:
         resolved = resolve_tokenizer(config.target.tokenizer, cache_dir, silent, "target.tokenizer")
     tokenizer = load_tokenizer(resolved)

@@ -1,6 +1,8 @@
 """The command `outrider`. Each command is a module of this folder, imported when it is asked for."""
 
+import errno
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -8,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from outrider.cluster.api import EngineError
+from outrider.cluster.cli.terminal import AnsweredInterrupt, say_error
 
 COMMANDS = ("generate", "chat", "bench", "check", "config", "demo", "doctor")
 """Module and function names: `outrider generate` is `generate` in generate.py."""
@@ -35,13 +38,16 @@ class LazyCommands(TyperGroup):
         try:
             return super().invoke(ctx)
         except ValueError as error:
-            typer.echo(f"Error: {error}", err=True)
+            say_error(str(error))
             raise typer.Exit(USER_ERROR) from error
-        except KeyboardInterrupt as error:
-            typer.echo("Interrupted", err=True)
-            raise typer.Exit(INTERRUPTED) from error
-        except EngineError as error:
-            typer.echo(f"Error: {error}", err=True)
+        except KeyboardInterrupt as interrupt:
+            if not isinstance(interrupt, AnsweredInterrupt):
+                typer.echo("Interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from interrupt
+        except (EngineError, OSError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # whoever read the output has gone, as `head` does: no fault
+            say_error(str(error))
             raise typer.Exit(ENGINE_ERROR) from error
 
 
@@ -63,4 +69,11 @@ def _root() -> None:
 
 def run() -> None:
     """Entry point of the console script."""
-    sys.exit(app())
+    try:
+        sys.exit(app())
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            # Said already; the interpreter would say it again, as it tries to write what is left.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from outrider.cluster.printable import printable
+from outrider.workers.sequences.origin import Origin
+
 if TYPE_CHECKING:
     from outrider.cluster.api import Completion, Piece
     from outrider.workers.sequences.sequence import RequestStats
 
-DRAFT_STYLE = "green"
-TARGET_STYLE = "default"
-LEGEND = Text.assemble(("accepted draft tokens", DRAFT_STYLE), ", ", ("the target's own", TARGET_STYLE))
+STYLES = {Origin.TARGET: "default", Origin.DRAFT: "green", Origin.KEPT: "yellow"}
+LEGEND = Text.assemble(
+    ("accepted draft tokens", STYLES[Origin.DRAFT]), ", ", ("the target's own", STYLES[Origin.TARGET])
+)
 
 
 @dataclass(frozen=True)
@@ -48,17 +52,20 @@ def show_stream(console: Console, pieces: "Iterable[Piece]", visible: bool = Tru
     text: list[str] = []
     num_tokens = num_first = 0
     first_s = last_s = time.perf_counter()
-    for piece in pieces:
-        last_s = time.perf_counter()
-        if piece.tokens and not num_tokens:
-            first_s, num_first = last_s, len(piece.tokens)
-        num_tokens += len(piece.tokens)
-        text.append(piece.text)
-        for segment in piece.segments if visible else ():
-            show_segment(console, segment.text, segment.from_draft)
-    if visible:
-        console.file.write("\n")
-        console.file.flush()
+    try:
+        for piece in pieces:
+            last_s = time.perf_counter()
+            if piece.tokens and not num_tokens:
+                first_s, num_first = last_s, len(piece.tokens)
+            num_tokens += len(piece.tokens)
+            text.append(piece.text)
+            for segment in piece.segments if visible else ():
+                show_segment(console, segment.text, segment.origin)
+    finally:
+        # Also where an answer breaks off: what is said then gets a line of its own.
+        if visible and text:
+            console.file.write("\n")
+            console.file.flush()
     return Answer(
         text="".join(text),
         num_tokens=num_tokens,
@@ -70,14 +77,13 @@ def show_stream(console: Console, pieces: "Iterable[Piece]", visible: bool = Tru
     )
 
 
-def show_segment(console: Console, text: str, from_draft: bool) -> None:
-    """Text of one origin. A pipe gets exactly the text."""
+def show_segment(console: Console, text: str, origin: Origin) -> None:
+    """Text of one origin. A pipe gets exactly the text; a terminal none that it would obey."""
     if not console.is_terminal:
         console.file.write(text)
         console.file.flush()
         return
-    style = DRAFT_STYLE if from_draft else TARGET_STYLE
-    console.print(Text(text, style), end="", soft_wrap=True, highlight=False)
+    console.print(Text(printable(text), STYLES[origin]), end="", soft_wrap=True, highlight=False)
 
 
 def summary(answer: Answer) -> str:
@@ -91,4 +97,5 @@ def summary(answer: Answer) -> str:
 def completion_json(completion: "Completion", prompt: str, prompt_id: str) -> str:
     """One line of JSON for machines."""
     record: dict[str, Any] = {"id": prompt_id, "prompt": prompt, **asdict(completion)}
+    record["origins"] = [origin.label for origin in completion.origins]
     return json.dumps(record, ensure_ascii=False)

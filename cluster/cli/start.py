@@ -1,4 +1,4 @@
-"""Bringing up an engine for a command, with progress bars on a terminal."""
+"""Bringing up an engine for a command, with progress bars on a terminal and signs of life off it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.progress import TaskID, TaskProgressColumn, TimeElapsedColumn
 
+from outrider.cluster.cli.terminal import (
+    answer_interrupt,
+    interrupts_answered,
+    progress_bars,
+    signs_of_life,
+)
 from outrider.configs.schema import Config
 
 if TYPE_CHECKING:
@@ -36,6 +42,12 @@ class StartBars:
                 self._tasks[name] = self._bars.add_task(name, total=total)
             self._bars.update(self._tasks[name], completed=stage.done, total=total)
 
+    def state(self) -> str:
+        """What is under way, in one line."""
+        under_way = [task for task in self._bars.tasks if not task.finished]
+        shown = [task.description + (f" {task.percentage:.0f} %" if task.total else "") for task in under_way]
+        return "starting: " + (", ".join(shown) or "nearly done")
+
     def finish(self) -> None:
         """Everything stands: whatever was under way is done."""
         for task in self._bars.tasks:
@@ -50,14 +62,16 @@ def running_engine(config: Config) -> "Iterator[Engine]":
     from outrider.cluster.engine import Engine
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with bars:
+    with progress_bars(console, TaskProgressColumn(), TimeElapsedColumn()) as bars:
         start_bars = StartBars(bars)
-        engine = Engine.start(config, start_bars.show)
+        with interrupts_answered(bars.stop), signs_of_life(console, start_bars.state):
+            engine = Engine.start(config, start_bars.show)
         start_bars.finish()
     with engine:
-        yield engine
+        try:
+            yield engine
+        except KeyboardInterrupt as interrupt:
+            raise answer_interrupt() from interrupt
 
 
 def with_trace(config: Config, wanted: bool) -> Config:

@@ -6,12 +6,18 @@ import pytest
 
 from outrider.cluster.admission import Admission, prepare_admission
 from outrider.cluster.api import GenerationRequest
+from outrider.cluster.cli.inputs import open_model
 from outrider.configs.loader import load_config
+from outrider.workers.draft import DraftWorker
+from outrider.workers.target import TargetWorker
+from outrider.workers.weights.progress import silent
 from outrider.workers.weights.random_tokenizer import tokenizer_of_size
+from support.fake_hub import FakeHub
+from support.models import random_tensors, write_safetensors
 
 
 def prepared(*overrides: str) -> Admission:
-    return prepare_admission(load_config("tiny-random", overrides), lambda what, done, total: None)
+    return prepare_admission(load_config("tiny-random", overrides), silent)
 
 
 def test_a_text_becomes_tokens_with_the_defaults_of_the_config() -> None:
@@ -41,6 +47,25 @@ def test_messages_need_a_chat_template() -> None:
         admission.admit("a", GenerationRequest([{"role": "user", "content": "hello"}]))
 
 
+def test_a_prompt_with_two_beginnings_is_warned_of() -> None:
+    admission = prepared()
+    bos, ids = admission.tokenizer.bos_token, [admission.tokenizer.bos_token_id] * 2
+    assert admission.warning(admission.admit("a", GenerationRequest(f"{bos}hi"))) == ""
+    two = admission.admit("a", GenerationRequest([*ids, 5]))
+    assert admission.warning(two).startswith(f"the prompt begins with two {bos}")
+
+
+def test_a_text_that_no_context_holds_is_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    admission = prepared()
+    text = "the lighthouse " * 500_000
+    monkeypatch.setattr(type(admission.tokenizer), "encode", lambda *_, **__: pytest.fail("it was"))
+    for prompt in (text, [{"role": "user", "content": text}]):
+        with pytest.raises(
+            ValueError, match=r"prompt must be at most 512 tokens .*, got a text of 75\d+ char"
+        ):
+            admission.admit("a", GenerationRequest(prompt))
+
+
 def test_the_context_is_the_least_of_config_model_and_cache() -> None:
     model = "target.model=random:llama?hidden_size=64&num_layers=2&num_heads=4&num_kv_heads=2&seed=0"
     assert prepared().max_context == 512
@@ -61,6 +86,19 @@ def test_a_missing_model_is_named_with_its_key(tmp_path: Path) -> None:
     for key in ("target.model", "draft.model", "target.tokenizer"):
         with pytest.raises(ValueError, match=key):
             prepared(f"{key}={tmp_path}/nothing.gguf")
+
+
+def test_who_holds_no_weights_fetches_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub(monkeypatch, tmp_path)
+    model, tensors = random_tensors("llama")
+    write_safetensors(hub.remote, model, tensors, num_files=2)
+    tokenizer_of_size(320).save_pretrained(hub.remote)
+    config = load_config("tiny-random", ["target.model=org/name", "draft.methods=[ngram]"])
+    assert prepare_admission(config, silent).vocab_size == open_model(config).vocab_size == 320
+    DraftWorker(config).load(silent)
+    assert hub.fetched_weights() == []
+    TargetWorker(config, 0).load(silent)
+    assert len(hub.fetched_weights()) == 2
 
 
 def test_a_folder_with_only_a_tokenizer_is_a_tokenizer_and_its_end_of_text_ends_a_text(

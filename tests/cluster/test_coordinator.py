@@ -1,11 +1,24 @@
 """The Coordinator on fake workers: no Ray, no model; a token is a character."""
 
 import asyncio
+import pickle
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import pytest
 
-from outrider.cluster.api import EngineError, GenerationRequest, Piece
+from outrider.cluster.api import (
+    Answer,
+    Completion,
+    EngineError,
+    GenerationRequest,
+    Notice,
+    Piece,
+    Refusal,
+    Ticket,
+)
 from outrider.cluster.coordinator import Coordinator
+from outrider.workers.sequences.origin import Origin
 from support.fake_workers import EOS_TOKEN_IDS, FAKE_CONFIG, char_admission, endless, fake_deployment
 
 
@@ -13,8 +26,43 @@ def echo(prompt: str) -> str:
     return prompt.upper()
 
 
+async def answers_to(
+    coordinator: Coordinator, asked: GenerationRequest, name: str, whole: bool
+) -> AsyncIterator[Answer]:
+    """What the Coordinator says about one request; nothing else may be open."""
+    await coordinator.submit([Ticket(name, pickle.dumps(asked), whole)])
+    while True:
+        for request_id, answer in (await coordinator.take(1.0)).answers:
+            assert request_id == name
+            yield answer
+            if not isinstance(answer, Piece | Notice) or (isinstance(answer, Piece) and answer.finish_reason):
+                return
+
+
 async def pieces_of(coordinator: Coordinator, asked: GenerationRequest, name: str = "a") -> list[Piece]:
-    return [piece async for piece in coordinator.stream(name, asked)]
+    """Raises ValueError for a request that is refused."""
+    pieces = []
+    async for answer in answers_to(coordinator, asked, name, whole=False):
+        if isinstance(answer, Refusal):
+            raise ValueError(answer.error)
+        assert isinstance(answer, Piece)
+        pieces.append(answer)
+    return pieces
+
+
+async def complete(coordinator: Coordinator, asked: GenerationRequest, name: str = "a") -> Completion:
+    (answer,) = [answer async for answer in answers_to(coordinator, asked, name, whole=True)]
+    assert isinstance(answer, Completion)
+    return answer
+
+
+async def complete_all(coordinator: Coordinator, requests: Sequence[GenerationRequest]) -> list[Completion]:
+    tickets = [Ticket(str(i), pickle.dumps(asked), whole=True) for i, asked in enumerate(requests)]
+    await coordinator.submit(tickets)
+    answers: dict[str, Any] = {}
+    while len(answers) < len(tickets):
+        answers.update(dict((await coordinator.take(1.0)).answers))
+    return [answers[ticket.request_id] for ticket in tickets]
 
 
 def test_streams_text_tokens_and_origins_as_rounds_give_them() -> None:
@@ -23,11 +71,11 @@ def test_streams_text_tokens_and_origins_as_rounds_give_them() -> None:
             pieces = await pieces_of(fake.coordinator, GenerationRequest("hello"))
             assert [piece.text for piece in pieces] == ["HEL", "LO"]
             assert pieces[0].tokens == tuple(map(ord, "HEL"))
-            assert pieces[0].from_draft == (False, True, True)
-            assert [(s.text, s.from_draft) for s in pieces[0].segments] == [
-                ("H", False),
-                ("E", True),
-                ("L", True),
+            assert pieces[0].origins == (Origin.TARGET, Origin.DRAFT, Origin.DRAFT)
+            assert [(s.text, s.origin) for s in pieces[0].segments] == [
+                ("H", Origin.TARGET),
+                ("E", Origin.DRAFT),
+                ("L", Origin.DRAFT),
             ]
             assert [piece.finish_reason for piece in pieces] == ["", "stop"]
             assert pieces[-1].stats.num_rounds == 2
@@ -39,7 +87,7 @@ def test_messages_go_through_the_chat_template() -> None:
     async def scenario() -> None:
         async with fake_deployment(echo) as fake:
             asked = GenerationRequest([{"role": "user", "content": "hi"}])
-            completion = await fake.coordinator.complete("a", asked)
+            completion = await complete(fake.coordinator, asked)
             assert completion.text == "<USER>HI"
 
     asyncio.run(scenario())
@@ -49,7 +97,7 @@ def test_a_stop_string_ends_the_answer_before_it_and_cancels_the_request() -> No
     async def scenario() -> None:
         async with fake_deployment(endless) as fake:
             asked = GenerationRequest("x", {"stop": [" so"], "max_tokens": 150})
-            completion = await fake.coordinator.complete("a", asked)
+            completion = await complete(fake.coordinator, asked)
             assert completion.text == "and"
             assert completion.finish_reason == "stop"
             # The tokens up to the one that completes the stop string; of its round, those after it are gone.
@@ -63,8 +111,8 @@ def test_a_stop_string_ends_the_answer_before_it_and_cancels_the_request() -> No
 def test_the_end_of_text_stops_a_request_unless_it_says_otherwise() -> None:
     async def scenario() -> None:
         async with fake_deployment(echo) as fake:
-            await fake.coordinator.complete("a", GenerationRequest("x", {"stop_token_ids": [7]}))
-            await fake.coordinator.complete("b", GenerationRequest("x", {"ignore_eos": True}))
+            await complete(fake.coordinator, GenerationRequest("x", {"stop_token_ids": [7]}), "a")
+            await complete(fake.coordinator, GenerationRequest("x", {"ignore_eos": True}), "b")
             stops = [request.sampling.stop_token_ids for request in fake.draft.submitted]
             assert stops == [(7, *EOS_TOKEN_IDS), ()]
 
@@ -75,7 +123,7 @@ def test_log_probabilities_come_with_their_tokens() -> None:
     async def scenario() -> None:
         async with fake_deployment(echo) as fake:
             asked = GenerationRequest("hello", {"logprobs": True})
-            completion = await fake.coordinator.complete("a", asked)
+            completion = await complete(fake.coordinator, asked)
             assert [entry.logprob for entry in completion.logprobs] == [-0.5] * 5
 
     asyncio.run(scenario())
@@ -85,9 +133,11 @@ def test_cancelling_closes_the_stream() -> None:
     async def scenario() -> None:
         async with fake_deployment(endless) as fake:
             reasons = []
-            async for piece in fake.coordinator.stream("a", GenerationRequest("x", {"max_tokens": 150})):
+            asked = GenerationRequest("x", {"max_tokens": 150})
+            async for piece in answers_to(fake.coordinator, asked, "a", whole=False):
+                assert isinstance(piece, Piece)
                 if not reasons:
-                    await fake.coordinator.cancel("a")
+                    await fake.coordinator.cancel(["a"])
                 reasons.append(piece.finish_reason)
             assert reasons[-1] == "cancelled"
 
@@ -102,8 +152,7 @@ def test_a_bad_request_fails_alone_among_good_ones() -> None:
                 GenerationRequest("two", {"top_p": 2.0}),
                 GenerationRequest("three"),
             ]
-            calls = (fake.coordinator.complete(str(i), request) for i, request in enumerate(asked))
-            first, bad, last = await asyncio.gather(*calls)
+            first, bad, last = await complete_all(fake.coordinator, asked)
             assert (first.text, last.text) == ("ONE", "THREE")
             assert bad.finish_reason == "error"
             assert bad.error.startswith("sampling.top_p must be in (0, 1]")
@@ -145,19 +194,34 @@ def test_the_death_of_a_worker_ends_all_requests_with_its_reason() -> None:
     async def scenario() -> None:
         async with fake_deployment(endless) as fake:
             asked = GenerationRequest("x", {"max_tokens": 150})
-            calls = [asyncio.create_task(fake.coordinator.complete(name, asked)) for name in "ab"]
+            answers = asyncio.create_task(complete_all(fake.coordinator, [asked, asked]))
             while len(fake.draft.submitted) < 2:
                 await asyncio.sleep(0.001)
             fake.draft.stop()  # or the answers end before the death is noticed
             fake.targets[1].die("out of memory")
-            for completion in await asyncio.gather(*calls):
+            for completion in await answers:
                 assert completion.finish_reason == "error"
                 assert completion.error.startswith(
                     "target 1 failed during run: RuntimeError: out of memory ("
                 )
-            assert "out of memory" in await fake.coordinator.failure()
+            assert "out of memory" in (await fake.coordinator.take(0.0)).failure
             with pytest.raises(EngineError, match="out of memory"):
-                await fake.coordinator.complete("c", asked)
+                await fake.coordinator.submit([])
+
+    asyncio.run(scenario())
+
+
+def test_a_rank_that_outlives_another_is_told_so() -> None:
+    """It may wait for the other one: on a GPU for ever, unless another thread of its process ends that."""
+
+    async def scenario() -> None:
+        async with fake_deployment(endless) as fake:
+            fake.targets[1].die("out of memory")
+            async with asyncio.timeout(30.0):
+                while not fake.targets[0].was_aborted:
+                    await asyncio.sleep(0.01)
+            assert not fake.targets[1].was_aborted
+            assert "out of memory" in await fake.coordinator.failure()
 
     asyncio.run(scenario())
 

@@ -3,6 +3,7 @@
 import pytest
 
 from outrider.cluster.text import TextAssembler
+from outrider.workers.sequences.origin import Origin
 from support.fake_workers import CharDecoder
 
 
@@ -13,7 +14,7 @@ def shown(stop: tuple[str, ...], text: str) -> tuple[list[str], bool]:
     for char in text:
         if assembler.stopped:
             break
-        steps.append("".join(segment.text for segment in assembler.add(ord(char), from_draft=True)))
+        steps.append("".join(segment.text for segment in assembler.add(ord(char), Origin.DRAFT)))
     steps.append("".join(segment.text for segment in assembler.finish()))
     return steps, assembler.stopped
 
@@ -45,6 +46,9 @@ def test_the_stop_string_that_is_complete_first_ends_the_text(stop: tuple[str, .
 
 def test_held_text_keeps_its_origin() -> None:
     assembler = TextAssembler(CharDecoder(), ("xyz",))
-    assert assembler.add(ord("x"), from_draft=True) == []
-    segments = assembler.add(ord("a"), from_draft=False)
-    assert [(segment.text, segment.from_draft) for segment in segments] == [("x", True), ("a", False)]
+    assert assembler.add(ord("x"), Origin.DRAFT) == []
+    segments = assembler.add(ord("a"), Origin.TARGET)
+    assert [(segment.text, segment.origin) for segment in segments] == [
+        ("x", Origin.DRAFT),
+        ("a", Origin.TARGET),
+    ]

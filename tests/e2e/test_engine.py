@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray._private import worker as ray_worker
 
 from outrider.cluster.api import EngineError, GenerationRequest
 from outrider.cluster.engine import Engine
@@ -68,10 +71,27 @@ def test_a_bad_request_fails_alone(engine: Engine) -> None:
         list(engine.stream("b", {"top_p": 2.0}))
 
 
-def test_a_stream_that_is_left_early_is_cancelled(engine: Engine) -> None:
-    stream = engine.stream("a", {"max_tokens": 400})
-    next(stream)
-    stream.close()  # type: ignore[attr-defined]
+def test_what_nobody_waits_for_is_cancelled(engine: Engine) -> None:
+    long = {"max_tokens": 400, "ignore_eos": True}
+    left = engine.stream("a", long)
+    next(left)
+    left.close()
+    engine.stream("a", long).close()  # before the first piece
+    engine.stream("a", long)  # dropped
+    engine.completions([GenerationRequest("a", long)] * 3).close()
+    wait_until_idle(engine)
+
+
+def test_two_thousand_open_requests_do_not_keep_control_waiting(engine: Engine) -> None:
+    answers = engine.completions([GenerationRequest("a", {"max_tokens": 400, "ignore_eos": True})] * 2000)
+    assert engine.stats()["coordinator"]["num_open_requests"] > 1900
+    (short,) = engine.generate([GenerationRequest([True])])  # type: ignore[list-item]
+    assert short.error.startswith("prompt must be a text, a list of messages or a list of token ids")
+    answers.close()
+    wait_until_idle(engine)
+
+
+def wait_until_idle(engine: Engine) -> None:
     limit = time.monotonic() + 20
     while engine.stats()["coordinator"]["num_open_requests"]:
         assert time.monotonic() < limit
@@ -94,10 +114,36 @@ def test_a_killed_rank_ends_requests_with_its_name_and_close_leaves_no_process(
             engine.generate([GenerationRequest("b")])
     finally:
         engine.close()
+    for call in (engine.stats, engine.trace, lambda: engine.stream("a"), lambda: engine.generate([])):
+        with pytest.raises(EngineError, match="the engine was closed"):
+            call()
+    with pytest.raises(StopIteration):
+        next(stream)
     limit = time.monotonic() + 20
     while any(psutil.pid_exists(pid) for pid in pids):
         assert time.monotonic() < limit
         time.sleep(0.05)
+
+
+def test_a_ray_that_wants_another_token_says_so_at_once(ray_with_room: None) -> None:
+    address = ray.get_runtime_context().gcs_address
+    code = f"Engine.start(load_config('tiny-random', ['cluster.ray_address={address}']))"
+    command = [sys.executable, "-c", f"from outrider import Engine, load_config; {code}"]
+    env = {**os.environ, "RAY_AUTH_TOKEN": "f" * 64}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith(f"ValueError: cluster.ray_auth must suit the Ray at {address}: it wants a token")
+    assert "the one here is another" in last
+    assert "Failed to get cluster ID" not in run.stderr  # Ray's own warnings, one a second
+
+
+def test_messages_of_rays_daemons_do_not_get_between_answers(
+    ray_with_room: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # What the thread that listens for them does when a node has died.
+    message = {"lines": ["Raylet is terminated."], "pid": "raylet", "is_err": False}
+    ray_worker.print_to_stdstream(message, ignore_prefix=False)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_missing_model_is_one_line(ray_with_room: None, tmp_path: Path) -> None:

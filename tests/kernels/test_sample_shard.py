@@ -7,13 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.kernels.noise import gumbel_from_hash, hash_ids, noise_key
-from outrider.kernels.sample_shard import (
-    ShardLogits,
-    UInt64Array,
-    pack_tokens,
-    sample_shard,
-    unpack_tokens,
-)
+from outrider.kernels.sample_shard import ShardLogits, sample_shard
+from outrider.kernels.token_rows import UInt64Array, pack_tokens, unpack_tokens
 
 FIRST = np.array([0])  # rows
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from outrider.cluster.api import Completion, GenerationRequest, failed_completion
 from outrider.cluster.bench.identity import Question
+from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import RequestStats
 from support.fake_answerer import FakeAnswerer
@@ -43,7 +44,7 @@ class AnsweringEngine:
         return Completion(
             text="",
             tokens=answer.tokens,
-            from_draft=(False,) * len(answer.tokens),
+            origins=(Origin.TARGET,) * len(answer.tokens),
             logprobs=answer.logprobs,
             token_times_s=times,
             finish_reason="length",

@@ -6,6 +6,7 @@ from typing import Any
 from outrider.cluster.api import Completion, EngineError, GenerationRequest, Piece, Progress, Prompt, Segment
 from outrider.cluster.api import failed_completion as failed
 from outrider.configs.schema import Config
+from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.sequence import RequestStats
 from support.fake_workers import char_admission
 
@@ -49,7 +50,7 @@ class CharEngine:
             yield Completion(
                 text="".join(piece.text for piece in pieces),
                 tokens=tuple(token for piece in pieces for token in piece.tokens),
-                from_draft=tuple(flag for piece in pieces for flag in piece.from_draft),
+                origins=tuple(origin for piece in pieces for origin in piece.origins),
                 logprobs=(),
                 token_times_s=(),
                 finish_reason="stop",
@@ -74,7 +75,7 @@ class CharEngine:
 
 
 def _piece(text: str, last: bool, num_rounds: int) -> Piece:
-    from_draft = (False, True)[: len(text)]
-    segments = tuple(Segment(char, flag) for char, flag in zip(text, from_draft, strict=True))
+    origins = (Origin.TARGET, Origin.DRAFT)[: len(text)]
+    segments = tuple(Segment(char, origin) for char, origin in zip(text, origins, strict=True))
     stats = RequestStats(num_rounds=num_rounds)
-    return Piece(segments, tuple(map(ord, text)), from_draft, (), "stop" if last else "", "", stats)
+    return Piece(segments, tuple(map(ord, text)), origins, (), "stop" if last else "", "", stats)

@@ -13,6 +13,7 @@ from outrider.cluster.actors import Workers
 from outrider.cluster.admission import Admission
 from outrider.cluster.coordinator import Coordinator
 from outrider.cluster.text import Decoder
+from outrider.cluster.text_bound import TextBound
 from outrider.configs.schema import Config, SamplingConfig, TargetConfig, TreeConfig
 from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.sequence import Request, RequestStats, TokenEvent, TokenLogprobs
@@ -30,6 +31,7 @@ class CharTokenizer:
     """A token is a character."""
 
     chat_template = "fake"
+    bos_token_id = None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(char) for char in text]
@@ -50,6 +52,13 @@ class CharDecoder:
         return ""
 
 
+class CharBound(TextBound):
+    def __init__(self) -> None: ...
+
+    def exceeds(self, text: str, max_tokens: int) -> bool:
+        return len(text) > 10 * max_tokens
+
+
 @dataclass(frozen=True)
 class CharAdmission(Admission):
     def decoder(self) -> Decoder:
@@ -60,7 +69,7 @@ def char_admission(config: Config, report: Callable[[str, int, int], None]) -> C
     """What `prepare_admission` gives, for texts of ASCII."""
     report("download", 1, 1)
     tokenizer: Any = CharTokenizer()
-    return CharAdmission(config, tokenizer, 128, config.target.max_context, EOS_TOKEN_IDS)
+    return CharAdmission(config, tokenizer, CharBound(), 128, config.target.max_context, EOS_TOKEN_IDS)
 
 
 class FakeTarget:
@@ -68,7 +77,12 @@ class FakeTarget:
 
     def __init__(self) -> None:
         self.death = ""
+        self.was_aborted = False
         self._stop = threading.Event()
+
+    def abort(self) -> None:
+        self.was_aborted = True
+        self._stop.set()
 
     def load(self) -> None: ...
 
@@ -114,11 +128,12 @@ class FakeDraft(FakeTarget):
 
     def profile(self) -> None: ...
 
-    def submit(self, request: Request) -> None:
-        self.submitted.append(request)
-        prompt = "".join(map(chr, request.prompt_tokens))
-        self._emitted[request.id] = 0
-        self._left[request.id] = [ord(char) for char in self._answer(prompt)]
+    def submit(self, requests: list[Request]) -> None:
+        for request in requests:
+            prompt = "".join(map(chr, request.prompt_tokens))
+            self._emitted[request.id] = 0
+            self._left[request.id] = [ord(char) for char in self._answer(prompt)]
+            self.submitted.append(request)
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)

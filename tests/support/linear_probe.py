@@ -104,7 +104,8 @@ class LinearProbe(DraftMethod):
         self._has_proposed[survivors.slots] = False
 
     def forecast(self, slots: Ints) -> Forecast:
-        return Forecast(self._gains(len(self._ready(slots))), len(self._ready(slots)))
+        ready = self._ready(slots)
+        return Forecast(self._gains(len(ready)), len(ready), ready)
 
     def root_gains(self, is_greedy: Bools) -> Floats:
         return self._gains(len(is_greedy))

@@ -135,7 +135,7 @@ class LocalEngine:
             model = Transformer(weights, communicator)
             cache = PagedCache(target.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
             self.ranks.append(
-                TargetRank(model, cache, max_sequences, layers, Tracer(f"target {rank}", False))
+                TargetRank(model, cache, max_sequences, Tracer(f"target {rank}", False), layers)
             )
         limits = SchedulerLimits(max_sequences, max_round_tokens, prefill_chunk)
         self.pool = PagePool(num_pages, page_size, prefix_sharing)

@@ -63,6 +63,7 @@ def processed_log_probs(edited: np.ndarray, params: SamplingParams) -> np.ndarra
     return log_probs
 
 
+@np.errstate(over="ignore")  # what leaves float32 downwards is as good as removed
 def scores(edited: np.ndarray, params: SamplingParams, position: int) -> np.ndarray:
     """log p̃ + G up to a constant, float32 [vocab_size]; -inf for removed tokens."""
     if params.is_greedy:

@@ -109,8 +109,8 @@ class ScriptedMethod(DraftMethod):
             slots = np.array([slot for slot in slots.tolist() if slot not in unread], dtype=np.int64)
         deepest = self.trees.num_nodes[slots] - 1  # the trees are chains
         gains = self._estimate() * self.trees.values[slots, deepest]
-        num_open = int((deepest <= 2 * self.slots.max_depth[slots]).sum())
-        return Forecast(np.sort(gains[deepest < self.slots.max_depth[slots]])[::-1], num_open)
+        growing = slots[deepest <= 2 * self.slots.max_depth[slots]]
+        return Forecast(np.sort(gains[deepest < self.slots.max_depth[slots]])[::-1], len(growing), growing)
 
     def survival(self, slots: Ints, sent: DraftTrees) -> float:
         num_nodes = self.trees.num_nodes[slots]

@@ -4,6 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from outrider.workers.weights.config import DenseMlp, LayerConfig, ModelConfig, Rope, to_hf_config
+from outrider.workers.weights.source import Stored
 
 _ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": 256}
 ROPES = (
@@ -49,6 +50,9 @@ class TensorSource:
         part = (tensor[rows] if tensor.dim() == 1 else tensor[rows, columns]).to(dtype, copy=True)
         self.reads.append((name, part.numel()))
         return part.contiguous()
+
+    def read_stored(self, name: str, rows: slice, columns: slice) -> Stored:
+        return Stored(self.read(name, rows, columns, torch.float32), "F32", {})
 
     def read_rows(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self._tensors[name][ids].to(dtype)

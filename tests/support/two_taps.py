@@ -90,7 +90,9 @@ class TwoTaps(DraftMethod):
         owners, nodes = self._open(slots)
         values = self.trees.values[slots[owners], nodes]
         counted = self.trees.depths[slots[owners], nodes] < self.slots.max_depth[slots[owners]]
-        return Forecast(np.sort(values[counted])[::-1] * self._estimate(), len(nodes))
+        return Forecast(
+            np.sort(values[counted])[::-1] * self._estimate(), len(nodes), np.unique(slots[owners])
+        )
 
     def root_gains(self, is_greedy: Bools) -> Floats:
         return np.full(len(is_greedy), self._estimate())

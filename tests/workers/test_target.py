@@ -20,6 +20,8 @@ from support.thread_group import ThreadCommunicator, run_ranks
 CPU = torch.device("cpu")
 SOURCE = RandomSource("random:llama?hidden_size=32&intermediate_size=48&num_heads=4&vocab_size=96")
 PAGE, NUM_PAGES = 4, 32
+LAST = SOURCE.config.num_layers
+LAYERS = (LAST, 1)  # in the order in which rounds ask for them
 GREEDY = SamplingParams(temperature=0.0)
 
 PROMPT, LONG_PROMPT = (5, 6, 7), tuple(range(20, 31))
@@ -44,29 +46,30 @@ def alone() -> tuple[Transformer, PagedCache]:
 
 
 def hidden_of(alone: tuple[Transformer, PagedCache], tokens: tuple[int, ...]) -> torch.Tensor:
-    """[num_tokens, hidden] before the final norm, of a text by itself."""
+    """[len(LAYERS), num_tokens, hidden] of a text by itself."""
     model, cache = alone
     rows = SequenceRows(range(NUM_PAGES), 0, chain(len(tokens)), 0, tokens)
-    return model.forward(batch_of([rows], PAGE, CPU), cache).last.clone()
+    taps = model.forward(batch_of([rows], PAGE, CPU), cache, LAYERS).taps
+    return torch.stack([taps[layer] for layer in LAYERS])
 
 
 def law_of(alone: tuple[Transformer, PagedCache], tokens: tuple[int, ...]) -> torch.Tensor:
     """float32 [vocab]: log-probabilities after a text."""
-    return torch.log_softmax(alone[0].logits(hidden_of(alone, tokens)[-1:]), dim=1)[0]
+    return torch.log_softmax(alone[0].logits(hidden_of(alone, tokens)[0, -1:]), dim=1)[0]
 
 
 def rounds(communicator: Communicator) -> list[Scores]:
     """A prompt in two rounds with a tree below it in slot 0, which needs everything; in slot 2 one that needs
     nothing in its first round."""
-    rank = TargetRank(*model_of(communicator), 3, (SOURCE.config.num_layers,), Tracer("target", False))
+    rank = TargetRank(*model_of(communicator), 3, Tracer("target", False), taps=(1, 0))
     starts = (
         SequenceStart(0, 3, 0, GREEDY, ScoreNeeds(child_logprobs=True, entropy=True)),
         SequenceStart(2, 11, 0, GREEDY, ScoreNeeds(entropy=True)),
     )
     chunk = SequenceStep(0, (), (3, 9), PROMPT[:2], (0, 0), first_sampled=2, first_hidden=0)
     whole = SequenceStep(2, (), (4, 5, 6, 7), (*LONG_PROMPT, 12), chain(12), first_sampled=10)
-    first = rank.step(Draft(2**31, starts, (), Steps.of([chunk, whole]), layers=(0,)))
-    return [first, rank.step(Draft(2**31 + 1, (), (), Steps.of([TREE]), layers=(0,)))]
+    first = rank.step(Draft(2**31, starts, (), Steps.of([chunk, whole]), layers=LAYERS))
+    return [first, rank.step(Draft(2**31 + 1, (), (), Steps.of([TREE]), layers=LAYERS))]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
@@ -80,9 +83,9 @@ def test_rules_and_methods_get_what_they_ask_for(
         assert (first.round_id, second.round_id) == (2**31, 2**31 + 1)
         # Hidden rows: of the chunk all, of the tree all but its root, in the order of the nodes.
         assert first.hidden is not None
-        torch.testing.assert_close(first.hidden, hidden_of(alone, PROMPT[:2])[None], atol=1e-4, rtol=1e-4)
-        expected = [hidden_of(alone, (*PROMPT[:2], *path))[-1] for path in PATHS[1:]]
-        torch.testing.assert_close(second.hidden, torch.stack(expected)[None], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(first.hidden, hidden_of(alone, PROMPT[:2]), atol=1e-4, rtol=1e-4)
+        expected = [hidden_of(alone, (*PROMPT[:2], *path))[:, -1] for path in PATHS[1:]]
+        torch.testing.assert_close(second.hidden, torch.stack(expected, 1), atol=1e-4, rtol=1e-4)
         # The first round samples after the long prompt and after the drafted 12.
         laws = [law_of(alone, LONG_PROMPT), law_of(alone, (*LONG_PROMPT, 12))]
         assert first.tokens.tolist() == [int(law.argmax()) for law in laws]
@@ -98,10 +101,10 @@ def test_rules_and_methods_get_what_they_ask_for(
 
 
 def test_nothing_is_sent_that_nobody_asked_for() -> None:
-    rank = TargetRank(*model_of(SoloCommunicator()), 1, (SOURCE.config.num_layers,), Tracer("target", False))
+    rank = TargetRank(*model_of(SoloCommunicator()), 1, Tracer("target", False))
     start = SequenceStart(0, 3, 0, GREEDY)
     step = SequenceStep(0, (), (0, 1), (5, 6, 7, 8), (0, 0, 1, 2), first_sampled=2)
-    scores = rank.step(Draft(1, (start,), (), Steps.of([step]), layers=(0,)))
+    scores = rank.step(Draft(1, (start,), (), Steps.of([step]), layers=(LAST,)))
     assert len(scores.tokens) == 2
     assert scores.hidden is None  # the round names a layer, its step no rows
     assert (len(scores.logprobs), len(scores.child_logprobs), len(scores.entropies)) == (0, 0, 0)
@@ -110,7 +113,7 @@ def test_nothing_is_sent_that_nobody_asked_for() -> None:
 
 
 def test_a_law_that_is_none_fails_alone(alone: tuple[Transformer, PagedCache]) -> None:
-    rank = TargetRank(*model_of(SoloCommunicator()), 2, (), Tracer("target", False))
+    rank = TargetRank(*model_of(SoloCommunicator()), 2, Tracer("target", False))
     removed = SamplingParams(logit_bias=tuple((token, -np.inf) for token in range(96)))
     starts = (SequenceStart(0, 3, 0, removed), SequenceStart(1, 3, 0, GREEDY))
     steps = [SequenceStep(slot, (), (2 * slot,), PROMPT, (0, 0, 1), first_sampled=2) for slot in (0, 1)]

@@ -9,9 +9,11 @@ from outrider.workers.sequences.tree import Bools, Floats, Ints
 _PRIOR_WEIGHT = 6.0  # observations a prior is worth
 _MAX_WEIGHT = 200.0  # older observations fade beyond this many: texts change
 _MAX_RANK = 4  # proposals behind it are counted as one kind
-_LOG_PROB_EDGES = np.array((-0.02, -0.1, -0.3, -0.7, -1.3, -2.2, -3.5, -5.0))  # nats
+_NUM_RANKS = _MAX_RANK + 1
+_RISING_EDGES = np.array((-5.0, -3.5, -2.2, -1.3, -0.7, -0.3, -0.1, -0.02))  # of log-probabilities, nats
+_NUM_EDGES = len(_RISING_EDGES)
 
-NUM_SAMPLED_KINDS = 2 * (_MAX_RANK + 1) * (len(_LOG_PROB_EDGES) + 1)
+NUM_SAMPLED_KINDS = 2 * _NUM_RANKS * (_NUM_EDGES + 1)
 """Kinds of `priors_and_kinds`."""
 
 
@@ -35,8 +37,11 @@ class AcceptanceEstimator:
 
     def estimate(self, sources: Ints, priors: Floats) -> Floats:
         """Probabilities of acceptance, between 0.001 and 0.995; all of one shape."""
-        accepted = self._accepted[sources] + _PRIOR_WEIGHT * priors
-        return np.clip(accepted / (self._seen[sources] + _PRIOR_WEIGHT), 0.001, 0.995)
+        estimates = _PRIOR_WEIGHT * priors
+        estimates += self._accepted[sources]
+        estimates /= self._seen[sources] + _PRIOR_WEIGHT
+        np.maximum(estimates, 0.001, out=estimates)
+        return np.minimum(estimates, 0.995, out=estimates)
 
     def observe(self, sources: Ints, accepted: Bools) -> None:
         """Count outcomes; [M] each."""
@@ -57,12 +62,17 @@ def priors_and_kinds(log_probs: Floats, is_greedy: Bools) -> tuple[Floats, Ints]
     ranks = np.arange(log_probs.shape[1])
     later = np.maximum(ranks, 1)
     probs = np.exp(np.minimum(log_probs, 0.0))
-    first_misses = (1.0 - probs[:, :1]) ** 1.5
-    greedy = np.minimum(0.85 * probs / later, first_misses / 2.0**ranks)
-    greedy[:, :1] = 1.0 - first_misses
-    sampled = np.minimum(0.35, 0.02 + 0.8 * probs) / later
-    sampled[:, 0] = 0.35 + 0.6 * probs[:, 0]
-    buckets = (log_probs[..., None] < _LOG_PROB_EDGES).sum(axis=-1)
-    num_buckets, num_ranks = len(_LOG_PROB_EDGES) + 1, _MAX_RANK + 1
-    kinds = (is_greedy[:, None] * num_ranks + np.minimum(ranks, _MAX_RANK)) * num_buckets + buckets
-    return np.where(is_greedy[:, None], greedy, sampled), kinds
+    num_greedy = np.count_nonzero(is_greedy)
+    priors = np.empty(probs.shape)
+    if num_greedy < len(is_greedy):
+        priors = np.minimum(0.35, 0.02 + 0.8 * probs) / later
+        priors[:, 0] = 0.35 + 0.6 * probs[:, 0]
+    if num_greedy:
+        first_misses = (1.0 - probs[:, :1]) ** 1.5
+        greedy = np.minimum(0.85 * probs / later, first_misses / 2.0**ranks)
+        greedy[:, :1] = 1.0 - first_misses
+        priors = greedy if num_greedy == len(is_greedy) else np.where(is_greedy[:, None], greedy, priors)
+    # How many edges lie above each: the edges fall, and the search wants them rising.
+    kinds = _NUM_EDGES - _RISING_EDGES.searchsorted(log_probs, side="right")
+    kinds += (is_greedy[:, None] * _NUM_RANKS + np.minimum(ranks, _MAX_RANK)) * (_NUM_EDGES + 1)
+    return priors, kinds

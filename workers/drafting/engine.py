@@ -124,9 +124,9 @@ class DraftEngine:
         self._learn(slots, trees, verdicts)
         survivors = self.trees.reroot(slots, lasts, verdicts.next_tokens, verdicts.num_accepted + 1)
         for method in self.methods:
-            uses = self._uses[method.name][slots]
-            if uses.any():
-                method.rerooted(survivors.rows(np.flatnonzero(uses)))
+            own = np.flatnonzero(self._uses[method.name][slots])
+            if len(own):
+                method.rerooted(survivors.rows(own))
 
     def _learn(self, slots: Ints, trees: DraftTrees, verdicts: Verdicts) -> None:
         """Every proposal after a node of the path met its answer, also one that was not worth sending.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import torch
 
 from outrider.configs.schema import Config
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
@@ -30,10 +31,12 @@ _NO_FLOATS = np.zeros(0)
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What methods are built from. target: the target's shape; progress: told of what is loaded."""
+    """What methods are built from. target: the target's shape; device: where models compute; progress: told of what
+    is loaded."""
 
     config: Config
     target: ModelConfig
+    device: torch.device
     slots: DraftedSlots
     estimator: AcceptanceEstimator
     tracer: Tracer
@@ -48,10 +51,12 @@ class Forecast:
         gains: float64 [M], expected accepted tokens, in this round's trees, of each proposal, descending; none of
             proposals that are too deep for it, and only good for the next.
         num_rows: rows of its forward, tokens included that the method has not read yet; 0: nothing is left to expand.
+        slots: int64 [b], those whose trees would grow.
     """
 
     gains: Floats
     num_rows: int
+    slots: Ints
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ class DraftMethod(ABC):
 
     def forecast(self, slots: Ints) -> Forecast:
         """What the next `expand` over these slots would do; free methods are not asked."""
-        return Forecast(_NO_FLOATS, 0)
+        return Forecast(_NO_FLOATS, 0, _NO_INTS)
 
     @abstractmethod
     def expand(self, slots: Ints) -> bool:

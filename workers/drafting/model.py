@@ -11,11 +11,12 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from outrider.workers.drafting.acceptance import NUM_SAMPLED_KINDS, AcceptanceEstimator, priors_and_kinds
 from outrider.workers.drafting.method import DraftMethod, Forecast, MethodContext
-from outrider.workers.drafting.row_cache import RowCache, chain_masks
+from outrider.workers.drafting.row_cache import Expansion, RowCache, chains
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import TreeRows, build_batch
@@ -30,14 +31,8 @@ from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints, Survivors
-from outrider.workers.setup import (
-    counting,
-    kernels_for,
-    load_model,
-    num_draft_pages,
-    torch_device,
-    torch_dtype,
-)
+from outrider.workers.setup import counting, kernels_for, load_model, num_draft_pages, torch_dtype
+from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 
 _ROWS_PER_STEP = 6  # nodes of one sequence that a step expands
@@ -52,6 +47,8 @@ class _Frontier:
     """The nodes that the next step expands: those of `slots` by index, ascending, parents first."""
 
     slots: Ints  # [B]
+    lags: Ints  # [B] known tokens that the step has to read, the root included
+    counts: Ints  # [B] nodes of each
     owners: Ints  # [M] index of each node's slot
     nodes: Ints  # [M]
     gains: Floats  # [M]
@@ -81,7 +78,7 @@ class ModelMethod(DraftMethod):
         super().__init__(slots, estimator)
         self._model = model
         self._run = forward_of(model, cache, draft_capacities(model, cache))
-        self._tracer = tracer
+        self._stretches = Stretches(model.device, tracer)
         self._cache = cache
         self._rows = RowCache(slots, pool)
         self._sampler = sampler
@@ -91,18 +88,20 @@ class ModelMethod(DraftMethod):
         self._max_rows = max_rows
         self._prefill_chunk = prefill_chunk
         self._penalties = [PenaltyState(())] * len(slots)
+        self._planned: tuple[tuple[int, bytes], _Frontier] | None = None
         self._first_source = estimator.reserve(NUM_SAMPLED_KINDS)
         # By rank: how likely the proposal below a node is accepted, if the node is; of sampled and greedy requests,
         # because for sampled ones the noise chooses.
         self._first_yields = _FIRST_YIELD / 4.0 ** np.arange(max_children)
         self._yields = np.stack([self._first_yields, self._first_yields])
+        self._yields_so_far = self._yields.cumsum(axis=1)  # of a rank and all before it
 
     @classmethod
     def build(cls, context: MethodContext) -> ModelMethod:
         """Load `draft.model` and lay out its cache."""
         config, progress = context.config, context.progress
         draft, rounds = config.draft, config.rounds
-        device, dtype = torch_device(draft.device), torch_dtype(draft.dtype)
+        device, dtype = context.device, torch_dtype(draft.dtype)
         source = load_model(config, "draft", progress)
         plan = ShardPlan(source.config, 0, 1)
         counted = counting(progress, source.total_bytes(dtype))
@@ -164,7 +163,10 @@ class ModelMethod(DraftMethod):
                 self.slots.sequence(slot).tokens[begin : begin + count]
                 for slot, begin, count in zip(chosen, contexts.tolist(), counts, strict=True)
             ]
-            self._forward(_chains(read, contexts, lengths, np.concatenate(tokens)))
+            self._planned = None
+            self._forward(chains(read, contexts, lengths, np.concatenate(tokens)))
+            self._stretches.end("forward", int(lengths.sum()))
+            self._stretches.settle()
             self._rows.commit(read, lengths)
         return self._prefill_chunk - room
 
@@ -172,13 +174,16 @@ class ModelMethod(DraftMethod):
         """What the next step over these slots would do."""
         frontier = self._frontier(slots)
         if not len(frontier.nodes):
-            return Forecast(np.zeros(0), 0)
+            return Forecast(np.zeros(0), 0, frontier.nodes)
         owner_slots = slots[frontier.owners]
-        counted = self.trees.depths[owner_slots, frontier.nodes] < self.slots.max_depth[owner_slots]
+        depths = self.trees.depths.reshape(-1)[owner_slots * self.trees.capacity + frontier.nodes]
+        counted = depths < self.slots.max_depth[owner_slots]
         gains = self._gains(owner_slots[counted], frontier.nodes[counted]).ravel()
-        lags = self._rows.lags(slots[np.unique(frontier.owners)])
-        num_rows = int(lags.sum()) + int((frontier.nodes > 0).sum())
-        return Forecast(np.sort(gains[gains > 0.0])[::-1], num_rows)
+        gains = gains[gains > 0.0]
+        gains.sort()
+        grows = frontier.counts > 0
+        num_rows = int(np.add.reduce(frontier.lags[grows])) + int(np.count_nonzero(frontier.nodes))
+        return Forecast(gains[::-1], num_rows, slots[grows])
 
     def root_gains(self, is_greedy: Bools) -> Floats:
         """The gains of a step over roots, at least those assumed at first."""
@@ -202,7 +207,7 @@ class ModelMethod(DraftMethod):
         self._rows.tables.clear(0)
         self._rows.tables.append(0, pages)
         zero, length = np.zeros(1, dtype=np.int64), np.array([num_rows])
-        rows = _chains(zero, zero, length, np.zeros(num_rows, dtype=np.int64))
+        rows = chains(zero, zero, length, np.zeros(num_rows, dtype=np.int64))
         sampled = SampledRows(SamplingParams(temperature=0.0), np.arange(num_rows), PenaltyState(()))
         begun = time.monotonic()
         hidden = self._run(build_batch(self._rows.tables, rows, self._model.device)).last
@@ -218,16 +223,19 @@ class ModelMethod(DraftMethod):
         frontier = self._within_room(self._frontier(slots))
         if not len(frontier.nodes):
             return False
-        chosen, counts = np.unique(frontier.owners, return_counts=True)
-        expansion = self._rows.plan(slots[chosen], counts, frontier.nodes)
+        grows = frontier.counts > 0
+        expansion = self._rows.plan(
+            slots[grows], frontier.lags[grows], frontier.counts[grows], frontier.nodes
+        )
         hidden = self._forward(expansion.rows)
-        with self._tracer.span("forward", len(expansion.nodes)):
-            logits = self._model.logits_of(hidden, expansion.node_rows.tolist())
-        with self._tracer.span("sample", len(expansion.nodes)):
-            sampled = self._sampled_rows(expansion.slots, counts, expansion.nodes)
-            tokens, log_probs = self._sampler.propose(logits, sampled, self._max_children)
+        logits = self._model.logits_of(hidden, expansion.node_rows)
+        self._stretches.end("forward", len(expansion.rows.tokens))
+        tokens, log_probs = self._sampler.propose(logits, self._sampled_rows(expansion), self._max_children)
+        self._stretches.end("sample", len(expansion.nodes))
+        self._stretches.settle()
         self._rows.computed(expansion)
-        self._propose(np.repeat(expansion.slots, counts), expansion.nodes, tokens.numpy(), log_probs.numpy())
+        self._planned = None  # also where the trees have all the proposals already
+        self._propose(expansion.node_slots, expansion.nodes, tokens.numpy(), log_probs.numpy())
         return True
 
     def rerooted(self, survivors: Survivors) -> None:
@@ -236,7 +244,8 @@ class ModelMethod(DraftMethod):
         if len(sources):
             device = self._model.device
             self._cache.commit(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device))
-        for slot, length in zip(survivors.slots.tolist(), survivors.paths.sum(axis=1).tolist(), strict=True):
+        lengths = np.add.reduce(survivors.paths, axis=1, dtype=np.int64)
+        for slot, length in zip(survivors.slots.tolist(), lengths.tolist(), strict=True):
             sequence = self.slots.sequence(slot)
             if sequence.request.sampling.uses_context:
                 for token in sequence.tokens[-length:]:
@@ -248,25 +257,47 @@ class ModelMethod(DraftMethod):
         The gain of a node is what the model is expected to add to what other methods proposed there already.
         The end of a looked-up chain may promise most: then the chain above it comes along, in one forward.
         """
+        key = (self.trees.version, slots.tobytes())
+        if self._planned is None or self._planned[0] != key:
+            self._planned = (key, self._find_frontier(slots))
+        return self._planned[1]
+
+    def _find_frontier(self, slots: Ints) -> _Frontier:
         if not len(slots):
-            return _Frontier(slots, slots, slots, np.zeros(0))
+            return _Frontier(slots, slots, slots, slots, slots, np.zeros(0))
+        trees = self.trees
         most = max(1, min(self._rows_per_sequence, self._max_rows // len(slots)))
-        is_open = self.slots.open_nodes(slots, self.slots.growth_depths(slots))
-        width = is_open.shape[1]
+        # A node whose children do not fit would never get them: it is expanded once.
+        limits = np.minimum(most, trees.room(slots) // self._max_children)
+        lags = self._rows.lags(slots)
+        limits *= lags <= _MAX_LAG
+        width = trees.width(slots)
         has_row = self._rows.has_row[slots, :width]
-        ready = (self._rows.lags(slots) <= _MAX_LAG) & (self.trees.room(slots) >= self._max_children)
-        is_open &= ~has_row & ready[:, None]
-        owners, nodes = np.nonzero(is_open)
-        gains = np.zeros((len(slots), width))
-        gains[is_open] = self._gains(slots[owners], nodes).sum(axis=1)
-        best = np.argsort(-gains, axis=1, kind="stable")[:, :most]
-        chosen = np.zeros_like(is_open)
-        np.put_along_axis(chosen, best, np.take_along_axis(gains, best, axis=1) > _MIN_GAIN, axis=1)
-        self._add_ancestors(slots, chosen, has_row)
-        for row in np.flatnonzero(chosen.sum(axis=1) > most).tolist():
-            chosen[row] = self._with_ancestors(int(slots[row]), gains[row], has_row[row], most)
-        owners, nodes = np.nonzero(chosen)
-        return _Frontier(slots, owners, nodes, gains[owners, nodes])
+        # Padding has no value, so it promises nothing.
+        promised = self._yields_so_far[:, -1][self.slots.is_greedy[slots].view(np.int8)]
+        gains = promised[:, None] - trees.child_mass[slots, :width]
+        gains *= trees.values[slots, :width]
+        gains *= trees.depths[slots, :width] < self.slots.growth_depths(slots)[:, None]
+        gains *= ~has_row
+        chosen = gains > _MIN_GAIN
+        counts = np.add.reduce(chosen, axis=1, dtype=np.int64)
+        if np.count_nonzero(counts > limits):
+            order = (-gains).argsort(axis=1, kind="stable")
+            too_many = np.arange(width) >= limits[:, None]
+            chosen[too_many.nonzero()[0], order[too_many]] = False
+            counts = np.add.reduce(chosen, axis=1, dtype=np.int64)
+        owners, nodes = chosen.nonzero()
+        parents = trees.parents.reshape(-1)[slots[owners] * trees.capacity + nodes]
+        is_ready = (has_row | chosen)[owners, parents]
+        if np.count_nonzero(is_ready) < len(is_ready):
+            self._add_ancestors(slots, chosen, has_row)
+            for row in np.flatnonzero(chosen.sum(axis=1) > limits).tolist():
+                chosen[row] = self._with_ancestors(
+                    int(slots[row]), gains[row], has_row[row], int(limits[row])
+                )
+            counts = np.add.reduce(chosen, axis=1, dtype=np.int64)
+            owners, nodes = chosen.nonzero()
+        return _Frontier(slots, lags, counts, owners, nodes, gains[owners, nodes])
 
     def _add_ancestors(self, slots: Ints, chosen: Bools, has_row: Bools) -> None:
         """Mark in `chosen` ([B, N]) what has to be computed before what is marked."""
@@ -298,10 +329,11 @@ class ModelMethod(DraftMethod):
 
     def _gains(self, slots: Ints, nodes: Ints) -> Floats:
         """[M, children] by rank: expected accepted tokens of proposals below nodes, less what is there."""
-        values, proposed = self.trees.values[slots, nodes], self.trees.child_mass[slots, nodes]
-        yields = self._yields[self.slots.is_greedy[slots].astype(np.int64)]
+        here = slots * self.trees.capacity + nodes
+        values, proposed = self.trees.values.reshape(-1)[here], self.trees.child_mass.reshape(-1)[here]
+        yields_so_far = self._yields_so_far[self.slots.is_greedy[slots].view(np.int8)]
         # What is there already takes the place of the first proposals.
-        left = np.maximum(np.cumsum(yields, axis=1) - proposed[:, None], 0.0)
+        left = np.maximum(yields_so_far - proposed[:, None], 0.0)
         left[:, 1:] -= left[:, :-1].copy()
         return values[:, None] * left
 
@@ -309,35 +341,45 @@ class ModelMethod(DraftMethod):
         """As many sequences as a step has rows for, those that gain most first, and pages."""
         if not len(frontier.nodes):
             return frontier
-        num_slots = len(frontier.slots)
-        counts = np.bincount(frontier.owners, minlength=num_slots)
-        totals = np.bincount(frontier.owners, frontier.gains, minlength=num_slots)
-        lags = self._rows.lags(frontier.slots).tolist()
-        allowed, room = np.zeros(num_slots, dtype=np.bool_), self._max_rows
+        counts = frontier.counts
+        if len(frontier.nodes) <= self._max_rows and self._rows.have_room(
+            frontier.slots, frontier.lags, counts
+        ):
+            return frontier
+        totals = np.bincount(frontier.owners, frontier.gains, minlength=len(frontier.slots))
+        allowed, room = np.zeros(len(frontier.slots), dtype=np.bool_), self._max_rows
         for index in np.argsort(-totals, kind="stable").tolist():
             count = int(counts[index])
-            if 0 < count <= room and self._rows.take_rows(int(frontier.slots[index]), count, lags[index]):
+            if 0 < count <= room and self._rows.take_rows(int(frontier.slots[index]), count):
                 room -= count
                 allowed[index] = True
         kept = allowed[frontier.owners]
-        return _Frontier(frontier.slots, frontier.owners[kept], frontier.nodes[kept], frontier.gains[kept])
+        return _Frontier(
+            frontier.slots,
+            frontier.lags,
+            counts * allowed,
+            frontier.owners[kept],
+            frontier.nodes[kept],
+            frontier.gains[kept],
+        )
 
     def _forward(self, rows: TreeRows) -> torch.Tensor:
-        """[num_rows, hidden], valid until the next call."""
+        """[num_rows, hidden], valid until the next call. Its stretch of time begins here; the caller ends it."""
         batch = build_batch(self._rows.tables, rows, self._model.device)
-        with self._tracer.span("forward", len(rows.tokens)):
-            return self._run(batch).last
+        self._stretches.begin()
+        return self._run(batch).last
 
-    def _sampled_rows(self, slots: Ints, counts: Ints, nodes: Ints) -> list[SampledRows]:
-        positions = self.trees.root_positions[np.repeat(slots, counts)] + 1
-        positions += self.trees.depths[np.repeat(slots, counts), nodes]
-        sampled, at = [], 0
-        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
+    def _sampled_rows(self, expansion: Expansion) -> list[SampledRows]:
+        positions = self.trees.root_positions[expansion.node_slots] + 1
+        positions += self.trees.depths.reshape(-1)[expansion.places]
+        sampled, begin = [], 0
+        for slot, end in zip(expansion.slots.tolist(), expansion.num_nodes.cumsum().tolist(), strict=True):
             params = self.slots.sequence(slot).request.sampling
-            own = nodes[at : at + count].tolist()
-            paths = [self._path(slot, node) for node in own] if params.uses_context else ()
-            sampled.append(SampledRows(params, positions[at : at + count], self._penalties[slot], paths))
-            at += count
+            paths: list[list[int]] = []
+            if params.uses_context:
+                paths = [self._path(slot, node) for node in expansion.nodes[begin:end].tolist()]
+            sampled.append(SampledRows(params, positions[begin:end], self._penalties[slot], paths))
+            begin = end
         return sampled
 
     def _path(self, slot: int, node: int) -> list[int]:
@@ -349,39 +391,36 @@ class ModelMethod(DraftMethod):
 
     def _propose(self, slots: Ints, nodes: Ints, tokens: Ints, log_probs: Floats) -> None:
         """Put proposals ([M, children], best first) below nodes ([M]), and learn what proposals are worth."""
-        is_greedy = self.slots.is_greedy[slots].astype(np.int64)
+        is_greedy = self.slots.is_greedy[slots]
         log_probs = log_probs.astype(np.float64)
-        priors, kinds = priors_and_kinds(log_probs, self.slots.is_greedy[slots])
-        sources = self._first_source + kinds
+        priors, kinds = priors_and_kinds(log_probs, is_greedy)
+        kinds += self._first_source
         # Top-k, top-p or min-p removed what has no probability: the target cannot pick it.
-        possible = (log_probs > -np.inf) & (tokens < self._num_target_tokens)
-        promised = self.trees.values[slots, nodes]
-        at, _ = np.nonzero(possible)
+        met = log_probs > -np.inf
+        possible = met & (tokens < self._num_target_tokens)
+        promised = self.trees.values.reshape(-1)[slots * self.trees.capacity + nodes]
+        at, sources = possible.nonzero()[0], kinds[possible]
         values = np.zeros(tokens.shape)
         values[possible] = self.trees.add_children(
             slots[at],
             nodes[at],
             tokens[possible],
-            self.estimator.estimate(sources[possible], priors[possible]),
-            sources[possible],
+            self.estimator.estimate(sources, priors[possible]),
+            sources,
         )
-        self._learn_yields(
-            is_greedy, values - promised[:, None] * self._yields[is_greedy], log_probs > -np.inf
-        )
+        laws = is_greedy.view(np.int8)
+        values -= promised[:, None] * self._yields[laws]
+        values *= met
+        self._learn_yields(laws, values, met)
 
-    def _learn_yields(self, is_greedy: Ints, errors: Floats, met: Bools) -> None:
-        """Follow how far the expected yields were off: [M, children], where a rank was proposed at all."""
-        totals, counts = np.zeros_like(self._yields), np.zeros_like(self._yields)
-        np.add.at(totals, is_greedy, np.where(met, errors, 0.0))
-        np.add.at(counts, is_greedy, met)
+    def _learn_yields(self, laws: npt.NDArray[np.int8], errors: Floats, met: Bools) -> None:
+        """Follow how far the expected yields were off: [M, children], 0 where a rank was not proposed at all.
+
+        laws: [M], 1 of greedy rows.
+        """
+        totals, counts = np.zeros(self._yields.shape), np.zeros(self._yields.shape)
+        np.add.at(totals, laws, errors)
+        np.add.at(counts, laws, met)
         weights = 1.0 - (1.0 - _SMOOTHING) ** counts  # as if one came after the other
         self._yields += weights * totals / np.maximum(counts, 1.0)
-
-
-def _chains(slots: Ints, contexts: Ints, lengths: Ints, tokens: Ints) -> TreeRows:
-    """Rows of known tokens ([sum of lengths]) behind the committed ones."""
-    first = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    rows = np.arange(len(tokens)) - first
-    num_words = max(1, -(-int(lengths.max()) // 64))
-    ancestors = np.concatenate([chain_masks(int(length), num_words) for length in lengths])
-    return TreeRows(slots, contexts, lengths, lengths, tokens, rows, rows, ancestors)
+        self._yields_so_far = self._yields.cumsum(axis=1)

@@ -50,7 +50,6 @@ class NgramMethod(DraftMethod):
     def finish(self, sequence: Sequence) -> None:
         """Drop the index."""
         self._table.finish(sequence.slot)
-        self._num_indexed[sequence.slot] = 0
 
     def observe(self, verified: Verified) -> None:
         """Index what came out."""

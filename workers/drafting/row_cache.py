@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from outrider.workers.drafting.slots import DraftedSlots
-from outrider.workers.model.batch import TreeRows
+from outrider.workers.model.batch import TreeRows, num_mask_words
 from outrider.workers.sequences.page_tables import PageTables
 from outrider.workers.sequences.pages import PagePool, Prefix
+from outrider.workers.sequences.segments import places_in
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, Ints, Survivors
 
@@ -26,7 +27,8 @@ class Expansion:
         slots: int64 [B] the sequences.
         num_nodes: int64 [B] expanded nodes of each.
         num_catching_up: int64 [B] known tokens before the root that each has to read on the way.
-        nodes: int64 [M].
+        nodes, node_slots: int64 [M].
+        places: int64 [M], of each node in flat arrays over slots and nodes.
         node_rows: int64 [M], of each node its row within the forward.
         rows: the forward.
     """
@@ -35,6 +37,8 @@ class Expansion:
     num_nodes: Ints
     num_catching_up: Ints
     nodes: Ints
+    node_slots: Ints
+    places: Ints
     node_rows: Ints
     rows: TreeRows
 
@@ -81,7 +85,9 @@ class RowCache:
 
     def lags(self, slots: Ints) -> Ints:
         """[B]: known tokens without a row, the root included; 0 once the root has been expanded."""
-        return np.where(self.has_row[slots, 0], 0, self._slots.num_tokens[slots] - self.context_lens[slots])
+        lags = self._slots.num_tokens[slots] - self.context_lens[slots]
+        lags *= ~self.has_row[slots, 0]
+        return lags
 
     def take_pages(self, slot: int, num_tree_rows: int) -> bool:
         """Hold pages for this many rows behind the committed ones; False when there are none."""
@@ -95,54 +101,89 @@ class RowCache:
             self.tables.append(slot, pages)
         return True
 
-    def take_rows(self, slot: int, num_nodes: int, lag: int) -> bool:
-        """Hold pages for these further nodes, the root among them where there is a lag."""
+    def have_room(self, slots: Ints, lags: Ints, num_nodes: Ints) -> bool:
+        """Whether every slot ([B]) holds the pages for what it lacks and these further nodes already."""
+        num_rows = self.context_lens[slots] + self._num_rows[slots] + num_nodes
+        num_rows += np.maximum(lags - 1, 0)
+        lacks = num_rows > self.tables.num_pages[slots] * self.pool.page_size
+        return np.count_nonzero(lacks) == 0
+
+    def take_rows(self, slot: int, num_nodes: int) -> bool:
+        """Hold pages for these further nodes, and what has to be read before them."""
+        lag = int(self.lags(np.array([slot]))[0])
         return self.take_pages(slot, int(self._num_rows[slot]) + max(0, lag - 1) + num_nodes)
 
-    def plan(self, slots: Ints, num_nodes: Ints, nodes: Ints) -> Expansion:
-        """Rows for nodes of distinct slots, those of a slot together, parents first; see `Expansion`."""
-        extra = np.maximum(self.lags(slots) - 1, 0)
-        owners = np.repeat(np.arange(len(slots)), num_nodes)
-        owner_slots = slots[owners]
-        first = np.cumsum(num_nodes) - num_nodes
-        rank = np.arange(len(nodes)) - first[owners]
-        tree_rows = self._num_rows[owner_slots] + rank
-        self._row_of[owner_slots, nodes] = tree_rows
-        masks = self._new_masks(owner_slots, nodes, tree_rows)
-        tree_lens = extra + self._num_rows[slots] + num_nodes
-        query_lens = extra + num_nodes
-        num_words = max(1, -(-int(tree_lens.max()) // _WORD_BITS))
-        node_rows = (np.cumsum(query_lens) - num_nodes)[owners] + rank
-        tokens = np.empty(int(query_lens.sum()), dtype=np.int64)
-        all_rows, depths = np.empty_like(tokens), np.empty_like(tokens)
-        ancestors: UInt64s = np.zeros((len(tokens), num_words), dtype=np.uint64)
-        tokens[node_rows] = self._trees.tokens[owner_slots, nodes]
-        all_rows[node_rows] = tree_rows + extra[owners]
-        depths[node_rows] = self._trees.depths[owner_slots, nodes] + extra[owners]
-        ancestors[node_rows] = _behind_chains(masks, extra[owners], num_words)
-        for b in np.flatnonzero(extra).tolist():  # mostly one token each: the target's own of the last round
-            slot, begin, count = int(slots[b]), int(query_lens[:b].sum()), int(extra[b])
-            known = self._slots.sequence(slot).tokens
-            tokens[begin : begin + count] = known[-1 - count : -1]
-            all_rows[begin : begin + count] = depths[begin : begin + count] = np.arange(count)
-            ancestors[begin : begin + count] = chain_masks(count, num_words)
+    def plan(self, slots: Ints, lags: Ints, num_nodes: Ints, nodes: Ints) -> Expansion:
+        """Rows for nodes of distinct slots, those of a slot together, parents first; see `Expansion`.
+
+        lags: int64 [B], those of the slots.
+        """
+        extra = np.maximum(lags - 1, 0)
+        num_before = self._num_rows[slots]
+        node_slots = slots.repeat(num_nodes)
+        rank = places_in(num_nodes)
+        tree_rows = num_before.repeat(num_nodes) + rank
+        places = node_slots * self.has_row.shape[1] + nodes
+        self._row_of.reshape(-1)[places] = tree_rows
+        tree_lens = extra + num_before + num_nodes
+        num_words = num_mask_words(tree_lens)
+        masks = self._new_masks(node_slots, nodes, places, tree_rows)
+        tokens, depths = self._trees.tokens.reshape(-1)[places], self._trees.depths.reshape(-1)[places]
+        query_lens, node_rows = num_nodes, np.arange(len(nodes))
+        if np.count_nonzero(extra):
+            query_lens = extra + num_nodes
+            node_extra = extra.repeat(num_nodes)
+            node_rows = (query_lens.cumsum() - num_nodes).repeat(num_nodes) + rank
+            tokens, tree_rows, depths, masks = self._behind_known_tokens(
+                slots,
+                extra,
+                query_lens,
+                node_rows,
+                (tokens, tree_rows + node_extra, depths + node_extra),
+                _behind_chains(masks, node_extra, num_words),
+            )
         rows = TreeRows(
             slots=slots,
             context_lens=self.context_lens[slots],
             tree_lens=tree_lens,
             query_lens=query_lens,
             tokens=tokens,
-            tree_rows=all_rows,
+            tree_rows=tree_rows,
             depths=depths,
-            ancestors=ancestors,
+            ancestors=np.ascontiguousarray(masks[:, :num_words]),
         )
-        return Expansion(slots, num_nodes, extra, nodes, node_rows, rows)
+        return Expansion(slots, num_nodes, extra, nodes, node_slots, places, node_rows, rows)
+
+    def _behind_known_tokens(
+        self,
+        slots: Ints,
+        extra: Ints,
+        query_lens: Ints,
+        node_rows: Ints,
+        of_nodes: tuple[Ints, Ints, Ints],
+        node_masks: UInt64s,
+    ) -> tuple[Ints, Ints, Ints, UInt64s]:
+        """Tokens, tree rows, depths and masks of all rows: of nodes, and before them of known tokens."""
+        num_rows = int(query_lens.sum())
+        tokens, tree_rows, depths = (np.zeros(num_rows, dtype=np.int64) for _ in range(3))
+        tokens[node_rows], tree_rows[node_rows], depths[node_rows] = of_nodes
+        masks: UInt64s = np.zeros((num_rows, node_masks.shape[1]), dtype=np.uint64)
+        masks[node_rows] = node_masks
+        begins = np.cumsum(query_lens) - query_lens
+        # Mostly one token each: the target's own of the last round.
+        for slot, begin, count in zip(slots.tolist(), begins.tolist(), extra.tolist(), strict=True):
+            if count:
+                tokens[begin : begin + count] = self._slots.sequence(slot).tokens[-1 - count : -1]
+                tree_rows[begin : begin + count] = depths[begin : begin + count] = np.arange(count)
+                masks[begin : begin + count] = chain_masks(count, masks.shape[1])
+        return tokens, tree_rows, depths, masks
 
     def computed(self, expansion: Expansion) -> None:
         """The forward was run: its nodes have rows, what came before the roots is committed."""
-        self.has_row[np.repeat(expansion.slots, expansion.num_nodes), expansion.nodes] = True
+        self.has_row.reshape(-1)[expansion.places] = True
         self._num_rows[expansion.slots] += expansion.num_nodes
-        self.commit(expansion.slots, expansion.num_catching_up)
+        if np.count_nonzero(expansion.num_catching_up):
+            self.commit(expansion.slots, expansion.num_catching_up)
 
     def commit(self, slots: Ints, counts: Ints) -> None:
         """The next rows of these sequences hold known tokens; later sequences may share full pages of them."""
@@ -185,35 +226,36 @@ class RowCache:
     def _keep(self, survivors: Survivors, has_row: Bools, new_rows: Ints) -> None:
         slots, old = survivors.slots, survivors.old_nodes
         width = old.shape[1]
-        rows = np.where(has_row, np.take_along_axis(new_rows, old, axis=1), 0)
+        rows = np.where(has_row, new_rows[np.arange(len(slots))[:, None], old], 0)
         self.has_row[slots] = False
         self.has_row[slots, :width] = has_row
         self._row_of[slots, :width] = rows
         self._num_rows[slots] = has_row.sum(axis=1)
         masks = np.where(has_row[..., None], _own_bits(rows, self._masks.shape[2]), np.uint64(0))
         parents = self._trees.parents[slots, :width]
+        row = np.arange(len(slots))[:, None]
         for _ in range(int(self._trees.depths[slots, :width].max(initial=0)).bit_length()):
-            masks |= np.take_along_axis(masks, parents[..., None], axis=1)
-            parents = np.take_along_axis(parents, parents, axis=1)
+            masks |= masks[row, parents]
+            parents = parents[row, parents]
         self._masks[slots, :width] = masks
 
-    def _new_masks(self, slots: Ints, nodes: Ints, tree_rows: Ints) -> UInt64s:
+    def _new_masks(self, slots: Ints, nodes: Ints, places: Ints, tree_rows: Ints) -> UInt64s:
         """[M, W]: the ancestors, by tree row, of nodes that get rows, parents first."""
-        masks = _own_bits(tree_rows, self._masks.shape[2])
-        parents = self._trees.parents[slots, nodes]
-        is_root = nodes == 0
-        ready = is_root | self.has_row[slots, parents]
-        inherits = ready & ~is_root
+        known = self._masks.reshape(-1, self._masks.shape[2])
+        masks = _own_bits(tree_rows, known.shape[1])
+        parent_places = places - nodes + self._trees.parents.reshape(-1)[places]
+        pending = nodes > 0
+        ready = pending & self.has_row.reshape(-1)[parent_places]
         while True:
-            masks[inherits] |= self._masks[slots[inherits], parents[inherits]]
-            self._masks[slots[ready], nodes[ready]] = masks[ready]
-            done = ready
-            if done.all():
+            masks[ready] |= known[parent_places[ready]]
+            known[places] = masks
+            pending &= ~ready
+            if not np.count_nonzero(pending):
                 return masks
-            is_done = np.zeros_like(self.has_row)
-            is_done[slots[done], nodes[done]] = True
-            inherits = ~done & is_done[slots, parents]
-            ready = done | inherits
+            # The parent is among these nodes: once its mask is whole, the node's can be.
+            waiting = np.zeros(len(known), dtype=np.bool_)
+            waiting[places[pending]] = True
+            ready = pending & ~waiting[parent_places]
 
 
 def chain_masks(length: int, num_words: int) -> UInt64s:
@@ -247,3 +289,12 @@ def _behind_chains(masks: UInt64s, lengths: Ints, num_words: int) -> UInt64s:
     out[:, 1:] |= carried[:, : num_words - 1].astype(np.uint64)
     out[:, 0] |= (np.uint64(1) << shift[:, 0]) - np.uint64(1)
     return out
+
+
+def chains(slots: Ints, contexts: Ints, lengths: Ints, tokens: Ints) -> TreeRows:
+    """Rows of known tokens ([sum of lengths]) behind the committed ones."""
+    first = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    rows = np.arange(len(tokens)) - first
+    num_words = max(1, -(-int(lengths.max()) // 64))
+    ancestors = np.concatenate([chain_masks(int(length), num_words) for length in lengths])
+    return TreeRows(slots, contexts, lengths, lengths, tokens, rows, rows, ancestors)

@@ -131,15 +131,15 @@ class Steps:
         """Of every node its index in its step, int64 [num_rows]."""
         return places_in(self.num_nodes)
 
-    @property
+    @cached_property
     def sampled_rows(self) -> Int64Array:
         """The nodes after which the target samples, as indices of `tokens`."""
-        return np.flatnonzero(self.places >= np.repeat(self.first_sampled, self.num_nodes))
+        return (self.places >= self.first_sampled.repeat(self.num_nodes)).nonzero()[0]
 
-    @property
+    @cached_property
     def hidden_rows(self) -> Int64Array:
         """The nodes whose hidden rows are wanted, as indices of `tokens`."""
-        return np.flatnonzero(self.places >= np.repeat(self.first_hidden, self.num_nodes))
+        return (self.places >= self.first_hidden.repeat(self.num_nodes)).nonzero()[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +150,8 @@ class Draft:
     starts: tuple[SequenceStart, ...]
     released_slots: tuple[int, ...]
     steps: Steps
-    layers: tuple[int, ...] = ()  # which of the target's hidden rows come back, see `TargetRank`
+    layers: tuple[int, ...] = ()
+    """Whose inputs come back as hidden rows; the number of layers stands for what leaves the last one."""
     stop: bool = False  # the loop ends; everything else is empty
 
 
@@ -219,7 +220,7 @@ def decode_draft(buffer: torch.Tensor) -> Draft:
         round_id=_joined(low, high),
         starts=_decode_starts(start_ints.tolist(), start_floats.view(np.float64).tolist()),
         released_slots=tuple(released.tolist()),
-        steps=Steps(*(array.astype(np.int64) for array in step_arrays)),
+        steps=Steps(*[array.astype(np.int64) for array in step_arrays]),
         layers=tuple(layers.tolist()),
         stop=bool(stop),
     )
@@ -365,9 +366,12 @@ def _pack(sections: SequenceABC[npt.NDArray[np.integer]]) -> torch.Tensor:
 
 def _unpack(buffer: torch.Tensor) -> list[Int32Array]:
     flat = buffer.numpy()
-    end = 1 + int(flat[0])
-    bounds = (end + np.cumsum(flat[1:end])).tolist()
-    return [flat[a:b] for a, b in zip([end, *bounds], bounds, strict=False)]
+    first = 1 + int(flat[0])
+    sections, begin = [], first
+    for length in flat[1:first].tolist():
+        sections.append(flat[begin : begin + length])
+        begin += length
+    return sections
 
 
 def _halves(number: int) -> tuple[int, int]:

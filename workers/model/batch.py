@@ -75,38 +75,40 @@ def ancestor_masks(parents: Int64Array, bits: Int64Array, num_words: int) -> UIn
         bits: int64 [N], the bit that stands for each row.
     """
     masks = np.zeros((len(parents), num_words), dtype=np.uint64)
-    words, places = np.divmod(bits, MASK_WORD_BITS)
-    masks[np.arange(len(parents)), words] = np.uint64(1) << places.astype(np.uint64)
+    masks[np.arange(len(parents)), bits // MASK_WORD_BITS] = np.uint64(1) << (bits % MASK_WORD_BITS).astype(
+        np.uint64
+    )
     reached = parents
     while True:
         masks |= masks.take(reached, axis=0)
-        further = reached.take(reached)
-        if np.array_equal(further, reached):
+        further = reached[reached]
+        if not np.count_nonzero(further != reached):
             return masks
         reached = further
 
 
 def depths_of(masks: UInt64Array) -> Int64Array:
     """Depth of every row, int64 [N], from its ancestor mask, uint64 [N, W]."""
-    return np.bitwise_count(masks).sum(axis=1, dtype=np.int64) - 1
+    return np.add.reduce(np.bitwise_count(masks), axis=1, dtype=np.int64) - 1
 
 
 def build_batch(tables: PageTables, rows: TreeRows, device: torch.device) -> ForwardBatch:
     """Lays the queries of all sequences out for one forward; the tables hold pages for all their rows."""
-    slots_of_rows = np.repeat(rows.slots, rows.query_lens)
-    contexts_of_rows = np.repeat(rows.context_lens, rows.query_lens)
+    slots_of_rows = rows.slots.repeat(rows.query_lens)
+    contexts_of_rows = rows.context_lens.repeat(rows.query_lens)
     num_pages = tables.num_pages[rows.slots]
     num_rows = rows.context_lens + rows.tree_lens
-    assert (num_pages * tables.page_size >= num_rows).all(), "too few pages for the rows"
+    assert not np.count_nonzero(num_pages * tables.page_size < num_rows), "too few pages for the rows"
     cache_slots = tables.cache_slots(slots_of_rows, contexts_of_rows + rows.tree_rows)
     query_indptr = np.zeros(len(rows.slots) + 1, dtype=np.int32)
-    np.cumsum(rows.query_lens, out=query_indptr[1:])
+    rows.query_lens.cumsum(out=query_indptr[1:])
+    on_host = device.type == "cpu"
 
     def tensor(array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(device)
+        return torch.from_numpy(array) if on_host else torch.from_numpy(array).to(device)
 
     tree = TreeBatch(
-        page_table=tensor(tables.page_table[rows.slots, : num_pages.max()]),
+        page_table=tensor(tables.page_table[rows.slots, : int(num_pages.max())]),
         context_lens=tensor(rows.context_lens.astype(np.int32)),
         tree_lens=tensor(rows.tree_lens.astype(np.int32)),
         query_indptr=tensor(query_indptr),

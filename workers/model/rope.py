@@ -31,14 +31,22 @@ def rope_frequencies(config: ModelConfig, rope: Rope) -> tuple[Tensor, float]:
     if rope.kind == "default":
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         return 1.0 / rope.theta**exponents, 1.0
-    # transformers takes a second to import, and most models do without.
-    from transformers import LlamaConfig
+    # Takes a second to import, and many models do without.
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    described = LlamaConfig(
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_context,
-        rope_parameters=hf_rope_parameters(rope),
-    )
-    frequencies, factor = ROPE_INIT_FUNCTIONS[rope.kind](described, torch.device("cpu"))
+    frequencies, factor = ROPE_INIT_FUNCTIONS[rope.kind](_Described(config, rope), torch.device("cpu"))
     return frequencies, float(factor)
+
+
+class _Described:
+    """What transformers' initialisers read of a configuration. A real one costs 4 s and 150 MB to import."""
+
+    def __init__(self, config: ModelConfig, rope: Rope) -> None:
+        self.head_dim = config.head_dim
+        self.hidden_size = config.hidden_size
+        self.num_attention_heads = config.num_heads
+        self.max_position_embeddings = config.max_context
+        self.rope_parameters = hf_rope_parameters(rope)
+
+    def standardize_rope_params(self) -> None:
+        """They are in the standard form already."""

@@ -33,6 +33,7 @@ class _Drafted:
 
     indices: list[int]  # among the round's steps
     slots: Ints  # [B]
+    max_depths: Ints  # [B] of nodes that the round may verify
     started_afresh: Bools  # [B] the tree was a root when drafting began
     num_base_rows: int  # rows of the round without any tree
     num_sampling: (
@@ -146,12 +147,13 @@ class TreeGrower:
         indices = [i for i, s in enumerate(steps) if s.reaches_end and s.sequence.request.draft.max_nodes > 0]
         slots = np.array([steps[i].sequence.slot for i in indices], dtype=np.int64)
         return _Drafted(
-            indices,
-            slots,
-            self.drafting.trees.num_nodes[slots] == 1,
-            sum(step.chain_length for step in steps),
-            sum(step.reaches_end for step in steps),
-            self._clock(),
+            indices=indices,
+            slots=slots,
+            max_depths=self.drafting.slots.round_depths(slots),
+            started_afresh=self.drafting.trees.num_nodes[slots] == 1,
+            num_base_rows=sum([step.chain_length for step in steps]),
+            num_sampling=sum([step.reaches_end for step in steps]),
+            begun=self._clock(),
         )
 
     def _step(self, method: DraftMethod, forecast: Forecast, slots: Ints) -> bool:
@@ -168,23 +170,19 @@ class TreeGrower:
             return now - begun
         return max(0.0, now - max(begun, self.target_busy_until))
 
-    def _offers(self, slots: Ints) -> Offers:
+    def _offers(self, drafted: _Drafted) -> Offers:
         """The draft nodes that a round may verify."""
-        known = self.drafting.slots
-        return self.drafting.trees.offers(slots, known.round_depths(slots), known.max_nodes[slots])
+        slots = drafted.slots
+        return self.drafting.trees.offers(slots, drafted.max_depths, self.drafting.slots.max_nodes[slots])
 
     def _next_step(self, drafted: _Drafted) -> tuple[DraftMethod, Forecast] | None:
         """The step that saves most, and what it would do; None if none pays."""
-        forecasts = [
-            (method, forecast)
-            for method, forecast in self.drafting.forecasts(drafted.slots)
-            if len(forecast.gains)
-        ]
+        if self._options.fixed_budget:
+            return self._filling_step(drafted)
+        forecasts = self.drafting.forecasts(drafted.slots)
         if not forecasts:
             return None
-        offers = self._offers(drafted.slots)
-        if self._options.fixed_budget:
-            return forecasts[0] if self._has_room_to_grow(drafted, offers) else None
+        offers = self._offers(drafted)
         values = np.sort(offers.values[offers.values > 0.0])[::-1]
         now = self._clock()
         drafted_s = self._charged_s(drafted.begun, now)
@@ -205,32 +203,47 @@ class TreeGrower:
                 best_s, best = saved_s, (method, forecast)
         return best
 
-    def _has_room_to_grow(self, drafted: _Drafted, offers: Offers) -> bool:
+    def _filling_step(self, drafted: _Drafted) -> tuple[DraftMethod, Forecast] | None:
         """Under a fixed budget what survived a verdict is sent at once; trees that were started afresh are filled."""
-        limits = self.drafting.slots.max_nodes[drafted.slots]
-        grow = drafted.slots[drafted.started_afresh & ((offers.values > 0.0).sum(axis=1) < limits)]
-        return len(grow) > 0 and any(len(f.gains) for _, f in self.drafting.forecasts(grow))
+        slots = drafted.slots[drafted.started_afresh]
+        if not len(slots):
+            return None
+        num_offered = self.drafting.trees.count_offers(slots, drafted.max_depths[drafted.started_afresh])
+        is_unfilled = np.zeros(len(self.drafting.slots), dtype=np.bool_)
+        is_unfilled[slots] = num_offered < self.drafting.slots.max_nodes[slots]
+        if not np.count_nonzero(is_unfilled):
+            return None
+        forecasts = self.drafting.forecasts(drafted.slots)
+        return next(((m, f) for m, f in forecasts if np.count_nonzero(is_unfilled[f.slots])), None)
 
     def _cut(self, steps: SequenceABC[PlannedStep], drafted: _Drafted) -> DraftTrees:
         """Choose the nodes of this round over all its sequences, and hold KV pages for them."""
-        offers = self._offers(drafted.slots)
-        owners, columns = np.nonzero(offers.values > 0.0)
-        values = offers.values[owners, columns]
-        order = np.argsort(-values, kind="stable")
-        count = min(len(order), self._options.max_round_tokens - drafted.num_base_rows)
+        offers = self._offers(drafted)
+        wanted = []
+        for index, count in zip(drafted.indices, self._chosen(drafted, offers).tolist(), strict=True):
+            if count:
+                count = min(count, self._scheduler.tree_room(steps[index]))
+                self._scheduler.take_tree_pages(steps[index], count)
+            wanted.append(count)
+        cut = self.drafting.trees.cut(drafted.slots, offers, np.array(wanted))
+        return _spread(steps, drafted.indices, cut)
+
+    def _chosen(self, drafted: _Drafted, offers: Offers) -> Ints:
+        """[B]: how many offered nodes of each sequence pay; a row's offers descend, so they are its first ones."""
+        is_offered = offers.values > 0.0
+        most = self._options.max_round_tokens - drafted.num_base_rows
+        if self._options.fixed_budget and np.count_nonzero(is_offered) <= most:
+            return np.add.reduce(is_offered, axis=1, dtype=np.int64)
+        owners = is_offered.nonzero()[0]
+        values = offers.values[is_offered]
+        order = (-values).argsort(kind="stable")[:most]
         if not self._options.fixed_budget:
             drafted_s = self._charged_s(drafted.begun, self._clock())
             count = self.cost.best_num_nodes(
-                values[order[:count]], drafted.num_base_rows, drafted.num_sampling, drafted_s
+                values[order], drafted.num_base_rows, drafted.num_sampling, drafted_s
             )
-        # A row's offers descend, so what is chosen of it are its first ones.
-        counts = np.bincount(owners[order[:count]], minlength=len(drafted.slots))
-        for row, index in enumerate(drafted.indices):
-            if counts[row]:
-                counts[row] = min(counts[row], self._scheduler.tree_room(steps[index]))
-                self._scheduler.take_tree_pages(steps[index], int(counts[row]))
-        cut = self.drafting.trees.cut(drafted.slots, offers, counts)
-        return _spread(steps, drafted.indices, cut)
+            order = order[:count]
+        return np.bincount(owners[order], minlength=len(drafted.slots))
 
 
 def _without_drafts(steps: SequenceABC[PlannedStep]) -> DraftTrees:
@@ -241,9 +254,9 @@ def _without_drafts(steps: SequenceABC[PlannedStep]) -> DraftTrees:
 
 def _spread(steps: SequenceABC[PlannedStep], indices: list[int], cut: DraftTrees) -> DraftTrees:
     """A row for every step, those at `indices` from `cut`."""
-    plain = _without_drafts(steps)
     if len(indices) == len(steps):
         return cut
+    plain = _without_drafts(steps)
     shape = (len(steps), cut.tokens.shape[1])
     tokens, parents, nodes = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     tokens[:, :1] = plain.tokens

@@ -22,7 +22,6 @@ from outrider.workers.rounds.growth import GrowthOptions, TreeGrower
 from outrider.workers.rounds.outgoing import Round, hidden_wanted, start_message, steps_message
 from outrider.workers.rounds.scheduler import PlannedStep, Scheduler
 from outrider.workers.rounds.settle import settle_round
-from outrider.workers.sequences.hidden import all_layers
 from outrider.workers.sequences.rules import RULES, Rule
 from outrider.workers.sequences.sequence import Request, Sequence, TokenEvent
 from outrider.workers.trace import Tracer
@@ -76,7 +75,6 @@ class RoundLoop:
         self._emit = emit
         self._rules = rules
         self._clock = clock
-        self._layers = all_layers([*drafting.needs(), *(rule.needs.hidden for rule in rules.values())])
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._num_rounds = 0
@@ -182,14 +180,13 @@ class RoundLoop:
                 layers=layers,
                 expected_at=self._grower.target_busy_until,
             )
-            sent_layers = tuple(self._layers.index(layer) for layer in layers)
             self._link.send(
                 Draft(
                     self._num_rounds,
                     tuple(starts),
                     self._take_released(),
                     steps_message(round_),
-                    sent_layers,
+                    layers,
                 )
             )
             for step in steps:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import count_true, parts_of_rows
+from outrider.kernels.token_rows import count_true, parts_of_rows
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.context import RowParameters
 from outrider.workers.sampling.law import Nuclei, nuclei

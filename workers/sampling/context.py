@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,21 +81,18 @@ class RowParameters:
 
     def __init__(self, groups: Sequence[SampledRows]) -> None:
         lengths = np.array([len(group.positions) for group in groups], dtype=np.int64)
-        params = [group.params for group in groups]
-        self._of_group = np.repeat(np.arange(len(groups)), lengths)
-        self.num_rows = len(self._of_group)
-        self.temperatures = self._rows([p.temperature for p in params], np.float32)
-        self.top_k = self._rows([p.top_k for p in params], np.int64)
-        self.top_p = self._rows([p.top_p for p in params], np.float64)
-        self.min_p = self._rows([p.min_p for p in params], np.float64)
-        self.truncates = self._rows([p.truncates for p in params], np.bool_)
-        self.logprobs = self._rows([p.logprobs for p in params], np.bool_)
-        self.max_top_logprobs = max((p.top_logprobs for p in params if p.logprobs), default=0)
+        # float64 holds every one of these numbers as it is, but not seeds.
+        laws = np.array([group.params.law for group in groups]).reshape(len(groups), -1)
+        seeds = np.array([group.params.seed for group in groups], dtype=np.uint64)
+        self.num_rows = int(np.add.reduce(lengths))
+        columns: npt.NDArray[np.float64] = laws.T.repeat(lengths, axis=1) if groups else np.empty((6, 0))
+        temperatures, top_k, self.top_p, self.min_p, truncates, num_reported = columns
+        self.temperatures = temperatures.astype(np.float32)
+        self.top_k = top_k.astype(np.int64)
+        self.truncates = truncates > 0.0
+        self.logprobs = num_reported >= 0.0
+        self.max_top_logprobs = max(0, int(num_reported.max(initial=0.0)))
         positions = [group.positions for group in groups]
         self.keys = noise_keys(
-            self._rows([p.seed for p in params], np.uint64),
-            np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64),
+            seeds.repeat(lengths), np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64)
         )
-
-    def _rows(self, of_groups: list[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        return np.array(of_groups, dtype=dtype)[self._of_group]

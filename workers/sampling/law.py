@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import count_true, exponentials
+from outrider.kernels.token_rows import count_true, exponentials
 from outrider.workers.sampling.context import RowParameters, SampledRows
 from outrider.workers.sequences.params import SamplingParams
 
@@ -39,6 +39,10 @@ class Edits:
             logits[self.rows, self.columns] = self.logits
 
 
+_NO_ROWS = torch.empty(0, dtype=torch.int64)
+NO_EDITS = Edits(_NO_ROWS, _NO_ROWS, torch.empty(0))
+
+
 def edit_rows(logits: torch.Tensor, groups: Sequence[SampledRows], vocab_offset: int) -> Edits:
     """Apply logit bias and penalties in place, where the logits are: only what is edited is brought to the host.
 
@@ -46,16 +50,15 @@ def edit_rows(logits: torch.Tensor, groups: Sequence[SampledRows], vocab_offset:
         logits: float32 [num_rows, shard_size]; column 0 is token `vocab_offset`.
         groups: what the rows are sampled for, in their order.
     """
-    ends = np.cumsum([len(group.positions) for group in groups])
-    editing = [
-        (_EditedTokens(group, vocab_offset, logits.shape[1]), int(end) - len(group.positions), int(end))
-        for group, end in zip(groups, ends, strict=True)
-        if group.params.edits_logits
-    ]
-    editing = [item for item in editing if len(item[0].local_ids)]
+    editing, end = [], 0
+    for group in groups:
+        first, end = end, end + len(group.positions)
+        if group.params.edits_logits and len(group.positions):
+            tokens = _EditedTokens(group, vocab_offset, logits.shape[1])
+            if len(tokens.local_ids):
+                editing.append((tokens, first, end))
     if not editing:
-        nothing = torch.empty(0, dtype=torch.int64)
-        return Edits(nothing, nothing, torch.empty(0))
+        return NO_EDITS
     rows = torch.from_numpy(
         np.concatenate([np.repeat(np.arange(a, b), len(t.local_ids)) for t, a, b in editing])
     ).to(logits.device)
@@ -150,7 +153,7 @@ def nuclei(
     """
     num, width = logits.shape
     top_k, top_p, min_p = params.top_k[rows], params.top_p[rows], params.min_p[rows]
-    kept = np.full(num, width)
+    kept = np.full(num, width, dtype=np.int64)
     each = np.arange(num)
     certain = np.ones(num, dtype=np.bool_)
     if top_k.any():
@@ -159,16 +162,12 @@ def nuclei(
         kept[limited] = count_true(logits[limited] >= kth[limited, None])
         certain[limited] = kth[limited] > floors[limited]
     weights = exponentials(logits, logits[:, 0], params.temperatures[rows])
-    masses = (
-        torch.from_numpy(weights).cumsum(dim=1, dtype=torch.float64).numpy()
-    )  # numpy's takes three times as long
+    # numpy's takes three times as long
+    masses = torch.from_numpy(weights).cumsum(dim=1, dtype=torch.float64).numpy()
     if (top_p < 1.0).any():
-        limits = (
-            masses[each, kept - 1].copy()
-            if totals is None
-            else np.where(top_k > 0, masses[each, kept - 1], totals)
-        )
-        limits *= top_p
+        limits = top_p * masses[each, kept - 1]
+        if totals is not None:
+            limits = np.where(top_k > 0, limits, top_p * totals)
         limits[top_p == 1.0] = np.inf
         kept = np.minimum(kept, 1 + count_true(masses[:, :-1] < limits[:, None]))
     if min_p.any():

@@ -19,8 +19,9 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import REMOVED, ShardLogits, UInt64Array, unpack_tokens
+from outrider.kernels.sample_shard import ShardLogits
 from outrider.kernels.selection import REFERENCES, KernelSelection
+from outrider.kernels.token_rows import REMOVED, UInt64Array, ids_of
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.candidates import kept_tokens
 from outrider.workers.sampling.context import RowParameters, SampledRows
@@ -107,13 +108,15 @@ class Sampler:
         """
         batch = self._edit(logits, groups)
         best = np.zeros(len(batch.maxima), dtype=np.uint64)  # token 0 where a row is invalid
-        best[batch.whole] = _best_whole(batch, 1)[:, 0]
-        best[batch.truncated] = self._best_kept(batch, 1)[0][:, 0]
         valid = np.zeros(len(best), dtype=np.bool_)
-        valid[batch.whole] = valid[batch.truncated] = True
-        message = torch.from_numpy(best.view(np.int64))
-        best = self._communicator.all_gather(message).numpy().view(np.uint64).min(axis=0)
-        tokens = unpack_tokens(best)[1]
+        if len(batch.whole):
+            best[batch.whole], valid[batch.whole] = _best_whole(batch, 1)[:, 0], True
+        if len(batch.truncated):
+            best[batch.truncated], valid[batch.truncated] = self._best_kept(batch, 1)[0][:, 0], True
+        if self._communicator.size > 1:
+            message = torch.from_numpy(best.view(np.int64))
+            best = self._communicator.all_gather(message).numpy().view(np.uint64).min(axis=0)
+        tokens = ids_of(best)
         batch.edits.undo(batch.logits)
         shard = self._shard(batch.logits) if len(batch.edits.rows) else batch.shard
         raw = raw_logprobs(
@@ -150,21 +153,20 @@ class Sampler:
         assert self._communicator.size == 1
         assert num <= self._vocab_size
         batch = self._edit(logits, groups)
-        ids = np.tile(np.arange(num), (len(batch.maxima), 1))
+        ids = np.empty((len(batch.maxima), num), dtype=np.int64)
+        ids[:] = np.arange(num)
         log_probs = np.full(ids.shape, -np.inf, dtype=np.float32)
         temperatures = batch.params.temperatures
-        temperatures = np.where(temperatures == 0.0, np.float32(1.0), temperatures)
-        whole = batch.whole
-        masses_of_whole = batch.shard.exp_sums(whole, batch.maxima[whole], temperatures[whole])
-        for rows, ranked, masses in (
-            (whole, _best_whole(batch, num), masses_of_whole),
-            (batch.truncated, *self._best_kept(batch, num)),
-        ):
-            ids[rows] = unpack_tokens(ranked)[1]
-            chosen = batch.shard.logits(np.repeat(rows, num), ids[rows].ravel()).reshape(-1, num)
-            scaled = (chosen - batch.maxima[rows, None]) / temperatures[rows, None]
-            scaled -= np.log(masses).astype(np.float32)[:, None]
-            log_probs[rows] = np.where(ranked < REMOVED, scaled, np.float32(-np.inf))
+        temperatures = temperatures + (temperatures == 0.0)
+        if len(batch.whole):
+            rows = batch.whole
+            masses = batch.shard.exp_sums(rows, batch.maxima[rows], temperatures[rows])
+            ids[rows], log_probs[rows] = _law_of_best(
+                batch, rows, _best_whole(batch, num), masses, temperatures
+            )
+        if len(batch.truncated):
+            rows = batch.truncated
+            ids[rows], log_probs[rows] = _law_of_best(batch, rows, *self._best_kept(batch, num), temperatures)
         batch.edits.undo(batch.logits)
         return torch.from_numpy(ids), torch.from_numpy(log_probs)
 
@@ -175,10 +177,12 @@ class Sampler:
             logits = logits.cpu().contiguous()
         edits = edit_rows(logits, groups, self._first)
         shard = self._shard(logits)
-        own_maxima = torch.from_numpy(shard.maxima(np.arange(params.num_rows)))
-        maxima = self._communicator.all_gather(own_maxima).numpy().max(axis=0)  # NaN if any is
-        valid = np.abs(maxima) <= MAX_LOGIT
-        whole, truncated = np.flatnonzero(valid & ~params.truncates), np.flatnonzero(valid & params.truncates)
+        maxima = shard.maxima(np.arange(params.num_rows))
+        if self._communicator.size > 1:
+            maxima = self._communicator.all_gather(torch.from_numpy(maxima)).numpy().max(axis=0)
+        valid = np.abs(maxima) <= MAX_LOGIT  # NaN if any rank's is, and then not
+        truncated = (valid & params.truncates).nonzero()[0]
+        whole = (valid & ~params.truncates).nonzero()[0]
         return _Edited(params, logits, edits, shard, maxima, whole, truncated)
 
     def _shard(self, logits: torch.Tensor) -> Shard:
@@ -189,8 +193,6 @@ class Sampler:
     def _best_kept(self, batch: _Edited, num: int) -> tuple[UInt64Array, npt.NDArray[np.float64]]:
         """Of the truncated rows [n, num] packed tokens with their scores, and [n] the masses of what is kept."""
         rows, params = batch.truncated, batch.params
-        if not len(rows):
-            return np.empty((0, num), dtype=np.uint64), np.empty(0)
         kept = kept_tokens(
             batch.shard, rows, batch.maxima[rows], params, self._vocab_size, self._communicator
         )
@@ -198,6 +200,27 @@ class Sampler:
             rows, kept.lowest, kept.num_lowest, params.temperatures[rows], params.keys[rows], num
         )
         return ranked, kept.masses
+
+
+def _law_of_best(
+    batch: _Edited,
+    rows: Int64Array,
+    ranked: UInt64Array,
+    masses: npt.NDArray[np.float64],
+    temperatures: Float32Array,
+) -> tuple[Int64Array, Float32Array]:
+    """Ids of packed tokens, [n, num], and their log-probabilities, -inf where p̃ removes them.
+
+    masses: [n], of each row the sum over what is kept of exp((logit - maximum) / temperature).
+    """
+    ids = ids_of(ranked)
+    num = ids.shape[1]
+    log_probs = batch.shard.logits(rows.repeat(num), ids.reshape(-1)).reshape(-1, num)
+    log_probs -= batch.maxima[rows, None]
+    log_probs /= temperatures[rows, None]
+    log_probs -= np.log(masses).astype(np.float32)[:, None]
+    log_probs[ranked >= REMOVED] = -np.inf
+    return ids, log_probs
 
 
 def _best_whole(batch: _Edited, num: int) -> UInt64Array:

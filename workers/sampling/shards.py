@@ -15,20 +15,15 @@ import torch
 
 from outrider.kernels.gather_rows import gather_rows
 from outrider.kernels.noise import Float32Array, Int64Array, UInt32Array
-from outrider.kernels.sample_shard import (
-    LOWEST,
-    UInt64Array,
-    pack_tokens,
-    removed_by_id,
-    sample_shard,
-)
+from outrider.kernels.sample_shard import sample_shard
 from outrider.kernels.selection import KernelSelection
+from outrider.kernels.token_rows import LOWEST, UInt64Array, pack_tokens, removed_by_id
 
 
 class Shard(Protocol):
     """Logits of several rows over the token ids of one rank; packed tokens are those of `pack_tokens`.
 
-    `rows` are int64 [n], distinct. Rows without a finite maximum over the whole vocabulary may be asked for their
+    `rows` are int64 [n], ascending. Rows without a finite maximum over the whole vocabulary may be asked for their
     maxima only.
     """
 

@@ -48,5 +48,7 @@ class PageTables:
             slots: int64 [N], whose row it is.
             rows: int64 [N], the row within its sequence; its page must be there.
         """
-        indices, offsets = np.divmod(rows, self.page_size)
-        return self.page_table[slots, indices].astype(np.int64) * self.page_size + offsets
+        indices = rows // self.page_size
+        pages = self.page_table.reshape(-1)[slots * self.page_table.shape[1] + indices]
+        # A row is page_size * index + offset.
+        return rows + (pages - indices) * self.page_size

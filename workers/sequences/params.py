@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 MAX_LOGIT_BIAS = 300  # entries of a request; the OpenAI API allows as many
 MAX_TOP_LOGPROBS = 20
@@ -59,12 +60,19 @@ class SamplingParams:
         """Whether top-k, top-p or min-p can make a difference; greedy takes the likeliest token anyway."""
         return not self.is_greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
 
-    @property
+    @cached_property
     def uses_context(self) -> bool:
         """Whether the law depends on the tokens so far other than through the model."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
-    @property
+    @cached_property
+    def law(self) -> tuple[float, ...]:
+        """What law and report of every row depend on: temperature, top-k, top-p, min-p, whether they truncate,
+        and how many of the likeliest are reported besides the token, -1 where nothing is."""
+        num_reported = self.top_logprobs if self.logprobs else -1
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.truncates, num_reported
+
+    @cached_property
     def edits_logits(self) -> bool:
         return self.uses_context or bool(self.logit_bias)
 

@@ -116,9 +116,11 @@ def follow(trees: DraftTrees, scores: NodeScores, accepted: Bools) -> Verdicts:
     num_rows, width = trees.tokens.shape
     row = np.arange(num_rows)
     next_node = np.zeros((num_rows, width), dtype=np.int64)
-    owners, nodes = np.nonzero(accepted)
-    # Of several assignments to one place the last holds: backwards, so that it is the first child.
-    next_node[owners[::-1], trees.parents[owners, nodes][::-1]] = nodes[::-1]
+    # Of several assignments to one place the last holds: nodes backwards, so that it is the first child. Not by
+    # views of negative stride: numpy assigns those in the order of memory.
+    owners, columns_from_end = np.nonzero(accepted[:, ::-1])
+    nodes = width - 1 - columns_from_end
+    next_node[owners, trees.parents[owners, nodes]] = nodes
     columns, num_accepted = [np.zeros(num_rows, dtype=np.int64)], np.zeros(num_rows, dtype=np.int64)
     current = next_node[:, 0]
     while current.any():

@@ -10,9 +10,10 @@ Int64Array = npt.NDArray[np.int64]
 
 def starts_of(counts: Int64Array) -> Int64Array:
     """Where each segment begins, int64 [B], given the lengths of all, int64 [B]."""
-    return np.cumsum(counts) - counts
+    return counts.cumsum() - counts
 
 
 def places_in(counts: Int64Array) -> Int64Array:
     """Of every element its index within its segment, int64 [sum of counts]: counts 2 and 3 give 0 1 0 1 2."""
-    return np.arange(counts.sum()) - np.repeat(starts_of(counts), counts)
+    starts = starts_of(counts).repeat(counts)
+    return np.arange(len(starts)) - starts

@@ -6,96 +6,9 @@ cut, verified and re-rooted, for all sequences at once. Nothing here is done nod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class DraftTrees:
-    """What one round verifies, a row per sequence. Node 0 is the last known token and its own parent;
-    `parents[b, i] < i`. Beyond `counts[b]` a row is padding.
-
-    Attributes:
-        counts: int64 [B] nodes, the root included.
-        tokens, parents: int64 [B, K].
-        growing_nodes: int64 [B, K] the same nodes in `GrowingTrees`.
-    """
-
-    counts: Ints
-    tokens: Ints
-    parents: Ints
-    growing_nodes: Ints
-
-    @staticmethod
-    def roots(tokens: Ints) -> DraftTrees:
-        """Plain decoding after these tokens ([B])."""
-        column = tokens[:, None]
-        zeros = np.zeros_like(column)
-        return DraftTrees(np.ones(len(tokens), dtype=np.int64), column, zeros, zeros)
-
-    @property
-    def exists(self) -> Bools:
-        """[B, K]: where there is a node."""
-        return np.arange(self.tokens.shape[1]) < self.counts[:, None]
-
-    def rows(self, which: Ints) -> DraftTrees:
-        """The trees of some of the sequences ([b] indices)."""
-        return DraftTrees(
-            self.counts[which], self.tokens[which], self.parents[which], self.growing_nodes[which]
-        )
-
-
-@dataclass(frozen=True)
-class Offers:
-    """The nodes that a round may verify, a row per sequence, most valuable first; parents before children.
-
-    Attributes:
-        nodes: int64 [B, K] nodes of the growing trees.
-        values: float64 [B, K] descending; 0 behind a row's end.
-    """
-
-    nodes: Ints
-    values: Floats
-
-
-@dataclass(frozen=True)
-class Survivors:
-    """What a verdict left of some trees: how methods move what they keep beside the nodes.
-
-    Attributes:
-        slots: int64 [B].
-        old_nodes: int64 [B, M] the old node of each new one; beyond `counts[b]` padding.
-        counts: int64 [B] new nodes, the root included.
-        has_old_root: bool [B] the new root was a node of the old tree; otherwise the tree was started afresh.
-        paths: bool [B, N] the old nodes that came out, the old root included.
-    """
-
-    slots: Ints
-    old_nodes: Ints
-    counts: Ints
-    has_old_root: Bools
-    paths: Bools
-
-    @property
-    def exists(self) -> Bools:
-        """[B, M]: where there is a node."""
-        return np.arange(self.old_nodes.shape[1]) < self.counts[:, None]
-
-    def rows(self, which: Ints) -> Survivors:
-        """What is left of some of the trees ([b] indices)."""
-        return Survivors(
-            self.slots[which],
-            self.old_nodes[which],
-            self.counts[which],
-            self.has_old_root[which],
-            self.paths[which],
-        )
+from outrider.workers.sequences.cuts import Bools, DraftTrees, Floats, Ints, Offers, Survivors
 
 
 class GrowingTrees:
@@ -107,11 +20,13 @@ class GrowingTrees:
     Attributes:
         tokens, parents, depths: int64 [S, N]; a parent is older than its children.
         acceptances: float64 [S, N], estimated probability that the target samples the token after its parent.
-        values: float64 [S, N], the product along the path: probability that the whole path is accepted.
+        values: float64 [S, N], the product along the path: probability that the whole path is accepted; 0 in the
+            padding.
         sources: int64 [S, N], key of the acceptance estimate, so that the outcome can teach it.
         child_mass: float64 [S, N], sum of the acceptances of a node's children; 0 exactly where it has none.
         num_nodes: int64 [S]; what lies behind is padding.
         root_positions: int64 [S], index in the sequence of the root's token.
+        version: another number after every change.
     """
 
     def __init__(self, num_slots: int, capacity: int) -> None:
@@ -122,6 +37,7 @@ class GrowingTrees:
         self.acceptances, self.values, self.child_mass = (np.zeros(shape) for _ in range(3))
         self.num_nodes = np.zeros(num_slots, dtype=np.int64)
         self.root_positions = np.zeros(num_slots, dtype=np.int64)
+        self.version = 0
 
     def start(self, slot: int, token: int, position: int) -> None:
         """A tree of its root alone."""
@@ -129,7 +45,7 @@ class GrowingTrees:
 
     def width(self, slots: Ints) -> int:
         """Nodes of the largest of these trees: the columns worth looking at."""
-        return int(self.num_nodes[slots].max()) if len(slots) else 0
+        return int(np.maximum.reduce(self.num_nodes[slots])) if len(slots) else 0
 
     def exists(self, slots: Ints, width: int) -> Bools:
         """[B, width]: where there is a node."""
@@ -160,28 +76,26 @@ class GrowingTrees:
             float64 [M]: the value that each has in its tree; 0 where the tree was full.
         """
         known = self.child_mass[slots, parents] > 0.0
-        nodes = np.zeros(len(slots), dtype=np.int64)
-        if known.any():
-            candidates = np.flatnonzero(known)
-            nodes[known], found = self.find_children(slots[known], parents[known], tokens[known])
-            known[candidates[~found]] = False
-            self._raise(slots[known], nodes[known], acceptances[known], sources[known])
-        values = np.zeros(len(slots))
-        new = ~known
+        if not np.count_nonzero(known):
+            return self._add_new(slots, parents, tokens, acceptances, sources)
+        candidates = np.flatnonzero(known)
+        nodes, found = self.find_children(slots[candidates], parents[candidates], tokens[candidates])
+        known[candidates] = found
+        nodes = nodes[found]
+        self._raise(slots[known], nodes, acceptances[known], sources[known])
+        new, values = ~known, np.zeros(len(slots))
         if new.any():
-            at = np.flatnonzero(new)
-            values[at] = self.values[slots[at], parents[at]] * acceptances[at]
-            fits = self._append(
-                slots[at],
-                parents[at],
-                tokens[at],
-                self.depths[slots[at], parents[at]] + 1,
-                acceptances[at],
-                values[at],
-                sources[at],
-            )
-            values[at[~fits]] = 0.0
-        values[known] = self.values[slots[known], nodes[known]]
+            values[new] = self._add_new(slots[new], parents[new], tokens[new], acceptances[new], sources[new])
+        values[known] = self.values[slots[known], nodes]
+        return values
+
+    def _add_new(
+        self, slots: Ints, parents: Ints, tokens: Ints, acceptances: Floats, sources: Ints
+    ) -> Floats:
+        above = slots * self.capacity + parents
+        values = self.values.reshape(-1)[above] * acceptances
+        depths = self.depths.reshape(-1)[above] + 1
+        values *= self._append(slots, parents, tokens, depths, acceptances, values, sources)
         return values
 
     def add_chains(
@@ -210,10 +124,15 @@ class GrowingTrees:
             self._raise(slots[c], children, acceptances[c, at[c]], sources[c, at[c]])
             nodes[c], at[c] = children, at[c] + 1
             following[c] = (at[c] < lengths[c]) & (self.child_mass[slots[c], children] > 0.0)
-        columns = np.arange(tokens.shape[1])
-        rest = (columns >= at[:, None]) & (columns < lengths[:, None])
-        if not rest.any():
+        unfinished = np.flatnonzero(at < lengths)
+        if not len(unfinished):
             return
+        # Of several chains that arrived at one node the first goes on; the others find its links there afterwards.
+        _, first = np.unique(slots[unfinished] * self.capacity + nodes[unfinished], return_index=True)
+        goes_on = np.zeros(len(slots), dtype=np.bool_)
+        goes_on[unfinished[first]] = True
+        columns = np.arange(tokens.shape[1])
+        rest = (columns >= at[:, None]) & (columns < lengths[:, None]) & goes_on[:, None]
         steps = np.where(rest, acceptances, 1.0)
         values = self.values[slots, nodes][:, None] * np.cumprod(steps, axis=1)
         depths = self.depths[slots, nodes][:, None] + columns - at[:, None] + 1
@@ -231,6 +150,11 @@ class GrowingTrees:
             values[rest],
             sources[rest],
         )
+        again = unfinished[~goes_on[unfinished]]
+        if len(again):
+            self.add_chains(
+                slots[again], below[again], tokens[again], lengths[again], acceptances[again], sources[again]
+            )
 
     def tails(self, slots: Ints, nodes: Ints, recent: Ints) -> Ints:
         """[M, T]: the last T tokens before and including each node.
@@ -253,15 +177,25 @@ class GrowingTrees:
     def offers(self, slots: Ints, depth_limits: Ints, node_limits: Ints) -> Offers:
         """The most valuable nodes below the roots: at most `node_limits[b]`, none deeper than `depth_limits[b]`."""
         width = self.width(slots)
-        allowed = self.exists(slots, width) & (self.depths[slots, :width] <= depth_limits[:, None])
-        allowed[:, :1] = False
-        values = np.where(allowed, self.values[slots, :width], 0.0)
+        values = self._offered_values(slots, depth_limits, width)
         most = min(width, int(node_limits.max(initial=0)))
         # A child is never worth more than its parent and is younger, so the order is topological.
-        order = np.argsort(-values, axis=1, kind="stable")[:, :most]
-        ordered = np.take_along_axis(values, order, axis=1)
+        order = (-values).argsort(axis=1, kind="stable")[:, :most]
+        ordered = values.reshape(-1)[order + (np.arange(len(slots)) * width)[:, None]]
         ordered[np.arange(most) >= node_limits[:, None]] = 0.0
         return Offers(order, ordered)
+
+    def count_offers(self, slots: Ints, depth_limits: Ints) -> Ints:
+        """[B]: the nodes that `offers` has to give where there is no limit on their number."""
+        values = self._offered_values(slots, depth_limits, self.width(slots))
+        return np.add.reduce(values > 0.0, axis=1, dtype=np.int64)
+
+    def _offered_values(self, slots: Ints, depth_limits: Ints, width: int) -> Floats:
+        """[B, width]; 0 of nodes that are too deep, and of roots."""
+        values = self.values[slots, :width]
+        values *= self.depths[slots, :width] <= depth_limits[:, None]
+        values[:, :1] = 0.0
+        return values
 
     def cut(self, slots: Ints, offers: Offers, counts: Ints) -> DraftTrees:
         """The trees of the roots and the first `counts[b]` offered nodes, best path first.
@@ -273,15 +207,15 @@ class GrowingTrees:
         nodes = np.zeros((len(slots), width), dtype=np.int64)
         nodes[:, 1:] = offers.nodes[:, : width - 1]
         exists = np.arange(width) <= counts[:, None]
-        nodes[~exists] = 0
+        nodes *= exists
         if width > 2:
             nodes = self._best_path_first(slots, nodes, exists)
-        place = np.zeros((len(slots), self.width(slots)), dtype=np.int64)  # of a growing node in the cut
-        row = np.arange(len(slots))[:, None]
-        columns = np.broadcast_to(np.arange(width), nodes.shape)
-        place[np.broadcast_to(row, nodes.shape)[exists], nodes[exists]] = columns[exists]
-        parents = place[row, self.parents[slots[:, None], nodes]]
-        return DraftTrees(counts + 1, self.tokens[slots[:, None], nodes], parents, nodes)
+        firsts = (np.arange(len(slots)) * self.width(slots))[:, None]
+        place = np.zeros(len(slots) * self.width(slots), dtype=np.int64)  # of a growing node in the cut
+        place[(firsts + nodes)[exists]] = exists.nonzero()[1]
+        here = (slots * self.capacity)[:, None] + nodes
+        parents = place[firsts + self.parents.reshape(-1)[here]]
+        return DraftTrees(counts + 1, self.tokens.reshape(-1)[here], parents, nodes)
 
     def reroot(self, slots: Ints, lasts: Ints, next_tokens: Ints, num_emitted: Ints) -> Survivors:
         """Follow the tokens that came out; keep what hangs below the last of them.
@@ -296,22 +230,27 @@ class GrowingTrees:
         row = np.arange(len(slots))
         parents, depths = self.parents[slots, :width], self.depths[slots, :width]
         new_roots, found = self.find_children(slots, lasts, next_tokens)
-        exists = self.exists(slots, width)
+        root_values = self.values[slots, new_roots]
+        found &= root_values > 0.0  # below nodes so deep that it is 0 nothing tells good from bad
         root_depths = depths[row, new_roots][:, None]
-        columns = np.broadcast_to(np.arange(width), parents.shape)
         # Of every node, its ancestor at the depth of the new root, by doubling.
-        above = np.where(depths > root_depths, parents, columns)
+        firsts = (row * width)[:, None]
+        own = firsts + np.arange(width)
+        above = np.where(depths > root_depths, firsts + parents, own)
         for _ in range(int(depths.max(initial=0)).bit_length()):
-            above = np.take_along_axis(above, above, axis=1)
-        alive = (above == new_roots[:, None]) & exists & found[:, None]
+            above = above.reshape(-1)[above]
+        alive = above == firsts + new_roots[:, None]
+        alive &= self.exists(slots, width)
+        alive &= found[:, None]
         paths = self._paths(slots, lasts, width)
-        counts = np.maximum(alive.sum(axis=1), 1)
-        old_nodes = np.argsort(~alive, axis=1, kind="stable")[:, : int(counts.max(initial=1))]
+        counts = np.maximum(np.add.reduce(alive, axis=1, dtype=np.int64), 1)
+        old_nodes = (~alive).argsort(axis=1, kind="stable")[:, : int(counts.max(initial=1))]
         survivors = Survivors(slots, old_nodes, counts, found, paths)
         new_positions = self.root_positions[slots] + num_emitted
-        self._keep(survivors, alive, root_depths, self.values[slots, new_roots])
+        if np.count_nonzero(found):
+            self._keep(survivors, alive, root_depths, np.where(found, root_values, 1.0))
         lost = ~found
-        if lost.any():
+        if np.count_nonzero(lost):
             self._set_roots(slots[lost], next_tokens[lost], new_positions[lost])
         self.root_positions[slots] = new_positions
         return survivors
@@ -321,28 +260,36 @@ class GrowingTrees:
         on_path = np.zeros((len(slots), width), dtype=np.bool_)
         row, current = np.arange(len(slots)), lasts
         on_path[:, 0] = True
-        while current.any():
+        flat_parents, firsts = self.parents.reshape(-1), slots * self.capacity
+        while np.count_nonzero(current):
             on_path[row, current] = True
-            current = self.parents[slots, current]
+            current = flat_parents[firsts + current]
         return on_path
 
     def _keep(self, survivors: Survivors, alive: Bools, root_depths: Ints, root_values: Floats) -> None:
         slots, old, width = survivors.slots, survivors.old_nodes, survivors.old_nodes.shape[1]
-        new_index = np.cumsum(alive, axis=1) - 1
-        parents = np.take_along_axis(self.parents[slots, : alive.shape[1]], old, axis=1)
-        moved = np.take_along_axis(new_index, parents, axis=1)
-        here = (slots[:, None], np.arange(width))
-        there = (slots[:, None], old)
-        self.depths[here] = self.depths[there] - root_depths
-        self.values[here] = self.values[there] / root_values[:, None]
+        firsts = (slots * self.capacity)[:, None]
+        here, there = firsts + np.arange(width), firsts + old
+        new_index = alive.cumsum(axis=1) - 1
+        old_parents = self.parents.reshape(-1)[there]
+        moved = new_index.reshape(-1)[(np.arange(len(slots)) * alive.shape[1])[:, None] + old_parents]
+        self.version += 1
+        flat_values, flat_depths = self.values.reshape(-1), self.depths.reshape(-1)
+        flat_depths[here] = flat_depths[there] - root_depths
+        values = flat_values[there] / root_values[:, None] * survivors.exists
+        self.values[slots, : alive.shape[1]] = 0.0
+        flat_values[here] = values
         for array in (self.tokens, self.acceptances, self.sources, self.child_mass):
-            array[here] = array[there]
-        self.parents[here] = np.maximum(moved, 0)
+            flat = array.reshape(-1)
+            flat[here] = flat[there]
+        self.parents.reshape(-1)[here] = np.maximum(moved, 0)
         self.num_nodes[slots] = survivors.counts
         self.parents[slots, 0] = self.depths[slots, 0] = 0
         self.values[slots, 0] = self.acceptances[slots, 0] = 1.0
 
     def _set_roots(self, slots: Ints, tokens: Ints, positions: Ints) -> None:
+        self.version += 1
+        self.values[slots] = 0.0
         self.tokens[slots, 0] = tokens
         self.root_positions[slots] = positions
         self.parents[slots, 0] = self.depths[slots, 0] = self.sources[slots, 0] = 0
@@ -353,24 +300,26 @@ class GrowingTrees:
     def _best_path_first(self, slots: Ints, nodes: Ints, exists: Bools) -> Ints:
         """Nodes ([B, K], root first, by value) in a topological order that starts with the best path."""
         num_rows, width = nodes.shape
-        row = np.arange(num_rows)
-        best_child = np.zeros((num_rows, self.width(slots)), dtype=np.int64)  # of a growing node
-        parents = self.parents[slots[:, None], nodes]
-        # Of several assignments to one place the last holds: from the least valuable to the best.
-        for_child = np.flatnonzero(exists[:, 1:].T[::-1].ravel())
-        reversed_parents = parents[:, 1:].T[::-1].ravel()[for_child]
-        reversed_nodes = nodes[:, 1:].T[::-1].ravel()[for_child]
-        best_child[np.tile(row, width - 1)[for_child], reversed_parents] = reversed_nodes
-        is_best = np.zeros_like(best_child, dtype=np.bool_)
-        current = best_child[:, 0]
-        while current.any():
-            is_best[row, current] = True
-            current = np.where(current > 0, best_child[row, current], 0)
-        is_best[:, 0] = True
-        behind = ~is_best[row[:, None], nodes] | ~exists
-        behind[:, 0] = False
-        order = np.argsort(behind + 2 * ~exists, axis=1, kind="stable")
-        return np.take_along_axis(nodes, order, axis=1)
+        num_growing = self.width(slots)
+        firsts = np.arange(num_rows) * num_growing
+        places = firsts[:, None] + nodes
+        best_child = np.zeros(num_rows * num_growing, dtype=np.int64)  # of a growing node
+        parents = self.parents.reshape(-1)[(slots * self.capacity)[:, None] + nodes] + firsts[:, None]
+        drafted = exists[:, 1:]
+        # Of several assignments to one place the last holds: from the least valuable to the best. In copies, because
+        # numpy assigns views of negative stride in the order of memory.
+        best_child[parents[:, 1:][drafted][::-1].copy()] = nodes[:, 1:][drafted][::-1].copy()
+        is_best = np.zeros(len(best_child), dtype=np.bool_)
+        current = best_child[firsts]
+        while np.count_nonzero(current):
+            is_best[firsts + current] = True
+            # Padding and leaves point at roots, from which no way leads on.
+            current = best_child[firsts + current] * (current > 0)
+        is_best[firsts] = True
+        behind = ~is_best[places] + 2 * ~exists
+        behind[:, 0] = 0
+        order = behind.argsort(axis=1, kind="stable")
+        return nodes.reshape(-1)[order + (np.arange(num_rows) * width)[:, None]]
 
     def _append(
         self,
@@ -383,17 +332,27 @@ class GrowingTrees:
         sources: Ints,
     ) -> Bools:
         """Write new nodes ([M] each, those of a slot together, parents first); returns which of them fitted."""
+        self.version += 1
         own = self.num_nodes[slots] + _rank_in_group(slots)
         fits = own < self.capacity
-        if not fits.all():
+        if np.count_nonzero(fits) < len(fits):
             slots, parents, tokens, depths = slots[fits], parents[fits], tokens[fits], depths[fits]
             acceptances, values, sources, own = acceptances[fits], values[fits], sources[fits], own[fits]
-        here = (slots, own)
-        self.tokens[here], self.parents[here], self.depths[here] = tokens, parents, depths
-        self.acceptances[here], self.values[here], self.sources[here] = acceptances, values, sources
-        self.child_mass[here] = 0.0
-        np.add.at(self.child_mass, (slots, parents), acceptances)
-        np.add.at(self.num_nodes, slots, 1)
+        first = slots * self.capacity
+        here = first + own
+        for array, new in (
+            (self.tokens, tokens),
+            (self.parents, parents),
+            (self.depths, depths),
+            (self.sources, sources),
+            (self.acceptances, acceptances),
+            (self.values, values),
+        ):
+            array.reshape(-1)[here] = new
+        mass = self.child_mass.reshape(-1)
+        mass[here] = 0.0
+        np.add.at(mass, first + parents, acceptances)
+        self.num_nodes += np.bincount(slots, minlength=len(self.num_nodes))
         return fits
 
     def _raise(self, slots: Ints, nodes: Ints, acceptances: Floats, sources: Ints) -> None:
@@ -402,6 +361,7 @@ class GrowingTrees:
         higher = acceptances > old
         if not higher.any():
             return
+        self.version += 1
         slots, nodes, new, old = slots[higher], nodes[higher], acceptances[higher], old[higher]
         parents = self.parents[slots, nodes]
         self.acceptances[slots, nodes], self.sources[slots, nodes] = new, sources[higher]
@@ -410,9 +370,11 @@ class GrowingTrees:
         width = self.width(changed)
         depths = self.depths[changed, :width]
         own, above = self.acceptances[changed, :width], self.parents[changed, :width]
-        values = np.where(depths == 0, 1.0, 0.0)
+        exists = self.exists(changed, width)
+        values = np.zeros(depths.shape)
+        values[:, 0] = 1.0
         for depth in range(1, int(depths.max()) + 1):
-            level = depths == depth
+            level = (depths == depth) & exists
             values[level] = (own * np.take_along_axis(values, above, axis=1))[level]
         self.values[changed, :width] = values
 
@@ -423,4 +385,4 @@ def _rank_in_group(groups: Ints) -> Ints:
     is_first = np.empty(len(groups), dtype=np.bool_)
     is_first[:1] = True
     np.not_equal(groups[1:], groups[:-1], out=is_first[1:])
-    return index - np.maximum.accumulate(np.where(is_first, index, 0))
+    return index - np.maximum.accumulate(index * is_first)

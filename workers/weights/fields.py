@@ -3,10 +3,13 @@
 A field that is misread or not read at all is worse than a file that does not load: the model runs and is wrong.
 """
 
-import math
+import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+MAX_NUMBER = sys.float_info.max
 MAX_SHOWN = 80  # characters of a value in a message
 
 
@@ -45,7 +48,7 @@ class Fields:
         """A finite number for which `holds` is true; `allowed` says which those are."""
         value = self.value(key)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not holds(value):
+        if not is_number or not abs(value) <= MAX_NUMBER or not holds(value):
             raise self.wrong(key, allowed)
         return float(value)
 
@@ -62,6 +65,13 @@ class Fields:
         choices = tuple(allowed)
         if not isinstance(value, str) or value not in choices:
             raise self.wrong(key, choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}")
+        return value
+
+    def string(self, key: str) -> str:
+        """Any text."""
+        value = self.value(key)
+        if not isinstance(value, str):
+            raise self.wrong(key, "a text")
         return value
 
     def texts(self, key: str) -> list[str]:
@@ -125,6 +135,19 @@ class Fields:
         """The error for a field that is not what it may be."""
         got = _shown(self._raw[key]) if key in self._raw else "nothing"
         return ValueError(f"{self._prefix}{key} must be {allowed}, got {got}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, one line, when there is no file or something else in it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent} has no {path.name}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return data
 
 
 def _is_integer(value: object) -> bool:

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType
 
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.families import family_named
@@ -18,8 +18,9 @@ from outrider.workers.weights.source import DataFile
 
 ROPE_FACTORS = "rope_freqs.weight"
 
-# Bookkeeping, sampling defaults, how the file was made or split; the tokenizer is read in gguf_tokenizer.py.
-_HARMLESS = ("general.", "tokenizer.", "split.", "quantize.", "imatrix.")
+# What llama.cpp reads of a model stands under its architecture or one of these. The rest is how a file was made,
+# by whom, and sampling defaults; the tokenizer is read in gguf_tokenizer.py.
+_NAMESPACES = frozenset((*MODEL_ARCH_NAMES.values(), "adapter", "clip", "diffusion", "xielu"))
 _HARMLESS_OF_MODEL = ("rope.scaling.finetuned",)
 
 # What another model would do with them is not done here: their neutral values.
@@ -117,7 +118,7 @@ def hf_config_dict(header: GgufHeader) -> dict[str, Any]:
     scaling = _rope_scaling(header, fields, arch, head_dim, theta, context)
     if scaling:
         config["rope_scaling"] = scaling
-    fields.ignore(key for key in header.metadata if key.startswith(_HARMLESS))
+    fields.ignore(key for key in header.metadata if key.partition(".")[0] not in _NAMESPACES)
     fields.ignore(f"{arch}.{key}" for key in _HARMLESS_OF_MODEL)
     fields.refuse_unread()
     return config

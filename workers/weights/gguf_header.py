@@ -34,6 +34,7 @@ _SCALARS = {
 }
 
 _MAX_DIMS = 4
+_LONG = 1 << 20
 _PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -159,12 +160,17 @@ def _read(path: Path, file: BufferedReader) -> GgufHeader:
         if name in tensors:
             raise ValueError(f"{path}: tensor {name} is there twice")
         tensors[name] = GgufTensor(path, name, shape, tensor_type, data_start + offset)
+    end = data_start
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+        if tensor.offset < end:
+            raise ValueError(f"{path}: tensor {tensor.name} begins inside the one before it")
+        end = tensor.offset + tensor.num_bytes
     return GgufHeader(path, metadata, tensors)
 
 
 def _take(file: BufferedReader, count: int) -> bytes:
-    # A length that was damaged must not become an allocation.
-    if count > os.fstat(file.fileno()).st_size:
+    # A length that was damaged must not become an allocation. Strings are many: the size is asked for long ones.
+    if count > _LONG and count > os.fstat(file.fileno()).st_size:
         raise EOFError("it ends inside the header")
     data = file.read(count)
     if len(data) < count:

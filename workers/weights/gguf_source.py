@@ -19,8 +19,15 @@ from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.families import FAMILIES
 from outrider.workers.weights.gguf_config import ROPE_FACTORS, model_config_from_gguf
 from outrider.workers.weights.gguf_header import GgufTensor, read_gguf_header
-from outrider.workers.weights.source import CHUNK_ELEMENTS, DataFile, bounds, read_rectangle, unknown_tensor
-from outrider.workers.weights.tensors import EMBEDDING, HEAD, FoundTensor, check_tensors
+from outrider.workers.weights.source import (
+    CHUNK_ELEMENTS,
+    DataFile,
+    Stored,
+    bounds,
+    read_rectangle,
+    unknown_tensor,
+)
+from outrider.workers.weights.tensors import EMBEDDING, HEAD, FoundTensor, check_tensors, tensor_shapes
 
 _TOP_LEVEL = {
     "token_embd.weight": EMBEDDING,
@@ -60,7 +67,8 @@ class GgufSource:
         readable = {kind: _can_dequantize(kind) for kind in {tensor.type for tensor in tensors}}
         try:
             check_tensors(
-                self._config,
+                self._config.architecture,
+                tensor_shapes(self._config),
                 {
                     name: FoundTensor(tensor.name, tensor.shape, tensor.type.name, readable[tensor.type])
                     for name, tensor in self._tensors.items()
@@ -107,6 +115,20 @@ class GgufSource:
             out[covered[0] - start : covered[1] - start] = values[covered[0] - first : covered[1] - first]
         return out
 
+    def read_stored(self, name: str, rows: slice, columns: slice) -> Stored:
+        """`columns` must be whole blocks. Rows of q and k are in Hugging Face's order, as everywhere."""
+        tensor = self._tensor(name)
+        start, stop = bounds(rows, tensor.shape[0])
+        left, right = bounds(columns, tensor.shape[1])
+        block, _ = GGML_QUANT_SIZES[tensor.type]
+        assert (left % block, right % block) == (0, 0), (name, columns, block)
+        unit = self._permuted_head_dim(name) or 1
+        first, last = start // unit * unit, -(-stop // unit) * unit
+        blocks = self._blocks(tensor, (first, last), (left // block, right // block))
+        if self._permuted_head_dim(name):
+            blocks = self._unpermute(name, blocks)
+        return Stored(blocks[start - first : stop - first].contiguous(), tensor.type.name, {})
+
     def read_rows(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         assert not self._permuted_head_dim(name), name
         tensor = self._tensor(name)
@@ -131,13 +153,19 @@ class GgufSource:
 
     def _decode(self, tensor: GgufTensor, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
         """Float32 values of a rectangle; whole blocks are read and what is outside the columns is cut off."""
-        block, block_bytes = GGML_QUANT_SIZES[tensor.type]
+        block, _ = GGML_QUANT_SIZES[tensor.type]
         first_block, last_block = columns[0] // block, -(-columns[1] // block)
-        blocks = torch.empty(rows[1] - rows[0], (last_block - first_block) * block_bytes, dtype=torch.uint8)
-        window = first_block * block_bytes, last_block * block_bytes
-        read_rectangle(self._files[tensor.path], tensor.offset, tensor.row_bytes, rows, window, blocks)
+        blocks = self._blocks(tensor, rows, (first_block, last_block))
         values = _dequantize(blocks.numpy(), tensor.type)
         return values[:, columns[0] - first_block * block : columns[1] - first_block * block]
+
+    def _blocks(self, tensor: GgufTensor, rows: tuple[int, int], window: tuple[int, int]) -> torch.Tensor:
+        """Blocks `window` of some rows, u8 [rows, bytes], in the order of the file."""
+        _, size = GGML_QUANT_SIZES[tensor.type]
+        blocks = torch.empty(rows[1] - rows[0], (window[1] - window[0]) * size, dtype=torch.uint8)
+        span = window[0] * size, window[1] * size
+        read_rectangle(self._files[tensor.path], tensor.offset, tensor.row_bytes, rows, span, blocks)
+        return blocks
 
     def _permuted_head_dim(self, name: str) -> int:
         """Rows of a head when the tensor's rows are permuted inside each head, 0 when they are in order."""

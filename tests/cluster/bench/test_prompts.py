@@ -26,7 +26,10 @@ def test_humaneval_rows_are_code(tmp_path: Path) -> None:
     assert load_prompts(path) == [Prompt("HumanEval/0", "humaneval", "def f():\n", is_code=True)]
 
 
-@pytest.mark.parametrize("row", [{"question": "Why?", "answer": "#### 3"}, {"prompt": "Why?"}, "Why?"])
+@pytest.mark.parametrize(
+    "row",
+    [{"question": "Why?", "answer": "#### 3"}, {"prompt": "Why?"}, {"text": None, "input": "Why?"}, "Why?"],
+)
 def test_other_rows_give_their_text(tmp_path: Path, row: object) -> None:
     assert load_prompts(write_lines(tmp_path / "some.jsonl", [row])) == [Prompt("some/1", "some", "Why?")]
 
@@ -37,13 +40,43 @@ def test_a_text_file_has_a_prompt_per_line(tmp_path: Path) -> None:
     assert [prompt.text for prompt in load_prompts(path)] == ["Why?", "How?"]
 
 
+def test_characters_that_are_no_line_ends_stay_in_their_prompts(tmp_path: Path) -> None:
+    text = "one\u2028two\u2029three\x85four\x0cfive\x1csix"
+    lines, rows = tmp_path / "lines.txt", tmp_path / "rows.jsonl"
+    lines.write_text(f"{text}\r\nlast\n", encoding="utf-8", newline="")
+    # As json.dumps(..., ensure_ascii=False) and other writers leave them: raw inside the string.
+    rows.write_text('{"prompt": "one\u2028two\u2029three\x85four"}\r\n"last"\n', encoding="utf-8", newline="")
+    assert [prompt.text for prompt in load_prompts(lines)] == [text, "last"]
+    assert [prompt.text for prompt in load_prompts(rows)] == ["one\u2028two\u2029three\x85four", "last"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    for name, content in (("lines.txt", "Why?"), ("rows.jsonl", '{"prompt": "Why?"}')):
+        path = tmp_path / name
+        path.write_text(content, encoding="utf-8-sig")
+        assert [prompt.text for prompt in load_prompts(path)] == ["Why?"]
+
+
+@pytest.mark.parametrize("name", ["bad.txt", "bad.jsonl"])
+def test_a_file_that_is_not_utf8_is_named_with_the_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b'"fine"\n"caf\xe9"\n')
+    with pytest.raises(ValueError, match=rf"{name}, line 2: must be UTF-8, got the byte 0xe9"):
+        load_prompts(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{]", "line 1: not JSON"),
-        ('{"a": 1}', "must have one of the fields"),
+        ('{"a": 1}', "must have one of the fields turns, prompt, .*; has a"),
+        ("{}", "has none"),
         ("3", "object"),
         ("", "holds no"),
+        ('{"prompt": 5}', "bad.jsonl, line 1: prompt must be a text, got 5"),
+        ('{"prompt": null, "entry_point": "f"}', "prompt must be a text, got None"),
+        ('{"turns": []}', "turns must be a list of texts"),
+        ('{"turns": [["a"]]}', r"turns\[0\] must be a text"),
+        (r'{"question": "a\ud800"}', "question must be valid Unicode"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, content: str, message: str) -> None:

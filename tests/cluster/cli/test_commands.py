@@ -88,10 +88,10 @@ def test_json_is_one_object_per_prompt_bad_ones_included(engines: Engines, tmp_p
     path = tmp_path / "prompts.txt"
     path.write_text(f"one\n{'x' * 5000}\nthree\n")
     result = run("generate", "quickstart", "--prompts", str(path), "--json", "--raw")
-    assert result.exit_code == 0
+    assert result.exit_code == 1  # an answer was refused
     first, long, last = map(json.loads, result.stdout.splitlines())
     assert (first["text"], last["text"]) == ("ONE", "THREE")
-    assert first["from_draft"] == [False, True, False]
+    assert first["origins"] == ["target", "draft", "target"]
     assert first["stats"]["num_rounds"] == 2
     assert long["finish_reason"] == "error"
     assert long["error"].startswith("prompt and sampling.max_tokens must be at most")
@@ -112,7 +112,7 @@ def test_one_bad_prompt_among_streamed_ones_is_one_line(engines: Engines, tmp_pa
     path = tmp_path / "prompts.txt"
     path.write_text(f"{'x' * 5000}\nfine\n")
     result = run("generate", "quickstart", "--prompts", str(path), "--raw")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "FINE" in result.stdout
     assert len(result.stderr.splitlines()) == 1
 
@@ -148,6 +148,29 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(engines: Engines, arguments
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("generate", ["--json", "--temperature", "nan"], "sampling.temperature must be 0 (greedy) or in"),
+        ("generate", ["--top-k", "-1"], "sampling.top_k must be"),
+        ("generate", ["--stop", ""], "sampling.stop entries must be"),
+        ("generate", ["--draft-method", "model"], "draft.methods must be among"),
+        ("generate", ["--draft-depth", "0"], "draft.max_depth must be in"),
+        ("generate", ["--max-tokens", "5000"], "prompt and sampling.max_tokens must be at most"),
+        ("chat", ["--top-p", "0"], "sampling.top_p must be in"),
+        ("demo", ["--max-tokens", "0"], "sampling.max_tokens must be"),
+        ("demo", ["sampling.seed=-1"], "sampling.seed must be"),
+    ],
+)
+def test_mistakes_in_sampling_are_found_before_anything_starts(
+    engines: Engines, command: str, options: list[str], message: str
+) -> None:
+    prompt = ["--prompt", "x"] if command == "generate" else []
+    result = run(command, "quickstart", "target.max_context=4096", *prompt, *options)
+    assert (result.exit_code, engines.started) == (2, [])
+    assert result.stderr.startswith(f"Error: {message}")
+
+
 def test_a_dead_worker_is_one_line_and_exit_code_1(engines: Engines) -> None:
     engines.death = "target 1 died during run: its process is gone"
     result = run("generate", "quickstart", "--prompt", "x")
@@ -171,7 +194,7 @@ def test_chat_remembers_the_conversation_and_starts_over(engines: Engines) -> No
 
 def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(engines: Engines) -> None:
     result = run("chat", "quickstart", stdin=f"{'x' * 5000}\nfine\n")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "Error: prompt and sampling.max_tokens" in result.stderr
     assert result.stdout == "<USER>FINE\n"
 

@@ -1,5 +1,3 @@
-from typing import ClassVar
-
 import torch
 
 from outrider.workers.model.head import LinearHead
@@ -32,8 +30,8 @@ def test_a_trimmed_and_a_low_rank_head_are_heads() -> None:
     torch.testing.assert_close(trimmed(x), full[:, trimmed.vocabulary.ids(torch.arange(4))])
 
     class LowRank:
-        in_features, out_features, min_rows = 16, 30, 1
-        parts: ClassVar = [make_linear(weight, no_bias, packed=False) for weight in (down, up)]
+        in_features, out_features, pads = 16, 30, False
+        parts = tuple(make_linear(weight, no_bias, packed=False) for weight in (down, up))
 
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
             return self.parts[1](self.parts[0](x))

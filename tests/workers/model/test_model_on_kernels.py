@@ -11,6 +11,7 @@ from outrider.kernels import gather_rows, kv_commit, operators, rope_append, sam
 from outrider.kernels.noise import noise_key, noise_keys
 from outrider.kernels.sample_shard import ShardLogits
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
+from outrider.kernels.token_rows import unpack_tokens
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import GraphCapacity, GraphedForward
@@ -136,14 +137,12 @@ def test_the_best_tokens_of_a_row_are_found_by_the_kernel_one_after_the_other(
     shard = DeviceShard(logits, 7000, ALL_KERNELS)
     on_host = ShardLogits(logits, 7000).best(rows, temperatures, keys, 4)
     for packed, expected in zip(shard.best(rows, temperatures, keys, 4), on_host, strict=True):
-        (values, ids), (expected_values, expected_ids) = (
-            sample_shard.unpack_tokens(p) for p in (packed, expected)
-        )
+        (values, ids), (expected_values, expected_ids) = (unpack_tokens(p) for p in (packed, expected))
         assert ids.tolist() == expected_ids.tolist()
         torch.testing.assert_close(torch.from_numpy(values), torch.from_numpy(expected_values))
     assert set(launcher.kernels) == {"gather_rows", "sample_shard"}
     removed = shard.best(np.array([2]), temperatures[1:2], keys[:1], 2)
-    assert sample_shard.unpack_tokens(removed)[1].tolist() == [[7000, 7001]]
+    assert unpack_tokens(removed)[1].tolist() == [[7000, 7001]]
     assert torch.equal(logits, before)
 
 

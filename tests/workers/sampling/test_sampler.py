@@ -14,8 +14,9 @@ from scipy import stats
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.sampling.context import PenaltyState, SampledRows
+from outrider.workers.sampling.law import MAX_LOGIT
 from outrider.workers.sampling.sampler import Sampler, Samples
-from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.params import MIN_REPETITION_PENALTY, MIN_TEMPERATURE, SamplingParams
 from support import sampling_reference as reference
 from support.thread_group import ThreadCommunicator, run_ranks
 
@@ -36,7 +37,7 @@ def sample_over(
         own = logits[:, shard.start : shard.stop].contiguous()
         before = own.clone()
         samples = Sampler(logits.shape[1], shard, communicator, kernels).sample(own, rows)
-        assert torch.equal(own, before)
+        assert torch.equal(own.nan_to_num(), before.nan_to_num())
         return samples
 
     return run_ranks(len(edges) - 1, work)
@@ -55,32 +56,46 @@ def context(params: SamplingParams, position: int = POSITION) -> SampledRows:
     return SampledRows(params, np.array([position]), state, [PATH])
 
 
+@np.errstate(over="ignore")
 def edited(logits: torch.Tensor, params: SamplingParams) -> np.ndarray:
     return reference.edited_logits(logits.numpy(), params, PROMPT, [*OUTPUT, *PATH])
 
 
 def assert_same(samples: Samples, expected: Samples) -> None:
     assert torch.equal(samples.tokens, expected.tokens)
-    torch.testing.assert_close(samples.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+    assert torch.equal(samples.valid, expected.valid)
+    torch.testing.assert_close(samples.logprobs, expected.logprobs, atol=1e-5, rtol=1e-6)
     assert torch.equal(samples.top_ids, expected.top_ids)
-    torch.testing.assert_close(samples.top_logprobs, expected.top_logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(samples.top_logprobs, expected.top_logprobs, atol=1e-5, rtol=1e-6)
 
 
 parameters = st.builds(
     SamplingParams,
-    temperature=st.sampled_from([0.0, 0.05, 0.8, 1.0, 3.0]),
+    temperature=st.sampled_from([0.0, MIN_TEMPERATURE, 0.8, 1.0, 3.0, 100.0]),
     top_k=st.sampled_from([0, 1, 5, 40, 200]),
-    top_p=st.sampled_from([1.0, 0.999, 0.9, 0.3, 0.01]),
-    min_p=st.sampled_from([0.0, 0.001, 0.2, 1.0]),
-    repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
-    presence_penalty=st.sampled_from([0.0, 1.0]),
-    frequency_penalty=st.sampled_from([0.0, 0.5]),
-    logit_bias=st.sampled_from([(), ((0, 2.0), (5, -1.0), (8, 100.0))]),
+    top_p=st.sampled_from([1.0, 0.999, 0.9, 0.3, 5e-324]),
+    min_p=st.sampled_from([0.0, 5e-324, 0.001, 0.2, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, MIN_REPETITION_PENALTY, 100.0]),
+    presence_penalty=st.sampled_from([0.0, 1.0, -2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.5, 2.0]),
+    logit_bias=st.sampled_from([(), ((0, 2.0), (5, -100.0), (8, 100.0))]),
     seed=st.integers(0, 2**64 - 1),
     logprobs=st.just(True),
     top_logprobs=st.sampled_from([0, 1, 5]),
 )
-logits_kinds = st.sampled_from(["normal", "peaked", "flat", "constant", "integers"])
+LAWS = [
+    "normal",
+    "peaked",
+    "flat",
+    "constant",
+    "integers",
+    "huge",
+    "tiny",
+    "mostly removed",
+    "edge of float32",
+]
+NO_LAWS = ["nan", "infinite", "all removed", "too large", "too small"]
+logits_kinds = st.sampled_from([*LAWS, *NO_LAWS])
 
 
 def make_logits(kind: str, num_rows: int, vocab_size: int, seed: int) -> torch.Tensor:
@@ -93,47 +108,72 @@ def make_logits(kind: str, num_rows: int, vocab_size: int, seed: int) -> torch.T
         logits[:] = 0.25
     elif kind == "integers":
         logits = (2 * logits).round()
+    elif kind == "huge":
+        logits *= 1e30
+    elif kind == "tiny":
+        logits *= 1e-40
+    elif kind == "mostly removed":
+        logits[:, vocab_size // 5 :] = -torch.inf
+    elif kind == "edge of float32":
+        logits[:, 1::2] = torch.finfo(torch.float32).min
+    elif kind == "nan":
+        logits[:, seed % vocab_size] = torch.nan
+    elif kind == "infinite":
+        logits[:, seed % vocab_size] = torch.inf
+    elif kind == "all removed":
+        logits[:] = -torch.inf
+    elif kind == "too large":
+        logits[:, -1] = 1e38
+    elif kind == "too small":
+        logits[:] = -1e38
     return logits
 
 
 @PLACES
 @settings(max_examples=80, deadline=None)
 @given(
-    rows=st.lists(parameters, min_size=1, max_size=4),
-    kind=logits_kinds,
+    rows=st.lists(st.tuples(parameters, logits_kinds), min_size=1, max_size=4),
     vocab_size=st.sampled_from([10, 300, 1500]),
     cuts=st.lists(st.floats(0.01, 0.99), max_size=2),
     seed=st.integers(0, 10_000),
 )
 def test_sharded_equals_alone_equals_the_law_in_full(
     kernels: KernelSelection,
-    rows: list[SamplingParams],
-    kind: str,
+    rows: list[tuple[SamplingParams, str]],
     vocab_size: int,
     cuts: list[float],
     seed: int,
 ) -> None:
-    logits = make_logits(kind, len(rows), vocab_size, seed)
-    laws = [edited(logits[i], params) for i, params in enumerate(rows)]
+    """Whatever is allowed, over whatever logits; what is no law is invalid and changes nothing for the others."""
+    logits = torch.cat([make_logits(kind, 1, vocab_size, seed + i) for i, (_, kind) in enumerate(rows)])
+    for params, _ in rows:
+        params.validate(max(vocab_size, 200))
+    laws = [edited(logits[i], params) for i, (params, _) in enumerate(rows)]
+    valid = [bool(abs(law.max()) <= MAX_LOGIT) for law in laws]
     assume(
         not any(
-            params.truncates and reference.nucleus_is_a_matter_of_rounding(law, params)
-            for law, params in zip(laws, rows, strict=True)
+            params.truncates and is_law and reference.nucleus_is_a_matter_of_rounding(law, params)
+            for law, is_law, (params, _) in zip(laws, valid, rows, strict=True)
         )
     )
     edges = sorted({min(max(1, int(cut * vocab_size)), vocab_size - 1) for cut in cuts})
-    contexts = [context(params, POSITION + i) for i, params in enumerate(rows)]
+    contexts = [context(params, POSITION + i) for i, (params, _) in enumerate(rows)]
     alone = sample_alone(logits, contexts)
     for samples in [sample_alone(logits, contexts, kernels), *sample_over(edges, logits, contexts, kernels)]:
         assert_same(samples, alone)
-    for i, (law, params) in enumerate(zip(laws, rows, strict=True)):
+    assert alone.valid.tolist() == valid
+    for i, (law, (params, kind)) in enumerate(zip(laws, rows, strict=True)):
+        if not valid[i]:
+            assert kind in NO_LAWS
+            assert (alone.tokens[i], alone.logprobs[i]) == (0, 0.0)
+            continue
         assert alone.tokens[i] == reference.scores(law, params, POSITION + i).argmax()
         log_probs = reference.raw_log_probs(logits[i].numpy())
-        assert alone.logprobs[i].item() == pytest.approx(log_probs[alone.tokens[i]], abs=1e-5)
+        assert alone.logprobs[i].item() == pytest.approx(log_probs[alone.tokens[i]], abs=1e-5, rel=1e-6)
         best = np.lexsort((np.arange(vocab_size), -logits[i].numpy()))[: params.top_logprobs]
         assert alone.top_ids[i, : len(best)].tolist() == best.tolist()
         top_logprobs = alone.top_logprobs[i, : len(best)].numpy()
-        np.testing.assert_allclose(top_logprobs, log_probs[best], atol=1e-5)
+        np.testing.assert_allclose(top_logprobs, log_probs[best], atol=1e-5, rtol=1e-6)
 
 
 @PLACES
@@ -199,7 +239,12 @@ def test_a_token_does_not_depend_on_its_batch(kernels: KernelSelection) -> None:
         SamplingParams(seed=4, repetition_penalty=1.4, logprobs=True, top_logprobs=2),
     ]
     contexts = [context(kinds[i % 4], position=i) for i in range(12)]
-    together = sample_alone(logits, contexts, kernels).tokens
+    absent = [
+        replace(rows, positions=rows.positions[:0], paths=()) for rows in contexts
+    ]  # still reading prompts
+    together = sample_alone(
+        logits, [rows for pair in zip(absent, contexts, strict=True) for rows in pair], kernels
+    ).tokens
     for i in range(12):
         assert sample_alone(logits[i : i + 1], [contexts[i]], kernels).tokens[0] == together[i]
 
@@ -256,13 +301,17 @@ def test_proposals_are_the_best_by_score_with_their_log_probabilities(
 ) -> None:
     logits = make_logits(kind, 1, vocab_size, seed)
     law = edited(logits[0], params)
-    assume(not (params.truncates and reference.nucleus_is_a_matter_of_rounding(law, params)))
+    valid = bool(abs(law.max()) <= MAX_LOGIT)
+    assume(not (params.truncates and valid and reference.nucleus_is_a_matter_of_rounding(law, params)))
     sampler = Sampler(vocab_size, range(vocab_size), SoloCommunicator(), kernels)
     before = logits.clone()
     ids, log_probs = sampler.propose(logits, [context(params)], num)
-    assert torch.equal(logits, before)
+    assert torch.equal(logits.nan_to_num(), before.nan_to_num())
     assert ids.shape == log_probs.shape == (1, num)
     assert len(set(ids[0].tolist())) == num
+    if not valid:
+        assert torch.isinf(log_probs).all()
+        return
     assert ids[0, 0] == sampler.sample(logits, [context(params)]).tokens[0]
     scores = reference.scores(law, params, POSITION)
     best = np.lexsort((np.arange(vocab_size), -scores))[:num]

@@ -115,6 +115,7 @@ def test_chat_end_of_turn_ends_a_text_too(tmp_path: Path) -> None:
         ({"llama.attention.causal": False}, "llama.attention.causal must be true or null"),
         ({"llama.residual_scale": 0.5}, "llama.residual_scale is not known here"),
         ({"qwen2.residual_scale": 0.5}, "qwen2.residual_scale is not known here"),
+        ({"adapter.type": "lora"}, "adapter.type is not known here"),
         ({"general.type": "mmproj"}, "general.type must be 'model' or null"),
         ({"general.alignment": "x"}, "general.alignment must be a positive integer, got 'x'"),
         ({"tokenizer.ggml.eot_token_id": 320}, "eot_token_id must be token ids .integers from 0 to 319."),

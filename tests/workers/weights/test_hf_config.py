@@ -130,6 +130,11 @@ def test_windows_are_those_of_transformers() -> None:
         ({"mlp_bias": True}, "mlp_bias must be false"),
         ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
         ({"vocab_size": True}, "vocab_size must be a positive integer, got true"),
+        (
+            {"num_hidden_layers": 2**40},
+            "num_hidden_layers must be an integer from 1 to 10000, got 1099511627776",
+        ),
+        ({"rope_theta": 10**400}, "rope_theta must be a number above 1, got 1000"),
         ({"hidden_size": 64.0}, "hidden_size must be a positive integer, got 64.0"),
         ({"hidden_size": None}, "hidden_size must be a positive integer, got null"),
         ({"hidden_size": 66}, "hidden_size must be a multiple of num_attention_heads"),

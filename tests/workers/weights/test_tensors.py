@@ -17,6 +17,7 @@ from outrider.workers.weights.config import to_hf_config
 from outrider.workers.weights.gguf_source import GgufSource
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.resolver import resolve
+from outrider.workers.weights.safetensors_files import SafetensorsFiles
 from outrider.workers.weights.safetensors_source import SafetensorsSource
 from support.models import gguf_name, permuted, random_tensors, write_gguf, write_safetensors
 
@@ -183,6 +184,10 @@ def test_a_damaged_index_is_one_line(tmp_path: Path, index: object, message: str
         ({"a": {}}, "tensor a: shape must be a list of integers, got nothing"),
         ({"a": {"shape": [2], "data_offsets": [4, 0], "dtype": "F32"}}, "tensor a: data_offsets must be"),
         ({"a": {"shape": [2], "data_offsets": [0, 4], "dtype": "F32"}}, "has 4 bytes, which do not fit"),
+        (
+            {"a": {"shape": [2], "data_offsets": [8, 16], "dtype": "F32"}},
+            "does not begin where the one before",
+        ),
         ({"a": {"shape": [2], "data_offsets": [0, 8], "dtype": 7}}, "tensor a: dtype must be a text, got 7"),
     ],
 )
@@ -254,6 +259,37 @@ def test_a_split_gguf_that_does_not_fit_together_is_refused(tmp_path: Path) -> N
     assert "says that it is part 0 of 2" in refusal(paths[1])
     alone = paths[0].rename(tmp_path / "alone.gguf")
     assert "it must be named NAME-0000N-of-00002.gguf" in refusal(alone)
+
+
+def test_tensors_are_handed_out_as_they_are_stored_with_their_scales(tmp_path: Path) -> None:
+    config, tensors = random_tensors("llama", SHAPE)
+    matrix = tensors[DOWN].to(torch.float8_e4m3fn)
+    scales = {DOWN + "_scale": torch.rand(128, 1), DOWN.replace("weight", "input_scale"): torch.tensor(0.5)}
+    save_file({DOWN: matrix, **scales, "other.weight_scale": torch.ones(1)}, tmp_path / "model.safetensors")
+    stored = SafetensorsFiles([tmp_path / "model.safetensors"]).read_stored(DOWN, (3, 70), (8, 96))
+    assert stored.format == "F8_E4M3"
+    assert torch.equal(stored.data.view(torch.uint8), matrix[3:70, 8:96].view(torch.uint8))
+    assert stored.scales.keys() == {"weight_scale", "input_scale"}
+    assert torch.equal(stored.scales["weight_scale"], scales[DOWN + "_scale"])
+    assert stored.scales["input_scale"].item() == 0.5
+    write_safetensors(tmp_path, config, {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    stored = SafetensorsSource(tmp_path).read_stored(DOWN, slice(3, 70), slice(8, 96))
+    assert (stored.format, stored.data.dtype, dict(stored.scales)) == ("BF16", torch.bfloat16, {})
+    assert torch.equal(stored.data, tensors[DOWN].bfloat16()[3:70, 8:96])
+
+
+@pytest.mark.parametrize("rows", [(0, 128), (32, 64), (5, 71)])
+def test_blocks_of_gguf_are_handed_out_in_the_order_of_hugging_face(
+    tmp_path: Path, rows: tuple[int, int]
+) -> None:
+    write_gguf(tmp_path / "m.gguf", *random_tensors("llama", SHAPE), gguf.GGMLQuantizationType.Q8_0)
+    source = GgufSource(tmp_path / "m.gguf")
+    query = "model.layers.0.self_attn.q_proj.weight"
+    stored = source.read_stored(query, slice(*rows), slice(32, 96))
+    assert stored.format == "Q8_0"
+    values = gguf.dequantize(stored.data.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    expected = source.read(query, slice(*rows), slice(32, 96), torch.float32)
+    assert torch.equal(torch.from_numpy(values), expected)
 
 
 def test_types_that_gguf_cannot_convert_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,226 @@
+"""The client's end of the mailbox: answers are fetched by one thread and handed to those who wait for them."""
+
+import contextlib
+import logging
+import pickle
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from outrider.cluster.api import (
+    Answer,
+    Completion,
+    Delivery,
+    EngineError,
+    GenerationRequest,
+    Notice,
+    Piece,
+    Refusal,
+    Ticket,
+    failed_completion,
+)
+
+MAX_REQUEST_BYTES = 32 * 2**20  # pickled; a million token ids are 5 MB
+_BATCH_BYTES = 2**20  # of tickets that travel in one call
+_TAKE_S = 2.0
+
+_log = logging.getLogger("outrider")
+
+Call = Callable[..., Any]
+"""`call(method, *args)`: a method of the Coordinator; raises ValueError and EngineError."""
+
+
+class Inbox:
+    """Sends requests and receives their answers. Its methods may be called from any thread."""
+
+    def __init__(self, call: Call) -> None:
+        self.failure = ""  # why nothing comes any longer
+        self._call = call
+        self._boxes: dict[str, SimpleQueue[Answer | EngineError]] = {}
+        # The only thing that a finalizer may touch: putting never blocks.
+        self._to_cancel: SimpleQueue[str | None] = SimpleQueue()
+        self._closed = False
+        self._threads = [threading.Thread(target=f, daemon=True) for f in (self._fetch, self._cancel)]
+        for thread in self._threads:
+            thread.start()
+
+    def send(self, requests: Sequence[GenerationRequest], whole: bool) -> list[str]:
+        """Sends requests; their answers come out of `get` by the ids that are returned, in the same order.
+
+        A request that cannot be sent is refused like one that cannot be run. Raises EngineError.
+        """
+        ids = []
+        batch: list[Ticket] = []
+        try:
+            for asked in requests:
+                request_id = uuid.uuid4().hex
+                ids.append(request_id)
+                self._boxes[request_id] = SimpleQueue()
+                try:
+                    batch.append(Ticket(request_id, _packed(asked), whole))
+                except ValueError as error:
+                    refusal = failed_completion(str(error)) if whole else Refusal(str(error))
+                    self._boxes[request_id].put(refusal)
+                if sum(len(ticket.contents) for ticket in batch) > _BATCH_BYTES:
+                    self._submit(batch)
+                    batch = []
+            self._submit(batch)
+        except BaseException:
+            self.drop(ids)
+            raise
+        return ids
+
+    def get(self, request_id: str) -> Answer:
+        """The next answer to a request, waiting for it. Raises EngineError when none will come."""
+        answer = self._boxes[request_id].get()
+        if isinstance(answer, EngineError):
+            raise answer
+        return answer
+
+    def finish(self, request_id: str) -> None:
+        """The last answer to this request was taken."""
+        self._boxes.pop(request_id, None)
+
+    def drop(self, request_ids: Sequence[str]) -> None:
+        """Nobody waits for these any longer: they are cancelled, later, by another thread."""
+        for request_id in request_ids:
+            if self._boxes.pop(request_id, None) is not None and not self._closed:
+                self._to_cancel.put(request_id)
+
+    def close(self, reason: str) -> None:
+        """Whoever waits gets EngineError with this reason."""
+        self._closed = True
+        self._break(reason)
+        self._to_cancel.put(None)
+
+    def _submit(self, batch: list[Ticket]) -> None:
+        if self.failure:
+            raise EngineError(self.failure)
+        if batch:
+            self._call("submit", batch)
+
+    def _break(self, reason: str) -> None:
+        self.failure = self.failure or reason
+        for box in list(self._boxes.values()):
+            box.put(EngineError(self.failure))
+
+    def _fetch(self) -> None:
+        while not self._closed:
+            try:
+                delivery: Delivery = self._call("take", _TAKE_S)
+            except Exception as error:
+                # Whatever ended this thread, those who wait get to know.
+                self._break(
+                    str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+                )
+                return
+            self.failure = self.failure or delivery.failure
+            for request_id, answer in delivery.answers:
+                if isinstance(answer, Notice):
+                    _log.warning(answer.text)
+                elif (box := self._boxes.get(request_id)) is not None:
+                    box.put(answer)
+            if delivery.failure:
+                # Each request has had its last answer; this is for those that come now.
+                self._break(delivery.failure)
+                return
+
+    def _cancel(self) -> None:
+        while (first := self._to_cancel.get()) is not None:
+            ids = [first]
+            with contextlib.suppress(Empty):
+                while (further := self._to_cancel.get_nowait()) is not None:
+                    ids.append(further)
+            with contextlib.suppress(EngineError, ValueError):  # nothing runs any longer
+                self._call("cancel", ids)
+
+
+class PieceStream(Iterator[Piece]):
+    """The answer to one request, piece by piece. Closed or dropped before its end, it cancels the request."""
+
+    def __init__(self, inbox: Inbox, request_id: str) -> None:
+        self._inbox = inbox
+        self._id = request_id
+        self._last: Piece | None = None
+        self._finished = False
+
+    def __next__(self) -> Piece:
+        if self._finished:
+            last, self._last = self._last, None
+            if last is not None and last.finish_reason == "error" and self._inbox.failure:
+                raise EngineError(self._inbox.failure)
+            raise StopIteration
+        try:
+            answer = self._inbox.get(self._id)
+        except EngineError:
+            self._finish()
+            raise
+        if isinstance(answer, Refusal):
+            self._finish()
+            raise ValueError(answer.error)
+        assert isinstance(answer, Piece), answer
+        if answer.finish_reason:
+            self._last = answer
+            self._finish()
+        return answer
+
+    def close(self) -> None:
+        """Cancels the request unless it has ended. May be called again."""
+        self._finished = True
+        self._inbox.drop([self._id])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _finish(self) -> None:
+        self._finished = True
+        self._inbox.finish(self._id)
+
+
+class CompletionStream(Iterator[Completion]):
+    """Whole answers in the order of their requests. Closed or dropped, it cancels those that still run."""
+
+    def __init__(self, inbox: Inbox, request_ids: Sequence[str]) -> None:
+        self._inbox = inbox
+        self._ids = list(request_ids)
+        self._num_done = 0
+
+    def __next__(self) -> Completion:
+        if self._num_done == len(self._ids):
+            raise StopIteration
+        try:
+            answer = self._inbox.get(self._ids[self._num_done])
+        except EngineError:
+            self.close()
+            raise
+        assert isinstance(answer, Completion), answer
+        if answer.finish_reason == "error" and self._inbox.failure:
+            self.close()
+            raise EngineError(self._inbox.failure)
+        self._inbox.finish(self._ids[self._num_done])
+        self._num_done += 1
+        return answer
+
+    def close(self) -> None:
+        """Cancels the requests whose answers were not taken. May be called again."""
+        self._inbox.drop(self._ids[self._num_done :])
+        self._num_done = len(self._ids)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _packed(asked: GenerationRequest) -> bytes:
+    """As it travels. Raises ValueError for what cannot."""
+    try:
+        contents = pickle.dumps(asked)
+    except (pickle.PicklingError, TypeError, AttributeError, RecursionError, ValueError) as error:
+        raise ValueError(
+            "a request must be made of texts, numbers, lists and mappings, "
+            f"got something else in {type(asked).__name__}: {error}"
+        ) from error
+    if len(contents) > MAX_REQUEST_BYTES:
+        raise ValueError(f"a request must be at most {MAX_REQUEST_BYTES} bytes, got {len(contents)}")
+    return contents

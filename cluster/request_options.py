@@ -1,0 +1,69 @@
+"""What a request asks besides its prompt, on top of the config's defaults; mistakes are one-line ValueErrors."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+
+from outrider.configs.loader import convert_fields
+from outrider.configs.schema import Config
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions
+
+# Of one request. The OpenAI API takes 4 stop strings, vLLM any number.
+MAX_STOP_STRINGS = 128
+MAX_STOP_CHARACTERS = 4096  # of all stop strings together
+MAX_STOP_TOKEN_IDS = 1024
+
+_ANY_VOCABULARY = 2**31 - 1
+
+
+def request_sampling(config: Config, asked: Mapping[str, object], vocab_size: int) -> SamplingParams:
+    """`asked`: fields of SamplingParams that differ from the config's `sampling` section."""
+    defaults = SamplingParams(**asdict(config.sampling))
+    sampling = replace(defaults, **convert_fields(SamplingParams, asked, "sampling"))
+    _require_at_most("sampling.stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids")
+    _require_at_most("sampling.stop", len(sampling.stop), MAX_STOP_STRINGS, "strings")
+    _require_at_most("sampling.stop", sum(map(len, sampling.stop)), MAX_STOP_CHARACTERS, "characters")
+    sampling.validate(vocab_size)
+    return sampling
+
+
+def request_draft(config: Config, asked: Mapping[str, object]) -> DraftOptions:
+    """`asked`: fields of DraftOptions that differ from the config."""
+    draft, tree = config.draft, config.tree
+    defaults = DraftOptions(draft.methods, tree.max_nodes, tree.max_depth)
+    options = replace(defaults, **convert_fields(DraftOptions, asked, "draft"))
+    for method in options.methods:
+        if method not in draft.methods:
+            allowed = ", ".join(draft.methods) or "none"
+            raise ValueError(f"draft.methods must be among the deployment's ({allowed}), got {method!r}")
+    _require_in_range("draft.max_nodes", options.max_nodes, 0, tree.max_nodes)
+    _require_in_range("draft.max_depth", options.max_depth, 1, tree.max_depth)
+    return options
+
+
+def check_options(
+    config: Config, sampling: Mapping[str, object], draft: Mapping[str, object]
+) -> SamplingParams:
+    """Finds mistakes before a deployment is started, as far as the config alone tells; the door knows the model.
+
+    Returns what `sampling` comes to.
+    """
+    params = request_sampling(config, sampling, _ANY_VOCABULARY)
+    request_draft(config, draft)
+    max_context = config.target.max_context
+    if max_context <= params.max_tokens:
+        raise ValueError(
+            f"prompt and sampling.max_tokens must be at most {max_context} tokens together "
+            f"(target.max_context), got sampling.max_tokens = {params.max_tokens}"
+        )
+    return params
+
+
+def _require_in_range(field: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{field} must be in [{low}, {high}], got {value}")
+
+
+def _require_at_most(field: str, number: int, most: int, of_what: str) -> None:
+    if number > most:
+        raise ValueError(f"{field} must have at most {most} {of_what}, got {number}")

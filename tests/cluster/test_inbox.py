@@ -1,0 +1,152 @@
+"""The client's end of a request, with a Coordinator from a script."""
+
+import gc
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from outrider.cluster.api import (
+    Answer,
+    Completion,
+    Delivery,
+    EngineError,
+    GenerationRequest,
+    Notice,
+    Piece,
+    Refusal,
+    Ticket,
+    failed_completion,
+)
+from outrider.cluster.inbox import CompletionStream, Inbox, PieceStream
+from outrider.workers.sequences.sequence import RequestStats
+
+LIMIT_S = 20.0
+HELLO = GenerationRequest("hello")
+
+
+class Script:
+    """A Coordinator: what is put into `deliveries` is what it says."""
+
+    def __init__(self) -> None:
+        self.deliveries: queue.SimpleQueue[Delivery | EngineError] = queue.SimpleQueue()
+        self.submitted: list[Ticket] = []
+        self.cancelled: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def __call__(self, method: str, *args: Any) -> Any:
+        if method == "submit":
+            self.submitted += args[0]
+            return None
+        if method == "cancel":
+            for request_id in args[0]:
+                self.cancelled.put(request_id)
+            return None
+        assert method == "take"
+        delivery = self.deliveries.get()
+        if isinstance(delivery, EngineError):
+            raise delivery
+        return delivery
+
+    def say(self, *answers: tuple[str, Answer], failure: str = "") -> None:
+        self.deliveries.put(Delivery(answers, failure))
+
+
+@contextmanager
+def inbox_of(script: Script) -> Iterator[Inbox]:
+    inbox = Inbox(script)
+    yield inbox
+    inbox.close("over")
+    script.deliveries.put(EngineError("over"))
+
+
+def piece(text: str, reason: str = "", error: str = "") -> Piece:
+    return Piece((), tuple(map(ord, text)), (), (), reason, error, RequestStats())
+
+
+def cancelled(script: Script, number: int) -> set[str]:
+    return {script.cancelled.get(timeout=LIMIT_S) for _ in range(number)}
+
+
+def test_answers_reach_those_who_asked() -> None:
+    script = Script()
+    with inbox_of(script) as inbox:
+        a, b = (inbox.send([HELLO], whole=False)[0] for _ in range(2))
+        script.say((b, Refusal("no")), (a, piece("x")), ("unknown", piece("z")), (a, piece("y", "stop")))
+        assert [p.tokens for p in PieceStream(inbox, a)] == [(ord("x"),), (ord("y"),)]
+        with pytest.raises(ValueError, match="no"):
+            next(PieceStream(inbox, b))
+        assert script.cancelled.empty()
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped", "left"])
+def test_a_request_that_nobody_waits_for_is_cancelled(how: str) -> None:
+    script = Script()
+    with inbox_of(script) as inbox:
+        ids = inbox.send([HELLO], whole=False)
+        stream = PieceStream(inbox, ids[0])
+        batch = inbox.send([HELLO] * 3, whole=True)
+        answers = CompletionStream(inbox, batch)
+        if how == "left":
+            script.say((ids[0], piece("x")), (batch[0], failed_completion("bad")))
+            next(stream), next(answers)
+            batch = batch[1:]
+        if how == "closed":
+            stream.close(), answers.close()
+        del stream, answers
+        gc.collect()
+        assert cancelled(script, 1 + len(batch)) == {*ids, *batch}
+
+
+def test_what_cannot_travel_is_refused_alone_and_large_batches_travel_in_parts() -> None:
+    script = Script()
+    with inbox_of(script) as inbox:
+        large = GenerationRequest("x" * 700_000)
+        too_large = GenerationRequest("x" * 40_000_000)
+        no_data: Any = GenerationRequest(lambda: None)  # type: ignore[arg-type]
+        ids = inbox.send([no_data, too_large, large, large, HELLO], whole=True)
+        assert [ticket.request_id for ticket in script.submitted] == ids[2:]
+        answers = CompletionStream(inbox, ids)
+        assert next(answers).error.startswith("a request must be made of texts, numbers")
+        assert next(answers).error.startswith("a request must be at most 33554432 bytes, got 40000")
+
+
+def test_the_end_of_the_deployment_ends_every_wait() -> None:
+    script = Script()
+    with inbox_of(script) as inbox:
+        (a,) = inbox.send([HELLO], whole=False)
+        (b,) = inbox.send([HELLO], whole=True)
+        script.say((a, piece("", "error", "died")), (b, failed_completion("died")), failure="target 0 died")
+        stream = PieceStream(inbox, a)
+        assert next(stream).finish_reason == "error"
+        with pytest.raises(EngineError, match="target 0 died"):
+            next(stream)
+        with pytest.raises(EngineError, match="target 0 died"):
+            next(CompletionStream(inbox, [b]))
+        with pytest.raises(EngineError, match="target 0 died"):
+            inbox.send([HELLO], whole=False)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_coordinator_that_does_not_answer_or_an_engine_that_is_closed_ends_every_wait(closed: bool) -> None:
+    script = Script()
+    with inbox_of(script) as inbox:
+        stream = PieceStream(inbox, inbox.send([HELLO], whole=False)[0])
+        if closed:
+            inbox.close("the engine was closed")
+        else:
+            script.deliveries.put(EngineError("the Coordinator did not answer"))
+        with pytest.raises(EngineError, match="the engine was closed" if closed else "did not answer"):
+            next(stream)
+        with pytest.raises(StopIteration):
+            next(stream)
+
+
+def test_a_notice_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    script = Script()
+    with inbox_of(script) as inbox:
+        (a,) = inbox.send([HELLO], whole=True)
+        script.say((a, Notice("two of them")), (a, failed_completion("x")))
+        assert isinstance(next(CompletionStream(inbox, [a])), Completion)
+        assert caplog.messages == ["two of them"]

@@ -1,0 +1,165 @@
+"""The files of a safetensors checkpoint: which there are, what is in them, and parts of it as it is stored.
+
+The format (8 bytes of header length, a JSON header, raw row-major data) is read here directly, not mapped:
+each rank reads the byte ranges of its own slices, and nothing that was read stays resident.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import struct
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from outrider.workers.weights.fields import Fields, read_json
+from outrider.workers.weights.source import DataFile, Stored, read_rectangle
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# What stands behind the stem of a matrix ("….down_proj.") in the names of the scales of its values.
+_SCALES = ("weight_scale", "weight_scale_inv", "input_scale")
+_MAX_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies, and how the file names its type."""
+
+    file: DataFile
+    offset: int
+    num_bytes: int
+    format: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.format]
+
+
+class SafetensorsFiles:
+    """The tensors of several files by name; says nothing of what they mean.
+
+    Raises ValueError, one line, for damaged files and a tensor that is in two of them.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.entries: dict[str, Entry] = {}
+        for path in paths:
+            for name, entry in _read_header(path).items():
+                if name in self.entries:
+                    raise ValueError(f"tensor {name} is in {self.entries[name].file.path} and in {path}")
+                self.entries[name] = entry
+
+    def read_stored(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> Stored:
+        """Rows and columns of a matrix as they are stored, with its scales; a vector is one column."""
+        entry = self.entries[name]
+        data = torch.empty(rows[1] - rows[0], columns[1] - columns[0], dtype=entry.dtype)
+        size = entry.dtype.itemsize
+        row_bytes = math.prod(entry.shape[1:]) * size
+        window = (columns[0] * size, columns[1] * size)
+        read_rectangle(entry.file, entry.offset, row_bytes, rows, window, data.view(torch.uint8))
+        stem = name.removesuffix("weight")
+        names = [stem + suffix for suffix in _SCALES if stem + suffix in self.entries]
+        return Stored(data, entry.format, {scale.removeprefix(stem): self._whole(scale) for scale in names})
+
+    def _whole(self, name: str) -> torch.Tensor:
+        entry = self.entries[name]
+        values = torch.empty(entry.shape, dtype=entry.dtype)
+        flat = values.view(-1).view(torch.uint8).numpy()
+        entry.file.read_into(flat.data, entry.offset)
+        return values
+
+
+def weight_files(directory: Path, names: Collection[str]) -> list[Path]:
+    """model.safetensors where there is one, as transformers does; else the shards of the index; else all files.
+
+    `names`: tensors whose shards are wanted; none: all. Raises ValueError when a file is missing.
+    """
+    if (directory / SINGLE).exists():
+        return [directory / SINGLE]
+    if (directory / INDEX).exists():
+        paths = indexed_files(directory, names)
+    else:
+        paths = sorted(directory.glob("*.safetensors"))
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise ValueError(
+            f"{directory} lacks {missing[0]} ({len(missing)} of {len(paths)} weight files missing)"
+        )
+    if not paths:
+        raise ValueError(f"{directory} has no .safetensors file")
+    return paths
+
+
+def indexed_files(directory: Path, names: Collection[str]) -> list[Path]:
+    """The files that the index gives for some tensors (for none: all of its files), here or not.
+
+    Raises ValueError for a damaged index, and for one that has none of the tensors.
+    """
+    index = directory / INDEX
+    weight_map = Fields(read_json(index), f"{index}: ").object("weight_map")
+    if not all(isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
+        raise ValueError(f"{index}: weight_map must give the name of a file for each tensor")
+    wanted = {file for name, file in weight_map.items() if not names or name in names}
+    if names and not wanted:
+        raise ValueError(f"{index} has no tensor {min(names)}")
+    return [directory / name for name in sorted(wanted)]
+
+
+def _read_header(path: Path) -> dict[str, Entry]:
+    file = DataFile(path)
+    length_bytes = bytearray(8)
+    file.read_into(memoryview(length_bytes), 0)
+    (length,) = struct.unpack("<Q", length_bytes)
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"{path} is not a safetensors file: its header would take {length} bytes")
+    header_bytes = bytearray(length)
+    file.read_into(memoryview(header_bytes), 8)
+    try:
+        header = json.loads(header_bytes)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    if not isinstance(header, dict) or not all(isinstance(info, dict) for info in header.values()):
+        raise ValueError(f"{path} is not a safetensors file: its header must hold an object for each tensor")
+    header.pop("__metadata__", None)
+    entries = {name: _entry(file, name, info, 8 + length) for name, info in header.items()}
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if entry.offset != end:
+            raise ValueError(f"{path}: tensor {name} does not begin where the one before it ends")
+        end += entry.num_bytes
+    file.require(end)
+    return entries
+
+
+def _entry(file: DataFile, name: str, info: dict[str, Any], data_start: int) -> Entry:
+    fields = Fields(info, f"{file.path}: tensor {name}: ")
+    shape, offsets = fields.integers("shape"), fields.integers("data_offsets")
+    format_name = fields.string("dtype")
+    if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] or min(shape, default=0) < 0:
+        raise fields.wrong("data_offsets", "the first byte and the one after the last")
+    start, stop = offsets
+    entry = Entry(file, data_start + start, stop - start, format_name, tuple(shape))
+    # The size of an element of other types does not matter: they are refused by name if they are weights.
+    if format_name in DTYPES and stop - start != math.prod(shape) * entry.dtype.itemsize:
+        raise ValueError(f"{file.path}: tensor {name} has {stop - start} bytes, which do not fit its shape")
+    return entry
