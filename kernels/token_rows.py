@@ -98,14 +98,17 @@ def best_of(
     if count <= FEW:
         leading, leaders = leaders_of(upper, count)
     else:
-        leaders = np.argpartition(upper, -count, axis=1)[:, -count:]
+        num_leaders = min(count, width)
+        leaders = upper.argpartition(-num_leaders, axis=1)[:, -num_leaders:]
         leading = upper.reshape(-1)[firsts + leaders]
     leaders += firsts
     bounds = scaled.reshape(-1)[leaders]
     bounds += gumbel_from_hash(hashes.reshape(-1)[leaders])
     bounds = bounds.min(axis=1)
     lower_by_rounding(bounds)
-    bounds[leading.min(axis=1) == -np.inf] = LOWEST  # fewer than `count` are left: all of them
+    if width < count:
+        bounds[:] = LOWEST  # fewer than `count` are left: all of them
+    bounds[leading.min(axis=1) == -np.inf] = LOWEST
     found = (upper >= bounds[:, None]).reshape(-1).nonzero()[0]
     scores = scaled.reshape(-1)[found] + gumbel_from_hash(hashes.reshape(-1)[found])
     of_row = found // width
