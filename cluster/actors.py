@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from outrider.cluster.api import Progress
-from outrider.cluster.placement import DRAFT_BUNDLE, target_bundles
+from outrider.cluster.placement import DRAFT_BUNDLE, given_gpus, target_bundles
 from outrider.configs.schema import Config
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class TargetActor:
     def __init__(self, config: Config, rank: int) -> None:
         from outrider.workers.target import TargetWorker
 
-        self._worker = TargetWorker(config, rank)
+        self._worker = TargetWorker(config, rank, _given_gpus())
         self._board = ProgressBoard(f"target {rank}")
 
     def load(self) -> None:
@@ -62,6 +62,10 @@ class TargetActor:
     @ray.method(concurrency_group="loop")
     def run(self) -> None:
         self._worker.run()
+
+    @ray.method(concurrency_group="control")
+    def abort(self) -> None:
+        self._worker.abort()
 
     @ray.method(concurrency_group="control")
     def progress(self) -> list[Progress]:
@@ -82,7 +86,7 @@ class DraftActor:
     def __init__(self, config: Config) -> None:
         from outrider.workers.draft import DraftWorker
 
-        self._worker = DraftWorker(config)
+        self._worker = DraftWorker(config, _given_gpus())
         self._board = ProgressBoard("draft")
 
     def load(self) -> None:
@@ -165,6 +169,10 @@ def spawn_workers(config: Config, group: PlacementGroup) -> Workers:
         for rank, bundle in enumerate(target_bundles(group, config.target.tp_size))
     )
     return Workers(targets, draft)
+
+
+def _given_gpus() -> tuple[int, ...]:
+    return given_gpus(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def _whereabouts() -> dict[str, Any]:

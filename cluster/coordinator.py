@@ -169,6 +169,13 @@ class Coordinator:
         await asyncio.sleep(_GRACE_S)
         if not self._stopping:
             self._fail(await blame(self._runs, self._workers.by_name()))
+            self._end_survivors()
+
+    def _end_survivors(self) -> None:
+        """Ranks may wait on a GPU for one that is gone, where nothing inside them would end it."""
+        for rank, target in enumerate(self._workers.targets):
+            if not self._runs[f"target {rank}"].done():
+                target.abort.remote()
 
     def _fail(self, reason: str) -> None:
         self._failure = self._failure or reason

@@ -1,6 +1,6 @@
 """Where processes go: one placement group with a bundle per process, so that all get a place or none."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -36,6 +36,22 @@ def check_cpus(config: Config, num_cpus: int) -> None:
             f"cluster.num_cpus_per_target = {cluster.num_cpus_per_target:g}, the others "
             f"{others:g}; got {target.tp_size}"
         )
+
+
+def given_gpus(ids: Sequence[int | str], visible: str | None) -> tuple[int, ...]:
+    """CUDA ordinals, in this process, of the GPUs that Ray gave it.
+
+    Ray hides the others only from processes that it gives some: without one of its own a process sees all of them.
+
+    Args:
+        ids: what `ray.get_gpu_ids()` says.
+        visible: CUDA_VISIBLE_DEVICES of this process, where it is set: by Ray, or by who started Ray.
+    """
+    names = [str(name) for name in ids]
+    if visible is None:
+        return tuple(int(name) for name in names)
+    order = visible.split(",")
+    return tuple(order.index(name) for name in names)
 
 
 def reserve(config: Config) -> PlacementGroup:

@@ -321,3 +321,19 @@ class Config:
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Defaults of requests."""
+
+    def __post_init__(self) -> None:
+        target, cluster = self.target, self.cluster
+        for role, device in (("target", target.device), ("draft", self.draft.device)):
+            given = getattr(cluster, f"num_gpus_per_{role}")
+            allowed = f"more than 0, because {role}.device is cuda"
+            _require(device != "cuda" or given > 0, f"cluster.num_gpus_per_{role}", given, allowed)
+        if target.tp_size > 1 and target.device != "cpu" and cluster.num_gpus_per_target > 0:
+            allowed = "auto, nccl or gloo, because ranks compute on GPUs"
+            _require(target.all_reduce != "shm", "target.all_reduce", target.all_reduce, allowed)
+            _require(
+                target.all_reduce == "gloo" or cluster.num_gpus_per_target >= 1,
+                "cluster.num_gpus_per_target",
+                cluster.num_gpus_per_target,
+                "at least 1, because nccl wants a GPU for each rank (target.all_reduce gloo does not)",
+            )

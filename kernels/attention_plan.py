@@ -65,7 +65,9 @@ class AttentionGroup:
             if window > 0:
                 distance = self.query_positions[:, :, None] - self.key_positions
                 visible = visible & (distance < window)
-            rows = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+            rows = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+                ~visible, float("-inf")
+            )
             self.masks[key] = rows.repeat_interleave(repeat, dim=1)[:, None]
         return self.masks[key]
 

@@ -5,6 +5,7 @@ Outputs and workspace come from torch's allocator, which a CUDA graph capture re
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,18 +53,8 @@ def tree_attention_op(
     window: int,
     soft_cap: float,
 ) -> Tensor:
-    batch = TreeBatch(
-        page_table=page_table,
-        context_lens=context_lens,
-        tree_lens=tree_lens,
-        query_indptr=query_indptr,
-        ancestors=ancestors,
-        depths=depths,
-        page_size=k_pages.shape[1],
-        host_context_lens=tuple(host_context_lens),
-        host_tree_lens=tuple(host_tree_lens),
-        host_query_lens=tuple(host_query_lens),
-    )
+    tensors = (page_table, context_lens, tree_lens, query_indptr, ancestors, depths)
+    batch = _tree_batch(k_pages, *tensors, host_context_lens, host_tree_lens, host_query_lens)
     num_queries, num_heads, head_dim = q.shape
     out = torch.empty((num_queries, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if num_queries == 0:
@@ -83,59 +74,38 @@ def tree_attention_op(
     return out
 
 
+def _tree_batch(k_pages: Tensor, *rest: Any) -> TreeBatch:
+    """From what an operator may be given, in the order of its arguments: six tensors and three lists of integers."""
+    page_table, context_lens, tree_lens, query_indptr, ancestors, depths, *host_lens = rest
+    contexts, trees, queries = (tuple(integers) for integers in host_lens)
+    page_size = k_pages.shape[1]
+    return TreeBatch(
+        page_table,
+        context_lens,
+        tree_lens,
+        query_indptr,
+        ancestors,
+        depths,
+        page_size,
+        contexts,
+        trees,
+        queries,
+    )
+
+
+# Of an operator the CPU and the tracer see the arguments as the signature above orders them.
+
+
 @tree_attention_op.register_kernel("cpu")
-def _(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    context_lens: Tensor,
-    tree_lens: Tensor,
-    query_indptr: Tensor,
-    ancestors: Tensor,
-    depths: Tensor,
-    host_context_lens: list[int],
-    host_tree_lens: list[int],
-    host_query_lens: list[int],
-    scale: float,
-    window: int,
-    soft_cap: float,
-) -> Tensor:
+def _(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: Any) -> Tensor:
     from outrider.kernels.tree_attention import attention_by_reference  # which imports this module
 
-    batch = TreeBatch(
-        page_table=page_table,
-        context_lens=context_lens,
-        tree_lens=tree_lens,
-        query_indptr=query_indptr,
-        ancestors=ancestors,
-        depths=depths,
-        page_size=k_pages.shape[1],
-        host_context_lens=tuple(host_context_lens),
-        host_tree_lens=tuple(host_tree_lens),
-        host_query_lens=tuple(host_query_lens),
-    )
-    return attention_by_reference(q, k_pages, v_pages, batch, scale, window, soft_cap).contiguous()
+    batch, how = _tree_batch(k_pages, *rest[:9]), rest[9:]
+    return attention_by_reference(q, k_pages, v_pages, batch, *how).contiguous()
 
 
 @tree_attention_op.register_fake
-def _(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    context_lens: Tensor,
-    tree_lens: Tensor,
-    query_indptr: Tensor,
-    ancestors: Tensor,
-    depths: Tensor,
-    host_context_lens: list[int],
-    host_tree_lens: list[int],
-    host_query_lens: list[int],
-    scale: float,
-    window: int,
-    soft_cap: float,
-) -> Tensor:
+def _(q: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -150,18 +120,14 @@ def rope_append_op(
 
 
 @rope_append_op.register_kernel("cpu")
-def _(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor
-) -> Tensor:
+def _(*arguments: Any) -> Tensor:
     from outrider.kernels.rope_append import rope_append_by_reference
 
-    return rope_append_by_reference(q, k, v, cos, sin, slots, k_pages, v_pages).contiguous()
+    return rope_append_by_reference(*arguments).contiguous()
 
 
 @rope_append_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor
-) -> Tensor:
+def _(q: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 

@@ -1,22 +1,22 @@
-"""Which kernels a GPU may use. With `auto`, those whose self-test has passed there; the answer is remembered by GPU,
+"""Which kernels a GPU may use. With `auto`, those whose self-test has passed there; passes are remembered by GPU,
 driver and the kernels' own sources."""
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from outrider.kernels.kernel_cases import Preparation, kernel_cases
-from outrider.kernels.launch_plans import HEAD_DIMS, TYPE_NAMES, LaunchPlan
+from outrider.kernels.launch_plans import HEAD_DIMS, TYPE_NAMES
+from outrider.kernels.self_test import ENTRIES, Problems, self_test
 
 AttentionChoice = Literal["auto", "kernel", "sdpa"]
-DEFAULT_MEMORY = Path.home() / ".cache" / "outrider" / "kernels" / "self_test.json"
-ENTRIES = ("tree_attention", "rope_append", "kv_commit", "sample_shard", "gather_rows")
-Launch = Callable[[Sequence[LaunchPlan]], None]
+DEFAULT_MEMORY = Path.home() / ".cache" / "outrider" / "kernels" / "passed.json"
 
 
 @dataclass(frozen=True)
@@ -37,40 +37,39 @@ class KernelSelection:
 REFERENCES = KernelSelection.of(())
 
 
-def self_test(launch: Launch, device: torch.device, cases: Sequence[Preparation]) -> dict[str, list[str]]:
-    """Runs cases on a device: what is wrong with each kernel, by entry name; empty lists where all is well.
+def remembered_self_test(test: Callable[[Sequence[str]], Problems], key: str, memory: Path) -> Problems:
+    """What `test` finds wrong with each kernel; those that have passed under this `key` are not tested again.
 
-    An exception of a launch counts against the kernel: a GPU on which it cannot start must not use it.
+    Only passes are kept, in the file `memory`: a failure may have been the machine's, and the next start tries again.
+
+    Args:
+        test: says what is wrong with the kernels of these names.
+        key: GPU, driver and sources.
     """
-    problems: dict[str, list[str]] = {name: [] for name in ENTRIES}
-    for prepare in cases:
-        case = prepare(device)
-        try:
-            launch(case.plans)
-            found = case.verify()
-        except Exception as error:
-            found = [f"{case.name}: {type(error).__name__}: {error}"]
-        problems[case.kernel] += found
+    known = _remembered(memory).get(key, [])
+    untested = [name for name in ENTRIES if name not in known]
+    problems: Problems = {name: [] for name in ENTRIES}
+    if untested:
+        problems |= test(untested)
+        passes = [name for name in ENTRIES if not problems[name]]
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        # Ranks may test at the same time.
+        unfinished = memory.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps({**_remembered(memory), key: passes}, indent=1))
+        unfinished.replace(memory)
     return problems
 
 
-def remembered_self_test(
-    launch: Launch, device: torch.device, key: str, memory: Path
-) -> dict[str, list[str]]:
-    """`self_test` of all cases, once per `key` (GPU, driver, sources); the results are kept in the file `memory`."""
-    known: dict[str, dict[str, list[str]]] = json.loads(memory.read_text()) if memory.exists() else {}
-    if key not in known:
-        known[key] = self_test(launch, device, kernel_cases())
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        partial = memory.with_suffix(
-            f".{torch.randint(1 << 62, ()).item()}"
-        )  # ranks may test at the same time
-        partial.write_text(json.dumps(known, indent=1))
-        partial.replace(memory)
-    return known[key]
+def _remembered(memory: Path) -> dict[str, list[str]]:
+    """By key, the kernels that have passed; nothing where the file cannot be read, which costs another test."""
+    try:
+        found: dict[str, list[str]] = json.loads(memory.read_text())
+        return found
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
 
 
-def passed(problems: dict[str, list[str]], device_name: str) -> KernelSelection:
+def passed(problems: Problems, device_name: str) -> KernelSelection:
     """Kernels without problems; one warning about the others."""
     failed = {name: found for name, found in problems.items() if found}
     if failed:
@@ -89,7 +88,7 @@ def select_kernels(
 
     Args:
         choice: "sdpa": torch's operations only; "kernel": ours, untested; "auto": ours where the self-test passed.
-        memory: file in which self-test results are kept.
+        memory: file in which the passes of self-tests are kept.
 
     Raises:
         ValueError: "kernel" where there is none for the device, type or head size.
@@ -106,7 +105,7 @@ def select_kernels(
     try:
         from outrider.kernels.launcher import launcher_of
 
-        launcher = launcher_of(device)
+        launcher_of(device)
     except (ImportError, ValueError) as error:
         if choice == "kernel":
             raise ValueError(f"target.attention is kernel, but {error}") from error
@@ -115,7 +114,8 @@ def select_kernels(
     if choice == "kernel":
         return KernelSelection.of(ENTRIES)
     name = torch.cuda.get_device_name(device)
-    selected = passed(remembered_self_test(launcher.launch, device, _memory_key(name), memory), name)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    selected = passed(remembered_self_test(partial(self_test, index), _memory_key(name), memory), name)
     if attention_fits:
         return selected
     warnings.warn(

@@ -1,10 +1,14 @@
 """Imports go one way: configs <- kernels <- workers <- cluster; Ray, CUDA and process groups have one home each."""
 
 import ast
+import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from outrider.configs import schema
+
+ROOT = Path(schema.__file__).resolve().parent.parent  # whatever links lead there
 
 ALLOWED_LAYERS = {
     "configs": {"configs"},
@@ -27,7 +31,7 @@ ALLOWED_PACKAGES = {
         "huggingface_hub",
         "psutil",
     },
-    "cluster": {"ray", "typer", "rich", "matplotlib", "numpy", "scipy", "psutil", "transformers"},
+    "cluster": {"ray", "typer", "rich", "matplotlib", "numpy", "scipy", "psutil", "transformers", "torch"},
 }
 
 STDLIB = __import__("sys").stdlib_module_names
@@ -77,3 +81,16 @@ def test_the_folders_are_namespace_packages() -> None:
 def test_files_stay_under_400_lines() -> None:
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in python_files()}
     assert {path: length for path, length in lengths.items() if length >= 400} == {}
+
+
+# Distributions whose modules go by another name.
+DISTRIBUTIONS = {"yaml": "pyyaml", "cuda": "cuda-core", "huggingface_hub": "huggingface-hub"}
+
+
+def test_what_the_code_imports_is_installed_with_it() -> None:
+    """No extra is needed for what runs: a GPU without cuda-core would have no kernels."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    installed = {re.split(r"[>=;<]", line)[0] for line in project["dependencies"]}
+    imported = set().union(*ALLOWED_PACKAGES.values())
+    assert {DISTRIBUTIONS.get(name, name) for name in imported} <= installed
+    assert project["optional-dependencies"].keys() == {"dev"}

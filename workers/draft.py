@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -31,6 +31,7 @@ from outrider.workers.setup import (
     num_target_pages,
     read_model_config,
     torch_device,
+    use_device,
 )
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig
@@ -43,8 +44,10 @@ _HEARTBEAT_S = 2.0  # at most: so long after it a lost target is noticed by an i
 class DraftWorker:
     """One process: `load`, `connect`, `profile`, then `run` until `stop`; requests come from other threads."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, gpus: Sequence[int] = ()) -> None:
+        """`gpus`: CUDA ordinals of the GPUs that this process was given."""
         self.config = config
+        self._gpus = tuple(gpus)
         self._tracer = Tracer("draft", config.rounds.trace)
         self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
 
@@ -55,6 +58,8 @@ class DraftWorker:
             ValueError: a checkpoint is missing or does not fit the configuration.
         """
         torch.set_num_threads(self.config.draft.num_threads)
+        self._device = torch_device("draft", self.config.draft.device, self._gpus)
+        use_device(self._device)
         target = read_model_config(self.config, "target", progress)
         num_pages = num_target_pages(self.config, target)
         self._drafting = self._build_drafting(target, progress)
@@ -67,8 +72,7 @@ class DraftWorker:
         """Open the link to rank 0 of the target, which must call its own `connect` meanwhile."""
         timeout_s = self.config.cluster.group_timeout_s
         store = connect_store(host, port, timeout_s)
-        device = torch_device(self.config.draft.device)
-        self._link = DraftSender(Link(store, epoch, False, device, timeout_s))
+        self._link = DraftSender(Link(store, epoch, False, self._device, timeout_s))
 
     def profile(self, progress: Callable[[str, int, int], None]) -> PassProfile:
         """Time the draft model, and the target for the row counts of `rounds.profile_node_counts`, before `run`.
@@ -76,6 +80,7 @@ class DraftWorker:
         Each count is timed with a chain of rows and no context, all of them sampled or proposing: the median of a
         few runs.
         """
+        use_device(self._device)
         counts = self.config.rounds.profile_node_counts
         target_times: list[float] = []
         step_times: dict[str, list[float]] = {}
@@ -103,6 +108,7 @@ class DraftWorker:
 
     def run(self) -> None:
         """The token loop, until `stop` or until the target is gone (PeerLostError)."""
+        use_device(self._device)
         try:
             self._loop.run()
         finally:
@@ -153,7 +159,9 @@ class DraftWorker:
         num_recent = max(draft.ngram.max_match, tree.max_depth)
         slots = DraftedSlots(rounds.max_sequences, tree.max_nodes, num_recent)
         drafting = DraftEngine(slots)
-        context = MethodContext(self.config, target, slots, drafting.estimator, self._tracer, progress)
+        context = MethodContext(
+            self.config, target, self._device, slots, drafting.estimator, self._tracer, progress
+        )
         for name in draft.methods:
             drafting.add(METHODS[name].build(context))
         return drafting

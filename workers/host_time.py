@@ -67,9 +67,13 @@ class HostTime:
 def measure_host_time(
     model: ModelConfig, config: Config, num_sequences: int, sampling: SamplingParams
 ) -> HostTime:
-    """Run `num_sequences` texts side by side with trees of `TREE_NODES` nodes, drafted by a model."""
-    bench = _Bench(model, config, num_sequences)
-    return bench.run(num_sequences, sampling)
+    """Run `num_sequences` texts side by side with trees of `TREE_NODES` nodes, drafted by a model, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _Bench(model, config, num_sequences).run(num_sequences, sampling)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Clock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Literal
@@ -28,13 +28,53 @@ def torch_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def torch_device(name: str) -> torch.device:
-    """`auto` is the GPU that this process was given, or the CPU where it was given none."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be auto or cpu on a machine without a usable GPU, got 'cuda'")
-    return torch.device(name)
+def torch_device(role: Literal["target", "draft"], name: str, gpus: Sequence[int]) -> torch.device:
+    """Where a process computes.
+
+    Args:
+        name: `target.device` or `draft.device`; `auto` is the GPU that this process was given, or the CPU where it
+            was given none. What else the process sees (Ray does not hide GPUs that it has not given) is not ours.
+        gpus: CUDA ordinals of the GPUs that this process was given.
+
+    Raises:
+        ValueError: a GPU is asked for that was not given, or torch cannot use the one that was.
+    """
+    if name == "cpu" or (name == "auto" and not gpus):
+        return torch.device("cpu")
+    if not gpus:
+        key = f"cluster.num_gpus_per_{role}"
+        raise ValueError(
+            f"{role}.device must be auto or cpu where a process was given no GPU ({key}), got {name!r}"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"{role}.device must be cpu where torch ({torch.__version__}) can use no GPU, got {name!r}"
+        )
+    return torch.device("cuda", gpus[0])
+
+
+def use_device(device: torch.device) -> None:
+    """Makes a GPU the current one of this thread: streams, events, graphs and NCCL's groups are made on that. Every
+    thread of a worker has a current GPU of its own, which is the first one at its start."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def transport_for(all_reduce: str, device: torch.device, tp_size: int) -> str:
+    """`target.all_reduce` as `join_group` takes it: `auto` becomes `nccl` on GPUs.
+
+    Raises:
+        ValueError: ranks cannot sum in this way what is on their devices.
+    """
+    on_gpu = device.type == "cuda"
+    if all_reduce == "auto":
+        return "nccl" if on_gpu else "auto"
+    if tp_size > 1 and all_reduce == ("shm" if on_gpu else "nccl"):
+        allowed, where = ("nccl or gloo", "GPUs") if on_gpu else ("gloo or shm", "the CPU")
+        raise ValueError(
+            f"target.all_reduce must be auto, {allowed} where ranks compute on {where}, got {all_reduce!r}"
+        )
+    return all_reduce
 
 
 def kernels_for(

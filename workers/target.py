@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from collections.abc import Sequence as SequenceABC
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from outrider.configs.schema import Config
 from outrider.workers.drafting.registry import layers_needed
+from outrider.workers.last_resort import Interruptible
 from outrider.workers.link.communicator import Communicator, SoloCommunicator, broadcast_message
 from outrider.workers.link.distributed import Link, connect_store, join_group, open_store
 from outrider.workers.link.link import DraftReceiver
@@ -32,9 +30,15 @@ from outrider.workers.setup import (
     num_target_pages,
     torch_device,
     torch_dtype,
+    transport_for,
+    use_device,
 )
 from outrider.workers.target_state import TargetSequences
+from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
+
+# A rank that is woken needs milliseconds; one that waits for a round hears of a lost peer with the next.
+ABORT_GRACE_S = 10.0
 
 
 class TargetRank:
@@ -46,7 +50,7 @@ class TargetRank:
         cache: PagedCache,
         num_slots: int,
         tracer: Tracer,
-        taps: SequenceABC[int] = (),
+        taps: Sequence[int] = (),
     ) -> None:
         """
         Args:
@@ -56,33 +60,30 @@ class TargetRank:
         self.model = model
         self._cache = cache
         self._forward = forward_of(model, cache, target_capacities(model, cache), taps)
-        self._tracer = tracer
+        self._stretches = Stretches(model.device, tracer)
         self._sequences = TargetSequences(num_slots, cache.num_pages, cache.page_size)
         self._sampler = Sampler(model.config.vocab_size, model.plan.vocab, model.communicator, model.kernels)
 
     @torch.inference_mode()
     def step(self, draft: Draft) -> Scores:
         """One round: keep what was accepted, compute every node, sample after the nodes that ask for it."""
-        times = [time.monotonic()]
-        steps, sampled = draft.steps, draft.steps.sampled_rows
-        with self._tracer.span("commit"):
-            self._cache.commit(*(slots.to(self.model.device) for slots in self._sequences.apply(draft)))
-        times.append(time.monotonic())
+        stretches, steps, sampled = self._stretches, draft.steps, draft.steps.sampled_rows
+        stretches.begin()
+        self._cache.commit(*(slots.to(self.model.device) for slots in self._sequences.apply(draft)))
+        stretches.end("commit")
         logits, sent = torch.empty(0, len(self.model.plan.vocab)), None
         if steps.num_rows:
-            with self._tracer.span("forward", steps.num_rows):
-                rows = self._sequences.rows(steps)
-                hidden = self._forward(build_batch(self._sequences.tables, rows, self.model.device))
-                sent = self._hidden_rows(draft, hidden)
-                if len(sampled):
-                    logits = self.model.logits_of(hidden.last, sampled)
-        times.append(time.monotonic())
+            rows = self._sequences.rows(steps)
+            hidden = self._forward(build_batch(self._sequences.tables, rows, self.model.device))
+            sent = self._hidden_rows(draft, hidden)
+            if len(sampled):
+                logits = self.model.logits_of(hidden.last, sampled)
+        stretches.end("forward", steps.num_rows)
         samples = NO_SAMPLES
         if len(sampled):
-            with self._tracer.span("sample", len(sampled)):
-                samples = self.sample(steps, rows, logits)
-        times.append(time.monotonic())
-        commit_s, forward_s, sample_s = (after - before for before, after in pairwise(times))
+            samples = self.sample(steps, rows, logits)
+        stretches.end("sample", len(sampled))
+        commit_s, forward_s, sample_s = stretches.settle()
         asking = self._sequences.asking(steps)
         return Scores(
             round_id=draft.round_id,
@@ -120,11 +121,15 @@ class TargetWorker:
     Rank 0 alone talks to the DraftWorker; the others get each round from rank 0.
     """
 
-    def __init__(self, config: Config, rank: int) -> None:
+    def __init__(self, config: Config, rank: int, gpus: Sequence[int] = ()) -> None:
+        """`gpus`: CUDA ordinals of the GPUs that this process was given."""
         self.config = config
         self.rank = rank
+        self._gpus = tuple(gpus)
         self._tracer = Tracer(f"target {rank}", config.rounds.trace)
         self._communicator: Communicator = SoloCommunicator()
+        self._interruptible = Interruptible()
+        self._wake: list[Callable[[], None]] = []
 
     def load(self, progress: Callable[[str, int, int], None]) -> None:
         """Read this rank's weights. `progress(what, done_bytes, total_bytes)`.
@@ -134,7 +139,9 @@ class TargetWorker:
         """
         target = self.config.target
         torch.set_num_threads(target.num_threads)
-        device, dtype = torch_device(target.device), torch_dtype(target.dtype)
+        device, dtype = torch_device("target", target.device, self._gpus), torch_dtype(target.dtype)
+        use_device(device)
+        self._transport = transport_for(target.all_reduce, device, target.tp_size)
         source = load_model(self.config, "target", progress)
         plan = ShardPlan(source.config, self.rank, target.tp_size)
         counted = counting(progress, source.total_bytes(dtype) // target.tp_size)
@@ -154,13 +161,19 @@ class TargetWorker:
         Raises:
             PeerLostError: another process has not come within `cluster.group_timeout_s`.
         """
+        with self._interruptible.working():
+            self._connect(host, port, epoch)
+
+    def _connect(self, host: str, port: int, epoch: int) -> None:
+        use_device(self._weights.device)
         timeout_s = self.config.cluster.group_timeout_s
         if self.rank != 0:
             self._store = connect_store(host, port, timeout_s)
         target = self.config.target
         self._communicator = join_group(
-            self._store, epoch, self.rank, target.tp_size, self._transport(), timeout_s
+            self._store, epoch, self.rank, target.tp_size, self._transport, timeout_s, self._weights.device
         )
+        self._wake = [self._communicator.abort]
         kernels = agreed_kernels(self._kernels, self._communicator)
         weights = self._weights
         cache = PagedCache(
@@ -180,10 +193,25 @@ class TargetWorker:
             layers_needed(self.config, weights.plan.config),
         )
         if self.rank == 0:
-            self._link = DraftReceiver(Link(self._store, epoch, True, weights.device, timeout_s))
+            link = Link(self._store, epoch, True, weights.device, timeout_s)
+            self._link = DraftReceiver(link)
+            self._wake.append(link.abort)
 
     def run(self) -> None:
         """Serve rounds until the DraftWorker says stop. Any failure wakes the other ranks and is raised."""
+        with self._interruptible.working():
+            self._run()
+
+    def abort(self, grace_s: float = ABORT_GRACE_S) -> None:
+        """Another process of the deployment is lost: end `connect` or `run`, which may wait for it, with an error.
+
+        Called by who knows, from another thread than theirs. Where they have not ended after `grace_s` seconds this
+        process ends itself.
+        """
+        self._interruptible.end(self._wake, grace_s)
+
+    def _run(self) -> None:
+        use_device(self._weights.device)
         try:
             message = torch.empty(0, dtype=torch.int32)
             while True:
@@ -206,10 +234,6 @@ class TargetWorker:
             if self.rank == 0:
                 self._link.close()
             self._communicator.close()
-
-    def _transport(self) -> str:
-        on_gpu = self._weights.device.type == "cuda"
-        return "nccl" if self.config.target.all_reduce == "auto" and on_gpu else self.config.target.all_reduce
 
     def stats(self) -> dict[str, Any]:
         """Seconds per kind of work since the start, and the peak memory of this process."""

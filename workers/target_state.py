@@ -91,7 +91,9 @@ class TargetSequences:
         """What the laws of the sampled nodes depend on besides the logits, of each step that has any."""
         positions = (rows.context_lens + 1).repeat(rows.query_lens) + rows.depths
         groups, end = [], 0
-        segments = zip(steps.slots.tolist(), steps.num_nodes.tolist(), steps.num_sampled.tolist(), strict=True)
+        segments = zip(
+            steps.slots.tolist(), steps.num_nodes.tolist(), steps.num_sampled.tolist(), strict=True
+        )
         for b, (slot, num_nodes, num_sampled) in enumerate(segments):
             start, end = end, end + num_nodes
             if num_sampled:

@@ -50,7 +50,13 @@ class Tracer:
     def end(self) -> None:
         """Closes the span opened last."""
         kind, rows, begin_ns, inner_ns = self._open.pop()
-        duration_ns = time.monotonic_ns() - begin_ns
+        self._note(kind, rows, begin_ns, time.monotonic_ns() - begin_ns, inner_ns)
+
+    def add(self, kind: str, rows: int, begin_ns: int, duration_ns: int) -> None:
+        """A span that was timed elsewhere, inside the one that is open; see `timing.Stretches`."""
+        self._note(kind, rows, begin_ns, duration_ns, 0)
+
+    def _note(self, kind: str, rows: int, begin_ns: int, duration_ns: int, inner_ns: int) -> None:
         self._totals_ns[kind] += duration_ns - inner_ns
         if self._open:
             self._open[-1][3] += duration_ns

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -37,13 +36,8 @@ class HostReport:
 def measure(config: Config) -> HostReport:
     """Of the target's vocabulary, on one thread."""
     model = read_model_config(config, "target", lambda what, done, total: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        greedy = {n: measure_host_time(model, config, n, GREEDY) for n in NUM_SEQUENCES}
-        sampled = {n: measure_host_time(model, config, n, TOP_P) for n in NUM_SEQUENCES}
-    finally:
-        torch.set_num_threads(threads)
+    greedy = {n: measure_host_time(model, config, n, GREEDY) for n in NUM_SEQUENCES}
+    sampled = {n: measure_host_time(model, config, n, TOP_P) for n in NUM_SEQUENCES}
     return HostReport(
         {n: time.loop_ms for n, time in greedy.items()},
         {n: time.sampling_ms for n, time in greedy.items()},

@@ -211,6 +211,21 @@ def test_the_death_of_a_worker_ends_all_requests_with_its_reason() -> None:
     asyncio.run(scenario())
 
 
+def test_a_rank_that_outlives_another_is_told_so() -> None:
+    """It may wait for the other one: on a GPU for ever, unless another thread of its process ends that."""
+
+    async def scenario() -> None:
+        async with fake_deployment(endless) as fake:
+            fake.targets[1].die("out of memory")
+            async with asyncio.timeout(30.0):
+                while not fake.targets[0].was_aborted:
+                    await asyncio.sleep(0.01)
+            assert not fake.targets[1].was_aborted
+            assert "out of memory" in await fake.coordinator.failure()
+
+    asyncio.run(scenario())
+
+
 def test_a_worker_that_cannot_load_stops_the_start_with_one_line() -> None:
     async def scenario() -> None:
         async with fake_deployment(echo) as fake:

@@ -1,5 +1,6 @@
 """Configuration: every kind of mistake is one line that names the key and what it may be."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,61 @@ from outrider.configs.schema import DraftConfig, RoundsConfig
 def test_presets_load_and_survive_being_printed(preset: str) -> None:
     config = load_config(preset)
     assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
+
+
+def test_presets_for_gpus_wait_for_compilers_and_captures() -> None:
+    for preset in preset_names():
+        config = load_config(preset)
+        if config.target.device == "cuda":
+            assert config.cluster.group_timeout_s >= 300.0, preset
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["target.device=cuda"],
+            "cluster.num_gpus_per_target must be more than 0, because target.device is cuda",
+        ),
+        (
+            ["draft.device=cuda"],
+            "cluster.num_gpus_per_draft must be more than 0, because draft.device is cuda",
+        ),
+        (
+            [
+                "target.device=cuda",
+                "cluster.num_gpus_per_target=1",
+                "target.all_reduce=shm",
+                "target.tp_size=2",
+            ],
+            "target.all_reduce must be auto, nccl or gloo, because ranks compute on GPUs, got 'shm'",
+        ),
+        (
+            [
+                "target.device=auto",
+                "cluster.num_gpus_per_target=0.5",
+                "target.all_reduce=auto",
+                "target.tp_size=2",
+            ],
+            "cluster.num_gpus_per_target must be at least 1, because nccl wants a GPU for each rank",
+        ),
+    ],
+)
+def test_gpus_that_are_not_there_and_sums_that_they_cannot_make_are_refused(
+    overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config("tiny-random", overrides)
+
+
+def test_ranks_may_share_a_gpu_with_gloo() -> None:
+    half = [
+        "target.device=cuda",
+        "cluster.num_gpus_per_target=0.5",
+        "target.all_reduce=gloo",
+        "target.tp_size=2",
+    ]
+    assert load_config("tiny-random", half).cluster.num_gpus_per_target == 0.5
 
 
 def test_the_documented_presets_ship() -> None:

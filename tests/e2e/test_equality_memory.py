@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 
 from outrider.cluster.bench.identity import Mismatch
+from outrider.workers.drafting.model import ModelMethod
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import TokenEvent
 from outrider.workers.weights.source import WeightSource
@@ -235,6 +236,5 @@ class Canceller:
 
 def drafter_pages(engine: LocalEngine) -> int:
     """Free pages of the draft model's cache."""
-    (drafter,) = engine.drafting._stepwise
-    available: int = drafter._pool.num_available  # type: ignore[attr-defined]
-    return available
+    (drafter,) = [method for method in engine.drafting.methods if isinstance(method, ModelMethod)]
+    return drafter._rows.pool.num_available

@@ -2,14 +2,16 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from outrider.kernels.gpu_check import TorchGpu, all_cases, check_gpu
+from outrider.kernels.gpu_check import LAUNCHES_PER_REPLAY, TorchGpu, all_cases, check_gpu
 from outrider.kernels.kernel_cases import kernel_cases, prepare_gather_rows
 from outrider.kernels.roofline import Roofline, least_time_s, roofline_of
 from support.cuda_on_cpu.kernels import source_kernels
+from support.stand_in_cuda import StandInCuda
 
 SMALL = kernel_cases()[1:2] + kernel_cases()[-12::4]
 
@@ -35,7 +37,7 @@ class StandIn:
 
         return Graph()
 
-    def mean_time_s(self, plans, num_launches):
+    def median_time_s(self, plans):
         return 1e-3
 
 
@@ -99,6 +101,18 @@ def test_rooflines_are_known_by_name():
     assert roofline_of("NVIDIA H100 PCIe").bytes_per_s == 2.0e12
     assert least_time_s(1, 1, roofline_of("something else")) == 0
     assert least_time_s(10, 30, Roofline(10, 10)) == 3
+
+
+def test_what_is_timed_are_replays_of_many_launches_and_their_median_counts(monkeypatch):
+    cuda = StandInCuda(replay_ms=[9.0, 2.0, 2.0, 50.0] + [2.0] * 8)
+    cuda.install(monkeypatch)
+    launched = []
+    gpu = object.__new__(TorchGpu)
+    gpu._launcher = SimpleNamespace(load=lambda sources: None, launch=launched.append)
+    plans = SMALL[0](torch.device("cpu")).plans
+    assert gpu.median_time_s(plans) == pytest.approx(2e-3 / LAUNCHES_PER_REPLAY)
+    assert [len(captured) for captured in launched] == [LAUNCHES_PER_REPLAY * len(plans)]
+    assert cuda.num_replays == 12
 
 
 @pytest.mark.gpu

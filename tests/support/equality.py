@@ -8,7 +8,7 @@ product rounds differently for one row and for eight; anything wider fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,6 +38,7 @@ from support.local_engine import LocalEngine, output_tokens
 
 TOLERANCE = TOLERANCE_OF_DTYPE["float32"]
 PLAIN = DraftOptions((), 0, 0)
+_ROWS_BATCH = 16  # texts
 _MAX_PADDING = 32  # tokens that one prompt of a batch may be shorter than another
 
 
@@ -117,6 +118,30 @@ class Reference:
         return logits[0, -1]
 
     @torch.inference_mode()
+    def rows(
+        self, texts: Sequence[Sequence[int]], layers: Sequence[int]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of every text the hidden rows [n, len(layers), hidden] that enter these layers, and the logits [n, vocab]
+        after each of its tokens. The number of layers stands for what leaves the last one, before the final norm.
+        """
+        last: list[torch.Tensor] = []
+        hook = self._model.model.norm.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0]))
+        found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for begin in range(0, len(order), _ROWS_BATCH):
+            batch = order[begin : begin + _ROWS_BATCH]
+            longest = len(texts[batch[-1]])
+            # Padding on the right: nothing looks at what comes later.
+            tokens = torch.tensor([[*texts[i], *[0] * (longest - len(texts[i]))] for i in batch])
+            out = self._model(tokens, output_hidden_states=True)
+            inputs = [*out.hidden_states[:-1], last.pop()]
+            hidden = torch.stack([inputs[layer] for layer in layers], dim=2)
+            for row, i in enumerate(batch):
+                found[i] = hidden[row, : len(texts[i])], out.logits[row, : len(texts[i])]
+        hook.remove()
+        return [found[i] for i in range(len(texts))]
+
+    @torch.inference_mode()
     def _generate(self, cases: Sequence[Case]) -> list[tuple[int, ...]]:
         """Of cases with the same sampling; more than one only where it is greedy and without penalties."""
         sampling, processors = cases[0].sampling, _processors(cases[0])
@@ -163,6 +188,14 @@ def assert_same_tokens(
         f"({gaps[1]:.3g} below the best)"
     )
     ties.append(Mismatch(f"{what}, {case.id}", case.sampling.seed, index, *candidates, *gaps, is_tie=True))
+
+
+def assert_same_texts(
+    reference: Reference, cases: Sequence[Case], texts: Mapping[str, Text], ties: list[Mismatch], what: str
+) -> None:
+    """`assert_same_tokens` of every case with what `reference` says."""
+    for case in cases:
+        assert_same_tokens(reference, case, reference.text(case), texts[case.id].tokens, ties, what)
 
 
 def score_gaps(

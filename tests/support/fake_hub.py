@@ -16,7 +16,7 @@ class FakeHub:
         self.revisions: set[tuple[str, str]] = set()
         monkeypatch.setattr("huggingface_hub.snapshot_download", self)
 
-    def __call__(self, name: str, revision: str, allow_patterns: list[str]) -> str:
+    def __call__(self, name: str, revision: str, allow_patterns: list[str], tqdm_class: type) -> str:
         self.revisions.add((name, revision))
         names = [path.name for path in self.remote.iterdir()]
         for file in filter_repo_objects(names, allow_patterns=allow_patterns):

@@ -77,7 +77,12 @@ class FakeTarget:
 
     def __init__(self) -> None:
         self.death = ""
+        self.was_aborted = False
         self._stop = threading.Event()
+
+    def abort(self) -> None:
+        self.was_aborted = True
+        self._stop.set()
 
     def load(self) -> None: ...
 

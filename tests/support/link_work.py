@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import torch
 
@@ -29,6 +30,18 @@ def answer_once_then_die(place: LinkPlace) -> None:
     link.send(link.receive())
     time.sleep(0.2)  # the answer leaves; data that a dead process still had in hand would be lost
     die()
+
+
+def die_before_the_payload(place: LinkPlace) -> None:
+    """After the block that says how long the payload is."""
+
+    def send(*_: object) -> None:
+        time.sleep(0.2)  # as above
+        die()
+
+    link = place.target_end()
+    link._payload_group = SimpleNamespace(send=send)
+    link.send(Packet(torch.ones(4, dtype=torch.int32), torch.ones(8, dtype=torch.uint8)))
 
 
 def send_a_burst_then_close(place: LinkPlace) -> None:

@@ -45,7 +45,7 @@ class GroupPlace:
 
     def join(self) -> Communicator:
         store = connect_store(HOST, self.port, self.timeout_s)
-        return join_group(store, self.epoch, self.rank, self.size, self.transport, self.timeout_s)
+        return join_group(store, self.epoch, self.rank, self.size, self.transport, self.timeout_s, CPU)
 
     def say_done(self) -> None:
         connect_store(HOST, self.port, LIMIT_S).set("done", "")

@@ -7,24 +7,29 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
+from typing import Self
 
+import numpy as np
 import torch
 
-from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
-from outrider.workers.drafting.engine import DraftEngine, StepForecast
+from outrider.workers.drafting.engine import DraftEngine
+from outrider.workers.drafting.method import DraftMethod, Forecast, MethodContext
+from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.link import DraftReceiver, DraftSender
 from outrider.workers.link.messages import Draft, Scores, decode_draft
 from outrider.workers.rounds.budget import CostModel, PassProfile
-from outrider.workers.rounds.loop import LoopOptions, RoundLoop
+from outrider.workers.rounds.loop import LoopOptions, RoundLoop, TargetLink
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence, TokenEvent
-from outrider.workers.sequences.tree import GrowingNode
+from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints
 from outrider.workers.trace import Tracer
 from support.local_engine import queue_links
 from support.steps import scores_of, steps_in
+
+_MAX_NODES = 32
 
 
 def right_token(position: int) -> int:
@@ -58,68 +63,96 @@ class ScriptedTarget:
         return scores_of(draft.round_id, sampled, self._verify_s)
 
 
-class ScriptedDrafter:
+class ScriptedMethod(DraftMethod):
     """One more token on the deepest path of each tree, every `step_s`; right, or always wrong."""
+
+    name = "model"
 
     def __init__(
         self,
+        slots: DraftedSlots,
+        estimator: AcceptanceEstimator,
         step_s: float,
         is_right: Callable[[int], bool],
-        estimator: AcceptanceEstimator,
         sleep: Callable[[float], None] = time.sleep,
         must_read: bool = False,
     ) -> None:
-        """`must_read`: prompts that were not read are not drafted for, as with a real model and long ones."""
-        self._must_read = must_read
-        self._step_s = step_s
-        self._sleep = sleep
-        self._estimator = estimator
-        self._is_right = is_right  # by position
+        """`is_right`: by position; `must_read`: prompts that were not read are not drafted for, as with a real model
+        and long ones.
+        """
+        super().__init__(slots, estimator)
         self.prompts_read: set[str] = set()
+        self._source = estimator.reserve(1)
+        self._step_s = step_s
+        self._is_right = is_right
+        self._sleep = sleep
+        self._must_read = must_read
 
-    def start(self, sequence: Sequence) -> None: ...
+    @classmethod
+    def build(cls, context: MethodContext) -> Self:
+        return cls(context.slots, context.estimator, 0.0, lambda position: True)
 
-    def finish(self, sequence: Sequence) -> None: ...
+    def root_gains(self, is_greedy: Bools) -> Floats:
+        return np.full(len(is_greedy), max(0.5, self._estimate()))
 
-    def root_gains(self, sequences: SequenceABC[Sequence]) -> list[float]:
-        return [max(0.5, self._estimator.estimate((1,), 0.5))] * len(sequences)
+    def unread(self, slots: Ints) -> Ints:
+        return np.array([len(s.request.prompt_tokens) for s in self._unread(slots)], dtype=np.int64)
 
-    def unread(self, sequences: SequenceABC[Sequence]) -> list[int]:
-        return [len(s.request.prompt_tokens) for s in sequences if s.id not in self.prompts_read]
-
-    def read_prompts(self, sequences: SequenceABC[Sequence]) -> int:
-        num_tokens = sum(self.unread(sequences))
-        self.prompts_read |= {sequence.id for sequence in sequences}
+    def read(self, slots: Ints) -> int:
+        num_tokens = int(self.unread(slots).sum())
+        self.prompts_read |= {sequence.id for sequence in self._unread(slots)}
         return num_tokens
 
-    def rerooted(self, sequence: Sequence, path: list[int], survivors: dict[int, int]) -> None: ...
-
-    def forecast(self, sequences: SequenceABC[Sequence]) -> StepForecast:
+    def forecast(self, slots: Ints) -> Forecast:
         if self._must_read:
-            sequences = [s for s in sequences if s.id in self.prompts_read]
-        open_trees = [s for s in sequences if self._deepest(s).depth < s.request.draft.max_depth]
-        acceptance = self._estimator.estimate((1,), 0.5)
-        gains = sorted((acceptance * self._deepest(s).value for s in open_trees), reverse=True)
-        return StepForecast(gains, len(sequences))
+            unread = {sequence.slot for sequence in self._unread(slots)}
+            slots = np.array([slot for slot in slots.tolist() if slot not in unread], dtype=np.int64)
+        deepest = self.trees.num_nodes[slots] - 1  # the trees are chains
+        gains = self._estimate() * self.trees.values[slots, deepest]
+        growing = slots[deepest <= 2 * self.slots.max_depth[slots]]
+        return Forecast(np.sort(gains[deepest < self.slots.max_depth[slots]])[::-1], len(growing), growing)
 
-    def survival(self, sequences: SequenceABC[Sequence]) -> float:
-        return max(self._deepest(s).value * (len(s.tree) > len(s.sent_tree.tokens)) for s in sequences)
+    def survival(self, slots: Ints, sent: DraftTrees) -> float:
+        num_nodes = self.trees.num_nodes[slots]
+        return float((self.trees.values[slots, num_nodes - 1] * (num_nodes > sent.counts)).max(initial=0.0))
 
-    def step(self, sequences: SequenceABC[Sequence]) -> bool:
-        open_sequences = [s for s in sequences if self._deepest(s).depth <= 2 * s.request.draft.max_depth]
-        if not open_sequences:
+    def expand(self, slots: Ints) -> bool:
+        slots = slots[self.trees.num_nodes[slots] <= 2 * self.slots.max_depth[slots] + 1]
+        if not len(slots):
             return False
         self._sleep(self._step_s)
-        for sequence in open_sequences:
-            position = self._deepest(sequence).position + 1
-            token = right_token(position) + (0 if self._is_right(position) else 200)
-            acceptance = self._estimator.estimate((1,), 0.5)
-            sequence.tree.add_child(len(sequence.tree) - 1, token, acceptance, (1,))
+        deepest = self.trees.num_nodes[slots] - 1
+        positions = (self.trees.root_positions[slots] + deepest + 1).tolist()
+        tokens = [right_token(p) + (0 if self._is_right(p) else 200) for p in positions]
+        sources = np.full(len(slots), self._source)
+        estimates = np.full(len(slots), self._estimate())
+        self.trees.add_children(slots, deepest, np.array(tokens), estimates, sources)
         return True
 
-    @staticmethod
-    def _deepest(sequence: Sequence) -> GrowingNode:
-        return sequence.tree.nodes[-1]  # the tree is a chain
+    def _unread(self, slots: Ints) -> list[Sequence]:
+        sequences = [self.slots.sequence(slot) for slot in slots.tolist()]
+        return [sequence for sequence in sequences if sequence.id not in self.prompts_read]
+
+    def _estimate(self) -> float:
+        return float(self.estimator.estimate(np.array([self._source]), np.array([0.5]))[0])
+
+
+def scripted_loop(
+    link: TargetLink,
+    options: LoopOptions,
+    limits: SchedulerLimits,
+    pool: PagePool,
+    cost: CostModel,
+    emit: Callable[[TokenEvent], None],
+    methods: Callable[[DraftedSlots, AcceptanceEstimator], SequenceABC[DraftMethod]] = lambda *_: (),
+    clock: Callable[[], float] = time.monotonic,
+) -> RoundLoop:
+    """A loop whose methods `methods` builds."""
+    drafting = DraftEngine(DraftedSlots(limits.max_sequences, _MAX_NODES, _MAX_NODES))
+    for method in methods(drafting.slots, drafting.estimator):
+        drafting.add(method)
+    scheduler = Scheduler(limits, pool, drafting.prefix_kept, drafting.finish)
+    return RoundLoop(link, scheduler, drafting, cost, options, Tracer("draft", False), emit, clock=clock)
 
 
 def run_scripted(
@@ -144,18 +177,15 @@ def run_scripted(
                 return
             receiver.send(target.step(draft))
 
-    drafting = DraftEngine(NgramConfig())
-    drafting.add(ScriptedDrafter(step_s, is_right, drafting.estimator))
-    cost = CostModel(PassProfile((1,), (verify_s,)), PassProfile((1,), (step_s,)))
     events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
-    loop = RoundLoop(
+    loop = scripted_loop(
         DraftSender(draft_end),
-        Scheduler(SchedulerLimits(8, 256, 64), PagePool(256, 16, False)),
-        drafting,
-        cost,
         options,
-        Tracer("draft", False),
+        SchedulerLimits(8, 256, 64),
+        PagePool(256, 16, False),
+        CostModel(PassProfile((1,), (verify_s,)), {ScriptedMethod.name: PassProfile((1,), (step_s,))}),
         events.put,
+        lambda slots, estimator: [ScriptedMethod(slots, estimator, step_s, is_right)],
     )
     for i in range(num_sequences):
         sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens)

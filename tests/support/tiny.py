@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+from outrider.workers.rounds.budget import PassProfile
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions
 from outrider.workers.weights.resolver import ResolvedModel
@@ -23,6 +24,19 @@ METHODS = {"ngram": NGRAM, "model": MODEL, "both": BOTH}
 # With these at an advantage the output keeps to six tokens and repeats itself: lookup is often right. They are
 # spread over the shards of a vocabulary.
 FEW_TOKENS = tuple((token, 30.0) for token in (3, 7, 101, 150, 222, VOCAB_SIZE - 1))
+
+# Name: loop, lanes, drafting ahead.
+LOOPS = {
+    "serial, 1 lane": (False, 1, False),
+    "serial, 2 lanes": (False, 2, False),
+    "1 lane": (True, 1, False),
+    "2 lanes": (True, 2, False),
+    "1 lane, ahead": (True, 1, True),
+    "2 lanes, ahead": (True, 2, True),
+}
+
+# So slow a target, with rows so cheap, that a measured budget drafts as much as it may.
+SLOW_TARGET = PassProfile((1, 64), (10.0, 10.01))
 
 # Five query heads and 24 blocks of the MLP: nothing divides by 2 or 3.
 _SHAPE = f"hidden_size=80&num_layers=2&num_heads=5&num_kv_heads=1&head_dim=16&vocab_size={VOCAB_SIZE}"

@@ -10,33 +10,30 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, replace
-from unittest.mock import patch
 
-from outrider.configs.schema import NgramConfig
-from outrider.workers.drafting.engine import DraftEngine
+from outrider.workers.drafting.acceptance import AcceptanceEstimator
+from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.messages import Draft, Scores
-from outrider.workers.rounds import loop as loop_module
 from outrider.workers.rounds.budget import CostModel, PassProfile
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
-from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
+from outrider.workers.rounds.scheduler import SchedulerLimits
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
-from outrider.workers.trace import Tracer
 from support.local_engine import output_tokens
-from support.scripted import ScriptedDrafter, ScriptedTarget
+from support.scripted import ScriptedMethod, ScriptedTarget, scripted_loop
 
 _VERIFY_40_MS = PassProfile((1,), (0.04,))
 _LIMITS = SchedulerLimits(max_sequences=8, max_round_tokens=256, prefill_chunk=64)
 
 
 class VirtualClock:
-    """Stands in for the `time` module."""
+    """Stands still until somebody works."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
 
-    def monotonic(self) -> float:
+    def now(self) -> float:
         return self.now_s
 
     def sleep(self, seconds: float) -> None:
@@ -102,14 +99,12 @@ def run_requests(
     """Run requests to their ends with scripted workers; pages hold 16 rows. `on_event` may use the loop.
 
     `latencies` is what a pass of the target takes, and what the loop knows of it; `assumed_step_s` is what it takes
-    for the seconds of a drafter step, if not `step_s`. `must_read`: see `ScriptedDrafter`.
+    for the seconds of a drafter step, if not `step_s`. `must_read`: see `ScriptedMethod`.
     """
     clock = VirtualClock()
     link = VirtualLink(clock, latencies)
-    drafting = DraftEngine(NgramConfig())
-    drafter = ScriptedDrafter(step_s, is_right, drafting.estimator, clock.sleep, must_read)
-    drafting.add(drafter)
-    cost = CostModel(latencies, PassProfile((1,), (assumed_step_s or step_s,)))
+    cost = CostModel(latencies, {ScriptedMethod.name: PassProfile((1,), (assumed_step_s or step_s,))})
+    drafters: list[ScriptedMethod] = []
     events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
     unfinished = set(events)
 
@@ -122,14 +117,18 @@ def run_requests(
             loop.stop()
 
     pool = PagePool(num_pages, 16, prefix_sharing=False)
-    loop = RoundLoop(link, Scheduler(limits, pool), drafting, cost, options, Tracer("draft", False), emit)
+
+    def methods(slots: DraftedSlots, estimator: AcceptanceEstimator) -> list[ScriptedMethod]:
+        drafters.append(ScriptedMethod(slots, estimator, step_s, is_right, clock.sleep, must_read))
+        return drafters
+
+    loop = scripted_loop(link, options, limits, pool, cost, emit, methods, clock.now)
     for request in requests:
         loop.submit(request)
     begun = clock.now_s
-    with patch.object(loop_module, "time", clock):
-        loop.run()
+    loop.run()
     assert link.drafts.pop().stop
-    return VirtualRun(clock.now_s - begun, link.drafts, events, pool.num_available, drafter.prompts_read)
+    return VirtualRun(clock.now_s - begun, link.drafts, events, pool.num_available, drafters[0].prompts_read)
 
 
 def scripted_request(

@@ -11,6 +11,7 @@ import pytest
 from outrider.configs.loader import load_config
 from outrider.workers.draft import DraftWorker
 from outrider.workers.rounds.budget import PassProfile
+from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
 from outrider.workers.target import TargetWorker
@@ -54,7 +55,7 @@ class Pair:
         self._threads = [threading.Thread(target=self.target.run, daemon=True)]
         self._threads[0].start()
         self.profile: PassProfile = self.draft.profile(self.report)
-        self.profiled_step_s = self.draft.stats()["draft_pass_s"]
+        self.profiled_step_s = self.draft.stats()["draft_step_s"]["model"]
 
     def report(self, what: str, done: int, total: int) -> None:
         self.reports.append((what, done, total))
@@ -166,7 +167,7 @@ def test_the_heartbeat_is_quicker_than_a_group_loses_patience() -> None:
         assert DraftWorker(config)._loop_options().heartbeat_s == heartbeat_s
 
 
-PLAIN_TYPES = (str, int, float, bool)
+PLAIN_TYPES = (str, int, float, bool, Origin)
 
 
 def assert_plain(value: object) -> None:

@@ -3,15 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from outrider.configs.loader import load_config
 from outrider.kernels.selection import ENTRIES, KernelSelection
-from outrider.workers import draft as draft_module
 from outrider.workers.draft import DraftWorker
+from outrider.workers.drafting import model as method_module
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
-from outrider.workers.drafting.model import ModelDrafter
+from outrider.workers.drafting.model import ModelMethod
+from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
 from outrider.workers.model import cache as cache_module
@@ -25,7 +27,6 @@ from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
-from outrider.workers.sequences.tree import DraftTree, GrowingTree
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.progress import silent
@@ -100,12 +101,14 @@ def test_the_target_calls_the_entries(selection: KernelSelection, calls: dict[st
 
 def test_the_drafter_calls_the_entries(selection: KernelSelection, calls: dict[str, Any]) -> None:
     model, cache = model_and_cache(selection)
-    drafter = ModelDrafter(
+    slots = DraftedSlots(1, 8, 8)
+    method = ModelMethod(
+        slots=slots,
+        estimator=AcceptanceEstimator(),
         model=model,
         cache=cache,
         pool=PagePool(8, 4, True),
         sampler=Sampler(96, range(96), SoloCommunicator(), selection),
-        estimator=AcceptanceEstimator(),
         num_target_tokens=96,
         max_children=2,
         rows_per_sequence=2,
@@ -114,10 +117,10 @@ def test_the_drafter_calls_the_entries(selection: KernelSelection, calls: dict[s
         tracer=Tracer("draft", False),
     )
     request = Request("a", (1, 2, 3), SamplingParams(max_tokens=50), DraftOptions(("model",), 8, 4))
-    sequence = Sequence(request, [1, 2, 3], tree=GrowingTree(3, 2))
-    sequence.sent_tree = DraftTree.root_only(3)
-    drafter.start(sequence)
-    assert drafter.step([sequence])
+    sequence = Sequence(request, [1, 2, 3])
+    slots.start(sequence)
+    method.start(sequence)
+    assert method.expand(np.array([0]))
     assert sampled_rows(calls) == [[2]]  # the root, after the prompt
     called = flags(calls)
     for name in ("gather_rows", "rope_append", "tree_attention"):
@@ -131,10 +134,10 @@ def test_the_draft_worker_hands_its_selection_to_model_cache_and_sampler(
     given: list[KernelSelection | bool] = []
 
     def recorded(name: str, at: int) -> None:
-        original = getattr(draft_module, name)
-        monkeypatch.setattr(draft_module, name, lambda *args: given.append(args[at]) or original(*args))
+        original = getattr(method_module, name)
+        monkeypatch.setattr(method_module, name, lambda *args: given.append(args[at]) or original(*args))
 
-    monkeypatch.setattr(draft_module, "kernels_for", lambda *_: selection)
+    monkeypatch.setattr(method_module, "kernels_for", lambda *_: selection)
     recorded("Transformer", 2)
     recorded("PagedCache", 6)
     recorded("Sampler", 3)

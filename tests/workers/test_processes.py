@@ -8,12 +8,13 @@ import pytest
 
 from outrider.configs.loader import load_config
 from outrider.configs.schema import Config
+from outrider.workers.first_gpu.processes import Deployment, WorkerProcess, deployed, start_draft
 from outrider.workers.link.communicator import PeerLostError
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
 from outrider.workers.weights.random_source import RandomSource
 from support.local_engine import LocalEngine, default_options, output_tokens
-from support.processes import Deployment, deployed, start_draft
+from support.stuck import StuckTarget
 
 # A lost process is noticed by its broken connections, not by the time limit of the group (60 s).
 NOTICED_S = 20.0
@@ -129,6 +130,24 @@ def test_target_ranks_notice_a_dead_draft_worker_and_serve_the_next_one(
         running.connect(epoch=2)
         events = running.generate(requests())
         assert {name: output_tokens(list_) for name, list_ in events.items()} == expected_texts
+
+
+def test_a_rank_that_is_told_of_a_loss_ends_its_loop_and_stays() -> None:
+    """Told by another thread, while the loop waits for a round."""
+    with deployed(load_config("tiny-random", [])) as running:
+        running.targets[0].call("abort")
+        assert_lost(running.runs[0])
+        assert running.targets[0].call("stats")
+        running.targets[0].call("abort")  # nothing runs: nothing to end
+
+
+def test_a_rank_that_cannot_be_woken_ends_its_process() -> None:
+    stuck = WorkerProcess(StuckTarget, load_config("tiny-random", []), 0)
+    run = stuck.begin("run")
+    assert stuck.call("stats")  # other threads are served
+    stuck.begin("abort", 0.2)
+    with pytest.raises(EOFError, match="the process died"):
+        run.result(NOTICED_S)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,14 +1,21 @@
 """What ranks agree on before they serve."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import get_ident
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from outrider.configs.loader import load_config
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers import target as target_module
+from outrider.workers.draft import DraftWorker
 from outrider.workers.link.communicator import Communicator, SoloCommunicator, agreed
-from outrider.workers.setup import agreed_kernels
+from outrider.workers.setup import agreed_kernels, torch_device, transport_for
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
 from support.thread_group import run_ranks, thread_group
@@ -42,6 +49,102 @@ def test_only_a_rank_that_loses_a_kernel_says_so() -> None:
         assert agreed_kernels(ALL, SoloCommunicator()) == ALL
 
 
+GPU, CPU = torch.device("cuda", 1), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "usable", "expected"),
+    [
+        ("auto", (), True, CPU),  # there are GPUs, and none of them was given to this process
+        ("auto", (1,), True, GPU),
+        ("auto", (1, 0), True, GPU),
+        ("cuda", (1,), True, GPU),
+        ("cpu", (1,), True, CPU),
+        (
+            "cuda",
+            (),
+            True,
+            r"target\.device must be auto or cpu where .* no GPU \(cluster\.num_gpus_per_target\)",
+        ),
+        ("auto", (1,), False, r"target\.device must be cpu where torch \(.*\) can use no GPU, got 'auto'"),
+    ],
+)
+def test_a_process_computes_on_the_gpu_it_was_given(
+    name: str, gpus: tuple[int, ...], usable: bool, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            torch_device("target", name, gpus)
+        return
+    assert torch_device("target", name, gpus) == expected
+
+
+def test_every_thread_of_a_worker_computes_on_the_workers_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread's current GPU is the first one, whatever other threads have set."""
+    current: dict[int, torch.device] = {}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.update({get_ident(): device}))
+    monkeypatch.setattr("outrider.workers.target.connect_store", never)
+    config = load_config("tiny-random", ["target.tp_size=2"])
+    target, draft = TargetWorker(config, 1, (1,)), DraftWorker(config, (1,))
+    target._weights = SimpleNamespace(device=GPU)  # type: ignore[assignment]
+    draft._device = GPU
+    draft._loop = draft._link = SimpleNamespace(run=never, close=lambda: None, send=never)  # type: ignore[assignment]
+    monkeypatch.setattr(draft, "_time_target", never)
+    target._communicator = SimpleNamespace(rank=1, broadcast=never, abort=lambda: None, close=lambda: None)  # type: ignore[assignment]
+    for call in (
+        partial(target.connect, "host", 1, 1),
+        target.run,
+        partial(draft.profile, silent),
+        draft.run,
+    ):
+        with ThreadPoolExecutor(1) as thread:
+            ident = thread.submit(get_ident).result()
+            with pytest.raises(RuntimeError, match="as far as it goes"):
+                thread.submit(call).result()
+        assert current.pop(ident) == GPU
+
+
+def never(*arguments: object) -> None:
+    raise RuntimeError("this is as far as it goes")
+
+
+@pytest.mark.parametrize(
+    ("all_reduce", "device", "tp_size", "expected"),
+    [
+        ("auto", GPU, 2, "nccl"),
+        ("auto", CPU, 2, "auto"),
+        ("gloo", GPU, 2, "gloo"),
+        ("shm", CPU, 2, "shm"),
+        ("shm", GPU, 1, "shm"),  # nothing is summed
+        ("shm", GPU, 2, r"target\.all_reduce must be auto, nccl or gloo where ranks .* on GPUs, got 'shm'"),
+        (
+            "nccl",
+            CPU,
+            2,
+            r"target\.all_reduce must be auto, gloo or shm where ranks .* on the CPU, got 'nccl'",
+        ),
+    ],
+)
+def test_ranks_sum_in_a_way_that_their_devices_can(
+    all_reduce: str, device: torch.device, tp_size: int, expected: str
+) -> None:
+    if "must be" not in expected:
+        assert transport_for(all_reduce, device, tp_size) == expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        transport_for(all_reduce, device, tp_size)
+
+
+@pytest.mark.parametrize("worker", [lambda c: TargetWorker(c, 0), DraftWorker], ids=["target", "draft"])
+def test_workers_that_were_given_no_gpu_use_none(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray lets a process without a GPU of its own see all of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    made = worker(load_config("tiny-random", ["target.device=auto", "draft.device=auto"]))
+    made.load(silent)
+    assert (made._weights.device if isinstance(made, TargetWorker) else made._device) == CPU
+
+
 @pytest.mark.filterwarnings("ignore:.*will not be used")
 def test_target_workers_use_what_all_of_them_may(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("tiny-random", ["target.tp_size=2"])
@@ -49,7 +152,7 @@ def test_target_workers_use_what_all_of_them_may(monkeypatch: pytest.MonkeyPatch
     for worker, selection in zip(workers, (ALL, KernelSelection.of(["gather_rows"])), strict=True):
         monkeypatch.setattr(target_module, "kernels_for", lambda *_, chosen=selection: chosen)
         worker.load(silent)
-    monkeypatch.setattr(target_module, "Link", lambda *_: None)
+    monkeypatch.setattr(target_module, "Link", lambda *_: SimpleNamespace(abort=never))
     monkeypatch.setattr(target_module, "connect_store", lambda *_: None)
 
     def join(store: object, epoch: int, rank: int, *_: object) -> Communicator:

@@ -76,7 +76,7 @@ class DraftEngine:
             for method in self.methods
             if not method.is_free
         ]
-        return [(method, forecast) for method, forecast in found if len(forecast.gains)]
+        return [(method, forecast) for method, forecast in found if forecast.num_rows]
 
     def expand(self, method: DraftMethod, slots: Ints) -> bool:
         """One step of a method on the trees of these slots; False when there was nothing to do."""

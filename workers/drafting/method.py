@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import torch
 
 from outrider.configs.schema import Config
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
@@ -30,10 +31,12 @@ _NO_FLOATS = np.zeros(0)
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What methods are built from. target: the target's shape; progress: told of what is loaded."""
+    """What methods are built from. target: the target's shape; device: where models compute; progress: told of what
+    is loaded."""
 
     config: Config
     target: ModelConfig
+    device: torch.device
     slots: DraftedSlots
     estimator: AcceptanceEstimator
     tracer: Tracer
@@ -45,9 +48,9 @@ class Forecast:
     """What a method's next `expand` would do.
 
     Attributes:
-        gains: float64 [M], expected accepted tokens, in this round's trees, of each proposal, descending; empty when
-            nothing is left to expand.
-        num_rows: rows of its forward, tokens included that the method has not read yet.
+        gains: float64 [M], expected accepted tokens, in this round's trees, of each proposal, descending; none of
+            proposals that are too deep for it, and only good for the next.
+        num_rows: rows of its forward, tokens included that the method has not read yet; 0: nothing is left to expand.
         slots: int64 [b], those whose trees would grow.
     """
 

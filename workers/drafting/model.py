@@ -16,7 +16,7 @@ import torch
 
 from outrider.workers.drafting.acceptance import NUM_SAMPLED_KINDS, AcceptanceEstimator, priors_and_kinds
 from outrider.workers.drafting.method import DraftMethod, Forecast, MethodContext
-from outrider.workers.drafting.row_cache import Expansion, RowCache, chain_masks
+from outrider.workers.drafting.row_cache import Expansion, RowCache, chains
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import TreeRows, build_batch
@@ -31,14 +31,8 @@ from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints, Survivors
-from outrider.workers.setup import (
-    counting,
-    kernels_for,
-    load_model,
-    num_draft_pages,
-    torch_device,
-    torch_dtype,
-)
+from outrider.workers.setup import counting, kernels_for, load_model, num_draft_pages, torch_dtype
+from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 
 _ROWS_PER_STEP = 6  # nodes of one sequence that a step expands
@@ -84,7 +78,7 @@ class ModelMethod(DraftMethod):
         super().__init__(slots, estimator)
         self._model = model
         self._run = forward_of(model, cache, draft_capacities(model, cache))
-        self._tracer = tracer
+        self._stretches = Stretches(model.device, tracer)
         self._cache = cache
         self._rows = RowCache(slots, pool)
         self._sampler = sampler
@@ -107,7 +101,7 @@ class ModelMethod(DraftMethod):
         """Load `draft.model` and lay out its cache."""
         config, progress = context.config, context.progress
         draft, rounds = config.draft, config.rounds
-        device, dtype = torch_device(draft.device), torch_dtype(draft.dtype)
+        device, dtype = context.device, torch_dtype(draft.dtype)
         source = load_model(config, "draft", progress)
         plan = ShardPlan(source.config, 0, 1)
         counted = counting(progress, source.total_bytes(dtype))
@@ -170,7 +164,9 @@ class ModelMethod(DraftMethod):
                 for slot, begin, count in zip(chosen, contexts.tolist(), counts, strict=True)
             ]
             self._planned = None
-            self._forward(_chains(read, contexts, lengths, np.concatenate(tokens)))
+            self._forward(chains(read, contexts, lengths, np.concatenate(tokens)))
+            self._stretches.end("forward", int(lengths.sum()))
+            self._stretches.settle()
             self._rows.commit(read, lengths)
         return self._prefill_chunk - room
 
@@ -211,7 +207,7 @@ class ModelMethod(DraftMethod):
         self._rows.tables.clear(0)
         self._rows.tables.append(0, pages)
         zero, length = np.zeros(1, dtype=np.int64), np.array([num_rows])
-        rows = _chains(zero, zero, length, np.zeros(num_rows, dtype=np.int64))
+        rows = chains(zero, zero, length, np.zeros(num_rows, dtype=np.int64))
         sampled = SampledRows(SamplingParams(temperature=0.0), np.arange(num_rows), PenaltyState(()))
         begun = time.monotonic()
         hidden = self._run(build_batch(self._rows.tables, rows, self._model.device)).last
@@ -232,12 +228,13 @@ class ModelMethod(DraftMethod):
             slots[grows], frontier.lags[grows], frontier.counts[grows], frontier.nodes
         )
         hidden = self._forward(expansion.rows)
-        with self._tracer.span("forward", len(expansion.nodes)):
-            logits = self._model.logits_of(hidden, expansion.node_rows)
-        with self._tracer.span("sample", len(expansion.nodes)):
-            sampled = self._sampled_rows(expansion)
-            tokens, log_probs = self._sampler.propose(logits, sampled, self._max_children)
+        logits = self._model.logits_of(hidden, expansion.node_rows)
+        self._stretches.end("forward", len(expansion.rows.tokens))
+        tokens, log_probs = self._sampler.propose(logits, self._sampled_rows(expansion), self._max_children)
+        self._stretches.end("sample", len(expansion.nodes))
+        self._stretches.settle()
         self._rows.computed(expansion)
+        self._planned = None  # also where the trees have all the proposals already
         self._propose(expansion.node_slots, expansion.nodes, tokens.numpy(), log_probs.numpy())
         return True
 
@@ -367,10 +364,10 @@ class ModelMethod(DraftMethod):
         )
 
     def _forward(self, rows: TreeRows) -> torch.Tensor:
-        """[num_rows, hidden], valid until the next call."""
+        """[num_rows, hidden], valid until the next call. Its stretch of time begins here; the caller ends it."""
         batch = build_batch(self._rows.tables, rows, self._model.device)
-        with self._tracer.span("forward", len(rows.tokens)):
-            return self._run(batch).last
+        self._stretches.begin()
+        return self._run(batch).last
 
     def _sampled_rows(self, expansion: Expansion) -> list[SampledRows]:
         positions = self.trees.root_positions[expansion.node_slots] + 1
@@ -427,12 +424,3 @@ class ModelMethod(DraftMethod):
         weights = 1.0 - (1.0 - _SMOOTHING) ** counts  # as if one came after the other
         self._yields += weights * totals / np.maximum(counts, 1.0)
         self._yields_so_far = self._yields.cumsum(axis=1)
-
-
-def _chains(slots: Ints, contexts: Ints, lengths: Ints, tokens: Ints) -> TreeRows:
-    """Rows of known tokens ([sum of lengths]) behind the committed ones."""
-    first = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    rows = np.arange(len(tokens)) - first
-    num_words = max(1, -(-int(lengths.max()) // 64))
-    ancestors = np.concatenate([chain_masks(int(length), num_words) for length in lengths])
-    return TreeRows(slots, contexts, lengths, lengths, tokens, rows, rows, ancestors)

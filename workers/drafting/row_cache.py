@@ -289,3 +289,12 @@ def _behind_chains(masks: UInt64s, lengths: Ints, num_words: int) -> UInt64s:
     out[:, 1:] |= carried[:, : num_words - 1].astype(np.uint64)
     out[:, 0] |= (np.uint64(1) << shift[:, 0]) - np.uint64(1)
     return out
+
+
+def chains(slots: Ints, contexts: Ints, lengths: Ints, tokens: Ints) -> TreeRows:
+    """Rows of known tokens ([sum of lengths]) behind the committed ones."""
+    first = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    rows = np.arange(len(tokens)) - first
+    num_words = max(1, -(-int(lengths.max()) // 64))
+    ancestors = np.concatenate([chain_masks(int(length), num_words) for length in lengths])
+    return TreeRows(slots, contexts, lengths, lengths, tokens, rows, rows, ancestors)

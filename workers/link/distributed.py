@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -27,6 +26,13 @@ from outrider.workers.link.communicator import (
     SoloCommunicator,
 )
 from outrider.workers.link.link import NO_PAYLOAD, Packet
+from outrider.workers.link.places import (
+    address_towards,
+    gpu_identity,
+    gpu_of,
+    interface_towards,
+    payload_device,
+)
 from outrider.workers.link.shared_memory import (
     SharedSegment,
     ShmCommunicator,
@@ -76,7 +82,13 @@ def connect_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
 
 
 def join_group(
-    store: dist.TCPStore, epoch: int, rank: int, size: int, transport: str, timeout_s: float
+    store: dist.TCPStore,
+    epoch: int,
+    rank: int,
+    size: int,
+    transport: str,
+    timeout_s: float,
+    device: torch.device,
 ) -> Communicator:
     """Join the target's group. All ranks call it with the same arguments but their rank.
 
@@ -84,9 +96,10 @@ def join_group(
         transport: `nccl`, `gloo`, `shm`, or `auto`: shm where all ranks share a host, else gloo. The tensors
             of nccl groups may be on GPU or CPU.
         timeout_s: how long to wait for a rank that does not answer.
+        device: where this rank computes.
 
     Raises:
-        ValueError: `shm` where it cannot work.
+        ValueError: `shm` where it cannot work; `nccl` for ranks that share a GPU, on each of them.
         PeerLostError: a rank has not come.
     """
     if size == 1:
@@ -97,6 +110,8 @@ def join_group(
             transport = "shm" if _share_memory(meeting, rank, size) else "gloo"
         if transport == "shm":
             return _join_shared_memory(meeting, rank, size, timeout_s)
+        if transport == "nccl":
+            _refuse_shared_gpus(meeting, rank, size, gpu_identity(device))
         return GroupCommunicator(store, meeting, rank, size, transport, timeout_s)
 
 
@@ -122,7 +137,7 @@ class GroupCommunicator:
         if dist.is_initialized():
             _drop_default_group()
         # torch takes the interface of a default group from the environment and from nowhere else.
-        interface = _interface_towards(store.host, store.port)
+        interface = interface_towards(store.host, store.port)
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
         dist.init_process_group(
             "gloo" if transport == "gloo" else "cpu:gloo,cuda:nccl",
@@ -210,14 +225,14 @@ class Link:
         self._store = store
         options = _Gloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
-        local = _address_towards(store.host, store.port)
+        local = address_towards(store.host, store.port)
         options._devices = [_Gloo.create_device(hostname=local)]
         meeting = dist.PrefixStore(f"epoch{epoch}/link", store)
         with _peer_errors("the link was not met by its other end"):
             self._group = _Gloo(meeting, self._rank, 2, options)
-            meeting.set(f"gpu{self._rank}", _gpu_of(device))
+            meeting.set(f"gpu{self._rank}", gpu_of(device))
             their_gpu = meeting.get(f"gpu{self._peer}").decode()
-            self._payload_device = payload_device(device, _gpu_of(device), their_gpu)
+            self._payload_device = payload_device(device, gpu_of(device), their_gpu)
         self._payload_group = self._group
         if self._payload_device.type == "cuda":
             nccl = _dist.ProcessGroupNCCL
@@ -318,20 +333,6 @@ class Link:
         return flag, Packet(message, payload)
 
 
-def payload_device(device: torch.device, own_gpu: str, their_gpu: str) -> torch.device:
-    """Where one end of a link keeps payloads: on its device if they can go from GPU to GPU, else on the host.
-
-    Args:
-        device: where it computes.
-        own_gpu, their_gpu: which GPUs the two ends compute on, "" on the host. NCCL does not connect one to itself.
-    """
-    return device if own_gpu and their_gpu and own_gpu != their_gpu else torch.device("cpu")
-
-
-def _gpu_of(device: torch.device) -> str:
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-
-
 def _join_shared_memory(meeting: dist.Store, rank: int, size: int, timeout_s: float) -> ShmCommunicator:
     if not shared_memory_supported():
         raise ValueError("target.all_reduce must be gloo on processors other than x86-64, got 'shm'")
@@ -346,6 +347,20 @@ def _join_shared_memory(meeting: dist.Store, rank: int, size: int, timeout_s: fl
 def _share_memory(meeting: dist.Store, rank: int, size: int) -> bool:
     meeting.set(f"host{rank}", host_identity() if shared_memory_supported() else f"rank {rank} alone")
     return len({meeting.get(f"host{other}") for other in range(size)}) == 1
+
+
+def _refuse_shared_gpus(meeting: dist.Store, rank: int, size: int, mine: str) -> None:
+    """NCCL waits for ever where two ranks are on one GPU, or says "invalid usage"."""
+    meeting.set(f"gpu{rank}", mine)
+    ranks_of: dict[str, list[int]] = {}
+    for other in range(size):
+        ranks_of.setdefault(meeting.get(f"gpu{other}").decode(), []).append(other)
+    for gpu, ranks in ranks_of.items():
+        if len(ranks) > 1:
+            raise ValueError(
+                f"target ranks {' and '.join(map(str, ranks))} are on one GPU ({gpu}), and nccl wants one for each: "
+                "cluster.num_gpus_per_target must be at least 1, or target.all_reduce gloo"
+            )
 
 
 def _drop_default_group() -> None:
@@ -363,22 +378,6 @@ def _peer_errors(what: str) -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise PeerLostError(f"{what}: {_first_line(error)}") from error
-
-
-def _address_towards(host: str, port: int) -> str:
-    """The address of this machine from which packets to `host` go out."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # sends nothing
-        address: str = probe.getsockname()[0]
-        return address
-
-
-def _interface_towards(host: str, port: int) -> str:
-    address = _address_towards(host, port)
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in addresses):
-            return name
-    raise AssertionError(f"no interface has address {address}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -150,9 +150,8 @@ class Draft:
     starts: tuple[SequenceStart, ...]
     released_slots: tuple[int, ...]
     steps: Steps
-    layers: tuple[
-        int, ...
-    ] = ()  # whose inputs come back as hidden rows; the number of layers: what leaves the last
+    layers: tuple[int, ...] = ()
+    """Whose inputs come back as hidden rows; the number of layers stands for what leaves the last one."""
     stop: bool = False  # the loop ends; everything else is empty
 
 

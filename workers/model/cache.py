@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.kv_commit import kv_commit
+from outrider.kernels.launch_plans import MAX_COMMIT_ROWS
 from outrider.workers.model import memory
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.config import ModelConfig
@@ -55,5 +56,7 @@ class PagedCache:
         return self._values[layer]
 
     def commit(self, source_slots: Tensor, target_slots: Tensor) -> None:
-        """Moves accepted rows; int64 [M] each, see `kv_commit`."""
-        kv_commit(self.kv, source_slots, target_slots, self.use_kernel)
+        """Moves accepted rows; int64 [M] each, see `kv_commit`. More than its kernel takes go without it."""
+        kv_commit(
+            self.kv, source_slots, target_slots, self.use_kernel and len(source_slots) <= MAX_COMMIT_ROWS
+        )

@@ -167,14 +167,18 @@ class GraphedForward:
     def capture(self) -> None:
         """Records the graphs. Sums over ranks are recorded, not made: no rank waits for another.
 
+        One graph runs at a time and its result is used before the next runs, so all share one pool of memory. The
+        largest comes first: what it freed is enough for the others.
+
         Raises:
             Exception: something in the forward cannot be captured, or there is no memory left.
         """
-        for static in self._statics:
+        pool = torch.cuda.graph_pool_handle()
+        for static in reversed(self._statics):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool):
                 hidden = self._model.forward(static.batch, self._cache, self._taps)
-            self._graphs.append((static, graph, hidden))
+            self._graphs.insert(0, (static, graph, hidden))
 
 
 def can_be_captured(model: Transformer) -> bool:

@@ -19,6 +19,10 @@ from outrider.workers.model import memory
 ROWS_HINT = 8
 # The kernels for 4 to 6 rows read at full speed; those for 1 to 3 rows take a quarter longer.
 MIN_ROWS = 4
+# oneDNN makes code for every number of rows that a matrix is multiplied with, some 0.6 MB each, of which half stays
+# for ever whatever its cache may hold: 256 numbers of rows and the four matrices of a layer are 600 MB. So every
+# number up to this is computed as it is, above it four of each doubling: 33 up to 512.
+EXACT_ROWS = 16
 # A float32 sum over all columns in one accumulator is twice as far off as MKL's, which transformers uses; sums
 # over at most this many columns, added up, are as close.
 FLOAT32_SUM_COLUMNS = 256
@@ -29,13 +33,13 @@ class Linear(Protocol):
 
     Attributes:
         in_features, out_features: sizes.
-        min_rows: a product of fewer rows is padded to this many first. Who makes several products of the same rows
-            pads them once, before.
+        pads: products are made of `padded_rows` rows, because oneDNN makes them. Who makes several products of the
+            same rows pads them once, before.
     """
 
     in_features: int
     out_features: int
-    min_rows: int
+    pads: bool
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, in] -> [rows, out]."""
@@ -59,22 +63,23 @@ def make_linear(weight: Tensor, bias: Tensor, packed: bool) -> Linear:
 class DenseLinear:
     """The weight as it is."""
 
-    min_rows = 1
-
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         """`weight` [out, in], `bias` [out] or no elements for none."""
         self.out_features, self.in_features = weight.shape
+        self.pads = weight.device.type == "cpu" and weight.dtype != torch.float32
         self._weight = weight
         self._bias = bias if bias.numel() else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight, self._bias)
+        if not self.pads:
+            return F.linear(x, self._weight, self._bias)
+        return F.linear(pad_rows(x), self._weight, self._bias)[: len(x)]
 
 
 class PackedLinear:
     """A copy of the weight in the blocked layout, from which single rows cannot be read."""
 
-    min_rows = MIN_ROWS
+    pads = True
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         """`weight` [out, in], `bias` [out] or no elements for none."""
@@ -84,9 +89,7 @@ class PackedLinear:
         self._blocks = [_pack(part) for part in weight.split(self._columns, dim=1)]
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.shape[0]
-        product = self._product(pad_rows(x, MIN_ROWS))
-        return product if rows >= MIN_ROWS else product[:rows]
+        return self._product(pad_rows(x))[: len(x)]
 
     def _product(self, x: Tensor) -> Tensor:
         if len(self._blocks) == 1:
@@ -98,10 +101,18 @@ class PackedLinear:
         return total
 
 
-def pad_rows(x: Tensor, min_rows: int) -> Tensor:
-    """x [rows, n] with rows of zeros behind it where it has fewer than `min_rows`."""
-    rows = x.shape[0]
-    return x if rows >= min_rows else F.pad(x, (0, 0, 0, min_rows - rows))
+def padded_rows(rows: int) -> int:
+    """How many rows a product of `rows` is made of, at most a fifth more from EXACT_ROWS on."""
+    if rows <= EXACT_ROWS:
+        return max(rows, MIN_ROWS)
+    step = 1 << ((rows - 1).bit_length() - 3)
+    return -(-rows // step) * step
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """x [rows, n] with rows of zeros behind it, `padded_rows` in all."""
+    rows, padded = x.shape[0], padded_rows(x.shape[0])
+    return x if rows == padded else F.pad(x, (0, 0, 0, padded - rows))
 
 
 @functools.cache

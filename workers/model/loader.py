@@ -94,12 +94,13 @@ def load_weights(
     ids = VocabularyRange(plan.vocab.start, plan.vocab.stop)
     matrix = loader.vocabulary_matrix(EMBEDDING if tied else HEAD)
     linear = loader.linear(matrix, NO_BIAS)
-    embedding: Embedding
+    if not tied:
+        del matrix  # it may be as large as all layers together: not beside the next one
+        matrix = loader.vocabulary_matrix(EMBEDDING)
+    embedding: Embedding = MatrixEmbedding(matrix, ids)
     if tied and isinstance(linear, PackedLinear):
         embedding = StoredEmbedding(source, EMBEDDING, ids, dtype)
-    else:
-        embedding = MatrixEmbedding(matrix if tied else loader.vocabulary_matrix(EMBEDDING), ids)
-    del matrix  # may be as large as the layers of a small model
+    del matrix
     return ModelWeights(
         plan=plan,
         dtype=dtype,

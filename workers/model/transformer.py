@@ -67,7 +67,7 @@ class Transformer:
         self._ropes = [RotaryEmbedding(self.config, rope, self.dtype, self.device) for rope in kinds]
         self._rope_of_layer = [kinds.index(layer.rope) for layer in self.config.layers]
         layer = weights.layers[0]
-        self._min_rows = max(layer.qkv.min_rows, layer.attention_output.min_rows)
+        self._pads = layer.qkv.pads or layer.attention_output.pads
 
     @torch.inference_mode()
     def embed(self, tokens: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Transformer:
 
         `taps`: layers whose inputs are wanted as well, from 0 to the number of layers, see `Hidden`.
         """
-        hidden = pad_rows(self.embed(batch.tokens), self._min_rows)
+        hidden = self._padded(self.embed(batch.tokens))
         rotations = [rope(batch.positions) for rope in self._ropes]
         eps, width = self.config.rms_norm_eps, (self.config.hidden_size,)
         tapped: dict[int, Tensor] = {}
@@ -144,4 +144,8 @@ class Transformer:
             described.window,
             use_kernel=self.kernels.tree_attention,
         )
-        return layer.attention_output(pad_rows(out.flatten(1), self._min_rows))
+        return layer.attention_output(self._padded(out.flatten(1)))
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        """The rows that products are made of, once for all that follow; attention leaves the added ones out."""
+        return pad_rows(rows) if self._pads else rows

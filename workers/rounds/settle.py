@@ -46,8 +46,8 @@ def settle_round(
         committed = list(range(chain))
         event = _event(sequence)
         if step.reaches_end:
-            committed += verdicts.message_nodes(index)
             event = _emit(sequence, verdicts, index)
+            committed += verdicts.message_nodes(index)[: len(event.tokens)]  # a stop token may come before
             if not event.finish_reason:
                 going_on.append(index)
                 drafting.slots.extend(sequence, list(event.tokens))

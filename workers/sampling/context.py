@@ -85,9 +85,8 @@ class RowParameters:
         laws = np.array([group.params.law for group in groups]).reshape(len(groups), -1)
         seeds = np.array([group.params.seed for group in groups], dtype=np.uint64)
         self.num_rows = int(np.add.reduce(lengths))
-        temperatures, top_k, self.top_p, self.min_p, truncates, num_reported = (
-            laws.T.repeat(lengths, axis=1) if groups else np.empty((6, 0))
-        )
+        columns: npt.NDArray[np.float64] = laws.T.repeat(lengths, axis=1) if groups else np.empty((6, 0))
+        temperatures, top_k, self.top_p, self.min_p, truncates, num_reported = columns
         self.temperatures = temperatures.astype(np.float32)
         self.top_k = top_k.astype(np.int64)
         self.truncates = truncates > 0.0

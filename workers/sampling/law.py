@@ -53,7 +53,7 @@ def edit_rows(logits: torch.Tensor, groups: Sequence[SampledRows], vocab_offset:
     editing, end = [], 0
     for group in groups:
         first, end = end, end + len(group.positions)
-        if group.params.edits_logits:
+        if group.params.edits_logits and len(group.positions):
             tokens = _EditedTokens(group, vocab_offset, logits.shape[1])
             if len(tokens.local_ids):
                 editing.append((tokens, first, end))

@@ -85,21 +85,19 @@ def raw_logprobs(
     message = torch.from_numpy(np.concatenate(parts))
     gathered = communicator.all_gather(message).numpy()  # [size, length]
     sums, logits, top = np.split(gathered, np.cumsum([len(part) for part in parts[:-1]]), axis=1)
-    largest, log_totals, means = _relative_to_largest(sums.reshape(len(sums), len(rows), _NUM_SUMS))
-    of_chosen = of_each[: len(chosen)]
-    # First the difference: beside large logits a sum would lose the logarithm.
-    logprobs = logits.max(axis=0) - largest[of_chosen] - log_totals[of_chosen]
+    largest, log_masses, means = _of_whole_rows(sums.reshape(len(sums), len(rows), _NUM_SUMS))
+    of_chosen, of_asking = of_each[: len(chosen)], of_each[: len(asking)]
+    logprobs = logits.max(axis=0) - largest[of_chosen] - log_masses[of_chosen]
     result.logprobs.numpy()[asking] = logprobs[: len(asking)]
     result.token_logprobs.numpy()[asked] = logprobs[len(asking) :]
-    result.entropies.numpy()[entropic] = (log_totals - means)[of_each[len(chosen) :]]
+    result.entropies.numpy()[entropic] = (log_masses - means)[of_each[len(chosen) :]]
     if num_top > 0 and len(asking):
         both = np.concatenate(list(top.reshape(len(top), len(asking), 2, num_top)), axis=2)
         values, ids = both[:, 0], both[:, 1]
         order = np.lexsort((ids, -values))[:, :num_top]
         result.top_ids.numpy()[asking] = np.take_along_axis(ids, order, axis=1)
-        values = np.take_along_axis(values, order, axis=1)
-        of_asking = of_each[: len(asking), None]
-        result.top_logprobs.numpy()[asking] = values - largest[of_asking] - log_totals[of_asking]
+        values = np.take_along_axis(values, order, axis=1) - largest[of_asking, None]
+        result.top_logprobs.numpy()[asking] = values - log_masses[of_asking, None]
     return result
 
 
@@ -125,9 +123,9 @@ def _chosen_logits(
 
 
 def _likeliest(shard: Shard, rows: Int64Array, count: int) -> npt.NDArray[np.float64]:
-    """[n, 2, count]: logits and ids of the likeliest tokens; -inf where the shard has fewer."""
+    """[n, 2, count]: logits and ids of the likeliest tokens, and such as come last where the shard has fewer."""
     found = np.full((len(rows), 2, count), -np.inf)
-    found[:, 1] = np.inf  # ids after all others, where the shard has fewer tokens
+    found[:, 1] = np.inf
     if count > 0 and len(rows):
         values, ids = unpack_tokens(shard.top(rows, count))
         found[:, 0, : values.shape[1]] = values
@@ -135,16 +133,14 @@ def _likeliest(shard: Shard, rows: Int64Array, count: int) -> npt.NDArray[np.flo
     return found
 
 
-def _relative_to_largest(
+def _of_whole_rows(
     sums: npt.NDArray[np.float64],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Of each row the largest logit, and less that the log of the sum of exp(logit) and the mean logit.
-
-    [n] each, from [size, n, _NUM_SUMS].
-    """
+    """Of each row, over the whole vocabulary, [n] each, from [size, n, _NUM_SUMS]: the largest logit, and with x
+    the logit less that the log of the sum of exp(x) and the mean of x under the law."""
     maxima, masses, weighted = sums[:, :, 0], sums[:, :, 1], sums[:, :, 2]
     largest = maxima.max(axis=0)
     shares = np.exp(maxima - largest)
     total = np.sum(shares * masses, axis=0)
-    mean = np.sum(shares * (weighted + (maxima - largest) * masses), axis=0) / total
-    return largest, np.log(total), mean
+    means = np.sum(shares * (weighted + (maxima - largest) * masses), axis=0) / total
+    return largest, np.log(total), means

@@ -166,9 +166,7 @@ class Sampler:
             )
         if len(batch.truncated):
             rows = batch.truncated
-            ids[rows], log_probs[rows] = _law_of_best(
-                batch, rows, *self._best_kept(batch, num), temperatures
-            )
+            ids[rows], log_probs[rows] = _law_of_best(batch, rows, *self._best_kept(batch, num), temperatures)
         batch.edits.undo(batch.logits)
         return torch.from_numpy(ids), torch.from_numpy(log_probs)
 

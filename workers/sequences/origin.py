@@ -1,4 +1,4 @@
-"""Whose choice a token is."""
+"""Whose choice a token is. Clients read it too, so it stands where nothing heavy is imported."""
 
 from __future__ import annotations
 

@@ -67,6 +67,13 @@ class Fields:
             raise self.wrong(key, choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}")
         return value
 
+    def string(self, key: str) -> str:
+        """Any text."""
+        value = self.value(key)
+        if not isinstance(value, str):
+            raise self.wrong(key, "a text")
+        return value
+
     def texts(self, key: str) -> list[str]:
         """A list of texts."""
         value = self.value(key)

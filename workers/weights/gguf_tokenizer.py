@@ -14,14 +14,13 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from outrider.workers.weights.fields import Fields
+from outrider.workers.weights.gguf_config import END_OF_TURN
 from outrider.workers.weights.gguf_header import GgufHeader
 
-# Of other kinds of tokenizers, or for completion around a gap; end ids are read in gguf_config.py.
+# Of other kinds of tokenizers, or for completion around a gap.
 _HARMLESS = (
     "tokenizer.ggml.scores",
     "tokenizer.ggml.token_type_count",
-    "tokenizer.ggml.eot_token_id",
-    "tokenizer.ggml.eom_token_id",
     "tokenizer.ggml.seperator_token_id",
     "tokenizer.ggml.mask_token_id",
     "tokenizer.ggml.add_space_prefix",
@@ -65,7 +64,6 @@ _SPLITS: dict[str, tuple[str, ...]] = {
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _COMPOSED = ("qwen2", "deepseek-r1-qwen")
 
-
 _LOOKS_SPECIAL = re.compile(r"<\|[^\s<>]+\|>")
 
 
@@ -87,15 +85,18 @@ def tokenizer_from_gguf(header: GgufHeader) -> PreTrainedTokenizerFast:
     merges = fields.texts("tokenizer.ggml.merges") if fields.given("tokenizer.ggml.merges") else []
     pairs = [_pair(merge) for merge in merges]
     named = {
-        key: fields.token_ids(f"tokenizer.ggml.{key}_token_id", len(tokens)) for key in ("bos", "eos")
+        key: fields.token_ids(f"tokenizer.ggml.{key}_token_id", len(tokens))
+        for key in ("bos", "eos", "eot", "eom")
     } | {key: _id_if_there(fields, key, len(tokens)) for key in ("padding", "unknown")}
     types = _token_types(fields, tokens, pairs, {i for ids in named.values() for i in ids})
     is_llama3 = pre in _LLAMA3_NAMES
+    vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED}
+    for left, right in pairs:
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise ValueError(f"{header.path}: tokenizer.ggml.merges has {left} {right}, which gives no token")
     tokenizer = Tokenizer(
         BPE(
-            vocab={
-                token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED
-            },
+            vocab=vocab,
             merges=pairs,
             # Llama 3 has tokens that its merges do not reach; a whole word that is a token is taken as it is.
             ignore_merges=is_llama3,
@@ -129,9 +130,10 @@ def tokenizer_from_gguf(header: GgufHeader) -> PreTrainedTokenizerFast:
             special_tokens=[(tokens[bos], bos)],
         )
     roles = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
-    texts: dict[str, Any] = {roles[key]: tokens[ids[0]] for key, ids in named.items() if ids}
+    texts: dict[str, Any] = {role: tokens[named[key][0]] for key, role in roles.items() if named[key]}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **texts)
-    fast.chat_template = fields.value("tokenizer.chat_template")
+    if fields.given("tokenizer.chat_template"):
+        fast.chat_template = fields.string("tokenizer.chat_template")
     fields.ignore(
         key for key in header.metadata if key.startswith(_HARMLESS) or not key.startswith("tokenizer.")
     )
@@ -164,7 +166,7 @@ def _token_types(
     return [
         _CONTROL
         if kind == _NORMAL
-        and (_LOOKS_SPECIAL.fullmatch(token) or i in named)
+        and (_LOOKS_SPECIAL.fullmatch(token) or token in END_OF_TURN or i in named)
         and len(token) > 1
         and token not in merged
         else kind

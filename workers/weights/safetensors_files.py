@@ -154,9 +154,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
 def _entry(file: DataFile, name: str, info: dict[str, Any], data_start: int) -> Entry:
     fields = Fields(info, f"{file.path}: tensor {name}: ")
     shape, offsets = fields.integers("shape"), fields.integers("data_offsets")
-    format_name = fields.value("dtype")
-    if not isinstance(format_name, str):
-        raise fields.wrong("dtype", "a text")
+    format_name = fields.string("dtype")
     if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] or min(shape, default=0) < 0:
         raise fields.wrong("data_offsets", "the first byte and the one after the last")
     start, stop = offsets

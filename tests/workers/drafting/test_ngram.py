@@ -1,147 +1,130 @@
-"""Literal sequences: the last tokens are looked up in everything before them."""
+"""Literal texts through the method: what is looked up, where it enters the trees, and what is trusted how much."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from outrider.configs.schema import NgramConfig
-from outrider.workers.drafting.acceptance import AcceptanceEstimator
-from outrider.workers.drafting.ngram import NgramIndex, propose_ngrams
-from outrider.workers.sequences.tree import GrowingTree
+from outrider.workers.drafting.engine import DraftEngine
+from outrider.workers.drafting.ngram import NgramMethod
+from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.sequences.sequence import Sequence
+from support.drafted import GREEDY, answer, cut_of, node_at, paths_of, sequence_of
 
 TWO = NgramConfig(min_match=2, max_match=4, max_candidates=2)
+#        1 2 | 3 4 5 6  1 2 | ?
+PROMPT = [1, 2, 3, 4, 5, 6, 1, 2]
 
 
-def look_up(
-    tokens: list[int], max_length: int = 4, config: NgramConfig = TWO, path: tuple[int, ...] = ()
-) -> list[tuple[int, list[int]]]:
-    return NgramIndex(config).continuations(tokens, path, max_length)
+def engine_with(*sequences: Sequence, config: NgramConfig = TWO, num_slots: int = 4) -> DraftEngine:
+    engine = DraftEngine(DraftedSlots(num_slots, 8, 6))
+    engine.add(NgramMethod(engine.slots, engine.estimator, config))
+    for sequence in sequences:
+        engine.start(sequence)
+    return engine
 
 
-def test_what_followed_the_last_tokens_before_is_proposed() -> None:
-    #        1 2 | 3 4 5 6 ... 1 2 | ?
-    assert look_up([1, 2, 3, 4, 5, 6, 1, 2]) == [(2, [3, 4, 5, 6])]
+def looked_up(engine: DraftEngine, *slots: int) -> list[list[list[int]]]:
+    """Paths in the trees of these slots after a lookup below them."""
+    engine.look_up(np.array(slots, dtype=np.int64))
+    return [paths_of(engine.trees, slot) for slot in slots]
 
 
-def test_nothing_is_proposed_where_nothing_repeats() -> None:
-    assert look_up([1, 2, 3, 4, 5, 6]) == []
-    assert look_up([1, 2, 3, 2]) == []  # one token alone is too short a match
+def propose(engine: DraftEngine, slot: int, below: int, *tokens: int) -> None:
+    """What another method found: a chain."""
+    chain = np.array([tokens])
+    estimates = np.full(chain.shape, 0.5), np.zeros(chain.shape, dtype=np.int64)
+    engine.trees.add_chains(np.array([slot]), np.array([below]), chain, np.array([len(tokens)]), *estimates)
 
 
-@pytest.mark.parametrize("tokens", [[], [1], [1, 1], [1, 2]])
-def test_short_sequences_propose_nothing(tokens: list[int]) -> None:
-    assert look_up(tokens) == []
+def test_trees_are_filled_each_to_the_depth_of_its_own_round() -> None:
+    engine = engine_with(
+        sequence_of(PROMPT, 3, max_depth=3),
+        sequence_of([1, 2, 3, 4, 5, 6], 0),  # nothing repeats
+        # The round emits one token more than it accepts.
+        sequence_of(PROMPT, 2, sampling=replace(GREEDY, max_tokens=3)),
+        sequence_of(PROMPT, 1, sampling=replace(GREEDY, max_tokens=1)),
+    )
+    assert looked_up(engine, 3, 0, 2, 1) == [[[3], [3, 4], [3, 4, 5]], [], [[3], [3, 4]], []]
+    assert looked_up(engine) == []
 
 
-def test_the_longest_match_comes_first() -> None:
-    #          9 1 2 | 3 3 3       1 2 | 4 4 4        9 1 2 | ?
-    tokens = [9, 1, 2, 3, 3, 3, 8, 1, 2, 4, 4, 4, 7, 9, 1, 2]
-    assert look_up(tokens, 3) == [(3, [3, 3, 3]), (2, [4, 4, 4])]
+def test_candidates_that_begin_alike_share_their_nodes_and_the_longer_match_is_trusted_more() -> None:
+    # 1 2 3 5 5 follows 7 9, too: a longer match than that of 1 2 3 4 3.
+    engine = engine_with(sequence_of([9, 1, 2, 3, 5, 5, 8, 1, 2, 3, 4, 3, 7, 9, 1, 2], max_depth=3))
+    assert looked_up(engine, 0) == [[[3], [3, 5], [3, 5, 5], [3, 4], [3, 4, 3]]]
+    first, second, third, other, behind = engine.trees.acceptances[0, 1:6].tolist()
+    assert first < second < third  # the longer it holds
+    assert other < second
+    assert behind < third
+    assert len(set(engine.trees.sources[0, 1:6].tolist())) == 5
 
 
-def test_among_equal_matches_the_most_recent_comes_first() -> None:
-    tokens = [1, 2, 3, 8, 1, 2, 4, 9, 1, 2]
-    assert look_up(tokens, 1) == [(2, [4]), (2, [3])]
+def test_what_follows_a_path_is_found_below_it_and_only_once() -> None:
+    engine = engine_with(sequence_of([1, 2, 3, 4, 5, 9]))
+    propose(engine, 0, 0, 2, 3)
+    assert looked_up(engine, 0) == [[[2], [2, 3], [2, 3, 4], [2, 3, 4, 5]]]
+    assert not engine.methods[0].expand(np.array([0]))  # nothing was proposed since
+    propose(engine, 0, node_at(engine.trees, 0, [2]), 9, 1, 2)
+    assert looked_up(engine, 0)[0][4:] == [[2, 9], [2, 9, 1], [2, 9, 1, 2]]  # as deep as allowed
 
 
-def test_a_match_counts_at_most_max_match_tokens() -> None:
-    tokens = [1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6]
-    assert look_up(tokens, 2) == [(4, [7, 0])]
-    assert look_up(tokens, 2, NgramConfig(2, 9, 2)) == [(6, [7, 0])]
+def test_the_root_and_a_leaf_that_find_the_same_share_it() -> None:
+    # What follows 1 2 leads through 3, another method's; what follows 2 3 goes on alike.
+    engine = engine_with(sequence_of(PROMPT))
+    propose(engine, 0, 0, 3)
+    assert looked_up(engine, 0) == [[[3], [3, 4], [3, 4, 5], [3, 4, 5, 6]]]
+    # After a verdict the root and what survives are looked up again: one token further.
+    sent = cut_of(engine.trees, {0: [1]})
+    assert answer(engine, [0], sent, [{0: 3, 1: 4}]) == [[3, 4]]
+    assert looked_up(engine, 0) == [[[5], [5, 6], [5, 6, 1], [5, 6, 1, 2]]]
 
 
-def test_equal_continuations_are_one_candidate() -> None:
-    tokens = [1, 2, 3, 8, 1, 2, 3, 9, 1, 2]
-    assert look_up(tokens, 1) == [(2, [3])]
-    assert look_up(tokens, 2) == [(2, [3, 9]), (2, [3, 8])]
+def test_what_came_out_is_found_later() -> None:
+    engine = engine_with(sequence_of([1, 2, 3], 1), sequence_of([1, 2], 0, methods=()))
+    assert looked_up(engine, 1) == [[]]
+    for token in (7, 8, 2, 3):
+        answer(engine, [0, 1], cut_of(engine.trees, {0: [], 1: []}), [{0: token}, {0: token}])
+        looked_up(engine, 0, 1)
+    assert paths_of(engine.trees, 1) == [[7], [7, 8], [7, 8, 2], [7, 8, 2, 3]]
+    assert paths_of(engine.trees, 0) == []  # it asks for no method
 
 
-def test_candidates_are_limited() -> None:
-    tokens = [1, 2, 3, 1, 2, 4, 1, 2, 5, 1, 2]
-    assert look_up(tokens, 1) == [(2, [5]), (2, [4])]
-    assert look_up(tokens, 1, NgramConfig(2, 4, 3)) == [(2, [5]), (2, [4]), (2, [3])]
+def test_a_slot_finds_nothing_of_the_text_that_had_it_before() -> None:
+    engine = engine_with(first := sequence_of(PROMPT))
+    engine.finish(first)
+    engine.start(sequence_of([8, 1, 2]))
+    assert looked_up(engine, 0) == [[]]
+    engine.finish(engine.slots.sequence(0))
+    engine.start(sequence_of([4, 4, 4]))
+    assert looked_up(engine, 0) == [[[4], [4, 4], [4, 4, 4], [4, 4, 4, 4]]]
 
 
-def test_a_match_that_overlaps_the_end_repeats_with_its_period() -> None:
-    assert look_up([7, 1, 1, 1], 4) == [(2, [1, 1, 1, 1])]
-    #        1 2 1 2 1 | ? : two tokens back the text was the same
-    assert look_up([1, 2, 1, 2, 1], 5)[0] == (3, [2, 1, 2, 1, 2])
+def test_a_full_tree_takes_what_fits() -> None:
+    engine = engine_with(sequence_of(PROMPT))  # 64 nodes
+    for below in range(31):
+        propose(engine, 0, 0, 100 + below, 200)
+    assert engine.trees.num_nodes[0] == 63
+    assert looked_up(engine, 0)[0][62:] == [[3]]
+    assert looked_up(engine, 0)[0][62:] == [[3]]
 
 
-@given(
-    st.lists(st.integers(0, 3), min_size=1, max_size=6),
-    st.integers(2, 4),
-    st.integers(1, 12),
-)
-def test_periodic_text_is_continued_for_ever(period: list[int], repeats: int, max_length: int) -> None:
-    tokens = period * (repeats + 2)
-    _, follow = look_up(tokens, max_length, NgramConfig(2, 16, 2))[0]
-    assert follow == [period[i % len(period)] for i in range(max_length)]
+def test_estimates_learn_from_what_comes_out() -> None:
+    config = NgramConfig(min_match=1, max_match=1, max_candidates=1)
+    engine = engine_with(sequence_of([1, 2, 1], max_depth=1), config=config)
+    (first,) = looked_up(engine, 0)[0]
+    before = engine.trees.acceptances[0, 1]
+    for _ in range(20):  # what followed last time is never right
+        (found,) = looked_up(engine, 0)[0]
+        answer(engine, [0], cut_of(engine.trees, {0: [1]}), [{0: 5 - found[0]}])
+        answer(engine, [0], cut_of(engine.trees, {0: []}), [{0: 1}])
+    looked_up(engine, 0)
+    assert engine.trees.acceptances[0, 1] < before / 4 < 0.25
+    assert first == [2]
 
 
-@given(st.lists(st.integers(0, 2), max_size=40), st.lists(st.integers(1, 40), max_size=4))
-def test_an_index_that_grows_finds_what_a_fresh_one_finds(tokens: list[int], cuts: list[int]) -> None:
-    grown = NgramIndex(TWO)
-    for cut in sorted(cuts):
-        grown.continuations(tokens[:cut], (), 3)
-    assert grown.continuations(tokens, (), 3) == look_up(tokens, 3)
-
-
-@given(st.lists(st.integers(0, 2), max_size=40), st.integers(0, 4))
-def test_every_candidate_did_follow_the_last_tokens(tokens: list[int], max_length: int) -> None:
-    found = look_up(tokens, max_length)
-    assert len(found) <= (2 if max_length else 0)
-    for length, follow in found:
-        assert 2 <= length <= 4
-        assert len(follow) == max_length
-        doubled = tuple(tokens[-length:] + follow[:1])
-        assert any(tuple(tokens[i : i + length + 1]) == doubled for i in range(len(tokens)))
-
-
-def test_proposals_enter_the_tree_below_its_root() -> None:
-    tokens = [9, 1, 2, 3, 4, 3, 8, 1, 2, 3, 5, 5, 7, 9, 1, 2]
-    tree = GrowingTree(2, 15)
-    propose_ngrams(NgramIndex(TWO), tokens, tree, 0, 3, AcceptanceEstimator())
-    # 3 is the next token of both; then they part.
-    assert [(n.token, n.parent) for n in tree.nodes[1:]] == [(3, 0), (4, 1), (3, 2), (5, 1), (5, 4)]
-    # The longer match is trusted more, and both more the longer they have held.
-    assert tree.nodes[2].acceptance > tree.nodes[4].acceptance
-    assert tree.nodes[3].acceptance > tree.nodes[1].acceptance
-
-
-def test_proposals_are_no_deeper_than_asked() -> None:
-    tree = GrowingTree(1, 4)
-    propose_ngrams(NgramIndex(TWO), [1, 1, 1, 1, 1], tree, 0, 3, AcceptanceEstimator())
-    assert [n.depth for n in tree.nodes] == [0, 1, 2, 3]
-    tree = GrowingTree(1, 4)
-    propose_ngrams(NgramIndex(TWO), [1, 1, 1, 1, 1], tree, 0, 0, AcceptanceEstimator())
-    assert len(tree) == 1
-
-
-def test_a_draft_path_is_looked_up_like_text() -> None:
-    #        1 2 3 | 4 5       ... 9 and perhaps 2 3 | ?
-    assert look_up([1, 2, 3, 4, 5, 9], 2, path=(2, 3)) == [(2, [4, 5])]
-    assert look_up([1, 2, 3, 4, 5, 1], 2, path=(2, 3)) == [(3, [4, 5])]  # the match reaches into the text
-    assert look_up([1, 2, 3, 4, 5, 9], 2, path=(3, 2)) == []
-
-
-def test_a_match_that_reaches_a_draft_path_goes_round_through_it() -> None:
-    # 4 1 2, perhaps 3 1 2: if so, 3 comes next, and 1 2 after it.
-    assert look_up([4, 1, 2], 5, path=(3, 1, 2)) == [(2, [3, 1, 2, 3, 1])]
-    assert look_up([4, 4, 1], 4, NgramConfig(1, 4, 2), path=(2, 1)) == [(1, [2, 1, 2, 1])]
-
-
-@given(st.lists(st.integers(0, 2), max_size=30), st.lists(st.integers(0, 2), min_size=1, max_size=5))
-def test_a_path_is_continued_by_what_would_continue_it_as_text(tokens: list[int], path: list[int]) -> None:
-    # Only matches inside the path are not found, as it is not indexed.
-    every = NgramConfig(2, 4, 99)
-    as_text = [follow for _, follow in look_up(tokens + path, 3, every)]
-    assert all(follow in as_text for _, follow in look_up(tokens, 3, every, tuple(path)))
-
-
-def test_a_lookup_below_a_leaf_continues_its_path() -> None:
-    tree = GrowingTree(9, 5)
-    two = tree.add_child(0, 2, 0.5, (1, 0))
-    three = tree.add_child(two, 3, 0.5, (1, 0))
-    propose_ngrams(NgramIndex(TWO), [1, 2, 3, 4, 5, 9], tree, three, 3, AcceptanceEstimator())
-    assert [(n.token, n.parent, n.depth) for n in tree.nodes[3:]] == [(4, three, 3)]  # no deeper than 3
+@pytest.mark.parametrize("num_tokens", [1, 2, 3])
+def test_texts_shorter_than_a_match_propose_nothing(num_tokens: int) -> None:
+    engine = engine_with(sequence_of(range(num_tokens)))
+    assert looked_up(engine, 0) == [[]]

@@ -43,7 +43,7 @@ class TextRows(DraftMethod):
     def compute(self, nodes: dict[int, list[int]]) -> Expansion:
         """Rows for these nodes by slot, ascending, as one forward. Each must see just the rows of its own text."""
         for slot, own in nodes.items():
-            assert self.rows.take_rows(slot, len(own), int(self.rows.lags(np.array([slot]))[0]))
+            assert self.rows.take_rows(slot, len(own))
         flat = [(slot, node) for slot, own in nodes.items() for node in own]
         counts = np.array([len(own) for own in nodes.values()])
         expansion = self.rows.plan(np.array(list(nodes)), counts, np.array([node for _, node in flat]))
@@ -189,8 +189,8 @@ def test_a_slot_whose_request_does_not_name_the_method_is_left_alone() -> None:
     start(engine, 0, [1, 2, 3], methods=("another",))
     start(engine, 2, [1, 2], methods=())
     grow(engine, 0, 0, 5, 6)
-    answer(engine, [0], cut_of(engine.trees, {0: [2]}), [{0: 6, 2: 9}])
-    answer(engine, [0, 1, 2], cut_of(engine.trees, {0: [], 1: [], 2: []}), [{0: 9}] * 3)
+    # Of the sequence that had slot 0 before, the row of node 1 would move.
+    answer(engine, [0, 1, 2], cut_of(engine.trees, {0: [1], 1: [], 2: []}), [{0: 5, 1: 9}, {}, {}])
     assert rows.cache == kept
     assert rows.rows.context_lens[1] == 10
 
@@ -200,9 +200,12 @@ def test_pages_run_out_and_come_back() -> None:
     sequence = start(engine, 0, [1, 2, 3, 4, 5])
     rows.compute({0: [0]})  # five rows, two pages
     start(engine, 1, [8, 9])
-    assert not rows.rows.take_rows(1, 4, 2)  # four and the 8 need two
-    assert rows.rows.take_rows(1, 3, 2)
-    assert rows.rows.take_rows(1, 3, 2)  # they are held already
+    assert not rows.rows.take_rows(1, 4)  # four and the 8 need two
+    assert not rows.rows.have_room(np.array([0, 1]), np.array([3, 3]))
+    assert rows.rows.take_rows(1, 3)
+    assert rows.rows.take_rows(1, 3)  # they are held already
+    assert rows.rows.have_room(np.array([0, 1]), np.array([3, 3]))
+    assert not rows.rows.have_room(np.array([0, 1]), np.array([4, 3]))
     engine.finish(sequence)
     assert rows.rows.pool.num_available == 2
     again = start(engine, 0, [1, 2, 3, 4, 6])

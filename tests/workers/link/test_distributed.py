@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 import torch
 
+from outrider.workers.link import distributed
 from outrider.workers.link.communicator import PeerLostError, SoloCommunicator
-from outrider.workers.link.distributed import connect_store, join_group, open_store, payload_device
+from outrider.workers.link.distributed import connect_store, join_group, open_store
 from outrider.workers.link.link import NO_PAYLOAD, Packet
+from outrider.workers.link.places import payload_device
 from outrider.workers.link.shared_memory import shared_memory_supported
 from support import group_work, link_work
 from support.group_work import SHAPES, data_of
 from support.rank_processes import GROUP_TIMEOUT_S, HOST, GroupPlace, LinkPlace, RankProcesses, run_group
 
+CPU = torch.device("cpu")
 TRANSPORTS = [
     "gloo",
     pytest.param("shm", marks=pytest.mark.skipif(not shared_memory_supported(), reason="needs x86-64")),
@@ -110,7 +114,7 @@ def test_auto_takes_shared_memory_on_one_host() -> None:
 
 
 def test_a_group_of_one_needs_nobody() -> None:
-    group = join_group(open_store(HOST, 5.0), 0, 0, 1, "gloo", 5.0)
+    group = join_group(open_store(HOST, 5.0), 0, 0, 1, "gloo", 5.0, CPU)
     assert isinstance(group, SoloCommunicator)
     x = torch.randn(3)
     assert torch.equal(group.all_reduce(x), x)
@@ -121,7 +125,7 @@ def test_a_group_of_one_needs_nobody() -> None:
 def test_a_rank_whose_peers_do_not_come_says_so(transport: str) -> None:
     store = open_store(HOST, 1.0)
     with pytest.raises(PeerLostError):
-        join_group(store, 0, 0, 2, transport, 1.0)
+        join_group(store, 0, 0, 2, transport, 1.0, CPU)
 
 
 def test_a_store_that_is_not_there() -> None:
@@ -201,6 +205,15 @@ def test_link_reports_a_dead_peer_after_its_last_message() -> None:
     assert processes.outcomes()[0].exit_code == -9
 
 
+def test_link_does_not_deliver_half_a_packet() -> None:
+    place, processes, _store = start_link(link_work.die_before_the_payload)
+    link = place.draft_end()
+    with pytest.raises(PeerLostError, match="link: "):
+        link.receive()
+    link.close()
+    assert processes.outcomes()[0].exit_code == -9
+
+
 def test_link_delivers_what_was_sent_before_it_was_closed() -> None:
     place, processes, _store = start_link(link_work.send_a_burst_then_close)
     link = place.draft_end()
@@ -274,3 +287,22 @@ def test_the_store_listens_on_its_address_alone(host: str) -> None:
     assert {address.ip for address in listening if address.port == store.port} == {host}
     connect_store(host, store.port, timeout_s=10).set("key", "value")
     assert store.get("key") == b"value"
+
+
+def test_nccl_ranks_on_one_gpu_are_told_so_on_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ordinals may be one GPU, and one ordinal two: the GPUs' own names count."""
+    monkeypatch.setattr(distributed, "gpu_identity", lambda device: f"GPU-{device.index // 2}")
+    first = open_store(HOST, 20.0)
+    stores = [first, *(connect_store(HOST, first.port, 20.0) for _ in range(2))]
+
+    def join(rank: int) -> str:
+        with pytest.raises(
+            ValueError, match=r"ranks 0 and 1 are on one GPU \(GPU-0\), and nccl wants"
+        ) as raised:
+            join_group(stores[rank], 0, rank, 3, "nccl", 20.0, torch.device("cuda", rank))
+        return str(raised.value)
+
+    with ThreadPoolExecutor(3) as threads:
+        said = list(threads.map(join, range(3)))
+    assert len(set(said)) == 1
+    assert "cluster.num_gpus_per_target must be at least 1, or target.all_reduce gloo" in said[0]

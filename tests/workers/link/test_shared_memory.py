@@ -104,4 +104,4 @@ def test_processors_that_reorder_stores_are_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     store = distributed.open_store("127.0.0.1", 5.0)
     with pytest.raises(ValueError, match=r"target.all_reduce must be gloo on processors other than x86-64"):
-        distributed.join_group(store, 0, 0, 2, "shm", 5.0)
+        distributed.join_group(store, 0, 0, 2, "shm", 5.0, torch.device("cpu"))

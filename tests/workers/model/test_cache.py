@@ -1,5 +1,6 @@
 import torch
 
+from outrider.kernels.launch_plans import MAX_COMMIT_ROWS
 from outrider.workers.model.cache import PagedCache, bytes_per_page
 from outrider.workers.model.shard import ShardPlan
 from support.tensor_source import tiny_config
@@ -23,3 +24,13 @@ def test_layers_and_commit_share_one_memory() -> None:
     assert (cache.keys(1)[0, 1] == 3.0).all()
     assert (cache.values(0)[0, 1] == 4.0).all()
     assert (cache.keys(0)[0, 1] == 0.0).all()
+
+
+def test_more_rows_than_the_kernel_takes_are_moved_without_it() -> None:
+    config, count = tiny_config(), MAX_COMMIT_ROWS + 1
+    cache = PagedCache(
+        config, ShardPlan(config, 0, 1), count + 1, 1, torch.float32, torch.device("cpu"), use_kernel=True
+    )
+    cache.keys(0)[:, 0, 0, 0] = torch.arange(count + 1.0)
+    cache.commit(torch.arange(1, count + 1), torch.arange(count))
+    assert cache.keys(0)[:count, 0, 0, 0].tolist() == list(range(1, count + 1))

@@ -33,6 +33,7 @@ from outrider.workers.model.transformer import Hidden
 from support.cuda_on_cpu.executor import SCHEDULES
 from support.cuda_on_cpu.kernels import source_kernels
 from support.rows import SequenceRows, batch_of, chain
+from support.stand_in_cuda import StandInCuda
 from support.thread_group import ThreadCommunicator, run_ranks
 
 CPU = torch.device("cpu")
@@ -132,6 +133,29 @@ def test_a_drafter_adds_few_rows_to_large_trees() -> None:
     assert capacities[0].holds(batch_of([grown], 16, CPU))
     prompt_chunk = SequenceRows(list(range(63)), 0, chain(65), 0, [1] * 65)
     assert not any(capacity.holds(batch_of([prompt_chunk], 16, CPU)) for capacity in capacities)
+
+
+def test_graphs_share_one_pool_and_the_largest_is_captured_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = StandInCuda(replay_ms=[1.0])
+    cuda.install(monkeypatch)
+    captured = []
+
+    def forward(batch: ForwardBatch, cache: Any, taps: Any) -> Hidden:
+        captured.append(batch.tokens.shape[0])
+        return Hidden(torch.full((batch.tokens.shape[0], 2), float(batch.tokens.shape[0])), {})
+
+    model: Any = SimpleNamespace(device=CPU, forward=forward, weights=None, kernels=None)
+    monkeypatch.setattr(cuda_graphs, "Transformer", lambda *_: model)
+    cache: Any = SimpleNamespace(page_size=4)
+    capacities = [GraphCapacity(rows, 2, 8, 1, 32) for rows in (16, 8, 64)]
+    graphed = GraphedForward(model, cache, capacities)
+    graphed.rehearse()
+    captured.clear()
+    graphed.capture()
+    assert captured == [64, 16, 8]
+    assert cuda.pools == ["pool 1"] * 3
+    nine = batch_of([SequenceRows([0, 1, 2], 0, chain(9), 0, [1] * 9)], 4, CPU)
+    assert torch.equal(graphed(nine).last, torch.full((9, 2), 16.0))  # the smallest that holds it
 
 
 def stand_ins(max_context: int, num_pages: int, page_size: int) -> tuple[Any, Any]:

@@ -30,7 +30,7 @@ def test_a_trimmed_and_a_low_rank_head_are_heads() -> None:
     torch.testing.assert_close(trimmed(x), full[:, trimmed.vocabulary.ids(torch.arange(4))])
 
     class LowRank:
-        in_features, out_features, min_rows = 16, 30, 1
+        in_features, out_features, pads = 16, 30, False
         parts = tuple(make_linear(weight, no_bias, packed=False) for weight in (down, up))
 
         def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,6 +37,48 @@ def test_a_row_is_the_same_alone_and_padded() -> None:
     packed = make_linear(weight, NO_BIAS, packed=True)
     x = torch.randn(4, 32)
     torch.testing.assert_close(packed(x[:1]), packed(x)[:1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_few_numbers_of_rows_are_computed(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps code for each of them: with all of them a rank's memory grew for hours."""
+    made: set[int] = set()
+
+    def recorded(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(x: torch.Tensor, *others: Any) -> torch.Tensor:
+            made.add(x.shape[0])
+            return product(x, *others)
+
+        return call
+
+    product = make_linear(torch.ones(8, 16, dtype=torch.bfloat16), NO_BIAS, packed)
+    monkeypatch.setattr(linear, "_multiply", recorded(linear._multiply))
+    monkeypatch.setattr(F, "linear", recorded(F.linear))
+    for rows in range(1, 513):
+        assert product(torch.ones(rows, 16, dtype=torch.bfloat16)).shape == (rows, 8)
+    exact = {*range(4, 17)}
+    assert made == exact | {
+        20,
+        24,
+        28,
+        32,
+        40,
+        48,
+        56,
+        64,
+        80,
+        96,
+        112,
+        128,
+        160,
+        192,
+        224,
+        256,
+        320,
+        384,
+        448,
+        512,
+    }
 
 
 def test_falls_back_where_packing_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:

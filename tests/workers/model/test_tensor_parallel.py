@@ -24,6 +24,7 @@ CONFIGS = {
     "14 heads on 2, qwen2": tiny_config("qwen2", num_heads=14, num_kv_heads=2),
     "6 heads on 1, tied": tiny_config(num_heads=6, num_kv_heads=1, tied_embeddings=True),
     "qwen3": tiny_config("qwen3", num_heads=5, num_kv_heads=5),
+    "windows": tiny_config("qwen3", num_heads=5, num_kv_heads=1, windows=(0, 20)),
     "odd MLP and vocabulary": tiny_config(num_heads=4, intermediate_size=101, vocab_size=307),
 }
 
@@ -54,8 +55,10 @@ def logits_on(size: int, config: ModelConfig, source: TensorSource, packed: bool
             SequenceRows(pages, 0, chain(70), 0, tokens[:70]),
             SequenceRows(pages, 70, TREE, 0, tokens[70:]),
         ):
-            hidden = model.forward(batch_of([rows], PAGE, CPU), cache).last
-            shard = model.logits(hidden)
+            hidden = model.forward(batch_of([rows], PAGE, CPU), cache, taps=(1,))
+            everywhere = communicator.all_gather(hidden.taps[1])
+            assert torch.equal(everywhere, hidden.taps[1].expand_as(everywhere))
+            shard = model.logits(hidden.last)
             assert shard.shape[1] == len(plan.vocab)
             out.append(shard)
         return out

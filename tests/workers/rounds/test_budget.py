@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,35 +92,35 @@ def test_a_stalled_round_hardly_counts() -> None:
 
 def test_the_first_drafter_step_counts_whole_and_later_ones_a_tenth() -> None:
     cost = CostModel(PROFILE)
-    assert cost.draft_step_s(1) == 0.0
-    cost.observe_draft_step(1, 0.010)
-    assert cost.draft_step_s(1) == pytest.approx(0.010)
-    cost.observe_draft_step(1, 0.020)
-    assert cost.draft_step_s(1) == pytest.approx(0.011)
-    cost.doubt_draft_steps()
-    assert cost.draft_step_s(1) == pytest.approx(0.011 * 0.995)
+    assert cost.step_s("model", 1) == 0.0
+    cost.observe_step("model", 1, 0.010)
+    assert cost.step_s("model", 1) == pytest.approx(0.010)
+    cost.observe_step("model", 1, 0.020)
+    assert cost.step_s("model", 1) == pytest.approx(0.011)
+    cost.doubt_steps("model")
+    assert cost.step_s("model", 1) == pytest.approx(0.011 * 0.995)
 
 
 def test_a_drafter_that_has_to_catch_up_takes_longer() -> None:
-    cost = CostModel(PROFILE, PassProfile((1, 32), (0.010, 0.041)))
-    assert cost.draft_step_s(2) == pytest.approx(0.011)
-    assert cost.draft_step_s(80) == pytest.approx(0.089)
+    cost = CostModel(PROFILE, {"model": PassProfile((1, 32), (0.010, 0.041))})
+    assert cost.step_s("model", 2) == pytest.approx(0.011)
+    assert cost.step_s("model", 80) == pytest.approx(0.089)
 
 
 def test_reading_costs_what_reading_was_seen_to_cost() -> None:
-    cost = CostModel(PROFILE, PassProfile((1, 32), (0.010, 0.041)))
-    assert cost.read_s(80) == pytest.approx(0.089)
-    cost.observe_reading(100, 0.02)
-    assert cost.read_s(80) == pytest.approx(0.016)
+    cost = CostModel(PROFILE, {"model": PassProfile((1, 32), (0.010, 0.041))})
+    assert cost.read_s("model", 80) == pytest.approx(0.089)
+    cost.observe_reading("model", 100, 0.02)
+    assert cost.read_s("model", 80) == pytest.approx(0.016)
 
 
 def test_a_stalled_drafter_step_hardly_counts() -> None:
     """A process that was stopped for minutes goes on drafting when it goes on."""
     cost = CostModel(PROFILE)
     for seconds in (0.010, 160.0):
-        cost.observe_draft_step(1, seconds)
+        cost.observe_step("model", 1, seconds)
         cost.observe_draft_round(seconds)
-    assert cost.draft_step_s(1) == pytest.approx(0.011)
+    assert cost.step_s("model", 1) == pytest.approx(0.011)
     assert cost.draft_round_s == pytest.approx(0.011)
 
 
@@ -127,71 +128,80 @@ def test_nodes_are_verified_while_they_pay() -> None:
     # Row for row: 1/41 per ms, (1 + 0.8)/42, (1 + 0.8 + 0.5)/43, ... A node must be worth 2.5 % of a token per
     # token that the round gives anyway, as it adds 1 ms to some 43.
     cost = CostModel(PROFILE)
-    assert cost.best_num_nodes([0.8, 0.5, 0.2, 0.06, 0.05], 1, 1, 0.0) == 4
+    assert cost.best_num_nodes(np.array([0.8, 0.5, 0.2, 0.06, 0.05]), 1, 1, 0.0) == 4
     # 2.56/45 = 0.0569 per ms; a fifth node of 0.05 gives 2.61/46 = 0.0567: less.
-    assert cost.best_num_nodes([0.8, 0.5, 0.2, 0.06], 1, 1, 0.0) == 4
+    assert cost.best_num_nodes(np.array([0.8, 0.5, 0.2, 0.06]), 1, 1, 0.0) == 4
 
 
 def test_the_budget_jumps_over_a_node_that_does_not_pay_alone() -> None:
     # Not concave: the profile's second half is the cheap one (a kernel that pads to 4 rows).
     cost = CostModel(PassProfile((1, 2, 4), (0.010, 0.020, 0.020)))
-    assert cost.best_num_nodes([0.7], 1, 1, 0.0) == 0
-    assert cost.best_num_nodes([0.7, 0.7, 0.7], 1, 1, 0.0) == 3
+    assert cost.best_num_nodes(np.array([0.7]), 1, 1, 0.0) == 0
+    assert cost.best_num_nodes(np.array([0.7, 0.7, 0.7]), 1, 1, 0.0) == 3
 
 
 def test_only_the_root_is_verified_where_speculation_loses() -> None:
     # Each row costs as much as the first one (no memory-bound regime), and drafts are right every other time.
     cost = CostModel(PassProfile((1, 2), (0.010, 0.020)))
-    assert cost.best_num_nodes([0.5, 0.25, 0.12], 1, 1, 0.0) == 0
-    assert cost.best_num_nodes([], 1, 1, 0.0) == 0
+    assert cost.best_num_nodes(np.array([0.5, 0.25, 0.12]), 1, 1, 0.0) == 0
+    assert cost.best_num_nodes(np.array([]), 1, 1, 0.0) == 0
 
 
 def test_time_already_spent_on_drafting_makes_a_larger_tree_pay() -> None:
     cost = CostModel(PROFILE)
     values = [0.9, 0.8, 0.1, 0.03, 0.03]
-    assert cost.best_num_nodes(values, 1, 1, 0.0) == 3
-    assert cost.best_num_nodes(values, 1, 1, 0.050) == 5
+    assert cost.best_num_nodes(np.array(values), 1, 1, 0.0) == 3
+    assert cost.best_num_nodes(np.array(values), 1, 1, 0.050) == 5
 
 
 def test_more_sequences_share_the_weights_but_fill_the_rows() -> None:
     # Eight sequences in one round: the next rows cost 5 ms each against 8 tokens in 48 ms.
     cost = CostModel(PROFILE)
-    assert cost.best_num_nodes([0.9, 0.8, 0.5], 8, 8, 0.0) == 1
-    assert cost.best_num_nodes([0.9, 0.8, 0.5], 1, 1, 0.0) == 3
+    assert cost.best_num_nodes(np.array([0.9, 0.8, 0.5]), 8, 8, 0.0) == 1
+    assert cost.best_num_nodes(np.array([0.9, 0.8, 0.5]), 1, 1, 0.0) == 3
 
 
 def test_another_drafter_step_pays_when_it_brings_more_than_the_same_time_does_now() -> None:
     # Now: 1 token in 50 ms. A step of 10 ms costs what 0.2 tokens take.
     cost = CostModel(PassProfile((1, 2), (0.050, 0.050)))
-    assert cost.saved_by_step([], 1, 1, 0.0, step_gains=[0.21], step_s=0.010) > 0
-    assert cost.saved_by_step([], 1, 1, 0.0, step_gains=[0.19], step_s=0.010) <= 0
+    assert cost.saved_by_step(np.array([]), 1, 1, 0.0, step_gains=np.array([0.21]), step_s=0.010) > 0
+    assert cost.saved_by_step(np.array([]), 1, 1, 0.0, step_gains=np.array([0.19]), step_s=0.010) <= 0
     # With 0.8 + 0.6 drafted in 20 ms the rate is 2.4 in 70 ms: 10 ms are worth 0.34.
-    assert cost.saved_by_step([0.8, 0.6], 1, 1, 0.020, step_gains=[0.33], step_s=0.010) <= 0
-    assert cost.saved_by_step([0.8, 0.6], 1, 1, 0.020, step_gains=[0.35], step_s=0.010) > 0
+    assert (
+        cost.saved_by_step(np.array([0.8, 0.6]), 1, 1, 0.020, step_gains=np.array([0.33]), step_s=0.010) <= 0
+    )
+    assert (
+        cost.saved_by_step(np.array([0.8, 0.6]), 1, 1, 0.020, step_gains=np.array([0.35]), step_s=0.010) > 0
+    )
 
 
 def test_a_step_for_many_sequences_has_to_pay_for_all_their_rows() -> None:
     # 8 sequences in 100 ms; each further row takes 10 ms, which is worth 0.8 tokens, and the step 5 ms, worth 0.4.
     cost = CostModel(PassProfile((8, 16), (0.100, 0.180)))
-    assert cost.saved_by_step([], 8, 8, 0.0, step_gains=[0.6] * 8, step_s=0.005) <= 0
+    assert cost.saved_by_step(np.array([]), 8, 8, 0.0, step_gains=np.array([0.6] * 8), step_s=0.005) <= 0
     # Two nodes that promise more than their rows cost bring 0.3 each: more than the step. The others stay out.
-    assert cost.saved_by_step([], 8, 8, 0.0, step_gains=[1.1, 1.1, 0.6, 0.6], step_s=0.005) > 0
+    assert (
+        cost.saved_by_step(np.array([]), 8, 8, 0.0, step_gains=np.array([1.1, 1.1, 0.6, 0.6]), step_s=0.005)
+        > 0
+    )
 
 
 def test_a_step_that_costs_nothing_still_has_to_pay_for_its_row() -> None:
     # Drafted while the target works: the step is free, a row more in the pass is not.
     cost = CostModel(PassProfile((1, 2), (0.050, 0.055)))
-    assert cost.saved_by_step([], 1, 1, 0.0, step_gains=[0.11], step_s=0.0) > 0
-    assert cost.saved_by_step([], 1, 1, 0.0, step_gains=[0.09], step_s=0.0) <= 0
+    assert cost.saved_by_step(np.array([]), 1, 1, 0.0, step_gains=np.array([0.11]), step_s=0.0) > 0
+    assert cost.saved_by_step(np.array([]), 1, 1, 0.0, step_gains=np.array([0.09]), step_s=0.0) <= 0
 
 
 def test_in_a_round_that_reads_a_prompt_time_is_worth_what_decoding_makes_of_it() -> None:
     # 300 rows of a prompt and one sequence that decodes: 1 token in 1.5 s, but 1 in 41 ms as soon as it is read.
     cost = CostModel(PROFILE)
     assert cost.target_s(300) > 1.4
-    assert cost.saved_by_step([], 300, 1, 0.0, step_gains=[0.9], step_s=0.035) <= 0
-    assert cost.saved_by_step([], 300, 1, 0.0, step_gains=[0.9], step_s=0.030) > 0
-    assert cost.best_num_nodes([0.13, 0.11], 300, 1, 0.0) == 1  # a row costs 5 ms, which is 0.12 tokens
+    assert cost.saved_by_step(np.array([]), 300, 1, 0.0, step_gains=np.array([0.9]), step_s=0.035) <= 0
+    assert cost.saved_by_step(np.array([]), 300, 1, 0.0, step_gains=np.array([0.9]), step_s=0.030) > 0
+    assert (
+        cost.best_num_nodes(np.array([0.13, 0.11]), 300, 1, 0.0) == 1
+    )  # a row costs 5 ms, which is 0.12 tokens
 
 
 def test_one_lane_when_half_the_rows_cost_nearly_the_same() -> None:

@@ -6,17 +6,14 @@ from itertools import pairwise
 
 import pytest
 
-from outrider.configs.schema import NgramConfig
-from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.link.messages import Draft, Scores, SequenceStep
 from outrider.workers.rounds.budget import CostModel, PassProfile
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
-from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
+from outrider.workers.rounds.scheduler import SchedulerLimits
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.sequence import RequestStats, TokenEvent
-from outrider.workers.trace import Tracer
 from support.local_engine import default_options
-from support.scripted import ScriptedTarget, right_token
+from support.scripted import ScriptedTarget, right_token, scripted_loop
 from support.steps import scores_of, steps_in
 from support.virtual_time import run_requests, scripted_request
 
@@ -268,11 +265,14 @@ class CountingLink:
         return self.sent.get(timeout=20)
 
 
-def loop_in_a_thread(link: CountingLink, options: LoopOptions) -> tuple[RoundLoop, threading.Thread]:
-    scheduler = Scheduler(SchedulerLimits(4, 64, 16), PagePool(16, 16, False))
+def loop_over(link: CountingLink, options: LoopOptions) -> RoundLoop:
     cost = CostModel(PassProfile((1,), (0.01,)))
-    drafting = DraftEngine(NgramConfig())
-    loop = RoundLoop(link, scheduler, drafting, cost, options, Tracer("draft", False), lambda event: None)
+    limits = SchedulerLimits(4, 64, 16)
+    return scripted_loop(link, options, limits, PagePool(16, 16, False), cost, lambda event: None)
+
+
+def loop_in_a_thread(link: CountingLink, options: LoopOptions) -> tuple[RoundLoop, threading.Thread]:
+    loop = loop_over(link, options)
     thread = threading.Thread(target=loop.run, daemon=True)
     thread.start()
     return loop, thread
@@ -313,11 +313,7 @@ def test_scores_of_another_round_are_our_own_mistake() -> None:
         def receive(self) -> Scores:
             return scores_of(99)
 
-    scheduler = Scheduler(SchedulerLimits(4, 64, 16), PagePool(16, 16, False))
-    cost = CostModel(PassProfile((1,), (0.01,)))
-    loop = RoundLoop(
-        Confused(), scheduler, DraftEngine(NgramConfig()), cost, SERIAL, Tracer("draft", False), print
-    )
+    loop = loop_over(Confused(), SERIAL)
     loop.submit(scripted_request("a", 5))
     with pytest.raises(AssertionError, match="99"):
         loop.run()

@@ -114,7 +114,7 @@ def test_drafting_ahead_is_never_slower_when_all_drafts_are_wrong(
     depth: int, step_s: float, fixed_budget: bool
 ) -> None:
     # Steps that fit into a pass of 50 ms, that fill it, and a drafter slower than its target. The latter is
-    # tried again now and then (`CostModel.doubt_draft_steps`), which is what the 3 % are for.
+    # tried again now and then (`CostModel.doubt_steps`), which is what the 3 % are for.
     serial, overlapped = (
         run_virtual(
             verify_s=0.05,

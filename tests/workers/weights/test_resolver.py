@@ -136,8 +136,9 @@ def test_a_hub_model_is_taken_from_its_snapshot(tmp_path: Path, monkeypatch: pyt
     assert resolve("org/name@v2", tmp_path, silent, FIELD).path == tmp_path
     told: list[tuple[str, int, int]] = []
     assert resolve("org/name", tmp_path, lambda *words: told.append(words), FIELD).kind == "safetensors"
-    assert told == [("download org/name", done, total) for done, total in ((0, 0), (20, 50), (50, 50))]
-    assert asked == [("org/name", "v2"), ("org/name", "main")]
+    # The description first, which says what weights there are.
+    assert told == 2 * [("download org/name", done, total) for done, total in ((0, 0), (20, 50), (50, 50))]
+    assert asked == 2 * [("org/name", "v2")] + 2 * [("org/name", "main")]
 
 
 def test_a_hub_model_is_fetched_with_its_weights_and_no_others(

@@ -94,6 +94,8 @@ def test_special_tokens_that_a_file_calls_normal_are_found_in_text() -> None:
     [
         ("tokens", "abc", "tokenizer.ggml.tokens must be a list of texts"),
         ("merges", ["ab"], "merges must hold two tokens with a space between them, got 'ab'"),
+        ("merges", ["a zz"], "merges has a zz, which gives no token"),
+        ("eom_token_id", "x", "eom_token_id must be token ids"),
         ("token_type", [1], "token_type must have a type for each of 258 tokens, got 1"),
         ("bos_token_id", 258, "bos_token_id must be token ids .integers from 0 to 257., got 258"),
         ("add_eos_token", True, "add_eos_token must be false or null"),

@@ -1,10 +1,11 @@
 """The executor of what NVRTC made of the kernels: PTX, translated to C++, on the same runtime as the source."""
 
+import re
+
 from outrider.kernels.compiler import Sources
 from support.cuda_on_cpu.executor import Executor, build_unit, with_entry
 from support.cuda_on_cpu.ptx import arithmetic, machine
 from support.cuda_on_cpu.ptx.emitter import translate
-from support.cuda_on_cpu.ptx.parser import parse_ptx
 
 INSTRUCTION_SETS = (arithmetic, machine)  # importing them fills the table of instructions
 
@@ -14,7 +15,7 @@ def translated_unit(ptx: str, names: list[str]) -> Sources:
 
     Targets whose PTX differs only in the `.target` line give the same C++, which is then compiled once.
     """
-    present = names or [kernel.name for kernel in parse_ptx(ptx).kernels]
+    present = names or re.findall(r"\.entry (\w+)\(", ptx)
     return {"main.cpp": with_entry(translate(ptx, names), present)}
 
 

@@ -65,10 +65,10 @@ def _shared_symbols(text: str) -> dict[str, int]:
 
 def _matching_brace(text: str, begin: int) -> int:
     depth = 0
-    for position in range(begin, len(text)):
-        depth += (text[position] == "{") - (text[position] == "}")
+    for brace in re.compile("[{}]").finditer(text, begin):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return position
+            return brace.start()
     raise PtxError("unbalanced braces")
 
 
@@ -76,26 +76,17 @@ def _parse_body(body: str, line: int) -> tuple[dict[str, int], list[Statement]]:
     """Cuts at semicolons. A brace that begins a statement opens a scope; its registers join the kernel's."""
     registers: dict[str, int] = {}
     statements: list[Statement] = []
-    current, start = "", line
-    for character in body:
-        if character == "\n":
-            line += 1
-            character = " "
-        if not current.strip():
-            if character in "{}":
-                continue
-            start = line
-        if character != ";":
-            current += character
-            continue
-        source = current.strip()
-        current = ""
+    *pieces, end = body.split(";")
+    for piece in (*pieces, end) if end.strip("{} \t\n") else pieces:  # labels may stand at the very end
+        leading = re.match(r"[\s{}]*", piece)
+        assert leading is not None
+        start = line + leading[0].count("\n")
+        line += piece.count("\n")
+        source = piece[leading.end() :].replace("\n", " ").strip()
         if source.startswith(".reg"):
             _declare(registers, source, start)
         else:
             statements.append(_parse_statement(source, start))
-    if current.strip():  # labels at the very end
-        statements.append(_parse_statement(current.strip(), start))
     return registers, statements
 
 

@@ -1,11 +1,11 @@
-"""Workers in processes of their own, as Ray runs them, but without Ray."""
+"""Workers in processes of their own, as Ray runs them, but without Ray: for the check of a GPU, and for tests."""
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,13 +18,14 @@ from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
 
-_CALL_S = 60.0
+CALL_S = 60.0  # on a CPU, of tiny models; a GPU's captures take longer
 
 
 class WorkerProcess:
     """An object in another process, whose methods are called by name, several at a time if need be."""
 
-    def __init__(self, make: Callable[..., object], *args: object) -> None:
+    def __init__(self, make: Callable[..., object], *args: object, limit_s: float = CALL_S) -> None:
+        """`make(*args)` makes the object, in its process; `limit_s` bounds the wait in `call`."""
         # A fork server imports torch once for all workers of a test run.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["outrider.workers.draft", "outrider.workers.target"])
@@ -32,6 +33,7 @@ class WorkerProcess:
         self._process = context.Process(target=_serve, args=(remote, make, args), daemon=True)
         self._process.start()
         remote.close()
+        self._limit_s = limit_s
         self._futures: dict[int, Future[Any]] = {}
         self._numbers = itertools.count()
         threading.Thread(target=self._read_answers, daemon=True).start()
@@ -46,12 +48,12 @@ class WorkerProcess:
 
     def call(self, method: str, *args: object) -> Any:
         """Call a method and wait for its result."""
-        return self.begin(method, *args).result(_CALL_S)
+        return self.begin(method, *args).result(self._limit_s)
 
     def kill(self) -> None:
         """End the process at once, as a crash would."""
         self._process.kill()
-        self._process.join(_CALL_S)
+        self._process.join(CALL_S)
 
     def _read_answers(self) -> None:
         while True:
@@ -99,12 +101,13 @@ class Deployment:
     draft: WorkerProcess
     meeting: tuple[str, int]  # of all groups
     runs: list[Future[None]]  # of the targets by rank, then of the DraftWorker
+    limit_s: float
 
     def connect(self, epoch: int) -> None:
         """Join groups and link, measure the target, and begin to serve."""
         workers = [*self.targets, self.draft]
         for joining in [worker.begin("connect", *self.meeting, epoch) for worker in workers]:
-            joining.result(_CALL_S)
+            joining.result(self.limit_s)
         self.runs = [target.begin("run") for target in self.targets]
         self.draft.call("profile", silent)
         self.runs.append(self.draft.begin("run"))
@@ -131,25 +134,32 @@ class Deployment:
         """Let every worker's `run` return."""
         self.draft.call("stop")
         for run in self.runs:
-            run.result(_CALL_S)
+            run.result(self.limit_s)
 
 
-def start_draft(config: Config) -> WorkerProcess:
+def start_draft(config: Config, gpus: Sequence[int] = (), limit_s: float = CALL_S) -> WorkerProcess:
     """A DraftWorker that has loaded its model."""
-    draft = WorkerProcess(DraftWorker, config)
+    draft = WorkerProcess(DraftWorker, config, tuple(gpus), limit_s=limit_s)
     draft.call("load", silent)
     return draft
 
 
 @contextmanager
-def deployed(config: Config) -> Iterator[Deployment]:
-    """Processes of a configuration, ready for requests; they are gone when the block ends."""
-    targets = [WorkerProcess(TargetWorker, config, rank) for rank in range(config.target.tp_size)]
-    draft = WorkerProcess(DraftWorker, config)
+def deployed(config: Config, gpus: Sequence[int] = (), limit_s: float = CALL_S) -> Iterator[Deployment]:
+    """Processes of a configuration, ready for requests; they are gone when the block ends.
+
+    Args:
+        gpus: what every process is given: CUDA ordinals.
+        limit_s: seconds for a call of a worker.
+    """
+    ranks = range(config.target.tp_size)
+    targets = [WorkerProcess(TargetWorker, config, rank, tuple(gpus), limit_s=limit_s) for rank in ranks]
+    draft = WorkerProcess(DraftWorker, config, tuple(gpus), limit_s=limit_s)
     try:
         for loading in [worker.begin("load", silent) for worker in (*targets, draft)]:
-            loading.result(_CALL_S)
-        deployment = Deployment(config, targets, draft, targets[0].call("open_store", "127.0.0.1"), [])
+            loading.result(limit_s)
+        meeting = targets[0].call("open_store", "127.0.0.1")
+        deployment = Deployment(config, targets, draft, meeting, [], limit_s)
         deployment.connect(epoch=1)
         yield deployment
         draft = deployment.draft

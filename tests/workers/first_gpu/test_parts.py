@@ -1,0 +1,264 @@
+"""The check of the first GPU runs, as far as a machine without one can tell: all parts tiny on the CPU, and the parts
+of one process on a pretended GPU whose kernels the source executor runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from outrider.kernels import gather_rows, kv_commit, operators, rope_append, sample_shard, tree_attention
+from outrider.kernels.kernel_cases import kernel_cases
+from outrider.kernels.self_test import ENTRIES
+from outrider.workers.first_gpu import __main__ as command
+from outrider.workers.first_gpu import deployments, large_model, machine, one_attention
+from outrider.workers.first_gpu.__main__ import PARTS, TITLES, main, missing_wheels, run_part
+from outrider.workers.first_gpu.large_model import RepeatedSource
+from outrider.workers.first_gpu.ncu import read_metrics
+from outrider.workers.first_gpu.report import PartReport, Row, read_all, summary, write
+from outrider.workers.first_gpu.setting import FULL, TINY, Setting
+from outrider.workers.model import cuda_graphs
+from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.transformer import Hidden, Transformer
+from support.cuda_on_cpu.kernels import source_kernels
+from support.pretend_gpu import PretendTensor, pretend_gpu
+from support.stand_in_cuda import StandInCuda
+
+CPU = torch.device("cpu")
+MEMCHECK = "========= ERROR SUMMARY: {} errors"
+NCU = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","7","tree_attention_bf16_d128_rows128","GPU Speed Of Light Throughput","Duration","us","212.3"
+"0","7","tree_attention_bf16_d128_rows128","GPU Speed Of Light Throughput","DRAM Throughput","%","7.5"
+"0","7","tree_attention_bf16_d128_rows128","Launch Statistics","Grid Size","","6"
+==PROF== Disconnected"""
+
+
+class StandInGpu:
+    name = "stand-in"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def launch(self, plans: Any) -> None:
+        source_kernels().launch(plans)
+
+    def synchronize(self) -> None:
+        pass
+
+    def capture(self, plans: Any) -> Any:
+        return SimpleNamespace(replay=lambda: self.launch(plans))
+
+    def median_time_s(self, plans: Any) -> float:
+        return 1e-3
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def verdicts(report: PartReport) -> dict[str, str]:
+    assert report.traceback == ""
+    return {row.what: row.verdict for row in report.rows}
+
+
+@pytest.mark.parametrize("number", [4, 5, 6, 7, 8, 9])
+def test_a_part_runs_on_a_cpu(number: int, tmp_path: Path) -> None:
+    report = run_part(number, Setting(CPU, TINY, tmp_path))
+    assert len(report.rows) > 1
+    assert "FAILED" not in verdicts(report).values(), report.rows
+    assert (tmp_path / "trace.json").exists() == (number == 9)
+
+
+def test_the_kernel_cases_run_where_somebody_launches_them(tmp_path: Path) -> None:
+    setting = Setting(CPU, TINY, tmp_path, StandInGpu, kernel_cases()[-3:])
+    assert set(verdicts(run_part(2, setting)).values()) == {"passed"}
+    assert verdicts(run_part(2, Setting(CPU, TINY, tmp_path))) == {"kernel cases": "not run"}
+
+
+def test_versions_and_compilers_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outrider.kernels.compiler.SOURCES", ("gather_rows",))
+    found = verdicts(run_part(1, Setting(CPU, TINY, tmp_path)))
+    assert (found["torch"], found["compile gather_rows for sm_90a"]) == ("measured", "passed")
+    assert found["self-test"] == "not run"
+
+
+def install_tool(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = folder / name
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+@pytest.mark.parametrize(
+    ("errors", "code", "verdict"), [(0, 0, "passed"), (2, 9, "FAILED"), (0, 1, "FAILED")], ids=str
+)
+def test_what_the_sanitizer_says_counts(
+    errors: int, code: int, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_tool(
+        tmp_path, "compute-sanitizer", f"echo $@; echo '{MEMCHECK.format(errors)}'; exit {code}", monkeypatch
+    )
+    found = verdicts(run_part(3, Setting(CPU, TINY, tmp_path)))
+    assert found == {f"memcheck: {', '.join(ENTRIES)}": verdict, "racecheck: tree_attention": verdict}
+    said = (tmp_path / "racecheck.txt").read_text()
+    assert "--tool racecheck --error-exitcode 9" in said
+    assert "-m outrider.kernels.self_test 0 tree_attention" in said
+
+
+def test_what_ncu_measures_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_metrics(NCU) == {"Duration": "212.3 us", "DRAM Throughput": "7.5 %", "Grid Size": "6"}
+    install_tool(tmp_path, "ncu", f"cat <<'END'\n{NCU}\nEND", monkeypatch)
+    report = run_part(10, Setting(CPU, TINY, tmp_path))
+    assert [row.measured for row in report.rows] == ["212.3 us", "7.5 %", "6"]
+    install_tool(tmp_path, "ncu", "echo '==ERROR== no permission'; exit 1", monkeypatch)
+    (row,) = run_part(10, Setting(CPU, TINY, tmp_path)).rows
+    assert (row.verdict, row.measured) == ("FAILED", "exit code 1: ==ERROR== no permission")
+
+
+def test_the_launch_that_ncu_looks_at_can_be_made() -> None:
+    assert one_attention.attend(CPU, 5, 40, torch.float32, use_kernel=False).shape == (5, 16, 128)
+
+
+def test_the_timed_rank_is_rank_0_of_a_70b_over_7() -> None:
+    plan = ShardPlan(FULL.large, 0, FULL.num_ranks)
+    columns = plan.mlp_columns(FULL.large.layers[0].mlp.intermediate_size)
+    sizes = (plan.num_query_places, plan.num_kv_heads, len(columns), len(plan.vocab))
+    assert sizes == (16, 2, 4096, 18368)
+    source = RepeatedSource(FULL.large)
+    norm = source.read("model.norm.weight", slice(None), slice(None), torch.bfloat16)
+    assert torch.equal(norm, torch.ones(8192).bfloat16())
+    part = source.read("model.layers.3.mlp.down_proj.weight", slice(0, 300), slice(0, 4096), torch.bfloat16)
+    assert part.shape == (300, 4096)
+    assert part.float().std() < 0.02
+
+
+@contextmanager
+def gpu_with_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A pretended GPU on which kernels run, graphs replay and nothing takes time."""
+    cuda = StandInCuda()
+    cuda.install(monkeypatch)
+    forward = Transformer.forward
+
+    def recorded(model: Transformer, *arguments: Any) -> Hidden:
+        result = forward(model, *arguments)
+        if cuda.recording is not None:
+
+            def again() -> None:
+                with torch.inference_mode():
+                    result.last.copy_(forward(model, *arguments).last)
+
+            cuda.recording.append(again)
+        return result
+
+    def on_values(body: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            values = [x.inner if isinstance(x, PretendTensor) else x for x in arguments]
+            with torch._C.DisableTorchFunction():
+                results = body(*values)
+            wrap = lambda x: PretendTensor(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
+            return tuple(map(wrap, results)) if isinstance(results, tuple) else wrap(results)
+
+        return call
+
+    monkeypatch.setattr(Transformer, "forward", recorded)
+    monkeypatch.setattr(operators, "_launcher", lambda device: source_kernels())
+    monkeypatch.setattr(operators, "_num_sms", lambda device: 132)
+    for module in (tree_attention, rope_append, kv_commit, gather_rows, sample_shard):
+        name = f"{module.__name__.split('.')[-1]}_op"
+        monkeypatch.setattr(module, name, on_values(getattr(operators, name)._init_fn))
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in (
+        ("Stream", lambda device: stream),
+        ("current_stream", lambda: stream),
+        ("stream", lambda stream: pretend_gpu()),
+        ("synchronize", lambda device: None),
+        ("get_device_name", lambda device: "NVIDIA H100 80GB HBM3"),
+        ("get_device_capability", lambda device: (9, 0)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(cuda_graphs, "TARGET_ROWS", (8,))
+    with pretend_gpu() as device:
+        yield device
+
+
+# Heads of 64, which the kernels take.
+ON_GPU = replace(
+    TINY,
+    small="hidden_size=64&num_layers=1&num_heads=2&num_kv_heads=1&head_dim=64",
+    large=replace(TINY.large, layers=TINY.large.layers[:1], head_dim=64),
+    rows=(8,),
+    replays=1,
+)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available, disabling CUDA profiling")
+@pytest.mark.parametrize(("number", "expected"), [(1, 8), (4, 6), (7, 11), (8, 12)])
+def test_a_part_of_one_process_runs_on_a_gpu(
+    number: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "self_test", lambda index, names: {name: [] for name in names})
+    monkeypatch.setattr("outrider.kernels.compiler.SOURCES", ("gather_rows",))
+    with gpu_with_kernels(monkeypatch) as device:
+        report = run_part(number, Setting(device, ON_GPU, tmp_path))
+    found = verdicts(report)
+    assert {"FAILED", "not run"}.isdisjoint(found.values()), report.rows
+    assert len(found) >= expected
+    assert report.device == "NVIDIA H100 80GB HBM3"
+    if number == 7:
+        beside = {row.what: row.beside for row in report.rows}
+        assert beside["matrix products: 3 rows, 1 sequences, context 20"] == "planned 8 ms, least 6 ms"
+        assert beside["attention: 3 rows, 1 sequences, context 50"] == "planned 18 ms"
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available, disabling CUDA profiling")
+def test_rounds_are_profiled_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with gpu_with_kernels(monkeypatch) as device:
+        rows = deployments.profiled_rounds(Setting(device, ON_GPU, tmp_path))
+    assert {row.what.split(":")[0] for row in rows} == {"host"}  # no kernel was seen on a device
+
+
+def test_a_part_that_raises_and_one_that_lacks_a_wheel_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(setting: Setting) -> list[Row]:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(large_model, "products", broken)
+    report = run_part(8, Setting(CPU, TINY, tmp_path))
+    assert report.rows[0].measured == "RuntimeError: an illegal memory access was encountered"
+    assert report.failed
+    assert "in broken" in report.traceback
+    lacking = replace(PARTS[7], needs=("psutil", "no_such_wheel", "cuda.no_such_part"))
+    assert missing_wheels(lacking, on_gpu=False) == ["no_such_wheel", "cuda.no_such_part"]
+    monkeypatch.setattr(command, "PARTS", (lacking,))
+    (row,) = run_part(1, Setting(CPU, TINY, tmp_path)).rows
+    assert row.verdict == "not run"
+    assert "pip install --target FOLDER no_such_wheel" in row.measured
+
+
+def test_the_summary_puts_the_parts_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = (Row("a", "1 ms", "measured", "planned 2 ms", (("time_ms", 1.0),)), Row("b", "off", "FAILED"))
+    report = PartReport(7, TITLES[6], "H100", 12.0, rows)
+    write(report, tmp_path)
+    assert read_all(tmp_path) == [report]
+    text = summary([report], TITLES)
+    assert "7. replays of rank 0 of a 70B over 7: 1 FAILED, 1 measured (12 s on H100)" in text
+    assert "8. matrix products and sampling of that rank: not run" in text
+    assert "death of a rank during a replay" in text
+    assert main(["summary", "--folder", str(tmp_path), "--device", "cpu"]) == 1
+    assert "planned 2 ms" in capsys.readouterr().out
+    whole = json.loads((tmp_path / "summary.json").read_text())
+    assert whole["failed"]
+    assert whole["parts"][0]["rows"][0]["values"] == [["time_ms", 1.0]]
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "10  ncu on attention" in capsys.readouterr().out

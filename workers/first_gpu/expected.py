@@ -1,0 +1,49 @@
+"""What was expected of one H100 before anybody had run this on one: arithmetic, not measurement.
+
+A round of a 70B in bfloat16 over seven ranks: one sequence of 33 nodes behind 1k tokens, many (32) sequences of 8
+nodes behind 2k, and one behind 8k.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Milliseconds: as the code is, and the least that the hardware allows; 0 where nobody has worked it out."""
+
+    planned_ms: float = 0.0
+    least_ms: float = 0.0
+
+
+UNKNOWN = Figure()
+ONE = {
+    "matrix products": Figure(8.0, 6.0),
+    "attention": Figure(2.4, 0.2),
+    "all-reduces": Figure(3.2, 1.5),
+    "norms, adds, SiLU": Figure(1.8, 0.7),
+    "host before the replay": Figure(0.5, 0.05),
+    "sampling, greedy": Figure(0.4, 0.05),
+    "sampling, top-p": Figure(3.7, 0.05),
+}
+MANY = {
+    "matrix products": Figure(9.5, 7.0),
+    "attention": Figure(4.6, 1.8),
+    "all-reduces": Figure(8.0, 5.0),
+    "norms, adds, SiLU": Figure(2.0, 0.7),
+    "host before the replay": Figure(2.5, 0.05),
+    "sampling, greedy": Figure(1.0, 0.1),
+    "sampling, top-p": Figure(26.0, 0.1),
+}
+# One sequence of 33 to 64 rows gets 6 blocks on 132 multiprocessors; the rest of its round is that of `ONE`.
+ONE_LONG = {**ONE, "attention": Figure(18.0)}
+
+OUT_OF_REACH = (
+    (
+        "sums across ranks on several GPUs",
+        f"needs two GPUs; planned {ONE['all-reduces'].planned_ms} ms a round of one sequence, "
+        f"{MANY['all-reduces'].planned_ms} of many",
+    ),
+    ("peer-to-peer access and NVLink", "needs two GPUs"),
+    ("death of a rank during a replay", "needs two GPUs; what should happen: docs/gpu.md"),
+    ("overlap of target and drafter", "needs two GPUs; on one they take turns"),
+)

@@ -1,0 +1,94 @@
+"""What is cut out of growing trees, and what a verdict leaves of them: a row per sequence, padded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class DraftTrees:
+    """What one round verifies, a row per sequence. Node 0 is the last known token and its own parent;
+    `parents[b, i] < i`. Beyond `counts[b]` a row is padding.
+
+    Attributes:
+        counts: int64 [B] nodes, the root included.
+        tokens, parents: int64 [B, K].
+        growing_nodes: int64 [B, K] the same nodes in `GrowingTrees`.
+    """
+
+    counts: Ints
+    tokens: Ints
+    parents: Ints
+    growing_nodes: Ints
+
+    @staticmethod
+    def roots(tokens: Ints) -> DraftTrees:
+        """Plain decoding after these tokens ([B])."""
+        column = tokens[:, None]
+        zeros = np.zeros_like(column)
+        return DraftTrees(np.ones(len(tokens), dtype=np.int64), column, zeros, zeros)
+
+    @property
+    def exists(self) -> Bools:
+        """[B, K]: where there is a node."""
+        return np.arange(self.tokens.shape[1]) < self.counts[:, None]
+
+    def rows(self, which: Ints) -> DraftTrees:
+        """The trees of some of the sequences ([b] indices)."""
+        return DraftTrees(
+            self.counts[which], self.tokens[which], self.parents[which], self.growing_nodes[which]
+        )
+
+
+@dataclass(frozen=True)
+class Offers:
+    """The nodes that a round may verify, a row per sequence, most valuable first; parents before children.
+
+    Attributes:
+        nodes: int64 [B, K] nodes of the growing trees.
+        values: float64 [B, K] descending; 0 behind a row's end.
+    """
+
+    nodes: Ints
+    values: Floats
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """What a verdict left of some trees: how methods move what they keep beside the nodes.
+
+    Attributes:
+        slots: int64 [B].
+        old_nodes: int64 [B, M] the old node of each new one; beyond `counts[b]` padding.
+        counts: int64 [B] new nodes, the root included.
+        has_old_root: bool [B] the new root was a node of the old tree; otherwise the tree was started afresh.
+        paths: bool [B, N] the old nodes that came out, the old root included.
+    """
+
+    slots: Ints
+    old_nodes: Ints
+    counts: Ints
+    has_old_root: Bools
+    paths: Bools
+
+    @property
+    def exists(self) -> Bools:
+        """[B, M]: where there is a node."""
+        return np.arange(self.old_nodes.shape[1]) < self.counts[:, None]
+
+    def rows(self, which: Ints) -> Survivors:
+        """Of some of the trees ([b] indices)."""
+        return Survivors(
+            self.slots[which],
+            self.old_nodes[which],
+            self.counts[which],
+            self.has_old_root[which],
+            self.paths[which],
+        )
