@@ -101,12 +101,11 @@ class RowCache:
             self.tables.append(slot, pages)
         return True
 
-    def have_room(self, slots: Ints, lags: Ints, num_nodes: Ints) -> bool:
-        """Whether every slot ([B]) holds the pages for what it lacks and these further nodes already."""
+    def lacks_pages(self, slots: Ints, lags: Ints, num_nodes: Ints) -> Bools:
+        """Which slots ([B]) do not hold the pages yet for the tokens that they lack and these further nodes."""
         num_rows = self.context_lens[slots] + self._num_rows[slots] + num_nodes
         num_rows += np.maximum(lags - 1, 0)
-        lacks = num_rows > self.tables.num_pages[slots] * self.pool.page_size
-        return np.count_nonzero(lacks) == 0
+        return num_rows > self.tables.num_pages[slots] * self.pool.page_size
 
     def take_rows(self, slot: int, num_nodes: int) -> bool:
         """Hold pages for these further nodes, and what has to be read before them."""
@@ -170,12 +169,13 @@ class RowCache:
         masks: UInt64s = np.zeros((num_rows, node_masks.shape[1]), dtype=np.uint64)
         masks[node_rows] = node_masks
         begins = np.cumsum(query_lens) - query_lens
+        chain = chain_masks(int(extra.max()), masks.shape[1])
         # Mostly one token each: the target's own of the last round.
         for slot, begin, count in zip(slots.tolist(), begins.tolist(), extra.tolist(), strict=True):
             if count:
                 tokens[begin : begin + count] = self._slots.sequence(slot).tokens[-1 - count : -1]
                 tree_rows[begin : begin + count] = depths[begin : begin + count] = np.arange(count)
-                masks[begin : begin + count] = chain_masks(count, masks.shape[1])
+                masks[begin : begin + count] = chain[:count]
         return tokens, tree_rows, depths, masks
 
     def computed(self, expansion: Expansion) -> None:
