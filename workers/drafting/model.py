@@ -224,9 +224,7 @@ class ModelMethod(DraftMethod):
         if not len(frontier.nodes):
             return False
         grows = frontier.counts > 0
-        expansion = self._rows.plan(
-            slots[grows], frontier.lags[grows], frontier.counts[grows], frontier.nodes
-        )
+        expansion = self._rows.plan(slots[grows], frontier.counts[grows], frontier.nodes)
         hidden = self._forward(expansion.rows)
         logits = self._model.logits_of(hidden, expansion.node_rows)
         self._stretches.end("forward", len(expansion.rows.tokens))

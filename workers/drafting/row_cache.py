@@ -112,12 +112,9 @@ class RowCache:
         lag = int(self.lags(np.array([slot]))[0])
         return self.take_pages(slot, int(self._num_rows[slot]) + max(0, lag - 1) + num_nodes)
 
-    def plan(self, slots: Ints, lags: Ints, num_nodes: Ints, nodes: Ints) -> Expansion:
-        """Rows for nodes of distinct slots, those of a slot together, parents first; see `Expansion`.
-
-        lags: int64 [B], those of the slots.
-        """
-        extra = np.maximum(lags - 1, 0)
+    def plan(self, slots: Ints, num_nodes: Ints, nodes: Ints) -> Expansion:
+        """Rows for nodes of distinct slots, those of a slot together, parents first; see `Expansion`."""
+        extra = np.maximum(self.lags(slots) - 1, 0)
         num_before = self._num_rows[slots]
         node_slots = slots.repeat(num_nodes)
         rank = places_in(num_nodes)
