@@ -37,6 +37,7 @@ from outrider.kernels.token_rows import (
     PART,
     UInt64Array,
     best_of,
+    drop_surplus,
     exponentials,
     largest_hashes,
     leaders_of,
@@ -45,7 +46,6 @@ from outrider.kernels.token_rows import (
     padded,
     parts_of_rows,
     unpack_tokens,
-    without,
 )
 
 _BLOCK = 128  # logits per block maximum
@@ -250,11 +250,8 @@ class ShardLogits:
         """
         best = np.empty((len(rows), count), dtype=np.uint64)
         for part in self._parts(len(rows)):
-            if self._size <= _DENSE:
-                values, ids = self._some(rows[part]), self._all_ids[None]
-            else:
-                values, ids = self._at_least(rows[part], lowest[part])
-            values = without(values, lowest[part], num_lowest[part])
+            values, ids = self._at_least(rows[part], lowest[part])
+            drop_surplus(values, lowest[part], num_lowest[part])
             best[part] = best_of(values, ids, temperatures[part], keys[part], count, self.vocab_offset)
         return best
 
@@ -316,6 +313,16 @@ class ShardLogits:
     def _at_least(self, rows: Int64Array, bounds: Float32Array) -> tuple[Float32Array, Int64Array]:
         """Logits >= bounds [n] and their ids, [n, width] each, ids ascending; rows that have fewer are filled
         up with removed tokens that come after all others."""
+        if self._size <= _DENSE:
+            found = (self._some(rows) >= bounds[:, None]).reshape(-1).nonzero()[0]
+            of_row = found // self._size
+            columns = found - of_row * self._size
+            return padded(
+                len(rows),
+                of_row,
+                self.logits(rows[of_row], columns + self.vocab_offset),
+                columns + self.vocab_offset,
+            )
         return padded(len(rows), *self._found(rows, bounds))
 
     def _found(self, rows: Int64Array, bounds: Float32Array) -> tuple[Int64Array, Float32Array, Int64Array]:

@@ -94,25 +94,28 @@ def best_of(
     hashes = hash_rows(keys, ids)
     scaled = values / temperatures[:, None]
     upper = scaled - np.log(uniform_from_hash(hashes))
-    ids = np.broadcast_to(ids, values.shape)
-    each = np.arange(num)[:, None]
+    firsts = (np.arange(num) * width)[:, None]
     if count <= FEW:
         leading, leaders = leaders_of(upper, count)
     else:
-        leaders = np.argpartition(upper, -count, axis=1)[:, -count:]
-        leading = upper[each, leaders]
-    bounds = (scaled[each, leaders] + gumbel_from_hash(hashes[each, leaders])).min(axis=1)
+        num_leaders = min(count, width)
+        leaders = upper.argpartition(-num_leaders, axis=1)[:, -num_leaders:]
+        leading = upper.reshape(-1)[firsts + leaders]
+    leaders += firsts
+    bounds = scaled.reshape(-1)[leaders]
+    bounds += gumbel_from_hash(hashes.reshape(-1)[leaders])
+    bounds = bounds.min(axis=1)
     lower_by_rounding(bounds)
-    bounds[leading.min(axis=1) == -np.inf] = np.finfo(
-        np.float32
-    ).min  # fewer than `count` are left: all of them
-    found = np.flatnonzero(upper >= bounds[:, None])
-    scores = scaled.ravel()[found] + gumbel_from_hash(hashes.ravel()[found])
-    of_row, column = np.divmod(found, width)
-    packed = pack_tokens(scores, ids[of_row, column])
+    if width < count:
+        bounds[:] = LOWEST  # fewer than `count` are left: all of them
+    bounds[leading.min(axis=1) == -np.inf] = LOWEST
+    found = (upper >= bounds[:, None]).reshape(-1).nonzero()[0]
+    scores = scaled.reshape(-1)[found] + gumbel_from_hash(hashes.reshape(-1)[found])
+    of_row = found // width
+    packed = pack_tokens(scores, ids.reshape(-1)[found if len(ids) == num else found - of_row * width])
     columns, longest = _columns(num, of_row)
     ranked = np.full((num, max(count, longest)), _PADDING)
-    ranked[of_row, columns] = packed
+    ranked.reshape(-1)[of_row * ranked.shape[1] + columns] = packed
     if count == 1:
         return removed_by_id(ranked.min(axis=1, keepdims=True), first_id)
     ranked.sort(axis=1)
@@ -178,17 +181,14 @@ def leaders_of(values: Float32Array, count: int) -> tuple[Float32Array, Int64Arr
     return largest, columns
 
 
-def without(values: Float32Array, lowest: Float32Array, num_lowest: Int64Array) -> Float32Array:
-    """A copy in which -inf stands for what is below `lowest` and for all but the first `num_lowest` equal to it."""
-    kept = values >= lowest[:, None]
-    result = np.where(kept, values, np.float32(-np.inf))
+def drop_surplus(values: Float32Array, lowest: Float32Array, num_lowest: Int64Array) -> None:
+    """Put -inf, in place, for all but the first `num_lowest` ([n]) of the values in a row that equal its `lowest`."""
     equal = values == lowest[:, None]
-    crowded = np.flatnonzero(count_true(equal) > num_lowest)
+    crowded = (count_true(equal) > num_lowest).nonzero()[0]
     if len(crowded):
         late = equal[crowded]
-        late &= np.cumsum(late, axis=1) > num_lowest[crowded, None]
-        result[crowded] = np.where(late, np.float32(-np.inf), result[crowded])
-    return result
+        late &= late.cumsum(axis=1) > num_lowest[crowded, None]
+        values[crowded] = np.where(late, np.float32(-np.inf), values[crowded])
 
 
 def padded(
@@ -198,11 +198,12 @@ def padded(
     columns, width = _columns(num_rows, rows)
     padded = np.full((num_rows, max(1, width)), -np.inf, dtype=np.float32)
     padded_ids = np.full(padded.shape, _NO_ID)
-    padded[rows, columns], padded_ids[rows, columns] = values, ids
+    places = rows * padded.shape[1] + columns
+    padded.reshape(-1)[places], padded_ids.reshape(-1)[places] = values, ids
     return padded, padded_ids
 
 
 def _columns(num_rows: int, rows: Int64Array) -> tuple[Int64Array, int]:
     """Columns for entries that come in order of their rows, and how many columns the longest row needs."""
     counts = np.bincount(rows, minlength=num_rows)
-    return np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows], int(counts.max(initial=0))
+    return np.arange(len(rows)) - (counts.cumsum() - counts)[rows], int(counts.max(initial=0))

@@ -15,6 +15,7 @@ from outrider.workers.drafting.method import DraftMethod, Forecast, Verified
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.sequences.hidden import HiddenNeeds
 from outrider.workers.sequences.rules import Verdicts
+from outrider.workers.sequences.segments import pick
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints
 
@@ -104,6 +105,11 @@ class DraftEngine:
         """Let the method read one chunk of what it lacks; returns its tokens."""
         return method.read(self._using(method, slots))
 
+    @property
+    def observes(self) -> bool:
+        """Whether any method does something in `observe`."""
+        return any(type(method).observe is not DraftMethod.observe for method in self.methods)
+
     def observe(self, verified: Verified) -> None:
         """A round was verified: every method sees its own sequences' part of it."""
         for method in self.methods:
@@ -124,9 +130,12 @@ class DraftEngine:
         self._learn(slots, trees, verdicts)
         survivors = self.trees.reroot(slots, lasts, verdicts.next_tokens, verdicts.num_accepted + 1)
         for method in self.methods:
-            own = np.flatnonzero(self._uses[method.name][slots])
-            if len(own):
-                method.rerooted(survivors.rows(own))
+            uses = self._uses[method.name][slots]
+            num_using = np.count_nonzero(uses)
+            if num_using:
+                method.rerooted(
+                    survivors if num_using == len(slots) else survivors.rows(np.flatnonzero(uses))
+                )
 
     def _learn(self, slots: Ints, trees: DraftTrees, verdicts: Verdicts) -> None:
         """Every proposal after a node of the path met its answer, also one that was not worth sending.
@@ -134,20 +143,22 @@ class DraftEngine:
         Learning from those alone that are sent, a method that once failed would never be tried again.
         """
         width = self.trees.width(slots)
-        row = np.arange(len(slots))[:, None]
-        answers, _ = verdicts.emitted(trees)
-        path = np.take_along_axis(trees.growing_nodes, verdicts.paths, axis=1)  # [B, D]
+        path = pick(trees.growing_nodes, verdicts.paths)  # [B, D]
         on_path = np.arange(path.shape[1]) <= verdicts.num_accepted[:, None]
-        answered = np.zeros((len(slots), width), dtype=np.bool_)
-        answer = np.zeros((len(slots), width), dtype=np.int64)
-        rows = np.broadcast_to(row, path.shape)
-        answered[rows[on_path], path[on_path]] = True
-        answer[rows[on_path], path[on_path]] = answers[on_path]
-        parents = self.trees.parents[slots, :width]
-        met = answered[row, parents] & self.trees.exists(slots, width)
+        firsts = (np.arange(len(slots)) * width)[:, None]
+        places = (firsts + path)[on_path]
+        answered = np.zeros(len(slots) * width, dtype=np.bool_)
+        answer = np.zeros(len(slots) * width, dtype=np.int64)
+        answered[places] = True
+        answer[places] = verdicts.emitted_tokens(trees)[on_path]
+        parents = firsts + self.trees.parents[slots, :width]
+        met = answered[parents]
+        met &= self.trees.exists(slots, width)
         met[:, 0] = False
-        accepted = self.trees.tokens[slots, :width] == answer[row, parents]
-        self.estimator.observe(self.trees.sources[slots, :width][met], accepted[met])
+        nodes = (slots * self.trees.capacity)[:, None] + np.arange(width)
+        nodes, asked = nodes[met], answer[parents[met]]
+        accepted = self.trees.tokens.reshape(-1)[nodes] == asked
+        self.estimator.observe(self.trees.sources.reshape(-1)[nodes], accepted)
 
     def _using(self, method: DraftMethod, slots: Ints) -> Ints:
         return slots[self._uses[method.name][slots]]

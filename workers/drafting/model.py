@@ -224,9 +224,7 @@ class ModelMethod(DraftMethod):
         if not len(frontier.nodes):
             return False
         grows = frontier.counts > 0
-        expansion = self._rows.plan(
-            slots[grows], frontier.lags[grows], frontier.counts[grows], frontier.nodes
-        )
+        expansion = self._rows.plan(slots[grows], frontier.counts[grows], frontier.nodes)
         hidden = self._forward(expansion.rows)
         logits = self._model.logits_of(hidden, expansion.node_rows)
         self._stretches.end("forward", len(expansion.rows.tokens))
@@ -342,15 +340,16 @@ class ModelMethod(DraftMethod):
         if not len(frontier.nodes):
             return frontier
         counts = frontier.counts
-        if len(frontier.nodes) <= self._max_rows and self._rows.have_room(
-            frontier.slots, frontier.lags, counts
-        ):
+        lacks_pages = self._rows.lacks_pages(frontier.slots, frontier.lags, counts)
+        if len(frontier.nodes) <= self._max_rows and not np.count_nonzero(lacks_pages):
             return frontier
         totals = np.bincount(frontier.owners, frontier.gains, minlength=len(frontier.slots))
         allowed, room = np.zeros(len(frontier.slots), dtype=np.bool_), self._max_rows
         for index in np.argsort(-totals, kind="stable").tolist():
             count = int(counts[index])
-            if 0 < count <= room and self._rows.take_rows(int(frontier.slots[index]), count):
+            if not 0 < count <= room:
+                continue
+            if not lacks_pages[index] or self._rows.take_rows(int(frontier.slots[index]), count):
                 room -= count
                 allowed[index] = True
         kept = allowed[frontier.owners]
@@ -418,9 +417,11 @@ class ModelMethod(DraftMethod):
 
         laws: [M], 1 of greedy rows.
         """
-        totals, counts = np.zeros(self._yields.shape), np.zeros(self._yields.shape)
-        np.add.at(totals, laws, errors)
-        np.add.at(counts, laws, met)
+        totals, counts = np.empty(self._yields.shape), np.empty(self._yields.shape)
+        for law in (0, 1):
+            own = laws == law
+            np.add.reduce(errors[own], axis=0, out=totals[law])
+            np.add.reduce(met[own], axis=0, out=counts[law])
         weights = 1.0 - (1.0 - _SMOOTHING) ** counts  # as if one came after the other
         self._yields += weights * totals / np.maximum(counts, 1.0)
         self._yields_so_far = self._yields.cumsum(axis=1)

@@ -101,24 +101,20 @@ class RowCache:
             self.tables.append(slot, pages)
         return True
 
-    def have_room(self, slots: Ints, lags: Ints, num_nodes: Ints) -> bool:
-        """Whether every slot ([B]) holds the pages for what it lacks and these further nodes already."""
+    def lacks_pages(self, slots: Ints, lags: Ints, num_nodes: Ints) -> Bools:
+        """Which slots ([B]) do not hold the pages yet for the tokens that they lack and these further nodes."""
         num_rows = self.context_lens[slots] + self._num_rows[slots] + num_nodes
         num_rows += np.maximum(lags - 1, 0)
-        lacks = num_rows > self.tables.num_pages[slots] * self.pool.page_size
-        return np.count_nonzero(lacks) == 0
+        return num_rows > self.tables.num_pages[slots] * self.pool.page_size
 
     def take_rows(self, slot: int, num_nodes: int) -> bool:
         """Hold pages for these further nodes, and what has to be read before them."""
         lag = int(self.lags(np.array([slot]))[0])
         return self.take_pages(slot, int(self._num_rows[slot]) + max(0, lag - 1) + num_nodes)
 
-    def plan(self, slots: Ints, lags: Ints, num_nodes: Ints, nodes: Ints) -> Expansion:
-        """Rows for nodes of distinct slots, those of a slot together, parents first; see `Expansion`.
-
-        lags: int64 [B], those of the slots.
-        """
-        extra = np.maximum(lags - 1, 0)
+    def plan(self, slots: Ints, num_nodes: Ints, nodes: Ints) -> Expansion:
+        """Rows for nodes of distinct slots, those of a slot together, parents first; see `Expansion`."""
+        extra = np.maximum(self.lags(slots) - 1, 0)
         num_before = self._num_rows[slots]
         node_slots = slots.repeat(num_nodes)
         rank = places_in(num_nodes)
@@ -170,12 +166,13 @@ class RowCache:
         masks: UInt64s = np.zeros((num_rows, node_masks.shape[1]), dtype=np.uint64)
         masks[node_rows] = node_masks
         begins = np.cumsum(query_lens) - query_lens
+        chain = chain_masks(int(extra.max()), masks.shape[1])
         # Mostly one token each: the target's own of the last round.
         for slot, begin, count in zip(slots.tolist(), begins.tolist(), extra.tolist(), strict=True):
             if count:
                 tokens[begin : begin + count] = self._slots.sequence(slot).tokens[-1 - count : -1]
                 tree_rows[begin : begin + count] = depths[begin : begin + count] = np.arange(count)
-                masks[begin : begin + count] = chain_masks(count, masks.shape[1])
+                masks[begin : begin + count] = chain[:count]
         return tokens, tree_rows, depths, masks
 
     def computed(self, expansion: Expansion) -> None:

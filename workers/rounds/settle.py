@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from outrider.workers.rounds.outgoing import Round, score_needs
 from outrider.workers.sequences.hidden import HiddenRows, all_layers
 from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.rules import NodeScores, Rule, Verdicts
+from outrider.workers.sequences.segments import starts_of
 from outrider.workers.sequences.sequence import RequestStats, Sequence, TokenEvent, TokenLogprobs
 from outrider.workers.sequences.tree import Ints
 
@@ -44,8 +45,9 @@ def settle_round(
             outcomes.append(Outcome(sequence, _event(sequence, finish_reason="cancelled")))
             continue
         committed = list(range(chain))
-        event = _event(sequence)
-        if step.reaches_end:
+        if not step.reaches_end:
+            event = _event(sequence)
+        else:
             event = _emit(sequence, verdicts, index)
             committed += verdicts.message_nodes(index)[: len(event.tokens)]  # a stop token may come before
             if not event.finish_reason:
@@ -55,7 +57,7 @@ def settle_round(
         sequence.num_committed += len(committed)
         outcomes.append(Outcome(sequence, event))
         verified.append((index, sequence, committed))
-    if verified:
+    if verified and drafting.observes:
         drafting.observe(_verified(round_, scores, verified))
     if going_on:
         chosen = np.array(going_on)
@@ -71,22 +73,15 @@ class _Verdicts:
         self.trees = round_.trees
         self.scores = _node_scores(round_, scores, rules)
         self._flat = scores
-        names = [rule.name for rule in rules]
-        parts = {
-            rule.name: (np.array([i for i, name in enumerate(names) if name == rule.name]), rule)
-            for rule in rules
-        }
-        if len(parts) == 1:
-            ((_, rule),) = parts.values()
-            self._all = rule.verdict(self.trees, self.scores)
+        by_name = {rule.name: rule for rule in rules}
+        if len(by_name) == 1:
+            self._all = rules[0].verdict(self.trees, self.scores)
         else:
-            self._all = _merged(
-                len(names),
-                [
-                    (rows, rule.verdict(self.trees.rows(rows), _score_rows(self.scores, rows)))
-                    for rows, rule in parts.values()
-                ],
-            )
+            parts = []
+            for rule in by_name.values():
+                rows = np.array([i for i, other in enumerate(rules) if other.name == rule.name])
+                parts.append((rows, rule.verdict(self.trees.rows(rows), _score_rows(self.scores, rows))))
+            self._all = _merged(len(rules), parts)
         tokens, origins = self._all.emitted(self.trees)
         self.tokens, self.origins = tokens.tolist(), origins.tolist()
         self.num_accepted = self._all.num_accepted.tolist()
@@ -94,16 +89,15 @@ class _Verdicts:
         self.paths = self._all.paths.tolist()
         self._chain_lengths = round_.chain_lengths.tolist()
         self._num_sampled = round_.trees.counts
-        last = np.take_along_axis(self._all.paths, self._all.num_accepted[:, None], axis=1)
-        is_child = (self.trees.parents == last) & self.trees.exists
+        last = self._all.paths[np.arange(len(rules)), self._all.num_accepted]
+        is_child = (self.trees.parents == last[:, None]) & self.trees.exists
         is_child[:, 0] = False
-        self.num_offered = (self._all.num_accepted + is_child.any(axis=1)).tolist()
+        self.num_offered = (self._all.num_accepted + np.logical_or.reduce(is_child, axis=1)).tolist()
         """How deep drafted tokens stood below accepted parents."""
         self.num_drafted = np.maximum(self.trees.counts - 1, 0).tolist()
-        self.num_kept = self._all.is_kept.sum(axis=1).tolist()
+        self.num_kept = np.add.reduce(self._all.is_kept, axis=1, dtype=np.int64).tolist()
         asks = [step.sequence.request.sampling.logprobs for step in round_.steps]
-        counts = np.where(asks, self._num_sampled, 0)
-        self._logprob_rows = (np.cumsum(counts) - counts).tolist()
+        self._logprob_rows = starts_of(self._num_sampled * np.array(asks)).tolist()
 
     def rows(self, which: Ints) -> Verdicts:
         """Of some of the steps."""
@@ -170,12 +164,13 @@ def _until_end(sequence: Sequence, emitted: list[int]) -> tuple[list[int], str]:
 def _count(stats: RequestStats, verdicts: _Verdicts, index: int) -> RequestStats:
     num_accepted = verdicts.num_accepted[index]
     num_levels = max(len(stats.depth_drafted), verdicts.num_offered[index])
-    return replace(
-        stats,
+    return RequestStats(
         num_rounds=stats.num_rounds + 1,
         num_drafted=stats.num_drafted + verdicts.num_drafted[index],
         num_accepted=stats.num_accepted + num_accepted,
         num_kept=stats.num_kept + verdicts.num_kept[index],
+        num_cached_prompt_tokens=stats.num_cached_prompt_tokens,
+        num_recomputed=stats.num_recomputed,
         depth_drafted=_one_more(stats.depth_drafted, verdicts.num_offered[index], num_levels),
         depth_accepted=_one_more(stats.depth_accepted, num_accepted, num_levels),
     )
@@ -184,7 +179,7 @@ def _count(stats: RequestStats, verdicts: _Verdicts, index: int) -> RequestStats
 def _one_more(counts: tuple[int, ...], depth: int, num_levels: int) -> tuple[int, ...]:
     """One more of each of the first `depth` counts, of which there are `num_levels` then."""
     longer = counts + (0,) * (num_levels - len(counts))
-    return tuple(count + 1 for count in longer[:depth]) + longer[depth:]
+    return (*[count + 1 for count in longer[:depth]], *longer[depth:])
 
 
 def _node_scores(round_: Round, scores: Scores, rules: SequenceABC[Rule]) -> NodeScores:
@@ -194,6 +189,8 @@ def _node_scores(round_: Round, scores: Scores, rules: SequenceABC[Rule]) -> Nod
     tokens, failed = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
     tokens[exists], failed[exists] = scores.tokens, scores.failed
     child_logprobs, entropies = np.zeros(shape), np.zeros(shape)
+    if not len(scores.child_logprobs) and not len(scores.entropies):
+        return NodeScores(tokens, failed, child_logprobs, entropies, _hidden_by_node(round_, scores, rules))
     needs = [score_needs(step.sequence, rule) for step, rule in zip(round_.steps, rules, strict=True)]
     if len(scores.child_logprobs):
         drafted = exists & np.array([need.child_logprobs for need in needs])[:, None]

@@ -40,7 +40,7 @@ def kept_tokens(
     """
     sends_all = vocab_size <= _SMALL_VOCABULARY
     sums = np.zeros(len(rows))
-    summed = np.flatnonzero((params.top_p[rows] < 1.0) & (params.top_k[rows] == 0))
+    summed = ((params.top_p[rows] < 1.0) & (params.top_k[rows] == 0)).nonzero()[0]
     if len(summed) and not sends_all:
         chosen = rows[summed]
         sums[summed] = shard.exp_sums(chosen, maxima[summed], params.temperatures[chosen])
@@ -50,16 +50,19 @@ def kept_tokens(
     if sends_all:
         count = vocab_size + 1  # a rank that has sent all it has ends with -inf
     while len(pending):
-        message = _pack(sums[pending], shard.largest(rows[pending], count), count)
-        gathered = communicator.all_gather(
-            torch.from_numpy(message)
-        ).numpy()  # [size, num_pending, 2 + count]
-        totals = np.ascontiguousarray(gathered[:, :, :2]).view(np.float64)[:, :, 0].sum(axis=0)
-        logits = gathered[:, :, 2:]
+        totals, logits = sums[pending], shard.largest(rows[pending], count)[None]
+        sent_all = logits.shape[2] < count
+        if communicator.size > 1:
+            message = torch.from_numpy(_pack(totals, logits[0], count))
+            gathered = communicator.all_gather(message).numpy()  # [size, num_pending, 2 + count]
+            totals = np.ascontiguousarray(gathered[:, :, :2]).view(np.float64)[:, :, 0].sum(axis=0)
+            logits, sent_all = gathered[:, :, 2:], False
         unfinished = []
         for part in parts_of_rows(len(pending), logits[:, 0].size):
             some, own = logits[:, part], pending[part]
             floors = some[:, :, -1].max(axis=0)
+            if sent_all:
+                floors = np.full(len(own), -np.inf, dtype=np.float32)
             found, certain = nuclei(
                 _merged(some), floors, None if sends_all else totals[part], params, rows[own]
             )

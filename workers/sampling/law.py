@@ -156,7 +156,7 @@ def nuclei(
     kept = np.full(num, width, dtype=np.int64)
     each = np.arange(num)
     certain = np.ones(num, dtype=np.bool_)
-    if top_k.any():
+    if np.count_nonzero(top_k):
         kth = logits[each, np.minimum(top_k, width) - 1]
         limited = (top_k > 0) & (top_k < width)
         kept[limited] = count_true(logits[limited] >= kth[limited, None])
@@ -164,13 +164,13 @@ def nuclei(
     weights = exponentials(logits, logits[:, 0], params.temperatures[rows])
     # numpy's takes three times as long
     masses = torch.from_numpy(weights).cumsum(dim=1, dtype=torch.float64).numpy()
-    if (top_p < 1.0).any():
+    if np.count_nonzero(top_p < 1.0):
         limits = top_p * masses[each, kept - 1]
         if totals is not None:
             limits = np.where(top_k > 0, limits, top_p * totals)
         limits[top_p == 1.0] = np.inf
         kept = np.minimum(kept, 1 + count_true(masses[:, :-1] < limits[:, None]))
-    if min_p.any():
+    if np.count_nonzero(min_p):
         asking = np.flatnonzero(min_p)
         x = (logits[asking] - logits[asking, :1]).astype(np.float64) / params.temperatures[rows[asking], None]
         likely = count_true(x >= np.log(min_p[asking])[:, None])

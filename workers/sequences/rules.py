@@ -15,6 +15,7 @@ import torch
 
 from outrider.workers.sequences.hidden import NO_HIDDEN_ROWS, HiddenNeeds
 from outrider.workers.sequences.origin import Origin
+from outrider.workers.sequences.segments import pick
 from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints
 
 
@@ -67,13 +68,19 @@ class Verdicts:
 
     def emitted(self, trees: DraftTrees) -> tuple[Ints, Ints]:
         """Tokens that come out and their origins, int64 [B, D] each: `num_accepted` drafts, then the target's own."""
-        row = np.arange(len(self.paths))
-        tokens, origins = (np.zeros(self.paths.shape, dtype=np.int64) for _ in range(2))
-        tokens[:, :-1] = np.take_along_axis(trees.tokens, self.paths, axis=1)[:, 1:]
-        origins[:, :-1] = np.where(self.is_kept[:, 1:], Origin.KEPT, Origin.DRAFT)
-        tokens[row, self.num_accepted] = self.next_tokens
-        origins[row, self.num_accepted] = Origin.TARGET
+        tokens = self.emitted_tokens(trees)
+        origins = np.zeros(tokens.shape, dtype=np.int64)
+        origins[:, :-1] = int(Origin.DRAFT)
+        origins[:, :-1][self.is_kept[:, 1:]] = int(Origin.KEPT)
+        origins[np.arange(len(origins)), self.num_accepted] = int(Origin.TARGET)
         return tokens, origins
+
+    def emitted_tokens(self, trees: DraftTrees) -> Ints:
+        """Tokens that come out, int64 [B, D]; behind `num_accepted[b] + 1` padding."""
+        tokens = np.zeros(self.paths.shape, dtype=np.int64)
+        tokens[:, :-1] = pick(trees.tokens, self.paths[:, 1:])
+        tokens[np.arange(len(tokens)), self.num_accepted] = self.next_tokens
+        return tokens
 
 
 class Rule(ABC):
@@ -99,38 +106,44 @@ class ExactRule(Rule):
     is_lossless = True
 
     def verdict(self, trees: DraftTrees, scores: NodeScores) -> Verdicts:
-        return follow(trees, scores, sampled_children(trees, scores))
+        sampled = sampled_children(trees, scores)
+        return follow(trees, scores, sampled, sampled)
 
 
 def sampled_children(trees: DraftTrees, scores: NodeScores) -> Bools:
     """[B, K]: drafted nodes that hold the token which the target samples after their parents."""
-    tokens = np.take_along_axis(scores.tokens, trees.parents, axis=1)
-    failed = np.take_along_axis(scores.failed, trees.parents, axis=1)
-    children = (trees.tokens == tokens) & ~failed & trees.exists
+    children = trees.tokens == pick(scores.tokens, trees.parents)
+    if np.count_nonzero(scores.failed):
+        children &= ~pick(scores.failed, trees.parents)
+    children &= trees.exists
     children[:, 0] = False
     return children
 
 
-def follow(trees: DraftTrees, scores: NodeScores, accepted: Bools) -> Verdicts:
-    """Walk from the roots along accepted nodes ([B, K]); of several children the first one is taken."""
+def follow(trees: DraftTrees, scores: NodeScores, accepted: Bools, sampled: Bools | None = None) -> Verdicts:
+    """Walk from the roots along accepted nodes ([B, K]); of several children the first one is taken.
+
+    sampled: the `sampled_children`, if they are known already.
+    """
     num_rows, width = trees.tokens.shape
     row = np.arange(num_rows)
     next_node = np.zeros((num_rows, width), dtype=np.int64)
     # Of several assignments to one place the last holds: nodes backwards, so that it is the first child. Not by
     # views of negative stride: numpy assigns those in the order of memory.
-    owners, columns_from_end = np.nonzero(accepted[:, ::-1])
+    owners, columns_from_end = accepted[:, ::-1].nonzero()
     nodes = width - 1 - columns_from_end
     next_node[owners, trees.parents[owners, nodes]] = nodes
     columns, num_accepted = [np.zeros(num_rows, dtype=np.int64)], np.zeros(num_rows, dtype=np.int64)
     current = next_node[:, 0]
-    while current.any():
+    while np.count_nonzero(current):
         columns.append(current)
-        num_accepted += current > 0
-        current = np.where(current > 0, next_node[row, current], 0)
-    paths = np.stack([*columns, np.zeros(num_rows, dtype=np.int64)], axis=1)
+        goes_on = current > 0
+        num_accepted += goes_on
+        current = next_node[row, current] * goes_on
+    paths = np.array([*columns, current]).T.copy()
     lasts = paths[row, num_accepted]
-    is_sampled = sampled_children(trees, scores)
-    is_kept = ~np.take_along_axis(is_sampled, paths, axis=1) & (paths > 0)
+    is_kept = ~pick(sampled_children(trees, scores) if sampled is None else sampled, paths)
+    is_kept &= paths > 0
     return Verdicts(paths, num_accepted, scores.tokens[row, lasts], is_kept, scores.failed[row, lasts])
 
 

