@@ -318,7 +318,10 @@ class ShardLogits:
             of_row = found // self._size
             columns = found - of_row * self._size
             return padded(
-                len(rows), of_row, self.logits(rows[of_row], columns + self.vocab_offset), columns + self.vocab_offset
+                len(rows),
+                of_row,
+                self.logits(rows[of_row], columns + self.vocab_offset),
+                columns + self.vocab_offset,
             )
         return padded(len(rows), *self._found(rows, bounds))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from outrider.workers.sequences.tree import Bools, Floats, Ints
 
@@ -10,6 +11,7 @@ _PRIOR_WEIGHT = 6.0  # observations a prior is worth
 _MAX_WEIGHT = 200.0  # older observations fade beyond this many: texts change
 _MAX_RANK = 4  # proposals behind it are counted as one kind
 _NUM_RANKS = _MAX_RANK + 1
+_YIELD_SMOOTHING = 0.05
 _RISING_EDGES = np.array((-5.0, -3.5, -2.2, -1.3, -0.7, -0.3, -0.1, -0.02))  # of log-probabilities, nats
 _NUM_EDGES = len(_RISING_EDGES)
 
@@ -76,3 +78,17 @@ def priors_and_kinds(log_probs: Floats, is_greedy: Bools) -> tuple[Floats, Ints]
     kinds = _NUM_EDGES - _RISING_EDGES.searchsorted(log_probs, side="right")
     kinds += (is_greedy[:, None] * _NUM_RANKS + np.minimum(ranks, _MAX_RANK)) * (_NUM_EDGES + 1)
     return priors, kinds
+
+
+def follow_errors(yields: Floats, laws: npt.NDArray[np.int8], errors: Floats, met: Bools) -> None:
+    """Move expected yields ([2, children]: of sampled and greedy requests), in place, by how far they were off.
+
+    laws: [M], 1 of greedy rows; errors: [M, children], 0 where a rank was not proposed (`met`) at all.
+    """
+    totals, counts = np.empty(yields.shape), np.empty(yields.shape)
+    for law in (0, 1):
+        own = laws == law
+        np.add.reduce(errors[own], axis=0, out=totals[law])
+        np.add.reduce(met[own], axis=0, out=counts[law])
+    weights = 1.0 - (1.0 - _YIELD_SMOOTHING) ** counts  # as if one came after the other
+    yields += weights * totals / np.maximum(counts, 1.0)

@@ -133,7 +133,9 @@ class DraftEngine:
             uses = self._uses[method.name][slots]
             num_using = np.count_nonzero(uses)
             if num_using:
-                method.rerooted(survivors if num_using == len(slots) else survivors.rows(np.flatnonzero(uses)))
+                method.rerooted(
+                    survivors if num_using == len(slots) else survivors.rows(np.flatnonzero(uses))
+                )
 
     def _learn(self, slots: Ints, trees: DraftTrees, verdicts: Verdicts) -> None:
         """Every proposal after a node of the path met its answer, also one that was not worth sending.

@@ -101,10 +101,10 @@ class RowCache:
             self.tables.append(slot, pages)
         return True
 
-    def lacks_pages(self, slots: Ints, lags: Ints, num_nodes: Ints) -> Bools:
+    def lacks_pages(self, slots: Ints, num_nodes: Ints) -> Bools:
         """Which slots ([B]) do not hold the pages yet for the tokens that they lack and these further nodes."""
         num_rows = self.context_lens[slots] + self._num_rows[slots] + num_nodes
-        num_rows += np.maximum(lags - 1, 0)
+        num_rows += np.maximum(self.lags(slots) - 1, 0)
         return num_rows > self.tables.num_pages[slots] * self.pool.page_size
 
     def take_rows(self, slot: int, num_nodes: int) -> bool:

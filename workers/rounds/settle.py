@@ -190,9 +190,7 @@ def _node_scores(round_: Round, scores: Scores, rules: SequenceABC[Rule]) -> Nod
     tokens[exists], failed[exists] = scores.tokens, scores.failed
     child_logprobs, entropies = np.zeros(shape), np.zeros(shape)
     if not len(scores.child_logprobs) and not len(scores.entropies):
-        return NodeScores(
-            tokens, failed, child_logprobs, entropies, _hidden_by_node(round_, scores, rules)
-        )
+        return NodeScores(tokens, failed, child_logprobs, entropies, _hidden_by_node(round_, scores, rules))
     needs = [score_needs(step.sequence, rule) for step, rule in zip(round_.steps, rules, strict=True)]
     if len(scores.child_logprobs):
         drafted = exists & np.array([need.child_logprobs for need in needs])[:, None]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from outrider.kernels.noise import Int64Array, noise_keys
+from outrider.kernels.noise import Int64Array, UInt32Array, noise_keys
 from outrider.workers.sequences.params import SamplingParams
 
 
@@ -62,7 +63,7 @@ class PenaltyState:
         return ids, counts, seen
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SampledRows:
     """Consecutive rows of logits to sample from that belong to one sequence."""
 
@@ -83,7 +84,7 @@ class RowParameters:
         lengths = np.array([len(group.positions) for group in groups], dtype=np.int64)
         # float64 holds every one of these numbers as it is, but not seeds.
         laws = np.array([group.params.law for group in groups]).reshape(len(groups), -1)
-        seeds = np.array([group.params.seed for group in groups], dtype=np.uint64)
+        self._groups, self._lengths = groups, lengths
         self.num_rows = int(np.add.reduce(lengths))
         columns: npt.NDArray[np.float64] = laws.T.repeat(lengths, axis=1) if groups else np.empty((6, 0))
         temperatures, top_k, self.top_p, self.min_p, truncates, num_reported = columns
@@ -92,7 +93,13 @@ class RowParameters:
         self.truncates = truncates > 0.0
         self.logprobs = num_reported >= 0.0
         self.max_top_logprobs = max(0, int(num_reported.max(initial=0.0)))
-        positions = [group.positions for group in groups]
-        self.keys = noise_keys(
-            seeds.repeat(lengths), np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64)
+
+    @cached_property
+    def keys(self) -> UInt32Array:
+        """[num_rows, 2]: of the noise, which greedy rows do without."""
+        seeds = np.array([group.params.seed for group in self._groups], dtype=np.uint64)
+        positions = [group.positions for group in self._groups]
+        return noise_keys(
+            seeds.repeat(self._lengths),
+            np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64),
         )

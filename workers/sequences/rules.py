@@ -120,9 +120,7 @@ def sampled_children(trees: DraftTrees, scores: NodeScores) -> Bools:
     return children
 
 
-def follow(
-    trees: DraftTrees, scores: NodeScores, accepted: Bools, sampled: Bools | None = None
-) -> Verdicts:
+def follow(trees: DraftTrees, scores: NodeScores, accepted: Bools, sampled: Bools | None = None) -> Verdicts:
     """Walk from the roots along accepted nodes ([B, K]); of several children the first one is taken.
 
     sampled: the `sampled_children`, if they are known already.
