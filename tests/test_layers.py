@@ -31,8 +31,20 @@ ALLOWED_PACKAGES = {
         "huggingface_hub",
         "psutil",
     },
-    "cluster": {"ray", "typer", "rich", "matplotlib", "numpy", "scipy", "psutil", "transformers", "torch"},
+    "cluster": {"ray", "typer", "rich", "matplotlib", "numpy", "scipy", "psutil", "transformers"},
 }
+
+# Inside `workers`, from the ground up: folders, and modules that stand alone. Imports go down only.
+FLOORS = (
+    {"sequences", "weights", "memory", "trace", "last_resort"},
+    {"link", "timing"},
+    {"model", "sampling"},
+    {"setup", "target_state"},
+    {"drafting"},
+    {"rounds", "target"},
+    {"draft", "doctor", "baselines"},
+    {"first_gpu", "host_time"},
+)
 
 STDLIB = __import__("sys").stdlib_module_names
 
@@ -71,6 +83,19 @@ def faults(path: Path) -> Iterator[str]:
 
 def test_modules_import_only_what_their_layer_may() -> None:
     assert [fault for path in python_files() for fault in faults(path)] == []
+
+
+def test_imports_inside_workers_go_down_only() -> None:
+    floor_of = {unit: number for number, floor in enumerate(FLOORS) for unit in floor}
+    upwards = []
+    for path in python_files():
+        layer, unit, *_ = path.relative_to(ROOT).with_suffix("").parts
+        for module in imported_modules(path) if layer == "workers" else ():
+            if module.startswith("outrider.workers."):
+                other = module.split(".")[2]
+                if other != unit and floor_of[other] >= floor_of[unit]:
+                    upwards.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert upwards == []
 
 
 def test_the_folders_are_namespace_packages() -> None:

@@ -221,7 +221,7 @@ def test_a_rank_that_outlives_another_is_told_so() -> None:
                 while not fake.targets[0].was_aborted:
                     await asyncio.sleep(0.01)
             assert not fake.targets[1].was_aborted
-            assert "out of memory" in await fake.coordinator.failure()
+            assert "out of memory" in (await fake.coordinator.take(0.0)).failure
 
     asyncio.run(scenario())
 

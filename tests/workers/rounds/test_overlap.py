@@ -75,6 +75,7 @@ def test_two_lanes_take_half_the_time_when_drafting_takes_as_long_as_verifying(
         depth=4,
         num_sequences=num_sequences,
         share=share,
+        num_tokens=400 if share else 160,  # one token a round
     )
     assert speedup(runs) > 1.95
 
@@ -131,7 +132,7 @@ def test_drafting_ahead_is_never_slower_when_all_drafts_are_wrong(
     assert serial.seconds / overlapped.seconds >= 0.97
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     verify_ms=st.integers(5, 80),
     step_ms=st.integers(1, 120),
