@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -61,23 +64,37 @@ def priors_and_kinds(log_probs: Floats, is_greedy: Bools) -> tuple[Floats, Ints]
     finds likely. Otherwise the noise, which target and drafter share, has chosen already, so that a high rank
     means more than the bare probability. The priors' constants are fitted to Qwen2.5-Coder 1.5B with 0.5B.
     """
-    ranks = np.arange(log_probs.shape[1])
-    later = np.maximum(ranks, 1)
+    of_ranks = _of_ranks(log_probs.shape[1])
     probs = np.exp(np.minimum(log_probs, 0.0))
     num_greedy = np.count_nonzero(is_greedy)
     priors = np.empty(probs.shape)
     if num_greedy < len(is_greedy):
-        priors = np.minimum(0.35, 0.02 + 0.8 * probs) / later
+        priors = np.minimum(0.35, 0.02 + 0.8 * probs) / of_ranks.later
         priors[:, 0] = 0.35 + 0.6 * probs[:, 0]
     if num_greedy:
         first_misses = (1.0 - probs[:, :1]) ** 1.5
-        greedy = np.minimum(0.85 * probs / later, first_misses / 2.0**ranks)
+        greedy = np.minimum(0.85 * probs / of_ranks.later, first_misses / of_ranks.halvings)
         greedy[:, :1] = 1.0 - first_misses
         priors = greedy if num_greedy == len(is_greedy) else np.where(is_greedy[:, None], greedy, priors)
     # How many edges lie above each: the edges fall, and the search wants them rising.
     kinds = _NUM_EDGES - _RISING_EDGES.searchsorted(log_probs, side="right")
-    kinds += (is_greedy[:, None] * _NUM_RANKS + np.minimum(ranks, _MAX_RANK)) * (_NUM_EDGES + 1)
+    kinds += is_greedy[:, None] * (_NUM_RANKS * (_NUM_EDGES + 1)) + of_ranks.first_kinds
     return priors, kinds
+
+
+class _OfRanks(NamedTuple):
+    """What depends on the ranks of proposals alone; [children] each."""
+
+    later: Ints  # the rank, 1 at least
+    halvings: Floats
+    first_kinds: Ints
+
+
+@cache
+def _of_ranks(num: int) -> _OfRanks:
+    ranks = np.arange(num)
+    first_kinds = np.minimum(ranks, _MAX_RANK) * (_NUM_EDGES + 1)
+    return _OfRanks(np.maximum(ranks, 1), 2.0**ranks, first_kinds)
 
 
 def follow_errors(yields: Floats, laws: npt.NDArray[np.int8], errors: Floats, met: Bools) -> None:
