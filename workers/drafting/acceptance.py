@@ -102,10 +102,9 @@ def follow_errors(yields: Floats, laws: npt.NDArray[np.int8], errors: Floats, me
 
     laws: [M], 1 of greedy rows; errors: [M, children], 0 where a rank was not proposed (`met`) at all.
     """
-    totals, counts = np.empty(yields.shape), np.empty(yields.shape)
-    for law in (0, 1):
-        own = laws == law
-        np.add.reduce(errors[own], axis=0, out=totals[law])
-        np.add.reduce(met[own], axis=0, out=counts[law])
+    of_law = np.empty((2, len(laws)))
+    of_law[1] = laws
+    of_law[0] = 1.0 - of_law[1]
+    totals, counts = of_law @ errors, of_law @ met
     weights = 1.0 - (1.0 - _YIELD_SMOOTHING) ** counts  # as if one came after the other
     yields += weights * totals / np.maximum(counts, 1.0)
