@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import NamedTuple
+
 import numpy as np
+import numpy.typing as npt
 
 from outrider.workers.sequences.tree import Bools, Floats, Ints
 
@@ -10,6 +14,7 @@ _PRIOR_WEIGHT = 6.0  # observations a prior is worth
 _MAX_WEIGHT = 200.0  # older observations fade beyond this many: texts change
 _MAX_RANK = 4  # proposals behind it are counted as one kind
 _NUM_RANKS = _MAX_RANK + 1
+_YIELD_SMOOTHING = 0.05
 _RISING_EDGES = np.array((-5.0, -3.5, -2.2, -1.3, -0.7, -0.3, -0.1, -0.02))  # of log-probabilities, nats
 _NUM_EDGES = len(_RISING_EDGES)
 
@@ -59,20 +64,47 @@ def priors_and_kinds(log_probs: Floats, is_greedy: Bools) -> tuple[Floats, Ints]
     finds likely. Otherwise the noise, which target and drafter share, has chosen already, so that a high rank
     means more than the bare probability. The priors' constants are fitted to Qwen2.5-Coder 1.5B with 0.5B.
     """
-    ranks = np.arange(log_probs.shape[1])
-    later = np.maximum(ranks, 1)
+    of_ranks = _of_ranks(log_probs.shape[1])
     probs = np.exp(np.minimum(log_probs, 0.0))
     num_greedy = np.count_nonzero(is_greedy)
     priors = np.empty(probs.shape)
     if num_greedy < len(is_greedy):
-        priors = np.minimum(0.35, 0.02 + 0.8 * probs) / later
+        priors = np.minimum(0.35, 0.02 + 0.8 * probs) / of_ranks.later
         priors[:, 0] = 0.35 + 0.6 * probs[:, 0]
     if num_greedy:
         first_misses = (1.0 - probs[:, :1]) ** 1.5
-        greedy = np.minimum(0.85 * probs / later, first_misses / 2.0**ranks)
+        greedy = np.minimum(0.85 * probs / of_ranks.later, first_misses / of_ranks.halvings)
         greedy[:, :1] = 1.0 - first_misses
         priors = greedy if num_greedy == len(is_greedy) else np.where(is_greedy[:, None], greedy, priors)
     # How many edges lie above each: the edges fall, and the search wants them rising.
     kinds = _NUM_EDGES - _RISING_EDGES.searchsorted(log_probs, side="right")
-    kinds += (is_greedy[:, None] * _NUM_RANKS + np.minimum(ranks, _MAX_RANK)) * (_NUM_EDGES + 1)
+    kinds += is_greedy[:, None] * (_NUM_RANKS * (_NUM_EDGES + 1)) + of_ranks.first_kinds
     return priors, kinds
+
+
+class _OfRanks(NamedTuple):
+    """What depends on the ranks of proposals alone; [children] each."""
+
+    later: Ints  # the rank, 1 at least
+    halvings: Floats
+    first_kinds: Ints
+
+
+@cache
+def _of_ranks(num: int) -> _OfRanks:
+    ranks = np.arange(num)
+    first_kinds = np.minimum(ranks, _MAX_RANK) * (_NUM_EDGES + 1)
+    return _OfRanks(np.maximum(ranks, 1), 2.0**ranks, first_kinds)
+
+
+def follow_errors(yields: Floats, laws: npt.NDArray[np.int8], errors: Floats, met: Bools) -> None:
+    """Move expected yields ([2, children]: of sampled and greedy requests), in place, by how far they were off.
+
+    laws: [M], 1 of greedy rows; errors: [M, children], 0 where a rank was not proposed (`met`) at all.
+    """
+    of_law = np.empty((2, len(laws)))
+    of_law[1] = laws
+    of_law[0] = 1.0 - of_law[1]
+    totals, counts = of_law @ errors, of_law @ met
+    weights = 1.0 - (1.0 - _YIELD_SMOOTHING) ** counts  # as if one came after the other
+    yields += weights * totals / np.maximum(counts, 1.0)

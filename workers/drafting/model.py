@@ -8,13 +8,17 @@ of everything that survives below it (SwiftSpec, arXiv 2506.11309).
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from outrider.workers.drafting.acceptance import NUM_SAMPLED_KINDS, AcceptanceEstimator, priors_and_kinds
+from outrider.workers.drafting.acceptance import (
+    NUM_SAMPLED_KINDS,
+    AcceptanceEstimator,
+    follow_errors,
+    priors_and_kinds,
+)
+from outrider.workers.drafting.frontier import Frontier, add_ancestors, with_ancestors
 from outrider.workers.drafting.method import DraftMethod, Forecast, MethodContext
 from outrider.workers.drafting.row_cache import Expansion, RowCache, chains
 from outrider.workers.drafting.slots import DraftedSlots
@@ -39,19 +43,6 @@ _ROWS_PER_STEP = 6  # nodes of one sequence that a step expands
 _MAX_LAG = 32  # tokens the model reads on the way to drafting; more are read in chunks beforehand
 _MIN_GAIN = 0.01  # expected accepted tokens below which a node is not worth a row
 _FIRST_YIELD = 0.5  # assumed of the best proposals before any was seen
-_SMOOTHING = 0.05
-
-
-@dataclass(frozen=True)
-class _Frontier:
-    """The nodes that the next step expands: those of `slots` by index, ascending, parents first."""
-
-    slots: Ints  # [B]
-    lags: Ints  # [B] known tokens that the step has to read, the root included
-    counts: Ints  # [B] nodes of each
-    owners: Ints  # [M] index of each node's slot
-    nodes: Ints  # [M]
-    gains: Floats  # [M]
 
 
 class ModelMethod(DraftMethod):
@@ -87,14 +78,14 @@ class ModelMethod(DraftMethod):
         self._rows_per_sequence = rows_per_sequence
         self._max_rows = max_rows
         self._prefill_chunk = prefill_chunk
-        self._penalties = [PenaltyState(())] * len(slots)
-        self._planned: tuple[tuple[int, bytes], _Frontier] | None = None
+        # By slot, what the law of its rows depends on besides the logits.
+        self._laws = [(SamplingParams(), PenaltyState(()))] * len(slots)
+        self._planned: tuple[tuple[int, bytes], Frontier] | None = None
         self._first_source = estimator.reserve(NUM_SAMPLED_KINDS)
         # By rank: how likely the proposal below a node is accepted, if the node is; of sampled and greedy requests,
         # because for sampled ones the noise chooses.
         self._first_yields = _FIRST_YIELD / 4.0 ** np.arange(max_children)
         self._yields = np.stack([self._first_yields, self._first_yields])
-        self._yields_so_far = self._yields.cumsum(axis=1)  # of a rank and all before it
 
     @classmethod
     def build(cls, context: MethodContext) -> ModelMethod:
@@ -130,11 +121,12 @@ class ModelMethod(DraftMethod):
     def start(self, sequence: Sequence) -> None:
         """Take the shared pages that hold the beginning of the prompt."""
         self._rows.start(sequence)
-        if sequence.request.sampling.uses_context:
-            state = PenaltyState(sequence.request.prompt_tokens)
+        params, penalties = sequence.request.sampling, PenaltyState(())
+        if params.uses_context:
+            penalties = PenaltyState(sequence.request.prompt_tokens)
             for token in sequence.tokens[len(sequence.request.prompt_tokens) :]:
-                state.add(token)
-            self._penalties[sequence.slot] = state
+                penalties.add(token)
+        self._laws[sequence.slot] = params, penalties
 
     def finish(self, sequence: Sequence) -> None:
         """Give the pages back."""
@@ -244,12 +236,12 @@ class ModelMethod(DraftMethod):
             self._cache.commit(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device))
         lengths = np.add.reduce(survivors.paths, axis=1, dtype=np.int64)
         for slot, length in zip(survivors.slots.tolist(), lengths.tolist(), strict=True):
-            sequence = self.slots.sequence(slot)
-            if sequence.request.sampling.uses_context:
-                for token in sequence.tokens[-length:]:
-                    self._penalties[slot].add(token)
+            params, penalties = self._laws[slot]
+            if params.uses_context:
+                for token in self.slots.sequence(slot).tokens[-length:]:
+                    penalties.add(token)
 
-    def _frontier(self, slots: Ints) -> _Frontier:
+    def _frontier(self, slots: Ints) -> Frontier:
         """The nodes that the next step expands; for a few sequences more of each than for many.
 
         The gain of a node is what the model is expected to add to what other methods proposed there already.
@@ -260,9 +252,9 @@ class ModelMethod(DraftMethod):
             self._planned = (key, self._find_frontier(slots))
         return self._planned[1]
 
-    def _find_frontier(self, slots: Ints) -> _Frontier:
+    def _find_frontier(self, slots: Ints) -> Frontier:
         if not len(slots):
-            return _Frontier(slots, slots, slots, slots, slots, np.zeros(0))
+            return Frontier(slots, slots, slots, slots, slots, np.zeros(0))
         trees = self.trees
         most = max(1, min(self._rows_per_sequence, self._max_rows // len(slots)))
         # A node whose children do not fit would never get them: it is expanded once.
@@ -272,7 +264,7 @@ class ModelMethod(DraftMethod):
         width = trees.width(slots)
         has_row = self._rows.has_row[slots, :width]
         # Padding has no value, so it promises nothing.
-        promised = self._yields_so_far[:, -1][self.slots.is_greedy[slots].view(np.int8)]
+        promised = np.add.reduce(self._yields, axis=1)[self.slots.is_greedy[slots].view(np.int8)]
         gains = promised[:, None] - trees.child_mass[slots, :width]
         gains *= trees.values[slots, :width]
         gains *= trees.depths[slots, :width] < self.slots.growth_depths(slots)[:, None]
@@ -288,59 +280,31 @@ class ModelMethod(DraftMethod):
         parents = trees.parents.reshape(-1)[slots[owners] * trees.capacity + nodes]
         is_ready = (has_row | chosen)[owners, parents]
         if np.count_nonzero(is_ready) < len(is_ready):
-            self._add_ancestors(slots, chosen, has_row)
+            all_parents = trees.parents[slots, :width]
+            add_ancestors(all_parents, chosen, has_row)
             for row in np.flatnonzero(chosen.sum(axis=1) > limits).tolist():
-                chosen[row] = self._with_ancestors(
-                    int(slots[row]), gains[row], has_row[row], int(limits[row])
-                )
+                own = gains[row] * (gains[row] > _MIN_GAIN)
+                chosen[row] = with_ancestors(all_parents[row], own, has_row[row], int(limits[row]))
             counts = np.add.reduce(chosen, axis=1, dtype=np.int64)
             owners, nodes = chosen.nonzero()
-        return _Frontier(slots, lags, counts, owners, nodes, gains[owners, nodes])
-
-    def _add_ancestors(self, slots: Ints, chosen: Bools, has_row: Bools) -> None:
-        """Mark in `chosen` ([B, N]) what has to be computed before what is marked."""
-        owners, nodes = np.nonzero(chosen)
-        while len(nodes):
-            nodes = self.trees.parents[slots[owners], nodes]
-            missing = ~has_row[owners, nodes] & ~chosen[owners, nodes]
-            owners, nodes = owners[missing], nodes[missing]
-            chosen[owners, nodes] = True
-
-    def _with_ancestors(self, slot: int, gains: Floats, has_row: Bools, most: int) -> Bools:
-        """[N]: the best nodes for which there is room with all that is above them."""
-        chosen = np.zeros_like(has_row)
-        parents, num_chosen = self.trees.parents[slot], 0
-        for node in np.argsort(-gains, kind="stable").tolist():
-            if gains[node] <= _MIN_GAIN or num_chosen == most:
-                break
-            needed: list[int] = []
-            above = node
-            while not has_row[above] and not chosen[above] and len(needed) <= most:
-                needed.append(above)
-                if above == 0:
-                    break
-                above = int(parents[above])
-            if num_chosen + len(needed) <= most:
-                chosen[needed] = True
-                num_chosen += len(needed)
-        return chosen
+        return Frontier(slots, lags, counts, owners, nodes, gains[owners, nodes])
 
     def _gains(self, slots: Ints, nodes: Ints) -> Floats:
         """[M, children] by rank: expected accepted tokens of proposals below nodes, less what is there."""
         here = slots * self.trees.capacity + nodes
         values, proposed = self.trees.values.reshape(-1)[here], self.trees.child_mass.reshape(-1)[here]
-        yields_so_far = self._yields_so_far[self.slots.is_greedy[slots].view(np.int8)]
+        yields_so_far = self._yields.cumsum(axis=1)[self.slots.is_greedy[slots].view(np.int8)]
         # What is there already takes the place of the first proposals.
         left = np.maximum(yields_so_far - proposed[:, None], 0.0)
         left[:, 1:] -= left[:, :-1].copy()
         return values[:, None] * left
 
-    def _within_room(self, frontier: _Frontier) -> _Frontier:
+    def _within_room(self, frontier: Frontier) -> Frontier:
         """As many sequences as a step has rows for, those that gain most first, and pages."""
         if not len(frontier.nodes):
             return frontier
         counts = frontier.counts
-        lacks_pages = self._rows.lacks_pages(frontier.slots, frontier.lags, counts)
+        lacks_pages = self._rows.lacks_pages(frontier.slots, counts)
         if len(frontier.nodes) <= self._max_rows and not np.count_nonzero(lacks_pages):
             return frontier
         totals = np.bincount(frontier.owners, frontier.gains, minlength=len(frontier.slots))
@@ -353,7 +317,7 @@ class ModelMethod(DraftMethod):
                 room -= count
                 allowed[index] = True
         kept = allowed[frontier.owners]
-        return _Frontier(
+        return Frontier(
             frontier.slots,
             frontier.lags,
             counts * allowed,
@@ -373,11 +337,11 @@ class ModelMethod(DraftMethod):
         positions += self.trees.depths.reshape(-1)[expansion.places]
         sampled, begin = [], 0
         for slot, end in zip(expansion.slots.tolist(), expansion.num_nodes.cumsum().tolist(), strict=True):
-            params = self.slots.sequence(slot).request.sampling
+            params, penalties = self._laws[slot]
             paths: list[list[int]] = []
             if params.uses_context:
                 paths = [self._path(slot, node) for node in expansion.nodes[begin:end].tolist()]
-            sampled.append(SampledRows(params, positions[begin:end], self._penalties[slot], paths))
+            sampled.append(SampledRows(params, positions[begin:end], penalties, paths))
             begin = end
         return sampled
 
@@ -410,18 +374,4 @@ class ModelMethod(DraftMethod):
         laws = is_greedy.view(np.int8)
         values -= promised[:, None] * self._yields[laws]
         values *= met
-        self._learn_yields(laws, values, met)
-
-    def _learn_yields(self, laws: npt.NDArray[np.int8], errors: Floats, met: Bools) -> None:
-        """Follow how far the expected yields were off: [M, children], 0 where a rank was not proposed at all.
-
-        laws: [M], 1 of greedy rows.
-        """
-        totals, counts = np.empty(self._yields.shape), np.empty(self._yields.shape)
-        for law in (0, 1):
-            own = laws == law
-            np.add.reduce(errors[own], axis=0, out=totals[law])
-            np.add.reduce(met[own], axis=0, out=counts[law])
-        weights = 1.0 - (1.0 - _SMOOTHING) ** counts  # as if one came after the other
-        self._yields += weights * totals / np.maximum(counts, 1.0)
-        self._yields_so_far = self._yields.cumsum(axis=1)
+        follow_errors(self._yields, laws, values, met)

@@ -86,7 +86,7 @@ class RowCache:
     def lags(self, slots: Ints) -> Ints:
         """[B]: known tokens without a row, the root included; 0 once the root has been expanded."""
         lags = self._slots.num_tokens[slots] - self.context_lens[slots]
-        lags *= ~self.has_row[slots, 0]
+        lags *= ~self.has_row[:, 0][slots]
         return lags
 
     def take_pages(self, slot: int, num_tree_rows: int) -> bool:
@@ -101,10 +101,10 @@ class RowCache:
             self.tables.append(slot, pages)
         return True
 
-    def lacks_pages(self, slots: Ints, lags: Ints, num_nodes: Ints) -> Bools:
+    def lacks_pages(self, slots: Ints, num_nodes: Ints) -> Bools:
         """Which slots ([B]) do not hold the pages yet for the tokens that they lack and these further nodes."""
         num_rows = self.context_lens[slots] + self._num_rows[slots] + num_nodes
-        num_rows += np.maximum(lags - 1, 0)
+        num_rows += np.maximum(self.lags(slots) - 1, 0)
         return num_rows > self.tables.num_pages[slots] * self.pool.page_size
 
     def take_rows(self, slot: int, num_nodes: int) -> bool:
@@ -268,9 +268,12 @@ def chain_masks(length: int, num_words: int) -> UInt64s:
 
 def _own_bits(rows: Ints, num_words: int) -> UInt64s:
     """[..., W]: the bit of each row."""
-    words, places = np.divmod(rows, _WORD_BITS)
-    bits = np.uint64(1) << places.astype(np.uint64)
-    return np.where(np.arange(num_words) == words[..., None], bits[..., None], np.uint64(0))
+    bits: UInt64s = np.zeros((*rows.shape, num_words), dtype=np.uint64)
+    flat = rows.reshape(-1)
+    words = flat // _WORD_BITS
+    places = (flat - words * _WORD_BITS).astype(np.uint64)
+    bits.reshape(-1)[np.arange(len(flat)) * num_words + words] = np.uint64(1) << places
+    return bits
 
 
 def _behind_chains(masks: UInt64s, lengths: Ints, num_words: int) -> UInt64s:

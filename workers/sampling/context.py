@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from outrider.kernels.noise import Int64Array, noise_keys
+from outrider.kernels.noise import Int64Array, UInt32Array, noise_keys
 from outrider.workers.sequences.params import SamplingParams
 
 
@@ -62,7 +63,7 @@ class PenaltyState:
         return ids, counts, seen
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SampledRows:
     """Consecutive rows of logits to sample from that belong to one sequence."""
 
@@ -80,19 +81,43 @@ class RowParameters:
     """The parameters of all rows of a batch as arrays [num_rows], each from its own group."""
 
     def __init__(self, groups: Sequence[SampledRows]) -> None:
-        lengths = np.array([len(group.positions) for group in groups], dtype=np.int64)
+        self._groups = groups
+        self._lengths = np.array([len(group.positions) for group in groups], dtype=np.int64)
         # float64 holds every one of these numbers as it is, but not seeds.
-        laws = np.array([group.params.law for group in groups]).reshape(len(groups), -1)
-        seeds = np.array([group.params.seed for group in groups], dtype=np.uint64)
-        self.num_rows = int(np.add.reduce(lengths))
-        columns: npt.NDArray[np.float64] = laws.T.repeat(lengths, axis=1) if groups else np.empty((6, 0))
-        temperatures, top_k, self.top_p, self.min_p, truncates, num_reported = columns
-        self.temperatures = temperatures.astype(np.float32)
-        self.top_k = top_k.astype(np.int64)
-        self.truncates = truncates > 0.0
-        self.logprobs = num_reported >= 0.0
-        self.max_top_logprobs = max(0, int(num_reported.max(initial=0.0)))
-        positions = [group.positions for group in groups]
-        self.keys = noise_keys(
-            seeds.repeat(lengths), np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64)
+        laws: npt.NDArray[np.float64] = np.array([group.params.law for group in groups])
+        self._laws = laws.repeat(self._lengths, axis=0) if groups else np.empty((0, 6))
+        self.num_rows = len(self._laws)
+        self.temperatures = self._laws[:, 0].astype(np.float32)
+        self.truncates = self._laws[:, 4] > 0.0
+
+    @cached_property
+    def top_k(self) -> Int64Array:
+        return self._laws[:, 1].astype(np.int64)
+
+    @property
+    def top_p(self) -> npt.NDArray[np.float64]:
+        return self._laws[:, 2]
+
+    @property
+    def min_p(self) -> npt.NDArray[np.float64]:
+        return self._laws[:, 3]
+
+    @property
+    def logprobs(self) -> npt.NDArray[np.bool_]:
+        """Whether the log-probability of the row's token is reported."""
+        return self._laws[:, 5] >= 0.0
+
+    @property
+    def max_top_logprobs(self) -> int:
+        """The most that any row reports of its likeliest tokens."""
+        return max(0, int(self._laws[:, 5].max(initial=0.0)))
+
+    @cached_property
+    def keys(self) -> UInt32Array:
+        """[num_rows, 2]: of the noise, which greedy rows do without."""
+        seeds = np.array([group.params.seed for group in self._groups], dtype=np.uint64)
+        positions = [group.positions for group in self._groups]
+        return noise_keys(
+            seeds.repeat(self._lengths),
+            np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64),
         )

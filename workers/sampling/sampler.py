@@ -226,4 +226,8 @@ def _law_of_best(
 def _best_whole(batch: _Edited, num: int) -> UInt64Array:
     """Of the rows that nothing truncates [n, num] packed tokens with their scores."""
     rows, params = batch.whole, batch.params
-    return batch.shard.best(rows, params.temperatures[rows], params.keys[rows], num)
+    temperatures = params.temperatures[rows]
+    # Greedy rows have no noise.
+    is_noisy = np.count_nonzero(temperatures) > 0
+    keys = params.keys[rows] if is_noisy else np.zeros((len(rows), 2), dtype=np.uint32)
+    return batch.shard.best(rows, temperatures, keys, num)

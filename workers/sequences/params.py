@@ -70,7 +70,8 @@ class SamplingParams:
         """What law and report of every row depend on: temperature, top-k, top-p, min-p, whether they truncate,
         and how many of the likeliest are reported besides the token, -1 where nothing is."""
         num_reported = self.top_logprobs if self.logprobs else -1
-        return self.temperature, self.top_k, self.top_p, self.min_p, self.truncates, num_reported
+        law = self.temperature, self.top_k, self.top_p, self.min_p, self.truncates, num_reported
+        return tuple(float(number) for number in law)
 
     @cached_property
     def edits_logits(self) -> bool:

@@ -201,11 +201,11 @@ def test_pages_run_out_and_come_back() -> None:
     rows.compute({0: [0]})  # five rows, two pages
     start(engine, 1, [8, 9])
     assert not rows.rows.take_rows(1, 4)  # four and the 8 need two
-    assert not rows.rows.have_room(np.array([0, 1]), np.array([3, 3]))
+    assert rows.rows.lacks_pages(np.array([0, 1]), np.array([3, 3])).tolist() == [False, True]
     assert rows.rows.take_rows(1, 3)
     assert rows.rows.take_rows(1, 3)  # they are held already
-    assert rows.rows.have_room(np.array([0, 1]), np.array([3, 3]))
-    assert not rows.rows.have_room(np.array([0, 1]), np.array([4, 3]))
+    assert rows.rows.lacks_pages(np.array([0, 1]), np.array([3, 3])).tolist() == [False, False]
+    assert rows.rows.lacks_pages(np.array([0, 1]), np.array([4, 3])).tolist() == [True, False]
     engine.finish(sequence)
     assert rows.rows.pool.num_available == 2
     again = start(engine, 0, [1, 2, 3, 4, 6])

@@ -1,0 +1,59 @@
+"""Which nodes of growing trees a draft step expands: a node's row needs those of all its ancestors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from outrider.workers.sequences.tree import Bools, Floats, Ints
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The nodes that the next step expands: those of `slots` by index, ascending, parents first.
+
+    Attributes:
+        slots: int64 [B].
+        lags: int64 [B] known tokens that the step has to read, the root included.
+        counts: int64 [B] nodes of each.
+        owners: int64 [M] index of each node's slot.
+        nodes: int64 [M].
+        gains: float64 [M].
+    """
+
+    slots: Ints
+    lags: Ints
+    counts: Ints
+    owners: Ints
+    nodes: Ints
+    gains: Floats
+
+
+def add_ancestors(parents: Ints, chosen: Bools, has_row: Bools) -> None:
+    """Mark in `chosen` what has to be computed before what is marked; [B, N] each."""
+    owners, nodes = chosen.nonzero()
+    while len(nodes):
+        nodes = parents[owners, nodes]
+        missing = ~has_row[owners, nodes] & ~chosen[owners, nodes]
+        owners, nodes = owners[missing], nodes[missing]
+        chosen[owners, nodes] = True
+
+
+def with_ancestors(parents: Ints, gains: Floats, has_row: Bools, most: int) -> Bools:
+    """[N]: of one tree ([N] each) the nodes of best gain > 0 for which there is room with all that is above them."""
+    chosen, num_chosen = np.zeros_like(has_row), 0
+    for node in (-gains).argsort(kind="stable").tolist():
+        if gains[node] <= 0.0 or num_chosen == most:
+            break
+        needed: list[int] = []
+        above = node
+        while not has_row[above] and not chosen[above] and len(needed) <= most:
+            needed.append(above)
+            if above == 0:
+                break
+            above = int(parents[above])
+        if num_chosen + len(needed) <= most:
+            chosen[needed] = True
+            num_chosen += len(needed)
+    return chosen
