@@ -116,7 +116,15 @@ class Admission:
                 f"prompt must be at most {self.max_context} tokens (the least of target.max_context, the "
                 f"model's limit and the KV cache), got a text of {len(text)} characters, which are more"
             )
-        return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        tokens = tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        largest = max(tokens, default=0)
+        if largest >= self.vocab_size:
+            # Tokenizers may know more tokens than the model has rows for: added ones, for padding mostly.
+            name = self.tokenizer.convert_ids_to_tokens(largest)
+            raise ValueError(
+                f"prompt must be made of the model's {self.vocab_size} tokens, got {name!r} (token id {largest})"
+            )
+        return tokens
 
 
 def prepare_admission(config: Config, report: Progress) -> Admission:

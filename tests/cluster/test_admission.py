@@ -55,6 +55,13 @@ def test_a_prompt_with_two_beginnings_is_warned_of() -> None:
     assert admission.warning(two).startswith(f"the prompt begins with two {bos}")
 
 
+def test_a_token_that_the_model_has_no_row_for_is_refused() -> None:
+    admission = prepared()
+    admission.tokenizer.add_tokens(["<extra>"])
+    with pytest.raises(ValueError, match=r"the model's 320 tokens, got '<extra>' \(token id 320\)"):
+        admission.admit("a", GenerationRequest("hello <extra>"))
+
+
 def test_a_text_that_no_context_holds_is_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
     admission = prepared()
     text = "the lighthouse " * 500_000
