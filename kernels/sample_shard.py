@@ -189,15 +189,22 @@ class ShardLogits:
     def largest(self, rows: Int64Array, count: int) -> Float32Array:
         """[n, at most count]: the largest logits of each row in order; all, if there are fewer."""
         count = min(count, self._size)
+        parts = self._parts(len(rows))
+        if len(parts) == 1:
+            return self._largest(rows, count)
         values = np.empty((len(rows), count), dtype=np.float32)
-        for part in self._parts(len(rows)):
-            found = self._some(rows[part])
-            if self._size > _SMALL:
-                found, _ = self._at_least(rows[part], self._lower_bounds(rows[part], count))
-            falling = -found
-            falling.sort(axis=1)
-            np.negative(falling[:, :count], out=values[part])
+        for part in parts:
+            values[part] = self._largest(rows[part], count)
         return values
+
+    def _largest(self, rows: Int64Array, count: int) -> Float32Array:
+        found = self._some(rows)
+        if self._size > _SMALL:
+            found, _ = self._at_least(rows, self._lower_bounds(rows, count))
+        falling = -found
+        falling.sort(axis=1)
+        falling = falling[:, :count]
+        return np.negative(falling, out=falling)
 
     def top(self, rows: Int64Array, count: int) -> UInt64Array:
         """[n, at most count]: packed tokens of the largest logits in order; all, if there are fewer."""

@@ -94,8 +94,7 @@ class _OfRanks(NamedTuple):
 def _of_ranks(num: int) -> _OfRanks:
     ranks = np.arange(num)
     first_kinds = np.minimum(ranks, _MAX_RANK) * (_NUM_EDGES + 1)
-    halvings: Floats = np.exp2(ranks)
-    return _OfRanks(np.maximum(ranks, 1), halvings, first_kinds)
+    return _OfRanks(np.maximum(ranks, 1), np.exp2(ranks.astype(np.float64)), first_kinds)
 
 
 def follow_errors(yields: Floats, laws: npt.NDArray[np.int8], errors: Floats, met: Bools) -> None:

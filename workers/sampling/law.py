@@ -127,10 +127,10 @@ class Nuclei:
         np.float64
     ]  # [num_rows]: sum over the kept of exp((logit - largest logit) / temperature)
 
-    def __getitem__(self, rows: npt.NDArray[Any]) -> Nuclei:
+    def __getitem__(self, rows: npt.NDArray[Any] | slice) -> Nuclei:
         return Nuclei(self.lowest[rows], self.num_lowest[rows], self.masses[rows])
 
-    def __setitem__(self, rows: npt.NDArray[Any], some: Nuclei) -> None:
+    def __setitem__(self, rows: npt.NDArray[Any] | slice, some: Nuclei) -> None:
         self.lowest[rows], self.num_lowest[rows], self.masses[rows] = (
             some.lowest,
             some.num_lowest,
