@@ -21,8 +21,8 @@ ROWS_HINT = 8
 MIN_ROWS = 4
 # oneDNN makes code for every number of rows that a matrix is multiplied with, some 0.6 MB each, of which half stays
 # for ever whatever its cache may hold: 256 numbers of rows and the four matrices of a layer are 600 MB. So every
-# number up to this is computed as it is, above it four of each doubling: 33 up to 512.
-EXACT_ROWS = 16
+# number up to this, which single trees have, is computed as it is, above it eight of each doubling: 64 up to 512.
+EXACT_ROWS = 32
 # A float32 sum over all columns in one accumulator is twice as far off as MKL's, which transformers uses; sums
 # over at most this many columns, added up, are as close.
 FLOAT32_SUM_COLUMNS = 256
@@ -102,10 +102,10 @@ class PackedLinear:
 
 
 def padded_rows(rows: int) -> int:
-    """How many rows a product of `rows` is made of, at most a fifth more from EXACT_ROWS on."""
+    """How many rows a product of `rows` is made of, at most an eighth more from EXACT_ROWS on."""
     if rows <= EXACT_ROWS:
         return max(rows, MIN_ROWS)
-    step = 1 << ((rows - 1).bit_length() - 3)
+    step = 1 << ((rows - 1).bit_length() - 4)
     return -(-rows // step) * step
 
 
