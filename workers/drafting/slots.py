@@ -7,7 +7,7 @@ import numpy as np
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, GrowingTrees, Ints
 
-_NODES_PER_SENT_NODE = 4  # a tree grows on while a cut of it is verified
+_NODES_PER_SENT_NODE = 8  # a tree grows on while a cut of it is verified, and has more than is worth sending
 _MIN_NODES = 64
 
 

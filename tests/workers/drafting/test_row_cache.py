@@ -217,7 +217,7 @@ def test_pages_run_out_and_come_back() -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_every_row_sees_its_own_text_after_any_history(seed: int) -> None:
     rng = random.Random(seed)
-    engine, rows = drafting(num_pages=400, page_size=rng.choice([1, 4, 16]))
+    engine, rows = drafting(num_pages=1000, page_size=rng.choice([1, 4, 16]))
     trees, every = engine.trees, [0, 1, 2]
     most_rows = 0
     for slot in every:
