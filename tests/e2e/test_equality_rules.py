@@ -90,7 +90,7 @@ def test_every_second_drafted_token_is_kept(
         assert not (name == "exact" and K in origins)
         for event in found[case.id]:  # of a round: the drafted ones at even depths only
             assert K not in event.origins[::2]
-    assert num_kept > 2
+    assert num_kept > 10
     assert sum(events[-1].stats.num_recomputed for events in found.values()) > 0
     assert engine.pool.num_available == engine.pool.num_pages
 

@@ -10,7 +10,8 @@ from outrider.workers.sequences.tree import DraftTrees, Ints
 
 
 class EverySecond(Rule):
-    """Keeps every second drafted token of a path, whatever the target says; the others as `exact` does."""
+    """Keeps every second drafted token of a path, and one that the target does not say where there is one; the others
+    as `exact` does."""
 
     name = "every_second"
     is_lossless = False
@@ -18,7 +19,12 @@ class EverySecond(Rule):
     def verdict(self, trees: DraftTrees, scores: NodeScores) -> Verdicts:
         kept = (depths_of(trees) % 2 == 0) & trees.exists
         kept[:, 0] = False
-        return follow(trees, scores, sampled_children(trees, scores) | kept)
+        sampled = sampled_children(trees, scores)
+        has_others = np.zeros_like(kept)  # by parent
+        owners, nodes = np.nonzero(kept & ~sampled)
+        has_others[owners, trees.parents[owners, nodes]] = True
+        crowded_out = kept & sampled & np.take_along_axis(has_others, trees.parents, axis=1)
+        return follow(trees, scores, (sampled | kept) & ~crowded_out)
 
 
 class Typical(Rule):
