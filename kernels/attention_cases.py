@@ -66,7 +66,7 @@ class AttentionInputs:
 
 def build_attention_inputs(case: AttentionCase) -> AttentionInputs:
     """Random inputs on the CPU. What the kernel must not read holds NaN, or a page number that does not exist:
-    unused pages (page 0 among them), slots behind a request's rows, and tokens that fell out of the window."""
+    unused pages (page 0 among them), rows behind a request's rows, and tokens that fell out of the window."""
     random = torch.Generator().manual_seed(case.seed)
     num_requests = len(case.query_lens)
     totals = [c + t for c, t in zip(case.context_lens, case.tree_lens, strict=True)]
@@ -82,10 +82,10 @@ def build_attention_inputs(case: AttentionCase) -> AttentionInputs:
         oldest = max(0, case.context_lens[b] - case.window + 1) if case.window else 0
         page_table[b, : oldest // case.page_size] = -1
         rows = torch.arange(oldest, totals[b])
-        slots = page_table[b].long()[rows // case.page_size] * case.page_size + rows % case.page_size
+        places = page_table[b].long()[rows // case.page_size] * case.page_size + rows % case.page_size
         for cache in caches:
             values = torch.randn(len(rows), *cache_shape[2:], generator=random).to(case.dtype)
-            cache.view(-1, *cache_shape[2:])[slots] = values
+            cache.view(-1, *cache_shape[2:])[places] = values
         parents.append(_random_parents(case.tree_lens[b], case.chain, random))
     q = torch.randn(sum(case.query_lens), case.num_heads, case.head_dim, generator=random) * case.query_scale
     batch = _tree_batch(case, page_table, parents)
@@ -152,12 +152,12 @@ def attention_in_float64(case: AttentionCase, inputs: AttentionInputs) -> Tensor
             if case.window:
                 seen = [(row, p) for row, p in seen if position - p < case.window]
             rows = torch.tensor([row for row, _ in seen])
-            slots = (
+            places = (
                 inputs.batch.page_table[b].long()[rows // case.page_size] * case.page_size
                 + rows % case.page_size
             )
             group = case.num_heads // case.num_kv_heads
-            k, v = (x[slots].repeat_interleave(group, dim=1) for x in (keys, values))  # [n, HQ, D]
+            k, v = (x[places].repeat_interleave(group, dim=1) for x in (keys, values))  # [n, HQ, D]
             scores = torch.einsum("hd,nhd->hn", inputs.q[query_row].double(), k) * case.scale
             if case.soft_cap:
                 scores = torch.tanh(scores / case.soft_cap) * case.soft_cap

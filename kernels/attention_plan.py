@@ -29,9 +29,9 @@ class AttentionGroup:
         first_query: see `contiguous`.
         output_rows: int64, which of the n * T padded rows are real, in the order of `target_rows`.
         target_rows: int64, the row of the output each of them goes to.
-        key_slots: int64 [n * S] cache slots; padding repeats a sequence's first row, so that nothing outside its
+        key_rows: int64 [n * S] cache rows; padding repeats a sequence's first row, so that nothing outside its
             own rows (unused pages may hold NaN) is ever read. Ignored when `consecutive`.
-        consecutive: one sequence whose rows lie back to back in the cache from slot `first_slot`: no gather.
+        consecutive: one sequence whose rows lie back to back in the cache from row `first_key_row`: no gather.
         visible: bool [n, T, S], which keys each query may see without a window.
         key_distance: int32 [n, T, S], positions between a query and a visible key.
         masks: additive masks made so far, by (window, rows per query, dtype).
@@ -45,9 +45,9 @@ class AttentionGroup:
     first_query: int
     output_rows: Tensor
     target_rows: Tensor
-    key_slots: Tensor
+    key_rows: Tensor
     consecutive: bool
-    first_slot: int
+    first_key_row: int
     visible: Tensor
     query_positions: Tensor
     key_positions: Tensor
@@ -115,7 +115,7 @@ def build_attention_plan(
     words = ancestors.cpu().numpy()
     starts = np.concatenate(([0], np.cumsum(query_lens))).tolist()
 
-    def slots_of(b: int) -> np.ndarray:
+    def places_of(b: int) -> np.ndarray:
         rows = np.arange(context_lens[b] + tree_lens[b])
         return pages[b, rows // page_size] * page_size + rows % page_size
 
@@ -124,7 +124,7 @@ def build_attention_plan(
         T = max(query_lens[b] for b in members)
         S = max(context_lens[b] + tree_lens[b] for b in members)
         query_rows = np.empty((n, T), dtype=np.int64)
-        key_slots = np.empty((n, S), dtype=np.int64)
+        key_rows = np.empty((n, S), dtype=np.int64)
         visible = np.zeros((n, T, S), dtype=bool)
         query_positions = np.zeros((n, T), dtype=np.int32)
         key_positions = np.zeros((n, T, S), dtype=np.int32)
@@ -135,9 +135,9 @@ def build_attention_plan(
             rows = np.arange(starts[b], starts[b] + num)
             query_rows[i] = starts[b]
             query_rows[i, :num] = rows
-            slots = slots_of(b)
-            key_slots[i] = slots[0]
-            key_slots[i, : len(slots)] = slots
+            places = places_of(b)
+            key_rows[i] = places[0]
+            key_rows[i, : len(places)] = places
             bits = np.unpackbits(np.ascontiguousarray(words[rows]).view(np.uint8), axis=1, bitorder="little")[
                 :, :tree
             ]
@@ -152,7 +152,7 @@ def build_attention_plan(
             output_rows.append(i * T + np.arange(num))
             target_rows.append(rows)
         flat = query_rows.reshape(-1)
-        only = slots_of(members[0]) if n == 1 else np.zeros(0, dtype=np.int64)
+        only = places_of(members[0]) if n == 1 else np.zeros(0, dtype=np.int64)
         return AttentionGroup(
             num_sequences=n,
             num_queries=T,
@@ -162,9 +162,9 @@ def build_attention_plan(
             first_query=int(flat[0]),
             output_rows=torch.from_numpy(np.concatenate(output_rows)).to(device),
             target_rows=torch.from_numpy(np.concatenate(target_rows)).to(device),
-            key_slots=torch.from_numpy(key_slots.reshape(-1)).to(device),
+            key_rows=torch.from_numpy(key_rows.reshape(-1)).to(device),
             consecutive=n == 1 and bool((np.diff(only) == 1).all()),
-            first_slot=int(key_slots[0, 0]),
+            first_key_row=int(key_rows[0, 0]),
             visible=torch.from_numpy(visible).to(device),
             query_positions=torch.from_numpy(query_positions).to(device),
             key_positions=torch.from_numpy(key_positions).to(device),

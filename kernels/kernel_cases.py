@@ -168,14 +168,14 @@ def batch_to(batch: TreeBatch, device: torch.device) -> TreeBatch:
 
 
 def prepare_rope_append(dtype: torch.dtype, device: torch.device) -> PreparedCase:
-    """Queries, keys and values as slices of one fused projection; one node is padding (slot -1)."""
+    """Queries, keys and values as slices of one fused projection; one node is padding (row -1)."""
     random = torch.Generator().manual_seed(1)
     N, HQ, HK, D, P, PAGE = 6, 9, 3, 64, 5, 7
     fused = torch.randn(N, HQ + 2 * HK, D, generator=random).to(dtype)
     q, k, v = fused.split((HQ, HK, HK), dim=1)
     angles = torch.rand(N, D // 2, generator=random) * 100
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    slots = torch.tensor([33, 0, -1, 7, 20, 13])
+    kv_rows = torch.tensor([33, 0, -1, 7, 20, 13])
     pages = torch.randn(2, P, PAGE, HK, D, generator=random).to(dtype)
 
     def rotated(x: Tensor) -> Tensor:
@@ -184,16 +184,16 @@ def prepare_rope_append(dtype: torch.dtype, device: torch.device) -> PreparedCas
         return torch.cat((low * c - high * s, high * c + low * s), dim=-1)
 
     expected = pages.double().view(2, P * PAGE, HK, D).clone()
-    written = slots >= 0
-    expected[0, slots[written]] = rotated(k)[written]
-    expected[1, slots[written]] = v.double()[written]
+    written = kv_rows >= 0
+    expected[0, kv_rows[written]] = rotated(k)[written]
+    expected[1, kv_rows[written]] = v.double()[written]
     guards = Guards(device)
     moved = fused.to(device)
     q, k, v = moved.split((HQ, HK, HK), dim=1)
     q_rotated = guards.empty((N, HQ, D), dtype)
     k_pages, v_pages = guards.copy(pages[0]), guards.copy(pages[1])
     plan = plan_rope_append(
-        q, k, v, cos.to(device), sin.to(device), slots.to(device), k_pages, v_pages, q_rotated
+        q, k, v, cos.to(device), sin.to(device), kv_rows.to(device), k_pages, v_pages, q_rotated
     )
     tolerance = {torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]  # one rounding to the type
     checks = (
@@ -207,7 +207,7 @@ def prepare_rope_append(dtype: torch.dtype, device: torch.device) -> PreparedCas
 
 
 def prepare_kv_commit(num_rows: int, device: torch.device) -> PreparedCase:
-    """Rows move among slots that are sources and targets at once; the last pair is padding."""
+    """Rows move among kv_rows that are sources and targets at once; the last pair is padding."""
     random = torch.Generator().manual_seed(2)
     L, P, PAGE, HK, D = 2, num_rows // 3 + 3, 5, 3, 64
     kv = torch.randn(L, 2, P, PAGE, HK, D, generator=random).bfloat16()

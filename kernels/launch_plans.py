@@ -162,7 +162,7 @@ def plan_rope_append(
     v: Tensor,
     cos: Tensor,
     sin: Tensor,
-    slots: Tensor,
+    kv_rows: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
     q_rotated: Tensor,
@@ -182,7 +182,7 @@ def plan_rope_append(
             v,
             cos,
             sin,
-            slots,
+            kv_rows,
             q_rotated,
             k_pages,
             v_pages,
@@ -201,10 +201,10 @@ def plan_rope_append(
     )
 
 
-def plan_kv_commit(kv: Tensor, source_slots: Tensor, target_slots: Tensor) -> LaunchPlan:
+def plan_kv_commit(kv: Tensor, source_rows: Tensor, target_rows: Tensor) -> LaunchPlan:
     """A block per layer, K or V, and group of columns: 64 bytes wide, less when many rows are to be staged."""
     num_layers, _, num_pages, page_size, num_kv_heads, head_dim = kv.shape
-    num_rows = source_slots.shape[0]
+    num_rows = source_rows.shape[0]
     row_bytes = num_kv_heads * head_dim * kv.element_size()
     block_chunks = 4
     while num_rows * block_chunks * 16 > COMMIT_SHARED_BYTES:
@@ -218,8 +218,8 @@ def plan_kv_commit(kv: Tensor, source_slots: Tensor, target_slots: Tensor) -> La
         shared_bytes=num_rows * block_chunks * 16,
         arguments=(
             kv,
-            source_slots,
-            target_slots,
+            source_rows,
+            target_rows,
             np.int32(num_rows),
             np.int64(num_pages * page_size * row_bytes),
             np.int32(row_bytes),

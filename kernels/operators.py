@@ -111,11 +111,20 @@ def _(q: Tensor, *rest: Any) -> Tensor:
 
 @custom_op("outrider::rope_append", mutates_args=("k_pages", "v_pages"), device_types="cuda")
 def rope_append_op(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv_rows: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
 ) -> Tensor:
     q_rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.shape[0] > 0:
-        _launcher(q.device).launch([plan_rope_append(q, k, v, cos, sin, slots, k_pages, v_pages, q_rotated)])
+        _launcher(q.device).launch(
+            [plan_rope_append(q, k, v, cos, sin, kv_rows, k_pages, v_pages, q_rotated)]
+        )
     return q_rotated
 
 
@@ -132,20 +141,20 @@ def _(q: Tensor, *rest: Any) -> Tensor:
 
 
 @custom_op("outrider::kv_commit", mutates_args=("kv",), device_types="cuda")
-def kv_commit_op(kv: Tensor, source_slots: Tensor, target_slots: Tensor) -> None:
-    if source_slots.shape[0] > 0:
-        _launcher(kv.device).launch([plan_kv_commit(kv, source_slots, target_slots)])
+def kv_commit_op(kv: Tensor, source_rows: Tensor, target_rows: Tensor) -> None:
+    if source_rows.shape[0] > 0:
+        _launcher(kv.device).launch([plan_kv_commit(kv, source_rows, target_rows)])
 
 
 @kv_commit_op.register_kernel("cpu")
-def _(kv: Tensor, source_slots: Tensor, target_slots: Tensor) -> None:
+def _(kv: Tensor, source_rows: Tensor, target_rows: Tensor) -> None:
     from outrider.kernels.kv_commit import kv_commit_by_reference
 
-    kv_commit_by_reference(kv, source_slots, target_slots)
+    kv_commit_by_reference(kv, source_rows, target_rows)
 
 
 @kv_commit_op.register_fake
-def _(kv: Tensor, source_slots: Tensor, target_slots: Tensor) -> None:
+def _(kv: Tensor, source_rows: Tensor, target_rows: Tensor) -> None:
     return None
 
 

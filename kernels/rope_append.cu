@@ -1,5 +1,5 @@
 // Rotates the queries and keys of new nodes by their positions' angles (halves paired: element i with i + D/2, as
-// in Llama and Qwen) and writes keys and values to their cache slots. A negative slot is padding: nothing written.
+// in Llama and Qwen) and writes keys and values to their cache rows. A negative row is padding: nothing written.
 // One block per node.
 #include "device.cuh"
 
@@ -12,10 +12,10 @@ DEVICE void rotate_pair(const T* source, T* target, int i, int half, T cosine_bi
 }
 
 template <typename T>
-DEVICE void rope_append(const T* q, const T* k, const T* v, const T* cosines, const T* sines, const i64* slots,
+DEVICE void rope_append(const T* q, const T* k, const T* v, const T* cosines, const T* sines, const i64* kv_rows,
                         T* q_rotated, T* k_pages, T* v_pages, int num_heads, int num_kv_heads, int head_dim,
                         int page_size, i64 q_stride, i64 k_stride, i64 v_stride, i64 angle_stride, i64 page_stride,
-                        i64 slot_stride, i64 kv_head_stride) {
+                        i64 row_stride, i64 kv_head_stride) {
   const int node = blockIdx.x, half = head_dim / 2;
   const T* cosine = cosines + node * angle_stride;
   const T* sine = sines + node * angle_stride;
@@ -24,9 +24,9 @@ DEVICE void rope_append(const T* q, const T* k, const T* v, const T* cosines, co
     rotate_pair(q + node * q_stride + head * head_dim, q_rotated + ((i64)node * num_heads + head) * head_dim, pair,
                 half, cosine[pair], sine[pair]);
   }
-  const i64 slot = slots[node];
-  if (slot < 0) return;
-  const i64 place = slot / page_size * page_stride + slot % page_size * slot_stride;
+  const i64 row = kv_rows[node];
+  if (row < 0) return;
+  const i64 place = row / page_size * page_stride + row % page_size * row_stride;
   for (int i = threadIdx.x; i < num_kv_heads * half; i += blockDim.x) {
     int head = i / half, pair = i % half;
     i64 target = place + head * kv_head_stride;
@@ -39,11 +39,11 @@ DEVICE void rope_append(const T* q, const T* k, const T* v, const T* cosines, co
 
 #define ROPE_APPEND(NAME, T)                                                                                          \
   KERNEL(256, 1)                                                                                                      \
-  NAME(const T* q, const T* k, const T* v, const T* cosines, const T* sines, const i64* slots, T* q_rotated,  \
+  NAME(const T* q, const T* k, const T* v, const T* cosines, const T* sines, const i64* kv_rows, T* q_rotated,  \
        T* k_pages, T* v_pages, int num_heads, int num_kv_heads, int head_dim, int page_size, i64 q_stride,            \
-       i64 k_stride, i64 v_stride, i64 angle_stride, i64 page_stride, i64 slot_stride, i64 kv_head_stride) {          \
-    rope_append<T>(q, k, v, cosines, sines, slots, q_rotated, k_pages, v_pages, num_heads, num_kv_heads, head_dim,    \
-                   page_size, q_stride, k_stride, v_stride, angle_stride, page_stride, slot_stride, kv_head_stride);  \
+       i64 k_stride, i64 v_stride, i64 angle_stride, i64 page_stride, i64 row_stride, i64 kv_head_stride) {          \
+    rope_append<T>(q, k, v, cosines, sines, kv_rows, q_rotated, k_pages, v_pages, num_heads, num_kv_heads, head_dim,    \
+                   page_size, q_stride, k_stride, v_stride, angle_stride, page_stride, row_stride, kv_head_stride);  \
   }
 ROPE_APPEND(rope_append_bf16, bf16)
 ROPE_APPEND(rope_append_f16, f16)

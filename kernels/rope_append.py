@@ -14,19 +14,19 @@ def rope_append(
     v: Tensor,
     cos: Tensor,
     sin: Tensor,
-    slots: Tensor,
+    kv_rows: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
     use_kernel: bool = False,
 ) -> Tensor:
-    """Rotates q and k by position and writes the rotated k, and v, to their cache slots in place.
+    """Rotates q and k by position and writes the rotated k, and v, to their cache rows in place.
 
     The rotation pairs dimension i with i + D/2 ("rotate half", RoFormer as in GPT-NeoX and Llama).
 
     Args:
         q: [N, HQ, D]; k, v: [N, HK, D].
         cos, sin: [N, D/2] in the dtype of q.
-        slots: int64 [N], slot = page * PAGE + offset; no slot twice. The kernel takes a negative one as padding.
+        kv_rows: int64 [N], row = page * PAGE + offset; no row twice. The kernel takes a negative one as padding.
         k_pages, v_pages: [P, PAGE, HK, D], contiguous.
 
     Returns:
@@ -43,13 +43,13 @@ def rope_append(
             ("v", v, ("N", "HK", "D")),
             ("cos", cos, ("N", half)),
             ("sin", sin, ("N", half)),
-            ("slots", slots, ("N",)),
+            ("kv_rows", kv_rows, ("N",)),
             ("k_pages", k_pages, ("P", "PAGE", "HK", "D")),
             ("v_pages", v_pages, ("P", "PAGE", "HK", "D")),
         )
     )
     if not use_kernel:
-        return rope_append_by_reference(q, k, v, cos, sin, slots, k_pages, v_pages)
+        return rope_append_by_reference(q, k, v, cos, sin, kv_rows, k_pages, v_pages)
     if q.dtype not in TYPE_NAMES:
         raise ValueError(f"q is {q.dtype}, the kernel takes {', '.join(str(dtype) for dtype in TYPE_NAMES)}")
     named = (
@@ -62,16 +62,23 @@ def rope_append(
         ("v_pages", v_pages),
     )
     check_kernel_arguments(
-        (*((name, tensor, q.dtype) for name, tensor in named), ("slots", slots, torch.int64))
+        (*((name, tensor, q.dtype) for name, tensor in named), ("kv_rows", kv_rows, torch.int64))
     )
     for name, tensor in named[:3]:
         if tensor.stride(1) != tensor.shape[2]:
             raise ValueError(f"{name} must have its heads side by side, got strides {tensor.stride()}")
-    return rope_append_op(q, k, v, cos, sin, slots, k_pages, v_pages)
+    return rope_append_op(q, k, v, cos, sin, kv_rows, k_pages, v_pages)
 
 
 def rope_append_by_reference(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_pages: Tensor, v_pages: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv_rows: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
 ) -> Tensor:
     """The CPU path; arguments as in `rope_append`."""
     num_pages, page_size, HK, D = k_pages.shape
@@ -83,8 +90,8 @@ def rope_append_by_reference(
         rotated_q, rotated_k = rotated[:, :HQ], rotated[:, HQ:]
     else:
         rotated_q, rotated_k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-    k_pages.view(num_pages * page_size, HK, D).index_copy_(0, slots, rotated_k)
-    v_pages.view(num_pages * page_size, HK, D).index_copy_(0, slots, v)
+    k_pages.view(num_pages * page_size, HK, D).index_copy_(0, kv_rows, rotated_k)
+    v_pages.view(num_pages * page_size, HK, D).index_copy_(0, kv_rows, v)
     return rotated_q
 
 

@@ -40,7 +40,7 @@ DEVICE void tree_attention(
     const int* tree_lens, const int* query_indptr, const u64* ancestors, const int* depths, T* out, float* partial_out,
     float* partial_lse, int num_queries, int num_heads, int num_kv_heads, int page_size, int max_pages, int mask_words,
     int num_splits, int window, float scale, float soft_cap, i64 query_stride, i64 head_stride, i64 page_stride,
-    i64 slot_stride, i64 kv_head_stride) {
+    i64 row_stride, i64 kv_head_stride) {
   constexpr int NUM_WARPS = ROW_WARPS * KEY_WARPS, NUM_THREADS = 32 * NUM_WARPS;
   constexpr int TILE_ROWS = 16 * ROW_WARPS, TILE_KEYS = WARP_KEYS * KEY_WARPS;
   constexpr int LINE = D + 8;  // elements per key in shared memory: 16 bytes of padding against bank conflicts
@@ -98,7 +98,7 @@ DEVICE void tree_attention(
       i64 offset = 0;
       if (valid) {
         int page = page_table[(i64)request * max_pages + key / page_size];
-        offset = page * page_stride + (key % page_size) * slot_stride + kv_head * kv_head_stride + column;
+        offset = page * page_stride + (key % page_size) * row_stride + kv_head * kv_head_stride + column;
       }
       int target = (stage * TILE_KEYS + row) * LINE + column;
       copy_async_16(shared_k + target, k_pages + offset, valid);
@@ -276,11 +276,11 @@ DEVICE void tree_attention(
        const int* tree_lens, const int* query_indptr, const u64* ancestors, const int* depths, T* out,                 \
        float* partial_out, float* partial_lse, int num_queries, int num_heads, int num_kv_heads, int page_size,        \
        int max_pages, int mask_words, int num_splits, int window, float scale, float soft_cap, i64 query_stride,       \
-       i64 head_stride, i64 page_stride, i64 slot_stride, i64 kv_head_stride) {                                        \
+       i64 head_stride, i64 page_stride, i64 row_stride, i64 kv_head_stride) {                                        \
     tree_attention<T, D, ROW_WARPS, KEY_WARPS, WARP_KEYS>(                                                             \
         queries, k_pages, v_pages, page_table, context_lens, tree_lens, query_indptr, ancestors, depths, out,          \
         partial_out, partial_lse, num_queries, num_heads, num_kv_heads, page_size, max_pages, mask_words, num_splits,  \
-        window, scale, soft_cap, query_stride, head_stride, page_stride, slot_stride, kv_head_stride);                 \
+        window, scale, soft_cap, query_stride, head_stride, page_stride, row_stride, kv_head_stride);                 \
   }
 TREE_ATTENTION(tree_attention_bf16_d64_rows16, bf16, 64, 1, 4, 16, 2)
 TREE_ATTENTION(tree_attention_bf16_d64_rows64, bf16, 64, 4, 1, 32, 2)

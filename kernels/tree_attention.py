@@ -151,8 +151,8 @@ def _rows_of(pages: Tensor, group: AttentionGroup) -> Tensor:
     """Cache rows of a group, [n * S, HK * D]: a view when they lie back to back."""
     flat = pages.view(pages.shape[0] * pages.shape[1], -1)
     if group.consecutive:
-        return flat[group.first_slot : group.first_slot + group.num_keys]
-    return flat.index_select(0, group.key_slots)
+        return flat[group.first_key_row : group.first_key_row + group.num_keys]
+    return flat.index_select(0, group.key_rows)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, soft_cap: float) -> Tensor:

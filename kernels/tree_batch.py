@@ -1,7 +1,7 @@
 """What attention knows of a batch: one token tree per sequence over a paged KV cache.
 
 A root-only tree is plain decoding, a chain is a prompt chunk, so one layout serves prefill, decoding and
-verification. Tree row `j` of a sequence lives in cache slot `context_len + j` (through the page table), whatever
+verification. Tree row `j` of a sequence lives in cache row `context_len + j` (through the page table), whatever
 its depth; its position for rotary embedding and windows is `context_len + depth`.
 """
 

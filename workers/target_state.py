@@ -70,10 +70,8 @@ class TargetSequences:
         """The steps' nodes as rows of a forward, written behind the committed ones."""
         slots_of_rows = steps.slots.repeat(steps.num_nodes)
         context_lens = self._context_lens[steps.slots]
-        cache_slots = self.tables.cache_slots(
-            slots_of_rows, context_lens.repeat(steps.num_nodes) + steps.places
-        )
-        self._row_tokens[cache_slots] = steps.tokens
+        kv_rows = self.tables.kv_rows(slots_of_rows, context_lens.repeat(steps.num_nodes) + steps.places)
+        self._row_tokens[kv_rows] = steps.tokens
         parents = steps.parents + starts_of(steps.num_nodes).repeat(steps.num_nodes)
         ancestors = ancestor_masks(parents, steps.places, num_mask_words(steps.num_nodes))
         return TreeRows(
@@ -126,8 +124,8 @@ class TargetSequences:
     def _accept(self, steps: Steps) -> tuple[Int64Array, Int64Array]:
         slots = steps.slots.repeat(steps.num_accepted)
         context_lens = self._context_lens[slots]
-        sources = self.tables.cache_slots(slots, context_lens + steps.accepted)
-        targets = self.tables.cache_slots(slots, context_lens + places_in(steps.num_accepted))
+        sources = self.tables.kv_rows(slots, context_lens + steps.accepted)
+        targets = self.tables.kv_rows(slots, context_lens + places_in(steps.num_accepted))
         self._row_tokens[targets] = self._row_tokens[sources]
         self._context_lens[steps.slots] += steps.num_accepted
         moving = sources != targets
@@ -143,7 +141,7 @@ class TargetSequences:
     def _tokens(self, slot: int, first: int, end: int) -> list[int]:
         """Tokens of a sequence whose rows are computed or about to be."""
         rows = np.arange(first, end)
-        tokens: list[int] = self._row_tokens[self.tables.cache_slots(np.full(len(rows), slot), rows)].tolist()
+        tokens: list[int] = self._row_tokens[self.tables.kv_rows(np.full(len(rows), slot), rows)].tolist()
         return tokens
 
     def _paths(self, state: SlotState, steps: Steps, b: int, start: int) -> list[tuple[int, ...]]:

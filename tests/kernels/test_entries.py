@@ -41,7 +41,7 @@ def rope():
     shape = {"q": (3, 4, 64), "k": (3, 2, 64), "v": (3, 2, 64), "cos": (3, 32), "sin": (3, 32)}
     tensors = {name: torch.randn(size).bfloat16() for name, size in shape.items()}
     pages = {name: torch.zeros(2, 4, 2, 64).bfloat16() for name in ("k_pages", "v_pages")}
-    return {**tensors, "slots": torch.tensor([0, 3, 7]), **pages}
+    return {**tensors, "kv_rows": torch.tensor([0, 3, 7]), **pages}
 
 
 @pytest.mark.parametrize("use_kernel", [False, True])
@@ -79,18 +79,18 @@ def test_rope_append_names_the_argument_that_disagrees(rope):
     with pytest.raises(ValueError, match=r"cos must be \[N, 32\], got \[3, 16\]; 16 where 32 must be"):
         rope_append(**{**rope, "cos": rope["cos"][:, :16]})
     with pytest.raises(ValueError, match="N is 3 in q"):
-        rope_append(**{**rope, "slots": rope["slots"][:2]})
-    with pytest.raises(ValueError, match=r"slots must be torch\.int64, got torch\.int32"):
-        rope_append(**{**rope, "slots": rope["slots"].int()}, use_kernel=True)
+        rope_append(**{**rope, "kv_rows": rope["kv_rows"][:2]})
+    with pytest.raises(ValueError, match=r"kv_rows must be torch\.int64, got torch\.int32"):
+        rope_append(**{**rope, "kv_rows": rope["kv_rows"].int()}, use_kernel=True)
     with pytest.raises(ValueError, match="q must have its heads side by side"):
         rope_append(**{**rope, "q": torch.randn(3, 4, 128).bfloat16()[..., :64]}, use_kernel=True)
 
 
 def test_kv_commit_names_the_argument_that_disagrees():
-    kv, slots = torch.zeros(1, 2, 3, 4, 2, 8), torch.tensor([1, 2])
-    with pytest.raises(ValueError, match=r"target_slots must be \[M\], got \[1\]; M is 2 in source_slots"):
-        kv_commit(kv, slots, slots[:1])
-    with pytest.raises(ValueError, match="source_slots has 9000 rows, the kernel takes 6144"):
+    kv, rows = torch.zeros(1, 2, 3, 4, 2, 8), torch.tensor([1, 2])
+    with pytest.raises(ValueError, match=r"target_rows must be \[M\], got \[1\]; M is 2 in source_rows"):
+        kv_commit(kv, rows, rows[:1])
+    with pytest.raises(ValueError, match="source_rows has 9000 rows, the kernel takes 6144"):
         kv_commit(
             kv, torch.zeros(9000, dtype=torch.int64), torch.zeros(9000, dtype=torch.int64), use_kernel=True
         )

@@ -213,8 +213,8 @@ class RowCache:
         moving = kept & (old_rows != new_rows)
         owners = np.broadcast_to(slots[:, None], kept.shape)[moving]
         contexts = self.context_lens[owners]
-        sources = self.tables.cache_slots(owners, contexts + old_rows[moving])
-        targets = self.tables.cache_slots(owners, contexts + new_rows[moving])
+        sources = self.tables.kv_rows(owners, contexts + old_rows[moving])
+        targets = self.tables.kv_rows(owners, contexts + new_rows[moving])
         num_committed = (has_row & paths).sum(axis=1)
         self.commit(slots, num_committed)
         self._keep(survivors, has_row[row, survivors.old_nodes] & stays, new_rows - num_committed[:, None])

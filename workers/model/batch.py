@@ -49,13 +49,13 @@ class ForwardBatch:
     """The rows of one forward, sequences back to back.
 
     Attributes:
-        tokens, positions, slots: int64 [N]; slot = page * page_size + offset, where the row's KV is written.
+        tokens, positions, kv_rows: int64 [N]; kv_row = page * page_size + offset, where the row's KV is written.
         tree: what attention knows.
     """
 
     tokens: Tensor
     positions: Tensor
-    slots: Tensor
+    kv_rows: Tensor
     tree: TreeBatch
 
 
@@ -99,7 +99,7 @@ def build_batch(tables: PageTables, rows: TreeRows, device: torch.device) -> For
     num_pages = tables.num_pages[rows.slots]
     num_rows = rows.context_lens + rows.tree_lens
     assert not np.count_nonzero(num_pages * tables.page_size < num_rows), "too few pages for the rows"
-    cache_slots = tables.cache_slots(slots_of_rows, contexts_of_rows + rows.tree_rows)
+    kv_rows = tables.kv_rows(slots_of_rows, contexts_of_rows + rows.tree_rows)
     query_indptr = np.zeros(len(rows.slots) + 1, dtype=np.int32)
     rows.query_lens.cumsum(out=query_indptr[1:])
     on_host = device.type == "cpu"
@@ -122,6 +122,6 @@ def build_batch(tables: PageTables, rows: TreeRows, device: torch.device) -> For
     return ForwardBatch(
         tokens=tensor(rows.tokens),
         positions=tensor(contexts_of_rows + rows.depths),
-        slots=tensor(cache_slots),
+        kv_rows=tensor(kv_rows),
         tree=tree,
     )

@@ -55,8 +55,6 @@ class PagedCache:
         """[P, PAGE, HK, D] of one layer."""
         return self._values[layer]
 
-    def commit(self, source_slots: Tensor, target_slots: Tensor) -> None:
+    def commit(self, source_rows: Tensor, target_rows: Tensor) -> None:
         """Moves accepted rows; int64 [M] each, see `kv_commit`. More than its kernel takes go without it."""
-        kv_commit(
-            self.kv, source_slots, target_slots, self.use_kernel and len(source_slots) <= MAX_COMMIT_ROWS
-        )
+        kv_commit(self.kv, source_rows, target_rows, self.use_kernel and len(source_rows) <= MAX_COMMIT_ROWS)

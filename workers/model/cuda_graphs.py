@@ -57,7 +57,7 @@ class GraphCapacity:
 
 
 class StaticBatch:
-    """A batch of constant shape and address. Rows and sequences beyond the real ones are padding: their slots are
+    """A batch of constant shape and address. Rows and sequences beyond the real ones are padding: their KV rows are
     negative, so that nothing is written, and their sequences have no queries, so that nothing is attended."""
 
     def __init__(self, capacity: GraphCapacity, page_size: int, device: torch.device) -> None:
@@ -70,7 +70,7 @@ class StaticBatch:
         self.batch = ForwardBatch(
             tokens=zeros(N, dtype=torch.int64),
             positions=zeros(N, dtype=torch.int64),
-            slots=zeros(N, dtype=torch.int64) - 1,
+            kv_rows=zeros(N, dtype=torch.int64) - 1,
             tree=TreeBatch(
                 page_table=zeros(B, capacity.max_pages),
                 context_lens=zeros(B),
@@ -92,7 +92,7 @@ class StaticBatch:
         mine, theirs = self.batch, batch
         _fill_rows(mine.tokens, theirs.tokens, 0)
         _fill_rows(mine.positions, theirs.positions, 0)
-        _fill_rows(mine.slots, theirs.slots, -1)
+        _fill_rows(mine.kv_rows, theirs.kv_rows, -1)
         _fill_rows(mine.tree.depths, theirs.tree.depths, 0)
         _fill_rows(mine.tree.context_lens, theirs.tree.context_lens, 0)
         _fill_rows(mine.tree.tree_lens, theirs.tree.tree_lens, 0)

@@ -134,7 +134,7 @@ class Transformer:
         if self.config.qk_norm:
             q = F.rms_norm(q, (D,), layer.q_norm, self.config.rms_norm_eps)
             k = F.rms_norm(k, (D,), layer.k_norm, self.config.rms_norm_eps)
-        q = rope_append(q, k, v, *rotation, batch.slots, k_pages, v_pages, self.kernels.rope_append)
+        q = rope_append(q, k, v, *rotation, batch.kv_rows, k_pages, v_pages, self.kernels.rope_append)
         out = tree_attention(  # [N, HQ, D]
             q,
             k_pages,

@@ -41,7 +41,7 @@ class PageTables:
         """The slot has no pages any more."""
         self.num_pages[slot] = 0
 
-    def cache_slots(self, slots: Int64Array, rows: Int64Array) -> Int64Array:
+    def kv_rows(self, slots: Int64Array, rows: Int64Array) -> Int64Array:
         """Where rows lie in the cache: page * page_size + offset.
 
         Args:

@@ -50,13 +50,13 @@ class TextRows(DraftMethod):
         rows, texts = expansion.rows, []
         owners = np.repeat(rows.slots, rows.query_lens)
         contexts = np.repeat(rows.context_lens, rows.query_lens)
-        written = self.rows.tables.cache_slots(owners, contexts + rows.tree_rows).tolist()
+        written = self.rows.tables.kv_rows(owners, contexts + rows.tree_rows).tolist()
         for at, slot in enumerate(owners.tolist()):
             bits = [bool(int(word) >> bit & 1) for word in rows.ancestors[at] for bit in range(64)]
             seen = [*range(contexts[at]), *(int(contexts[at]) + np.flatnonzero(bits))]
             assert seen[-1] == contexts[at] + rows.tree_rows[at]  # itself, and nothing behind it
             assert len(seen) == contexts[at] + rows.depths[at] + 1
-            places = self.rows.tables.cache_slots(np.full(len(seen), slot), np.array(seen)).tolist()
+            places = self.rows.tables.kv_rows(np.full(len(seen), slot), np.array(seen)).tolist()
             self.cache[written[at]] = text = tuple(
                 self.cache[place][-1] if place != written[at] else int(rows.tokens[at]) for place in places
             )

@@ -40,7 +40,7 @@ def test_a_tree_as_zeros_and_ones() -> None:
     assert batch.tree.depths.tolist() == [0, 1, 1, 2, 2, 2, 3]
     assert batch.positions.tolist() == [5, 6, 6, 7, 7, 7, 8]
     # Rows 0, 1, 2 fill page 7 from offset 5; the rest goes to page 3.
-    assert batch.slots.tolist() == [61, 62, 63, 24, 25, 26, 27]
+    assert batch.kv_rows.tolist() == [61, 62, 63, 24, 25, 26, 27]
     assert batch.tokens.tolist() == list(range(10, 17))
 
 
@@ -49,7 +49,7 @@ def test_a_grown_tree_sends_only_its_new_rows() -> None:
     batch = batch_of([rows], 8, CPU)
     assert mask_of(batch.tree, 5) == [[1, 1, 0, 1, 0], [1, 0, 1, 0, 1]]
     assert batch.positions.tolist() == [4, 4]
-    assert batch.slots.tolist() == [5, 6]
+    assert batch.kv_rows.tolist() == [5, 6]
     assert batch.tree.tree_lens.tolist() == [5]
     assert batch.tree.host_query_lens == (2,)
 
@@ -64,7 +64,7 @@ def test_sequences_lie_back_to_back() -> None:
     assert tree.page_table.tolist() == [[4, 5], [9, 0]]
     assert mask_of(tree, 3) == [[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 0]]
     assert batch.positions.tolist() == [0, 1, 2, 3]
-    assert batch.slots.tolist() == [16, 17, 18, 39]
+    assert batch.kv_rows.tolist() == [16, 17, 18, 39]
 
 
 def test_trees_above_64_rows_take_more_words() -> None:
@@ -80,7 +80,7 @@ def test_dtypes_are_those_of_the_kernels() -> None:
     tree = batch.tree
     int32 = (tree.page_table, tree.context_lens, tree.tree_lens, tree.query_indptr, tree.depths)
     assert {t.dtype for t in int32} == {torch.int32}
-    assert {t.dtype for t in (batch.tokens, batch.positions, batch.slots)} == {torch.int64}
+    assert {t.dtype for t in (batch.tokens, batch.positions, batch.kv_rows)} == {torch.int64}
 
 
 def test_a_long_chunk_is_a_chain_of_many_words() -> None:

@@ -59,7 +59,7 @@ def test_padding_writes_and_attends_to_nothing() -> None:
     static, *_ = filled(CASE)
     batch = static.batch
     assert batch.tokens.tolist() == [*range(100, 108)] + [0] * 8
-    assert batch.slots.tolist() == [*range(300, 308)] + [-1] * 8
+    assert batch.kv_rows.tolist() == [*range(300, 308)] + [-1] * 8
     assert batch.tree.query_indptr.tolist() == [0, 5, 8, 8, 8]
     assert batch.tree.context_lens.tolist() == [40, 9, 0, 0]
     assert batch.tree.ancestors[8:].count_nonzero() == 0

@@ -11,7 +11,7 @@ def test_rows_lie_where_their_pages_are() -> None:
     tables.append(0, [7])
     tables.append(2, [5, 1])
     tables.append(2, np.array([6]))
-    slots = tables.cache_slots(np.array([0, 2, 2, 2, 2]), np.array([3, 0, 4, 7, 8]))
+    slots = tables.kv_rows(np.array([0, 2, 2, 2, 2]), np.array([3, 0, 4, 7, 8]))
     assert slots.tolist() == [31, 20, 4, 7, 24]
     assert slots.dtype == np.int64
     assert tables.num_pages.tolist() == [1, 0, 3]
@@ -23,7 +23,7 @@ def test_a_cleared_slot_starts_again() -> None:
     tables.clear(0)
     tables.append(0, [3])
     assert tables.num_pages.tolist() == [1]
-    assert tables.cache_slots(np.array([0]), np.array([2])).tolist() == [14]
+    assert tables.kv_rows(np.array([0]), np.array([2])).tolist() == [14]
 
 
 def test_a_table_grows_and_keeps_all_pages() -> None:
