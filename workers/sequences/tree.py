@@ -396,7 +396,7 @@ class GrowingTrees:
         flat.sources[here], flat.acceptances[here], flat.values[here] = sources, acceptances, values
         flat.child_mass[here] = 0.0
         np.add.at(flat.child_mass, above, acceptances)
-        self.num_nodes = num_nodes
+        self.num_nodes[:] = num_nodes
         return fits
 
     def _raise(self, slots: Ints, nodes: Ints, acceptances: Floats, sources: Ints) -> None:
