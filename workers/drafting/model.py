@@ -165,13 +165,7 @@ class ModelMethod(DraftMethod):
     def forecast(self, slots: Ints) -> Forecast:
         """What the next step over these slots would do."""
         frontier = self._frontier(slots)
-        if not len(frontier.nodes):
-            return Forecast(frontier.gains, 0, frontier.slots)
-        counted = self.trees.flat.depths[frontier.places] < self.slots.max_depth[frontier.node_slots]
-        gains = self._gains(frontier.node_slots[counted], frontier.places[counted]).ravel()
-        gains = gains[gains > 0.0]
-        gains.sort()
-        return Forecast(gains[::-1], frontier.num_rows, frontier.slots)
+        return Forecast(lambda: self._gains(frontier), frontier.num_rows, frontier.slots)
 
     def root_gains(self, is_greedy: Bools) -> Floats:
         """The gains of a step over roots, at least those assumed at first."""
@@ -285,14 +279,17 @@ class ModelMethod(DraftMethod):
             slots, counts, num_unread = slots[grows], counts[grows], num_unread[grows]
         return Frontier(slots, counts, num_unread, slots.repeat(counts), nodes, places, gains)
 
-    def _gains(self, slots: Ints, places: Ints) -> Floats:
-        """[M, children] by rank: expected accepted tokens of proposals below nodes, less what is there."""
-        values, proposed = self.trees.flat.values[places], self.trees.flat.child_mass[places]
+    def _gains(self, frontier: Frontier) -> Floats:
+        """[M], descending: expected accepted tokens of each proposal below nodes, less what is there already."""
+        flat = self.trees.flat
+        counted = flat.depths[frontier.places] < self.slots.max_depth[frontier.node_slots]
+        slots, places = frontier.node_slots[counted], frontier.places[counted]
         yields_so_far = self._yields.cumsum(axis=1)[self.slots.is_greedy[slots].view(np.int8)]
         # What is there already takes the place of the first proposals.
-        left = np.maximum(yields_so_far - proposed[:, None], 0.0)
+        left = np.maximum(yields_so_far - flat.child_mass[places][:, None], 0.0)
         left[:, 1:] -= left[:, :-1].copy()
-        return values[:, None] * left
+        left *= flat.values[places][:, None]
+        return np.sort(left[left > 0.0])[::-1]
 
     def _within_room(self, frontier: Frontier) -> Frontier:
         """As many sequences as a step has rows for, those that gain most first, and pages."""

@@ -191,8 +191,11 @@ class RowCache:
 
     def commit(self, slots: Ints, counts: Ints) -> None:
         """The next rows of these sequences hold known tokens; later sequences may share full pages of them."""
-        self.context_lens[slots] += counts
-        for slot in slots[counts > 0].tolist():
+        before = self.context_lens[slots]
+        after = before + counts
+        self.context_lens[slots] = after
+        page_size = self.pool.page_size
+        for slot in slots[after // page_size > before // page_size].tolist():
             self._remembered[slot] = self.pool.remember_prefix(
                 self._pages[slot],
                 self._slots.sequence(slot).tokens,
