@@ -46,9 +46,12 @@ class GrowingTrees:
         self.capacity = capacity
         self.tokens, self.parents, self.depths, self.sources = (np.zeros(shape, np.int64) for _ in range(4))
         self.acceptances, self.values, self.child_mass = (np.zeros(shape) for _ in range(3))
-        columns = (self.tokens, self.parents, self.depths, self.sources)
-        masses = (self.acceptances, self.values, self.child_mass)
-        self.flat = FlatNodes(*(c.reshape(-1) for c in columns), *(m.reshape(-1) for m in masses))
+        ints = (self.tokens, self.parents, self.depths, self.sources)
+        tokens, parents, depths, sources = (array.reshape(-1) for array in ints)
+        acceptances, values, mass = (
+            array.reshape(-1) for array in (self.acceptances, self.values, self.child_mass)
+        )
+        self.flat = FlatNodes(tokens, parents, depths, sources, acceptances, values, mass)
         self.num_nodes = np.zeros(num_slots, dtype=np.int64)
         self.root_positions = np.zeros(num_slots, dtype=np.int64)
         self.version = 0
