@@ -238,9 +238,8 @@ class GrowingTrees:
             nodes = best_path_first(window, nodes, self.flat.parents[window.places[:, :1] + nodes], exists)
         starts, firsts = window.starts[:, None], window.places[:, :1]
         column_of = np.zeros(window.places.size, dtype=np.int64)  # of a growing node in the cut
-        column_of[starts + nodes] = (
-            columns * exists
-        )  # padding repeats the root, and so says what the root does
+        # Padding repeats the root, and so says what the root does.
+        column_of[starts + nodes] = columns * exists
         here = firsts + nodes
         parents = column_of[starts + self.flat.parents[here]]
         return DraftTrees(counts + 1, self.flat.tokens[here], parents, nodes)
