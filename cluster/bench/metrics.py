@@ -74,7 +74,7 @@ class ModeSummary:
 
     @property
     def label(self) -> str:
-        return self.mode if self.concurrency == 1 else f"{self.mode} x{self.concurrency}"
+        return _label(self.mode, self.concurrency)
 
 
 def summarise(turns: Sequence[Turn]) -> list[ModeSummary]:
@@ -115,7 +115,7 @@ def agreements(turns: Sequence[Turn], stop_token_ids: Iterable[int]) -> list[Agr
     stops = frozenset(stop_token_ids)
     texts: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for turn in turns:
-        label = turn.mode if turn.concurrency == 1 else f"{turn.mode} x{turn.concurrency}"
+        label = _label(turn.mode, turn.concurrency)
         for run in turn.runs:
             tokens = run.answer.tokens
             texts[label].setdefault(run.prompt_id, tokens[:-1] if tokens and tokens[-1] in stops else tokens)
@@ -137,6 +137,10 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
         if a != b:
             return index
     return min(len(one), len(other))
+
+
+def _label(mode: str, concurrency: int) -> str:
+    return mode if concurrency == 1 else f"{mode} x{concurrency}"
 
 
 def _summary(mode: str, concurrency: int, turns: Sequence[Turn]) -> ModeSummary:
