@@ -215,9 +215,18 @@ def tree_attention_on_gpu(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: An
     num_partial = shape.num_splits if shape.num_splits > 1 else 0
     partial_lse = q.new_empty((num_partial, num_queries, num_heads), dtype=torch.float32)
     partial_out = q.new_empty((*partial_lse.shape, head_dim), dtype=torch.float32)
-    launch(
-        q.device, plan_tree_attention(q, k_pages, v_pages, batch, *how, shape, out, partial_out, partial_lse)
+    plans = plan_tree_attention(
+        q,
+        k_pages,
+        v_pages,
+        batch,
+        *how,
+        shape=shape,
+        out=out,
+        partial_out=partial_out,
+        partial_lse=partial_lse,
     )
+    launch(q.device, plans)
     return out
 
 
