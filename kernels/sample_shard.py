@@ -34,7 +34,7 @@ def sample_shard(
     vocab_offset: int,
     use_kernel: bool = False,
 ) -> ShardSample:
-    """Sample each row of a shard; see above.
+    """The best token of each row of a shard, as above.
 
     Args:
         logits: float32 [num_rows, shard_size], processed; -inf removes a token.
