@@ -107,7 +107,8 @@ rope_append_op = operator_of(rope_append, mutates=("k_pages", "v_pages"))
 def rope_append_on_gpu(q: Tensor, *rest: Tensor) -> Tensor:
     q_rotated = _empty(q)
     if q.shape[0] > 0:
-        launch(q.device, [plan_rope_append(q, *rest, q_rotated=q_rotated)])
+        tensors = (q, *rest, q_rotated)
+        launch(q.device, [plan_rope_append(*tensors)])
     return q_rotated
 
 

@@ -198,7 +198,8 @@ def _empty(q: Tensor, *rest: Any) -> Tensor:
 
 @tree_attention_op.register_kernel("cuda")
 def tree_attention_on_gpu(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: Any) -> Tensor:
-    batch, how = _tree_batch(k_pages, *rest[:9]), rest[9:]
+    batch = _tree_batch(k_pages, *rest[:9])
+    scale, window, soft_cap = rest[9:]
     out = _empty(q)
     num_queries, num_heads, head_dim = q.shape
     if num_queries == 0:
@@ -220,11 +221,13 @@ def tree_attention_on_gpu(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: An
         k_pages,
         v_pages,
         batch,
-        *how,
-        shape=shape,
-        out=out,
-        partial_out=partial_out,
-        partial_lse=partial_lse,
+        scale,
+        window,
+        soft_cap,
+        shape,
+        out,
+        partial_out,
+        partial_lse,
     )
     launch(q.device, plans)
     return out
