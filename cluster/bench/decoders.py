@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from outrider.cluster.api import Completion, GenerationRequest
-from outrider.cluster.bench.identity import Answer, Question
+from outrider.cluster.api import GenerationRequest
+from outrider.cluster.bench.identity import Question
 from outrider.cluster.bench.runner import BusySeconds
+from outrider.workers.answer import Completion
 from outrider.workers.baselines import (
     BASELINE_MODES,
     BaselineMode,
     BaselineProcess,
     BaselineRequest,
-    Generation,
 )
 from outrider.workers.sequences.params import SamplingParams
 
@@ -42,20 +42,10 @@ class EngineDecoder:
         self._engine = engine
         self._speculative = speculative
 
-    def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Generation:
+    def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Completion:
         request = _request(prompt_tokens, sampling, self._speculative)
         (answer,) = _complete(self._engine, [request])
-        stats = answer.stats
-        return Generation(
-            tokens=answer.tokens,
-            token_times_s=answer.token_times_s,
-            total_s=answer.total_s,
-            num_target_steps=stats.num_rounds,
-            num_drafted=stats.num_drafted,
-            num_accepted=stats.num_accepted,
-            depth_drafted=stats.depth_drafted,
-            depth_accepted=stats.depth_accepted,
-        )
+        return answer
 
     def busy_seconds(self) -> BusySeconds:
         return {
@@ -72,7 +62,7 @@ class BaselineDecoder:
         self.mode = mode
         self._process = process
 
-    def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Generation:
+    def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Completion:
         return self._process.generate(
             BaselineRequest(
                 mode=self.mode,
@@ -97,12 +87,9 @@ class EngineAnswerer:
     def __init__(self, engine: RunningEngine) -> None:
         self._engine = engine
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Question]) -> list[Completion]:
         requests = [_request(q.prompt_tokens, q.sampling, q.speculative) for q in questions]
-        return [
-            Answer(c.tokens, c.logprobs, c.stats.num_drafted, c.stats.num_accepted)
-            for c in _complete(self._engine, requests)
-        ]
+        return _complete(self._engine, requests)
 
 
 def _request(

@@ -21,8 +21,9 @@ def test_plain_and_speculative_differ_only_in_the_size_of_the_tree() -> None:
 def test_an_answer_brings_its_times_and_counts() -> None:
     answer = EngineDecoder("outrider", AnsweringEngine(), True).generate((1, 2), SAMPLING)
     assert len(answer.tokens) == len(answer.token_times_s) == 5
-    assert (answer.num_target_steps, answer.num_drafted, answer.num_accepted) == (5, 10, 5)
-    assert (answer.depth_drafted, answer.depth_accepted) == ((2, 1), (1, 1))
+    stats = answer.stats
+    assert (stats.num_rounds, stats.num_drafted, stats.num_accepted) == (5, 10, 5)
+    assert (stats.depth_drafted, stats.depth_accepted) == ((2, 1), (1, 1))
 
 
 def test_only_processes_that_count_their_time_are_asked_for_it() -> None:
@@ -54,4 +55,4 @@ def test_questions_are_answered_in_order_in_one_call() -> None:
     ]
     answers = EngineAnswerer(AnsweringEngine(fake)).answer(questions)
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in fake.answer(questions)]
-    assert [answer.num_drafted for answer in answers] == [10, 0, 10, 0]
+    assert [answer.stats.num_drafted for answer in answers] == [10, 0, 10, 0]
