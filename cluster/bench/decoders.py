@@ -18,10 +18,12 @@ from outrider.workers.baselines import (
 )
 from outrider.workers.sequences.params import SamplingParams
 
-MODES: tuple[str, ...] = ("outrider", "plain", *BASELINE_MODES)
+MODES: tuple[str, ...] = ("plain", *BASELINE_MODES)
+"""What drafting is compared with."""
 
-_PLAIN: Mapping[str, object] = {"max_nodes": 0}
-_AS_CONFIGURED: Mapping[str, object] = {}
+PLAIN: Mapping[str, object] = {"max_nodes": 0}
+AS_CONFIGURED: Mapping[str, object] = {}
+"""What a request says of drafting."""
 
 
 class RunningEngine(Protocol):
@@ -33,17 +35,18 @@ class RunningEngine(Protocol):
 
 
 class EngineDecoder:
-    """This engine, drafting as configured or (`speculative` false) not at all."""
+    """This engine, drafting as its requests say."""
 
     is_concurrent = True
 
-    def __init__(self, mode: str, engine: RunningEngine, speculative: bool) -> None:
+    def __init__(self, mode: str, engine: RunningEngine, draft: Mapping[str, object]) -> None:
+        """draft: fields of `DraftOptions` that differ from the configuration."""
         self.mode = mode
         self._engine = engine
-        self._speculative = speculative
+        self._draft = draft
 
     def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Completion:
-        request = _request(prompt_tokens, sampling, self._speculative)
+        request = GenerationRequest(prompt_tokens, asdict(sampling), self._draft)
         (answer,) = _complete(self._engine, [request])
         return answer
 
@@ -88,14 +91,11 @@ class EngineAnswerer:
         self._engine = engine
 
     def answer(self, questions: Sequence[Question]) -> list[Completion]:
-        requests = [_request(q.prompt_tokens, q.sampling, q.speculative) for q in questions]
+        requests = [
+            GenerationRequest(q.prompt_tokens, asdict(q.sampling), AS_CONFIGURED if q.speculative else PLAIN)
+            for q in questions
+        ]
         return _complete(self._engine, requests)
-
-
-def _request(
-    prompt_tokens: tuple[int, ...], sampling: SamplingParams, speculative: bool
-) -> GenerationRequest:
-    return GenerationRequest(prompt_tokens, asdict(sampling), _AS_CONFIGURED if speculative else _PLAIN)
 
 
 def _complete(engine: RunningEngine, requests: Sequence[GenerationRequest]) -> list[Completion]:
