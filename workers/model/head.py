@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from outrider.workers.model.linear import Linear
-from outrider.workers.model.vocabulary import Vocabulary
+from outrider.workers.sequences.vocabulary import Vocabulary
 
 
 class Head(Protocol):

@@ -2,7 +2,7 @@ import torch
 
 from outrider.workers.model.head import LinearHead
 from outrider.workers.model.linear import make_linear
-from outrider.workers.model.vocabulary import Vocabulary, VocabularyRange, VocabularyTable
+from outrider.workers.sequences.vocabulary import Vocabulary, VocabularyRange, VocabularyTable
 
 CPU = torch.device("cpu")
 
