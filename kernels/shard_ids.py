@@ -17,7 +17,7 @@ class ShardIds:
 
     def __init__(self, ids: torch.Tensor) -> None:
         """`ids`: int64 [shard_size], at least one; a table for a kernel stays where it is."""
-        self.all: Int64Array = ids.cpu().numpy()
+        self.all: Int64Array = ids.to("cpu").numpy()
         """[shard_size]"""
         assert len(self.all) > 0
         assert np.all(self.all[1:] > self.all[:-1]), "ids must ascend"

@@ -6,15 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from outrider.kernels.shard_ids import ShardIds
 from outrider.workers.link.communicator import SoloCommunicator
@@ -24,6 +15,7 @@ from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.vocabulary import VocabularyRange
 from support.sampling_reference import edited_logits
+from support.transformers_law import transformers_law
 
 VOCAB_SIZE = 500
 PROMPT = [3, 7, 7, 450, 12]
@@ -31,23 +23,6 @@ PROMPT = [3, 7, 7, 450, 12]
 
 def random_logits(seed: int) -> torch.Tensor:
     return torch.randn(1, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * 3
-
-
-def transformers_law(params: SamplingParams, input_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities as transformers' generate would sample from, in its order of processors."""
-    processors = LogitsProcessorList()
-    if params.logit_bias:
-        bias: list[Any] = [[[token], value] for token, value in params.logit_bias]
-        processors.append(SequenceBiasLogitsProcessor(bias))
-    processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-    processors.append(TemperatureLogitsWarper(params.temperature))
-    if params.top_k > 0:
-        processors.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
-        processors.append(TopPLogitsWarper(params.top_p))
-    if params.min_p > 0:
-        processors.append(MinPLogitsWarper(params.min_p))
-    return torch.log_softmax(processors(torch.tensor([input_ids]), logits.clone()), dim=-1)[0]
 
 
 def our_law(params: SamplingParams, logits: torch.Tensor) -> torch.Tensor:

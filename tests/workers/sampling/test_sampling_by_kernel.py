@@ -110,21 +110,18 @@ def test_proposals_are_those_of_the_host(num: int) -> None:
 
 def test_no_row_is_brought_to_the_host(brought: list[int]) -> None:
     rows = rows_of([params for params in EVERYTHING if params != TRUNCATED[2]])
-    logits, sampler, on_host = logits_for(rows), whole_sampler(KERNELS), whole_sampler(REFERENCES)
-    brought.clear()
-    sampler.sample(logits, rows)
-    sampler.propose(logits, rows, 3)
+    logits = logits_for(rows)
+    whole_sampler(KERNELS).sample(logits, rows)
+    whole_sampler(KERNELS).propose(logits, rows, 3)
     assert max(brought) < VOCAB_SIZE / 4  # of a second round: 1024 candidates for each row that asks for more
     brought.clear()
-    on_host.sample(logits, rows)
+    whole_sampler(REFERENCES).sample(logits, rows)
     assert max(brought) == len(rows) * VOCAB_SIZE
 
 
 def test_rows_that_only_need_their_token_bring_one_number_each(brought: list[int]) -> None:
     rows = rows_of(PLAIN)
-    sampler = whole_sampler(KERNELS)
-    brought.clear()
-    sampler.sample(logits_for(rows), rows)
+    whole_sampler(KERNELS).sample(logits_for(rows), rows)
     assert max(brought) == len(rows)
 
 
