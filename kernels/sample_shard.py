@@ -7,7 +7,8 @@ ids would cost more than everything else, fewer tokens are looked at:
 
 - The maximum of every block of 128 logits is taken once; the blocks that hold the likeliest tokens follow.
 - Noise above `_LUCKY_GUMBEL` goes to few ids, and inverting the hash lists them. Every other token must come
-  within that distance of the best score known so far, or it has lost.
+  within that distance of the best score known so far, or it has lost. Where a law is so flat that this leaves most
+  of them, all ids are hashed: then only much noise wins.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from outrider.kernels.token_rows import (
     PART,
     UInt64Array,
     best_of,
+    count_true,
     drop_surplus,
     exponentials,
     largest_hashes,
@@ -55,6 +57,8 @@ _DENSE = 8192  # vocabulary up to which all ids are hashed
 _LARGE_PART = 4  # rows of a large vocabulary worked on at once
 _LUCKY_HASHES = 2**14  # hashes below this are found by inverting; one id in 2^18 has one
 _LUCKY_GUMBEL = 12.48  # upper bound of the noise of all other ids: -log(-log(1 - 2^-18)) = 12.4766
+_FLAT = 0.2  # share of the tokens that may win from which on all ids are hashed
+_STRIDE = 16  # every so many are looked at to estimate it
 _FIRST_BLOCKS = 32  # likeliest blocks that give the first bound on the best score
 
 
@@ -303,26 +307,63 @@ class ShardLogits:
         lower_by_rounding(bounds)
         # Tokens below a cut would need more noise than any but the lucky ids have.
         cuts = (bounds - np.float32(_LUCKY_GUMBEL)) * temperatures
-        of_row, values, ids = self._found(rows, cuts)
         limits = largest_hashes(bounds - self.maxima(rows) / temperatures)
-        able = np.flatnonzero(hash_rows(keys[of_row], ids[:, None])[:, 0] <= limits[of_row])
-        values, ids = padded(len(rows), of_row[able], values[able], ids[able])
-        lucky_rows, lucky_ids = ids_with_hash_below(
-            keys, _LUCKY_HASHES, self._ids.first, int(self._ids.all[-1]) + 1
-        )
-        here = self._ids.are_here(lucky_ids).nonzero()[0]
-        lucky_rows, lucky_ids = lucky_rows[here], lucky_ids[here]
-        lucky = self.logits(rows[lucky_rows], lucky_ids)
-        low = lucky < cuts[lucky_rows]
-        more_values, more_ids = padded(len(rows), lucky_rows[low], lucky[low], lucky_ids[low])
-        return np.concatenate([values, more_values], axis=1), np.concatenate([ids, more_ids], axis=1)
+        # Where a law is so flat that many could win, all ids are hashed: few have as much noise as that takes.
+        some = self._some(rows)[:, ::_STRIDE]
+        is_flat = count_true(some >= cuts[:, None]) > _FLAT * some.shape[1]
+        flat, steep = is_flat.nonzero()[0], (~is_flat).nonzero()[0]
+        found = [
+            padded(len(rows), part[of_row], *tokens)
+            for part, (of_row, *tokens) in (
+                (flat, self._noisy(rows[flat], keys[flat], limits[flat], cuts[flat])),
+                (steep, self._found_noisy(rows[steep], keys[steep], limits[steep], cuts[steep])),
+                (steep, self._lucky(rows[steep], keys[steep], cuts[steep])),
+            )
+        ]
+        return np.concatenate([x for x, _ in found], axis=1), np.concatenate([x for _, x in found], axis=1)
+
+    def _noisy(
+        self, rows: Int64Array, keys: UInt32Array, limits: UInt32Array, cuts: Float32Array
+    ) -> tuple[Int64Array, Float32Array, Int64Array]:
+        """As `_found`, of the tokens with hashes up to limits [n], and among them logits >= cuts [n] or lucky ids."""
+        of_row, values, columns = [], [], []
+        for i, row in enumerate(rows.tolist()):
+            hashes = hash_rows(keys[i : i + 1], self._ids.all[None])[0]
+            able = (hashes <= limits[i]).nonzero()[0]
+            logits = self._rows[row, able]
+            kept = (logits >= cuts[i]) | (hashes[able] < _LUCKY_HASHES)
+            columns.append(able[kept])
+            values.append(logits[kept])
+            of_row.append(np.full(len(columns[-1]), i))
+        if not of_row:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int64)
+        return np.concatenate(of_row), np.concatenate(values), self._ids.of(np.concatenate(columns))
+
+    def _found_noisy(
+        self, rows: Int64Array, keys: UInt32Array, limits: UInt32Array, cuts: Float32Array
+    ) -> tuple[Int64Array, Float32Array, Int64Array]:
+        """As `_found` of logits >= cuts [n], but without the tokens whose hashes are above limits [n]."""
+        of_row, values, ids = self._found(rows, cuts)
+        able = (hash_rows(keys[of_row], ids[:, None])[:, 0] <= limits[of_row]).nonzero()[0]
+        return of_row[able], values[able], ids[able]
+
+    def _lucky(
+        self, rows: Int64Array, keys: UInt32Array, cuts: Float32Array
+    ) -> tuple[Int64Array, Float32Array, Int64Array]:
+        """As `_found`, of the lucky ids with logits below cuts [n]."""
+        of_row, ids = ids_with_hash_below(keys, _LUCKY_HASHES, self._ids.first, int(self._ids.all[-1]) + 1)
+        here = self._ids.are_here(ids).nonzero()[0]
+        of_row, ids = of_row[here], ids[here]
+        values = self.logits(rows[of_row], ids)
+        low = (values < cuts[of_row]).nonzero()[0]
+        return of_row[low], values[low], ids[low]
 
     def _lower_bounds(self, rows: Int64Array, count: int) -> Float32Array:
         """[n]: values that at least `count` logits of each row reach, and not many more."""
-        for values in (self._maxima[rows], self._rows[rows]):
-            if count <= values.shape[1]:
-                return np.partition(values, -count, axis=1)[:, -count]
-        return np.full(len(rows), -np.inf, dtype=np.float32)
+        if count > self._size:
+            return np.full(len(rows), -np.inf, dtype=np.float32)
+        values = self._maxima[rows] if count <= self._maxima.shape[1] else self._some(rows)
+        return np.partition(values, -count, axis=1)[:, -count]
 
     def _at_least(self, rows: Int64Array, bounds: Float32Array) -> tuple[Float32Array, Int64Array]:
         """Logits >= bounds [n] and their ids, [n, width] each, ids ascending; rows that have fewer are filled
@@ -337,7 +378,8 @@ class ShardLogits:
 
     def _found(self, rows: Int64Array, bounds: Float32Array) -> tuple[Int64Array, Float32Array, Int64Array]:
         """Of all logits >= bounds [n] the index into `rows`, the logit and the id, in order."""
-        of_row, block = np.nonzero(self._maxima[rows] >= bounds[:, None])
+        maxima = self._maxima[rows]
+        of_row, block = np.divmod((maxima >= bounds[:, None]).reshape(-1).nonzero()[0], maxima.shape[1])
         row = rows[of_row]
         num_full, rest = divmod(self._size, _BLOCK)
         if rest == 0:
