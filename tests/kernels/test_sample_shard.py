@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.kernels.noise import gumbel_from_hash, hash_ids, noise_key
-from outrider.kernels.sample_shard import ShardLogits, sample_shard
+from outrider.kernels.sample_shard import sample_shard
 from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.shard_logits import ShardLogits
 from outrider.kernels.token_rows import UInt64Array, pack_tokens, unpack_tokens
 
 FIRST = np.array([0])  # rows

@@ -19,12 +19,12 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import ShardLogits
 from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.shard_logits import DENSE, ShardLogits
 from outrider.kernels.token_rows import REMOVED, UInt64Array, ids_of
 from outrider.workers.link.communicator import Communicator
-from outrider.workers.sampling.candidates import kept_tokens
+from outrider.workers.sampling.candidates import best_if_kept, kept_tokens
 from outrider.workers.sampling.context import RowParameters, SampledRows
 from outrider.workers.sampling.law import MAX_LOGIT, Edits, edit_rows
 from outrider.workers.sampling.logprobs import NO_QUESTIONS, LawQuestions, raw_logprobs
@@ -121,7 +121,8 @@ class Sampler:
         if len(batch.whole):
             best[batch.whole], valid[batch.whole] = _best_whole(batch, 1)[:, 0], True
         if len(batch.truncated):
-            best[batch.truncated], valid[batch.truncated] = self._best_kept(batch, 1)[0][:, 0], True
+            valid[batch.truncated] = True
+            self._choose_kept(batch, best)
         if self._communicator.size > 1:
             message = torch.from_numpy(best.view(np.int64))
             best = self._communicator.all_gather(message).numpy().view(np.uint64).min(axis=0)
@@ -175,7 +176,9 @@ class Sampler:
             )
         if len(batch.truncated):
             rows = batch.truncated
-            ids[rows], log_probs[rows] = _law_of_best(batch, rows, *self._best_kept(batch, num), temperatures)
+            ids[rows], log_probs[rows] = _law_of_best(
+                batch, rows, *self._best_kept(batch, rows, num), temperatures
+            )
         batch.edits.undo(batch.logits)
         return torch.from_numpy(ids), torch.from_numpy(log_probs)
 
@@ -199,9 +202,22 @@ class Sampler:
             return DeviceShard(logits, self._ids, self._kernels)
         return ShardLogits(logits, self._ids)
 
-    def _best_kept(self, batch: _Edited, num: int) -> tuple[UInt64Array, npt.NDArray[np.float64]]:
-        """Of the truncated rows [n, num] packed tokens with their scores, and [n] the masses of what is kept."""
-        rows, params = batch.truncated, batch.params
+    def _choose_kept(self, batch: _Edited, best: UInt64Array) -> None:
+        """The packed tokens of truncated rows, into best [num_rows]."""
+        rows, shard = batch.truncated, batch.shard
+        if (
+            isinstance(shard, ShardLogits) and self._communicator.size == 1 and self._vocab_size <= DENSE
+        ):  # whole rows are here, and cheap to look at
+            best[rows], is_sure = best_if_kept(shard, rows, batch.maxima[rows], batch.params)
+            rows = rows[~is_sure]
+        if len(rows):
+            best[rows] = self._best_kept(batch, rows, 1)[0][:, 0]
+
+    def _best_kept(
+        self, batch: _Edited, rows: Int64Array, num: int
+    ) -> tuple[UInt64Array, npt.NDArray[np.float64]]:
+        """Of truncated rows [n, num] packed tokens with their scores, and [n] the masses of what is kept."""
+        params = batch.params
         kept = kept_tokens(
             batch.shard, rows, batch.maxima[rows], params, self._vocab_size, self._communicator
         )

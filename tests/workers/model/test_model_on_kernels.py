@@ -9,9 +9,9 @@ import torch
 
 from outrider.kernels import gather_rows, kv_commit, operators, rope_append, sample_shard, tree_attention
 from outrider.kernels.noise import noise_key, noise_keys
-from outrider.kernels.sample_shard import ShardLogits
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.shard_logits import ShardLogits
 from outrider.kernels.token_rows import unpack_tokens
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model.cache import PagedCache

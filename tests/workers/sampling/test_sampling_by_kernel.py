@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from outrider.kernels.noise import noise_keys
-from outrider.kernels.sample_shard import ShardLogits, sample_shard
+from outrider.kernels.sample_shard import sample_shard
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.shard_logits import ShardLogits
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.sampling import shards
 from outrider.workers.sampling.context import PenaltyState, SampledRows
