@@ -289,5 +289,5 @@ def kernel_cases(attention_cases: Sequence[AttentionCase] = ATTENTION_CASES) -> 
         partial(prepare_gather_rows, (3, 6), torch.float16),
         partial(prepare_gather_rows, (5,), torch.bfloat16),
         *(partial(prepare_sample_shard, size, offset) for size, offset in ((5, 0), (3001, 152_000))),
-        partial(prepare_sample_shard, 900, 17, step=5),
+        partial(prepare_sample_shard, 500, 17, step=5),
     ]

@@ -79,9 +79,8 @@ def ids_with_hash_below(keys: UInt32Array, bound: int, first: int, end: int) -> 
     _lowbias32_inverse(x)
     x ^= keys[:, :1]
     x -= np.uint32(first)  # ids before `first` wrap around to large values
-    found = (
-        (x < np.uint32(end - first)).reshape(-1).nonzero()[0]
-    )  # in two dimensions it takes many times as long
+    # One-dimensional: over two axes numpy takes many times as long.
+    found = (x < np.uint32(end - first)).reshape(-1).nonzero()[0]
     return found // bound, x.reshape(-1)[found].astype(np.int64) + first
 
 

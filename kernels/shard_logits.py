@@ -246,7 +246,8 @@ class ShardLogits:
         lower_by_rounding(bounds)
         # Tokens below a cut would need more noise than any but the lucky ids have.
         cuts = (bounds - np.float32(_LUCKY_GUMBEL)) * temperatures
-        limits = largest_hashes(bounds - self.maxima(rows) / temperatures)
+        with np.errstate(invalid="ignore"):  # no limit where every token is removed
+            limits = largest_hashes(bounds - self.maxima(rows) / temperatures)
         # Where a law is so flat that many could win, all ids are hashed: few have as much noise as that takes.
         some = self._some(rows)[:, ::_STRIDE]
         is_flat = count_true(some >= cuts[:, None]) > _FLAT * some.shape[1]
