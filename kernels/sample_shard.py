@@ -14,7 +14,8 @@ from torch.library import custom_op
 from outrider.kernels.launch_plans import LaunchPlan, launch
 from outrider.kernels.noise import Float32Array, Key, UInt32Array
 from outrider.kernels.shapes import check_kernel_arguments, check_shapes
-from outrider.kernels.shard_logits import ShardLogits as ShardLogits
+from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.shard_logits import ShardLogits
 from outrider.kernels.token_rows import unpack_tokens
 
 
@@ -31,7 +32,7 @@ def sample_shard(
     logits: Tensor,
     temperatures: Sequence[float] | Float32Array,
     keys: Sequence[Key] | UInt32Array,
-    vocab_offset: int,
+    shard_ids: ShardIds,
     use_kernel: bool = False,
 ) -> ShardSample:
     """The best token of each row of a shard, as above.
@@ -40,15 +41,17 @@ def sample_shard(
         logits: float32 [num_rows, shard_size], processed; -inf removes a token.
         temperatures: one per row; 0 takes the largest logit without noise.
         keys: `noise_key` of each row's seed and position.
-        vocab_offset: token id of column 0.
+        shard_ids: the token id of each column.
         use_kernel: run `sample_shard.cu` (logits on a GPU); the result is on that GPU.
 
     Raises:
-        ValueError: there are not as many temperatures and keys as rows.
+        ValueError: there are not as many temperatures and keys as rows, or ids as columns.
     """
     for name, values in (("temperatures", temperatures), ("keys", keys)):
         if len(values) != logits.shape[0]:
             raise ValueError(f"{name} has {len(values)} entries, logits has {logits.shape[0]} rows")
+    if len(shard_ids) != logits.shape[1]:
+        raise ValueError(f"shard_ids has {len(shard_ids)} entries, logits has {logits.shape[1]} columns")
     if use_kernel:
         check_shapes((("logits", logits, ("num_rows", "shard_size")),))
         check_kernel_arguments((("logits", logits, torch.float32),))
@@ -56,10 +59,11 @@ def sample_shard(
             logits,
             torch.as_tensor(np.asarray(temperatures, dtype=np.float32), device=logits.device),
             torch.as_tensor(np.asarray(keys, dtype=np.int64).reshape(-1, 2), device=logits.device),
-            vocab_offset,
+            shard_ids.first,
+            shard_ids.table.to(logits.device),
         )
         return ShardSample(scores, tokens, largest, sums.double())
-    shard, rows = ShardLogits(logits, vocab_offset), np.arange(len(temperatures))
+    shard, rows = ShardLogits(logits, shard_ids), np.arange(len(temperatures))
     divisors = np.asarray(temperatures, dtype=np.float32)
     best = shard.best(rows, divisors, np.asarray(keys, dtype=np.uint32).reshape(-1, 2), 1)
     values, ids = unpack_tokens(best[:, 0])
@@ -76,10 +80,11 @@ def sample_shard(
 
 @custom_op("outrider::sample_shard", mutates_args=(), device_types="cpu")
 def sample_shard_op(
-    logits: Tensor, temperatures: Tensor, keys: Tensor, vocab_offset: int
+    logits: Tensor, temperatures: Tensor, keys: Tensor, vocab_offset: int, table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """With temperatures and keys as tensors; on a CPU the reference."""
-    sample = sample_shard(logits, temperatures.numpy(), keys.numpy().astype(np.uint32), vocab_offset)
+    """With temperatures and keys as tensors, and ids as `plan_sample_shard` takes them; on a CPU the reference."""
+    ids = ShardIds(table) if len(table) else ShardIds.from_first(vocab_offset, logits.shape[1])
+    sample = sample_shard(logits, temperatures.numpy(), keys.numpy().astype(np.uint32), ids)
     return sample.values, sample.ids, sample.maxima, sample.exp_sums.float()
 
 
@@ -92,11 +97,11 @@ def _empty(logits: Tensor, *rest: Tensor | int) -> tuple[Tensor, Tensor, Tensor,
 
 @sample_shard_op.register_kernel("cuda")
 def sample_shard_on_gpu(
-    logits: Tensor, temperatures: Tensor, keys: Tensor, vocab_offset: int
+    logits: Tensor, temperatures: Tensor, keys: Tensor, vocab_offset: int, table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = _empty(logits)
     if logits.shape[0] > 0:
-        launch(logits.device, [plan_sample_shard(logits, temperatures, keys, vocab_offset, *outputs)])
+        launch(logits.device, [plan_sample_shard(logits, temperatures, keys, vocab_offset, table, *outputs)])
     return outputs
 
 
@@ -105,6 +110,7 @@ def plan_sample_shard(
     temperatures: Tensor,
     keys: Tensor,
     vocab_offset: int,
+    table: Tensor,
     scores: Tensor,
     tokens: Tensor,
     largest: Tensor,
@@ -114,7 +120,8 @@ def plan_sample_shard(
 
     Args:
         logits: float32 [num_rows, shard_size]; temperatures: float32 [num_rows], 0 = no noise; keys: int64
-            [num_rows, 2], the halves of `noise_key`; vocab_offset: token id of column 0.
+            [num_rows, 2], the halves of `noise_key`; vocab_offset: token id of column 0; table: int64
+            [shard_size], the token id of each column, ascending, or no elements where they are consecutive.
         scores, tokens, largest, exponential_sums: outputs float32, int64, float32, float32 [num_rows].
     """
     num_rows, vocab_size = logits.shape
@@ -128,6 +135,7 @@ def plan_sample_shard(
             logits,
             keys,
             temperatures,
+            table if len(table) else np.int64(0),
             scores,
             tokens,
             largest,
