@@ -31,3 +31,15 @@ class LinearHead:
 
     def __call__(self, normed: Tensor) -> Tensor:
         return self.linear(normed).float()
+
+
+@dataclass(frozen=True)
+class LowRankHead:
+    """Two products with nothing between them: hidden -> rank -> vocabulary (SlimSpec, arXiv 2605.10453)."""
+
+    down: Linear
+    up: Linear
+    vocabulary: Vocabulary
+
+    def __call__(self, normed: Tensor) -> Tensor:
+        return self.up(self.down(normed)).float()
