@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,32 @@ class DraftTrees:
         return DraftTrees(
             self.counts[which], self.tokens[which], self.parents[which], self.growing_nodes[which]
         )
+
+
+class Window(NamedTuple):
+    """The nodes of B trees as a rectangle as wide as the largest of them.
+
+    Attributes:
+        width: nodes of the largest.
+        starts: int64 [B], where each tree begins in a flat array over the rectangle.
+        places: int64 [B, width], of each node in `GrowingTrees.flat`.
+    """
+
+    width: int
+    starts: Ints
+    places: Ints
+
+
+class FlatNodes(NamedTuple):
+    """The arrays of `GrowingTrees` as [S * N], in which one index names slot and node: the cheapest to look up."""
+
+    tokens: Ints
+    parents: Ints
+    depths: Ints
+    sources: Ints
+    acceptances: Floats
+    values: Floats
+    child_mass: Floats
 
 
 @dataclass(frozen=True)
