@@ -15,6 +15,7 @@ from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.draft_heads import for_serving
 from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.source import WeightSource
@@ -22,6 +23,7 @@ from outrider.workers.weights.tensors import HEAD
 
 ALL = slice(None)
 CPU = torch.device("cpu")
+NOT_COUNTED = np.zeros((0, 0))
 
 
 def read(target: WeightSource, name: str) -> torch.Tensor:
@@ -43,7 +45,7 @@ def medusa_heads(target: WeightSource, num_heads: int = 3) -> MedusaHeads:
 
 
 def sampler_of(vocab_size: int) -> Sampler:
-    return Sampler(vocab_size, range(vocab_size), SoloCommunicator())
+    return Sampler(vocab_size, VocabularyRange(0, vocab_size), SoloCommunicator())
 
 
 def medusa_method(
@@ -51,7 +53,7 @@ def medusa_method(
     estimator: AcceptanceEstimator,
     target: WeightSource,
     heads: MedusaHeads,
-    accuracies: np.ndarray = np.zeros((0, 0)),
+    accuracies: np.ndarray = NOT_COUNTED,
     packed: bool = True,
 ) -> MedusaMethod:
     """The method as it is built for a tiny target, in float32 on the CPU."""

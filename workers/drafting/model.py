@@ -35,6 +35,7 @@ from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints, Survivors
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.setup import counting, kernels_for, load_model, num_draft_pages, torch_dtype
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
@@ -109,7 +110,7 @@ class ModelMethod(DraftMethod):
             model=model,
             cache=PagedCache(source.config, plan, num_pages, page_size, dtype, device, kernels.kv_commit),
             pool=PagePool(num_pages, page_size, rounds.prefix_sharing),
-            sampler=Sampler(vocab_size, range(vocab_size), solo, kernels),
+            sampler=Sampler(vocab_size, VocabularyRange(0, vocab_size), solo, kernels),
             num_target_tokens=context.target.vocab_size,
             max_children=config.tree.max_children,
             rows_per_sequence=_ROWS_PER_STEP,

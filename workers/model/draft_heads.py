@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from outrider.workers.draft_heads.lm_head import DenseLmHead, LmHead, LmHeadShape, LowRankLmHead
 from outrider.workers.model.head import Head, LinearHead, LowRankHead
 from outrider.workers.model.linear import Linear, make_linear
-from outrider.workers.model.vocabulary import Vocabulary, VocabularyRange, VocabularyTable
+from outrider.workers.sequences.vocabulary import Vocabulary, VocabularyRange, VocabularyTable
 
 _Module = TypeVar("_Module", bound=nn.Module)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.gather_rows import gather_rows
-from outrider.workers.model.vocabulary import VocabularyRange
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.weights.source import WeightSource
 
 

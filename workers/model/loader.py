@@ -12,7 +12,7 @@ from outrider.workers.model.head import Head, LinearHead
 from outrider.workers.model.linear import Linear, PackedLinear, make_linear
 from outrider.workers.model.mlp import GatedMlp, Mlp
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.vocabulary import VocabularyRange
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.weights.config import DenseMlp
 from outrider.workers.weights.source import WeightSource
 from outrider.workers.weights.tensors import EMBEDDING, HEAD

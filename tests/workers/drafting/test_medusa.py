@@ -1,4 +1,4 @@
-"""Medusa heads propose from the newest true row, each at its own position; what their guesses are worth is learned."""
+"""Medusa heads propose from the newest true row, each at its own position; what guesses are worth is learned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.weights.random_source import RandomSource
 from support.drafted import GREEDY, answer, cut_of, node_at, path_of, sequence_of
-from support.tiny_heads import medusa_heads, medusa_method, read
+from support.tiny_heads import NOT_COUNTED, medusa_heads, medusa_method, read
 
 VOCAB = 96
 TARGET = RandomSource(
@@ -28,7 +28,7 @@ NUM_HEADS, NUM_CHILDREN = 3, 3
 class Drafting:
     """The method alone, with the target's rows given by hand."""
 
-    def __init__(self, accuracies: np.ndarray = np.zeros((0, 0))) -> None:
+    def __init__(self, accuracies: np.ndarray = NOT_COUNTED) -> None:
         self.engine = DraftEngine(DraftedSlots(4, 12, 16))
         self.trees = self.engine.trees
         self.medusa = medusa_method(
