@@ -33,9 +33,8 @@ class SlotLaws:
 
     def rerooted(self, survivors: Survivors) -> None:
         """Tokens came out, one for each node of these paths."""
-        lengths = np.add.reduce(survivors.paths, axis=1, dtype=np.int64)
-        for slot, length in zip(survivors.slots.tolist(), lengths.tolist(), strict=True):
+        for slot, path in zip(survivors.slots.tolist(), survivors.paths, strict=True):
             params, penalties = self._laws[slot]
             if params.uses_context:
-                for token in self._slots.sequence(slot).tokens[-length:]:
+                for token in self._slots.sequence(slot).tokens[-np.count_nonzero(path) :]:
                     penalties.add(token)

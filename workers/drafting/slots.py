@@ -80,7 +80,11 @@ class DraftedSlots:
         return self.trees.exists(slots, width) & (self.trees.depths[slots, :width] < depths[:, None])
 
     def _count(self, sequence: Sequence) -> None:
-        slot, max_depth, num_remaining = sequence.slot, sequence.request.draft.max_depth, sequence.num_remaining
+        slot, max_depth, num_remaining = (
+            sequence.slot,
+            sequence.request.draft.max_depth,
+            sequence.num_remaining,
+        )
         self.num_remaining[slot] = num_remaining
         self.num_tokens[slot] = len(sequence.tokens)
         self._round_depths[slot] = min(max_depth, num_remaining - 1)

@@ -96,7 +96,9 @@ def build_batch(tables: PageTables, rows: TreeRows, device: torch.device) -> For
     """Lays the queries of all sequences out for one forward; the tables hold pages for all their rows."""
     contexts_of_rows = rows.context_lens.repeat(rows.query_lens)
     num_pages = tables.num_pages[rows.slots]
-    assert not np.count_nonzero(num_pages * tables.page_size < rows.context_lens + rows.tree_lens), "too few pages"
+    assert not np.count_nonzero(num_pages * tables.page_size < rows.context_lens + rows.tree_lens), (
+        "too few pages"
+    )
     kv_rows = tables.kv_rows(rows.slots.repeat(rows.query_lens), contexts_of_rows + rows.tree_rows)
     query_indptr = np.zeros(len(rows.slots) + 1, dtype=np.int32)
     rows.query_lens.cumsum(out=query_indptr[1:])

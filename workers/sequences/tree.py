@@ -119,9 +119,7 @@ class GrowingTrees:
         values[known] = self.values[slots[known], nodes]
         return values
 
-    def _add_new(
-        self, slots: Ints, above: Ints, tokens: Ints, acceptances: Floats, sources: Ints
-    ) -> Floats:
+    def _add_new(self, slots: Ints, above: Ints, tokens: Ints, acceptances: Floats, sources: Ints) -> Floats:
         values = self.flat.values[above] * acceptances
         depths = self.flat.depths[above] + 1
         values *= self._append(slots, above, tokens, depths, acceptances, values, sources)
@@ -242,7 +240,9 @@ class GrowingTrees:
             nodes = self._best_path_first(window, nodes, exists)
         starts, firsts = window.starts[:, None], window.places[:, :1]
         column_of = np.zeros(window.places.size, dtype=np.int64)  # of a growing node in the cut
-        column_of[starts + nodes] = columns * exists  # padding repeats the root, and so says what the root does
+        column_of[starts + nodes] = (
+            columns * exists
+        )  # padding repeats the root, and so says what the root does
         here = firsts + nodes
         parents = column_of[starts + self.flat.parents[here]]
         return DraftTrees(counts + 1, self.flat.tokens[here], parents, nodes)
