@@ -140,7 +140,9 @@ def _read_speculators(fields: Fields, target_num_layers: int | None) -> Eagle3Fi
     if fields.given("speculators_config"):
         verifier = Fields(fields.object("speculators_config")).object("verifier")
         target = str(verifier.get("name_or_path") or "")
-    fields.ignore((*HARMLESS_FIELDS, "speculators_version", "has_no_defaults_at_init", "model_type"))
+    fields.ignore(
+        (*HARMLESS_FIELDS, "speculators_version", "auto_map", "has_no_defaults_at_init", "model_type")
+    )
     layer.ignore((*HARMLESS_FIELDS, "architectures"))
     described = _description(fields, shape, target_num_layers).or_else(HeadDescription(target_model=target))
     problems = unknown_fields(fields) + unknown_fields(layer, "transformer_layer_config.")
