@@ -1,0 +1,42 @@
+"""LM heads: the two matrices start as the best ones for the one, and rows keep their ids."""
+
+import torch
+
+from outrider.workers.draft_heads.lm_head import (
+    DenseLmHead,
+    LmHeadShape,
+    LowRankLmHead,
+    low_rank_start,
+    make_lm_head,
+    rank_of,
+)
+
+
+def test_the_start_of_a_low_rank_head_is_the_truncated_svd() -> None:
+    weight = torch.randn(60, 16, generator=torch.Generator().manual_seed(0))
+    down, up = low_rank_start(weight, 5)
+    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    torch.testing.assert_close(up @ down, (u[:, :5] * s[:5] @ v[:5]).float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(down.norm(dim=1), s[:5].sqrt().float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(up.norm(dim=0), s[:5].sqrt().float(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_of_two_matrices_gives_the_logits_of_their_product() -> None:
+    ids = torch.tensor([1, 4, 9])
+    head = make_lm_head(LmHeadShape(8, 3, 2), ids)
+    assert isinstance(head, LowRankLmHead)
+    assert head.shape == LmHeadShape(8, 3, 2)
+    rows = torch.randn(2, 5, 8)
+    torch.testing.assert_close(head(rows), rows @ head.matrix().T)
+    assert sorted(head.state_dict()) == ["down.weight", "up.weight"]
+
+
+def test_full_rank_is_one_matrix() -> None:
+    head = make_lm_head(LmHeadShape(8, 3, 8), torch.tensor([0, 1, 2]))
+    assert isinstance(head, DenseLmHead)
+    assert list(head.state_dict()) == ["weight"]
+
+
+def test_ranks_are_named_by_their_divisor() -> None:
+    assert rank_of(4096, 8) == 512
+    assert rank_of(8, 8) == 2
