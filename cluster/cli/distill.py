@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from outrider import __version__
+from outrider.cluster.cli.hidden_rows import HiddenRows
 from outrider.cluster.cli.inputs import ModelFacts, open_model
 from outrider.cluster.cli.options import ConfigName, MaxTokens, Overrides, Plain, draft_options
 from outrider.cluster.cli.start import running_engine
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from outrider.cluster.distillation.run import Tally
     from outrider.workers.training.texts import Description
 
+HiddenDtype = Literal["target", "bfloat16"]
 Styles = Literal["chat", "raw", "both"]
 _TEMPLATES = {"chat": (True,), "raw": (False,), "both": (True, False)}
 
@@ -77,6 +79,20 @@ def distill(
     ] = 0,
     with_text: Annotated[bool, typer.Option("--with-text", help="Keep the decoded answers, too.")] = False,
     plain: Plain = False,
+    keep_hidden: Annotated[
+        str,
+        typer.Option(
+            metavar="LAYERS",
+            help="Then keep the target's hidden rows of all texts: medusa, eagle3, or layers such as 2,15,27.",
+            show_default=False,
+        ),
+    ] = "",
+    hidden_dtype: Annotated[
+        HiddenDtype, typer.Option(help="Of the kept rows; target: as target.dtype.")
+    ] = "target",
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Keep hidden rows without asking about their size.")
+    ] = False,
 ) -> None:
     """Let the target write texts. Ended in any way, the same command goes on where it was."""
     loaded = load_config(config, overrides)
@@ -107,6 +123,7 @@ def distill(
     check_options(loaded, {"max_tokens": max_prompt_tokens}, {})
     model = open_model(loaded)
     turn = user_turn(model.tokenizer) if free or begun else None
+    hidden = HiddenRows(loaded, keep_hidden, hidden_dtype, yes) if keep_hidden else None
     settings = {
         "prompts": {name: _digest(path) for name, path in zip(plan.prompts, prompts, strict=True)},
         "style": style,
@@ -126,13 +143,17 @@ def distill(
         done = recall(directory, judge, tally)
         todo = (task for task in plan.tasks() if task.id not in done)
         if tally.fraction < 1.0:
+            if hidden is not None:
+                hidden.announce(tokens or plan.num_texts * num_tokens)
             with running_engine(loaded) as engine, _shown(tally) as show:
                 answerer = Answerer(
                     engine, model.tokenizer, turn, seed, num_tokens, max_prompt_tokens, draft, with_text
                 )
                 in_flight = concurrency or -(-3 * loaded.rounds.max_sequences // 2)
                 work_through(todo, answerer.answer, writer, judge, tally, in_flight, show)
-    typer.echo(f"{directory}: {_summary(tally)}")
+        typer.echo(f"{directory}: {_summary(tally)}")
+        if hidden is not None:
+            hidden.keep(directory)
 
 
 @contextmanager

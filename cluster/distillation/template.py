@@ -29,9 +29,7 @@ def user_turn(tokenizer: Any) -> UserTurn:
     Raises ValueError where there is no template, or one that does not take the message as it is.
     """
     if not tokenizer.chat_template:
-        raise ValueError(
-            "target.tokenizer must have a chat template for prompts that the target writes (--raw has none)"
-        )
+        raise ValueError("target.tokenizer must have a chat template for --free and --begun, got one without")
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": _MARK}], add_generation_prompt=True, tokenize=False
     )
