@@ -152,7 +152,7 @@ class LevelMethod(DraftMethod):
     def forecast(self, slots: Ints) -> Forecast:
         """What the next step over these slots would do."""
         frontier = self._frontier(slots)
-        return Forecast(self._gains(frontier), frontier.num_rows, frontier.slots)
+        return Forecast(lambda: self._gains(frontier), frontier.num_rows, frontier.slots)
 
     def root_gains(self, is_greedy: Bools) -> Floats:
         """The gains of a step over roots, at least those assumed at first."""

@@ -138,10 +138,7 @@ class MedusaMethod(DraftMethod):
     def forecast(self, slots: Ints) -> Forecast:
         """A row for each sequence with news."""
         ready = self._ready(slots)
-        gains = self._gains(ready).ravel()
-        gains = gains[gains > 0.0]
-        gains.sort()
-        return Forecast(gains[::-1], len(ready), ready)
+        return Forecast(lambda: self._gains(ready), len(ready), ready)
 
     def root_gains(self, is_greedy: Bools) -> Floats:
         """What trees were worth so far, at least what is assumed at first."""
@@ -237,12 +234,12 @@ class MedusaMethod(DraftMethod):
         return self.estimator.estimate(sources, priors) * (log_probs > -np.inf), sources
 
     def _gains(self, slots: Ints) -> Floats:
-        """[B, num_nodes]: what trees of roots would gain, less what their trees hold already."""
+        """[M], descending: what trees of roots would gain, less what their trees hold already."""
         yields_so_far = self._yields.cumsum(axis=1)[self.slots.is_greedy[slots].view(np.int8)]
         held = self.trees.values[slots, 1 : max(1, self.trees.width(slots))].sum(axis=1)
         left = np.maximum(yields_so_far - held[:, None], 0.0)
         left[:, 1:] -= left[:, :-1].copy()
-        return left
+        return np.sort(left[left > 0.0])[::-1]
 
 
 def _of_ranks(accuracies: Floats, num_heads: int, num_ranks: int) -> Floats:

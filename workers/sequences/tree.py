@@ -17,6 +17,7 @@ from outrider.workers.sequences.cuts import (
     Offers,
     Survivors,
     Window,
+    best_path_first,
 )
 
 
@@ -45,15 +46,9 @@ class GrowingTrees:
         self.capacity = capacity
         self.tokens, self.parents, self.depths, self.sources = (np.zeros(shape, np.int64) for _ in range(4))
         self.acceptances, self.values, self.child_mass = (np.zeros(shape) for _ in range(3))
-        self.flat = FlatNodes(
-            tokens=self.tokens.reshape(-1),
-            parents=self.parents.reshape(-1),
-            depths=self.depths.reshape(-1),
-            sources=self.sources.reshape(-1),
-            acceptances=self.acceptances.reshape(-1),
-            values=self.values.reshape(-1),
-            child_mass=self.child_mass.reshape(-1),
-        )
+        columns = (self.tokens, self.parents, self.depths, self.sources)
+        masses = (self.acceptances, self.values, self.child_mass)
+        self.flat = FlatNodes(*(c.reshape(-1) for c in columns), *(m.reshape(-1) for m in masses))
         self.num_nodes = np.zeros(num_slots, dtype=np.int64)
         self.root_positions = np.zeros(num_slots, dtype=np.int64)
         self.version = 0
@@ -237,7 +232,7 @@ class GrowingTrees:
         nodes *= exists
         window = self.window(slots)
         if width > 2:
-            nodes = self._best_path_first(window, nodes, exists)
+            nodes = best_path_first(window, nodes, self.flat.parents[window.places[:, :1] + nodes], exists)
         starts, firsts = window.starts[:, None], window.places[:, :1]
         column_of = np.zeros(window.places.size, dtype=np.int64)  # of a growing node in the cut
         column_of[starts + nodes] = (
@@ -337,28 +332,6 @@ class GrowingTrees:
         flat.child_mass[first] = 0.0
         self.root_positions[slots] = positions
         self.num_nodes[slots] = 1
-
-    def _best_path_first(self, window: Window, nodes: Ints, exists: Bools) -> Ints:
-        """Nodes ([B, K], root first, by value) in a topological order that starts with the best path."""
-        starts = window.starts[:, None]
-        places = starts + nodes
-        parents = starts + self.flat.parents[window.places[:, :1] + nodes]
-        best_child = np.zeros(window.places.size, dtype=np.int64)  # of a growing node
-        # Of several assignments to one place the last holds: from the least valuable to the best. In copies, because
-        # numpy assigns views of negative stride in the order of memory. Padding assigns roots to roots, first of all.
-        best_child[parents[:, :0:-1].copy()] = nodes[:, :0:-1].copy()
-        is_best = np.zeros(len(best_child), dtype=np.bool_)
-        is_best[window.starts] = True
-        current = best_child[window.starts]
-        while np.count_nonzero(current):
-            here = window.starts + current
-            is_best[here] = True
-            # Padding and leaves point at roots, from which no way leads on.
-            current = best_child[here] * (current > 0)
-        behind = np.where(exists, ~is_best[places], 2)
-        order = behind.argsort(axis=1, kind="stable")
-        width = nodes.shape[1]
-        return nodes.reshape(-1)[order + np.arange(0, nodes.size, width)[:, None]]
 
     def _next_nodes(self, slots: Ints) -> tuple[Ints, Ints]:
         """The nodes that new ones of these slots become ([M], those of a slot together), and [S] all nodes then."""
