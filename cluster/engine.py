@@ -25,7 +25,7 @@ from outrider.cluster.inbox import CompletionStream, Inbox, PieceStream
 from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.placement import COORDINATOR_BUNDLE, check_cpus, reserve
 from outrider.cluster.session import RaySession
-from outrider.configs.schema import Config
+from outrider.configs.schema import Config, Eagle3Config, MedusaConfig
 
 NOTHING_SPECIAL: Mapping[str, object] = MappingProxyType({})
 
@@ -177,7 +177,13 @@ def _with_absolute_paths(config: Config) -> Config:
     target = replace(
         config.target, model=_absolute(config.target.model), tokenizer=_absolute(config.target.tokenizer)
     )
-    return replace(config, target=target, draft=replace(config.draft, model=_absolute(config.draft.model)))
+    draft = replace(
+        config.draft,
+        model=_absolute(config.draft.model),
+        medusa=MedusaConfig(_absolute(config.draft.medusa.model)),
+        eagle3=Eagle3Config(_absolute(config.draft.eagle3.model)),
+    )
+    return replace(config, target=target, draft=draft)
 
 
 def _absolute(model: str) -> str:

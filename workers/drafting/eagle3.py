@@ -12,22 +12,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from outrider.configs.schema import Config
+from outrider.workers.draft_heads.checkpoint import read_eagle3
+from outrider.workers.draft_heads.layouts.eagle3 import read_eagle3_config
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.features import FeatureStore
-from outrider.workers.drafting.levels import LevelLimits, LevelMethod
+from outrider.workers.drafting.heads import check_fingerprint, check_target
+from outrider.workers.drafting.levels import ROWS_PER_STEP, LevelLimits, LevelMethod
 from outrider.workers.drafting.method import MethodContext, Verified
 from outrider.workers.drafting.row_cache import Expansion, RowCache
 from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import TreeRows, build_batch
-from outrider.workers.model.eagle3 import CachedEagle3
+from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.draft_heads import for_serving, vocabulary_of
+from outrider.workers.model.eagle3 import CachedEagle3, layer_config
+from outrider.workers.model.embedding import embedding_of
+from outrider.workers.model.shard import ShardPlan
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.hidden import HiddenNeeds
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.segments import starts_of
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, Floats, Ints, Survivors, Window
+from outrider.workers.setup import kernels_for, load_target_tensors, num_draft_pages, torch_dtype
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
+from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.fields import read_json
+from outrider.workers.weights.progress import silent
+from outrider.workers.weights.resolver import resolve_head
+from outrider.workers.weights.tensors import EMBEDDING
+
+_FIELD = "draft.eagle3.model"
 
 
 class Eagle3Method(LevelMethod):
@@ -63,7 +80,49 @@ class Eagle3Method(LevelMethod):
     @classmethod
     def build(cls, context: MethodContext) -> Eagle3Method:
         """Load `draft.eagle3.model` and the target's embedding, and lay out its cache."""
-        raise NotImplementedError  # comes with the readers of checkpoints
+        config, target, progress = context.config, context.target, context.progress
+        draft, rounds, device = config.draft, config.rounds, context.device
+        dtype = torch_dtype(draft.dtype)
+        folder = resolve_head(draft.eagle3.model, progress, _FIELD)
+        try:
+            drafter, description = read_eagle3(folder, target.num_layers)
+        except ValueError as error:
+            raise ValueError(f"{_FIELD}: {error}") from error
+        shape = drafter.shape
+        check_target(_FIELD, description, shape.target_hidden_size, shape.vocab_size, target)
+        check_target(_FIELD, description, shape.hidden_size, shape.vocab_size, target)
+        source = load_target_tensors(config, [EMBEDDING], progress)
+        check_fingerprint(_FIELD, description, source)
+        own, page_size = layer_config(shape), config.target.page_size
+        num_pages = num_draft_pages(config, own)
+        kernels = kernels_for(config, own, device, dtype)
+        cache = PagedCache(own, ShardPlan(own, 0, 1), num_pages, page_size, dtype, device, kernels.kv_commit)
+        served = for_serving(drafter, shape.vocab_size, dtype, device, draft.packed_weights)
+        vocabulary = vocabulary_of(served.lm_head.ids, shape.vocab_size)
+        return cls(
+            slots=context.slots,
+            estimator=context.estimator,
+            drafter=CachedEagle3(served, embedding_of(source, dtype, device), cache, kernels),
+            pool=PagePool(num_pages, page_size, rounds.prefix_sharing),
+            sampler=Sampler(len(vocabulary), vocabulary, SoloCommunicator(), kernels),
+            limits=LevelLimits(
+                max_children=min(config.tree.max_children, len(vocabulary)),
+                rows_per_sequence=ROWS_PER_STEP,
+                max_rows=max(ROWS_PER_STEP, rounds.max_sequences),
+                prefill_chunk=rounds.prefill_chunk,
+            ),
+            tracer=context.tracer,
+        )
+
+    @classmethod
+    def needs_of(cls, config: Config, target: ModelConfig) -> HiddenNeeds:
+        """The taps that the checkpoint names; its weights are not looked at."""
+        folder = resolve_head(config.draft.eagle3.model, silent, _FIELD, description_only=True)
+        try:
+            taps = read_eagle3_config(read_json(folder / "config.json"), target.num_layers).shape.taps
+        except ValueError as error:
+            raise ValueError(f"{_FIELD}: {error}") from error
+        return HiddenNeeds(taps, of_context=True)
 
     def prefix_kept(self, sequence: Sequence) -> int:
         """Rows in shared pages: each was made of the feature at its own index, so that these are not needed again."""

@@ -9,6 +9,7 @@ nothing more to propose.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as SequenceABC
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.configs.schema import Config
+from outrider.workers.draft_heads.checkpoint import read_medusa
 from outrider.workers.draft_heads.medusa import MedusaHeads
 from outrider.workers.drafting.acceptance import (
     NUM_SAMPLED_KINDS,
@@ -23,19 +25,25 @@ from outrider.workers.drafting.acceptance import (
     follow_errors,
     priors_and_kinds,
 )
+from outrider.workers.drafting.heads import check_target
 from outrider.workers.drafting.laws import SlotLaws
 from outrider.workers.drafting.medusa_tree import best_trees
 from outrider.workers.drafting.method import DraftMethod, Forecast, MethodContext, Verified
 from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.link.communicator import SoloCommunicator
+from outrider.workers.model.draft_heads import for_serving, vocabulary_of
 from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.hidden import HiddenNeeds
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, Floats, Ints, Survivors
+from outrider.workers.setup import kernels_for, load_target_tensors, torch_dtype
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.resolver import resolve_head
+from outrider.workers.weights.tensors import FINAL_NORM
 
 _MAX_LOGIT_ROWS = 256  # of a step: those of a vocabulary of 128k take 131 MB
 _FIRST_YIELD = 0.4  # assumed of a head's best guess before any was seen, where the checkpoint does not say
@@ -74,7 +82,7 @@ class MedusaMethod(DraftMethod):
         self._heads, self._num_heads = heads, heads.shape.num_heads
         self._final_norm = final_norm
         self._sampler = sampler
-        self._max_children = min(max_children, target.vocab_size)
+        self._max_children = min(max_children, len(heads.ids))
         self._num_nodes = num_nodes
         self._max_sequences = max(1, _MAX_LOGIT_ROWS // self._num_heads)
         self._laws = SlotLaws(slots)
@@ -98,7 +106,31 @@ class MedusaMethod(DraftMethod):
     @classmethod
     def build(cls, context: MethodContext) -> MedusaMethod:
         """Load `draft.medusa.model`, and the target's final norm."""
-        raise NotImplementedError  # comes with the readers of checkpoints
+        config, target, progress = context.config, context.target, context.progress
+        draft, field = config.draft, "draft.medusa.model"
+        folder = resolve_head(draft.medusa.model, progress, field)
+        try:
+            heads, description = read_medusa(folder)
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from error
+        shape = heads.shape
+        check_target(field, description, shape.hidden_size, shape.vocab_size, target)
+        source = load_target_tensors(config, [FINAL_NORM], progress)
+        dtype, device = torch_dtype(draft.dtype), context.device
+        vocabulary = vocabulary_of(heads.ids.to(device), shape.vocab_size)
+        kernels = kernels_for(config, target, device, dtype)
+        return cls(
+            slots=context.slots,
+            estimator=context.estimator,
+            target=target,
+            heads=for_serving(heads, shape.vocab_size, dtype, device, draft.packed_weights),
+            final_norm=source.read(FINAL_NORM, slice(None), slice(None), dtype).to(device),
+            accuracies=table_of(description.accuracies),
+            sampler=Sampler(len(vocabulary), vocabulary, SoloCommunicator(), kernels),
+            max_children=config.tree.max_children,
+            num_nodes=max(1, config.tree.max_nodes),
+            tracer=context.tracer,
+        )
 
     @classmethod
     def needs_of(cls, config: Config, target: ModelConfig) -> HiddenNeeds:
@@ -242,11 +274,20 @@ class MedusaMethod(DraftMethod):
         return np.sort(left[left > 0.0])[::-1]
 
 
+def table_of(accuracies: SequenceABC[SequenceABC[float]]) -> Floats:
+    """[K, R] of a checkpoint's accuracies by head and rank; ranks that a head does not tell of are worth nothing."""
+    table = np.zeros((len(accuracies), max(map(len, accuracies), default=0)))
+    for head, of_ranks in enumerate(accuracies):
+        table[head, : len(of_ranks)] = of_ranks
+    return table
+
+
 def _of_ranks(accuracies: Floats, num_heads: int, num_ranks: int) -> Floats:
     """[K, num_ranks], not rising with the rank; a rank that is not given is worth half of the one before. Of nothing
     nothing."""
     if not accuracies.size:
         return np.zeros((num_heads, 0))
+    accuracies = accuracies[:num_heads]
     given = np.minimum.accumulate(accuracies[:, :num_ranks], axis=1)
     further = 2.0 ** -np.arange(1, num_ranks - given.shape[1] + 1)
     return np.concatenate([given, given[:, -1:] * further], axis=1)
