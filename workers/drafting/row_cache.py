@@ -240,7 +240,8 @@ class RowCache:
         Returns source and target cache slots (int64 [M] each) of the rows that have to move.
         """
         slots, paths = survivors.slots, survivors.paths
-        starts, width = np.arange(0, paths.size, paths.shape[1]), paths.shape[1]
+        width = paths.shape[1]
+        starts = np.arange(0, paths.size, width)
         has_row = self.has_row[slots, :width]
         came_out = has_row & paths
         # A node has a row only if its parent has one, so without the new root's nothing below it is kept.

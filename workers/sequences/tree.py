@@ -46,9 +46,12 @@ class GrowingTrees:
         self.capacity = capacity
         self.tokens, self.parents, self.depths, self.sources = (np.zeros(shape, np.int64) for _ in range(4))
         self.acceptances, self.values, self.child_mass = (np.zeros(shape) for _ in range(3))
-        columns = (self.tokens, self.parents, self.depths, self.sources)
-        masses = (self.acceptances, self.values, self.child_mass)
-        self.flat = FlatNodes(*(c.reshape(-1) for c in columns), *(m.reshape(-1) for m in masses))
+        ints = (self.tokens, self.parents, self.depths, self.sources)
+        tokens, parents, depths, sources = (array.reshape(-1) for array in ints)
+        acceptances, values, mass = (
+            array.reshape(-1) for array in (self.acceptances, self.values, self.child_mass)
+        )
+        self.flat = FlatNodes(tokens, parents, depths, sources, acceptances, values, mass)
         self.num_nodes = np.zeros(num_slots, dtype=np.int64)
         self.root_positions = np.zeros(num_slots, dtype=np.int64)
         self.version = 0
@@ -235,9 +238,8 @@ class GrowingTrees:
             nodes = best_path_first(window, nodes, self.flat.parents[window.places[:, :1] + nodes], exists)
         starts, firsts = window.starts[:, None], window.places[:, :1]
         column_of = np.zeros(window.places.size, dtype=np.int64)  # of a growing node in the cut
-        column_of[starts + nodes] = (
-            columns * exists
-        )  # padding repeats the root, and so says what the root does
+        # Padding repeats the root, and so says what the root does.
+        column_of[starts + nodes] = columns * exists
         here = firsts + nodes
         parents = column_of[starts + self.flat.parents[here]]
         return DraftTrees(counts + 1, self.flat.tokens[here], parents, nodes)
