@@ -5,6 +5,7 @@ with Engine.start(load_config("quickstart")) as engine:
         print(piece.text, end="")
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,8 @@ from outrider.cluster.session import RaySession
 from outrider.configs.schema import Config, Eagle3Config, MedusaConfig
 
 NOTHING_SPECIAL: Mapping[str, object] = MappingProxyType({})
+
+_log = logging.getLogger("outrider")
 
 _POLL_S = 0.2
 _STATS_S = 30.0  # longer than the Coordinator waits for a worker
@@ -78,7 +81,8 @@ class Engine:
             started = coordinator.start.remote()
             while not ray.wait([started], timeout=_POLL_S)[0]:
                 progress(calls("progress", timeout_s=config.cluster.start_timeout_s))
-            result_of_call(started)
+            for warning in result_of_call(started):
+                _log.warning(warning)
             progress(calls("progress"))
             engine._inbox = Inbox(calls)
         except BaseException:

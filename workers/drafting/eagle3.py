@@ -51,6 +51,7 @@ class Eagle3Method(LevelMethod):
     """Grows trees with an EAGLE-3 drafter."""
 
     name = "eagle3"
+    is_trained = True
 
     def __init__(
         self,

@@ -53,6 +53,7 @@ class MedusaMethod(DraftMethod):
     """Proposes a tree of the heads' guesses after every verdict."""
 
     name = "medusa"
+    is_trained = True
 
     def __init__(
         self,

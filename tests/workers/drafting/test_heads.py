@@ -124,7 +124,9 @@ def test_an_eagle3_drafter_is_known_by_the_targets_embedding_and_taps(heads: Pat
     write_eagle3(heads / "eagle3", eagle3_drafter(SOURCE, (2, 3, 7)), unnamed, "specforge", torch.float32)
     config = config_of(heads)
     for refused in (lambda: built("eagle3", config), lambda: layers_needed(config, SOURCE.config)):
-        with pytest.raises(ValueError, match=r"^draft\.eagle3\.model: .*must name layers of the target, which has 6"):
+        with pytest.raises(
+            ValueError, match=r"^draft\.eagle3\.model: .*must name layers of the target, which has 6"
+        ):
             refused()
 
 
