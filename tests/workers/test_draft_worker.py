@@ -122,7 +122,7 @@ def test_draft_heads_are_tried_before_anybody_is_served(tmp_path: Path) -> None:
     drafter = eagle3_drafter(source, (0, 1, 2))
     write_eagle3(tmp_path / "eagle3", drafter, none, "speculators", torch.float32)
     models = [f"draft.{name}.model={tmp_path / name}" for name in ("medusa", "eagle3")]
-    pair = Pair("draft.methods=[model,medusa,eagle3]", *models)
+    pair = Pair("draft.methods=[model,medusa,eagle3]", *models, "draft.dtype=bfloat16")
     try:
         assert set(pair.profiled_step_s) == {"model", "medusa", "eagle3"}
         asked = request(num_tokens=40)

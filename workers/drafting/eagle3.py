@@ -164,6 +164,7 @@ class Eagle3Method(LevelMethod):
         for step, count, new in zip(verified.steps, skipped, features.split(counts), strict=True):
             assert step.num_known == self._features.ends[step.sequence.slot]
             self._features.append(step.sequence.slot, count, new)
+        self._planned = None
 
     def rerooted(self, survivors: Survivors) -> None:
         """Of the old roots' rows the known text is one longer; the nodes' rows are made of guesses."""
