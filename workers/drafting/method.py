@@ -106,6 +106,7 @@ class DraftMethod(ABC):
     """
 
     name: str
+    is_trained = False  # its weights (draft.NAME.model) belong to one target
     is_free = False  # `expand` costs nothing worth measuring: it is always run, and never forecast
     needs: HiddenNeeds = NO_HIDDEN_ROWS
 

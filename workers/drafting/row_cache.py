@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, Ints, Survivors
 
 _WORD_BITS = 64
+_TOKEN_BITS = 32
 UInt64s = npt.NDArray[np.uint64]
 
 
@@ -46,6 +48,9 @@ class Expansion:
 class RowCache:
     """Which rows of a paged cache belong to which sequence and node. Tree row 0 is the root's.
 
+    A model of tokens has a row for each. One whose rows stand for a token and what came before it has none for the
+    first: `num_rowless` is 1, and row i is that of token i + 1, which tells of all tokens up to there.
+
     Attributes:
         tables: pages by slot.
         context_lens: int64 [S], committed rows.
@@ -53,8 +58,9 @@ class RowCache:
         flat_has_row: the same over slots and nodes, as `GrowingTrees.flat`.
     """
 
-    def __init__(self, slots: DraftedSlots, pool: PagePool) -> None:
+    def __init__(self, slots: DraftedSlots, pool: PagePool, num_rowless: int = 0) -> None:
         self._slots = slots
+        self._num_rowless = num_rowless
         self._trees = slots.trees
         self.pool = pool
         shape = self._trees.tokens.shape
@@ -74,7 +80,8 @@ class RowCache:
     def start(self, sequence: Sequence) -> None:
         """Take the shared pages that hold the beginning of the text."""
         slot = sequence.slot
-        pages, remembered = self.pool.share_prefix(sequence.tokens, len(sequence.tokens) - 1)
+        texts = self._texts(sequence)
+        pages, remembered = self.pool.share_prefix(texts, len(texts) - 1)
         self._pages[slot], self._remembered[slot] = pages, remembered
         self.tables.clear(slot)
         self.tables.append(slot, pages)
@@ -82,6 +89,11 @@ class RowCache:
         self.has_row[slot] = False
         self._masks[slot] = 0
         self._num_rows[slot] = 0
+
+    def num_shared(self, sequence: Sequence) -> int:
+        """The rows that `start` would take from shared pages."""
+        texts = self._texts(sequence)
+        return len(self.pool.find_prefix(texts, len(texts) - 1)[0]) * self.pool.page_size
 
     def finish(self, slot: int) -> None:
         """Give the pages back."""
@@ -91,7 +103,12 @@ class RowCache:
 
     def num_unread(self, slots: Ints) -> Ints:
         """[B]: known tokens before the root that have no row; none once the root has been expanded."""
-        return self._slots.num_tokens[slots] - self.context_lens[slots] - 1
+        return self._slots.num_tokens[slots] - self.context_lens[slots] - (1 + self._num_rowless)
+
+    def next_tokens(self, slot: int, count: int) -> list[int]:
+        """The tokens of the next rows behind the committed ones."""
+        begin = int(self.context_lens[slot]) + self._num_rowless
+        return self._slots.sequence(slot).tokens[begin : begin + count]
 
     def lags(self, slots: Ints) -> Ints:
         """[B]: known tokens without a row, the root included; 0 once the root has been expanded."""
@@ -111,7 +128,7 @@ class RowCache:
 
     def lacks_pages(self, slots: Ints, num_nodes: Ints) -> Bools:
         """Which slots ([B]) do not hold the pages yet for the tokens that they lack and these further nodes."""
-        num_rows = self._slots.num_tokens[slots] + self._num_rows[slots] + num_nodes - 1  # the root is a node
+        num_rows = self.context_lens[slots] + self.num_unread(slots) + self._num_rows[slots] + num_nodes
         return num_rows > self.tables.num_pages[slots] * self.pool.page_size
 
     def take_rows(self, slot: int, num_nodes: int) -> bool:
@@ -122,7 +139,7 @@ class RowCache:
     def plan(self, slots: Ints, num_nodes: Ints, nodes: Ints) -> Expansion:
         """Rows for nodes of distinct slots, those of a slot together, parents first; see `Expansion`."""
         contexts, num_before = self.context_lens[slots], self._num_rows[slots]
-        extra = self._slots.num_tokens[slots] - contexts - 1
+        extra = self.num_unread(slots)
         node_slots = slots.repeat(num_nodes)
         places = node_slots * self._trees.capacity + nodes
         node_rows = np.arange(len(nodes))
@@ -156,6 +173,13 @@ class RowCache:
             ancestors=np.ascontiguousarray(masks),
         )
         return Expansion(slots, num_nodes, extra, nodes, node_slots, places, node_rows, rows)
+
+    def _texts(self, sequence: Sequence) -> SequenceABC[int]:
+        """Numbers of which the first n tell all that rows 0 to n - 1 depend on, in order."""
+        tokens = sequence.tokens
+        if not self._num_rowless:
+            return tokens
+        return [tokens[0] << _TOKEN_BITS | tokens[1], *tokens[2:]] if len(tokens) > 1 else []
 
     def _behind_known_tokens(
         self,
@@ -198,10 +222,17 @@ class RowCache:
         for slot in slots[after // page_size > before // page_size].tolist():
             self._remembered[slot] = self.pool.remember_prefix(
                 self._pages[slot],
-                self._slots.sequence(slot).tokens,
+                self._texts(self._slots.sequence(slot)),
                 int(self.context_lens[slot]),
                 self._remembered[slot],
             )
+
+    def drop_trees(self, slots: Ints) -> None:
+        """Of these trees the roots' rows hold known tokens, where they were expanded; no other row is kept."""
+        self.commit(slots, self.has_row[slots, 0].astype(np.int64))
+        self.has_row[slots] = False
+        self._masks[slots] = 0
+        self._num_rows[slots] = 0
 
     def reroot(self, survivors: Survivors) -> tuple[Ints, Ints]:
         """Keep the rows of the paths that came out, and of the survivors below them, contiguous again.
