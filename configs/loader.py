@@ -13,6 +13,7 @@ import yaml
 from outrider.configs.schema import Config
 
 PRESETS_DIR = Path(__file__).parent
+HEADS_DIR = PRESETS_DIR / "heads"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB)")
 _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SCALAR_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
@@ -21,6 +22,11 @@ _SCALAR_NAMES = {bool: "true or false", int: "an integer", float: "a number", st
 def preset_names() -> list[str]:
     """Names of the configs that ship with the package."""
     return sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
+
+
+def shipped_heads() -> list[str]:
+    """Names of the draft heads that ship with the package, each in a folder of `HEADS_DIR`."""
+    return sorted(path.parent.name for path in HEADS_DIR.glob("*/config.json"))
 
 
 def load_config(config: str, overrides: Sequence[str] = ()) -> Config:

@@ -233,6 +233,7 @@ def plan_sample_shard(
     temperatures: Tensor,
     keys: Tensor,
     vocab_offset: int,
+    table: Tensor,
     scores: Tensor,
     tokens: Tensor,
     largest: Tensor,
@@ -242,7 +243,8 @@ def plan_sample_shard(
 
     Args:
         logits: float32 [num_rows, shard_size]; temperatures: float32 [num_rows], 0 = no noise; keys: int64
-            [num_rows, 2], the halves of `noise_key`; vocab_offset: token id of column 0.
+            [num_rows, 2], the halves of `noise_key`; vocab_offset: token id of column 0; table: int64
+            [shard_size], the token id of each column, ascending, or no elements where they are consecutive.
         scores, tokens, largest, exponential_sums: outputs float32, int64, float32, float32 [num_rows].
     """
     num_rows, vocab_size = logits.shape
@@ -256,6 +258,7 @@ def plan_sample_shard(
             logits,
             keys,
             temperatures,
+            table if len(table) else np.int64(0),
             scores,
             tokens,
             largest,

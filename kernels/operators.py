@@ -19,6 +19,7 @@ from outrider.kernels.launch_plans import (
     plan_sample_shard,
     plan_tree_attention,
 )
+from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.tree_batch import TreeBatch
 
 
@@ -178,12 +179,12 @@ def _(rows: Tensor, index: Tensor) -> Tensor:
 
 @custom_op("outrider::sample_shard", mutates_args=(), device_types="cuda")
 def sample_shard_op(
-    logits: Tensor, temperatures: Tensor, keys: Tensor, vocab_offset: int
+    logits: Tensor, temperatures: Tensor, keys: Tensor, vocab_offset: int, table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows, device = logits.shape[0], logits.device
     scores, largest, sums = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(3))
     tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
-    plan = plan_sample_shard(logits, temperatures, keys, vocab_offset, scores, tokens, largest, sums)
+    plan = plan_sample_shard(logits, temperatures, keys, vocab_offset, table, scores, tokens, largest, sums)
     if num_rows > 0:
         _launcher(device).launch([plan])
     return scores, tokens, largest, sums
@@ -191,18 +192,19 @@ def sample_shard_op(
 
 @sample_shard_op.register_kernel("cpu")
 def _(
-    logits: Tensor, temperatures: Tensor, keys: Tensor, vocab_offset: int
+    logits: Tensor, temperatures: Tensor, keys: Tensor, vocab_offset: int, table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from outrider.kernels.sample_shard import sample_shard_by_reference
 
     halves = [(first, second) for first, second in keys.tolist()]
-    sample = sample_shard_by_reference(logits, temperatures.tolist(), halves, vocab_offset)
+    ids = ShardIds(table) if len(table) else ShardIds.from_first(vocab_offset, logits.shape[1])
+    sample = sample_shard_by_reference(logits, temperatures.tolist(), halves, ids)
     return sample.values, sample.ids, sample.maxima, sample.exp_sums.float()
 
 
 @sample_shard_op.register_fake
 def _(
-    logits: Tensor, temperatures: Tensor, keys: Tensor, vocab_offset: int
+    logits: Tensor, temperatures: Tensor, keys: Tensor, vocab_offset: int, table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = (logits.shape[0],)
     floats = [logits.new_empty(rows) for _ in range(3)]

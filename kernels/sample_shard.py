@@ -31,6 +31,7 @@ from outrider.kernels.noise import (
 )
 from outrider.kernels.operators import sample_shard_op
 from outrider.kernels.shapes import check_kernel_arguments, check_shapes
+from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.token_rows import (
     FEW,
     LOWEST,
@@ -70,7 +71,7 @@ def sample_shard(
     logits: torch.Tensor,
     temperatures: Sequence[float] | Float32Array,
     keys: Sequence[Key] | UInt32Array,
-    vocab_offset: int,
+    shard_ids: ShardIds,
     use_kernel: bool = False,
 ) -> ShardSample:
     """Sample each row of a shard; see the module's docstring.
@@ -79,24 +80,27 @@ def sample_shard(
         logits: float32 [num_rows, shard_size], processed; -inf removes a token.
         temperatures: one per row; 0 takes the largest logit without noise.
         keys: `noise_key` of each row's seed and position.
-        vocab_offset: token id of column 0.
+        shard_ids: the token id of each column.
         use_kernel: run `sample_shard.cu` (logits on a GPU); the result is on that GPU.
 
     Raises:
-        ValueError: there are not as many temperatures and keys as rows.
+        ValueError: there are not as many temperatures and keys as rows, or ids as columns.
     """
     for name, values in (("temperatures", temperatures), ("keys", keys)):
         if len(values) != logits.shape[0]:
             raise ValueError(f"{name} has {len(values)} entries, logits has {logits.shape[0]} rows")
+    if len(shard_ids) != logits.shape[1]:
+        raise ValueError(f"shard_ids has {len(shard_ids)} entries, logits has {logits.shape[1]} columns")
     if not use_kernel:
-        return sample_shard_by_reference(logits, temperatures, keys, vocab_offset)
+        return sample_shard_by_reference(logits, temperatures, keys, shard_ids)
     check_shapes((("logits", logits, ("num_rows", "shard_size")),))
     check_kernel_arguments((("logits", logits, torch.float32),))
     scores, tokens, largest, sums = sample_shard_op(
         logits,
         torch.as_tensor(np.asarray(temperatures, dtype=np.float32), device=logits.device),
         torch.as_tensor(np.asarray(keys, dtype=np.int64).reshape(-1, 2), device=logits.device),
-        vocab_offset,
+        shard_ids.first,
+        shard_ids.table.to(logits.device),
     )
     return ShardSample(scores, tokens, largest, sums.double())
 
@@ -105,10 +109,10 @@ def sample_shard_by_reference(
     logits: torch.Tensor,
     temperatures: Sequence[float] | Float32Array,
     keys: Sequence[Key] | UInt32Array,
-    vocab_offset: int,
+    shard_ids: ShardIds,
 ) -> ShardSample:
     """The CPU path; arguments as in `sample_shard`."""
-    shard, rows = ShardLogits(logits, vocab_offset), np.arange(len(temperatures))
+    shard, rows = ShardLogits(logits, shard_ids), np.arange(len(temperatures))
     divisors = np.asarray(temperatures, dtype=np.float32)
     best = shard.best(rows, divisors, np.asarray(keys, dtype=np.uint32).reshape(-1, 2), 1)
     values, ids = unpack_tokens(best[:, 0])
@@ -130,11 +134,12 @@ class ShardLogits:
     change while this object is in use. Rows that hold NaN or +inf have a maximum and nothing else.
     """
 
-    def __init__(self, logits: torch.Tensor, vocab_offset: int) -> None:
+    def __init__(self, logits: torch.Tensor, shard_ids: ShardIds) -> None:
         assert logits.dtype == torch.float32
         assert logits.dim() == 2
+        assert logits.shape[1] == len(shard_ids)
         logits = logits.detach().contiguous()
-        self.vocab_offset = vocab_offset
+        self._ids = shard_ids
         self._rows = logits.numpy()  # [num_rows, shard_size]
         self._size = logits.shape[1]
         self._logits = logits
@@ -161,7 +166,7 @@ class ShardLogits:
 
     def logits(self, rows: Int64Array, ids: Int64Array) -> Float32Array:
         """[n]: the logit of ids[i] in rows[i]; the ids are in this shard."""
-        return self._rows.reshape(-1)[rows * self._size + ids - self.vocab_offset]
+        return self._of_columns(rows, self._ids.columns(ids))
 
     def maxima(self, rows: Int64Array) -> Float32Array:
         """[n]: the largest logit of each row; NaN if the row has one."""
@@ -213,7 +218,7 @@ class ShardLogits:
         for part in self._parts(len(rows)):
             if self._size <= _SMALL and count <= FEW:
                 values, columns = leaders_of(self._some(rows[part]), count)
-                packed[part] = pack_tokens(values, columns + self.vocab_offset)
+                packed[part] = pack_tokens(values, self._ids.of(columns))
                 if np.count_nonzero(values[:, -1] == -np.inf) == 0:
                     continue  # removed tokens would not come in the order of their ids
             found = self._at_least(rows[part], self._lower_bounds(rows[part], count))
@@ -236,10 +241,10 @@ class ShardLogits:
         for part in self._parts(len(noisy)):
             chosen = noisy[part]
             if self._size <= _DENSE:
-                values, ids = self._some(rows[chosen]), self._all_ids[None]
+                values, ids = self._some(rows[chosen]), self._ids.all[None]
             else:
                 values, ids = self._possible(rows[chosen], temperatures[chosen], keys[chosen], count)
-            best[chosen] = best_of(values, ids, temperatures[chosen], keys[chosen], count, self.vocab_offset)
+            best[chosen] = best_of(values, ids, temperatures[chosen], keys[chosen], count, self._ids.all)
         return best
 
     def best_kept(
@@ -259,12 +264,11 @@ class ShardLogits:
         for part in self._parts(len(rows)):
             values, ids = self._at_least(rows[part], lowest[part])
             drop_surplus(values, lowest[part], num_lowest[part])
-            best[part] = best_of(values, ids, temperatures[part], keys[part], count, self.vocab_offset)
+            best[part] = best_of(values, ids, temperatures[part], keys[part], count, self._ids.all)
         return best
 
-    @cached_property
-    def _all_ids(self) -> Int64Array:
-        return np.arange(self.vocab_offset, self.vocab_offset + self._size)
+    def _of_columns(self, rows: Int64Array, columns: Int64Array) -> Float32Array:
+        return self._rows.reshape(-1)[rows * self._size + columns]
 
     def _some(self, rows: Int64Array) -> Float32Array:
         if len(rows) and int(rows[-1]) - int(rows[0]) == len(rows) - 1:  # they ascend
@@ -280,13 +284,13 @@ class ShardLogits:
             values = self._some(rows)
             columns = values.argmax(axis=1)
             largest = values.reshape(-1)[np.arange(len(rows)) * self._size + columns]
-            return pack_tokens(largest, columns + self.vocab_offset)[:, None]
+            return pack_tokens(largest, self._ids.of(columns))[:, None]
         first = self._maxima[rows].argmax(axis=1)[:, None] * _BLOCK
         inside = np.minimum(first + np.arange(_BLOCK), self._size - 1)
         columns = np.take_along_axis(
             inside, self._rows[rows[:, None], inside].argmax(axis=1)[:, None], axis=1
         )[:, 0]
-        return pack_tokens(self._rows[rows, columns], columns + self.vocab_offset)[:, None]
+        return pack_tokens(self._rows[rows, columns], self._ids.of(columns))[:, None]
 
     def _possible(
         self, rows: Int64Array, temperatures: Float32Array, keys: UInt32Array, count: int
@@ -303,8 +307,11 @@ class ShardLogits:
         limits = largest_hashes(bounds - self.maxima(rows) / temperatures)
         able = np.flatnonzero(hash_rows(keys[of_row], ids[:, None])[:, 0] <= limits[of_row])
         values, ids = padded(len(rows), of_row[able], values[able], ids[able])
-        end = self.vocab_offset + self._size
-        lucky_rows, lucky_ids = ids_with_hash_below(keys, _LUCKY_HASHES, self.vocab_offset, end)
+        lucky_rows, lucky_ids = ids_with_hash_below(
+            keys, _LUCKY_HASHES, self._ids.first, int(self._ids.all[-1]) + 1
+        )
+        here = self._ids.are_here(lucky_ids).nonzero()[0]
+        lucky_rows, lucky_ids = lucky_rows[here], lucky_ids[here]
         lucky = self.logits(rows[lucky_rows], lucky_ids)
         low = lucky < cuts[lucky_rows]
         more_values, more_ids = padded(len(rows), lucky_rows[low], lucky[low], lucky_ids[low])
@@ -324,12 +331,8 @@ class ShardLogits:
             found = (self._some(rows) >= bounds[:, None]).reshape(-1).nonzero()[0]
             of_row = found // self._size
             columns = found - of_row * self._size
-            return padded(
-                len(rows),
-                of_row,
-                self.logits(rows[of_row], columns + self.vocab_offset),
-                columns + self.vocab_offset,
-            )
+            values = self._of_columns(rows[of_row], columns)
+            return padded(len(rows), of_row, values, self._ids.of(columns))
         return padded(len(rows), *self._found(rows, bounds))
 
     def _found(self, rows: Int64Array, bounds: Float32Array) -> tuple[Int64Array, Float32Array, Int64Array]:
@@ -346,5 +349,5 @@ class ShardLogits:
             logits[~full, :rest] = self._rows[row[~full], num_full * _BLOCK :]
         found = np.flatnonzero(logits >= bounds[of_row, None])
         in_block = found // _BLOCK
-        first_ids = (block - np.arange(len(block))) * _BLOCK + self.vocab_offset
-        return of_row[in_block], logits.ravel()[found], found + first_ids[in_block]
+        first_columns = (block - np.arange(len(block))) * _BLOCK
+        return of_row[in_block], logits.ravel()[found], self._ids.of(found + first_columns[in_block])

@@ -17,6 +17,7 @@ from outrider.kernels.kv_commit import kv_commit
 from outrider.kernels.noise import noise_key
 from outrider.kernels.rope_append import rope_append
 from outrider.kernels.sample_shard import sample_shard
+from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.tree_attention import tree_attention
 
 CASE = AttentionCase("entry", (21, 3), (5, 2), page_size=4)
@@ -100,7 +101,7 @@ def test_gather_rows_and_sample_shard_name_the_argument_that_disagrees():
     with pytest.raises(ValueError, match=r"index must be \[M\]"):
         gather_rows(torch.zeros(3, 4), torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="keys has 1 entries, logits has 2 rows"):
-        sample_shard(torch.zeros(2, 5), [1.0, 1.0], [(1, 2)], 0)
+        sample_shard(torch.zeros(2, 5), [1.0, 1.0], [(1, 2)], ShardIds.from_first(0, 5))
 
 
 def test_operators_have_fake_implementations_that_agree(attention, rope):
@@ -128,6 +129,7 @@ def test_operators_have_fake_implementations_that_agree(attention, rope):
                 torch.tensor([1.0, 0.0]),
                 torch.tensor([noise_key(1, 2), noise_key(3, 4)]),
                 7,
+                torch.empty(0, dtype=torch.int64),
             ),
         ),
     )

@@ -34,6 +34,7 @@ from outrider.workers.sequences.hidden import all_layers
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.rules import RULES, Rule
 from outrider.workers.sequences.sequence import Request, TokenEvent
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig
@@ -115,7 +116,7 @@ class LocalEngine:
                     model=model,
                     cache=cache,
                     pool=PagePool(num_pages, page_size, prefix_sharing),
-                    sampler=Sampler(vocab, range(vocab), SoloCommunicator()),
+                    sampler=Sampler(vocab, VocabularyRange(0, vocab), SoloCommunicator()),
                     num_target_tokens=target.config.vocab_size,
                     max_children=max_children,
                     rows_per_sequence=4,

@@ -12,10 +12,10 @@ from outrider.workers.model.head import Head, LinearHead
 from outrider.workers.model.linear import Linear, PackedLinear, make_linear
 from outrider.workers.model.mlp import GatedMlp, Mlp
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.vocabulary import VocabularyRange
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.weights.config import DenseMlp
 from outrider.workers.weights.source import WeightSource
-from outrider.workers.weights.tensors import EMBEDDING, HEAD
+from outrider.workers.weights.tensors import EMBEDDING, FINAL_NORM, HEAD
 
 ALL = slice(None)
 READ_CHUNK_BYTES = 64 << 20
@@ -107,7 +107,7 @@ def load_weights(
         device=device,
         embedding=embedding,
         layers=tuple(loader.layer(index) for index in range(plan.config.num_layers)),
-        final_norm=loader.vector("model.norm.weight", ALL),
+        final_norm=loader.vector(FINAL_NORM, ALL),
         head=LinearHead(linear, ids),
     )
 

@@ -11,6 +11,7 @@ from outrider.kernels import gather_rows, kv_commit, operators, rope_append, sam
 from outrider.kernels.noise import noise_key, noise_keys
 from outrider.kernels.sample_shard import ShardLogits
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
+from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.token_rows import unpack_tokens
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model.cache import PagedCache
@@ -115,7 +116,7 @@ def test_a_rank_rehearses_its_graphs_alone(launcher: CountingLauncher) -> None:
 
 def test_a_shard_is_sampled_by_its_kernel_as_by_the_reference(launcher: CountingLauncher) -> None:
     logits, keys = torch.randn(3, 700) * 5, [noise_key(seed, 4) for seed in range(3)]
-    arguments = (logits, [0.0, 0.8, 1.3], keys, 7000)
+    arguments = (logits, [0.0, 0.8, 1.3], keys, ShardIds.from_first(7000, 700))
     sample, expected = (
         sample_shard.sample_shard(*arguments, use_kernel=True),
         sample_shard.sample_shard(*arguments),
@@ -134,8 +135,8 @@ def test_the_best_tokens_of_a_row_are_found_by_the_kernel_one_after_the_other(
     before = logits.clone()
     rows, temperatures = np.array([3, 0, 1]), np.array([0.0, 0.8, 1.3], dtype=np.float32)
     keys = noise_keys(np.arange(3, dtype=np.uint64), np.full(3, 4))
-    shard = DeviceShard(logits, 7000, ALL_KERNELS)
-    on_host = ShardLogits(logits, 7000).best(rows, temperatures, keys, 4)
+    shard = DeviceShard(logits, ShardIds.from_first(7000, 700), ALL_KERNELS)
+    on_host = ShardLogits(logits, ShardIds.from_first(7000, 700)).best(rows, temperatures, keys, 4)
     for packed, expected in zip(shard.best(rows, temperatures, keys, 4), on_host, strict=True):
         (values, ids), (expected_values, expected_ids) = (unpack_tokens(p) for p in (packed, expected))
         assert ids.tolist() == expected_ids.tolist()
