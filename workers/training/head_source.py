@@ -32,8 +32,8 @@ from outrider.workers.weights.resolver import (
     ResolvedModel,
     open_tensors,
     read_config,
-    resolve,
     resolve_description,
+    resolve_head,
     resolve_tensors,
 )
 from outrider.workers.weights.tensors import EMBEDDING, HEAD
@@ -111,7 +111,7 @@ def open_heads(
     """A checkpoint in float32.
 
     Args:
-        source: for "model" what `draft.model` may be, else a folder or a Hugging Face id.
+        source: for "model" what `draft.model` may be, else what `draft.eagle3.model` may be.
         target: that the heads are for.
 
     Raises:
@@ -123,8 +123,7 @@ def open_heads(
         heads: Heads = head
         described = HeadDescription(target_vocab_size=len(head.ids))
     else:
-        path = Path(source).expanduser()
-        folder = path if path.is_dir() else resolve(source, cache_dir, progress, "SOURCE").path
+        folder = resolve_head(source, progress, "SOURCE")
         if kind == "eagle3":
             heads, described = read_eagle3(folder, target.num_layers)
         else:
