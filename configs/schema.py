@@ -127,6 +127,10 @@ class DraftConfig:
     model: str = ""
     """The drafter's checkpoint, written like `target.model`; used by method `model` only."""
 
+    head: str = ""
+    """An LM head for `draft.model` instead of its own, as `outrider trim` and `outrider slim` write one: a directory,
+    a Hugging Face id, or `shipped:NAME`; empty: its own."""
+
     dtype: DType = "bfloat16"
     """Number format of the drafter's weights, activations and KV cache."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from outrider.workers.draft_heads.checkpoint import read_lm_head
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.levels import ROWS_PER_STEP, LevelLimits, LevelMethod
 from outrider.workers.drafting.method import MethodContext
@@ -18,16 +19,19 @@ from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import TreeRows, build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import draft_capacities, forward_of
+from outrider.workers.model.draft_heads import served_head
+from outrider.workers.model.head import Head
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.tree import Survivors
-from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.setup import counting, kernels_for, load_model, num_draft_pages, torch_dtype
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
+from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.resolver import resolve_head
 
 
 class ModelMethod(LevelMethod):
@@ -70,18 +74,19 @@ class ModelMethod(LevelMethod):
         counted = counting(progress, source.total_bytes(dtype))
         kernels = kernels_for(config, source.config, device, dtype)
         solo = SoloCommunicator()
-        weights = load_weights(plan, source, dtype, device, draft.packed_weights, counted)
+        head = _load_head(context, source.config) if draft.head else None
+        weights = load_weights(plan, source, dtype, device, draft.packed_weights, counted, head)
         model = Transformer(weights, solo, kernels)
         page_size = config.target.page_size
         num_pages = num_draft_pages(config, source.config)
-        vocab_size = source.config.vocab_size
+        vocabulary = weights.head.vocabulary
         return cls(
             slots=context.slots,
             estimator=context.estimator,
             model=model,
             cache=PagedCache(source.config, plan, num_pages, page_size, dtype, device, kernels.kv_commit),
             pool=PagePool(num_pages, page_size, rounds.prefix_sharing),
-            sampler=Sampler(vocab_size, VocabularyRange(0, vocab_size), solo, kernels),
+            sampler=Sampler(len(vocabulary), vocabulary, solo, kernels),
             num_target_tokens=context.target.vocab_size,
             max_children=config.tree.max_children,
             rows_per_sequence=ROWS_PER_STEP,
@@ -112,3 +117,17 @@ class ModelMethod(LevelMethod):
         batch = build_batch(self._rows.tables, rows, self._model.device)
         self._stretches.begin()
         return self._run(batch).last
+
+
+def _load_head(context: MethodContext, model: ModelConfig) -> Head:
+    """`draft.head`. Raises ValueError, naming it, for one that is not for `draft.model`."""
+    draft = context.config.draft
+    lm_head, description = read_lm_head(resolve_head(draft.head, context.progress, "draft.head"))
+    found = lm_head.shape.hidden_size, description.target_vocab_size
+    if found != (model.hidden_size, model.vocab_size):
+        raise ValueError(
+            f"draft.head must be a head for draft.model, whose rows have {model.hidden_size} columns and whose "
+            f"vocabulary has {model.vocab_size} tokens, got one for {found[0]} columns and {found[1]} tokens"
+        )
+    lm_head.to(context.device, torch_dtype(draft.dtype)).requires_grad_(False)
+    return served_head(lm_head, model.vocab_size, draft.packed_weights)

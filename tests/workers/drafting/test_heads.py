@@ -11,12 +11,14 @@ import torch
 from outrider.configs import loader
 from outrider.configs.loader import load_config
 from outrider.configs.schema import Config
-from outrider.workers.draft_heads.checkpoint import write_eagle3, write_medusa
+from outrider.workers.draft_heads.checkpoint import write_eagle3, write_lm_head, write_medusa
 from outrider.workers.draft_heads.description import HeadDescription, fingerprint, fingerprint_ids
+from outrider.workers.draft_heads.lm_head import LmHeadShape, make_lm_head
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.eagle3 import Eagle3Method
 from outrider.workers.drafting.medusa import MedusaMethod, table_of
 from outrider.workers.drafting.method import DraftMethod, MethodContext
+from outrider.workers.drafting.model import ModelMethod
 from outrider.workers.drafting.registry import METHODS, layers_needed
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.model.embedding import MatrixEmbedding, StoredEmbedding, embedding_of
@@ -169,3 +171,27 @@ def test_the_embedding_stays_in_the_checkpoint_unless_there_is_a_gpu() -> None:
     in_memory = embedding_of(SOURCE, torch.float32, torch.device("meta"))
     assert isinstance(in_memory, MatrixEmbedding)
     assert in_memory.matrix.shape == (320, 64)
+
+
+@pytest.mark.parametrize("hidden_size", [64, 48])
+def test_a_draft_model_takes_the_head_that_is_given_if_it_fits(tmp_path: Path, hidden_size: int) -> None:
+    head = make_lm_head(LmHeadShape(hidden_size, 3, hidden_size), torch.tensor([1, 5, 30]))
+    write_lm_head(tmp_path, head, HeadDescription(target_vocab_size=320), torch.float32)
+    config = load_config(
+        "tiny-random",
+        [
+            f"target.model=random:llama?{TARGET}",
+            f"draft.model=random:llama?{TARGET}",
+            "draft.methods=[model]",
+            f"draft.head={tmp_path}",
+        ],
+    )
+    if hidden_size == 64:
+        method = built("model", config)
+        assert isinstance(method, ModelMethod)
+        assert method._model.weights.head.vocabulary.ids(torch.arange(3)).tolist() == [1, 5, 30]
+        return
+    with pytest.raises(
+        ValueError, match=r"draft\.head must be a head for draft\.model, whose rows have 64 columns"
+    ):
+        built("model", config)
