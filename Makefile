@@ -33,7 +33,7 @@ $(RUN): pyproject.toml constraints.txt
 	touch $@
 
 $(DEV): $(RUN)
-	$(INSTALL) -e '.[dev]'
+	$(INSTALL) -e '.[dev,train]'
 	touch $@
 
 clean:

@@ -30,6 +30,8 @@ ALLOWED_PACKAGES = {
         "tokenizers",
         "huggingface_hub",
         "psutil",
+        "deepspeed",
+        "peft",
     },
     "cluster": {"ray", "typer", "rich", "matplotlib", "numpy", "scipy", "psutil", "transformers"},
 }
@@ -40,7 +42,7 @@ FLOORS = (
     {"link", "timing", "draft_heads"},
     {"model", "sampling"},
     {"setup", "target_state"},
-    {"drafting"},
+    {"drafting", "training"},
     {"rounds", "target"},
     {"draft", "doctor", "baselines"},
     {"first_gpu", "host_time"},
@@ -113,9 +115,17 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "cuda": "cuda-core", "huggingface_hub": "hugg
 
 
 def test_what_the_code_imports_is_installed_with_it() -> None:
-    """No extra is needed for what runs: a GPU without cuda-core would have no kernels."""
+    """No extra is needed to serve: a GPU without cuda-core would have no kernels."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     installed = {re.split(r"[>=;<]", line)[0] for line in project["dependencies"]}
     imported = set().union(*ALLOWED_PACKAGES.values())
-    assert {DISTRIBUTIONS.get(name, name) for name in imported} <= installed
-    assert project["optional-dependencies"].keys() == {"dev"}
+    extras = project["optional-dependencies"]
+    for_training = {re.split(r"[>=;<]", line)[0] for line in extras["train"]}
+    assert {DISTRIBUTIONS.get(name, name) for name in imported} <= installed | for_training
+    assert extras.keys() == {"dev", "train"}
+    trainers = {path for path in python_files() if path.parent == ROOT / "workers" / "training"}
+    serving = {module for path in set(python_files()) - trainers for module in imported_modules(path)}
+    assert (
+        not {DISTRIBUTIONS.get(module.split(".")[0], module.split(".")[0]) for module in serving}
+        & for_training
+    )
