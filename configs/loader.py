@@ -67,7 +67,7 @@ def config_from_dict(values: Mapping[str, object]) -> Config:
 
 
 def config_to_yaml(config: Config | TrainingConfig) -> str:
-    """The complete config, defaults included, as YAML that `load_config` (`load_training`) reads back to an equal Config."""
+    """The complete config, defaults included, as YAML that `load_config` or `load_training` reads back."""
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 

@@ -1,10 +1,11 @@
 """EAGLE-3 with its training-time test (arXiv 2503.01840): K steps, each fed with the drafter's own last output.
 
-The literal picture, tokens a b c d e f at positions 0..5 and labels from c on. A row is anchored at a position p >= 1.
+The literal picture, tokens a b c d e f at positions 0..5 and labels from c on. A row is anchored at a position
+p >= 1, and rotated by its place p + k - 1.
 
     step 0: reads token p      and feature(p - 1), the target's     -> guesses token p + 1
     step 1: reads token p + 1  and step 0's output of anchor p      -> guesses token p + 2
-    step k: reads token p + k  and step k - 1's output of anchor p  -> guesses token p + k + 1, rotary position p + k - 1
+    step k: reads token p + k  and step k - 1's output of anchor p  -> guesses token p + k + 1
 
     anchor 1 (b): step 0 guesses c, step 1 d, step 2 e, step 3 f
     anchor 2 (c): step 0 guesses d, step 1 e, step 2 f

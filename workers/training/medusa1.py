@@ -1,7 +1,7 @@
 """Medusa-1 (arXiv 2401.10774): heads on a target that stays as it is.
 
-Head h (0-based) at position t reads the target's last row at t, after its final norm, and guesses token t + h + 2; the
-token at t + 1 is the target's own. Tokens a b c d e f at positions 0..5, labels from c on:
+Head h (0-based) at position t reads the target's last row at t, after its final norm, and guesses token t + h + 2;
+the token at t + 1 is the target's own. Tokens a b c d e f at positions 0..5, labels from c on:
 
     position 1 (b): head 0 guesses d, head 1 e, head 2 f
     position 2 (c): head 0 guesses e, head 1 f

@@ -148,6 +148,7 @@ class Trainer:
         rate = learning_rate(config.optimizer, self._step)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
+        engine.module.set_progress(self._step / config.optimizer.steps)
         # Dropout depends on the step alone, so that a run that was interrupted goes on as if it had not been.
         torch.manual_seed(config.seed * 1_000_003 + self._step)
         groups = self._plan.groups(self._step)
@@ -157,7 +158,6 @@ class Trainer:
         sums: Tensor | float = 0.0
         loss_sum = torch.zeros(())
         for batch in batches:
-            engine.module.set_progress(self._step / config.optimizer.steps)
             loss, counts = engine(batch.to(self._device), totals.to(self._device), False)
             # The engine takes means over ranks and forwards; the loss is a mean over labels already.
             engine.backward(loss * (config.engine.ranks * self._num_forwards))
@@ -188,7 +188,7 @@ class Trainer:
         sums, chains = torch.zeros(()), torch.zeros(())
         for group in groups[self._rank :: size]:
             batch = self._read(self._task.held_out, group, groups).to(self._device)
-            _, counts = module(batch, torch.ones(module.num_guesses, device=self._device), True)
+            _, counts = module(batch, module.count_labels(batch).to(self._device), True)
             sums, chains = sums + counts.sums.cpu(), chains + counts.chains.cpu()
         module.train()
         joined = self._added_up(torch.cat((sums, chains), dim=1))
@@ -225,7 +225,7 @@ class Trainer:
         folder = self._out / "checkpoints"
         if not (folder / "latest").exists():
             return
-        path, state = self._engine.load_checkpoint(str(folder))
+        path, state = self._engine.load_checkpoint(str(folder), load_module_strict=False)
         if path is None:
             raise ValueError(f"out: the checkpoint in {folder} cannot be read; remove it to begin again")
         if state["texts_sha256"] != self._corpus.digest:
@@ -242,7 +242,9 @@ class Trainer:
             "measured": self._measured,
         }
         folder = self._out / "checkpoints"
-        self._engine.save_checkpoint(str(folder), tag=f"step-{self._step}", client_state=state)
+        self._engine.save_checkpoint(
+            str(folder), tag=f"step-{self._step}", client_state=state, exclude_frozen_parameters=True
+        )
         with self._whole_weights():
             if self._rank == 0:
                 drafter = self._out / "drafter"

@@ -23,6 +23,7 @@ from outrider.workers.training.losses import LOSSES, acceptance, with_rest
 # Elements of a piece of logits: small enough to stay near the processor, large enough for its products.
 _PIECE_ELEMENTS = 1 << 24
 _LEAST_REST = 1e-7
+_WIDTH = 16
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,26 @@ class _VocabularyLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wants_rows, wants_matrix = ctx.needs_input_grad[:2]
         row_gradient = torch.empty_like(rows) if wants_rows else None
-        matrix_gradient = (
-            torch.zeros(matrix.shape, dtype=torch.float32, device=matrix.device) if wants_matrix else None
-        )
+        matrix_gradient = torch.zeros_like(matrix, dtype=torch.float32) if wants_matrix else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         accepted = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
         per_piece = max(1, _PIECE_ELEMENTS // len(matrix))
+        # A column of ones beside the matrix: the product that shifts logits, and the one that adds them up.
+        widened = _widened(matrix, matrix.new_ones(len(matrix)))
         for start in range(0, len(rows), per_piece):
             part = slice(start, start + per_piece)
-            logits = rows[part] @ matrix.T
-            value, accepted[part] = _to_gradient(logits, columns[part], log_p[part], weights[part], loss)
+            piece = _Piece(rows[part], matrix, widened, columns[part])
+            value, slope = piece.loss(log_p[part], weights[part], loss)
             total += value
+            accepted[part] = piece.accepted
+            dense, corrections = piece.gradient(slope)
             if row_gradient is not None:
-                row_gradient[part] = logits @ matrix
+                corrected = corrections[:, None].to(rows.dtype) @ piece.chosen_rows
+                row_gradient[part] = piece.summed[:, : rows.shape[1]] * dense + corrected[:, 0]
             if matrix_gradient is not None:
-                matrix_gradient += logits.T @ rows[part]
+                matrix_gradient += piece.exponentials.T @ (rows[part] * dense)
+                terms = corrections[:, :, None] * rows[part].float()[:, None]  # [n, k, r]
+                matrix_gradient.index_add_(0, columns[part].flatten(), terms.flatten(0, 1))
         ctx.gradients = (row_gradient, matrix_gradient, matrix.dtype)
         ctx.mark_non_differentiable(accepted)
         return total, accepted
@@ -102,23 +108,57 @@ class _VocabularyLoss(torch.autograd.Function):
         )
 
 
-def _to_gradient(
-    logits: Tensor, columns: Tensor, log_p: Tensor, weights: Tensor, loss: str
-) -> tuple[Tensor, Tensor]:
-    """Overwrites logits [n, V'] with the gradient of their weighted loss; the loss, and acceptances [n]."""
-    chosen = logits.gather(1, columns).float()
-    highest = logits.amax(1, keepdim=True)
-    exponentials = logits.sub_(highest).exp_()  # [n, V'], in place
-    normaliser = exponentials.sum(1, keepdim=True, dtype=torch.float32)
-    log_q = chosen - highest.float() - normaliser.log()
-    q_rest = (1.0 - log_q.exp().sum(1, keepdim=True)).clamp(min=_LEAST_REST)
-    with torch.enable_grad():
-        parts = torch.cat((log_q, q_rest.log()), dim=1).requires_grad_()
-        p = with_rest(log_p)
-        value = (weights * LOSSES[loss](p, parts)).sum()
-        (slope,) = torch.autograd.grad(value, parts)  # G, [n, k + 1]
-    rest_slope = slope[:, -1:] / q_rest
-    exponentials.mul_(((rest_slope - slope.sum(1, keepdim=True)) / normaliser).to(logits.dtype))
-    corrections = slope[:, :-1] - log_q.exp() * rest_slope
-    exponentials.scatter_add_(1, columns, corrections.to(logits.dtype))
-    return value.detach(), acceptance(p, parts.detach())
+class _Piece:
+    """Some rows with all their logits, as exponentials.
+
+    Attributes:
+        exponentials: [n, V'], exp(logit - a shift of the row).
+        summed: [n, r + 1 or more], exponentials @ (matrix and a column of ones).
+        chosen_rows: [n, k, r], the matrix's rows of the k tokens.
+        accepted: float32 [n], once the loss is known.
+    """
+
+    def __init__(self, rows: Tensor, matrix: Tensor, widened: Tensor, columns: Tensor) -> None:
+        self.chosen_rows = matrix[columns]
+        # Logits relative to that of the likeliest token, which makes sums of at least 1. Where another one is so far
+        # above that the sum is no number, the highest is looked for.
+        shift = (rows * self.chosen_rows[:, 0]).sum(-1)
+        self.exponentials, self.summed = self._exponentials(rows, widened, shift)
+        if not bool(torch.isfinite(self.summed).all()):
+            shift = (rows @ matrix.T).amax(-1)
+            self.exponentials, self.summed = self._exponentials(rows, widened, shift)
+        self.normaliser = self.summed[:, rows.shape[1], None].float()  # [n, 1]
+        chosen = (self.chosen_rows.float() @ rows.float()[:, :, None])[:, :, 0] - shift.float()[:, None]
+        # In bfloat16 the two are rounded apart: no probability is above 1.
+        self._log_q = (chosen - self.normaliser.log()).clamp(max=0.0)  # [n, k]
+        self._q_rest = (1.0 - self._log_q.exp().sum(1, keepdim=True)).clamp(min=_LEAST_REST)
+        self.accepted = chosen[:, 0]
+
+    def _exponentials(self, rows: Tensor, widened: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        exponentials = (_widened(rows, -shift) @ widened.T).exp_()
+        return exponentials, exponentials @ widened
+
+    def loss(self, log_p: Tensor, weights: Tensor, loss: str) -> tuple[Tensor, Tensor]:
+        """The weighted sum, and G [n, k + 1]."""
+        with torch.enable_grad():
+            parts = torch.cat((self._log_q, self._q_rest.log()), dim=1).requires_grad_()
+            p = with_rest(log_p)
+            value = (weights * LOSSES[loss](p, parts)).sum()
+            (slope,) = torch.autograd.grad(value, parts)
+        self.accepted = acceptance(p, parts.detach())
+        return value.detach(), slope
+
+    def gradient(self, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """dL/dlogits: a factor [n, 1] on the exponentials, and what is added at the k tokens, float32 [n, k]."""
+        rest_slope = slope[:, -1:] / self._q_rest
+        dense = (rest_slope - slope.sum(1, keepdim=True)) / self.normaliser
+        return dense.to(self.summed.dtype), slope[:, :-1] - self._log_q.exp() * rest_slope
+
+
+def _widened(matrix: Tensor, column: Tensor) -> Tensor:
+    """[n, r] with one more column, and zeros up to a width that products like."""
+    width = -(-(matrix.shape[1] + 1) // _WIDTH) * _WIDTH
+    wide = matrix.new_zeros(len(matrix), width)
+    wide[:, : matrix.shape[1]] = matrix
+    wide[:, matrix.shape[1]] = column
+    return wide
