@@ -30,6 +30,7 @@ ALLOWED_PACKAGES = {
         "tokenizers",
         "huggingface_hub",
         "psutil",
+        "datasketch",
         "deepspeed",
         "peft",
     },

@@ -11,13 +11,23 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import torch
 from ray._private import worker as ray_worker
 
 from outrider.cluster.api import EngineError, GenerationRequest
+from outrider.cluster.bench.prompts import Prompt
+from outrider.cluster.cli.inputs import open_model
+from outrider.cluster.distillation.plan import Plan
+from outrider.cluster.distillation.run import Answerer, Judge, Tally, distill
+from outrider.cluster.distillation.template import user_turn
 from outrider.cluster.engine import Engine
 from outrider.cluster.session import RaySession
 from outrider.configs.loader import load_config
 from outrider.configs.schema import ClusterConfig
+from outrider.workers.setup import load_model
+from outrider.workers.training.features import TargetFeatures
+from outrider.workers.training.texts import Description, TextWriter, read_dropped, read_texts
+from outrider.workers.weights.progress import silent
 
 TWO_RANKS = ["target.tp_size=2", "cluster.num_cpus_per_target=0.5"]
 PLAIN = {"max_nodes": 0}
@@ -61,6 +71,39 @@ def test_a_stream_gives_the_same_tokens_as_the_whole_answer(engine: Engine) -> N
     assert tuple(token for piece in pieces for token in piece.tokens) == whole.tokens
     assert "".join(piece.text for piece in pieces) == whole.text
     assert [piece.finish_reason for piece in pieces[-2:]] == ["", "length"]
+
+
+def test_distilled_texts_are_what_the_target_says(engine: Engine, tmp_path: Path) -> None:
+    """Token for token what plain decoding gives; and its own hidden rows of a greedy text lead to that text."""
+    config = load_config("tiny-random", TWO_RANKS)
+    model = open_model(config)
+    prompts = [Prompt(str(number), "", text) for number, text in enumerate(PROMPTS)]
+    plan = Plan({"some": prompts}, (0.0, 1.0), (True, False), 4, 0, [], 2, prompts)
+    answerer = Answerer(engine, model.tokenizer, user_turn(model.tokenizer), 0, 20, 100, {}, False)
+    description = Description("tiny", model.vocab_size, "", {}, "")
+    with TextWriter(tmp_path, description) as writer:
+        tally = Tally(plan.num_texts, 0)
+        distill(plan.tasks(), answerer.answer, writer, Judge(0.8), tally, 6, lambda: None)
+    assert len(read_dropped(tmp_path)) + tally.num_texts == plan.num_texts
+    texts = list(read_texts(tmp_path))
+    tasks = {task.id: task for task in plan.tasks()}
+    samplings = [
+        {"temperature": text.temperature, "max_tokens": 20, "seed": tasks[text.id].seed(0, "answer")}
+        for text in texts
+    ]
+    requests = [
+        GenerationRequest(text.prompt_tokens, sampling, PLAIN)
+        for text, sampling in zip(texts, samplings, strict=True)
+    ]
+    assert [answer.tokens for answer in engine.generate(requests)] == [text.output_tokens for text in texts]
+    greedy = [text for text in texts if text.temperature == 0.0]
+    assert greedy
+    source = load_model(config, "target", silent)
+    features = TargetFeatures(source, [source.config.num_layers], torch.float32, threads=1)
+    for text, rows in zip(greedy, features.rows([text.tokens for text in greedy]), strict=True):
+        said = features.model.logits(rows[source.config.num_layers]).argmax(-1).tolist()
+        begin = len(text.prompt_tokens)
+        assert tuple(said[begin - 1 : -1]) == text.output_tokens
 
 
 def test_a_bad_request_fails_alone(engine: Engine) -> None:

@@ -128,5 +128,6 @@ def low_rank_start(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def rank_of(hidden_size: int, divisor: int) -> int:
-    """`lm_head_rank_divisor` of a configuration as a rank: hidden // divisor, at least 2 (TorchSpec)."""
-    return max(2, hidden_size // divisor)
+    """`lm_head_rank_divisor` of a configuration, 2 to hidden_size, as a rank: hidden // divisor (TorchSpec)."""
+    assert 2 <= divisor <= hidden_size
+    return hidden_size // divisor

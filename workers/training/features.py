@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 _PAGE = 16
 # Rows of one forward: enough that a pass over the weights is cheap beside the products; more only cost memory.
 _MAX_ROWS = 2048
-_SHARD_BYTES = 512 << 20
+_SHARD_BYTES = 64 << 20  # what a pass that is cut off loses, and what a trainer waits for
 
 
 class TargetFeatures:

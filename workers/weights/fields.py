@@ -121,9 +121,13 @@ class Fields:
         """These are known, and nothing that is computed depends on them."""
         self._unread.difference_update(keys)
 
+    def unread(self) -> list[str]:
+        """Keys of the fields that nobody has read and that are not null, sorted."""
+        return sorted(key for key in self._unread if self._raw[key] is not None)
+
     def refuse_unread(self) -> None:
         """Raises ValueError for a field that nobody has read and that is not null."""
-        unread = sorted(key for key in self._unread if self._raw[key] is not None)
+        unread = self.unread()
         if unread:
             more = f" ({len(unread)} such fields)" if len(unread) > 1 else ""
             raise ValueError(

@@ -30,6 +30,7 @@ remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_sup
 max_sequence_length model_max_length seq_length pretraining_tp num_logits_to_keep logits_to_keep
 unsloth_fixed unsloth_version is_llama_config transformers.js_config
 """
+HARMLESS_FIELDS = tuple(_HARMLESS.split())
 
 # What another model would do with them is not done here; null is neutral for all.
 _OFF: Mapping[str, tuple[Any, ...]] = {
@@ -75,7 +76,7 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     family = family_named(raw.get("model_type"), "model_type")
     fields = Fields({**family.defaults, **raw})
     fields.ignore(("model_type",))
-    _refuse_quantisation(fields)
+    refuse_quantisation(fields)
     if fields.given("architectures") and fields.texts("architectures") != [family.causal_lm]:
         raise fields.wrong("architectures", f"['{family.causal_lm}']")
     if fields.has("hidden_act"):
@@ -101,7 +102,7 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     eps = 1e-6
     if fields.has("rms_norm_eps"):
         eps = fields.number("rms_norm_eps", "a number from 0 to 1", lambda value: 0 <= value <= 1)
-    rope = _rope(fields, max_context)
+    rope = read_rope(fields, max_context)
     mlp = DenseMlp(fields.integer("intermediate_size"))
     windows = _windows(fields, family, fields.integer("num_hidden_layers", 1, MAX_LAYERS))
     tied = fields.flag("tie_word_embeddings") if fields.has("tie_word_embeddings") else False
@@ -121,12 +122,12 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         bos_token_ids=fields.token_ids("bos_token_id", vocab_size),
         eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
     )
-    fields.ignore(_HARMLESS.split())
+    fields.ignore(HARMLESS_FIELDS)
     fields.refuse_unread()
     return config
 
 
-def _refuse_quantisation(fields: Fields) -> None:
+def refuse_quantisation(fields: Fields) -> None:
     """Scales that nobody applies give a model that runs and is wrong."""
     for key in ("quantization_config", "compression_config", "quantization"):
         if not fields.given(key):
@@ -143,7 +144,7 @@ def _refuse_quantisation(fields: Fields) -> None:
         )
 
 
-def _rope(fields: Fields, max_context: int) -> Rope:
+def read_rope(fields: Fields, max_context: int) -> Rope:
     """From rope_parameters (transformers 5), or rope_scaling with rope_theta beside it (transformers 4)."""
     keys = [key for key in ("rope_scaling", "rope_parameters") if fields.given(key)]
     if len(keys) == 2 and fields.object(keys[0]) != fields.object(keys[1]):
