@@ -26,12 +26,12 @@ class TrainingText:
     Attributes:
         tokens: int32 [T], prompt and output.
         num_unlearned: the first tokens, which no loss is on: the prompt's, where prompts are not learned.
-        num_prompt: tokens of the prompt.
+        template: whether the prompt went through the chat template.
     """
 
     tokens: npt.NDArray[np.int32]
     num_unlearned: int
-    num_prompt: int
+    template: bool
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def read_corpus(config: TextsConfig, manifest: Manifest | None) -> Corpus:
             for text in islice(read_texts(path), limit):
                 tokens = np.array(text.tokens[: config.max_tokens], dtype=np.int32)
                 num_prompt = min(len(text.prompt_tokens), len(tokens))
-                texts.append(TrainingText(tokens, 0 if config.loss_on_prompts else num_prompt, num_prompt))
+                unlearned = 0 if config.loss_on_prompts else num_prompt
+                texts.append(TrainingText(tokens, unlearned, text.template))
             counts[directory] = len(texts) - before
         return texts
 

@@ -1,8 +1,8 @@
 """Medusa-2 (arXiv 2401.10774): heads and target trained together, the target by low-rank adapters (LoRA, peft).
 
 L = L_LM + lambda * L_heads. The texts are the target's own, so L_LM is KL(teacher || model), the teacher being the
-same model with its adapters off; lambda rises from 0 along a sine, so that the fresh heads do not spoil the target. The
-heads learn `head_lr_factor` times as fast as the adapters.
+same model with its adapters off; lambda rises from 0 along a sine, so that the fresh heads do not spoil the target.
+The heads learn `head_lr_factor` times as fast as the adapters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from outrider.workers.training.feature_store import FeatureBatch, TokensOnly
 from outrider.workers.training.heads import head_shape, read_ids
 from outrider.workers.training.medusa1 import Medusa1Training, heads_shape, start_heads
 from outrider.workers.training.metrics import StepCounts
-from outrider.workers.training.saving import save_weights
+from outrider.workers.training.saving import describe, save_drafter, start_from
 from outrider.workers.training.tasks import Task
 from outrider.workers.training.vocabulary_loss import SoftTargets, vocabulary_loss
 from outrider.workers.weights.reference import load_transformers
@@ -135,6 +135,8 @@ def build_medusa2(config: TrainingConfig, resolved: ResolvedModel, corpus: Corpu
     shape = head_shape(config.head, source.config.hidden_size, ids)
     heads = MedusaHeads(heads_shape(source.config, shape, medusa), ids)
     start_heads(heads, source)
+    if config.start_from:
+        start_from(Path(config.start_from).expanduser(), heads)
     lora = LoraConfig(
         r=medusa.lora_rank,
         lora_alpha=medusa.lora_alpha,
@@ -150,7 +152,8 @@ def build_medusa2(config: TrainingConfig, resolved: ResolvedModel, corpus: Corpu
 
     def save(folder: Path, accuracies: tuple[tuple[float, ...], ...]) -> None:
         """Heads, adapters, and the target with the adapters merged into it, each by itself."""
-        save_weights(folder, heads.state_dict(), heads.shape, accuracies)
+        # The heads belong to the target as it is now, which has the embedding of the one it was.
+        save_drafter(folder, heads, describe("target", source, corpus, accuracies))
         target.save_pretrained(folder / "adapter")
         copy.deepcopy(target).merge_and_unload().save_pretrained(folder / "target")
 

@@ -1,4 +1,4 @@
-"""What is counted while a drafter is trained and measured: losses, acceptances, ranks of the right token, run lengths."""
+"""What is counted while a drafter is trained and measured: losses, acceptances, ranks of the right token, runs."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from outrider.workers.training.features import TargetFeatures
 from outrider.workers.training.heads import head_shape, read_ids, start_head
 from outrider.workers.training.medusa1 import Medusa1Training, heads_shape, start_heads
 from outrider.workers.training.metrics import StepCounts
-from outrider.workers.training.saving import load_weights_into, save_weights
+from outrider.workers.training.saving import Drafter, describe, save_drafter, start_from
 from outrider.workers.weights.progress import Progress, silent
 from outrider.workers.weights.resolver import ResolvedModel, open_source, resolve
 from outrider.workers.weights.source import WeightSource
@@ -162,17 +162,19 @@ def build_task(config: TrainingConfig, corpus: Corpus) -> Task:
 
         return build_medusa2(config, resolved, corpus)
     rows = rows_of(config, source, corpus)
+    module: nn.Module
+    drafter: Drafter
     module, drafter = (
         _eagle3(config, source, rows) if config.method == "eagle3" else _medusa1(config, source, rows)
     )
     if config.start_from:
-        load_weights_into(drafter, Path(config.start_from).expanduser())
+        start_from(Path(config.start_from).expanduser(), drafter)
     if config.head.frozen:
         for name, parameter in drafter.named_parameters():
             parameter.requires_grad_("lm_head" not in name)
 
     def save(folder: Path, accuracies: tuple[tuple[float, ...], ...]) -> None:
-        save_weights(folder, drafter.state_dict(), drafter.shape, accuracies)
+        save_drafter(folder, drafter, describe(config.target.model, source, corpus, accuracies))
 
     def reader(texts: list[TrainingText], files: list[Path]) -> BatchReader:
         if config.texts.features == "cached":
