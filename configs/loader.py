@@ -6,11 +6,14 @@ import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from outrider.configs.schema import Config
+from outrider.configs.training import TrainingConfig
+
+T = TypeVar("T", Config, TrainingConfig)
 
 PRESETS_DIR = Path(__file__).parent
 HEADS_DIR = PRESETS_DIR / "heads"
@@ -34,27 +37,43 @@ def load_config(config: str, overrides: Sequence[str] = ()) -> Config:
 
     Raises ValueError naming the key and the allowed values.
     """
-    path = _find(config)
+    return build_config(Config, _find(config), overrides)
+
+
+def load_training(path: str, overrides: Sequence[str] = ()) -> TrainingConfig:
+    """The training run described by a YAML file, with `a.b=c` overrides applied.
+
+    Raises ValueError naming the key and the allowed values.
+    """
+    if not Path(path).expanduser().is_file():
+        raise ValueError(f"config must be a YAML file, got {path!r}")
+    return build_config(TrainingConfig, Path(path).expanduser(), overrides)
+
+
+def build_config(kind: type[T], path: Path, overrides: Sequence[str]) -> T:
+    """A YAML file with `a.b=c` overrides as a dataclass of this kind."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {config!r} cannot be read: {error}") from error
+        raise ValueError(f"config {str(path)!r} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         one_line = " ".join(str(error).split())
-        raise ValueError(f"config {config!r} is not valid YAML: {one_line}") from error
+        raise ValueError(f"config {str(path)!r} is not valid YAML: {one_line}") from error
     tree = _mapping({} if values is None else values, "")
     for override in overrides:
-        _apply_override(tree, override)
-    return config_from_dict(tree)
+        _apply_override(tree, override, kind)
+    built: T = _build(kind, tree, "")
+    return built
 
 
 def config_from_dict(values: Mapping[str, object]) -> Config:
     """Checks keys and types of nested plain values (as YAML gives them) and builds the Config."""
-    return _build(Config, values, "")
+    built: Config = _build(Config, values, "")
+    return built
 
 
-def config_to_yaml(config: Config) -> str:
-    """The complete config, defaults included, as YAML that `load_config` reads back to an equal Config."""
+def config_to_yaml(config: Config | TrainingConfig) -> str:
+    """The complete config, defaults included, as YAML that `load_config` or `load_training` reads back."""
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 
@@ -70,7 +89,7 @@ def _find(config: str) -> Path:
     raise ValueError(f"config must be a YAML file or one of {presets}; got {config!r}{hint}")
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str, kind: Any) -> None:
     key, separator, text = override.partition("=")
     names = key.strip().split(".")
     if not separator or not all(names):
@@ -84,11 +103,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         section[name] = _mapping(section.get(name, {}), ".".join(names[: depth + 1]))
         section = section[name]
     # `target.model=2024` and `draft.model=` are texts: whoever wants a number there gets one from the text.
-    section[names[-1]] = text if value is None or _is_text_field(names) else value
+    section[names[-1]] = text if value is None or _is_text_field(names, kind) else value
 
 
-def _is_text_field(names: Sequence[str]) -> bool:
-    kind: Any = Config
+def _is_text_field(names: Sequence[str], kind: Any) -> bool:
     for name in names:
         if not dataclasses.is_dataclass(kind):
             return False

@@ -31,6 +31,8 @@ ALLOWED_PACKAGES = {
         "huggingface_hub",
         "psutil",
         "datasketch",
+        "deepspeed",
+        "peft",
     },
     "cluster": {"ray", "typer", "rich", "matplotlib", "numpy", "scipy", "psutil", "transformers"},
 }

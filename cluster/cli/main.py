@@ -21,6 +21,7 @@ COMMANDS = (
     "distill",
     "trim",
     "slim",
+    "train",
     "config",
     "demo",
     "doctor",

@@ -1,0 +1,129 @@
+"""LM heads in training: which ids they have, what they start as, their loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from outrider.configs.training import TrainedHeadConfig
+from outrider.workers.draft_heads.lm_head import (
+    DenseLmHead,
+    LmHead,
+    LmHeadShape,
+    LowRankLmHead,
+    low_rank_start,
+    rank_of,
+)
+from outrider.workers.training.metrics import NUM_RANKS, Guesses
+from outrider.workers.training.vocabulary_loss import SoftTargets, vocabulary_loss
+from outrider.workers.weights.source import WeightSource
+from outrider.workers.weights.tensors import EMBEDDING, HEAD
+
+_ALL = slice(None)
+
+
+def read_ids(config: TrainedHeadConfig, vocab_size: int) -> Tensor:
+    """int64 [V'], ascending: the target's token of each logit. Raises ValueError for a bad `head.ids`."""
+    if not config.ids:
+        return torch.arange(vocab_size)
+    path = Path(config.ids).expanduser()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"head.ids must be a JSON file with a list of token ids: {error}") from error
+    if not isinstance(found, list) or not all(type(item) is int and 0 <= item < vocab_size for item in found):
+        raise ValueError(f"head.ids: {path} must hold a list of token ids from 0 to {vocab_size - 1}")
+    if len(set(found)) < 2:
+        raise ValueError(f"head.ids: {path} must hold at least 2 token ids, got {len(set(found))}")
+    return torch.tensor(sorted(set(found)), dtype=torch.int64)
+
+
+def head_shape(config: TrainedHeadConfig, hidden_size: int, ids: Tensor) -> LmHeadShape:
+    """Sizes of the head that a configuration asks for."""
+    low_rank = config.kind == "low_rank"
+    rank = rank_of(hidden_size, config.rank_divisor) if low_rank else hidden_size
+    return LmHeadShape(hidden_size, len(ids), rank)
+
+
+@torch.no_grad()
+def start_head(head: LmHead, source: WeightSource) -> None:
+    """Makes a head the target's rows of its ids, or their truncated SVD."""
+    name = EMBEDDING if source.config.tied_embeddings else HEAD
+    weight = source.read(name, _ALL, _ALL, torch.float32)[head.ids]
+    if isinstance(head, LowRankLmHead):
+        down, up = low_rank_start(weight, head.shape.rank)
+        head.down.weight.copy_(down)
+        head.up.weight.copy_(up)
+    else:
+        assert isinstance(head, DenseLmHead)
+        head.weight.copy_(weight)
+
+
+class HeadLoss(nn.Module):
+    """The loss of one LM head over some rows, and what its guesses are worth.
+
+    Holds the head without owning it: its parameters are the drafter's.
+    """
+
+    def __init__(self, head: LmHead, loss: str) -> None:
+        super().__init__()
+        self._head = [head]
+        self._loss = loss
+
+    @property
+    def head(self) -> LmHead:
+        return self._head[0]
+
+    def has(self, tokens: Tensor) -> Tensor:
+        """bool, of the shape of int64 `tokens`: which of them are tokens of the head."""
+        ids = self.head.ids.to(tokens.device)
+        place = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
+        return ids[place] == tokens
+
+    def forward(
+        self, normed: Tensor, soft: SoftTargets, greedy: Tensor, measure: bool
+    ) -> tuple[Tensor, Guesses]:
+        """The summed loss over those of M labels whose greedy token the head has.
+
+        Args:
+            normed: [M, hidden], as the head reads them.
+            soft: the target's law of each label, over the head's ids.
+            greedy: int64 [M], the target's choice.
+            measure: look at ranks, too.
+        """
+        learned = self.has(greedy).nonzero().squeeze(1)
+        soft = soft.at(learned)
+        rows, matrix = normed[learned], self._matrix()
+        if isinstance(self.head, LowRankLmHead):
+            rows = self.head.down(rows)
+        elif torch.is_autocast_enabled(rows.device.type):
+            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+        weights = torch.ones(len(rows), device=rows.device)
+        value, accepted = vocabulary_loss(rows, matrix, soft, weights, self._loss)
+        acceptances = torch.zeros(len(normed), device=rows.device)
+        acceptances[learned] = accepted
+        ranks = None
+        if measure:
+            ranks = torch.full((len(normed),), NUM_RANKS, device=rows.device)
+            ranks[learned] = self._ranks(rows.detach(), matrix.detach(), soft.columns[:, 0])
+        return value, Guesses(acceptances, ranks, len(learned))
+
+    def _matrix(self) -> Tensor:
+        if isinstance(self.head, LowRankLmHead):
+            return self.head.up.weight
+        return self.head.matrix()
+
+    @torch.no_grad()
+    def _ranks(self, rows: Tensor, matrix: Tensor, columns: Tensor) -> Tensor:
+        """Place of `columns` int64 [M] among the guesses: how many tokens have a higher logit, up to NUM_RANKS."""
+        ranks = []
+        # In float32: of logits in bfloat16 many are equal.
+        rows, matrix = rows.float(), matrix.float()
+        for start in range(0, len(rows), 256):
+            logits = rows[start : start + 256] @ matrix.T
+            own = logits.gather(1, columns[start : start + 256, None])
+            ranks.append((logits > own).sum(1).clamp(max=NUM_RANKS))
+        return torch.cat(ranks) if ranks else columns

@@ -1,0 +1,82 @@
+"""From a configuration to a trained drafter: texts, rows, ranks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from outrider.configs.loader import config_to_yaml
+from outrider.configs.training import TrainingConfig
+from outrider.workers.training.data import Corpus, Manifest, read_corpus
+from outrider.workers.training.log import Line
+from outrider.workers.training.metrics import Measurement
+from outrider.workers.training.tasks import build_task, prepare_rows
+from outrider.workers.training.trainer import Trainer
+from outrider.workers.weights.progress import Progress
+
+_MANIFEST = "texts.json"
+
+
+def train(
+    config: TrainingConfig, say: Callable[[str], None], progress: Progress, tell: Callable[[Line], None]
+) -> Measurement:
+    """Trains to the end, going on where an earlier run of the same `out` was interrupted.
+
+    Args:
+        say: told what is about to be done.
+        progress: told how far the target's rows and downloads are.
+        tell: gets the lines of the log.
+
+    Raises:
+        ValueError: a setting, a text, a model or a checkpoint that cannot be used.
+    """
+    out = Path(config.out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    corpus = open_corpus(config)
+    tokens = sum(len(text.tokens) for text in corpus.training)
+    say(f"{len(corpus.training)} texts of {tokens} tokens, {len(corpus.held_out)} held out")
+    prepare_rows(config, corpus, say, progress)
+    (out / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        rendezvous = Path(folder) / "ranks"
+        context = multiprocessing.get_context("spawn")
+        others = [
+            context.Process(target=_other_rank, args=(config, rank, rendezvous), daemon=True)
+            for rank in range(1, config.engine.ranks)
+        ]
+        for process in others:
+            process.start()
+        try:
+            return _run_rank(config, corpus, 0, rendezvous, tell)
+        finally:
+            for process in others:
+                process.join(timeout=10)
+                process.kill()
+
+
+def open_corpus(config: TrainingConfig) -> Corpus:
+    """The texts of a run: those that it began with, where it began before."""
+    path = Path(config.out).expanduser() / _MANIFEST
+    corpus = read_corpus(config.texts, Manifest.read(path) if path.exists() else None)
+    corpus.manifest.write(path)
+    return corpus
+
+
+def _run_rank(
+    config: TrainingConfig, corpus: Corpus, rank: int, rendezvous: Path, tell: Callable[[Line], None]
+) -> Measurement:
+    trainer = Trainer(config, corpus, build_task(config, corpus), rank, rendezvous)
+    try:
+        return trainer.run(tell)
+    finally:
+        trainer.close()
+
+
+def _other_rank(config: TrainingConfig, rank: int, rendezvous: Path) -> None:
+    _run_rank(config, open_corpus(config), rank, rendezvous, _silent)
+
+
+def _silent(line: Line) -> None:
+    pass

@@ -1,0 +1,118 @@
+"""Medusa-1 (arXiv 2401.10774): heads on a target that stays as it is.
+
+Head h (0-based) at position t reads the target's last row at t, after its final norm, and guesses token t + h + 2;
+the token at t + 1 is the target's own. Tokens a b c d e f at positions 0..5, labels from c on:
+
+    position 1 (b): head 0 guesses d, head 1 e, head 2 f
+    position 2 (c): head 0 guesses e, head 1 f
+    position 3 (d): head 0 guesses f
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from outrider.configs.training import MedusaConfig
+from outrider.workers.draft_heads.lm_head import LmHeadShape
+from outrider.workers.draft_heads.medusa import MedusaHeads, MedusaShape
+from outrider.workers.training.feature_store import FeatureBatch
+from outrider.workers.training.heads import HeadLoss, start_head
+from outrider.workers.training.metrics import StepCounts
+from outrider.workers.training.vocabulary_loss import SoftTargets
+from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.source import WeightSource
+
+
+def heads_shape(target: ModelConfig, head: LmHeadShape, config: MedusaConfig) -> MedusaShape:
+    """Sizes of the heads that a configuration asks for."""
+    return MedusaShape(
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        num_heads=config.num_heads,
+        num_layers=config.num_layers,
+        lm_head=head,
+        shares_lm_head=config.shared_lm_head,
+    )
+
+
+def start_heads(heads: MedusaHeads, source: WeightSource) -> None:
+    """Every LM head starts as the target's rows, or their truncated SVD: a fresh head says what the target says."""
+    first, *others = heads.lm_heads
+    start_head(first, source)
+    for other in others:
+        other.load_state_dict(first.state_dict())
+
+
+def plan_heads(lengths: list[int], is_label: Tensor, num_heads: int) -> list[tuple[Tensor, Tensor]]:
+    """By head: positions it reads and positions of the tokens it guesses, int64 [M] each, as indices into all texts
+    back to back. See the picture in the module."""
+    sizes = torch.tensor(lengths)
+    ends = sizes.cumsum(0).repeat_interleave(sizes)
+    index = torch.arange(len(ends))
+    next_is_label = torch.cat((is_label[1:], is_label.new_zeros(1))) & (index + 1 < ends)
+    heads = []
+    for head in range(num_heads):
+        label = index + head + 2
+        guesses = next_is_label & (label < ends)
+        guesses[guesses.clone()] = is_label[label[guesses]]
+        read = guesses.nonzero().squeeze(1)
+        heads.append((read, read + head + 2))
+    return heads
+
+
+class Medusa1Training(nn.Module):
+    """Heads and their loss: the sum over heads h of head_decay**(h + 1) times cross-entropy.
+
+    Attributes:
+        heads: what is trained.
+    """
+
+    def __init__(self, heads: MedusaHeads, config: MedusaConfig, dtype: torch.dtype) -> None:
+        """dtype: of products."""
+        super().__init__()
+        self.heads = heads
+        self.config = config
+        self.dtype = dtype
+        shared = heads.shape.shares_lm_head
+        self._losses = nn.ModuleList(
+            HeadLoss(heads.lm_heads[0 if shared else head], "kl") for head in range(heads.shape.num_heads)
+        )
+
+    @property
+    def num_guesses(self) -> int:
+        """Heads."""
+        return self.heads.shape.num_heads
+
+    def set_progress(self, fraction: float) -> None:
+        """Nothing here changes with the part of the steps that is done."""
+
+    def count_labels(self, batch: FeatureBatch) -> Tensor:
+        """float32 [K]: of a batch, how many labels each head's loss is the mean over."""
+        plan = plan_heads(batch.lengths, batch.is_label.cpu(), self.num_guesses)
+        within = self._losses[0].has(batch.tokens).cpu()
+        return torch.tensor([float(within[labels].sum()) for _, labels in plan])
+
+    def forward(self, batch: FeatureBatch, totals: Tensor, measure: bool) -> tuple[Tensor, StepCounts]:
+        """As in `Eagle3Training.forward`."""
+        device = batch.tokens.device
+        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return self.loss_of(batch.normed.to(self.dtype), batch, totals, measure)
+
+    def loss_of(
+        self, normed: Tensor, batch: FeatureBatch, totals: Tensor, measure: bool
+    ) -> tuple[Tensor, StepCounts]:
+        """The loss with these rows [N, hidden] as what the heads read."""
+        device = batch.tokens.device
+        counts = StepCounts(self.num_guesses, len(batch.tokens), device)
+        loss = torch.zeros((), device=device)
+        plan = plan_heads(batch.lengths, batch.is_label.cpu(), self.num_guesses)
+        for head, (read, labels) in enumerate(plan):
+            read, tokens = read.to(device), batch.tokens[labels.to(device)]
+            columns = torch.searchsorted(self.heads.ids, tokens).clamp(max=len(self.heads.ids) - 1)[:, None]
+            certain = SoftTargets(columns, torch.zeros(len(tokens), 1, device=device))
+            rows = self.heads.blocks[head](normed[read])
+            value, guesses = self._losses[head](rows, certain, tokens, measure)
+            counts.add(head, value, guesses, read)
+            loss = loss + self.config.head_decay ** (head + 1) * value / totals[head].clamp(min=1.0)
+        return loss, counts

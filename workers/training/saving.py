@@ -1,0 +1,78 @@
+"""Trained drafters as checkpoints, and back as a start: the one place that knows which layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from outrider.workers.draft_heads.checkpoint import read_eagle3, read_medusa, write_eagle3, write_medusa
+from outrider.workers.draft_heads.description import (
+    HeadDescription,
+    Template,
+    fingerprint,
+    fingerprint_ids,
+)
+from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
+from outrider.workers.draft_heads.medusa import MedusaHeads
+from outrider.workers.training.data import Corpus
+from outrider.workers.weights.source import WeightSource
+from outrider.workers.weights.tensors import EMBEDDING
+
+Drafter = Eagle3Drafter | MedusaHeads
+
+
+def describe(
+    target_model: str,
+    source: WeightSource,
+    corpus: Corpus,
+    accuracies: tuple[tuple[float, ...], ...],
+) -> HeadDescription:
+    """What a checkpoint says besides its weights."""
+    config = source.config
+    rows = source.read_rows(EMBEDDING, fingerprint_ids(config.vocab_size), torch.float32)
+    templates = {text.template for text in corpus.training}
+    template: Template = "both" if len(templates) == 2 else "chat" if templates == {True} else "raw"
+    return HeadDescription(
+        target_model=target_model,
+        target_hidden_size=config.hidden_size,
+        target_num_layers=config.num_layers,
+        target_vocab_size=config.vocab_size,
+        target_fingerprint=fingerprint(rows),
+        template=template,
+        accuracies=accuracies,
+    )
+
+
+def save_drafter(folder: Path, drafter: Drafter, description: HeadDescription) -> None:
+    """Writes a checkpoint in bfloat16: SpecForge's layout, or vLLM's, which knows heads that share their LM head."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(drafter, Eagle3Drafter):
+        write_eagle3(folder, drafter, description, "specforge", torch.bfloat16)
+    else:
+        write_medusa(folder, drafter, description, "vllm", torch.bfloat16)
+
+
+def start_from(folder: Path, drafter: Drafter) -> None:
+    """Gives a drafter the weights of a checkpoint.
+
+    Raises ValueError where that has other sizes or ids.
+    """
+    found: Drafter
+    if isinstance(drafter, Eagle3Drafter):
+        found, _ = read_eagle3(folder)
+        same_ids = torch.equal(found.lm_head.ids, drafter.lm_head.ids)
+    else:
+        found, _ = read_medusa(folder)
+        same_ids = torch.equal(found.ids, drafter.ids)
+    ours, theirs = _sizes(drafter), _sizes(found)
+    if ours != theirs or not same_ids:
+        different = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+        what = ", ".join(sorted(different)) or "the ids of the LM head"
+        raise ValueError(f"start_from must be a drafter of this run's shape; {folder} differs in {what}")
+    drafter.load_state_dict(found.state_dict())
+
+
+def _sizes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in module.state_dict().items()}

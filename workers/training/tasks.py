@@ -1,0 +1,214 @@
+"""From a configuration to what a trainer runs: a module with a loss, and texts with what that module reads."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from outrider.configs.training import TrainingConfig
+from outrider.workers.draft_heads.eagle3 import Eagle3Drafter, default_taps
+from outrider.workers.draft_heads.medusa import MedusaHeads
+from outrider.workers.setup import torch_dtype
+from outrider.workers.training.data import Corpus, TrainingText
+from outrider.workers.training.eagle3 import Eagle3Training, drafter_shape, start_from_last_layer
+from outrider.workers.training.feature_store import (
+    BatchReader,
+    ComputedRows,
+    FeatureBatch,
+    FeatureComputer,
+    KeptRows,
+    keep_rows,
+    row_files,
+)
+from outrider.workers.training.features import TargetFeatures
+from outrider.workers.training.heads import head_shape, read_ids, start_head
+from outrider.workers.training.medusa1 import Medusa1Training, heads_shape, start_heads
+from outrider.workers.training.metrics import StepCounts
+from outrider.workers.training.saving import Drafter, describe, save_drafter, start_from
+from outrider.workers.weights.progress import Progress, silent
+from outrider.workers.weights.resolver import ResolvedModel, open_source, resolve
+from outrider.workers.weights.source import WeightSource
+from outrider.workers.weights.tensors import EMBEDDING
+
+_ALL = slice(None)
+
+
+class TrainingModule(Protocol):
+    """What `Task.module` can do besides being an `nn.Module`."""
+
+    @property
+    def num_guesses(self) -> int:
+        """K: steps or heads."""
+        ...
+
+    def set_progress(self, fraction: float) -> None:
+        """Told before each step which part of all steps is done."""
+        ...
+
+    def count_labels(self, batch: FeatureBatch) -> Tensor:
+        """float32 [K]."""
+        ...
+
+    def __call__(self, batch: FeatureBatch, totals: Tensor, measure: bool) -> tuple[Tensor, StepCounts]:
+        """(loss, counts)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one rank trains.
+
+    Attributes:
+        module: an nn.Module that is a `TrainingModule`.
+        training, held_out: batches.
+        save: writes the drafter to a folder, with accuracies by step and rank.
+        lr_factors: (parameters, factor on the learning rate), all trained parameters once.
+    """
+
+    module: nn.Module
+    training: BatchReader
+    held_out: BatchReader
+    save: Callable[[Path, tuple[tuple[float, ...], ...]], None]
+    lr_factors: Sequence[tuple[list[nn.Parameter], float]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which of the target's rows a method reads, and where they are kept.
+
+    Attributes:
+        taps: layers; normed: the last rows after the final norm.
+        ids: int64 [V'], over which the target's law is.
+        top_k: of that law; 1 where it is not read.
+        training_files, held_out_files: see `row_files`.
+    """
+
+    taps: tuple[int, ...]
+    normed: bool
+    ids: Tensor
+    top_k: int
+    training_files: list[Path]
+    held_out_files: list[Path]
+
+
+def resolve_target(config: TrainingConfig, progress: Progress) -> ResolvedModel:
+    """The target's checkpoint, downloaded if need be. Raises ValueError naming `target.model`."""
+    cache_dir = Path(config.target.model_cache_dir).expanduser()
+    return resolve(config.target.model, cache_dir, progress, "target.model")
+
+
+def rows_of(config: TrainingConfig, source: WeightSource, corpus: Corpus) -> Rows:
+    """What `config.method`, eagle3 or medusa1, reads of the target."""
+    ids = read_ids(config.head, source.config.vocab_size)
+    eagle3 = config.method == "eagle3"
+    if eagle3 and source.config.num_layers < 4:
+        raise ValueError(f"method eagle3 needs a target of at least 4 layers, got {source.config.num_layers}")
+    taps = default_taps(source.config.num_layers) if eagle3 else ()
+    top_k = config.texts.top_k if eagle3 else 1
+    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest() if eagle3 else "any ids"
+    identity = f"{config.target.model} {config.target.dtype} {taps} {not eagle3} {top_k} {digest}"
+    folder = Path(config.out).expanduser() / "features"
+    return Rows(
+        taps,
+        not eagle3,
+        ids,
+        top_k,
+        row_files(corpus.training, folder, identity),
+        row_files(corpus.held_out, folder, identity),
+    )
+
+
+def prepare_rows(
+    config: TrainingConfig, corpus: Corpus, say: Callable[[str], None], progress: Progress
+) -> None:
+    """Computes the rows that are to be kept and are not, before any rank starts; says how large they are.
+
+    Raises ValueError where the disk has no room for them.
+    """
+    if config.method == "medusa2" or config.texts.features == "computed":
+        return
+    source = open_source(resolve_target(config, progress))
+    rows = rows_of(config, source, corpus)
+    parts = ((corpus.training, rows.training_files), (corpus.held_out, rows.held_out_files))
+    if all(path.exists() for _, files in parts for path in files):
+        return
+    computer = _computer(config, source, rows, config.engine.num_threads)
+    tokens = sum(len(text.tokens) for texts, _ in parts for text in texts)
+    size = tokens * computer.bytes_per_token
+    out = Path(config.out).expanduser()
+    say(f"hidden rows of {tokens} tokens: {size / 1e9:.2f} GB in {out / 'features'}")
+    if size > shutil.disk_usage(out).free:
+        raise ValueError(
+            f"texts.features must be computed: {size / 1e9:.2f} GB do not fit on the disk of {out}"
+        )
+    for texts, files in parts:
+        keep_rows(texts, files, computer, progress)
+
+
+def build_task(config: TrainingConfig, corpus: Corpus) -> Task:
+    """What a rank trains. Random starts are those of `config.seed`: the same on every rank."""
+    torch.manual_seed(config.seed)
+    resolved = resolve_target(config, silent)
+    source = open_source(resolved)
+    if config.method == "medusa2":
+        from outrider.workers.training.medusa2 import build_medusa2
+
+        return build_medusa2(config, resolved, corpus)
+    rows = rows_of(config, source, corpus)
+    module: nn.Module
+    drafter: Drafter
+    module, drafter = (
+        _eagle3(config, source, rows) if config.method == "eagle3" else _medusa1(config, source, rows)
+    )
+    if config.start_from:
+        start_from(Path(config.start_from).expanduser(), drafter)
+    if config.head.frozen:
+        for name, parameter in drafter.named_parameters():
+            parameter.requires_grad_("lm_head" not in name)
+
+    def save(folder: Path, accuracies: tuple[tuple[float, ...], ...]) -> None:
+        save_drafter(folder, drafter, describe(config.target.model, source, corpus, accuracies))
+
+    def reader(texts: list[TrainingText], files: list[Path]) -> BatchReader:
+        if config.texts.features == "cached":
+            return KeptRows(texts, files)
+        return ComputedRows(texts, _computer(config, source, rows, config.engine.num_threads))
+
+    return Task(
+        module,
+        reader(corpus.training, rows.training_files),
+        reader(corpus.held_out, rows.held_out_files),
+        save,
+        [([parameter for parameter in drafter.parameters() if parameter.requires_grad], 1.0)],
+    )
+
+
+def _eagle3(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple[nn.Module, Eagle3Drafter]:
+    shape = head_shape(config.head, source.config.hidden_size, rows.ids)
+    drafter = Eagle3Drafter(drafter_shape(source.config, shape, config.eagle3.norm_before_residual), rows.ids)
+    start_head(drafter.lm_head, source)
+    if config.eagle3.start == "target_last_layer":
+        start_from_last_layer(drafter, source)
+    embedding = source.read(EMBEDDING, _ALL, _ALL, torch_dtype(config.engine.dtype))
+    dtype = torch_dtype(config.engine.dtype)
+    return Eagle3Training(drafter, embedding, source.config, config.eagle3, dtype), drafter
+
+
+def _medusa1(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple[nn.Module, MedusaHeads]:
+    shape = head_shape(config.head, source.config.hidden_size, rows.ids)
+    heads = MedusaHeads(heads_shape(source.config, shape, config.medusa), rows.ids)
+    start_heads(heads, source)
+    return Medusa1Training(heads, config.medusa, torch_dtype(config.engine.dtype)), heads
+
+
+def _computer(config: TrainingConfig, source: WeightSource, rows: Rows, num_threads: int) -> FeatureComputer:
+    layers = tuple(dict.fromkeys((*rows.taps, source.config.num_layers)))
+    target = TargetFeatures(source, layers, torch_dtype(config.target.dtype), num_threads)
+    return FeatureComputer(target, rows.taps, rows.normed, rows.ids, rows.top_k)
