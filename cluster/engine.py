@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from outrider.cluster.actors import spawn_workers
-from outrider.cluster.api import Completion, EngineError, GenerationRequest, Progress, Prompt
+from outrider.cluster.api import EngineError, GenerationRequest, Progress, Prompt
 from outrider.cluster.calls import CLOSED, Calls, result_of_call
 from outrider.cluster.coordinator import Coordinator
 from outrider.cluster.inbox import CompletionStream, Inbox, PieceStream
@@ -26,6 +26,7 @@ from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.placement import COORDINATOR_BUNDLE, check_cpus, reserve
 from outrider.cluster.session import RaySession
 from outrider.configs.schema import Config
+from outrider.workers.answer import Completion
 
 NOTHING_SPECIAL: Mapping[str, object] = MappingProxyType({})
 

@@ -17,17 +17,13 @@ from outrider.kernels.attention_cases import (
     attention_in_float64,
     build_attention_inputs,
 )
-from outrider.kernels.launch_plans import (
-    AttentionShape,
-    LaunchPlan,
-    plan_gather_rows,
-    plan_kv_commit,
-    plan_rope_append,
-    plan_sample_shard,
-    plan_tree_attention,
-)
+from outrider.kernels.gather_rows import plan_gather_rows
+from outrider.kernels.kv_commit import plan_kv_commit
+from outrider.kernels.launch_plans import LaunchPlan
 from outrider.kernels.noise import noise_key
-from outrider.kernels.sample_shard import sample_shard
+from outrider.kernels.rope_append import plan_rope_append
+from outrider.kernels.sample_shard import plan_sample_shard, sample_shard
+from outrider.kernels.tree_attention import AttentionShape, plan_tree_attention
 from outrider.kernels.tree_batch import TreeBatch
 
 GUARD_BYTES = 256

@@ -100,11 +100,6 @@ def gumbel_from_hash(h: UInt32Array) -> Float32Array:
     return (-np.log(-np.log1p(-v))).astype(np.float32)
 
 
-def uniform(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:
-    """Uniform noise float32 of the shape of `ids` (int64 token ids)."""
-    return torch.from_numpy(uniform_from_hash(hash_ids(noise_key(seed, position), ids.numpy())))
-
-
 def gumbel(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise float32 of the shape of `ids` (int64 token ids)."""
     return torch.from_numpy(gumbel_from_hash(hash_ids(noise_key(seed, position), ids.numpy())))

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from outrider.cluster.api import EngineError
 from outrider.cluster.cli.terminal import AnsweredInterrupt, say_error
 
-COMMANDS = ("generate", "chat", "bench", "check", "distill", "config", "demo", "doctor")
+COMMANDS = ("generate", "chat", "bench", "table", "check", "distill", "config", "demo", "doctor")
 """Module and function names: `outrider generate` is `generate` in generate.py."""
 
 USER_ERROR = 2

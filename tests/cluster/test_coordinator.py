@@ -9,7 +9,6 @@ import pytest
 
 from outrider.cluster.api import (
     Answer,
-    Completion,
     EngineError,
     GenerationRequest,
     Notice,
@@ -18,6 +17,7 @@ from outrider.cluster.api import (
     Ticket,
 )
 from outrider.cluster.coordinator import Coordinator
+from outrider.workers.answer import Completion
 from outrider.workers.sequences.origin import Origin
 from support.fake_workers import EOS_TOKEN_IDS, FAKE_CONFIG, char_admission, endless, fake_deployment
 

@@ -134,13 +134,13 @@ class ModelMethod(DraftMethod):
 
     def unread(self, slots: Ints) -> Ints:
         """The tokens that these sequences' caches lack, where they are too many for a step to read them."""
-        missing = self._rows.lags(slots) - 1
+        missing = self._rows.num_unread(slots)
         return missing[missing >= _MAX_LAG]
 
     @torch.inference_mode()
     def read(self, slots: Ints) -> int:
         """Read one chunk, shared between the sequences that lag far behind; returns its tokens."""
-        missing = self._rows.lags(slots) - 1  # the root is left for drafting
+        missing = self._rows.num_unread(slots)  # the root is left for drafting
         room, chosen, counts = self._prefill_chunk, [], []
         for slot, lacking in zip(slots.tolist(), missing.tolist(), strict=True):
             count = min(lacking, room)
@@ -165,17 +165,7 @@ class ModelMethod(DraftMethod):
     def forecast(self, slots: Ints) -> Forecast:
         """What the next step over these slots would do."""
         frontier = self._frontier(slots)
-        if not len(frontier.nodes):
-            return Forecast(np.zeros(0), 0, frontier.nodes)
-        owner_slots = slots[frontier.owners]
-        depths = self.trees.depths.reshape(-1)[owner_slots * self.trees.capacity + frontier.nodes]
-        counted = depths < self.slots.max_depth[owner_slots]
-        gains = self._gains(owner_slots[counted], frontier.nodes[counted]).ravel()
-        gains = gains[gains > 0.0]
-        gains.sort()
-        grows = frontier.counts > 0
-        num_rows = int(np.add.reduce(frontier.lags[grows])) + int(np.count_nonzero(frontier.nodes))
-        return Forecast(gains[::-1], num_rows, slots[grows])
+        return Forecast(lambda: self._gains(frontier), frontier.num_rows, frontier.slots)
 
     def root_gains(self, is_greedy: Bools) -> Floats:
         """The gains of a step over roots, at least those assumed at first."""
@@ -184,11 +174,10 @@ class ModelMethod(DraftMethod):
     def survival(self, slots: Ints, sent: DraftTrees) -> float:
         """Of the nodes that the next step expands and that are not verified now, the best one's value."""
         frontier = self._frontier(slots)
-        is_sent = np.zeros((len(slots), max(1, self.trees.width(slots))), dtype=np.bool_)
-        exists = sent.exists
-        is_sent[np.nonzero(exists)[0], sent.growing_nodes[exists]] = True
-        values = self.trees.values[slots[frontier.owners], frontier.nodes]
-        return float(values[~is_sent[frontier.owners, frontier.nodes]].max(initial=0.0))
+        is_sent = np.zeros(len(self.trees.flat.values), dtype=np.bool_)
+        is_sent[((slots * self.trees.capacity)[:, None] + sent.growing_nodes)[sent.exists]] = True
+        ahead = frontier.places[~is_sent[frontier.places]]
+        return float(self.trees.flat.values[ahead].max(initial=0.0))
 
     @torch.inference_mode()
     def time_step(self, num_rows: int) -> float:
@@ -215,8 +204,7 @@ class ModelMethod(DraftMethod):
         frontier = self._within_room(self._frontier(slots))
         if not len(frontier.nodes):
             return False
-        grows = frontier.counts > 0
-        expansion = self._rows.plan(slots[grows], frontier.counts[grows], frontier.nodes)
+        expansion = self._rows.plan(frontier.slots, frontier.counts, frontier.nodes)
         hidden = self._forward(expansion.rows)
         logits = self._model.logits_of(hidden, expansion.node_rows)
         self._stretches.end("forward", len(expansion.rows.tokens))
@@ -225,7 +213,7 @@ class ModelMethod(DraftMethod):
         self._stretches.settle()
         self._rows.computed(expansion)
         self._planned = None  # also where the trees have all the proposals already
-        self._propose(expansion.node_slots, expansion.nodes, tokens.numpy(), log_probs.numpy())
+        self._propose(expansion, tokens.numpy(), log_probs.numpy())
         return True
 
     def rerooted(self, survivors: Survivors) -> None:
@@ -234,11 +222,10 @@ class ModelMethod(DraftMethod):
         if len(sources):
             device = self._model.device
             self._cache.commit(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device))
-        lengths = np.add.reduce(survivors.paths, axis=1, dtype=np.int64)
-        for slot, length in zip(survivors.slots.tolist(), lengths.tolist(), strict=True):
+        for slot, path in zip(survivors.slots.tolist(), survivors.paths, strict=True):
             params, penalties = self._laws[slot]
             if params.uses_context:
-                for token in self.slots.sequence(slot).tokens[-length:]:
+                for token in self.slots.sequence(slot).tokens[-np.count_nonzero(path) :]:
                     penalties.add(token)
 
     def _frontier(self, slots: Ints) -> Frontier:
@@ -253,78 +240,74 @@ class ModelMethod(DraftMethod):
         return self._planned[1]
 
     def _find_frontier(self, slots: Ints) -> Frontier:
-        if not len(slots):
-            return Frontier(slots, slots, slots, slots, slots, np.zeros(0))
-        trees = self.trees
-        most = max(1, min(self._rows_per_sequence, self._max_rows // len(slots)))
+        trees, rows, window = self.trees, self._rows, self.trees.window(slots)
+        most = max(1, min(self._rows_per_sequence, self._max_rows // max(1, len(slots))))
         # A node whose children do not fit would never get them: it is expanded once.
         limits = np.minimum(most, trees.room(slots) // self._max_children)
-        lags = self._rows.lags(slots)
-        limits *= lags <= _MAX_LAG
-        width = trees.width(slots)
-        has_row = self._rows.has_row[slots, :width]
+        num_unread = rows.num_unread(slots)
+        limits *= num_unread < _MAX_LAG
+        has_row = rows.flat_has_row[window.places]
         # Padding has no value, so it promises nothing.
         promised = np.add.reduce(self._yields, axis=1)[self.slots.is_greedy[slots].view(np.int8)]
-        gains = promised[:, None] - trees.child_mass[slots, :width]
-        gains *= trees.values[slots, :width]
-        gains *= trees.depths[slots, :width] < self.slots.growth_depths(slots)[:, None]
-        gains *= ~has_row
+        gains = promised[:, None] - trees.flat.child_mass[window.places]
+        gains *= trees.flat.values[window.places]
+        gains *= trees.flat.depths[window.places] < self.slots.growth_depths(slots)[:, None]
+        gains[has_row] = 0.0
         chosen = gains > _MIN_GAIN
         counts = np.add.reduce(chosen, axis=1, dtype=np.int64)
         if np.count_nonzero(counts > limits):
             order = (-gains).argsort(axis=1, kind="stable")
-            too_many = np.arange(width) >= limits[:, None]
+            too_many = np.arange(window.width) >= limits[:, None]
             chosen[too_many.nonzero()[0], order[too_many]] = False
             counts = np.add.reduce(chosen, axis=1, dtype=np.int64)
-        owners, nodes = chosen.nonzero()
-        parents = trees.parents.reshape(-1)[slots[owners] * trees.capacity + nodes]
-        is_ready = (has_row | chosen)[owners, parents]
+        at = chosen.reshape(-1).nonzero()[0]
+        starts = window.starts.repeat(counts)
+        places = window.places.reshape(-1)[at]
+        is_ready = (has_row | chosen).reshape(-1)[starts + trees.flat.parents[places]]
         if np.count_nonzero(is_ready) < len(is_ready):
-            all_parents = trees.parents[slots, :width]
+            all_parents = trees.flat.parents[window.places]
             add_ancestors(all_parents, chosen, has_row)
             for row in np.flatnonzero(chosen.sum(axis=1) > limits).tolist():
                 own = gains[row] * (gains[row] > _MIN_GAIN)
                 chosen[row] = with_ancestors(all_parents[row], own, has_row[row], int(limits[row]))
             counts = np.add.reduce(chosen, axis=1, dtype=np.int64)
-            owners, nodes = chosen.nonzero()
-        return Frontier(slots, lags, counts, owners, nodes, gains[owners, nodes])
+            at = chosen.reshape(-1).nonzero()[0]
+            starts, places = window.starts.repeat(counts), window.places.reshape(-1)[at]
+        gains, nodes = gains.reshape(-1)[at], at - starts
+        if np.count_nonzero(counts) < len(counts):
+            grows = counts > 0
+            slots, counts, num_unread = slots[grows], counts[grows], num_unread[grows]
+        return Frontier(slots, counts, num_unread, slots.repeat(counts), nodes, places, gains)
 
-    def _gains(self, slots: Ints, nodes: Ints) -> Floats:
-        """[M, children] by rank: expected accepted tokens of proposals below nodes, less what is there."""
-        here = slots * self.trees.capacity + nodes
-        values, proposed = self.trees.values.reshape(-1)[here], self.trees.child_mass.reshape(-1)[here]
+    def _gains(self, frontier: Frontier) -> Floats:
+        """[M], descending: expected accepted tokens of each proposal below nodes, less what is there already."""
+        flat = self.trees.flat
+        counted = flat.depths[frontier.places] < self.slots.max_depth[frontier.node_slots]
+        slots, places = frontier.node_slots[counted], frontier.places[counted]
         yields_so_far = self._yields.cumsum(axis=1)[self.slots.is_greedy[slots].view(np.int8)]
         # What is there already takes the place of the first proposals.
-        left = np.maximum(yields_so_far - proposed[:, None], 0.0)
+        left = np.maximum(yields_so_far - flat.child_mass[places][:, None], 0.0)
         left[:, 1:] -= left[:, :-1].copy()
-        return values[:, None] * left
+        left *= flat.values[places][:, None]
+        return np.sort(left[left > 0.0])[::-1]
 
     def _within_room(self, frontier: Frontier) -> Frontier:
         """As many sequences as a step has rows for, those that gain most first, and pages."""
-        if not len(frontier.nodes):
-            return frontier
-        counts = frontier.counts
-        lacks_pages = self._rows.lacks_pages(frontier.slots, counts)
+        slots, counts = frontier.slots, frontier.counts
+        lacks_pages = self._rows.lacks_pages(slots, counts)
         if len(frontier.nodes) <= self._max_rows and not np.count_nonzero(lacks_pages):
             return frontier
-        totals = np.bincount(frontier.owners, frontier.gains, minlength=len(frontier.slots))
-        allowed, room = np.zeros(len(frontier.slots), dtype=np.bool_), self._max_rows
+        owners = np.arange(len(slots)).repeat(counts)
+        totals = np.bincount(owners, frontier.gains, minlength=len(slots))
+        allowed, room = np.zeros(len(slots), dtype=np.bool_), self._max_rows
         for index in np.argsort(-totals, kind="stable").tolist():
             count = int(counts[index])
-            if not 0 < count <= room:
+            if count > room:
                 continue
-            if not lacks_pages[index] or self._rows.take_rows(int(frontier.slots[index]), count):
+            if not lacks_pages[index] or self._rows.take_rows(int(slots[index]), count):
                 room -= count
                 allowed[index] = True
-        kept = allowed[frontier.owners]
-        return Frontier(
-            frontier.slots,
-            frontier.lags,
-            counts * allowed,
-            frontier.owners[kept],
-            frontier.nodes[kept],
-            frontier.gains[kept],
-        )
+        return frontier.of(allowed, allowed[owners])
 
     def _forward(self, rows: TreeRows) -> torch.Tensor:
         """[num_rows, hidden], valid until the next call. Its stretch of time begins here; the caller ends it."""
@@ -333,8 +316,8 @@ class ModelMethod(DraftMethod):
         return self._run(batch).last
 
     def _sampled_rows(self, expansion: Expansion) -> list[SampledRows]:
-        positions = self.trees.root_positions[expansion.node_slots] + 1
-        positions += self.trees.depths.reshape(-1)[expansion.places]
+        positions = self.trees.root_positions[expansion.node_slots] + self.trees.flat.depths[expansion.places]
+        positions += 1
         sampled, begin = [], 0
         for slot, end in zip(expansion.slots.tolist(), expansion.num_nodes.cumsum().tolist(), strict=True):
             params, penalties = self._laws[slot]
@@ -352,24 +335,22 @@ class ModelMethod(DraftMethod):
             node = int(self.trees.parents[slot, node])
         return tokens[::-1]
 
-    def _propose(self, slots: Ints, nodes: Ints, tokens: Ints, log_probs: Floats) -> None:
-        """Put proposals ([M, children], best first) below nodes ([M]), and learn what proposals are worth."""
+    def _propose(self, expansion: Expansion, tokens: Ints, log_probs: Floats) -> None:
+        """Put proposals ([M, children], best first) below the nodes, and learn what proposals are worth."""
+        slots, nodes = expansion.node_slots, expansion.nodes
         is_greedy = self.slots.is_greedy[slots]
         log_probs = log_probs.astype(np.float64)
         priors, kinds = priors_and_kinds(log_probs, is_greedy)
         kinds += self._first_source
+        estimates = self.estimator.estimate(kinds, priors)
         # Top-k, top-p or min-p removed what has no probability: the target cannot pick it.
         met = log_probs > -np.inf
         possible = met & (tokens < self._num_target_tokens)
-        promised = self.trees.values.reshape(-1)[slots * self.trees.capacity + nodes]
-        at, sources = possible.nonzero()[0], kinds[possible]
+        promised = self.trees.flat.values[expansion.places]
+        at = possible.nonzero()[0]
         values = np.zeros(tokens.shape)
         values[possible] = self.trees.add_children(
-            slots[at],
-            nodes[at],
-            tokens[possible],
-            self.estimator.estimate(sources, priors[possible]),
-            sources,
+            slots[at], nodes[at], tokens[possible], estimates[possible], kinds[possible]
         )
         laws = is_greedy.view(np.int8)
         values -= promised[:, None] * self._yields[laws]

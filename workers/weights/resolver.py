@@ -54,11 +54,6 @@ class ResolvedModel:
     path: Path
 
 
-def default_cache_dir() -> Path:
-    """Where downloaded models are kept unless the configuration says otherwise."""
-    return Path.home() / ".cache" / "outrider" / "models"
-
-
 def resolve(model: str, cache_dir: Path, progress: Progress, field: str) -> ResolvedModel:
     """Finds `model`, downloading it once per machine if need be; several processes may call this at a time.
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from outrider.kernels import gather_rows, kv_commit, operators, rope_append, sample_shard, tree_attention
+from outrider.kernels import gather_rows, kv_commit, launch_plans, rope_append, sample_shard, tree_attention
 from outrider.kernels.noise import noise_key, noise_keys
 from outrider.kernels.sample_shard import ShardLogits
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
@@ -45,17 +45,12 @@ class CountingLauncher:
 def launcher(monkeypatch: pytest.MonkeyPatch) -> CountingLauncher:
     torch.set_num_threads(1)
     counting = CountingLauncher()
-    monkeypatch.setattr(operators, "_launcher", lambda device: counting)
-    monkeypatch.setattr(operators, "_num_sms", lambda device: 132)
+    monkeypatch.setattr(launch_plans, "_launcher", lambda device: counting)
+    monkeypatch.setattr(tree_attention, "_num_sms", lambda device: 132)
     # The bodies that run on a GPU; on CPU tensors the operators would choose the references.
-    for module, name in (
-        (tree_attention, "tree_attention_op"),
-        (rope_append, "rope_append_op"),
-        (kv_commit, "kv_commit_op"),
-        (gather_rows, "gather_rows_op"),
-        (sample_shard, "sample_shard_op"),
-    ):
-        monkeypatch.setattr(module, name, getattr(operators, name)._init_fn)
+    for module in (tree_attention, rope_append, kv_commit, gather_rows, sample_shard):
+        name = module.__name__.split(".")[-1]
+        monkeypatch.setattr(module, f"{name}_op", getattr(module, f"{name}_on_gpu"))
     return counting
 
 
