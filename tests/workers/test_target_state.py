@@ -51,7 +51,7 @@ def apply(
 def compute(sequences: TargetSequences, *steps: SequenceStep) -> list[int]:
     """The cache slots in which the steps' rows are written."""
     rows = sequences.rows(Steps.of(steps))
-    slots: list[int] = build_batch(sequences.tables, rows, torch.device("cpu")).slots.tolist()
+    slots: list[int] = build_batch(sequences.tables, rows, torch.device("cpu")).kv_rows.tolist()
     return slots
 
 
