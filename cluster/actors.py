@@ -98,6 +98,9 @@ class DraftActor:
     def profile(self) -> None:
         self._worker.profile(self._board.report)
 
+    def calibrate(self, request: "Request") -> list[str]:
+        return self._worker.calibrate(request, self._board.report)
+
     @ray.method(concurrency_group="loop")
     def run(self) -> None:
         self._worker.run()

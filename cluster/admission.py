@@ -12,11 +12,14 @@ from outrider.cluster.text import Decoder
 from outrider.cluster.text_bound import TextBound
 from outrider.configs.schema import Config
 from outrider.workers.sequences.params import SamplingParams
-from outrider.workers.sequences.sequence import Request
+from outrider.workers.sequences.sequence import DraftOptions, Request
 from outrider.workers.weights.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_CALIBRATION_PROMPT = "Explain in a few sentences how a lighthouse works."
+_CALIBRATION_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,19 @@ class Admission:
                 f"got {len(prompt_tokens)} + {sampling.max_tokens}"
             )
         return Request(request_id, prompt_tokens, sampling, draft)
+
+    def calibration(self) -> Request:
+        """A short text in the target's own manner, by which draft heads are tried: greedy, through the chat template
+        where there is one."""
+        try:
+            prompt = self._chat_tokens([{"role": "user", "content": _CALIBRATION_PROMPT}])
+        except ValueError:  # no template, or one that wants other messages
+            tokens = self.tokenizer.encode(_CALIBRATION_PROMPT, add_special_tokens=True)
+            prompt = tuple(token for token in tokens if token < self.vocab_size)
+        prompt = prompt[-(self.max_context // 2) :]
+        max_tokens = min(_CALIBRATION_TOKENS, self.max_context - len(prompt))
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, stop_token_ids=self.eos_token_ids)
+        return Request("calibration", prompt, sampling, DraftOptions((), 0, 0))
 
     def warning(self, request: Request) -> str:
         """What its user should know about a request that can be run; empty: nothing."""

@@ -1,10 +1,11 @@
 """What goes into the engine and what comes out: plain data, the same for the Engine, the CLI and a server."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from outrider.workers.answer import PER_TOKEN, Completion, Output, output_fields
 from outrider.workers.sequences.origin import Origin
-from outrider.workers.sequences.sequence import RequestStats, TokenLogprobs
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 """A text that is continued as it stands; messages (`{"role": ..., "content": ...}`) that go through the
@@ -37,53 +38,45 @@ class Segment:
     origin: Origin  # of the token that completed the text
 
 
-@dataclass(frozen=True)
-class Piece:
+@dataclass(frozen=True, kw_only=True)
+class Piece(Output):
     """What one round added to an answer. The last piece has a finish reason."""
 
-    segments: tuple[Segment, ...]
-    tokens: tuple[int, ...]
-    origins: tuple[Origin, ...]  # per token
-    logprobs: tuple[TokenLogprobs, ...]  # per token, or none where the request did not ask
-    finish_reason: str  # "" while running, then "stop", "length", "cancelled" or "error"
-    error: str
-    stats: RequestStats
+    segments: tuple[Segment, ...] = ()
+    num_prompt_tokens: int = 0  # of a request that was admitted
 
     @property
     def text(self) -> str:
         return "".join(segment.text for segment in self.segments)
 
 
-@dataclass(frozen=True)
-class Completion:
-    """A whole answer. Times are seconds since the Coordinator admitted the request."""
+class Collector:
+    """Makes a whole answer of pieces; its times count from when this is made."""
 
-    text: str
-    tokens: tuple[int, ...]
-    origins: tuple[Origin, ...]  # per token
-    logprobs: tuple[TokenLogprobs, ...]  # per token, or none where the request did not ask
-    token_times_s: tuple[float, ...]  # per token: when it was at the Coordinator
-    finish_reason: str  # "stop", "length", "cancelled" or "error"
-    error: str
-    num_prompt_tokens: int
-    stats: RequestStats
-    total_s: float
+    def __init__(self) -> None:
+        self._start_s = time.monotonic()
+        self._pieces: list[Piece] = []
+        self._token_times_s: list[float] = []
 
+    def add(self, piece: Piece) -> None:
+        """The next piece has come."""
+        self._pieces.append(piece)
+        self._token_times_s += [time.monotonic() - self._start_s] * len(piece.tokens)
 
-def failed_completion(error: str, finish_reason: str = "error") -> Completion:
-    """The answer of a request that never ran: it was refused, or cancelled before."""
-    return Completion(
-        text="",
-        tokens=(),
-        origins=(),
-        logprobs=(),
-        token_times_s=(),
-        finish_reason=finish_reason,
-        error=error,
-        num_prompt_tokens=0,
-        stats=RequestStats(),
-        total_s=0.0,
-    )
+    def completion(self) -> Completion:
+        """What has come so far; at least one piece has."""
+        last = self._pieces[-1]
+        joined = {
+            name: tuple(entry for piece in self._pieces for entry in getattr(piece, name))
+            for name in PER_TOKEN
+        }
+        return Completion(
+            **(output_fields(last) | joined),
+            text="".join(piece.text for piece in self._pieces),
+            token_times_s=tuple(self._token_times_s),
+            total_s=time.monotonic() - self._start_s,
+            num_prompt_tokens=last.num_prompt_tokens,
+        )
 
 
 @dataclass(frozen=True)

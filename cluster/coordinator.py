@@ -52,11 +52,14 @@ class Coordinator:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._start: StartWatch | None = None
+        self._warnings: list[str] = []
         self._failure = ""
         self._stopping = False
 
-    async def start(self) -> None:
+    async def start(self) -> list[str]:
         """Brings up the workers, connects and times them. Afterwards requests are taken.
+
+        Returns what the user should be told about the deployment.
 
         Raises EngineError, too, when nothing moves for `cluster.start_timeout_s`.
         """
@@ -67,6 +70,7 @@ class Coordinator:
         self._spawn_task(self._door.serve())
         self._spawn_task(self._pump())
         self._spawn_task(self._watch())
+        return self._warnings
 
     async def progress(self) -> list[Progress]:
         """The stages of the start so far, of all processes."""
@@ -126,6 +130,8 @@ class Coordinator:
         for rank, target in enumerate(targets):
             self._run(f"target {rank}", target)
         await self._unless_one_dies(watch.step("draft", "profile", draft.profile.remote()))
+        calibrating = draft.calibrate.remote(admission.calibration())
+        self._warnings = await self._unless_one_dies(watch.step("draft", "calibrate", calibrating))
         self._run("draft", draft)
 
     def _run(self, name: str, handle: Any) -> None:

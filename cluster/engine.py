@@ -5,6 +5,7 @@ with Engine.start(load_config("quickstart")) as engine:
         print(piece.text, end="")
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,16 +19,19 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from outrider.cluster.actors import spawn_workers
-from outrider.cluster.api import Completion, EngineError, GenerationRequest, Progress, Prompt
+from outrider.cluster.api import EngineError, GenerationRequest, Progress, Prompt
 from outrider.cluster.calls import CLOSED, Calls, result_of_call
 from outrider.cluster.coordinator import Coordinator
 from outrider.cluster.inbox import CompletionStream, Inbox, PieceStream
 from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.placement import COORDINATOR_BUNDLE, check_cpus, reserve
 from outrider.cluster.session import RaySession
-from outrider.configs.schema import Config
+from outrider.configs.schema import Config, Eagle3Config, MedusaConfig
+from outrider.workers.answer import Completion
 
 NOTHING_SPECIAL: Mapping[str, object] = MappingProxyType({})
+
+_log = logging.getLogger("outrider")
 
 _POLL_S = 0.2
 _STATS_S = 30.0  # longer than the Coordinator waits for a worker
@@ -78,7 +82,8 @@ class Engine:
             started = coordinator.start.remote()
             while not ray.wait([started], timeout=_POLL_S)[0]:
                 progress(calls("progress", timeout_s=config.cluster.start_timeout_s))
-            result_of_call(started)
+            for warning in result_of_call(started):
+                _log.warning(warning)
             progress(calls("progress"))
             engine._inbox = Inbox(calls)
         except BaseException:
@@ -177,7 +182,13 @@ def _with_absolute_paths(config: Config) -> Config:
     target = replace(
         config.target, model=_absolute(config.target.model), tokenizer=_absolute(config.target.tokenizer)
     )
-    return replace(config, target=target, draft=replace(config.draft, model=_absolute(config.draft.model)))
+    draft = replace(
+        config.draft,
+        model=_absolute(config.draft.model),
+        medusa=MedusaConfig(_absolute(config.draft.medusa.model)),
+        eagle3=Eagle3Config(_absolute(config.draft.eagle3.model)),
+    )
+    return replace(config, target=target, draft=draft)
 
 
 def _absolute(model: str) -> str:

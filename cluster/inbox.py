@@ -11,7 +11,6 @@ from typing import Any
 
 from outrider.cluster.api import (
     Answer,
-    Completion,
     Delivery,
     EngineError,
     GenerationRequest,
@@ -19,8 +18,8 @@ from outrider.cluster.api import (
     Piece,
     Refusal,
     Ticket,
-    failed_completion,
 )
+from outrider.workers.answer import Completion
 
 MAX_REQUEST_BYTES = 32 * 2**20  # pickled; a million token ids are 5 MB
 _BATCH_BYTES = 2**20  # of tickets that travel in one call
@@ -61,8 +60,9 @@ class Inbox:
                 try:
                     batch.append(Ticket(request_id, _packed(asked), whole))
                 except ValueError as error:
-                    refusal = failed_completion(str(error)) if whole else Refusal(str(error))
-                    self._boxes[request_id].put(refusal)
+                    reason = str(error)
+                    refused = Completion(finish_reason="error", error=reason) if whole else Refusal(reason)
+                    self._boxes[request_id].put(refused)
                 if sum(len(ticket.contents) for ticket in batch) > _BATCH_BYTES:
                     self._submit(batch)
                     batch = []

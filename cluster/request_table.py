@@ -1,26 +1,23 @@
 """The requests of a deployment, from their arrival to the last token: what the Coordinator knows of each."""
 
-import time
 from collections.abc import Callable
 
-from outrider.cluster.api import Answer, Completion, Piece, Refusal, Segment, Ticket, failed_completion
+from outrider.cluster.api import Answer, Collector, Piece, Refusal, Segment, Ticket
 from outrider.cluster.text import TextAssembler
-from outrider.workers.sequences.sequence import Request, RequestStats, TokenEvent
+from outrider.workers.answer import PER_TOKEN, Completion, output_fields
+from outrider.workers.sequences.sequence import Request, TokenEvent
 
 
 class OpenRequest:
-    """One request that was admitted: its text so far and, if it wants the whole answer, its pieces."""
+    """One request that was admitted: its text so far and, if it wants the whole answer, what that will be."""
 
     def __init__(self, request: Request, text: TextAssembler, whole: bool) -> None:
         self.id = request.id
         self.num_prompt_tokens = len(request.prompt_tokens)
         self.text = text
-        self.whole = whole
+        self.answer = Collector() if whole else None
         self.sent = False  # the DraftWorker has it
         self.cancelled = False  # before it was sent
-        self.pieces: list[Piece] = []
-        self.start_s = time.monotonic()
-        self.token_times_s: list[float] = []
 
 
 class RequestTable:
@@ -54,7 +51,8 @@ class RequestTable:
     def refuse(self, ticket: Ticket, error: str) -> None:
         """Ends a request that cannot be run, whether it had arrived or not."""
         self._waiting.pop(ticket.request_id, None)
-        self._put(ticket.request_id, failed_completion(error) if ticket.whole else Refusal(error))
+        refusal = Completion(finish_reason="error", error=error) if ticket.whole else Refusal(error)
+        self._put(ticket.request_id, refusal)
 
     def admit(self, request: Request, text: TextAssembler) -> None:
         """A waiting request is about to be sent to the DraftWorker."""
@@ -74,7 +72,7 @@ class RequestTable:
         ticket = self._waiting.pop(request_id, None)
         entry = self._open.get(request_id)
         if ticket is not None:
-            self._give(ticket.request_id, ticket.whole, _last_piece((), "cancelled", ""))
+            self._end(ticket, "cancelled", "")
         elif entry is not None and entry.sent:
             self._cancel(request_id)
         elif entry is not None:
@@ -93,31 +91,29 @@ class RequestTable:
         elif stopped and not was_stopped:
             # The last piece waits for the DraftWorker's last event, which carries the final counts.
             self._cancel(event.request_id)
-        entry.token_times_s += [time.monotonic() - entry.start_s] * num_kept
         reason = "stop" if stopped and event.finish_reason in ("cancelled", "length") else event.finish_reason
         if not (num_kept or segments or reason):
             return
-        piece = Piece(
-            segments=tuple(segments),
-            tokens=event.tokens[:num_kept],
-            origins=event.origins[:num_kept],
-            logprobs=event.logprobs[:num_kept],
-            finish_reason=reason,
-            error=event.error,
-            stats=event.stats,
-        )
-        self._add(entry, piece)
+        kept = {name: getattr(event, name)[:num_kept] for name in PER_TOKEN}
+        said = output_fields(event) | kept | {"finish_reason": reason}
+        self._add(entry, Piece(**said, segments=tuple(segments), num_prompt_tokens=entry.num_prompt_tokens))
 
     def fail(self, request_id: str, reason: str) -> None:
         """Ends one admitted request with an error; what it has is kept."""
         entry = self._open.get(request_id)
         if entry is not None:
-            self._add(entry, _last_piece(tuple(entry.text.finish()), "error", reason))
+            piece = Piece(
+                segments=tuple(entry.text.finish()),
+                finish_reason="error",
+                error=reason,
+                num_prompt_tokens=entry.num_prompt_tokens,
+            )
+            self._add(entry, piece)
 
     def fail_all(self, reason: str) -> None:
         """The deployment broke: every request ends with this error."""
         for ticket in self._waiting.values():
-            self._give(ticket.request_id, ticket.whole, _last_piece((), "error", reason))
+            self._end(ticket, "error", reason)
         self._waiting.clear()
         for request_id in list(self._open):
             self.fail(request_id, reason)
@@ -125,19 +121,17 @@ class RequestTable:
     def _add(self, entry: OpenRequest, piece: Piece) -> None:
         if piece.finish_reason:
             del self._open[entry.id]
-        if not entry.whole:
+        if entry.answer is None:
             self._put(entry.id, piece)
             return
-        entry.pieces.append(piece)
+        entry.answer.add(piece)
         if piece.finish_reason:
-            self._put(entry.id, _completion(entry))
+            self._put(entry.id, entry.answer.completion())
 
-    def _give(self, request_id: str, whole: bool, piece: Piece) -> None:
-        """The only piece of a request that was never admitted."""
-        if whole:
-            self._put(request_id, failed_completion(piece.error, piece.finish_reason))
-        else:
-            self._put(request_id, piece)
+    def _end(self, ticket: Ticket, reason: str, error: str) -> None:
+        """The only answer to a request that was never admitted."""
+        kind = Completion if ticket.whole else Piece
+        self._put(ticket.request_id, kind(finish_reason=reason, error=error))
 
 
 def _append(entry: OpenRequest, event: TokenEvent) -> tuple[list[Segment], int]:
@@ -150,23 +144,3 @@ def _append(entry: OpenRequest, event: TokenEvent) -> tuple[list[Segment], int]:
         segments += entry.text.add(token, origin)
         num_kept += 1
     return segments, num_kept
-
-
-def _last_piece(segments: tuple[Segment, ...], reason: str, error: str) -> Piece:
-    return Piece(segments, (), (), (), reason, error, RequestStats())
-
-
-def _completion(entry: OpenRequest) -> Completion:
-    pieces, last = entry.pieces, entry.pieces[-1]
-    return Completion(
-        text="".join(piece.text for piece in pieces),
-        tokens=tuple(token for piece in pieces for token in piece.tokens),
-        origins=tuple(origin for piece in pieces for origin in piece.origins),
-        logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
-        token_times_s=tuple(entry.token_times_s),
-        finish_reason=last.finish_reason,
-        error=last.error,
-        num_prompt_tokens=entry.num_prompt_tokens,
-        stats=last.stats,
-        total_s=time.monotonic() - entry.start_s,
-    )

@@ -16,6 +16,7 @@ from outrider.configs.training import TrainingConfig
 T = TypeVar("T", Config, TrainingConfig)
 
 PRESETS_DIR = Path(__file__).parent
+HEADS_DIR = PRESETS_DIR / "heads"
 RECIPES_DIR = PRESETS_DIR / "recipes"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB)")
 _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -30,6 +31,11 @@ def preset_names() -> list[str]:
 def recipe_names() -> list[str]:
     """Names of the training runs that ship with the package."""
     return _names_in(RECIPES_DIR)
+
+
+def shipped_heads() -> list[str]:
+    """Names of the draft heads that ship with the package, each in a folder of `HEADS_DIR`."""
+    return sorted(path.parent.name for path in HEADS_DIR.glob("*/config.json"))
 
 
 def load_config(config: str, overrides: Sequence[str] = ()) -> Config:

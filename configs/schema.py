@@ -11,7 +11,7 @@ from typing import Literal
 
 DType = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
-DraftMethod = Literal["ngram", "model"]
+DraftMethod = Literal["ngram", "model", "medusa", "eagle3"]
 
 
 def _require(holds: bool, key: str, value: object, allowed: str) -> None:
@@ -101,6 +101,23 @@ class NgramConfig:
 
 
 @dataclass(frozen=True)
+class MedusaConfig:
+    """Draft method `medusa`: heads on the target's last hidden row."""
+
+    model: str = ""
+    """The heads' checkpoint: a directory, a Hugging Face id, or `shipped:NAME` (one that comes with the
+    package). They belong to one target."""
+
+
+@dataclass(frozen=True)
+class Eagle3Config:
+    """Draft method `eagle3`: a layer on three of the target's hidden rows."""
+
+    model: str = ""
+    """The drafter's checkpoint, written like `draft.medusa.model`. It belongs to one target."""
+
+
+@dataclass(frozen=True)
 class DraftConfig:
     """What proposes tokens: one DraftWorker, its methods and its model."""
 
@@ -109,6 +126,10 @@ class DraftConfig:
 
     model: str = ""
     """The drafter's checkpoint, written like `target.model`; used by method `model` only."""
+
+    head: str = ""
+    """An LM head for `draft.model` instead of its own, as `outrider trim` and `outrider slim` write one: a directory,
+    a Hugging Face id, or `shipped:NAME`; empty: its own."""
 
     dtype: DType = "bfloat16"
     """Number format of the drafter's weights, activations and KV cache."""
@@ -127,18 +148,28 @@ class DraftConfig:
     """As `target.packed_weights`."""
 
     kv_cache_bytes: int = 128 * 2**20
-    """KV cache of the drafter, in bytes. YAML may say `128MiB`."""
+    """KV cache of a drafter, `model` or `eagle3`, in bytes. YAML may say `128MiB`."""
 
     ngram: NgramConfig = field(default_factory=NgramConfig)
     """Options of method `ngram`."""
+
+    medusa: MedusaConfig = field(default_factory=MedusaConfig)
+    """Options of method `medusa`."""
+
+    eagle3: Eagle3Config = field(default_factory=Eagle3Config)
+    """Options of method `eagle3`."""
 
     def __post_init__(self) -> None:
         _require_at_least(self, "draft", 1, "num_threads", "kv_cache_bytes")
         distinct = len(set(self.methods)) == len(self.methods)
         _require(distinct, "draft.methods", self.methods, "without repetition")
-        wants_model = "model" in self.methods
-        allowed = "a checkpoint, because draft.methods has `model`"
-        _require(bool(self.model) or not wants_model, "draft.model", self.model, allowed)
+        for method, key, model in (
+            ("model", "draft.model", self.model),
+            ("medusa", "draft.medusa.model", self.medusa.model),
+            ("eagle3", "draft.eagle3.model", self.eagle3.model),
+        ):
+            allowed = f"a checkpoint, because draft.methods has `{method}`"
+            _require(bool(model) or method not in self.methods, key, model, allowed)
 
 
 @dataclass(frozen=True)

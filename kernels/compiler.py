@@ -19,7 +19,8 @@ FOLDER = Path(__file__).parent
 DEFAULT_CACHE = Path.home() / ".cache" / "outrider" / "kernels"
 # One translation unit each; the stem is also the Python entry's.
 SOURCES = ("tree_attention", "merge_splits", "rope_append", "kv_commit", "sample_shard", "gather_rows")
-TARGETS = ("sm_80", "sm_90a", "sm_100", "sm_120")
+_TARGET_OF_MAJOR = {8: "sm_80", 9: "sm_90a", 10: "sm_100", 12: "sm_120"}  # compute capability
+TARGETS = tuple(_TARGET_OF_MAJOR.values())
 FLAGS = ("--std=c++17", "--ptxas-options=-v", "--extra-device-vectorization")
 
 Sources = dict[str, str]
@@ -38,24 +39,23 @@ class CompiledKernels:
 
 def target_of(capability: tuple[int, int]) -> str:
     """The target whose binary runs on a GPU of this compute capability; ValueError when there is none."""
-    targets = {8: "sm_80", 9: "sm_90a", 10: "sm_100", 12: "sm_120"}
     major, minor = capability
-    if major not in targets:
+    if major not in _TARGET_OF_MAJOR:
         raise ValueError(
-            f"no kernels for compute capability {major}.{minor}; there are for {sorted(targets)}.x"
+            f"no kernels for compute capability {major}.{minor}; there are for {sorted(_TARGET_OF_MAJOR)}.x"
         )
-    return targets[major]
+    return _TARGET_OF_MAJOR[major]
 
 
-def load_sources(stem: str, folder: Path = FOLDER) -> Sources:
+def load_sources(stem: str) -> Sources:
     """A `.cu` file and the headers it includes by name, directly or not: {file name: text}."""
     sources: Sources = {}
     pending = [f"{stem}.cu"]
     while pending:
         name = pending.pop()
-        if name in sources or not (folder / name).exists():
+        if name in sources or not (FOLDER / name).exists():
             continue
-        sources[name] = (folder / name).read_text()
+        sources[name] = (FOLDER / name).read_text()
         pending += re.findall(r'(?m)^#include "([^"]+)"', sources[name])
     return sources
 
@@ -89,7 +89,7 @@ def compile_sources(stem: str, sources: Mapping[str, str], target: str) -> Compi
     return CompiledKernels(stem, target, cubin, ptx, log)
 
 
-def compile_cached(stem: str, target: str, cache: Path = DEFAULT_CACHE) -> CompiledKernels:
+def compile_cached(stem: str, target: str, cache: Path) -> CompiledKernels:
     """The kernels of one source file for one target, from `cache` where possible. Safe among processes."""
     sources = load_sources(stem)
     cache.mkdir(parents=True, exist_ok=True)
@@ -106,11 +106,6 @@ def compile_cached(stem: str, target: str, cache: Path = DEFAULT_CACHE) -> Compi
             pickle.dump((compiled.stem, compiled.target, compiled.cubin, compiled.ptx, compiled.log), file)
         os.replace(partial, path)
     return compiled
-
-
-def compile_all(target: str, cache: Path = DEFAULT_CACHE) -> dict[str, CompiledKernels]:
-    """Every kernel for a target, by stem; also a way to fill the cache of machines ahead of time, without a GPU."""
-    return {stem: compile_cached(stem, target, cache) for stem in SOURCES}
 
 
 def digest(sources: Mapping[str, str], target: str) -> str:

@@ -17,17 +17,14 @@ from outrider.kernels.attention_cases import (
     attention_in_float64,
     build_attention_inputs,
 )
-from outrider.kernels.launch_plans import (
-    AttentionShape,
-    LaunchPlan,
-    plan_gather_rows,
-    plan_kv_commit,
-    plan_rope_append,
-    plan_sample_shard,
-    plan_tree_attention,
-)
+from outrider.kernels.gather_rows import plan_gather_rows
+from outrider.kernels.kv_commit import plan_kv_commit
+from outrider.kernels.launch_plans import LaunchPlan
 from outrider.kernels.noise import noise_key
-from outrider.kernels.sample_shard import sample_shard
+from outrider.kernels.rope_append import plan_rope_append
+from outrider.kernels.sample_shard import plan_sample_shard, sample_shard
+from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.tree_attention import AttentionShape, plan_tree_attention
 from outrider.kernels.tree_batch import TreeBatch
 
 GUARD_BYTES = 256
@@ -237,8 +234,11 @@ def prepare_gather_rows(row_shape: tuple[int, ...], dtype: torch.dtype, device: 
     return PreparedCase(name, "gather_rows", (plan,), (check,), tuple(guards.buffers), 2 * out.nbytes, 0)
 
 
-def prepare_sample_shard(vocab_size: int, vocab_offset: int, device: torch.device) -> PreparedCase:
-    """Rows at several temperatures, one greedy with a tie, one nearly flat, one with most tokens removed."""
+def prepare_sample_shard(
+    vocab_size: int, vocab_offset: int, device: torch.device, step: int = 1
+) -> PreparedCase:
+    """Rows at several temperatures, one greedy with a tie, one nearly flat, one with most tokens removed; every
+    `step`-th id has a column."""
     random = torch.Generator().manual_seed(4)
     logits = torch.randn(5, vocab_size + 3, generator=random)[:, :vocab_size] * 4  # a stride beyond the row
     logits[1, [vocab_size // 3, vocab_size - 1]] = 40.0
@@ -246,7 +246,8 @@ def prepare_sample_shard(vocab_size: int, vocab_offset: int, device: torch.devic
     logits[3, torch.arange(vocab_size) % 7 != 2] = -torch.inf
     temperatures = [0.7, 0.0, 1.0, 1.0, 1.8]
     keys = [noise_key(seed, 100 + seed) for seed in range(5)]
-    expected = sample_shard(logits, temperatures, keys, vocab_offset)
+    ids = ShardIds(torch.arange(vocab_size) * step + vocab_offset)
+    expected = sample_shard(logits, temperatures, keys, ids)
     guards = Guards(device)
     scores, tokens = guards.empty((5,), torch.float32), guards.empty((5,), torch.int64)
     largest, sums = guards.empty((5,), torch.float32), guards.empty((5,), torch.float32)
@@ -255,6 +256,7 @@ def prepare_sample_shard(vocab_size: int, vocab_offset: int, device: torch.devic
         torch.tensor(temperatures, device=device),
         torch.tensor(keys, device=device),
         vocab_offset,
+        ids.table.to(device),
         scores,
         tokens,
         largest,
@@ -266,7 +268,7 @@ def prepare_sample_shard(vocab_size: int, vocab_offset: int, device: torch.devic
         Check("largest", largest, expected.maxima, 2e-7),
         Check("exponential sums", sums, expected.exp_sums, 1e-5),
     )
-    name = f"sample_shard: {vocab_size} tokens"
+    name = f"sample_shard: {vocab_size} tokens" + ("" if step == 1 else f", every {step}th id")
     return PreparedCase(name, "sample_shard", (plan,), checks, tuple(guards.buffers), 4 * logits.numel(), 0)
 
 
@@ -283,4 +285,5 @@ def kernel_cases(attention_cases: Sequence[AttentionCase] = ATTENTION_CASES) -> 
         partial(prepare_gather_rows, (3, 6), torch.float16),
         partial(prepare_gather_rows, (5,), torch.bfloat16),
         *(partial(prepare_sample_shard, size, offset) for size, offset in ((5, 0), (3001, 152_000))),
+        partial(prepare_sample_shard, 500, 17, step=5),
     ]

@@ -82,8 +82,8 @@ class Launcher:
         return kernel
 
 
-def launcher_of(device: torch.device, cache: Path = DEFAULT_CACHE) -> Launcher:
+def launcher_of(device: torch.device) -> Launcher:
     """For a GPU that torch knows. Raises ValueError where there are no kernels for it."""
     index = torch.cuda.current_device() if device.index is None else device.index
     target = target_of(torch.cuda.get_device_capability(index))
-    return Launcher(index, target, lambda: torch.cuda.current_stream(index).cuda_stream, cache)
+    return Launcher(index, target, lambda: torch.cuda.current_stream(index).cuda_stream, DEFAULT_CACHE)

@@ -79,8 +79,9 @@ def ids_with_hash_below(keys: UInt32Array, bound: int, first: int, end: int) -> 
     _lowbias32_inverse(x)
     x ^= keys[:, :1]
     x -= np.uint32(first)  # ids before `first` wrap around to large values
-    rows, columns = np.nonzero(x < np.uint32(end - first))
-    return rows, x[rows, columns].astype(np.int64) + first
+    # One-dimensional: over two axes numpy takes many times as long.
+    found = (x < np.uint32(end - first)).reshape(-1).nonzero()[0]
+    return found // bound, x.reshape(-1)[found].astype(np.int64) + first
 
 
 def uniform_from_hash(h: UInt32Array) -> Float32Array:
@@ -98,11 +99,6 @@ def gumbel_from_hash(h: UInt32Array) -> Float32Array:
     """
     v = uniform_from_hash(h).astype(np.float64)
     return (-np.log(-np.log1p(-v))).astype(np.float32)
-
-
-def uniform(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:
-    """Uniform noise float32 of the shape of `ids` (int64 token ids)."""
-    return torch.from_numpy(uniform_from_hash(hash_ids(noise_key(seed, position), ids.numpy())))
 
 
 def gumbel(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:

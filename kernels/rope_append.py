@@ -1,10 +1,10 @@
 """Rotary embedding of queries and keys, and the write of keys and values into the paged cache."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from outrider.kernels.launch_plans import TYPE_NAMES
-from outrider.kernels.operators import rope_append_op
+from outrider.kernels.launch_plans import TYPE_NAMES, LaunchPlan, launch, operator_of
 from outrider.kernels.shapes import check_kernel_arguments, check_shapes
 
 
@@ -48,39 +48,27 @@ def rope_append(
             ("v_pages", v_pages, ("P", "PAGE", "HK", "D")),
         )
     )
-    if not use_kernel:
-        return rope_append_by_reference(q, k, v, cos, sin, kv_rows, k_pages, v_pages)
-    if q.dtype not in TYPE_NAMES:
-        raise ValueError(f"q is {q.dtype}, the kernel takes {', '.join(str(dtype) for dtype in TYPE_NAMES)}")
-    named = (
-        ("q", q),
-        ("k", k),
-        ("v", v),
-        ("cos", cos),
-        ("sin", sin),
-        ("k_pages", k_pages),
-        ("v_pages", v_pages),
-    )
-    check_kernel_arguments(
-        (*((name, tensor, q.dtype) for name, tensor in named), ("kv_rows", kv_rows, torch.int64))
-    )
-    for name, tensor in named[:3]:
-        if tensor.stride(1) != tensor.shape[2]:
-            raise ValueError(f"{name} must have its heads side by side, got strides {tensor.stride()}")
-    return rope_append_op(q, k, v, cos, sin, kv_rows, k_pages, v_pages)
-
-
-def rope_append_by_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    kv_rows: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-) -> Tensor:
-    """The CPU path; arguments as in `rope_append`."""
+    if use_kernel:
+        if q.dtype not in TYPE_NAMES:
+            raise ValueError(
+                f"q is {q.dtype}, the kernel takes {', '.join(str(dtype) for dtype in TYPE_NAMES)}"
+            )
+        named = (
+            ("q", q),
+            ("k", k),
+            ("v", v),
+            ("cos", cos),
+            ("sin", sin),
+            ("k_pages", k_pages),
+            ("v_pages", v_pages),
+        )
+        check_kernel_arguments(
+            (*((name, tensor, q.dtype) for name, tensor in named), ("kv_rows", kv_rows, torch.int64))
+        )
+        for name, tensor in named[:3]:
+            if tensor.stride(1) != tensor.shape[2]:
+                raise ValueError(f"{name} must have its heads side by side, got strides {tensor.stride()}")
+        return rope_append_op(q, k, v, cos, sin, kv_rows, k_pages, v_pages)
     num_pages, page_size, HK, D = k_pages.shape
     HQ = q.shape[1]
     cos, sin = cos[:, None], sin[:, None]  # [N, 1, D/2]
@@ -110,3 +98,65 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out_first.addcmul_(second, sin, value=-1)
     out_second.addcmul_(first, sin)
     return out.flatten(-2)
+
+
+rope_append_op = operator_of(rope_append, mutates=("k_pages", "v_pages"))
+
+
+@rope_append_op.register_kernel("cuda")
+def rope_append_on_gpu(q: Tensor, *rest: Tensor) -> Tensor:
+    q_rotated = _empty(q)
+    if q.shape[0] > 0:
+        tensors = (q, *rest, q_rotated)
+        launch(q.device, [plan_rope_append(*tensors)])
+    return q_rotated
+
+
+@rope_append_op.register_fake
+def _empty(q: Tensor, *rest: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def plan_rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv_rows: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    q_rotated: Tensor,
+) -> LaunchPlan:
+    """A block per node. `q_rotated` [N, HQ, D] is the output; the others as in `rope_append`."""
+    num_nodes, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    return LaunchPlan(
+        source="rope_append",
+        kernel=f"rope_append_{TYPE_NAMES[q.dtype]}",
+        grid=(num_nodes, 1, 1),
+        block=256,
+        shared_bytes=0,
+        arguments=(
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            kv_rows,
+            q_rotated,
+            k_pages,
+            v_pages,
+            np.int32(num_heads),
+            np.int32(num_kv_heads),
+            np.int32(head_dim),
+            np.int32(k_pages.shape[1]),
+            np.int64(q.stride(0)),
+            np.int64(k.stride(0)),
+            np.int64(v.stride(0)),
+            np.int64(cos.stride(0)),
+            np.int64(k_pages.stride(0)),
+            np.int64(k_pages.stride(1)),
+            np.int64(k_pages.stride(2)),
+        ),
+    )

@@ -32,11 +32,12 @@ DEVICE void warp_exponentials(float& largest, float& sum) {
   }
 }
 
-// keys: two 32-bit halves per row, each in an int64, from (seed, position); token ids in the noise and in the
-// result count from the start of the whole vocabulary.
+// keys: two 32-bit halves per row, each in an int64, from (seed, position); table: the token id of each column,
+// ascending, or null where they are vocab_offset, vocab_offset + 1, ... Noise and result go by token ids.
 KERNEL(512, 1)
-sample_shard(const float* logits, const i64* keys, const float* temperatures, float* scores, i64* tokens,
-             float* largest_logits, float* exponential_sums, int vocab_size, i64 vocab_offset, i64 row_stride) {
+sample_shard(const float* logits, const i64* keys, const float* temperatures, const i64* table, float* scores,
+             i64* tokens, float* largest_logits, float* exponential_sums, int vocab_size, i64 vocab_offset,
+             i64 row_stride) {
   constexpr float MAX_GUMBEL = 22.875f;    // -log(-log(1 - 2^-33)) = 33 ln 2 = 22.874
   constexpr float ESTIMATE_ERROR = 1e-4f;  // far above that of the estimate (see the test), far below what matters
   DYNAMIC_SHARED(shared);
@@ -53,11 +54,11 @@ sample_shard(const float* logits, const i64* keys, const float* temperatures, fl
   float largest = NEGATIVE_INFINITY, sum = 0.f;
   for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) {
     const float logit = greedy ? row_logits[i] : row_logits[i] / temperature;
-    const i64 token = vocab_offset + i;
     add_exponentials(largest, sum, logit, 1.f);
+    if (!greedy && logit + MAX_GUMBEL < best.score) continue;
+    const i64 token = table ? table[i] : vocab_offset + i;
     float score = logit;
     if (!greedy) {
-      if (logit + MAX_GUMBEL < best.score) continue;
       const float uniform = uniform_noise(key0, key1, (u32)token);
       const float slack = ESTIMATE_ERROR + 1e-6f * fabsf(logit);  // of the estimate, and of rounding the sum
       if (logit + gumbel_estimate(uniform) + slack < best.score) continue;

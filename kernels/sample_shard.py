@@ -1,114 +1,69 @@
-"""Reductions that sampling makes over one rank's shard of the vocabulary. This is the CPU path.
-
-The token of a row is the argmax of logit / temperature + Gumbel(key, id), ties to the smaller id. All rows go
-through each operation together. The exact noise is only computed for tokens that can still win, which changes
-the cost and never the result: -log of its uniform bounds it from above. In a large vocabulary, where hashing all
-ids would cost more than everything else, fewer tokens are looked at:
-
-- The maximum of every block of 128 logits is taken once; the blocks that hold the likeliest tokens follow.
-- Noise above `_LUCKY_GUMBEL` goes to few ids, and inverting the hash lists them. Every other token must come
-  within that distance of the best score known so far, or it has lost.
-"""
+"""One token per row of a rank's shard of the vocabulary: the argmax of logit / temperature + Gumbel(key, id), ties to
+the smaller id. `ShardLogits` is the CPU path."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
+from torch.library import custom_op
 
-from outrider.kernels.noise import (
-    Float32Array,
-    Int64Array,
-    Key,
-    UInt32Array,
-    gumbel_from_hash,
-    hash_rows,
-    ids_with_hash_below,
-)
-from outrider.kernels.operators import sample_shard_op
+from outrider.kernels.launch_plans import LaunchPlan, launch
+from outrider.kernels.noise import Float32Array, Key, UInt32Array
 from outrider.kernels.shapes import check_kernel_arguments, check_shapes
-from outrider.kernels.token_rows import (
-    FEW,
-    LOWEST,
-    PART,
-    UInt64Array,
-    best_of,
-    drop_surplus,
-    exponentials,
-    largest_hashes,
-    leaders_of,
-    lower_by_rounding,
-    pack_tokens,
-    padded,
-    parts_of_rows,
-    unpack_tokens,
-)
-
-_BLOCK = 128  # logits per block maximum
-_SMALL = 512  # vocabulary up to which whole rows are sorted and searched
-_DENSE = 8192  # vocabulary up to which all ids are hashed
-_LARGE_PART = 4  # rows of a large vocabulary worked on at once
-_LUCKY_HASHES = 2**14  # hashes below this are found by inverting; one id in 2^18 has one
-_LUCKY_GUMBEL = 12.48  # upper bound of the noise of all other ids: -log(-log(1 - 2^-18)) = 12.4766
-_FIRST_BLOCKS = 32  # likeliest blocks that give the first bound on the best score
+from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.shard_logits import ShardLogits
+from outrider.kernels.token_rows import unpack_tokens
 
 
 class ShardSample(NamedTuple):
     """The best token of each row within a shard."""
 
-    values: torch.Tensor  # float32 [num_rows]: logit / temperature + noise; the logit at temperature 0
-    ids: torch.Tensor  # int64 [num_rows]: ids of the whole vocabulary
-    maxima: torch.Tensor  # float32 [num_rows]: the largest logit / temperature; temperature 0 counts as 1
-    exp_sums: torch.Tensor  # float64 [num_rows]: sum over the shard of exp(logit / temperature - maximum)
+    values: Tensor  # float32 [num_rows]: logit / temperature + noise; the logit at temperature 0
+    ids: Tensor  # int64 [num_rows]: ids of the whole vocabulary
+    maxima: Tensor  # float32 [num_rows]: the largest logit / temperature; temperature 0 counts as 1
+    exp_sums: Tensor  # float64 [num_rows]: sum over the shard of exp(logit / temperature - maximum)
 
 
 def sample_shard(
-    logits: torch.Tensor,
+    logits: Tensor,
     temperatures: Sequence[float] | Float32Array,
     keys: Sequence[Key] | UInt32Array,
-    vocab_offset: int,
+    shard_ids: ShardIds,
     use_kernel: bool = False,
 ) -> ShardSample:
-    """Sample each row of a shard; see the module's docstring.
+    """The best token of each row of a shard, as above.
 
     Args:
         logits: float32 [num_rows, shard_size], processed; -inf removes a token.
         temperatures: one per row; 0 takes the largest logit without noise.
         keys: `noise_key` of each row's seed and position.
-        vocab_offset: token id of column 0.
+        shard_ids: the token id of each column.
         use_kernel: run `sample_shard.cu` (logits on a GPU); the result is on that GPU.
 
     Raises:
-        ValueError: there are not as many temperatures and keys as rows.
+        ValueError: there are not as many temperatures and keys as rows, or ids as columns.
     """
     for name, values in (("temperatures", temperatures), ("keys", keys)):
         if len(values) != logits.shape[0]:
             raise ValueError(f"{name} has {len(values)} entries, logits has {logits.shape[0]} rows")
-    if not use_kernel:
-        return sample_shard_by_reference(logits, temperatures, keys, vocab_offset)
-    check_shapes((("logits", logits, ("num_rows", "shard_size")),))
-    check_kernel_arguments((("logits", logits, torch.float32),))
-    scores, tokens, largest, sums = sample_shard_op(
-        logits,
-        torch.as_tensor(np.asarray(temperatures, dtype=np.float32), device=logits.device),
-        torch.as_tensor(np.asarray(keys, dtype=np.int64).reshape(-1, 2), device=logits.device),
-        vocab_offset,
-    )
-    return ShardSample(scores, tokens, largest, sums.double())
-
-
-def sample_shard_by_reference(
-    logits: torch.Tensor,
-    temperatures: Sequence[float] | Float32Array,
-    keys: Sequence[Key] | UInt32Array,
-    vocab_offset: int,
-) -> ShardSample:
-    """The CPU path; arguments as in `sample_shard`."""
-    shard, rows = ShardLogits(logits, vocab_offset), np.arange(len(temperatures))
+    if len(shard_ids) != logits.shape[1]:
+        raise ValueError(f"shard_ids has {len(shard_ids)} entries, logits has {logits.shape[1]} columns")
+    if use_kernel:
+        check_shapes((("logits", logits, ("num_rows", "shard_size")),))
+        check_kernel_arguments((("logits", logits, torch.float32),))
+        scores, tokens, largest, sums = sample_shard_op(
+            logits,
+            torch.as_tensor(np.asarray(temperatures, dtype=np.float32), device=logits.device),
+            torch.as_tensor(np.asarray(keys, dtype=np.int64).reshape(-1, 2), device=logits.device),
+            shard_ids.first,
+            shard_ids.table.to(logits.device),
+        )
+        return ShardSample(scores, tokens, largest, sums.double())
+    shard, rows = ShardLogits(logits, shard_ids), np.arange(len(temperatures))
     divisors = np.asarray(temperatures, dtype=np.float32)
     best = shard.best(rows, divisors, np.asarray(keys, dtype=np.uint32).reshape(-1, 2), 1)
     values, ids = unpack_tokens(best[:, 0])
@@ -123,228 +78,70 @@ def sample_shard_by_reference(
     )
 
 
-class ShardLogits:
-    """Logits of several rows over one shard of the vocabulary, with the reductions sampling needs.
+@custom_op("outrider::sample_shard", mutates_args=(), device_types="cpu")
+def sample_shard_op(
+    logits: Tensor, temperatures: Tensor, keys: Tensor, vocab_offset: int, table: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """With temperatures and keys as tensors, and ids as `plan_sample_shard` takes them; on a CPU the reference."""
+    ids = ShardIds(table) if len(table) else ShardIds.from_first(vocab_offset, logits.shape[1])
+    sample = sample_shard(logits, temperatures.numpy(), keys.numpy().astype(np.uint32), ids)
+    return sample.values, sample.ids, sample.maxima, sample.exp_sums.float()
 
-    The memory of `logits` (float32 [num_rows, shard_size], contiguous, on the CPU) is shared and must not
-    change while this object is in use. Rows that hold NaN or +inf have a maximum and nothing else.
+
+@sample_shard_op.register_fake
+def _empty(logits: Tensor, *rest: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = (logits.shape[0],)
+    scores, largest, sums = (logits.new_empty(rows) for _ in range(3))
+    return scores, logits.new_empty(rows, dtype=torch.int64), largest, sums
+
+
+@sample_shard_op.register_kernel("cuda")
+def sample_shard_on_gpu(
+    logits: Tensor, temperatures: Tensor, keys: Tensor, vocab_offset: int, table: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _empty(logits)
+    if logits.shape[0] > 0:
+        launch(logits.device, [plan_sample_shard(logits, temperatures, keys, vocab_offset, table, *outputs)])
+    return outputs
+
+
+def plan_sample_shard(
+    logits: Tensor,
+    temperatures: Tensor,
+    keys: Tensor,
+    vocab_offset: int,
+    table: Tensor,
+    scores: Tensor,
+    tokens: Tensor,
+    largest: Tensor,
+    exponential_sums: Tensor,
+) -> LaunchPlan:
+    """A block per row.
+
+    Args:
+        logits: float32 [num_rows, shard_size]; temperatures: float32 [num_rows], 0 = no noise; keys: int64
+            [num_rows, 2], the halves of `noise_key`; vocab_offset: token id of column 0; table: int64
+            [shard_size], the token id of each column, ascending, or no elements where they are consecutive.
+        scores, tokens, largest, exponential_sums: outputs float32, int64, float32, float32 [num_rows].
     """
-
-    def __init__(self, logits: torch.Tensor, vocab_offset: int) -> None:
-        assert logits.dtype == torch.float32
-        assert logits.dim() == 2
-        logits = logits.detach().contiguous()
-        self.vocab_offset = vocab_offset
-        self._rows = logits.numpy()  # [num_rows, shard_size]
-        self._size = logits.shape[1]
-        self._logits = logits
-
-    @cached_property
-    def _maxima(self) -> Float32Array:
-        """[num_rows, num_blocks]; the last block may be short."""
-        full = torch.from_numpy(self._full_blocks).amax(-1)
-        num_in_full = full.shape[1] * _BLOCK
-        if self._size == num_in_full:
-            return full.numpy()
-        rest = self._logits[:, num_in_full:].amax(-1, keepdim=True)
-        return torch.cat([full, rest], dim=1).numpy()
-
-    @cached_property
-    def _full_blocks(self) -> Float32Array:
-        """[num_rows, num_full_blocks, _BLOCK], without the last block if it is short."""
-        num_full = self._size // _BLOCK
-        return self._logits[:, : num_full * _BLOCK].unflatten(1, (num_full, _BLOCK)).numpy()
-
-    @cached_property
-    def _row_maxima(self) -> Float32Array:
-        return self._rows.max(axis=1) if self._size <= _SMALL else self._maxima.max(axis=1)
-
-    def logits(self, rows: Int64Array, ids: Int64Array) -> Float32Array:
-        """[n]: the logit of ids[i] in rows[i]; the ids are in this shard."""
-        return self._rows.reshape(-1)[rows * self._size + ids - self.vocab_offset]
-
-    def maxima(self, rows: Int64Array) -> Float32Array:
-        """[n]: the largest logit of each row; NaN if the row has one."""
-        return self._row_maxima[rows]
-
-    def exp_sums(
-        self, rows: Int64Array, maxima: Float32Array, temperatures: Float32Array
-    ) -> npt.NDArray[np.float64]:
-        """[n]: of each row the sum over the shard of exp((logit - maximum) / temperature), finite maxima given."""
-        sums = np.empty(len(rows))
-        for part in parts_of_rows(len(rows), self._size):
-            x = exponentials(self._some(rows[part]), maxima[part], temperatures[part])
-            np.add.reduce(x, axis=1, dtype=np.float64, out=sums[part])
-        return sums
-
-    def weighted_sums(self, rows: Int64Array, maxima: Float32Array) -> npt.NDArray[np.float64]:
-        """[n]: of each row the sum over the shard of x * exp(x) where x = logit - maximum, finite maxima given."""
-        sums = np.empty(len(rows))
-        for part in parts_of_rows(len(rows), self._size):
-            x = self._some(rows[part]) - maxima[part, None]
-            np.maximum(x, LOWEST, out=x)  # a removed token weighs nothing
-            np.sum(x * np.exp(x), axis=1, dtype=np.float64, out=sums[part])
-        return sums
-
-    def largest(self, rows: Int64Array, count: int) -> Float32Array:
-        """[n, at most count]: the largest logits of each row in order; all, if there are fewer."""
-        count = min(count, self._size)
-        parts = self._parts(len(rows))
-        if len(parts) == 1:
-            return self._largest(rows, count)
-        values = np.empty((len(rows), count), dtype=np.float32)
-        for part in parts:
-            values[part] = self._largest(rows[part], count)
-        return values
-
-    def _largest(self, rows: Int64Array, count: int) -> Float32Array:
-        found = self._some(rows)
-        if self._size > _SMALL:
-            found, _ = self._at_least(rows, self._lower_bounds(rows, count))
-        falling = -found
-        falling.sort(axis=1)
-        falling = falling[:, :count]
-        return np.negative(falling, out=falling)
-
-    def top(self, rows: Int64Array, count: int) -> UInt64Array:
-        """[n, at most count]: packed tokens of the largest logits in order; all, if there are fewer."""
-        count = min(count, self._size)
-        packed = np.empty((len(rows), count), dtype=np.uint64)
-        for part in self._parts(len(rows)):
-            if self._size <= _SMALL and count <= FEW:
-                values, columns = leaders_of(self._some(rows[part]), count)
-                packed[part] = pack_tokens(values, columns + self.vocab_offset)
-                if np.count_nonzero(values[:, -1] == -np.inf) == 0:
-                    continue  # removed tokens would not come in the order of their ids
-            found = self._at_least(rows[part], self._lower_bounds(rows[part], count))
-            packed[part] = np.sort(pack_tokens(*found), axis=1)[:, :count]
-        return packed
-
-    def best(
-        self, rows: Int64Array, temperatures: Float32Array, keys: UInt32Array, count: int
-    ) -> UInt64Array:
-        """[n, count]: packed tokens of the best scores logit / temperature + noise of each row, in order.
-
-        Temperature 0 ranks by the logits alone. `count` is at most the size of the shard.
-        """
-        greedy, noisy = (temperatures == 0.0).nonzero()[0], temperatures.nonzero()[0]
-        if not len(noisy):
-            return self._likeliest(rows) if count == 1 else self.top(rows, count)
-        best = np.empty((len(rows), count), dtype=np.uint64)
-        if len(greedy):
-            best[greedy] = self._likeliest(rows[greedy]) if count == 1 else self.top(rows[greedy], count)
-        for part in self._parts(len(noisy)):
-            chosen = noisy[part]
-            if self._size <= _DENSE:
-                values, ids = self._some(rows[chosen]), self._all_ids[None]
-            else:
-                values, ids = self._possible(rows[chosen], temperatures[chosen], keys[chosen], count)
-            best[chosen] = best_of(values, ids, temperatures[chosen], keys[chosen], count, self.vocab_offset)
-        return best
-
-    def best_kept(
-        self,
-        rows: Int64Array,
-        lowest: Float32Array,
-        num_lowest: Int64Array,
-        temperatures: Float32Array,
-        keys: UInt32Array,
-        count: int,
-    ) -> UInt64Array:
-        """As `best`, of rows that keep logits above lowest [n] and the first num_lowest [n] that equal it.
-
-        The other tokens count as removed. Temperatures > 0.
-        """
-        best = np.empty((len(rows), count), dtype=np.uint64)
-        for part in self._parts(len(rows)):
-            values, ids = self._at_least(rows[part], lowest[part])
-            drop_surplus(values, lowest[part], num_lowest[part])
-            best[part] = best_of(values, ids, temperatures[part], keys[part], count, self.vocab_offset)
-        return best
-
-    @cached_property
-    def _all_ids(self) -> Int64Array:
-        return np.arange(self.vocab_offset, self.vocab_offset + self._size)
-
-    def _some(self, rows: Int64Array) -> Float32Array:
-        if len(rows) and int(rows[-1]) - int(rows[0]) == len(rows) - 1:  # they ascend
-            return self._rows[int(rows[0]) : int(rows[0]) + len(rows)]
-        return self._rows[rows]
-
-    def _parts(self, num_rows: int) -> list[slice]:
-        return parts_of_rows(num_rows, PART // _LARGE_PART if self._size > _DENSE else self._size)
-
-    def _likeliest(self, rows: Int64Array) -> UInt64Array:
-        """[n, 1]: packed tokens of the largest logits, the first of equals."""
-        if self._size <= _SMALL:
-            values = self._some(rows)
-            columns = values.argmax(axis=1)
-            largest = values.reshape(-1)[np.arange(len(rows)) * self._size + columns]
-            return pack_tokens(largest, columns + self.vocab_offset)[:, None]
-        first = self._maxima[rows].argmax(axis=1)[:, None] * _BLOCK
-        inside = np.minimum(first + np.arange(_BLOCK), self._size - 1)
-        columns = np.take_along_axis(
-            inside, self._rows[rows[:, None], inside].argmax(axis=1)[:, None], axis=1
-        )[:, 0]
-        return pack_tokens(self._rows[rows, columns], columns + self.vocab_offset)[:, None]
-
-    def _possible(
-        self, rows: Int64Array, temperatures: Float32Array, keys: UInt32Array, count: int
-    ) -> tuple[Float32Array, Int64Array]:
-        """Logits and ids, [n, width] each, with all that can be among the `count` best of each row."""
-        values, ids = self._at_least(rows, self._lower_bounds(rows, max(count, _FIRST_BLOCKS)))
-        scores = values / temperatures[:, None]
-        scores += gumbel_from_hash(hash_rows(keys, ids))
-        bounds = np.partition(scores, -count, axis=1)[:, -count]
-        lower_by_rounding(bounds)
-        # Tokens below a cut would need more noise than any but the lucky ids have.
-        cuts = (bounds - np.float32(_LUCKY_GUMBEL)) * temperatures
-        of_row, values, ids = self._found(rows, cuts)
-        limits = largest_hashes(bounds - self.maxima(rows) / temperatures)
-        able = np.flatnonzero(hash_rows(keys[of_row], ids[:, None])[:, 0] <= limits[of_row])
-        values, ids = padded(len(rows), of_row[able], values[able], ids[able])
-        end = self.vocab_offset + self._size
-        lucky_rows, lucky_ids = ids_with_hash_below(keys, _LUCKY_HASHES, self.vocab_offset, end)
-        lucky = self.logits(rows[lucky_rows], lucky_ids)
-        low = lucky < cuts[lucky_rows]
-        more_values, more_ids = padded(len(rows), lucky_rows[low], lucky[low], lucky_ids[low])
-        return np.concatenate([values, more_values], axis=1), np.concatenate([ids, more_ids], axis=1)
-
-    def _lower_bounds(self, rows: Int64Array, count: int) -> Float32Array:
-        """[n]: values that at least `count` logits of each row reach, and not many more."""
-        for values in (self._maxima[rows], self._rows[rows]):
-            if count <= values.shape[1]:
-                return np.partition(values, -count, axis=1)[:, -count]
-        return np.full(len(rows), -np.inf, dtype=np.float32)
-
-    def _at_least(self, rows: Int64Array, bounds: Float32Array) -> tuple[Float32Array, Int64Array]:
-        """Logits >= bounds [n] and their ids, [n, width] each, ids ascending; rows that have fewer are filled
-        up with removed tokens that come after all others."""
-        if self._size <= _DENSE:
-            found = (self._some(rows) >= bounds[:, None]).reshape(-1).nonzero()[0]
-            of_row = found // self._size
-            columns = found - of_row * self._size
-            return padded(
-                len(rows),
-                of_row,
-                self.logits(rows[of_row], columns + self.vocab_offset),
-                columns + self.vocab_offset,
-            )
-        return padded(len(rows), *self._found(rows, bounds))
-
-    def _found(self, rows: Int64Array, bounds: Float32Array) -> tuple[Int64Array, Float32Array, Int64Array]:
-        """Of all logits >= bounds [n] the index into `rows`, the logit and the id, in order."""
-        of_row, block = np.nonzero(self._maxima[rows] >= bounds[:, None])
-        row = rows[of_row]
-        num_full, rest = divmod(self._size, _BLOCK)
-        if rest == 0:
-            logits = self._full_blocks[row, block]  # [num_blocks, _BLOCK]
-        else:  # NaN behind the end of the last one
-            logits = np.full((len(row), _BLOCK), np.nan, dtype=np.float32)
-            full = block < num_full
-            logits[full] = self._full_blocks[row[full], block[full]]
-            logits[~full, :rest] = self._rows[row[~full], num_full * _BLOCK :]
-        found = np.flatnonzero(logits >= bounds[of_row, None])
-        in_block = found // _BLOCK
-        first_ids = (block - np.arange(len(block))) * _BLOCK + self.vocab_offset
-        return of_row[in_block], logits.ravel()[found], found + first_ids[in_block]
+    num_rows, vocab_size = logits.shape
+    return LaunchPlan(
+        source="sample_shard",
+        kernel="sample_shard",
+        grid=(num_rows, 1, 1),
+        block=512,
+        shared_bytes=16 * (16 + 4 + 4),  # of each of 16 warps: (score, token), largest, sum
+        arguments=(
+            logits,
+            keys,
+            temperatures,
+            table if len(table) else np.int64(0),
+            scores,
+            tokens,
+            largest,
+            exponential_sums,
+            np.int32(vocab_size),
+            np.int64(vocab_offset),
+            np.int64(logits.stride(0)),
+        ),
+    )

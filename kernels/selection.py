@@ -12,8 +12,9 @@ from typing import Literal
 
 import torch
 
-from outrider.kernels.launch_plans import HEAD_DIMS, TYPE_NAMES
+from outrider.kernels.launch_plans import TYPE_NAMES
 from outrider.kernels.self_test import ENTRIES, Problems, self_test
+from outrider.kernels.tree_attention import HEAD_DIMS
 
 AttentionChoice = Literal["auto", "kernel", "sdpa"]
 DEFAULT_MEMORY = Path.home() / ".cache" / "outrider" / "kernels" / "passed.json"

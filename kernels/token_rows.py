@@ -50,6 +50,11 @@ def ids_of(packed: UInt64Array) -> Int64Array:
     return (packed & _ID_BITS).view(np.int64)
 
 
+def with_ids(packed: UInt64Array, ids: Int64Array) -> UInt64Array:
+    """Packed tokens with other ids."""
+    return (packed & ~_ID_BITS) | ids.view(np.uint64)
+
+
 def unpack_tokens(packed: UInt64Array) -> tuple[Float32Array, Int64Array]:
     """Values and ids of packed tokens."""
     bits = _falling((packed >> np.uint64(32)).astype(np.uint32))
@@ -76,7 +81,7 @@ def best_of(
     temperatures: Float32Array,
     keys: UInt32Array,
     count: int,
-    first_id: int,
+    all_ids: Int64Array,
 ) -> UInt64Array:
     """[n, count]: packed tokens of the best scores logit / temperature + noise of each row, in order.
 
@@ -88,7 +93,8 @@ def best_of(
         ids: int64 [n, width] or [1, width], distinct in a row.
         temperatures: float32 [n], > 0.
         keys: uint32 [n, 2].
-        first_id: where fewer than `count` are left, removed tokens follow, by their ids from here on.
+        all_ids: int64 [shard_size], ascending, `count` at least: where fewer than `count` are left, removed tokens
+            follow in this order.
     """
     num, width = values.shape
     hashes = hash_rows(keys, ids)
@@ -117,9 +123,9 @@ def best_of(
     ranked = np.full((num, max(count, longest)), _PADDING)
     ranked.reshape(-1)[of_row * ranked.shape[1] + columns] = packed
     if count == 1:
-        return removed_by_id(ranked.min(axis=1, keepdims=True), first_id)
+        return removed_by_id(ranked.min(axis=1, keepdims=True), all_ids)
     ranked.sort(axis=1)
-    return removed_by_id(ranked[:, :count], first_id)
+    return removed_by_id(ranked[:, :count], all_ids)
 
 
 def parts_of_rows(num_rows: int, width: int) -> list[slice]:
@@ -144,14 +150,14 @@ def exponentials(values: Float32Array, maxima: Float32Array, temperatures: Float
     return np.exp(x, out=x)
 
 
-def removed_by_id(packed: UInt64Array, first_id: int) -> UInt64Array:
-    """Fill winners [n, count] up with removed tokens, by their ids from `first_id` on, where they ran out."""
+def removed_by_id(packed: UInt64Array, all_ids: Int64Array) -> UInt64Array:
+    """Fill winners [n, count] up with removed tokens in the order of `all_ids`, where they ran out."""
     short = (packed[:, -1] >= REMOVED).nonzero()[0]
     if not len(short):
         return packed
     some, count = packed[short], packed.shape[1]
     left = some < REMOVED
-    ids = np.arange(first_id, first_id + count, dtype=np.uint64)
+    ids = all_ids[:count].astype(np.uint64)
     taken = ((some & np.uint64(0xFFFFFFFF))[:, :, None] == ids) & left[:, :, None]
     free = ids[np.argsort(taken.any(axis=1), axis=1, kind="stable")]
     at = np.maximum(np.arange(count) - count_true(left)[:, None], 0)

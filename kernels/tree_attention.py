@@ -1,14 +1,25 @@
 """Tree attention over a paged KV cache."""
 
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
 from outrider.kernels.attention_plan import AttentionGroup
-from outrider.kernels.launch_plans import HEAD_DIMS, TYPE_NAMES
-from outrider.kernels.operators import tree_attention_op
+from outrider.kernels.launch_plans import TYPE_NAMES, LaunchPlan, launch
 from outrider.kernels.shapes import check_kernel_arguments, check_shapes
 from outrider.kernels.tree_batch import TreeBatch
+
+HEAD_DIMS = (64, 128)
+KEYS_PER_TILE = {16: 64, 64: 32, 128: 32}  # by rows per tile; the entries of tree_attention.cu
+THREADS = {16: 128, 64: 128, 128: 256}
+MAX_SPLITS = 32
+MIN_KEYS_PER_SPLIT = 256
 
 
 def tree_attention(
@@ -53,49 +64,42 @@ def tree_attention(
         raise ValueError(
             f"q has {q.shape[1]} heads, which {k_pages.shape[2]} KV heads of k_pages do not divide"
         )
-    if not use_kernel:
-        return attention_by_reference(q, k_pages, v_pages, batch, scale, window, soft_cap)
-    if q.dtype not in TYPE_NAMES or q.shape[2] not in HEAD_DIMS:
-        kinds = f"{', '.join(str(dtype) for dtype in TYPE_NAMES)} of head size {HEAD_DIMS}"
-        raise ValueError(f"q is {q.dtype} of head size {q.shape[2]}, the kernel takes {kinds}")
-    check_kernel_arguments(
-        (
-            ("q", q, q.dtype),
-            ("k_pages", k_pages, q.dtype),
-            ("v_pages", v_pages, q.dtype),
-            ("page_table", batch.page_table, torch.int32),
-            ("context_lens", batch.context_lens, torch.int32),
-            ("tree_lens", batch.tree_lens, torch.int32),
-            ("query_indptr", batch.query_indptr, torch.int32),
-            ("ancestors", batch.ancestors, torch.int64),
-            ("depths", batch.depths, torch.int32),
+    if use_kernel:
+        if q.dtype not in TYPE_NAMES or q.shape[2] not in HEAD_DIMS:
+            kinds = f"{', '.join(str(dtype) for dtype in TYPE_NAMES)} of head size {HEAD_DIMS}"
+            raise ValueError(f"q is {q.dtype} of head size {q.shape[2]}, the kernel takes {kinds}")
+        check_kernel_arguments(
+            (
+                ("q", q, q.dtype),
+                ("k_pages", k_pages, q.dtype),
+                ("v_pages", v_pages, q.dtype),
+                ("page_table", batch.page_table, torch.int32),
+                ("context_lens", batch.context_lens, torch.int32),
+                ("tree_lens", batch.tree_lens, torch.int32),
+                ("query_indptr", batch.query_indptr, torch.int32),
+                ("ancestors", batch.ancestors, torch.int64),
+                ("depths", batch.depths, torch.int32),
+            )
         )
-    )
-    if k_pages.stride() != v_pages.stride():
-        raise ValueError(f"v_pages has strides {v_pages.stride()}, k_pages has {k_pages.stride()}")
-    return tree_attention_op(
-        q,
-        k_pages,
-        v_pages,
-        batch.page_table,
-        batch.context_lens,
-        batch.tree_lens,
-        batch.query_indptr,
-        batch.ancestors,
-        batch.depths,
-        list(batch.host_context_lens),
-        list(batch.host_tree_lens),
-        list(batch.host_query_lens),
-        scale,
-        window,
-        soft_cap,
-    )
-
-
-def attention_by_reference(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: TreeBatch, scale: float, window: int, soft_cap: float
-) -> Tensor:
-    """The CPU path, and on a GPU the fallback: SDPA over gathered pages. Arguments as in `tree_attention`."""
+        if k_pages.stride() != v_pages.stride():
+            raise ValueError(f"v_pages has strides {v_pages.stride()}, k_pages has {k_pages.stride()}")
+        return tree_attention_op(
+            q,
+            k_pages,
+            v_pages,
+            batch.page_table,
+            batch.context_lens,
+            batch.tree_lens,
+            batch.query_indptr,
+            batch.ancestors,
+            batch.depths,
+            list(batch.host_context_lens),
+            list(batch.host_tree_lens),
+            list(batch.host_query_lens),
+            scale,
+            window,
+            soft_cap,
+        )
     plan = batch.plan
     if plan.single:
         return _attend(q, k_pages, v_pages, plan.groups[0], scale, window, soft_cap)
@@ -161,3 +165,204 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, soft
     scores = (q.float() @ k.float().transpose(-1, -2)) * scale
     scores = torch.tanh(scores / soft_cap) * soft_cap + mask.float()
     return (torch.softmax(scores, dim=-1) @ v.float()).to(q.dtype)
+
+
+@custom_op("outrider::tree_attention", mutates_args=(), device_types="cpu")
+def tree_attention_op(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    context_lens: Tensor,
+    tree_lens: Tensor,
+    query_indptr: Tensor,
+    ancestors: Tensor,
+    depths: Tensor,
+    host_context_lens: list[int],
+    host_tree_lens: list[int],
+    host_query_lens: list[int],
+    scale: float,
+    window: int,
+    soft_cap: float,
+) -> Tensor:
+    """With the batch in parts, which an operator may be given; on a CPU the reference."""
+    tensors = (page_table, context_lens, tree_lens, query_indptr, ancestors, depths)
+    batch = _tree_batch(k_pages, *tensors, host_context_lens, host_tree_lens, host_query_lens)
+    return tree_attention(q, k_pages, v_pages, batch, scale, window, soft_cap).contiguous()
+
+
+@tree_attention_op.register_fake
+def _empty(q: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@tree_attention_op.register_kernel("cuda")
+def tree_attention_on_gpu(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: Any) -> Tensor:
+    batch = _tree_batch(k_pages, *rest[:9])
+    scale, window, soft_cap = rest[9:]
+    out = _empty(q)
+    num_queries, num_heads, head_dim = q.shape
+    if num_queries == 0:
+        return out
+    num_keys = (c + t for c, t in zip(batch.host_context_lens, batch.host_tree_lens, strict=True))
+    shape = attention_shape(
+        max(batch.host_query_lens),
+        max(num_keys),
+        batch.num_sequences,
+        num_heads,
+        k_pages.shape[2],
+        _num_sms(q.device),
+    )
+    num_partial = shape.num_splits if shape.num_splits > 1 else 0
+    partial_lse = q.new_empty((num_partial, num_queries, num_heads), dtype=torch.float32)
+    partial_out = q.new_empty((*partial_lse.shape, head_dim), dtype=torch.float32)
+    plans = plan_tree_attention(
+        q,
+        k_pages,
+        v_pages,
+        batch,
+        scale,
+        window,
+        soft_cap,
+        shape,
+        out,
+        partial_out,
+        partial_lse,
+    )
+    launch(q.device, plans)
+    return out
+
+
+@cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tree_batch(k_pages: Tensor, *rest: Any) -> TreeBatch:
+    """From its parts, in the order of the operator's arguments: six tensors and three lists of integers."""
+    page_table, context_lens, tree_lens, query_indptr, ancestors, depths, *host_lens = rest
+    contexts, trees, queries = (tuple(integers) for integers in host_lens)
+    page_size = k_pages.shape[1]
+    return TreeBatch(
+        page_table,
+        context_lens,
+        tree_lens,
+        query_indptr,
+        ancestors,
+        depths,
+        page_size,
+        contexts,
+        trees,
+        queries,
+    )
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The choices of tree_attention that depend on the batch. For a captured CUDA graph they are made once, for
+    the capacity: surplus blocks return at once.
+
+    Attributes:
+        tile_rows: 16, 64 or 128 (node, head) pairs in a block.
+        num_row_tiles: blocks over the rows of the largest request.
+        num_splits: parts the keys are divided into; with 1 the result is written directly.
+    """
+
+    tile_rows: int
+    num_row_tiles: int
+    num_splits: int
+
+
+def attention_shape(
+    max_query_len: int, max_keys: int, batch_size: int, num_heads: int, num_kv_heads: int, num_sms: int
+) -> AttentionShape:
+    """Tiles by rows; splits until the GPU has two blocks per multiprocessor, but few: a split's partial results
+    in f32 are written and read once more, and must not cost more than the keys and values themselves."""
+    rows = max_query_len * (num_heads // num_kv_heads)
+    tile_rows = 16 if rows <= 16 else 64 if rows <= 64 else 128
+    num_row_tiles = -(-rows // tile_rows)
+    blocks = max(1, num_row_tiles * num_kv_heads * batch_size)
+    wanted = -(-2 * num_sms // blocks)
+    affordable = min(max_keys // MIN_KEYS_PER_SPLIT, max_keys // (2 * max(rows, 1)))
+    return AttentionShape(tile_rows, num_row_tiles, max(1, min(wanted, affordable, MAX_SPLITS)))
+
+
+def plan_tree_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    batch: TreeBatch,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    shape: AttentionShape,
+    out: Tensor,
+    partial_out: Tensor,
+    partial_lse: Tensor,
+) -> tuple[LaunchPlan, ...]:
+    """One launch, or two when the keys are split.
+
+    Args:
+        q, k_pages, v_pages, batch, scale, window, soft_cap: as in `tree_attention`.
+        out: [NQ, HQ, D] like q, contiguous.
+        partial_out: float32 [num_splits, NQ, HQ, D]; partial_lse: float32 [num_splits, NQ, HQ]. Unused, and may be
+            empty, with one split.
+    """
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads = k_pages.shape[2]
+    name = f"{TYPE_NAMES[q.dtype]}_d{head_dim}_rows{shape.tile_rows}"
+    attention = LaunchPlan(
+        source="tree_attention",
+        kernel=f"tree_attention_{name}",
+        grid=(shape.num_row_tiles, num_kv_heads * shape.num_splits, batch.page_table.shape[0]),
+        block=THREADS[shape.tile_rows],
+        shared_bytes=2 * 2 * KEYS_PER_TILE[shape.tile_rows] * (head_dim + 8) * q.element_size(),
+        arguments=(
+            q,
+            k_pages,
+            v_pages,
+            batch.page_table,
+            batch.context_lens,
+            batch.tree_lens,
+            batch.query_indptr,
+            batch.ancestors,
+            batch.depths,
+            out,
+            partial_out,
+            partial_lse,
+            np.int32(num_queries),
+            np.int32(num_heads),
+            np.int32(num_kv_heads),
+            np.int32(batch.page_size),
+            np.int32(batch.page_table.shape[1]),
+            np.int32(batch.ancestors.shape[1]),
+            np.int32(shape.num_splits),
+            np.int32(window),
+            np.float32(scale),
+            np.float32(soft_cap),
+            np.int64(q.stride(0)),
+            np.int64(q.stride(1)),
+            np.int64(k_pages.stride(0)),
+            np.int64(k_pages.stride(1)),
+            np.int64(k_pages.stride(2)),
+        ),
+    )
+    if shape.num_splits == 1:
+        return (attention,)
+    num_rows = num_queries * num_heads
+    merge = LaunchPlan(
+        source="merge_splits",
+        kernel=f"merge_splits_{TYPE_NAMES[q.dtype]}",
+        grid=(-(-num_rows // 4), 1, 1),  # a warp per row
+        block=128,
+        shared_bytes=0,
+        arguments=(
+            partial_out,
+            partial_lse,
+            out,
+            np.int32(num_rows),
+            np.int32(head_dim),
+            np.int32(shape.num_splits),
+        ),
+    )
+    return attention, merge

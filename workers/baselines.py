@@ -22,41 +22,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from outrider.workers.answer import Completion
 from outrider.workers.memory import peak_memory_bytes
+from outrider.workers.sequences.sequence import RequestStats
 
 BaselineMode = Literal["transformers", "transformers-assisted", "transformers-lookup"]
 BASELINE_MODES: tuple[BaselineMode, ...] = ("transformers", "transformers-assisted", "transformers-lookup")
 
 LOOKUP_NUM_TOKENS = 10
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer and what it cost. Times are seconds from submission."""
-
-    tokens: tuple[int, ...]
-    """The tokens, a closing stop token included if the engine gives it."""
-
-    token_times_s: tuple[float, ...]
-    """When each token could be read, same length as `tokens`."""
-
-    total_s: float
-    """From submission to the end of the answer."""
-
-    num_target_steps: int
-    """Forward passes of the target that gave at least one token (the last chunk of the prompt included)."""
-
-    num_drafted: int
-    """Tokens the target was asked to check beyond its own."""
-
-    num_accepted: int
-    """How many of those ended up in the answer."""
-
-    depth_drafted: tuple[int, ...] = ()
-    """At position d: in how many rounds the draft was at least d + 1 deep; empty if not known."""
-
-    depth_accepted: tuple[int, ...] = ()
-    """At position d: in how many rounds at least d + 1 drafted tokens were accepted; empty if not known."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +91,7 @@ class TransformersBaseline:
         self._draft = draft.eval() if draft is not None else None
         self._stop_token_ids = list(stop_token_ids)
 
-    def generate(self, request: BaselineRequest) -> Generation:
+    def generate(self, request: BaselineRequest) -> Completion:
         """Runs `request`; raises ValueError if it wants an assistant and there is none."""
         options: dict[str, Any] = {"max_new_tokens": request.max_tokens, "do_sample": request.temperature > 0}
         if request.temperature > 0:
@@ -154,15 +127,21 @@ class TransformersBaseline:
             counting.remove()
         total_s = time.perf_counter() - begin
         num_steps = len(row_counts)
-        return Generation(
-            tokens=tuple(streamer.tokens),
-            token_times_s=tuple(at - begin for at in streamer.times),
-            total_s=total_s,
-            num_target_steps=num_steps,
+        tokens = tuple(streamer.tokens)
+        stats = RequestStats(
+            num_rounds=num_steps,
             # Rows that were neither prompt nor the one token each further step has to feed.
             num_drafted=sum(row_counts) - len(request.prompt_tokens) - (num_steps - 1),
             # Every step adds one token of the target's own, the rest was drafted.
-            num_accepted=len(streamer.tokens) - num_steps,
+            num_accepted=len(tokens) - num_steps,
+        )
+        return Completion(
+            tokens=tokens,
+            token_times_s=tuple(at - begin for at in streamer.times),
+            total_s=total_s,
+            num_prompt_tokens=len(request.prompt_tokens),
+            finish_reason="stop" if tokens and tokens[-1] in self._stop_token_ids else "length",
+            stats=stats,
         )
 
 
@@ -185,10 +164,9 @@ class BaselineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def generate(self, request: BaselineRequest) -> Generation:
+    def generate(self, request: BaselineRequest) -> Completion:
         reply = self._ask({"request": asdict(request)})
-        lists = {key: tuple(value) for key, value in reply.items() if isinstance(value, list)}
-        return Generation(**{**reply, **lists})
+        return Completion(**{**_with_tuples(reply), "stats": RequestStats(**_with_tuples(reply["stats"]))})
 
     def peak_memory_bytes(self) -> int:
         return int(self._ask({"peak_memory": True})["peak_memory_bytes"])
@@ -229,9 +207,14 @@ class BaselineProcess:
             last_words = self._log.read().strip().splitlines()[-1:]
             raise RuntimeError(f"the transformers process ended: {''.join(last_words)}")
         reply: dict[str, Any] = json.loads(line)
-        if "error" in reply:
-            raise ValueError(reply["error"])
+        if "refused" in reply:
+            raise ValueError(reply["refused"])
         return reply
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows lists alone."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _load(spec: BaselineSpec) -> TransformersBaseline:
@@ -259,18 +242,15 @@ def serve() -> None:
         reply: dict[str, Any]
         try:
             if "spec" in message:
-                spec = message["spec"]
-                baseline = _load(BaselineSpec(**{**spec, "stop_token_ids": tuple(spec["stop_token_ids"])}))
+                baseline = _load(BaselineSpec(**_with_tuples(message["spec"])))
                 reply = {"loaded": True}
             elif "request" in message:
                 assert baseline is not None
-                request = message["request"]
-                request["prompt_tokens"] = tuple(request["prompt_tokens"])
-                reply = asdict(baseline.generate(BaselineRequest(**request)))
+                reply = asdict(baseline.generate(BaselineRequest(**_with_tuples(message["request"]))))
             else:
                 reply = {"peak_memory_bytes": peak_memory_bytes()}
         except ValueError as error:
-            reply = {"error": str(error)}
+            reply = {"refused": str(error)}
         print(json.dumps(reply), file=replies, flush=True)
 
 

@@ -21,6 +21,7 @@ from outrider.workers.link.link import DraftSender
 from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
 from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.rounds.budget import CostModel, PassProfile
+from outrider.workers.rounds.calibration import draft_alone, warning_of
 from outrider.workers.rounds.growth import GrowthOptions
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
@@ -106,6 +107,20 @@ class DraftWorker:
         )
         return target
 
+    def calibrate(self, request: Request, progress: Callable[[str, int, int], None]) -> list[str]:
+        """Let draft heads draft a short text each, before `run`; returns what users should be told about them."""
+        use_device(self._device)
+        trained = [method.name for method in self._drafting.methods if method.is_trained]
+        checkpoints = {"medusa": self.config.draft.medusa.model, "eagle3": self.config.draft.eagle3.model}
+        found = []
+        for index, name in enumerate(trained if self.config.tree.max_nodes else []):
+            tokens = request.sampling.max_tokens
+            heard = partial(self._report_calibration, progress, index * tokens, len(trained) * tokens)
+            cost = CostModel(self._loop.cost.target)
+            stats = draft_alone(request, name, self._link, self._scheduler, self._drafting, cost, heard)
+            found.append(warning_of(name, checkpoints[name], stats))
+        return [warning for warning in found if warning]
+
     def run(self) -> None:
         """The token loop, until `stop` or until the target is gone (PeerLostError)."""
         use_device(self._device)
@@ -180,6 +195,10 @@ class DraftWorker:
             ),
             heartbeat_s=min(_HEARTBEAT_S, self.config.cluster.group_timeout_s / 4),
         )
+
+    @staticmethod
+    def _report_calibration(progress: Progress, num_before: int, num_all: int, num_tokens: int) -> None:
+        progress("calibrate", num_before + num_tokens, num_all)
 
     def _time_target(self, num_rows: int) -> float:
         """Seconds from sending a chain of `num_rows` rows to having the scores of all of them."""

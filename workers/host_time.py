@@ -35,6 +35,7 @@ from outrider.workers.sampling.sampler import Sampler, Samples
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig
@@ -125,7 +126,7 @@ class _FreeCache:
 
 class _TimedSampler(Sampler):
     def __init__(self, vocab_size: int, clock: _Clock) -> None:
-        super().__init__(vocab_size, range(vocab_size), SoloCommunicator())
+        super().__init__(vocab_size, VocabularyRange(0, vocab_size), SoloCommunicator())
         self._clock = clock
 
     def propose(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,14 @@ from outrider.workers.model.cache import bytes_per_page
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.progress import Progress
-from outrider.workers.weights.resolver import open_source, read_config, resolve, resolve_description
+from outrider.workers.weights.resolver import (
+    open_source,
+    open_tensors,
+    read_config,
+    resolve,
+    resolve_description,
+    resolve_tensors,
+)
 from outrider.workers.weights.source import WeightSource
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -106,6 +113,17 @@ def load_model(config: Config, role: Literal["target", "draft"], progress: Progr
     model = config.target.model if role == "target" else config.draft.model
     cache_dir = Path(config.cluster.model_cache_dir).expanduser()
     return open_source(resolve(model, cache_dir, progress, f"{role}.model"))
+
+
+def load_target_tensors(config: Config, names: Collection[str], progress: Progress) -> WeightSource:
+    """Some of the target's tensors, for who holds none of its weights: files without them are not fetched.
+
+    Raises:
+        ValueError: names `target.model` and what was tried.
+    """
+    cache_dir = Path(config.cluster.model_cache_dir).expanduser()
+    found = resolve_tensors(config.target.model, names, cache_dir, progress, "target.model")
+    return open_tensors(found, names)
 
 
 def read_model_config(config: Config, role: Literal["target", "draft"], progress: Progress) -> ModelConfig:

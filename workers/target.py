@@ -22,6 +22,7 @@ from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Hidden, Transformer
 from outrider.workers.sampling.sampler import NO_SAMPLES, Sampler, Samples
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.setup import (
     agreed_kernels,
     counting,
@@ -62,7 +63,12 @@ class TargetRank:
         self._forward = forward_of(model, cache, target_capacities(model, cache), taps)
         self._stretches = Stretches(model.device, tracer)
         self._sequences = TargetSequences(num_slots, cache.num_pages, cache.page_size)
-        self._sampler = Sampler(model.config.vocab_size, model.plan.vocab, model.communicator, model.kernels)
+        self._sampler = Sampler(
+            model.config.vocab_size,
+            VocabularyRange(model.plan.vocab.start, model.plan.vocab.stop),
+            model.communicator,
+            model.kernels,
+        )
 
     @torch.inference_mode()
     def step(self, draft: Draft) -> Scores:

@@ -6,22 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from outrider.cluster.api import Completion, GenerationRequest
-from outrider.cluster.bench.identity import Answer, Question
+from outrider.cluster.api import GenerationRequest
+from outrider.cluster.bench.identity import Question
 from outrider.cluster.bench.runner import BusySeconds
+from outrider.workers.answer import Completion
 from outrider.workers.baselines import (
     BASELINE_MODES,
     BaselineMode,
     BaselineProcess,
     BaselineRequest,
-    Generation,
 )
 from outrider.workers.sequences.params import SamplingParams
 
-MODES: tuple[str, ...] = ("outrider", "plain", *BASELINE_MODES)
+MODES: tuple[str, ...] = ("plain", *BASELINE_MODES)
+"""What drafting is compared with."""
 
-_PLAIN: Mapping[str, object] = {"max_nodes": 0}
-_AS_CONFIGURED: Mapping[str, object] = {}
+PLAIN: Mapping[str, object] = {"max_nodes": 0}
+AS_CONFIGURED: Mapping[str, object] = {}
+"""What a request says of drafting."""
 
 
 class RunningEngine(Protocol):
@@ -33,29 +35,20 @@ class RunningEngine(Protocol):
 
 
 class EngineDecoder:
-    """This engine, drafting as configured or (`speculative` false) not at all."""
+    """This engine, drafting as its requests say."""
 
     is_concurrent = True
 
-    def __init__(self, mode: str, engine: RunningEngine, speculative: bool) -> None:
+    def __init__(self, mode: str, engine: RunningEngine, draft: Mapping[str, object]) -> None:
+        """draft: fields of `DraftOptions` that differ from the configuration."""
         self.mode = mode
         self._engine = engine
-        self._speculative = speculative
+        self._draft = draft
 
-    def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Generation:
-        request = _request(prompt_tokens, sampling, self._speculative)
+    def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Completion:
+        request = GenerationRequest(prompt_tokens, asdict(sampling), self._draft)
         (answer,) = _complete(self._engine, [request])
-        stats = answer.stats
-        return Generation(
-            tokens=answer.tokens,
-            token_times_s=answer.token_times_s,
-            total_s=answer.total_s,
-            num_target_steps=stats.num_rounds,
-            num_drafted=stats.num_drafted,
-            num_accepted=stats.num_accepted,
-            depth_drafted=stats.depth_drafted,
-            depth_accepted=stats.depth_accepted,
-        )
+        return answer
 
     def busy_seconds(self) -> BusySeconds:
         return {
@@ -72,7 +65,7 @@ class BaselineDecoder:
         self.mode = mode
         self._process = process
 
-    def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Generation:
+    def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Completion:
         return self._process.generate(
             BaselineRequest(
                 mode=self.mode,
@@ -97,18 +90,12 @@ class EngineAnswerer:
     def __init__(self, engine: RunningEngine) -> None:
         self._engine = engine
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        requests = [_request(q.prompt_tokens, q.sampling, q.speculative) for q in questions]
-        return [
-            Answer(c.tokens, c.logprobs, c.stats.num_drafted, c.stats.num_accepted)
-            for c in _complete(self._engine, requests)
+    def answer(self, questions: Sequence[Question]) -> list[Completion]:
+        requests = [
+            GenerationRequest(q.prompt_tokens, asdict(q.sampling), AS_CONFIGURED if q.speculative else PLAIN)
+            for q in questions
         ]
-
-
-def _request(
-    prompt_tokens: tuple[int, ...], sampling: SamplingParams, speculative: bool
-) -> GenerationRequest:
-    return GenerationRequest(prompt_tokens, asdict(sampling), _AS_CONFIGURED if speculative else _PLAIN)
+        return _complete(self._engine, requests)
 
 
 def _complete(engine: RunningEngine, requests: Sequence[GenerationRequest]) -> list[Completion]:

@@ -15,9 +15,9 @@ from typing import Protocol
 
 from outrider.cluster.bench.metrics import first_difference
 from outrider.cluster.bench.runner import EncodedPrompt
+from outrider.workers.answer import Completion
 from outrider.workers.sampling.token_noise import token_noise
 from outrider.workers.sequences.params import MAX_TOP_LOGPROBS, SamplingParams
-from outrider.workers.sequences.sequence import TokenLogprobs
 
 # Largest score difference that rounding explains. float32: the project's rule. bfloat16: logits between 16 and
 # 32 are multiples of 0.125, and each of two computations may be a few of those off; the largest gap seen over
@@ -37,18 +37,10 @@ class Question:
     speculative: bool
 
 
-@dataclass(frozen=True)
-class Answer:
-    tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]  # per token, or none if not asked for
-    num_drafted: int
-    num_accepted: int
-
-
 class Answerer(Protocol):
     """What is checked."""
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Question]) -> list[Completion]:
         """Answers in the order of the questions; several may run at once."""
 
 
@@ -118,8 +110,8 @@ def check_identity(
         tolerance=tolerance,
         num_texts=len(cases),
         num_tokens=sum(len(answer.tokens) for answer in texts[True]),
-        num_drafted=sum(answer.num_drafted for answer in texts[True]),
-        num_accepted=sum(answer.num_accepted for answer in texts[True]),
+        num_drafted=sum(answer.stats.num_drafted for answer in texts[True]),
+        num_accepted=sum(answer.stats.num_accepted for answer in texts[True]),
         mismatches=tuple(mismatches),
     )
 

@@ -26,7 +26,8 @@ def describe_machine() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
         "load_average": list(psutil.getloadavg()),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: package_version(name) for name in _PACKAGES},
         "git_revision": _git_revision(),
     }
 
@@ -47,7 +48,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """As installed, or that it is not."""
     try:
         return version(package)
     except PackageNotFoundError:

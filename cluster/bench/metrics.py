@@ -74,7 +74,7 @@ class ModeSummary:
 
     @property
     def label(self) -> str:
-        return self.mode if self.concurrency == 1 else f"{self.mode} x{self.concurrency}"
+        return _label(self.mode, self.concurrency)
 
 
 def summarise(turns: Sequence[Turn]) -> list[ModeSummary]:
@@ -115,9 +115,9 @@ def agreements(turns: Sequence[Turn], stop_token_ids: Iterable[int]) -> list[Agr
     stops = frozenset(stop_token_ids)
     texts: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for turn in turns:
-        label = turn.mode if turn.concurrency == 1 else f"{turn.mode} x{turn.concurrency}"
+        label = _label(turn.mode, turn.concurrency)
         for run in turn.runs:
-            tokens = run.generation.tokens
+            tokens = run.answer.tokens
             texts[label].setdefault(run.prompt_id, tokens[:-1] if tokens and tokens[-1] in stops else tokens)
     found = []
     for one, other in combinations(texts, 2):
@@ -139,20 +139,24 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
     return min(len(one), len(other))
 
 
+def _label(mode: str, concurrency: int) -> str:
+    return mode if concurrency == 1 else f"{mode} x{concurrency}"
+
+
 def _summary(mode: str, concurrency: int, turns: Sequence[Turn]) -> ModeSummary:
     runs = [run for turn in turns for run in turn.runs]
     wall_s = sum(turn.wall_s for turn in turns)
     num_tokens = sum(turn.num_tokens for turn in turns)
-    num_drafted = sum(run.generation.num_drafted for run in runs)
-    num_steps = sum(run.generation.num_target_steps for run in runs)
+    num_drafted = sum(run.answer.stats.num_drafted for run in runs)
+    num_steps = sum(run.answer.stats.num_rounds for run in runs)
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for turn in turns:
         for worker, kinds in turn.busy_s.items():
             for kind, value in kinds.items():
                 seconds[worker][kind] += value
-    num_depths = max((len(run.generation.depth_drafted) for run in runs), default=0)
-    rounds_by_depth = _add_by_depth((run.generation.depth_drafted for run in runs), num_depths)
-    accepted_by_depth = _add_by_depth((run.generation.depth_accepted for run in runs), num_depths)
+    num_depths = max((len(run.answer.stats.depth_drafted) for run in runs), default=0)
+    rounds_by_depth = _add_by_depth((run.answer.stats.depth_drafted for run in runs), num_depths)
+    accepted_by_depth = _add_by_depth((run.answer.stats.depth_accepted for run in runs), num_depths)
     time_share = {worker: _time_share(kinds, wall_s) for worker, kinds in seconds.items()}
     return ModeSummary(
         mode=mode,
@@ -160,12 +164,10 @@ def _summary(mode: str, concurrency: int, turns: Sequence[Turn]) -> ModeSummary:
         num_runs=len(runs),
         num_tokens=num_tokens,
         tokens_per_s=_ratio(num_tokens, wall_s),
-        tokens_per_s_of_runs=Spread.of(
-            _ratio(len(run.generation.tokens), run.generation.total_s) for run in runs
-        ),
-        ttft_s=Spread.of(run.generation.token_times_s[0] for run in runs if run.generation.tokens),
+        tokens_per_s_of_runs=Spread.of(_ratio(len(run.answer.tokens), run.answer.total_s) for run in runs),
+        ttft_s=Spread.of(run.answer.token_times_s[0] for run in runs if run.answer.tokens),
         time_per_token_s=Spread.of(_time_per_token(run) for run in runs),
-        acceptance_rate=_ratio(sum(run.generation.num_accepted for run in runs), num_drafted),
+        acceptance_rate=_ratio(sum(run.answer.stats.num_accepted for run in runs), num_drafted),
         acceptance_length=_ratio(num_tokens, num_steps),
         acceptance_by_depth=tuple(
             _ratio(a, d) for a, d in zip(accepted_by_depth, rounds_by_depth, strict=True)
@@ -188,7 +190,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _time_per_token(run: Run) -> float:
-    times = run.generation.token_times_s
+    times = run.answer.token_times_s
     return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else float("nan")
 
 
@@ -204,6 +206,6 @@ def _by_category(runs: Sequence[Run]) -> dict[str, float]:
     tokens: dict[str, int] = defaultdict(int)
     seconds: dict[str, float] = defaultdict(float)
     for run in runs:
-        tokens[run.category] += len(run.generation.tokens)
-        seconds[run.category] += run.generation.total_s
+        tokens[run.category] += len(run.answer.tokens)
+        seconds[run.category] += run.answer.total_s
     return {category: _ratio(tokens[category], seconds[category]) for category in tokens}

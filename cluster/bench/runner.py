@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from outrider.workers.baselines import Generation
+from outrider.workers.answer import Completion
 from outrider.workers.sequences.params import SamplingParams
 
 BusySeconds = Mapping[str, Mapping[str, float]]
@@ -25,7 +25,7 @@ class Decoder(Protocol):
     def is_concurrent(self) -> bool:
         """Whether `generate` may be called from several threads at once."""
 
-    def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Generation: ...
+    def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Completion: ...
 
     def busy_seconds(self) -> BusySeconds:
         """Since the start, of all workers; empty if the mode does not tell."""
@@ -47,8 +47,7 @@ class Run:
     repeat: int
     prompt_id: str
     category: str
-    num_prompt_tokens: int
-    generation: Generation
+    answer: Completion
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Turn:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(run.generation.tokens) for run in self.runs)
+        return sum(len(run.answer.tokens) for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _take_turn(
             answers = list(pool.map(lambda prompt: decoder.generate(prompt.tokens, sampling), block))
     wall_s = time.perf_counter() - begin
     runs = tuple(
-        Run(decoder.mode, concurrency, repeat, prompt.id, prompt.category, len(prompt.tokens), answer)
+        Run(decoder.mode, concurrency, repeat, prompt.id, prompt.category, answer)
         for prompt, answer in zip(block, answers, strict=True)
     )
     return Turn(decoder.mode, concurrency, repeat, wall_s, _difference(before, decoder.busy_seconds()), runs)

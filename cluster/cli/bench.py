@@ -40,6 +40,13 @@ def bench(
             help="Comma-separated: plain, transformers, transformers-assisted, transformers-lookup."
         ),
     ] = "plain",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Compare draft methods: comma-separated mixes such as ngram,ngram+model; default: all of "
+            "draft.methods together."
+        ),
+    ] = "",
     limit: Annotated[int, typer.Option(help="Most prompts, spread over categories; 0: all.")] = 8,
     category: Annotated[list[str], typer.Option(help="Only this category; may be repeated.")] = [],
     style: Annotated[Style, typer.Option(help="chat: through the chat template; raw: continue.")] = "chat",
@@ -66,6 +73,7 @@ def bench(
         _measure_host(load_config(config, overrides), json)
         return
     loaded = _for_bench(with_trace(load_config(config, overrides), bool(trace)))
+    mixes = _mixes(methods, loaded)
     modes = _modes(against, loaded)
     _check_writable(json, chart, trace)
     if chart and Path(chart).suffix not in _CHART_FORMATS:
@@ -87,7 +95,7 @@ def bench(
     with ExitStack() as stack:
         engine = stack.enter_context(running_engine(loaded))
         baseline = stack.enter_context(_baseline(loaded, modes, threads, model.stop_token_ids))
-        decoders = _decoders(modes, engine, baseline)
+        decoders = _decoders(mixes, modes, engine, baseline)
         turns = _measure(decoders, prompts, sampling, plan)
         peaks = {
             name: s["peak_memory_bytes"] for name, s in engine.stats().items() if "peak_memory_bytes" in s
@@ -133,7 +141,20 @@ def _modes(against: str, config: Config) -> list[str]:
             raise ValueError(f"--against must be among {', '.join(MODES)}; got {name!r}")
     if "transformers-assisted" in wanted and not config.draft.model:
         raise ValueError("draft.model must be set for --against transformers-assisted")
-    return list(dict.fromkeys(["outrider", *wanted]))
+    return list(dict.fromkeys(wanted))
+
+
+def _mixes(methods: str, config: Config) -> dict[str, dict[str, object]]:
+    """By the name of a speculative mode, what its requests say of drafting."""
+    mixes: dict[str, dict[str, object]] = {}
+    for name in (part.strip() for part in methods.split(",") if part.strip()):
+        mix = name.split("+")
+        unknown = [method for method in mix if method not in config.draft.methods]
+        if unknown or len(set(mix)) < len(mix):
+            allowed = ", ".join(config.draft.methods)
+            raise ValueError(f"--methods must be mixes of draft.methods ({allowed}), got {name!r}")
+        mixes[name] = {"methods": mix}
+    return mixes or {"outrider": {}}
 
 
 def _concurrencies(text: str) -> tuple[int, ...]:
@@ -177,17 +198,20 @@ def _baseline(
         yield process
 
 
-def _decoders(modes: Sequence[str], engine: "Engine", baseline: "BaselineProcess | None") -> "list[Decoder]":
-    from outrider.cluster.bench.decoders import BaselineDecoder, EngineDecoder
+def _decoders(
+    mixes: dict[str, dict[str, object]],
+    modes: Sequence[str],
+    engine: "Engine",
+    baseline: "BaselineProcess | None",
+) -> "list[Decoder]":
+    from outrider.cluster.bench.decoders import PLAIN, BaselineDecoder, EngineDecoder
     from outrider.workers.baselines import BASELINE_MODES
 
-    decoders: dict[str, Decoder] = {
-        "outrider": EngineDecoder("outrider", engine, speculative=True),
-        "plain": EngineDecoder("plain", engine, speculative=False),
-    }
+    others: dict[str, Decoder] = {"plain": EngineDecoder("plain", engine, PLAIN)}
     if baseline is not None:
-        decoders |= {mode: BaselineDecoder(mode, baseline) for mode in BASELINE_MODES}
-    return [decoders[mode] for mode in modes]
+        others |= {mode: BaselineDecoder(mode, baseline) for mode in BASELINE_MODES}
+    speculative = [EngineDecoder(name, engine, draft) for name, draft in mixes.items()]
+    return [*speculative, *(others[mode] for mode in modes)]
 
 
 def _measure(

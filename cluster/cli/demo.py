@@ -14,7 +14,7 @@ from rich.text import Text
 
 from outrider.cluster.bench.prompts import Prompt, load_prompts
 from outrider.cluster.cli.options import MaxTokens, Overrides, given
-from outrider.cluster.cli.show import LEGEND, Answer, show_stream
+from outrider.cluster.cli.show import LEGEND, show_stream
 from outrider.cluster.cli.start import running_engine
 from outrider.cluster.cli.terminal import progress_bars
 from outrider.cluster.request_options import check_options
@@ -23,6 +23,7 @@ from outrider.configs.loader import load_config
 
 if TYPE_CHECKING:
     from outrider.cluster.engine import Engine
+    from outrider.workers.answer import Completion
 
 DEMO_PROMPTS = Path(loader.__file__).parent / "prompts" / "demo.jsonl"
 _PLAIN = {"max_nodes": 0}
@@ -34,8 +35,8 @@ class Comparison:
     """One prompt, answered with and without drafting."""
 
     name: str
-    speculative: Answer
-    plain: Answer
+    speculative: "Completion"
+    plain: "Completion"
 
 
 def demo(
@@ -112,12 +113,12 @@ def busy_table(busy: Mapping[str, Mapping[str, float]]) -> Table:
 
 def _ask(
     engine: "Engine", prompt: Prompt, sampling: Mapping[str, object], draft: Mapping[str, object]
-) -> Answer:
+) -> "Completion":
     messages = [{"role": "user", "content": prompt.text}]
     return show_stream(Console(quiet=True), engine.stream(messages, sampling, draft), visible=False)
 
 
-def _show(console: Console, engine: "Engine", prompt: Prompt, sampling: Mapping[str, object]) -> Answer:
+def _show(console: Console, engine: "Engine", prompt: Prompt, sampling: Mapping[str, object]) -> "Completion":
     console.rule(Text(prompt.id), style="dim")
     shortened = prompt.text if len(prompt.text) <= 400 else f"{prompt.text[:400]} ..."
     console.print(Text(shortened, "dim"), width=_WIDTH)
@@ -129,7 +130,7 @@ def _show(console: Console, engine: "Engine", prompt: Prompt, sampling: Mapping[
 def _speed_cells(pairs: Sequence[Comparison]) -> tuple[str, ...]:
     plain = _tokens_per_s([pair.plain for pair in pairs])
     speculative = _tokens_per_s([pair.speculative for pair in pairs])
-    num_tokens = sum(pair.speculative.num_tokens for pair in pairs)
+    num_tokens = sum(len(pair.speculative.tokens) for pair in pairs)
     num_rounds = sum(pair.speculative.stats.num_rounds for pair in pairs)
     return (
         str(num_tokens),
@@ -140,6 +141,6 @@ def _speed_cells(pairs: Sequence[Comparison]) -> tuple[str, ...]:
     )
 
 
-def _tokens_per_s(answers: Sequence[Answer]) -> float:
+def _tokens_per_s(answers: "Sequence[Completion]") -> float:
     seconds = sum(answer.decode_s for answer in answers)
     return sum(answer.num_decoded for answer in answers) / seconds if seconds > 0 else 0.0

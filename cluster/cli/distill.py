@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 from rich.progress import TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from outrider import __version__
 from outrider.cluster.cli.hidden_rows import HiddenRows
 from outrider.cluster.cli.inputs import ModelFacts, open_model
 from outrider.cluster.cli.options import ConfigName, MaxTokens, Overrides, Plain, draft_options
@@ -196,10 +195,12 @@ def _duration(seconds: float) -> str:
 
 
 def _description(config: Config, model: ModelFacts, settings: dict[str, Any]) -> "Description":
+    from outrider.cluster.bench.machine import package_version
     from outrider.workers.training.texts import Description
 
     tokenizer = hashlib.sha256(model.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    return Description(config.target.model, model.vocab_size, tokenizer, settings, __version__)
+    version = package_version("outrider")
+    return Description(config.target.model, model.vocab_size, tokenizer, settings, version)
 
 
 def _other_sampling(config: Config) -> dict[str, Any]:

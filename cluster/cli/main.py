@@ -12,7 +12,20 @@ from typer.core import TyperGroup
 from outrider.cluster.api import EngineError
 from outrider.cluster.cli.terminal import AnsweredInterrupt, say_error
 
-COMMANDS = ("generate", "chat", "bench", "check", "distill", "train", "config", "demo", "doctor")
+COMMANDS = (
+    "generate",
+    "chat",
+    "bench",
+    "table",
+    "check",
+    "distill",
+    "trim",
+    "slim",
+    "train",
+    "config",
+    "demo",
+    "doctor",
+)
 """Module and function names: `outrider generate` is `generate` in generate.py."""
 
 USER_ERROR = 2

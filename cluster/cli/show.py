@@ -1,9 +1,8 @@
 """Answers on a terminal, a pipe or as JSON."""
 
 import json
-import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,8 +12,8 @@ from outrider.cluster.printable import printable
 from outrider.workers.sequences.origin import Origin
 
 if TYPE_CHECKING:
-    from outrider.cluster.api import Completion, Piece
-    from outrider.workers.sequences.sequence import RequestStats
+    from outrider.cluster.api import Piece
+    from outrider.workers.answer import Completion
 
 STYLES = {Origin.TARGET: "default", Origin.DRAFT: "green", Origin.KEPT: "yellow"}
 LEGEND = Text.assemble(
@@ -22,59 +21,24 @@ LEGEND = Text.assemble(
 )
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A streamed answer, and how fast it came."""
-
-    text: str
-    num_tokens: int
-    decode_s: float
-    """From the first piece to the last."""
-    num_decoded: int
-    """Tokens after the first piece."""
-    finish_reason: str
-    error: str
-    stats: "RequestStats"
-
-    @property
-    def tokens_per_s(self) -> float:
-        """While decoding: the time to the first token is not in it. 0 for answers of one piece."""
-        return self.num_decoded / self.decode_s if self.decode_s > 0 else 0.0
-
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens per target step."""
-        return self.num_tokens / self.stats.num_rounds if self.stats.num_rounds else 0.0
-
-
-def show_stream(console: Console, pieces: "Iterable[Piece]", visible: bool = True) -> Answer:
+def show_stream(console: Console, pieces: "Iterable[Piece]", visible: bool = True) -> "Completion":
     """Prints an answer as it comes, draft tokens coloured on a terminal, and a line feed after it."""
-    text: list[str] = []
-    num_tokens = num_first = 0
-    first_s = last_s = time.perf_counter()
+    from outrider.cluster.api import Collector
+
+    answer = Collector()
+    begun = False
     try:
         for piece in pieces:
-            last_s = time.perf_counter()
-            if piece.tokens and not num_tokens:
-                first_s, num_first = last_s, len(piece.tokens)
-            num_tokens += len(piece.tokens)
-            text.append(piece.text)
+            answer.add(piece)
+            begun = True
             for segment in piece.segments if visible else ():
                 show_segment(console, segment.text, segment.origin)
     finally:
         # Also where an answer breaks off: what is said then gets a line of its own.
-        if visible and text:
+        if visible and begun:
             console.file.write("\n")
             console.file.flush()
-    return Answer(
-        text="".join(text),
-        num_tokens=num_tokens,
-        decode_s=last_s - first_s,
-        num_decoded=num_tokens - num_first,
-        finish_reason=piece.finish_reason,
-        error=piece.error,
-        stats=piece.stats,
-    )
+    return answer.completion()
 
 
 def show_segment(console: Console, text: str, origin: Origin) -> None:
@@ -86,10 +50,10 @@ def show_segment(console: Console, text: str, origin: Origin) -> None:
     console.print(Text(printable(text), STYLES[origin]), end="", soft_wrap=True, highlight=False)
 
 
-def summary(answer: Answer) -> str:
+def summary(answer: "Completion") -> str:
     """One line about an answer's speed."""
     return (
-        f"{answer.num_tokens} tokens, {answer.tokens_per_s:.1f} tokens/s, "
+        f"{len(answer.tokens)} tokens, {answer.tokens_per_s:.1f} tokens/s, "
         f"acceptance length {answer.acceptance_length:.2f}"
     )
 

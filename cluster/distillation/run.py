@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from outrider.cluster.api import Completion, GenerationRequest
+from outrider.cluster.api import GenerationRequest
 from outrider.cluster.bench.prompts import Prompt, encode
 from outrider.cluster.distillation.plan import Task
 from outrider.cluster.distillation.template import UserTurn
+from outrider.workers.answer import Completion
 from outrider.workers.training.filters import NearDuplicates, degeneration
 from outrider.workers.training.texts import DistilledText, TextWriter, read_dropped, read_texts
 

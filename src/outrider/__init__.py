@@ -13,13 +13,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from outrider.cluster.api import Completion as Completion
     from outrider.cluster.api import EngineError as EngineError
     from outrider.cluster.api import GenerationRequest as GenerationRequest
     from outrider.cluster.api import Piece as Piece
     from outrider.cluster.engine import Engine as Engine
     from outrider.configs.loader import load_config as load_config
     from outrider.configs.schema import Config as Config
+    from outrider.workers.answer import Completion as Completion
     from outrider.workers.sequences.params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Completion": "outrider.cluster.api",
+    "Completion": "outrider.workers.answer",
     "Config": "outrider.configs.schema",
     "Engine": "outrider.cluster.engine",
     "EngineError": "outrider.cluster.api",

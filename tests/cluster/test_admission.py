@@ -47,6 +47,20 @@ def test_messages_need_a_chat_template() -> None:
         admission.admit("a", GenerationRequest([{"role": "user", "content": "hello"}]))
 
 
+def test_heads_are_tried_on_an_answer_through_the_template_or_without_one() -> None:
+    admission = prepared()
+    templated = admission.calibration()
+    assert templated.sampling.is_greedy
+    assert templated.sampling.stop_token_ids == admission.eos_token_ids
+    admission.tokenizer.chat_template = None
+    raw = admission.calibration()
+    text = admission.tokenizer.decode(raw.prompt_tokens, skip_special_tokens=True)
+    assert text in admission.tokenizer.decode(templated.prompt_tokens)
+    assert len(templated.prompt_tokens) > len(raw.prompt_tokens)
+    tiny = prepared("target.max_context=4").calibration()
+    assert (len(tiny.prompt_tokens), tiny.sampling.max_tokens) == (2, 2)
+
+
 def test_a_prompt_with_two_beginnings_is_warned_of() -> None:
     admission = prepared()
     bos, ids = admission.tokenizer.bos_token, [admission.tokenizer.bos_token_id] * 2

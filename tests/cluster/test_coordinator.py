@@ -9,7 +9,6 @@ import pytest
 
 from outrider.cluster.api import (
     Answer,
-    Completion,
     EngineError,
     GenerationRequest,
     Notice,
@@ -18,6 +17,7 @@ from outrider.cluster.api import (
     Ticket,
 )
 from outrider.cluster.coordinator import Coordinator
+from outrider.workers.answer import Completion
 from outrider.workers.sequences.origin import Origin
 from support.fake_workers import EOS_TOKEN_IDS, FAKE_CONFIG, char_admission, endless, fake_deployment
 
@@ -63,6 +63,15 @@ async def complete_all(coordinator: Coordinator, requests: Sequence[GenerationRe
     while len(answers) < len(tickets):
         answers.update(dict((await coordinator.take(1.0)).answers))
     return [answers[ticket.request_id] for ticket in tickets]
+
+
+def test_the_start_tells_what_was_found_out_about_the_draft_heads() -> None:
+    async def scenario() -> None:
+        async with fake_deployment(echo) as fake:
+            num_tokens = len(char_admission(FAKE_CONFIG, lambda *_: None).calibration().prompt_tokens)
+            assert fake.warnings == [f"a text after {num_tokens} tokens was hard"]
+
+    asyncio.run(scenario())
 
 
 def test_streams_text_tokens_and_origins_as_rounds_give_them() -> None:

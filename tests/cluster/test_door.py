@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from outrider.cluster.api import Completion, GenerationRequest, Piece, Refusal, Ticket
+from outrider.cluster.api import GenerationRequest, Piece, Refusal, Ticket
 from outrider.cluster.coordinator import Coordinator
 from outrider.configs.loader import config_from_dict, config_to_yaml
 from outrider.configs.schema import Config
+from outrider.workers.answer import Completion
 from outrider.workers.sequences.sequence import Request
 from support.fake_workers import FAKE_CONFIG, FakeDeployment, endless, fake_deployment
 

@@ -10,7 +10,6 @@ import pytest
 
 from outrider.cluster.api import (
     Answer,
-    Completion,
     Delivery,
     EngineError,
     GenerationRequest,
@@ -18,10 +17,9 @@ from outrider.cluster.api import (
     Piece,
     Refusal,
     Ticket,
-    failed_completion,
 )
 from outrider.cluster.inbox import CompletionStream, Inbox, PieceStream
-from outrider.workers.sequences.sequence import RequestStats
+from outrider.workers.answer import Completion
 
 LIMIT_S = 20.0
 HELLO = GenerationRequest("hello")
@@ -61,8 +59,12 @@ def inbox_of(script: Script) -> Iterator[Inbox]:
     script.deliveries.put(EngineError("over"))
 
 
+def failed(error: str) -> Completion:
+    return Completion(finish_reason="error", error=error)
+
+
 def piece(text: str, reason: str = "", error: str = "") -> Piece:
-    return Piece((), tuple(map(ord, text)), (), (), reason, error, RequestStats())
+    return Piece(tokens=tuple(map(ord, text)), finish_reason=reason, error=error)
 
 
 def cancelled(script: Script, number: int) -> set[str]:
@@ -89,7 +91,7 @@ def test_a_request_that_nobody_waits_for_is_cancelled(how: str) -> None:
         batch = inbox.send([HELLO] * 3, whole=True)
         answers = CompletionStream(inbox, batch)
         if how == "left":
-            script.say((ids[0], piece("x")), (batch[0], failed_completion("bad")))
+            script.say((ids[0], piece("x")), (batch[0], failed("bad")))
             next(stream), next(answers)
             batch = batch[1:]
         if how == "closed":
@@ -117,7 +119,7 @@ def test_the_end_of_the_deployment_ends_every_wait() -> None:
     with inbox_of(script) as inbox:
         (a,) = inbox.send([HELLO], whole=False)
         (b,) = inbox.send([HELLO], whole=True)
-        script.say((a, piece("", "error", "died")), (b, failed_completion("died")), failure="target 0 died")
+        script.say((a, piece("", "error", "died")), (b, failed("died")), failure="target 0 died")
         stream = PieceStream(inbox, a)
         assert next(stream).finish_reason == "error"
         with pytest.raises(EngineError, match="target 0 died"):
@@ -147,6 +149,6 @@ def test_a_notice_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     script = Script()
     with inbox_of(script) as inbox:
         (a,) = inbox.send([HELLO], whole=True)
-        script.say((a, Notice("two of them")), (a, failed_completion("x")))
+        script.say((a, Notice("two of them")), (a, failed("x")))
         assert isinstance(next(CompletionStream(inbox, [a])), Completion)
         assert caplog.messages == ["two of them"]

@@ -107,12 +107,22 @@ def test_the_documented_presets_ship() -> None:
         ),
         ("rounds.lanes=3", "rounds.lanes must be one of 1, 2; got 3"),
         ("rounds.lanes=true", "rounds.lanes must be one of 1, 2; got True"),
-        ("draft.methods=[ngrm]", r"draft.methods\[0\] must be one of ngram, model; got 'ngrm'"),
-        ("draft.methods=ngram", "draft.methods must be a list of ngram or model, got 'ngram'"),
+        (
+            "draft.methods=[ngrm]",
+            r"draft.methods\[0\] must be one of ngram, model, medusa, eagle3; got 'ngrm'",
+        ),
+        (
+            "draft.methods=ngram",
+            "draft.methods must be a list of ngram or model or medusa or eagle3, got 'ngram'",
+        ),
         ("draft.methods=[ngram,ngram]", "draft.methods must be without repetition"),
         (
             "draft.methods=[model]",
             "draft.model must be a checkpoint, because draft.methods has `model`, got ''",
+        ),
+        (
+            "draft.methods=[eagle3]",
+            "draft.eagle3.model must be a checkpoint, because draft.methods has `eagle3`, got ''",
         ),
         ("tree=3", "tree must be a mapping of keys to values, got 3"),
         (

@@ -11,11 +11,12 @@ import psutil
 import pytest
 import ray
 
-from outrider.cluster.api import Completion, GenerationRequest
+from outrider.cluster.api import GenerationRequest
 from outrider.cluster.bench.identity import Mismatch
 from outrider.cluster.engine import Engine
 from outrider.configs.loader import load_config
 from outrider.configs.schema import Config
+from outrider.workers.answer import Completion
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions
 from outrider.workers.weights.progress import silent

@@ -1,11 +1,20 @@
 """Every way to run a round gives transformers' greedy text, token for token, on a tiny random model."""
 
 from itertools import product
+from pathlib import Path
 
 import pytest
+import torch
 from _pytest.mark import ParameterSet
 
 from outrider.cluster.bench.identity import Mismatch
+from outrider.workers.draft_heads.checkpoint import read_lm_head, write_lm_head
+from outrider.workers.draft_heads.description import HeadDescription
+from outrider.workers.draft_heads.slim import slim_start
+from outrider.workers.draft_heads.trim import trimmed
+from outrider.workers.model.draft_heads import served_head
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.training.head_source import head_of_model
 from outrider.workers.weights.source import WeightSource
 from support.ahead import AheadSpy
 from support.equality import (
@@ -18,7 +27,16 @@ from support.equality import (
 )
 from support.local_engine import LocalEngine, default_options
 from support.thread_group import thread_group
-from support.tiny import LOOPS, METHODS, SLOW_TARGET, tiny_cases
+from support.tiny import (
+    FEW_TOKENS,
+    GREEDY,
+    LOOPS,
+    METHODS,
+    SLOW_TARGET,
+    VOCAB_SIZE,
+    tiny_cases,
+    tiny_drafter,
+)
 
 
 def combinations() -> list[ParameterSet]:
@@ -72,6 +90,32 @@ def test_all_methods_give_the_text_of_transformers(
         )
         assert (spy.num_steps > 0) == draft_ahead
     assert engine.pool.num_available == engine.pool.num_pages
+
+
+@pytest.mark.parametrize("kind", ["trimmed", "low_rank"])
+def test_a_drafter_with_another_head_gives_the_text_of_transformers(
+    target: WeightSource,
+    drafter: WeightSource,
+    reference: Reference,
+    ties: list[Mismatch],
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    """Half of the tokens, those that come up among them; or all by two matrices. As `draft.head` is read."""
+    full = head_of_model(tiny_drafter())
+    half = torch.cat(
+        (torch.arange(0, VOCAB_SIZE, 2), torch.tensor([token for token, _ in FEW_TOKENS]))
+    ).unique()
+    head = trimmed(full, half) if kind == "trimmed" else slim_start(full, 40)
+    write_lm_head(tmp_path, head, HeadDescription(target_vocab_size=VOCAB_SIZE), torch.float32)
+    served = served_head(read_lm_head(tmp_path)[0], VOCAB_SIZE, packed=True)
+    sampled = SamplingParams(temperature=0.8, top_p=0.9, max_tokens=24)
+    with LocalEngine(target, drafter, draft_head=served, profile=SLOW_TARGET) as engine:
+        for sampling in (GREEDY, sampled):
+            cases = tiny_cases((5, 17, 40, 130), sampling)
+            texts = decode(engine, cases, METHODS["model"])
+            assert_same_texts(reference, cases, texts, ties, f"{kind} head, T = {sampling.temperature}")
+            assert num_accepted(texts) > 0
 
 
 def test_a_budget_measured_on_a_real_target_changes_no_token(

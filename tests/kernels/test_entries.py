@@ -5,19 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from outrider.kernels import operators
 from outrider.kernels.attention_cases import (
     ATTENTION_CASES,
     AttentionCase,
     attention_in_float64,
     build_attention_inputs,
 )
-from outrider.kernels.gather_rows import gather_rows
-from outrider.kernels.kv_commit import kv_commit
+from outrider.kernels.gather_rows import gather_rows, gather_rows_op
+from outrider.kernels.kv_commit import kv_commit, kv_commit_op
 from outrider.kernels.noise import noise_key
-from outrider.kernels.rope_append import rope_append
-from outrider.kernels.sample_shard import sample_shard
-from outrider.kernels.tree_attention import tree_attention
+from outrider.kernels.rope_append import rope_append, rope_append_op
+from outrider.kernels.sample_shard import sample_shard, sample_shard_op
+from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.tree_attention import tree_attention, tree_attention_op
 
 CASE = AttentionCase("entry", (21, 3), (5, 2), page_size=4)
 
@@ -100,7 +100,7 @@ def test_gather_rows_and_sample_shard_name_the_argument_that_disagrees():
     with pytest.raises(ValueError, match=r"index must be \[M\]"):
         gather_rows(torch.zeros(3, 4), torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="keys has 1 entries, logits has 2 rows"):
-        sample_shard(torch.zeros(2, 5), [1.0, 1.0], [(1, 2)], 0)
+        sample_shard(torch.zeros(2, 5), [1.0, 1.0], [(1, 2)], ShardIds.from_first(0, 5))
 
 
 def test_operators_have_fake_implementations_that_agree(attention, rope):
@@ -117,17 +117,18 @@ def test_operators_have_fake_implementations_that_agree(attention, rope):
     pages = [attention[name].nan_to_num() for name in ("k_pages", "v_pages")]
     tests = ("test_schema", "test_faketensor")
     checks = (
-        (operators.tree_attention_op, (attention["q"], *pages, *tensors, *lens, CASE.scale, 0, 0.0)),
-        (operators.rope_append_op, tuple(rope.values())),
-        (operators.kv_commit_op, (torch.zeros(1, 2, 3, 4, 2, 8), torch.tensor([1, 2]), torch.tensor([0, 1]))),
-        (operators.gather_rows_op, (torch.randn(5, 3), torch.tensor([4, 0]))),
+        (tree_attention_op, (attention["q"], *pages, *tensors, *lens, CASE.scale, 0, 0.0)),
+        (rope_append_op, tuple(rope.values())),
+        (kv_commit_op, (torch.zeros(1, 2, 3, 4, 2, 8), torch.tensor([1, 2]), torch.tensor([0, 1]))),
+        (gather_rows_op, (torch.randn(5, 3), torch.tensor([4, 0]))),
         (
-            operators.sample_shard_op,
+            sample_shard_op,
             (
                 torch.randn(2, 50),
                 torch.tensor([1.0, 0.0]),
                 torch.tensor([noise_key(1, 2), noise_key(3, 4)]),
                 7,
+                torch.empty(0, dtype=torch.int64),
             ),
         ),
     )

@@ -6,15 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.kernels.launch_plans import (
-    COMMIT_SHARED_BYTES,
-    HEAD_DIMS,
-    KEYS_PER_TILE,
-    MAX_COMMIT_ROWS,
-    attention_shape,
-    plan_gather_rows,
-    plan_kv_commit,
-)
+from outrider.kernels.gather_rows import plan_gather_rows
+from outrider.kernels.kv_commit import plan_kv_commit
+from outrider.kernels.launch_plans import COMMIT_SHARED_BYTES, MAX_COMMIT_ROWS
+from outrider.kernels.tree_attention import HEAD_DIMS, KEYS_PER_TILE, attention_shape
 from support.kernel_table import SHARED_BYTES
 
 H100_SMS = 132

@@ -11,9 +11,12 @@ from outrider.kernels.noise import (
     hash_ids,
     ids_with_hash_below,
     noise_key,
-    uniform,
     uniform_from_hash,
 )
+
+
+def uniform(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(uniform_from_hash(hash_ids(noise_key(seed, position), ids.numpy())))
 
 
 def test_keys_are_the_published_splitmix64() -> None:

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.kernels.noise import gumbel_from_hash, hash_ids, noise_key
-from outrider.kernels.sample_shard import ShardLogits, sample_shard
+from outrider.kernels.sample_shard import sample_shard
+from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.shard_logits import ShardLogits
 from outrider.kernels.token_rows import UInt64Array, pack_tokens, unpack_tokens
 
 FIRST = np.array([0])  # rows
@@ -63,7 +65,7 @@ def test_best_equals_the_full_search(
     shape: str, size: int, temperature: float, count: int, offset: int, seed: int
 ) -> None:
     row, count = random_row(shape, size, seed % 2**32), min(count, size)
-    shard = ShardLogits(torch.from_numpy(row)[None], offset)
+    shard = ShardLogits(torch.from_numpy(row)[None], ShardIds.from_first(offset, size))
     values, ids = unpack_tokens(best_of_row(shard, temperature, seed, 3, count))
     scores = plain_scores(row, temperature, seed, 3, offset)
     assert ids.tolist() == ranked(scores, offset)[:count]
@@ -76,7 +78,7 @@ def test_ids_with_very_large_noise_win_from_far_below() -> None:
     row[0] = 14.0
     won = 0
     for position in range(60):
-        shard = ShardLogits(torch.from_numpy(row)[None], 0)
+        shard = ShardLogits(torch.from_numpy(row)[None], ShardIds.from_first(0, 150_000))
         ids = unpack_tokens(best_of_row(shard, 1.0, 8, position, 3))[1]
         assert ids.tolist() == ranked(plain_scores(row, 1.0, 8, position, 0), 0)[:3]
         won += int(ids[0] != 0)
@@ -92,9 +94,11 @@ def test_ids_with_very_large_noise_win_from_far_below() -> None:
 )
 def test_top_equals_a_full_sort(shape: str, size: int, count: int, seed: int) -> None:
     row = random_row(shape, size, seed)
-    values, ids = unpack_tokens(ShardLogits(torch.from_numpy(row)[None], 7).top(FIRST, count)[0])
+    values, ids = unpack_tokens(
+        ShardLogits(torch.from_numpy(row)[None], ShardIds.from_first(7, size)).top(FIRST, count)[0]
+    )
     assert ids.tolist() == ranked(row, 7)[:count]
-    largest = ShardLogits(torch.from_numpy(row)[None], 7).largest(FIRST, count)[0]
+    largest = ShardLogits(torch.from_numpy(row)[None], ShardIds.from_first(7, size)).largest(FIRST, count)[0]
     assert largest.tolist() == values.tolist()
     assert values.tolist() == row[ids - 7].tolist()
 
@@ -102,7 +106,7 @@ def test_top_equals_a_full_sort(shape: str, size: int, count: int, seed: int) ->
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_maximum_and_sum_give_the_normaliser(temperature: float) -> None:
     logits = torch.randn(3, 1003, generator=torch.Generator().manual_seed(0)) * 4
-    shard = ShardLogits(logits, 0)
+    shard = ShardLogits(logits, ShardIds.from_first(0, 1003))
     rows, maxima = np.arange(3), shard.maxima(np.arange(3))
     sums = shard.exp_sums(rows, maxima, np.full(3, temperature, dtype=np.float32))
     for row in range(3):
@@ -112,7 +116,7 @@ def test_maximum_and_sum_give_the_normaliser(temperature: float) -> None:
 
 
 def test_a_shard_of_removed_tokens_has_no_mass() -> None:
-    shard = ShardLogits(torch.full((1, 300), -torch.inf), 0)
+    shard = ShardLogits(torch.full((1, 300), -torch.inf), ShardIds.from_first(0, 300))
     assert shard.exp_sums(FIRST, np.array([3.0], np.float32), np.array([1.0], np.float32)).tolist() == [0.0]
     assert shard.maxima(FIRST).tolist() == [-np.inf]
 
@@ -120,7 +124,7 @@ def test_a_shard_of_removed_tokens_has_no_mass() -> None:
 def test_sample_shard_handles_rows_one_by_one() -> None:
     logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(1))
     temperatures, keys = [0.0, 1.0, 0.7], [noise_key(5, position) for position in (1, 2, 3)]
-    result = sample_shard(logits, temperatures, keys, vocab_offset=1000)
+    result = sample_shard(logits, temperatures, keys, ShardIds.from_first(1000, 500))
     for i, (temperature, position) in enumerate(zip(temperatures, (1, 2, 3), strict=True)):
         scores = plain_scores(logits[i].numpy(), temperature, 5, position, 1000)
         assert result.ids[i] == scores.argmax() + 1000

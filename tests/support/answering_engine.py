@@ -1,14 +1,14 @@
 """An engine without processes, for commands that measure or check one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from outrider.cluster.api import Completion, GenerationRequest, failed_completion
+from outrider.cluster.api import GenerationRequest
 from outrider.cluster.bench.identity import Question
+from outrider.workers.answer import Completion
 from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.params import SamplingParams
-from outrider.workers.sequences.sequence import RequestStats
 from support.fake_answerer import FakeAnswerer
 
 
@@ -22,7 +22,8 @@ class AnsweringEngine:
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         self.requests += requests
-        return [failed_completion(self.error) if self.error else self._complete(asked) for asked in requests]
+        failed = Completion(finish_reason="error", error=self.error)
+        return [failed if self.error else self._complete(asked) for asked in requests]
 
     def stats(self) -> dict[str, dict[str, Any]]:
         busy = {"forward": 0.001 * len(self.requests), "wait": 1.0}
@@ -41,21 +42,12 @@ class AnsweringEngine:
         speculative = asked.draft.get("max_nodes") != 0
         (answer,) = self.answerer.answer([Question(prompt, sampling, speculative)])
         times = tuple(0.01 * (index + 1) for index in range(len(answer.tokens)))
-        return Completion(
-            text="",
-            tokens=answer.tokens,
+        depths = {"depth_drafted": (2, 1), "depth_accepted": (1, 1)} if speculative else {}
+        return replace(
+            answer,
             origins=(Origin.TARGET,) * len(answer.tokens),
-            logprobs=answer.logprobs,
             token_times_s=times,
-            finish_reason="length",
-            error="",
             num_prompt_tokens=len(prompt),
-            stats=RequestStats(
-                num_rounds=len(answer.tokens),
-                num_drafted=answer.num_drafted,
-                num_accepted=answer.num_accepted,
-                depth_drafted=(2, 1) if speculative else (),
-                depth_accepted=(1, 1) if speculative else (),
-            ),
+            stats=replace(answer.stats, **depths),
             total_s=times[-1] if times else 0.0,
         )

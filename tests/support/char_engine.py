@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from outrider.cluster.api import Completion, EngineError, GenerationRequest, Piece, Progress, Prompt, Segment
-from outrider.cluster.api import failed_completion as failed
+from outrider.cluster.api import Collector, EngineError, GenerationRequest, Piece, Progress, Prompt, Segment
 from outrider.configs.schema import Config
+from outrider.workers.answer import Completion
 from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.sequence import RequestStats
 from support.fake_workers import char_admission
@@ -42,23 +42,14 @@ class CharEngine:
 
     def completions(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
         for asked in requests:
+            answer = Collector()
             try:
-                pieces = list(self.stream(asked.prompt, asked.sampling, asked.draft))
+                for piece in self.stream(asked.prompt, asked.sampling, asked.draft):
+                    answer.add(piece)
             except ValueError as error:
-                yield failed(str(error))
+                yield Completion(finish_reason="error", error=str(error))
                 continue
-            yield Completion(
-                text="".join(piece.text for piece in pieces),
-                tokens=tuple(token for piece in pieces for token in piece.tokens),
-                origins=tuple(origin for piece in pieces for origin in piece.origins),
-                logprobs=(),
-                token_times_s=(),
-                finish_reason="stop",
-                error="",
-                num_prompt_tokens=1,
-                stats=pieces[-1].stats,
-                total_s=0.0,
-            )
+            yield answer.completion()
 
     def stats(self) -> dict[str, dict[str, Any]]:
         busy_s = {"forward": 1.0, "wait": 1.0}
@@ -78,4 +69,11 @@ def _piece(text: str, last: bool, num_rounds: int) -> Piece:
     origins = (Origin.TARGET, Origin.DRAFT)[: len(text)]
     segments = tuple(Segment(char, origin) for char, origin in zip(text, origins, strict=True))
     stats = RequestStats(num_rounds=num_rounds)
-    return Piece(segments, tuple(map(ord, text)), origins, (), "stop" if last else "", "", stats)
+    return Piece(
+        segments=segments,
+        tokens=tuple(map(ord, text)),
+        origins=origins,
+        finish_reason="stop" if last else "",
+        stats=stats,
+        num_prompt_tokens=1,
+    )

@@ -27,6 +27,7 @@ from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import GrowingTrees
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.random_source import RandomSource
 from support.drafted import GREEDY, answer, children_of, cut_of, sequence_of
@@ -69,7 +70,7 @@ class RecordingSampler(Sampler):
     """Keeps the logits from which children were proposed."""
 
     def __init__(self) -> None:
-        super().__init__(VOCAB, range(VOCAB), SoloCommunicator())
+        super().__init__(VOCAB, VocabularyRange(0, VOCAB), SoloCommunicator())
         self.proposed: list[tuple[torch.Tensor, SampledRows]] = []
 
     def propose(

@@ -28,6 +28,7 @@ from transformers import (
 from outrider.cluster.bench.identity import TOLERANCE_OF_DTYPE, Mismatch
 from outrider.cluster.bench.metrics import first_difference
 from outrider.kernels.noise import gumbel
+from outrider.kernels.shard_ids import ShardIds
 from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.law import edit_rows
 from outrider.workers.sequences.params import SamplingParams
@@ -212,7 +213,11 @@ def score_gaps(
         penalties.add(token)
     row = logits.clone()
     if sampling.edits_logits:
-        edit_rows(row[None], [SampledRows(sampling, np.array([position]), penalties)], 0)
+        edit_rows(
+            row[None],
+            [SampledRows(sampling, np.array([position]), penalties)],
+            ShardIds.from_first(0, len(row)),
+        )
     if sampling.is_greedy:
         return [(row.max() - row[token]).item() for token in candidates]
     x = row / sampling.temperature

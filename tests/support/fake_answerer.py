@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from outrider.cluster.bench.identity import Answer, Question
+from outrider.cluster.bench.identity import Question
 from outrider.kernels.noise import gumbel
-from outrider.workers.sequences.sequence import TokenLogprobs
+from outrider.workers.answer import Completion
+from outrider.workers.sequences.sequence import RequestStats, TokenLogprobs
 
 VOCAB_SIZE = 40
 
@@ -34,7 +35,7 @@ class FakeAnswerer:
     drafts: bool = True
     num_answers: int = 0
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Question]) -> list[Completion]:
         self.num_answers += len(questions)
         return [self._answer(question) for question in questions]
 
@@ -48,7 +49,7 @@ class FakeAnswerer:
         logits[order[1 : self.num_repeats]] = logits[order[0]].clone()
         return logits
 
-    def _answer(self, question: Question) -> Answer:
+    def _answer(self, question: Question) -> Completion:
         sampling = question.sampling
         context = list(question.prompt_tokens)
         logprobs = []
@@ -77,9 +78,14 @@ class FakeAnswerer:
         tokens = tuple(context[len(question.prompt_tokens) :])
         if question.speculative and self.ends_early:
             tokens = tokens[:-1]
-        return Answer(
+        drafts = question.speculative and self.drafts
+        return Completion(
             tokens=tokens,
             logprobs=tuple(logprobs) if sampling.logprobs and self.knows_logprobs else (),
-            num_drafted=2 * len(tokens) if question.speculative and self.drafts else 0,
-            num_accepted=len(tokens) if question.speculative and self.drafts else 0,
+            finish_reason="length",
+            stats=RequestStats(
+                num_rounds=len(tokens),
+                num_drafted=2 * len(tokens) if drafts else 0,
+                num_accepted=len(tokens) if drafts else 0,
+            ),
         )

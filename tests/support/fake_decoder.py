@@ -3,8 +3,9 @@
 import threading
 from dataclasses import dataclass, field
 
-from outrider.workers.baselines import Generation
+from outrider.workers.answer import Completion
 from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import RequestStats
 
 
 @dataclass
@@ -20,7 +21,7 @@ class FakeDecoder:
     busy: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "sample": 0.0, "wait": 0.0})
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Generation:
+    def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Completion:
         with self.lock:
             self.calls.append((self.mode, prompt_tokens[0]))
             self.in_flight += 1
@@ -33,15 +34,18 @@ class FakeDecoder:
             self.busy["forward"] += 0.5
             self.busy["sample"] += 0.25
             self.busy["wait"] += 0.25
-        return Generation(
-            tokens=tokens,
-            token_times_s=tuple(0.5 + 0.1 * index for index in range(len(tokens))),
-            total_s=0.5 + 0.1 * len(tokens),
-            num_target_steps=steps,
+        stats = RequestStats(
+            num_rounds=steps,
             num_drafted=drafted,
             num_accepted=len(tokens) - steps,
             depth_drafted=(steps,) * (self.tokens_per_step - 1),
             depth_accepted=(steps // 2,) * (self.tokens_per_step - 1),
+        )
+        return Completion(
+            tokens=tokens,
+            token_times_s=tuple(0.5 + 0.1 * index for index in range(len(tokens))),
+            total_s=0.5 + 0.1 * len(tokens),
+            stats=stats,
         )
 
     def busy_seconds(self) -> dict[str, dict[str, float]]:

@@ -128,6 +128,10 @@ class FakeDraft(FakeTarget):
 
     def profile(self) -> None: ...
 
+    def calibrate(self, request: Request) -> list[str]:
+        assert request.sampling.is_greedy
+        return [f"a text after {len(request.prompt_tokens)} tokens was hard"]
+
     def submit(self, requests: list[Request]) -> None:
         for request in requests:
             prompt = "".join(map(chr, request.prompt_tokens))
@@ -202,6 +206,7 @@ class FakeDeployment:
     coordinator: Coordinator
     draft: FakeDraft
     targets: tuple[FakeTarget, ...]
+    warnings: list[str]  # of the start
 
 
 @asynccontextmanager
@@ -216,8 +221,8 @@ async def fake_deployment(
         workers = Workers(handles, LocalHandle(draft, threads))
         coordinator = Coordinator(config, lambda _: workers, char_admission)
         try:
-            await coordinator.start()
-            yield FakeDeployment(coordinator, draft, targets)
+            warnings = await coordinator.start()
+            yield FakeDeployment(coordinator, draft, targets, warnings)
         finally:
             for worker in (draft, *targets):
                 worker.stop()

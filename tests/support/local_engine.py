@@ -22,6 +22,7 @@ from outrider.workers.link.communicator import Communicator, SoloCommunicator, b
 from outrider.workers.link.link import DraftReceiver, DraftSender, Packet
 from outrider.workers.link.messages import decode_draft
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.head import Head
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
@@ -79,6 +80,7 @@ class LocalEngine:
         target: WeightSource,
         draft: WeightSource | None = None,
         *,
+        draft_head: Head | None = None,
         communicators: tuple[Communicator, ...] = (SoloCommunicator(),),
         options: LoopOptions | None = None,
         num_pages: int = 512,
@@ -95,7 +97,7 @@ class LocalEngine:
         methods: Iterable[MethodBuilder] = (),
         rules: Mapping[str, Rule] = RULES,
     ) -> None:
-        """`methods`: further draft methods; `rules`: those that requests may name."""
+        """`draft_head`: instead of the drafter's own; `methods`: further ones; `rules`: those that requests name."""
         draft_end, target_end = queue_links()
         self._target_end = DraftReceiver(target_end)
         ngram = ngram or NgramConfig()
@@ -104,10 +106,10 @@ class LocalEngine:
         self.drafting.add(NgramMethod(slots, self.drafting.estimator, ngram))
         if draft is not None:
             plan = ShardPlan(draft.config, 0, 1)
-            weights = load_weights(plan, draft, dtype, torch.device("cpu"), packed=True)
+            weights = load_weights(plan, draft, dtype, torch.device("cpu"), packed=True, head=draft_head)
             model = Transformer(weights, SoloCommunicator())
             cache = PagedCache(draft.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
-            vocab = draft.config.vocab_size
+            vocabulary = weights.head.vocabulary
             self.drafting.add(
                 ModelMethod(
                     slots=slots,
@@ -115,7 +117,7 @@ class LocalEngine:
                     model=model,
                     cache=cache,
                     pool=PagePool(num_pages, page_size, prefix_sharing),
-                    sampler=Sampler(vocab, range(vocab), SoloCommunicator()),
+                    sampler=Sampler(len(vocabulary), vocabulary, SoloCommunicator()),
                     num_target_tokens=target.config.vocab_size,
                     max_children=max_children,
                     rows_per_sequence=4,

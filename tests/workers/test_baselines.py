@@ -69,22 +69,22 @@ def test_all_modes_give_the_greedy_text_with_a_time_per_token(
 
 def test_plain_takes_one_target_step_per_token_and_drafts_nothing(target: LlamaForCausalLM) -> None:
     answer = TransformersBaseline(target, None, ()).generate(BaselineRequest("transformers", PROMPT, 12))
-    assert (answer.num_target_steps, answer.num_drafted, answer.num_accepted) == (12, 0, 0)
+    assert (answer.stats.num_rounds, answer.stats.num_drafted, answer.stats.num_accepted) == (12, 0, 0)
 
 
 def test_an_assistant_that_is_the_target_is_always_right(target: LlamaForCausalLM) -> None:
     baseline = TransformersBaseline(target, tiny_llama(0), ())
     answer = baseline.generate(BaselineRequest("transformers-assisted", PROMPT, 20))
-    assert answer.num_accepted == answer.num_drafted > 0
-    assert answer.num_target_steps == 20 - answer.num_accepted
+    assert answer.stats.num_accepted == answer.stats.num_drafted > 0
+    assert answer.stats.num_rounds == 20 - answer.stats.num_accepted
 
 
 @pytest.mark.parametrize("mode", ["transformers-assisted", "transformers-lookup"])
 def test_speculative_counts_add_up(target: LlamaForCausalLM, mode: BaselineMode) -> None:
     baseline = TransformersBaseline(target, tiny_llama(1), ())
     answer = baseline.generate(BaselineRequest(mode, PROMPT, 24))
-    assert answer.num_accepted + answer.num_target_steps == 24
-    assert 0 <= answer.num_accepted <= answer.num_drafted
+    assert answer.stats.num_accepted + answer.stats.num_rounds == 24
+    assert 0 <= answer.stats.num_accepted <= answer.stats.num_drafted
 
 
 def test_generation_ends_with_a_stop_token(target: LlamaForCausalLM) -> None:
@@ -129,8 +129,8 @@ def test_the_process_answers_like_the_class(tmp_path: Path) -> None:
     spec = BaselineSpec(RANDOM_LLAMA, "", "float32", 1, str(tmp_path), ())
     with BaselineProcess(spec) as process:
         answer = process.generate(request)
-        assert answer.tokens == expected.tokens
-        assert answer.num_target_steps == 8
+        assert (answer.tokens, answer.stats) == (expected.tokens, expected.stats)
+        assert answer.stats.num_rounds == 8
         assert process.peak_memory_bytes() > 0
         with pytest.raises(ValueError, match=r"draft\.model"):
             process.generate(BaselineRequest("transformers-assisted", PROMPT, 8))

@@ -5,18 +5,24 @@ import pickle
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
 from outrider.configs.loader import load_config
 from outrider.workers.draft import DraftWorker
+from outrider.workers.draft_heads.checkpoint import write_eagle3, write_medusa
+from outrider.workers.draft_heads.description import HeadDescription
 from outrider.workers.rounds.budget import PassProfile
 from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
+from outrider.workers.weights.random_source import RandomSource
 from support.local_engine import output_tokens
+from support.tiny_heads import eagle3_drafter, medusa_heads
 
 DRAFT = DraftOptions(("ngram", "model"), 8, 8)
 EVERYTHING = SamplingParams(
@@ -55,7 +61,7 @@ class Pair:
         self._threads = [threading.Thread(target=self.target.run, daemon=True)]
         self._threads[0].start()
         self.profile: PassProfile = self.draft.profile(self.report)
-        self.profiled_step_s = self.draft.stats()["draft_step_s"]["model"]
+        self.profiled_step_s = self.draft.stats()["draft_step_s"]
 
     def report(self, what: str, done: int, total: int) -> None:
         self.reports.append((what, done, total))
@@ -98,14 +104,41 @@ def request(request_id: str = "a", num_tokens: int = 12, prompt: tuple[int, ...]
 def test_the_profile_times_each_row_count(pair: Pair) -> None:
     assert pair.profile.num_rows == (1, 2, 8)
     assert all(seconds > 0 for seconds in pair.profile.seconds)
-    assert list(pair.profiled_step_s) == [1, 2, 8]
-    assert all(seconds > 0 for seconds in pair.profiled_step_s.values())
+    assert list(pair.profiled_step_s["model"]) == [1, 2, 8]
+    assert all(seconds > 0 for seconds in pair.profiled_step_s["model"].values())
     assert [report for report in pair.reports if report[0] == "profile"] == [
         ("profile", 0, 3),
         ("profile", 1, 3),
         ("profile", 2, 3),
         ("profile", 3, 3),
     ]
+
+
+def test_draft_heads_are_tried_before_anybody_is_served(tmp_path: Path) -> None:
+    """Random heads are told of; where the law leaves one token they are right. Nothing of it stays behind."""
+    source = RandomSource(load_config("tiny-random", []).target.model)
+    none = HeadDescription()
+    write_medusa(tmp_path / "medusa", medusa_heads(source), none, "vllm", torch.float32)
+    drafter = eagle3_drafter(source, (0, 1, 2))
+    write_eagle3(tmp_path / "eagle3", drafter, none, "speculators", torch.float32)
+    models = [f"draft.{name}.model={tmp_path / name}" for name in ("medusa", "eagle3")]
+    pair = Pair("draft.methods=[model,medusa,eagle3]", *models, "draft.dtype=bfloat16")
+    try:
+        assert set(pair.profiled_step_s) == {"model", "medusa", "eagle3"}
+        asked = request(num_tokens=40)
+        certain = dataclasses.replace(asked.sampling, logit_bias=((5, 1000.0),))
+        assert pair.draft.calibrate(dataclasses.replace(asked, sampling=certain), pair.report) == []
+        said = pair.draft.calibrate(asked, pair.report)
+        assert [warning.split()[0] for warning in said] == ["draft.medusa.model", "draft.eagle3.model"]
+        assert pair.reports[-1] == ("calibrate", 80, 80)
+        pair.run()
+        drafts = (DraftOptions((), 0, 0), *(DraftOptions((name,), 8, 8) for name in ("medusa", "eagle3")))
+        asks = [dataclasses.replace(asked, id=str(i), draft=draft) for i, draft in enumerate(drafts)]
+        texts = [output_tokens(events) for events in pair.generate(*asks).values()]
+        assert texts == [texts[0]] * 3
+        assert pair.draft.stats()["num_available_pages"] == pair.draft._scheduler.pool.num_pages
+    finally:
+        pair.stop()
 
 
 def test_loading_reports_bytes_up_to_the_total(pair: Pair) -> None:

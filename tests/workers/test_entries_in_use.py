@@ -27,6 +27,7 @@ from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.progress import silent
@@ -108,7 +109,7 @@ def test_the_drafter_calls_the_entries(selection: KernelSelection, calls: dict[s
         model=model,
         cache=cache,
         pool=PagePool(8, 4, True),
-        sampler=Sampler(96, range(96), SoloCommunicator(), selection),
+        sampler=Sampler(96, VocabularyRange(0, 96), SoloCommunicator(), selection),
         num_target_tokens=96,
         max_children=2,
         rows_per_sequence=2,

@@ -8,10 +8,12 @@ import pytest
 
 from outrider.configs.loader import load_config
 from outrider.configs.schema import Config
-from outrider.workers.first_gpu.processes import Deployment, WorkerProcess, deployed, start_draft
+from outrider.workers.draft import DraftWorker
+from outrider.workers.first_gpu.processes import CALL_S, Deployment, WorkerProcess, deployed
 from outrider.workers.link.communicator import PeerLostError
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
+from outrider.workers.weights.progress import silent
 from outrider.workers.weights.random_source import RandomSource
 from support.local_engine import LocalEngine, default_options, output_tokens
 from support.stuck import StuckTarget
@@ -126,7 +128,8 @@ def test_target_ranks_notice_a_dead_draft_worker_and_serve_the_next_one(
         running.draft.kill()
         for run in running.runs[:2]:
             assert_lost(run)
-        running.draft = start_draft(config)
+        running.draft = WorkerProcess(DraftWorker, config, (), limit_s=CALL_S)
+        running.draft.call("load", silent)
         running.connect(epoch=2)
         events = running.generate(requests())
         assert {name: output_tokens(list_) for name, list_ in events.items()} == expected_texts

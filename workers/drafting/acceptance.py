@@ -17,6 +17,7 @@ _NUM_RANKS = _MAX_RANK + 1
 _YIELD_SMOOTHING = 0.05
 _RISING_EDGES = np.array((-5.0, -3.5, -2.2, -1.3, -0.7, -0.3, -0.1, -0.02))  # of log-probabilities, nats
 _NUM_EDGES = len(_RISING_EDGES)
+_LAWS = np.eye(2)  # sampled, greedy
 
 NUM_SAMPLED_KINDS = 2 * _NUM_RANKS * (_NUM_EDGES + 1)
 """Kinds of `priors_and_kinds`."""
@@ -67,18 +68,17 @@ def priors_and_kinds(log_probs: Floats, is_greedy: Bools) -> tuple[Floats, Ints]
     of_ranks = _of_ranks(log_probs.shape[1])
     probs = np.exp(np.minimum(log_probs, 0.0))
     num_greedy = np.count_nonzero(is_greedy)
-    priors = np.empty(probs.shape)
     if num_greedy < len(is_greedy):
         priors = np.minimum(0.35, 0.02 + 0.8 * probs) / of_ranks.later
         priors[:, 0] = 0.35 + 0.6 * probs[:, 0]
     if num_greedy:
         first_misses = (1.0 - probs[:, :1]) ** 1.5
-        greedy = np.minimum(0.85 * probs / of_ranks.later, first_misses / of_ranks.halvings)
+        greedy = np.minimum(probs * of_ranks.greedy_scales, first_misses * of_ranks.halves)
         greedy[:, :1] = 1.0 - first_misses
         priors = greedy if num_greedy == len(is_greedy) else np.where(is_greedy[:, None], greedy, priors)
     # How many edges lie above each: the edges fall, and the search wants them rising.
-    kinds = _NUM_EDGES - _RISING_EDGES.searchsorted(log_probs, side="right")
-    kinds += is_greedy[:, None] * (_NUM_RANKS * (_NUM_EDGES + 1)) + of_ranks.first_kinds
+    kinds = of_ranks.last_kinds[is_greedy.view(np.int8)]
+    kinds -= _RISING_EDGES.searchsorted(log_probs, side="right")
     return priors, kinds
 
 
@@ -86,15 +86,18 @@ class _OfRanks(NamedTuple):
     """What depends on the ranks of proposals alone; [children] each."""
 
     later: Ints  # the rank, 1 at least
-    halvings: Floats
-    first_kinds: Ints
+    greedy_scales: Floats
+    halves: Floats  # 2 to the minus rank
+    last_kinds: Ints  # [2, children], of sampled and greedy requests: of proposals below all edges
 
 
 @cache
 def _of_ranks(num: int) -> _OfRanks:
     ranks = np.arange(num)
-    first_kinds = np.minimum(ranks, _MAX_RANK) * (_NUM_EDGES + 1)
-    return _OfRanks(np.maximum(ranks, 1), np.exp2(ranks.astype(np.float64)), first_kinds)
+    later = np.maximum(ranks, 1)
+    sampled = np.minimum(ranks, _MAX_RANK) * (_NUM_EDGES + 1) + _NUM_EDGES
+    last_kinds = np.stack([sampled, sampled + _NUM_RANKS * (_NUM_EDGES + 1)])
+    return _OfRanks(later, 0.85 / later, np.exp2(-ranks.astype(np.float64)), last_kinds)
 
 
 def follow_errors(yields: Floats, laws: npt.NDArray[np.int8], errors: Floats, met: Bools) -> None:
@@ -102,9 +105,7 @@ def follow_errors(yields: Floats, laws: npt.NDArray[np.int8], errors: Floats, me
 
     laws: [M], 1 of greedy rows; errors: [M, children], 0 where a rank was not proposed (`met`) at all.
     """
-    of_law = np.empty((2, len(laws)))
-    of_law[1] = laws
-    of_law[0] = 1.0 - of_law[1]
+    of_law = _LAWS[:, laws]
     totals, counts = of_law @ errors, of_law @ met
     weights = 1.0 - (1.0 - _YIELD_SMOOTHING) ** counts  # as if one came after the other
     yields += weights * totals / np.maximum(counts, 1.0)

@@ -11,23 +11,41 @@ from outrider.workers.sequences.tree import Bools, Floats, Ints
 
 @dataclass(frozen=True)
 class Frontier:
-    """The nodes that the next step expands: those of `slots` by index, ascending, parents first.
+    """The nodes that the next step expands, those of a slot together, parents first.
 
     Attributes:
-        slots: int64 [B].
-        lags: int64 [B] known tokens that the step has to read, the root included.
+        slots: int64 [B], those of which any are.
         counts: int64 [B] nodes of each.
-        owners: int64 [M] index of each node's slot.
-        nodes: int64 [M].
+        num_unread: int64 [B] known tokens before the root that the step has to read.
+        node_slots, nodes: int64 [M].
+        places: int64 [M], of each node in the trees' `flat`.
         gains: float64 [M].
     """
 
     slots: Ints
-    lags: Ints
     counts: Ints
-    owners: Ints
+    num_unread: Ints
+    node_slots: Ints
     nodes: Ints
+    places: Ints
     gains: Floats
+
+    @property
+    def num_rows(self) -> int:
+        """Of the forward."""
+        return len(self.nodes) + sum(self.num_unread.tolist())
+
+    def of(self, which: Bools, which_nodes: Bools) -> Frontier:
+        """That of some slots ([B]), whose nodes are `which_nodes` ([M])."""
+        return Frontier(
+            self.slots[which],
+            self.counts[which],
+            self.num_unread[which],
+            self.node_slots[which_nodes],
+            self.nodes[which_nodes],
+            self.places[which_nodes],
+            self.gains[which_nodes],
+        )
 
 
 def add_ancestors(parents: Ints, chosen: Bools, has_row: Bools) -> None:

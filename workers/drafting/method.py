@@ -9,7 +9,9 @@ outside of a method's file and the registry knows its name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -43,20 +45,25 @@ class MethodContext:
     progress: Progress
 
 
-@dataclass(frozen=True)
 class Forecast:
     """What a method's next `expand` would do.
 
     Attributes:
-        gains: float64 [M], expected accepted tokens, in this round's trees, of each proposal, descending; none of
-            proposals that are too deep for it, and only good for the next.
         num_rows: rows of its forward, tokens included that the method has not read yet; 0: nothing is left to expand.
         slots: int64 [b], those whose trees would grow.
     """
 
-    gains: Floats
-    num_rows: int
-    slots: Ints
+    def __init__(self, gains: Floats | Callable[[], Floats], num_rows: int, slots: Ints) -> None:
+        """gains: themselves, or what finds them, before the trees change: a fixed budget never asks."""
+        self._gains = gains
+        self.num_rows = num_rows
+        self.slots = slots
+
+    @cached_property
+    def gains(self) -> Floats:
+        """float64 [M], expected accepted tokens, in this round's trees, of each proposal, descending; none of
+        proposals that are too deep for it, and only good for the next."""
+        return self._gains() if callable(self._gains) else self._gains
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ class DraftMethod(ABC):
     """
 
     name: str
+    is_trained = False  # its weights (draft.NAME.model) belong to one target
     is_free = False  # `expand` costs nothing worth measuring: it is always run, and never forecast
     needs: HiddenNeeds = NO_HIDDEN_ROWS
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from outrider.configs.schema import Config
+from outrider.workers.drafting.eagle3 import Eagle3Method
+from outrider.workers.drafting.medusa import MedusaMethod
 from outrider.workers.drafting.method import DraftMethod
 from outrider.workers.drafting.model import ModelMethod
 from outrider.workers.drafting.ngram import NgramMethod
 from outrider.workers.sequences.hidden import all_layers
 from outrider.workers.weights.config import ModelConfig
 
-METHODS: dict[str, type[DraftMethod]] = {method.name: method for method in (NgramMethod, ModelMethod)}
+METHODS: dict[str, type[DraftMethod]] = {
+    method.name: method for method in (NgramMethod, ModelMethod, MedusaMethod, Eagle3Method)
+}
 
 
 def layers_needed(config: Config, target: ModelConfig) -> tuple[int, ...]:

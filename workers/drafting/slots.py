@@ -33,6 +33,7 @@ class DraftedSlots:
         self.max_nodes, self.max_depth, self.num_remaining, self.num_tokens = (
             np.zeros(num_slots, dtype=np.int64) for _ in range(4)
         )
+        self._round_depths, self._growth_depths = (np.zeros(num_slots, dtype=np.int64) for _ in range(2))
         self.recent = np.zeros((num_slots, num_recent), dtype=np.int64)
 
     def __len__(self) -> int:
@@ -67,11 +68,11 @@ class DraftedSlots:
     def round_depths(self, slots: Ints) -> Ints:
         """[B]: the deepest node that a round may verify: it emits one token more than it accepts, so the last
         token needs no draft."""
-        return np.minimum(self.max_depth[slots], self.num_remaining[slots] - 1)
+        return self._round_depths[slots]
 
     def growth_depths(self, slots: Ints) -> Ints:
         """[B]: the deepest node worth having: a path of this round, the token after it, a path of the next."""
-        return np.minimum(2 * self.max_depth[slots] + 1, self.num_remaining[slots] - 1)
+        return self._growth_depths[slots]
 
     def open_nodes(self, slots: Ints, depths: Ints) -> Bools:
         """[B, width]: nodes above these depths, whose children may be proposed."""
@@ -79,5 +80,12 @@ class DraftedSlots:
         return self.trees.exists(slots, width) & (self.trees.depths[slots, :width] < depths[:, None])
 
     def _count(self, sequence: Sequence) -> None:
-        self.num_remaining[sequence.slot] = sequence.num_remaining
-        self.num_tokens[sequence.slot] = len(sequence.tokens)
+        slot, max_depth, num_remaining = (
+            sequence.slot,
+            sequence.request.draft.max_depth,
+            sequence.num_remaining,
+        )
+        self.num_remaining[slot] = num_remaining
+        self.num_tokens[slot] = len(sequence.tokens)
+        self._round_depths[slot] = min(max_depth, num_remaining - 1)
+        self._growth_depths[slot] = min(2 * max_depth + 1, num_remaining - 1)

@@ -35,6 +35,7 @@ from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.page_tables import PageTables
 from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.timing import stopwatch_of
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.random_source import tensor_shapes
@@ -237,7 +238,7 @@ def median_product_s(setting: Setting, matrices: Sequence[DenseLinear], x: Tenso
 def sampling(setting: Setting, vocab_size: int) -> list[Row]:
     """A round's sampling from logits on the device to tokens on the host, sorted by what is asked for."""
     kernels: KernelSelection = ALL_KERNELS if setting.on_gpu else REFERENCES
-    sampler = Sampler(vocab_size, range(vocab_size), SoloCommunicator(), kernels)
+    sampler = Sampler(vocab_size, VocabularyRange(0, vocab_size), SoloCommunicator(), kernels)
     asked = {
         "greedy": SamplingParams(temperature=0.0),
         "temperature 1": SamplingParams(temperature=1.0, seed=1),

@@ -137,13 +137,6 @@ class Deployment:
             run.result(self.limit_s)
 
 
-def start_draft(config: Config, gpus: Sequence[int] = (), limit_s: float = CALL_S) -> WorkerProcess:
-    """A DraftWorker that has loaded its model."""
-    draft = WorkerProcess(DraftWorker, config, tuple(gpus), limit_s=limit_s)
-    draft.call("load", silent)
-    return draft
-
-
 @contextmanager
 def deployed(config: Config, gpus: Sequence[int] = (), limit_s: float = CALL_S) -> Iterator[Deployment]:
     """Processes of a configuration, ready for requests; they are gone when the block ends.

@@ -61,7 +61,7 @@ class ForwardBatch:
 
 def num_mask_words(tree_lens: Int64Array) -> int:
     """Words of an ancestor mask for the longest of these trees."""
-    return max(1, -(-int(tree_lens.max(initial=0)) // MASK_WORD_BITS))
+    return max(1, -(-max(tree_lens.tolist(), default=0) // MASK_WORD_BITS))
 
 
 def ancestor_masks(parents: Int64Array, bits: Int64Array, num_words: int) -> UInt64Array:
@@ -94,12 +94,12 @@ def depths_of(masks: UInt64Array) -> Int64Array:
 
 def build_batch(tables: PageTables, rows: TreeRows, device: torch.device) -> ForwardBatch:
     """Lays the queries of all sequences out for one forward; the tables hold pages for all their rows."""
-    slots_of_rows = rows.slots.repeat(rows.query_lens)
     contexts_of_rows = rows.context_lens.repeat(rows.query_lens)
     num_pages = tables.num_pages[rows.slots]
-    num_rows = rows.context_lens + rows.tree_lens
-    assert not np.count_nonzero(num_pages * tables.page_size < num_rows), "too few pages for the rows"
-    kv_rows = tables.kv_rows(slots_of_rows, contexts_of_rows + rows.tree_rows)
+    assert not np.count_nonzero(num_pages * tables.page_size < rows.context_lens + rows.tree_lens), (
+        "too few pages"
+    )
+    kv_rows = tables.kv_rows(rows.slots.repeat(rows.query_lens), contexts_of_rows + rows.tree_rows)
     query_indptr = np.zeros(len(rows.slots) + 1, dtype=np.int32)
     rows.query_lens.cumsum(out=query_indptr[1:])
     on_host = device.type == "cpu"
@@ -108,7 +108,7 @@ def build_batch(tables: PageTables, rows: TreeRows, device: torch.device) -> For
         return torch.from_numpy(array) if on_host else torch.from_numpy(array).to(device)
 
     tree = TreeBatch(
-        page_table=tensor(tables.page_table[rows.slots, : int(num_pages.max())]),
+        page_table=tensor(tables.page_table[rows.slots, : max(num_pages.tolist(), default=0)]),
         context_lens=tensor(rows.context_lens.astype(np.int32)),
         tree_lens=tensor(rows.tree_lens.astype(np.int32)),
         query_indptr=tensor(query_indptr),

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.gather_rows import gather_rows
-from outrider.workers.model.vocabulary import VocabularyRange
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.weights.source import WeightSource
+from outrider.workers.weights.tensors import EMBEDDING
 
 
 class Embedding(Protocol):
@@ -47,3 +48,13 @@ class StoredEmbedding:
 
     def rows(self, columns: Tensor, use_kernel: bool) -> Tensor:
         return self._source.read_rows(self._name, self.vocabulary.ids(columns), self._dtype)
+
+
+def embedding_of(source: WeightSource, dtype: torch.dtype, device: torch.device) -> Embedding:
+    """A model's whole embedding, for who has none of its other weights: on a CPU it stays in the checkpoint, of which
+    a drafter needs a few rows at a time; on a GPU it is in its memory."""
+    ids = VocabularyRange(0, source.config.vocab_size)
+    if device.type == "cpu":
+        return StoredEmbedding(source, EMBEDDING, ids, dtype)
+    every = slice(None)
+    return MatrixEmbedding(source.read(EMBEDDING, every, every, dtype).to(device), ids)

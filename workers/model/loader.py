@@ -12,10 +12,10 @@ from outrider.workers.model.head import Head, LinearHead
 from outrider.workers.model.linear import Linear, PackedLinear, make_linear
 from outrider.workers.model.mlp import GatedMlp, Mlp
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.vocabulary import VocabularyRange
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.weights.config import DenseMlp
 from outrider.workers.weights.source import WeightSource
-from outrider.workers.weights.tensors import EMBEDDING, HEAD
+from outrider.workers.weights.tensors import EMBEDDING, FINAL_NORM, HEAD
 
 ALL = slice(None)
 READ_CHUNK_BYTES = 64 << 20
@@ -77,6 +77,7 @@ def load_weights(
     device: torch.device,
     packed: bool,
     progress: Callable[[int], None] = ignore_bytes,
+    head: Head | None = None,
 ) -> ModelWeights:
     """Reads one rank's weights, the largest matrix first, so that the peak is their size plus one matrix.
 
@@ -85,6 +86,7 @@ def load_weights(
         dtype: of weights and activations.
         packed: keep matrices in the processor's blocked layout (CPU only).
         progress: called with the bytes of each weight read.
+        head: instead of the model's own, which is then not read; None: its own.
 
     Raises:
         ValueError: a weight is missing.
@@ -92,11 +94,16 @@ def load_weights(
     loader = WeightLoader(plan, source, dtype, device, packed, progress)
     tied = plan.config.tied_embeddings
     ids = VocabularyRange(plan.vocab.start, plan.vocab.stop)
-    matrix = loader.vocabulary_matrix(EMBEDDING if tied else HEAD)
-    linear = loader.linear(matrix, NO_BIAS)
-    if not tied:
-        del matrix  # it may be as large as all layers together: not beside the next one
+    if head is None:
+        matrix = loader.vocabulary_matrix(EMBEDDING if tied else HEAD)
+        linear = loader.linear(matrix, NO_BIAS)
+        head = LinearHead(linear, ids)
+        if not tied:
+            del matrix  # it may be as large as all layers together: not beside the next one
+            matrix = loader.vocabulary_matrix(EMBEDDING)
+    else:
         matrix = loader.vocabulary_matrix(EMBEDDING)
+        linear = None
     embedding: Embedding = MatrixEmbedding(matrix, ids)
     if tied and isinstance(linear, PackedLinear):
         embedding = StoredEmbedding(source, EMBEDDING, ids, dtype)
@@ -107,8 +114,8 @@ def load_weights(
         device=device,
         embedding=embedding,
         layers=tuple(loader.layer(index) for index in range(plan.config.num_layers)),
-        final_norm=loader.vector("model.norm.weight", ALL),
-        head=LinearHead(linear, ids),
+        final_norm=loader.vector(FINAL_NORM, ALL),
+        head=head,
     )
 
 

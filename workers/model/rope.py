@@ -1,15 +1,33 @@
 """Rotary position embedding: frequencies per kind of scaling, cos and sin per position."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from outrider.workers.weights.config import ModelConfig, Rope, hf_rope_parameters
+from outrider.workers.weights.config import Rope, hf_rope_parameters
+
+
+class RopeSizes(Protocol):
+    """What frequencies depend on besides `Rope`: of a model, or of an EAGLE-3 drafter."""
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def num_heads(self) -> int: ...
+
+    @property
+    def max_context(self) -> int: ...
 
 
 class RotaryEmbedding:
     """cos and sin of every position a batch asks for (Su et al., arXiv:2104.09864)."""
 
-    def __init__(self, config: ModelConfig, rope: Rope, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: RopeSizes, rope: Rope, dtype: torch.dtype, device: torch.device) -> None:
         frequencies, self.attention_factor = rope_frequencies(config, rope)
         self.inverse_frequencies = frequencies.to(device)  # [head_dim / 2]
         self.dtype = dtype
@@ -23,7 +41,7 @@ class RotaryEmbedding:
         return cos.to(self.dtype), sin.to(self.dtype)
 
 
-def rope_frequencies(config: ModelConfig, rope: Rope) -> tuple[Tensor, float]:
+def rope_frequencies(config: RopeSizes, rope: Rope) -> tuple[Tensor, float]:
     """Radians per position of each pair of dimensions, float32 [head_dim / 2], and a factor on cos and sin.
 
     Scaled frequencies are computed by transformers itself: a last bit more is 3e-5 radians at position 1000.
@@ -41,7 +59,7 @@ def rope_frequencies(config: ModelConfig, rope: Rope) -> tuple[Tensor, float]:
 class _Described:
     """What transformers' initialisers read of a configuration. A real one costs 4 s and 150 MB to import."""
 
-    def __init__(self, config: ModelConfig, rope: Rope) -> None:
+    def __init__(self, config: RopeSizes, rope: Rope) -> None:
         self.head_dim = config.head_dim
         self.hidden_size = config.hidden_size
         self.num_attention_heads = config.num_heads

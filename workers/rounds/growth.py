@@ -13,7 +13,7 @@ from outrider.workers.drafting.method import DraftMethod, Forecast
 from outrider.workers.rounds.budget import CostModel
 from outrider.workers.rounds.scheduler import PlannedStep, Scheduler
 from outrider.workers.sequences.sequence import Sequence
-from outrider.workers.sequences.tree import Bools, DraftTrees, Ints, Offers
+from outrider.workers.sequences.tree import DraftTrees, Ints, Offers
 from outrider.workers.trace import Tracer
 
 
@@ -34,7 +34,8 @@ class _Drafted:
     indices: list[int]  # among the round's steps
     slots: Ints  # [B]
     max_depths: Ints  # [B] of nodes that the round may verify
-    started_afresh: Bools  # [B] the tree was a root when drafting began
+    max_nodes: Ints  # [B] drafted nodes that the round may verify
+    afresh: Ints  # [b] indices of the trees that were roots when drafting began
     num_base_rows: int  # rows of the round without any tree
     num_sampling: (
         int  # sequences that get a token of the target's own; the others are in the middle of a prompt
@@ -150,7 +151,8 @@ class TreeGrower:
             indices=indices,
             slots=slots,
             max_depths=self.drafting.slots.round_depths(slots),
-            started_afresh=self.drafting.trees.num_nodes[slots] == 1,
+            max_nodes=self.drafting.slots.max_nodes[slots],
+            afresh=(self.drafting.trees.num_nodes[slots] == 1).nonzero()[0],
             num_base_rows=sum([step.chain_length for step in steps]),
             num_sampling=sum([step.reaches_end for step in steps]),
             begun=self._clock(),
@@ -172,8 +174,7 @@ class TreeGrower:
 
     def _offers(self, drafted: _Drafted) -> Offers:
         """The draft nodes that a round may verify."""
-        slots = drafted.slots
-        return self.drafting.trees.offers(slots, drafted.max_depths, self.drafting.slots.max_nodes[slots])
+        return self.drafting.trees.offers(drafted.slots, drafted.max_depths, drafted.max_nodes)
 
     def _next_step(self, drafted: _Drafted) -> tuple[DraftMethod, Forecast] | None:
         """The step that saves most, and what it would do; None if none pays."""
@@ -205,14 +206,14 @@ class TreeGrower:
 
     def _filling_step(self, drafted: _Drafted) -> tuple[DraftMethod, Forecast] | None:
         """Under a fixed budget what survived a verdict is sent at once; trees that were started afresh are filled."""
-        slots = drafted.slots[drafted.started_afresh]
-        if not len(slots):
+        if not len(drafted.afresh):
             return None
-        num_offered = self.drafting.trees.count_offers(slots, drafted.max_depths[drafted.started_afresh])
+        num_offered = self.drafting.trees.count_offers(drafted.slots, drafted.max_depths)
+        unfilled = drafted.afresh[(num_offered < drafted.max_nodes)[drafted.afresh]]
+        if not len(unfilled):
+            return None
         is_unfilled = np.zeros(len(self.drafting.slots), dtype=np.bool_)
-        is_unfilled[slots] = num_offered < self.drafting.slots.max_nodes[slots]
-        if not np.count_nonzero(is_unfilled):
-            return None
+        is_unfilled[drafted.slots[unfilled]] = True
         forecasts = self.drafting.forecasts(drafted.slots)
         return next(((m, f) for m, f in forecasts if np.count_nonzero(is_unfilled[f.slots])), None)
 

@@ -144,7 +144,7 @@ def _emit(sequence: Sequence, verdicts: _Verdicts, index: int) -> TokenEvent:
     logprobs: tuple[TokenLogprobs, ...] = ()
     if sampling.logprobs:
         logprobs = verdicts.logprobs(index, len(tokens), sampling.top_logprobs)
-    origins = tuple(_ORIGINS[origin] for origin in verdicts.origins[index][: len(tokens)])
+    origins = tuple(map(_ORIGINS.__getitem__, verdicts.origins[index][: len(tokens)]))
     return TokenEvent(sequence.id, tuple(tokens), origins, logprobs, finish_reason, error, sequence.stats)
 
 

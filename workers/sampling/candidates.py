@@ -8,10 +8,12 @@ more logits.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.token_rows import count_true, parts_of_rows
+from outrider.kernels.shard_logits import ShardLogits
+from outrider.kernels.token_rows import UInt64Array, count_true, ids_of, parts_of_rows
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.context import RowParameters
 from outrider.workers.sampling.law import Nuclei, nuclei
@@ -20,6 +22,7 @@ from outrider.workers.sampling.shards import Shard
 _FIRST_COUNT = 128  # logits a rank sends per row at first: most nuclei of 0.95 are smaller
 _SMALL_VOCABULARY = 512  # of which a rank sends all it has
 _GROWTH = 8
+_SURE = 1e-4  # distance from the edge of a nucleus, many times the rounding of float32 sums
 
 
 def kept_tokens(
@@ -81,6 +84,31 @@ def kept_tokens(
         pending = np.concatenate(unfinished)
         count *= _GROWTH
     return result
+
+
+def best_if_kept(
+    shard: ShardLogits, rows: Int64Array, maxima: Float32Array, params: RowParameters
+) -> tuple[UInt64Array, npt.NDArray[np.bool_]]:
+    """The token that would win if nothing were removed, and whether top-p and min-p surely keep it: then it wins.
+
+    Most do, and that is seen without ordering anything. Rows with top-k are never sure.
+
+    Args: as in `kept_tokens`; `shard` has the whole vocabulary.
+
+    Returns:
+        uint64 [n], packed with its score; bool [n].
+    """
+    temperatures = params.temperatures[rows]
+    best = shard.best(rows, temperatures, params.keys[rows], 1)[:, 0]
+    logits = shard.logits(rows, ids_of(best))
+    sums, sums_from = shard.masses_from(rows, maxima, temperatures, logits)
+    x = (logits - maxima) / temperatures
+    limits = np.where(params.top_p[rows] < 1.0, params.top_p[rows] * (1.0 - _SURE), np.inf)
+    is_sure = sums_from - np.exp(x) < limits * sums
+    with np.errstate(divide="ignore"):
+        is_sure &= x * (1.0 + _SURE) - _SURE >= np.log(params.min_p[rows])
+    is_sure &= params.top_k[rows] == 0
+    return best, is_sure
 
 
 def _pack(sums: np.ndarray, logits: Float32Array, count: int) -> Float32Array:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
+from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.token_rows import count_true, exponentials
 from outrider.workers.sampling.context import RowParameters, SampledRows
 from outrider.workers.sequences.params import SamplingParams
@@ -43,32 +44,33 @@ _NO_ROWS = torch.empty(0, dtype=torch.int64)
 NO_EDITS = Edits(_NO_ROWS, _NO_ROWS, torch.empty(0))
 
 
-def edit_rows(logits: torch.Tensor, groups: Sequence[SampledRows], vocab_offset: int) -> Edits:
+def edit_rows(logits: torch.Tensor, groups: Sequence[SampledRows], shard_ids: ShardIds) -> Edits:
     """Apply logit bias and penalties in place, where the logits are: only what is edited is brought to the host.
 
     Args:
-        logits: float32 [num_rows, shard_size]; column 0 is token `vocab_offset`.
+        logits: float32 [num_rows, shard_size].
+        shard_ids: the token of each column; what is to be done to others is left to who has them, if anybody.
         groups: what the rows are sampled for, in their order.
     """
     editing, end = [], 0
     for group in groups:
         first, end = end, end + len(group.positions)
         if group.params.edits_logits and len(group.positions):
-            tokens = _EditedTokens(group, vocab_offset, logits.shape[1])
-            if len(tokens.local_ids):
+            tokens = _EditedTokens(group, shard_ids)
+            if len(tokens.columns):
                 editing.append((tokens, first, end))
     if not editing:
         return NO_EDITS
     rows = torch.from_numpy(
-        np.concatenate([np.repeat(np.arange(a, b), len(t.local_ids)) for t, a, b in editing])
+        np.concatenate([np.repeat(np.arange(a, b), len(t.columns)) for t, a, b in editing])
     ).to(logits.device)
-    columns = torch.from_numpy(np.concatenate([np.tile(t.local_ids, b - a) for t, a, b in editing]))
-    columns = (columns - vocab_offset).to(logits.device)
+    columns = torch.from_numpy(np.concatenate([np.tile(t.columns, b - a) for t, a, b in editing]))
+    columns = columns.to(logits.device)
     original = logits[rows, columns]
     edited = original.cpu().numpy().copy()
     at = 0
     for tokens, first, end in editing:
-        size = (end - first) * len(tokens.local_ids)
+        size = (end - first) * len(tokens.columns)
         tokens.edit(edited[at : at + size].reshape(end - first, -1))
         at += size
     logits[rows, columns] = torch.from_numpy(edited).to(logits.device)
@@ -78,23 +80,24 @@ def edit_rows(logits: torch.Tensor, groups: Sequence[SampledRows], vocab_offset:
 class _EditedTokens:
     """The tokens of one shard that a group's parameters edit: those of the context first, then others with a bias."""
 
-    def __init__(self, group: SampledRows, first: int, size: int) -> None:
+    def __init__(self, group: SampledRows, shard_ids: ShardIds) -> None:
         self._params = params = group.params
         ids = np.zeros(0, dtype=np.int64)
         if params.uses_context:
             ids, self._counts, self._seen = group.penalties.along(group.paths or [()] * len(group.positions))
         bias_ids = np.array([token for token, _ in params.logit_bias], dtype=np.int64)
         all_ids = np.concatenate([ids, bias_ids[~np.isin(bias_ids, ids)]])
-        local = (all_ids >= first) & (all_ids < first + size)
-        self.local_ids = all_ids[local]
+        local = shard_ids.are_here(all_ids)
+        self._local_ids = all_ids[local]
+        self.columns = shard_ids.columns(self._local_ids)
         if params.uses_context:
             self._counts, self._seen = self._counts[:, local[: len(ids)]], self._seen[:, local[: len(ids)]]
 
     def edit(self, logits: Float32Array) -> None:
-        """`logits` [num_rows, num_local_ids], in place."""
+        """`logits` [num_rows, num_columns], in place."""
         bias = dict(self._params.logit_bias)
         if bias:
-            logits += np.array([bias.get(token, 0.0) for token in self.local_ids.tolist()], dtype=np.float32)
+            logits += np.array([bias.get(token, 0.0) for token in self._local_ids.tolist()], dtype=np.float32)
         if self._params.uses_context:
             context = logits[:, : self._counts.shape[1]]
             np.copyto(context, _penalised(context, self._counts, self._params), where=self._seen)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Int64Array
+from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.token_rows import LOWEST, unpack_tokens
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.shards import Shard
@@ -44,7 +45,7 @@ class RawLogprobs(NamedTuple):
 
 def raw_logprobs(
     shard: Shard,
-    vocab_range: range,
+    shard_ids: ShardIds,
     tokens: Int64Array,
     asking: Int64Array,
     num_top: int,
@@ -55,7 +56,7 @@ def raw_logprobs(
     """Log-probabilities and entropies; one exchange if anything is asked. Arguments are the same on every rank.
 
     Args:
-        shard: this rank's logits as the model gave them, of the token ids `vocab_range`.
+        shard: this rank's logits as the model gave them, of the tokens `shard_ids`.
         tokens: int64 [num_rows], sampled from each row.
         asking: int64, rows whose sampled token and `num_top` likeliest are to be reported.
         num_top: at most the vocabulary.
@@ -79,7 +80,7 @@ def raw_logprobs(
     rows, of_each = np.unique(all_rows, return_inverse=True)
     parts = [
         _sums(shard, rows, with_entropy=len(entropic) > 0).ravel(),
-        _chosen_logits(shard, vocab_range, chosen_rows, chosen),
+        _chosen_logits(shard, shard_ids, chosen_rows, chosen),
         _likeliest(shard, asking, num_top).ravel(),
     ]
     message = torch.from_numpy(np.concatenate(parts))
@@ -113,11 +114,11 @@ def _sums(shard: Shard, rows: Int64Array, with_entropy: bool) -> npt.NDArray[np.
 
 
 def _chosen_logits(
-    shard: Shard, vocab_range: range, rows: Int64Array, tokens: Int64Array
+    shard: Shard, shard_ids: ShardIds, rows: Int64Array, tokens: Int64Array
 ) -> npt.NDArray[np.float64]:
-    """[n]; -inf where a token belongs to another rank."""
+    """[n]; -inf where a token is not in this shard."""
     logits = np.full(len(tokens), -np.inf)
-    own = np.flatnonzero((tokens >= vocab_range.start) & (tokens < vocab_range.stop))
+    own = np.flatnonzero(shard_ids.are_here(tokens))
     logits[own] = shard.logits(rows[own], tokens[own])
     return logits
 

@@ -19,15 +19,17 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import ShardLogits
 from outrider.kernels.selection import REFERENCES, KernelSelection
+from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.shard_logits import DENSE, ShardLogits
 from outrider.kernels.token_rows import REMOVED, UInt64Array, ids_of
 from outrider.workers.link.communicator import Communicator
-from outrider.workers.sampling.candidates import kept_tokens
+from outrider.workers.sampling.candidates import best_if_kept, kept_tokens
 from outrider.workers.sampling.context import RowParameters, SampledRows
 from outrider.workers.sampling.law import MAX_LOGIT, Edits, edit_rows
 from outrider.workers.sampling.logprobs import NO_QUESTIONS, LawQuestions, raw_logprobs
 from outrider.workers.sampling.shards import DeviceShard, Shard
+from outrider.workers.sequences.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -74,23 +76,30 @@ class _Edited:
 
 
 class Sampler:
-    """Samples from logits of which this rank has the token ids `vocab_range`.
+    """Samples from logits of which this rank has those of a `vocabulary`.
 
-    The ranges of the ranks ascend with the rank and cover the vocabulary.
+    Together the ranks have all tokens that there are to choose from, in ascending order with the rank: those of the
+    target, or the few that a drafter's head kept. p̃ is a law over these alone, whatever a request says of others;
+    the noise belongs to token ids, so a token has the same noise in every vocabulary.
     """
 
     def __init__(
         self,
         vocab_size: int,
-        vocab_range: range,
+        vocabulary: Vocabulary,
         communicator: Communicator,
         kernels: KernelSelection = REFERENCES,
     ) -> None:
-        """`kernels`: with `sample_shard` rows are sampled where the logits are, else on the host."""
-        assert 0 <= vocab_range.start < vocab_range.stop <= vocab_size
-        assert communicator.size > 1 or vocab_range == range(vocab_size)
+        """
+        Args:
+            vocab_size: tokens of all ranks.
+            vocabulary: of this rank; where the logits will be, if it is a table.
+            kernels: with `sample_shard` rows are sampled where the logits are, else on the host.
+        """
+        assert 0 < len(vocabulary) <= vocab_size
+        assert communicator.size > 1 or len(vocabulary) == vocab_size
         self._vocab_size = vocab_size
-        self._first, self._end = vocab_range.start, vocab_range.stop
+        self._ids = ShardIds(vocabulary.ids(torch.arange(len(vocabulary))))
         self._communicator = communicator
         self._kernels = kernels
 
@@ -101,7 +110,7 @@ class Sampler:
         """Sample one token per row.
 
         Args:
-            logits: float32 [num_rows, end - first], straight from the model. Edited while this runs, and as
+            logits: float32 [num_rows, len(vocabulary)], straight from the model. Edited while this runs, and as
                 before when it returns.
             groups: what the rows are to be sampled for, in their order; the same on every rank.
             questions: what else is to be known of the model's own law; the same on every rank.
@@ -112,7 +121,8 @@ class Sampler:
         if len(batch.whole):
             best[batch.whole], valid[batch.whole] = _best_whole(batch, 1)[:, 0], True
         if len(batch.truncated):
-            best[batch.truncated], valid[batch.truncated] = self._best_kept(batch, 1)[0][:, 0], True
+            valid[batch.truncated] = True
+            self._choose_kept(batch, best)
         if self._communicator.size > 1:
             message = torch.from_numpy(best.view(np.int64))
             best = self._communicator.all_gather(message).numpy().view(np.uint64).min(axis=0)
@@ -121,7 +131,7 @@ class Sampler:
         shard = self._shard(batch.logits) if len(batch.edits.rows) else batch.shard
         raw = raw_logprobs(
             shard,
-            range(self._first, self._end),
+            self._ids,
             tokens,
             np.flatnonzero(batch.params.logprobs),
             batch.params.max_top_logprobs,
@@ -137,7 +147,7 @@ class Sampler:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The `num` best tokens of each row by log p̃ + G, for drafting: the first is what `sample` returns.
 
-        Needs the whole vocabulary on this rank.
+        Needs all tokens on this rank.
 
         Args:
             logits: float32 [num_rows, vocab_size]; edited while this runs, and as before when it returns.
@@ -154,7 +164,7 @@ class Sampler:
         assert num <= self._vocab_size
         batch = self._edit(logits, groups)
         ids = np.empty((len(batch.maxima), num), dtype=np.int64)
-        ids[:] = np.arange(num)
+        ids[:] = self._ids.all[:num]
         log_probs = np.full(ids.shape, -np.inf, dtype=np.float32)
         temperatures = batch.params.temperatures
         temperatures = temperatures + (temperatures == 0.0)
@@ -166,16 +176,18 @@ class Sampler:
             )
         if len(batch.truncated):
             rows = batch.truncated
-            ids[rows], log_probs[rows] = _law_of_best(batch, rows, *self._best_kept(batch, num), temperatures)
+            ids[rows], log_probs[rows] = _law_of_best(
+                batch, rows, *self._best_kept(batch, rows, num), temperatures
+            )
         batch.edits.undo(batch.logits)
         return torch.from_numpy(ids), torch.from_numpy(log_probs)
 
     def _edit(self, logits: torch.Tensor, groups: Sequence[SampledRows]) -> _Edited:
         params = RowParameters(groups)
-        assert logits.shape == (params.num_rows, self._end - self._first)
+        assert logits.shape == (params.num_rows, len(self._ids))
         if not self._kernels.sample_shard:
             logits = logits.cpu().contiguous()
-        edits = edit_rows(logits, groups, self._first)
+        edits = edit_rows(logits, groups, self._ids)
         shard = self._shard(logits)
         maxima = shard.maxima(np.arange(params.num_rows))
         if self._communicator.size > 1:
@@ -187,12 +199,25 @@ class Sampler:
 
     def _shard(self, logits: torch.Tensor) -> Shard:
         if self._kernels.sample_shard:
-            return DeviceShard(logits, self._first, self._kernels)
-        return ShardLogits(logits, self._first)
+            return DeviceShard(logits, self._ids, self._kernels)
+        return ShardLogits(logits, self._ids)
 
-    def _best_kept(self, batch: _Edited, num: int) -> tuple[UInt64Array, npt.NDArray[np.float64]]:
-        """Of the truncated rows [n, num] packed tokens with their scores, and [n] the masses of what is kept."""
-        rows, params = batch.truncated, batch.params
+    def _choose_kept(self, batch: _Edited, best: UInt64Array) -> None:
+        """The packed tokens of truncated rows, into best [num_rows]."""
+        rows, shard = batch.truncated, batch.shard
+        if (
+            isinstance(shard, ShardLogits) and self._communicator.size == 1 and self._vocab_size <= DENSE
+        ):  # whole rows are here, and cheap to look at
+            best[rows], is_sure = best_if_kept(shard, rows, batch.maxima[rows], batch.params)
+            rows = rows[~is_sure]
+        if len(rows):
+            best[rows] = self._best_kept(batch, rows, 1)[0][:, 0]
+
+    def _best_kept(
+        self, batch: _Edited, rows: Int64Array, num: int
+    ) -> tuple[UInt64Array, npt.NDArray[np.float64]]:
+        """Of truncated rows [n, num] packed tokens with their scores, and [n] the masses of what is kept."""
+        params = batch.params
         kept = kept_tokens(
             batch.shard, rows, batch.maxima[rows], params, self._vocab_size, self._communicator
         )

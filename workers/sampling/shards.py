@@ -17,7 +17,8 @@ from outrider.kernels.gather_rows import gather_rows
 from outrider.kernels.noise import Float32Array, Int64Array, UInt32Array
 from outrider.kernels.sample_shard import sample_shard
 from outrider.kernels.selection import KernelSelection
-from outrider.kernels.token_rows import LOWEST, UInt64Array, pack_tokens, removed_by_id
+from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.token_rows import LOWEST, UInt64Array, ids_of, pack_tokens, removed_by_id, with_ids
 
 
 class Shard(Protocol):
@@ -81,15 +82,15 @@ class Shard(Protocol):
 class DeviceShard:
     """A shard that stays on its device. `logits` [num_rows, shard_size] must not change while this is in use."""
 
-    def __init__(self, logits: torch.Tensor, vocab_offset: int, kernels: KernelSelection) -> None:
+    def __init__(self, logits: torch.Tensor, shard_ids: ShardIds, kernels: KernelSelection) -> None:
         """`kernels`: has `sample_shard`."""
         assert kernels.sample_shard
         self._logits = logits
-        self._first, self._end = vocab_offset, vocab_offset + logits.shape[1]
+        self._ids = shard_ids
         self._kernels = kernels
 
     def logits(self, rows: Int64Array, ids: Int64Array) -> Float32Array:
-        return self._logits[self._tensor(rows), self._tensor(ids - self._first)].cpu().numpy()
+        return self._logits[self._tensor(rows), self._tensor(self._ids.columns(ids))].cpu().numpy()
 
     def maxima(self, rows: Int64Array) -> Float32Array:
         return self._rows(rows).amax(dim=1).cpu().numpy()
@@ -111,12 +112,13 @@ class DeviceShard:
 
     def top(self, rows: Int64Array, count: int) -> UInt64Array:
         part = self._rows(rows)
-        # `pack_tokens` upside down, so that it fits into a signed integer: no two are equal.
+        # `pack_tokens` upside down, so that it fits into a signed integer, of columns: no two are equal.
         bits = (part + 0.0).view(torch.int32)  # -0.0 becomes 0.0
         rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() * 2**32
-        rising += 0xFFFFFFFF - torch.arange(self._first, self._end, device=part.device)
+        rising += 0xFFFFFFFF - torch.arange(part.shape[1], device=part.device)
         largest = rising.topk(min(count, part.shape[1]), dim=1).values.cpu().numpy()
-        return np.uint64(2**63 - 1) - largest.view(np.uint64)
+        packed = np.uint64(2**63 - 1) - largest.view(np.uint64)
+        return with_ids(packed, self._ids.of(ids_of(packed)))
 
     def best(
         self, rows: Int64Array, temperatures: Float32Array, keys: UInt32Array, count: int
@@ -142,16 +144,20 @@ class DeviceShard:
         self, part: torch.Tensor, temperatures: Float32Array, keys: UInt32Array, count: int
     ) -> UInt64Array:
         """The best of all rows of `part`, which for more than one winner is used up."""
-        values, ids = [], []
+        values, columns = [], []
         for remaining in reversed(range(count)):
-            sample = sample_shard(part, temperatures, keys, self._first, use_kernel=True)
+            sample = sample_shard(part, temperatures, keys, self._ids, use_kernel=True)
             values.append(sample.values)
             # Where nothing is left there is no best token; it must not make the device write out of bounds.
-            ids.append(sample.ids.clamp(self._first, self._end - 1))
+            columns.append(self._columns(sample.ids).clamp_(0, part.shape[1] - 1))
             if remaining:  # the winner leaves, the next one is sought
-                part.scatter_(1, ids[-1][:, None] - self._first, -torch.inf)
-        packed = pack_tokens(torch.stack(values, 1).cpu().numpy(), torch.stack(ids, 1).cpu().numpy())
-        return removed_by_id(packed, self._first)
+                part.scatter_(1, columns[-1][:, None], -torch.inf)
+        ids = self._ids.of(torch.stack(columns, 1).cpu().numpy())
+        return removed_by_id(pack_tokens(torch.stack(values, 1).cpu().numpy(), ids), self._ids.all)
+
+    def _columns(self, ids: torch.Tensor) -> torch.Tensor:
+        table = self._ids.table
+        return torch.searchsorted(table, ids) if len(table) else ids - self._ids.first
 
     def _rows(self, rows: Int64Array) -> torch.Tensor:
         if np.array_equal(rows, np.arange(len(self._logits))):

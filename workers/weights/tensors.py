@@ -8,6 +8,7 @@ from outrider.workers.weights.config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"
 
 # Derived from the configuration: old checkpoints carry them, transformers ignores them as well.
 _HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -44,7 +45,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         EMBEDDING: (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
+        FINAL_NORM: (hidden,),
     }
     if not config.tied_embeddings:
         shapes[HEAD] = (config.vocab_size, hidden)

@@ -1,7 +1,6 @@
 """Text to token ids and back, for every kind of checkpoint."""
 
 import codecs
-from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -104,7 +103,7 @@ def same_tokenizer(target: PreTrainedTokenizerFast, drafter: PreTrainedTokenizer
 class IncrementalDecoder:
     """Text of a growing token sequence, never half a character.
 
-    What `push` and `add` return, followed by `finish`, is `tokenizer.decode(ids, skip_special_tokens=...)`; but
+    What `add` returns, followed by `finish`, is `tokenizer.decode(ids, skip_special_tokens=...)`; but
     bytes that are no UTF-8 become one U+FFFD for each broken character, also with tokenizers that write one for
     each byte and lose the good characters beside them (the byte fallback of Llama 2's).
     """
@@ -121,10 +120,6 @@ class IncrementalDecoder:
         # Not byte level: tokens whose text is not complete, after those that give them context.
         self._window: list[int] = []
         self._num_shown = 0
-
-    def push(self, ids: Sequence[int]) -> str:
-        """Text that these tokens complete."""
-        return "".join(self.add(token) for token in ids)
 
     def add(self, token: int) -> str:
         """Text that this token completes; empty in the middle of a character."""

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from outrider.cluster.bench.first_token import check_first_tokens
-from outrider.cluster.bench.identity import Answer, Question, check_identity, explain
+from outrider.cluster.bench.identity import Question, check_identity, explain
 from outrider.cluster.bench.runner import EncodedPrompt
 from outrider.kernels.noise import gumbel
+from outrider.workers.answer import Completion
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request
 from outrider.workers.weights.reference import load_transformers
@@ -29,7 +30,7 @@ class LocalAnswerer:
         self._engine = engine
         self._num_asked = 0
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Question]) -> list[Completion]:
         requests = []
         for question in questions:
             self._num_asked += 1
@@ -37,11 +38,10 @@ class LocalAnswerer:
             requests.append(Request(f"r{self._num_asked}", question.prompt_tokens, question.sampling, draft))
         events = self._engine.generate(requests)
         return [
-            Answer(
+            Completion(
                 tokens=tuple(output_tokens(events[request.id])),
                 logprobs=tuple(logprob for event in events[request.id] for logprob in event.logprobs),
-                num_drafted=events[request.id][-1].stats.num_drafted,
-                num_accepted=events[request.id][-1].stats.num_accepted,
+                stats=events[request.id][-1].stats,
             )
             for request in requests
         ]

@@ -69,7 +69,7 @@ def test_the_json_is_strict_and_complete(report: BenchReport, tmp_path: Path) ->
     machine = document["machine"]
     assert machine["num_cpus"] >= 1
     assert set(machine["versions"]) >= {"python", "torch", "transformers"}
-    assert document["turns"][0]["runs"][0]["generation"]["tokens"]
+    assert document["turns"][0]["runs"][0]["answer"]["tokens"]
 
 
 def test_the_chart_is_a_picture(report: BenchReport, tmp_path: Path) -> None:

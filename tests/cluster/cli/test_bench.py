@@ -80,6 +80,16 @@ def test_bench_uses_the_data_and_the_sampling_it_is_told(engine: AnsweringEngine
     }
 
 
+def test_bench_compares_mixes_of_methods(engine: AnsweringEngine) -> None:
+    result = outrider(
+        *["bench", "tiny-random", "draft.methods=[ngram,model]", "draft.model=random:llama"],
+        *["--methods", "ngram, model+ngram", "--against", "plain", "--limit", "1", "--max-tokens", "4"],
+    )
+    assert result.exit_code == 0, result.output
+    drafts = [dict(request.draft) for request in engine.requests[-3:]]
+    assert drafts == [{"methods": ["ngram"]}, {"methods": ["model", "ngram"]}, {"max_nodes": 0}]
+
+
 def test_prompts_that_do_not_fit_are_left_out_and_counted(engine: AnsweringEngine, tmp_path: Path) -> None:
     data = tmp_path / "mine.txt"
     data.write_text("short\n" + "long " * 500 + "\n")
@@ -92,6 +102,7 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(engine: AnsweringEngin
     ("arguments", "message"),
     [
         (["--against", "plian"], "--against must be among"),
+        (["--methods", "ngram,medusa", "draft.methods=[ngram]"], "--methods must be mixes of draft.methods"),
         (["--concurrency", "1,zero"], "--concurrency must be"),
         (["--data", "nowhere.jsonl"], "--data must be"),
         (["--json", "nowhere/bench.json"], "must be in a folder that exists"),

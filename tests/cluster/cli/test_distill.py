@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from outrider.cluster.api import Completion, EngineError, GenerationRequest, Progress
+from outrider.cluster.api import EngineError, GenerationRequest, Progress
 from outrider.cluster.cli.main import app
 from outrider.cluster.engine import Engine
 from outrider.configs.schema import Config
-from outrider.workers.sequences.sequence import RequestStats
+from outrider.workers.answer import Completion
 from outrider.workers.training.features import FeatureReader
 from outrider.workers.training.texts import load_description, read_dropped, read_texts
 from outrider.workers.weights.random_tokenizer import tokenizer_of_size
@@ -58,7 +58,7 @@ class DistillingEngine:
             tokens = list(range(100, 120))
         answer = (*tokens, TOKENIZER.eos_token_id)
         text = TOKENIZER.decode(tokens)
-        return Completion(text, answer, (), (), (), "stop", "", len(asked.prompt), RequestStats(), 0.0)
+        return Completion(tokens=answer, finish_reason="stop", text=text)
 
     def __enter__(self) -> "DistillingEngine":
         return self

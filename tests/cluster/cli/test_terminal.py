@@ -22,7 +22,7 @@ from outrider.cluster.cli.terminal import progress_bars, signs_of_life
 from outrider.cluster.engine import Engine
 from outrider.cluster.interrupts import interrupts_deferred
 from outrider.configs.schema import Config
-from outrider.workers.sequences.sequence import RequestStats
+from outrider.workers.sequences.origin import Origin
 from support.char_engine import CharEngine
 
 EVIL = "a\x1b]0;title\x07b\x1b[2Jc\x9b31md\re\x7f"
@@ -47,7 +47,7 @@ def written(console: Console) -> str:
 
 def pieces(*texts: str) -> Iterator[Piece]:
     for text in texts:
-        yield Piece((Segment(text, False),), (1,), (False,), (), "", "", RequestStats())
+        yield Piece(segments=(Segment(text, Origin.TARGET),), tokens=(1,), origins=(Origin.TARGET,))
 
 
 def test_an_answer_has_no_power_over_the_terminal() -> None:

@@ -3,7 +3,7 @@
 import re
 from functools import cache
 
-from outrider.kernels.compiler import SOURCES, CompiledKernels, Sources, compile_all, load_sources
+from outrider.kernels.compiler import SOURCES, CompiledKernels, Sources, compile_cached, load_sources
 from support.cuda_on_cpu.executor import BUILD, Executor, kernel_names, source_executor
 from support.cuda_on_cpu.ptx.executor import ptx_executor
 
@@ -11,7 +11,7 @@ from support.cuda_on_cpu.ptx.executor import ptx_executor
 @cache
 def compiled(target: str) -> dict[str, CompiledKernels]:
     """All kernels for a target: {stem: binaries}."""
-    return compile_all(target, BUILD / "nvrtc")
+    return {stem: compile_cached(stem, target, BUILD / "nvrtc") for stem in SOURCES}
 
 
 @cache

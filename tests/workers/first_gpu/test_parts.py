@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from outrider.kernels import gather_rows, kv_commit, operators, rope_append, sample_shard, tree_attention
+from outrider.kernels import gather_rows, kv_commit, launch_plans, rope_append, sample_shard, tree_attention
 from outrider.kernels.kernel_cases import kernel_cases
 from outrider.kernels.self_test import ENTRIES
 from outrider.workers.first_gpu import __main__ as command
@@ -170,11 +170,11 @@ def gpu_with_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         return call
 
     monkeypatch.setattr(Transformer, "forward", recorded)
-    monkeypatch.setattr(operators, "_launcher", lambda device: source_kernels())
-    monkeypatch.setattr(operators, "_num_sms", lambda device: 132)
+    monkeypatch.setattr(launch_plans, "_launcher", lambda device: source_kernels())
+    monkeypatch.setattr(tree_attention, "_num_sms", lambda device: 132)
     for module in (tree_attention, rope_append, kv_commit, gather_rows, sample_shard):
-        name = f"{module.__name__.split('.')[-1]}_op"
-        monkeypatch.setattr(module, name, on_values(getattr(operators, name)._init_fn))
+        name = module.__name__.split(".")[-1]
+        monkeypatch.setattr(module, f"{name}_op", on_values(getattr(module, f"{name}_on_gpu")))
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in (
         ("Stream", lambda device: stream),

@@ -56,10 +56,22 @@ def test_few_numbers_of_rows_are_computed(packed: bool, monkeypatch: pytest.Monk
     monkeypatch.setattr(F, "linear", recorded(F.linear))
     for rows in range(1, 513):
         assert product(torch.ones(rows, 16, dtype=torch.bfloat16)).shape == (rows, 8)
-    # All of one tree's, then eight for each doubling.
-    assert made == {*range(4, 33)} | {*range(36, 65, 4)} | {*range(72, 129, 8)} | {*range(144, 257, 16)} | {
-        *range(288, 513, 32)
+    # All of one tree's, then four for each doubling.
+    assert made == {*range(4, 33)} | {*range(40, 65, 8)} | {*range(80, 129, 16)} | {*range(160, 257, 32)} | {
+        *range(320, 513, 64)
     }
+
+
+def test_the_sums_of_a_product_have_one_kind_of_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind is kept for each number of rows: the first block is added to the bias, or to nothing, as the others
+    are to the first."""
+    random = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(*size, generator=random) for size in ((40, 600), (40,), (5, 600)))
+    product = make_linear(weight, bias, packed=True)
+    without = make_linear(weight, NO_BIAS, packed=True)
+    monkeypatch.setattr(linear, "_multiply", lambda *arguments: pytest.fail("two kinds of code"))
+    torch.testing.assert_close(product(x), F.linear(x, weight, bias), atol=1e-4, rtol=0)
+    torch.testing.assert_close(without(x), F.linear(x, weight), atol=1e-4, rtol=0)
 
 
 def test_falls_back_where_packing_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from outrider.kernels import gather_rows, kv_commit, operators, rope_append, sample_shard, tree_attention
+from outrider.kernels import gather_rows, kv_commit, launch_plans, rope_append, sample_shard, tree_attention
 from outrider.kernels.noise import noise_key, noise_keys
-from outrider.kernels.sample_shard import ShardLogits
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
+from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.shard_logits import ShardLogits
 from outrider.kernels.token_rows import unpack_tokens
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model.cache import PagedCache
@@ -45,17 +46,12 @@ class CountingLauncher:
 def launcher(monkeypatch: pytest.MonkeyPatch) -> CountingLauncher:
     torch.set_num_threads(1)
     counting = CountingLauncher()
-    monkeypatch.setattr(operators, "_launcher", lambda device: counting)
-    monkeypatch.setattr(operators, "_num_sms", lambda device: 132)
+    monkeypatch.setattr(launch_plans, "_launcher", lambda device: counting)
+    monkeypatch.setattr(tree_attention, "_num_sms", lambda device: 132)
     # The bodies that run on a GPU; on CPU tensors the operators would choose the references.
-    for module, name in (
-        (tree_attention, "tree_attention_op"),
-        (rope_append, "rope_append_op"),
-        (kv_commit, "kv_commit_op"),
-        (gather_rows, "gather_rows_op"),
-        (sample_shard, "sample_shard_op"),
-    ):
-        monkeypatch.setattr(module, name, getattr(operators, name)._init_fn)
+    for module in (tree_attention, rope_append, kv_commit, gather_rows, sample_shard):
+        name = module.__name__.split(".")[-1]
+        monkeypatch.setattr(module, f"{name}_op", getattr(module, f"{name}_on_gpu"))
     return counting
 
 
@@ -115,7 +111,7 @@ def test_a_rank_rehearses_its_graphs_alone(launcher: CountingLauncher) -> None:
 
 def test_a_shard_is_sampled_by_its_kernel_as_by_the_reference(launcher: CountingLauncher) -> None:
     logits, keys = torch.randn(3, 700) * 5, [noise_key(seed, 4) for seed in range(3)]
-    arguments = (logits, [0.0, 0.8, 1.3], keys, 7000)
+    arguments = (logits, [0.0, 0.8, 1.3], keys, ShardIds.from_first(7000, 700))
     sample, expected = (
         sample_shard.sample_shard(*arguments, use_kernel=True),
         sample_shard.sample_shard(*arguments),
@@ -134,8 +130,8 @@ def test_the_best_tokens_of_a_row_are_found_by_the_kernel_one_after_the_other(
     before = logits.clone()
     rows, temperatures = np.array([3, 0, 1]), np.array([0.0, 0.8, 1.3], dtype=np.float32)
     keys = noise_keys(np.arange(3, dtype=np.uint64), np.full(3, 4))
-    shard = DeviceShard(logits, 7000, ALL_KERNELS)
-    on_host = ShardLogits(logits, 7000).best(rows, temperatures, keys, 4)
+    shard = DeviceShard(logits, ShardIds.from_first(7000, 700), ALL_KERNELS)
+    on_host = ShardLogits(logits, ShardIds.from_first(7000, 700)).best(rows, temperatures, keys, 4)
     for packed, expected in zip(shard.best(rows, temperatures, keys, 4), on_host, strict=True):
         (values, ids), (expected_values, expected_ids) = (unpack_tokens(p) for p in (packed, expected))
         assert ids.tolist() == expected_ids.tolist()

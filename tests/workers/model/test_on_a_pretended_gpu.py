@@ -27,6 +27,7 @@ from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.random_source import RandomSource
@@ -100,7 +101,7 @@ def drafted_trees(device: torch.device) -> list[object]:
         model=model,
         cache=cache,
         pool=PagePool(24, 4, True),
-        sampler=Sampler(96, range(96), SoloCommunicator(), REFERENCES),
+        sampler=Sampler(96, VocabularyRange(0, 96), SoloCommunicator(), REFERENCES),
         num_target_tokens=96,
         max_children=2,
         rows_per_sequence=2,

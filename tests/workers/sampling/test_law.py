@@ -6,22 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
+from outrider.kernels.shard_ids import ShardIds
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.sampling.context import PenaltyState, RowParameters, SampledRows
 from outrider.workers.sampling.law import edit_rows, nuclei
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from support.sampling_reference import edited_logits
+from support.transformers_law import transformers_law
 
 VOCAB_SIZE = 500
 PROMPT = [3, 7, 7, 450, 12]
@@ -31,26 +25,9 @@ def random_logits(seed: int) -> torch.Tensor:
     return torch.randn(1, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def transformers_law(params: SamplingParams, input_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities as transformers' generate would sample from, in its order of processors."""
-    processors = LogitsProcessorList()
-    if params.logit_bias:
-        bias: list[Any] = [[[token], value] for token, value in params.logit_bias]
-        processors.append(SequenceBiasLogitsProcessor(bias))
-    processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-    processors.append(TemperatureLogitsWarper(params.temperature))
-    if params.top_k > 0:
-        processors.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
-        processors.append(TopPLogitsWarper(params.top_p))
-    if params.min_p > 0:
-        processors.append(MinPLogitsWarper(params.min_p))
-    return torch.log_softmax(processors(torch.tensor([input_ids]), logits.clone()), dim=-1)[0]
-
-
 def our_law(params: SamplingParams, logits: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of the whole vocabulary, which `propose` lists when asked for all of it."""
-    sampler = Sampler(VOCAB_SIZE, range(VOCAB_SIZE), SoloCommunicator())
+    sampler = Sampler(VOCAB_SIZE, VocabularyRange(0, VOCAB_SIZE), SoloCommunicator())
     row = SampledRows(params, np.array([5]), PenaltyState(PROMPT))
     ids, log_probs = sampler.propose(logits, [row], VOCAB_SIZE)
     law = torch.empty(VOCAB_SIZE)
@@ -110,7 +87,7 @@ def test_top_k_keeps_ties_as_transformers_does() -> None:
 
 
 def test_greedy_ignores_truncation() -> None:
-    sampler = Sampler(VOCAB_SIZE, range(VOCAB_SIZE), SoloCommunicator())
+    sampler = Sampler(VOCAB_SIZE, VocabularyRange(0, VOCAB_SIZE), SoloCommunicator())
     logits = random_logits(0)
     row = SampledRows(
         SamplingParams(temperature=0.0, top_p=0.1, top_k=3), np.array([0]), PenaltyState(PROMPT)
@@ -125,7 +102,11 @@ def test_presence_and_frequency_by_hand() -> None:
         state.add(token)
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
     row = torch.ones(VOCAB_SIZE)
-    edit_rows(row[None], [SampledRows(params, np.array([9]), state, [(21, 22)])], 0)
+    edit_rows(
+        row[None],
+        [SampledRows(params, np.array([9]), state, [(21, 22)])],
+        ShardIds.from_first(0, row.numel()),
+    )
     expected = torch.ones(VOCAB_SIZE)
     expected[20] = 1 - 0.5 - 2 * 0.25
     expected[21] = 1 - 0.5 - 2 * 0.25
@@ -158,7 +139,11 @@ def test_edits_of_a_shard_and_their_undoing(fields: dict[str, Any], shard: range
         state.add(token)
     logits = random_logits(3)[0]
     row = logits[shard.start : shard.stop].clone()
-    edits = edit_rows(row[None], [SampledRows(params, np.array([24]), state, [path])], shard.start)
+    edits = edit_rows(
+        row[None],
+        [SampledRows(params, np.array([24]), state, [path])],
+        ShardIds.from_first(shard.start, len(shard)),
+    )
     expected = edited_logits(logits.numpy(), params, prompt, output + path)[shard.start : shard.stop]
     assert row.numpy().tolist() == expected.tolist()
     edits.undo(row[None])

@@ -9,6 +9,7 @@ from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.logprobs import LawQuestions
 from outrider.workers.sampling.sampler import Sampler, Samples
 from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from support.thread_group import ThreadCommunicator, run_ranks
 
 PLACES = pytest.mark.parametrize("kernels", [REFERENCES, KernelSelection.of(ENTRIES)], ids=["host", "device"])
@@ -29,7 +30,7 @@ def answers(
 
     def work(communicator: ThreadCommunicator) -> Samples:
         shard = range(edges[communicator.rank], edges[communicator.rank + 1])
-        sampler = Sampler(logits.shape[1], shard, communicator, kernels)
+        sampler = Sampler(logits.shape[1], VocabularyRange(shard.start, shard.stop), communicator, kernels)
         return sampler.sample(logits[:, shard.start : shard.stop].contiguous(), groups, questions)
 
     return run_ranks(len(edges) - 1, work)

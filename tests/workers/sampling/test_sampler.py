@@ -17,6 +17,7 @@ from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.law import MAX_LOGIT
 from outrider.workers.sampling.sampler import Sampler, Samples
 from outrider.workers.sequences.params import MIN_REPETITION_PENALTY, MIN_TEMPERATURE, SamplingParams
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from support import sampling_reference as reference
 from support.thread_group import ThreadCommunicator, run_ranks
 
@@ -36,7 +37,9 @@ def sample_over(
         shard = range(edges[communicator.rank], edges[communicator.rank + 1])
         own = logits[:, shard.start : shard.stop].contiguous()
         before = own.clone()
-        samples = Sampler(logits.shape[1], shard, communicator, kernels).sample(own, rows)
+        samples = Sampler(
+            logits.shape[1], VocabularyRange(shard.start, shard.stop), communicator, kernels
+        ).sample(own, rows)
         assert torch.equal(own.nan_to_num(), before.nan_to_num())
         return samples
 
@@ -46,7 +49,9 @@ def sample_over(
 def sample_alone(
     logits: torch.Tensor, rows: list[SampledRows], kernels: KernelSelection = REFERENCES
 ) -> Samples:
-    return Sampler(logits.shape[1], range(logits.shape[1]), SoloCommunicator(), kernels).sample(logits, rows)
+    return Sampler(logits.shape[1], VocabularyRange(0, logits.shape[1]), SoloCommunicator(), kernels).sample(
+        logits, rows
+    )
 
 
 def context(params: SamplingParams, position: int = POSITION) -> SampledRows:
@@ -303,7 +308,7 @@ def test_proposals_are_the_best_by_score_with_their_log_probabilities(
     law = edited(logits[0], params)
     valid = bool(abs(law.max()) <= MAX_LOGIT)
     assume(not (params.truncates and valid and reference.nucleus_is_a_matter_of_rounding(law, params)))
-    sampler = Sampler(vocab_size, range(vocab_size), SoloCommunicator(), kernels)
+    sampler = Sampler(vocab_size, VocabularyRange(0, vocab_size), SoloCommunicator(), kernels)
     before = logits.clone()
     ids, log_probs = sampler.propose(logits, [context(params)], num)
     assert torch.equal(logits.nan_to_num(), before.nan_to_num())
@@ -331,7 +336,7 @@ def test_proposals_share_the_noise_of_samples() -> None:
     draft = target + 0.3 * torch.randn(300, 200, generator=generator)
     rows = [context(SamplingParams(), position) for position in range(300)]
     shifted = [context(SamplingParams(), position + 1000) for position in range(300)]
-    sampler = Sampler(200, range(200), SoloCommunicator())
+    sampler = Sampler(200, VocabularyRange(0, 200), SoloCommunicator())
     tokens = sampler.sample(target, rows).tokens
     coupled = (sampler.propose(draft, rows, 1)[0][:, 0] == tokens).float().mean()
     independent = (sampler.propose(draft, shifted, 1)[0][:, 0] == tokens).float().mean()

@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from outrider.kernels.noise import noise_keys
-from outrider.kernels.sample_shard import ShardLogits, sample_shard
+from outrider.kernels.sample_shard import sample_shard
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
+from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.shard_logits import ShardLogits
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.sampling import shards
 from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sampling.shards import DeviceShard
 from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from support.thread_group import ThreadCommunicator, run_ranks
 
 VOCAB_SIZE = 20_001
@@ -53,7 +56,7 @@ def logits_for(rows: list[SampledRows]) -> torch.Tensor:
 
 
 def whole_sampler(kernels: KernelSelection) -> Sampler:
-    return Sampler(VOCAB_SIZE, range(VOCAB_SIZE), SoloCommunicator(), kernels)
+    return Sampler(VOCAB_SIZE, VocabularyRange(0, VOCAB_SIZE), SoloCommunicator(), kernels)
 
 
 @pytest.fixture
@@ -82,7 +85,9 @@ def test_samples_are_those_of_the_host(params: list[SamplingParams], size: int) 
         shard = range(edges[communicator.rank], edges[communicator.rank + 1])
         own = logits[:, shard.start : shard.stop].contiguous()
         before = own.clone()
-        samples = Sampler(VOCAB_SIZE, shard, communicator, KERNELS).sample(own, rows)
+        samples = Sampler(VOCAB_SIZE, VocabularyRange(shard.start, shard.stop), communicator, KERNELS).sample(
+            own, rows
+        )
         assert torch.equal(own, before)
         assert torch.equal(samples.tokens, expected.tokens)
         assert torch.equal(samples.top_ids, expected.top_ids)
@@ -140,7 +145,8 @@ def test_tokens_run_out() -> None:
     """Three tokens are left of the vocabulary; the first removed ones follow, as on the host."""
     logits = torch.full((2, 300), -torch.inf)
     logits[:, [7, 100, 250]] = torch.tensor([1.0, 3.0, 2.0])
-    device, host = DeviceShard(logits, 50, KERNELS), ShardLogits(logits, 50)
+    ids = ShardIds.from_first(50, 300)
+    device, host = DeviceShard(logits, ids, KERNELS), ShardLogits(logits, ids)
     rows, temperatures = np.arange(2), np.array([0.0, 1.0], dtype=np.float32)
     keys = noise_keys(np.array([1, 3], dtype=np.uint64), np.array([2, 4]))
     np.testing.assert_array_equal(*(shard.best(rows, temperatures, keys, 6) for shard in (device, host)))

@@ -1,5 +1,6 @@
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ TEXTS = [
     "",
     "   ",
 ]
+
+
+def add_all(decoder: IncrementalDecoder, ids: Sequence[int]) -> str:
+    return "".join(decoder.add(token) for token in ids)
 
 
 def header(pre: str, tokens: list[str], merges: list[str], **extra: Any) -> GgufHeader:
@@ -211,7 +216,7 @@ def test_decoding_token_by_token_gives_the_same_text(seed: int) -> None:
         ids.insert(chooser.randrange(len(ids) + 1), chooser.randrange(320))
     for skip in (True, False):
         decoder = IncrementalDecoder(tokenizer, skip)
-        assert decoder.push(ids) + decoder.finish() == tokenizer.decode(ids, skip_special_tokens=skip)
+        assert add_all(decoder, ids) + decoder.finish() == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
 def test_no_half_characters() -> None:
@@ -220,7 +225,7 @@ def test_no_half_characters() -> None:
     parts = [decoder.add(token) for token in tokenizer.encode("a🙂é")]
     assert parts == ["a", "", "", "", "🙂", "", "é"]
     assert decoder.finish() == ""
-    decoder.push(tokenizer.encode("🙂")[:2])
+    add_all(decoder, tokenizer.encode("🙂")[:2])
     assert decoder.finish() == "\ufffd"
 
 
@@ -243,9 +248,9 @@ def test_tokenizers_that_are_not_byte_level_decode_token_by_token_too() -> None:
     # Good characters before a broken one stay, and a broken one is one U+FFFD, at the end and before other text.
     japanese = [words.index(f"<0x{byte:02X}>") for byte in "日本".encode()]
     decoder = IncrementalDecoder(fast)
-    assert decoder.push(japanese[:-2]) + decoder.finish() == "日\ufffd"
-    assert IncrementalDecoder(fast).push([*japanese[:-1], 2, 1, *japanese]) == "日\ufffd world hello日本"
-    assert IncrementalDecoder(fast).push([*japanese, 1]) == fast.decode([*japanese, 1]) == "日本 hello"
+    assert add_all(decoder, japanese[:-2]) + decoder.finish() == "日\ufffd"
+    assert add_all(IncrementalDecoder(fast), [*japanese[:-1], 2, 1, *japanese]) == "日\ufffd world hello日本"
+    assert add_all(IncrementalDecoder(fast), [*japanese, 1]) == fast.decode([*japanese, 1]) == "日本 hello"
 
 
 def benchmark_texts() -> list[str]:
@@ -259,7 +264,7 @@ def assert_round_trips(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> 
     for text in texts:
         ids = tokenizer.encode(text)
         decoder = IncrementalDecoder(tokenizer, skip_special_tokens=False)
-        assert decoder.push(ids) + decoder.finish() == tokenizer.decode(ids) == text
+        assert add_all(decoder, ids) + decoder.finish() == tokenizer.decode(ids) == text
 
 
 def test_smollm2_round_trips() -> None:

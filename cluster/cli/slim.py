@@ -1,0 +1,119 @@
+"""`outrider slim`: an LM head of low rank, fitted to the target's law."""
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from outrider.cluster.cli.terminal import progress_bars, signs_of_life
+from outrider.cluster.cli.trim import (
+    CACHE,
+    CacheDir,
+    Dtype,
+    Out,
+    Source,
+    StoredDtype,
+    Texts,
+    Threads,
+    head_times,
+    say_times,
+    write_provenance,
+)
+
+Kind = Literal["model", "eagle3"]
+Teacher = Literal["target", "own"]
+
+
+def slim(
+    source: Source,
+    out: Out,
+    texts: Texts = [],
+    of: Annotated[Kind, typer.Option(help="What SOURCE is.")] = "model",
+    teacher: Annotated[
+        Teacher,
+        typer.Option(
+            help="Whose law is learned: the target's, as in SlimSpec, or the drafter's own full head's."
+        ),
+    ] = "target",
+    divisor: Annotated[int, typer.Option(help="The rank is the hidden size by this.", min=2)] = 8,
+    passes: Annotated[int, typer.Option(help="How often the texts are read.", min=1)] = 4,
+    batch_rows: Annotated[int, typer.Option(help="Tokens of an optimizer step.", min=1)] = 512,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, falling by a cosine.", min=0.0)] = 4e-4,
+    steps: Annotated[int, typer.Option(help="Steps that an EAGLE-3 drafter is unrolled.", min=1)] = 5,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Learn from so many tokens of the texts; 0: all. Their rows are kept in memory.", min=0
+        ),
+    ] = 200_000,
+    compute_dtype: Annotated[Dtype, typer.Option(help="Of the models whose rows are read.")] = "bfloat16",
+    dtype: StoredDtype = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Same seed, same head.", min=0)] = 0,
+    threads: Threads = 1,
+    cache_dir: CacheDir = CACHE,
+) -> None:
+    """Give a drafter an LM head of two small matrices: truncated SVD, then distilled by forward KL."""
+    from outrider.workers.draft_heads.lm_head import rank_of
+    from outrider.workers.draft_heads.slim import SlimSettings
+    from outrider.workers.setup import torch_dtype
+    from outrider.workers.training.head_source import read_head_texts, write_heads
+    from outrider.workers.training.slimming import read_slim_data, slim_heads
+
+    if of == "eagle3" and teacher == "own":
+        raise ValueError("--teacher must be target for an EAGLE-3 drafter, which learns the target's law")
+    begin = time.perf_counter()
+    console = Console(stderr=True)
+    corpus = read_head_texts(texts, max_tokens)
+    with progress_bars(console, TaskProgressColumn(), TimeRemainingColumn(), TimeElapsedColumn()) as bars:
+        bar = bars.add_task("loading", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bars.update(bar, description=what, completed=done, total=total)
+
+        def state() -> str:
+            task = bars.tasks[0]
+            return f"{task.description}: {task.completed:.0f} of {task.total or 0:.0f}"
+
+        with signs_of_life(console, state):
+            cache = Path(cache_dir).expanduser()
+            own = teacher == "own"
+            data = read_slim_data(
+                of, source, own, corpus, steps, torch_dtype(compute_dtype), threads, cache, show
+            )
+            if not 2 <= divisor <= data.head.shape.hidden_size:
+                raise ValueError(f"--divisor must be from 2 to {data.head.shape.hidden_size}, got {divisor}")
+            rank = rank_of(data.head.shape.hidden_size, divisor)
+            settings = SlimSettings(rank, passes, batch_rows, learning_rate, seed=seed)
+            found = slim_heads(data, settings, show)
+    folder = Path(out).expanduser()
+    described = replace(
+        data.description, target_model=data.description.target_model or corpus.description.model
+    )
+    write_heads(folder, found.heads, described, torch_dtype(dtype))
+    qualities = {"full": found.full, "svd": found.start, "distilled": found.fitted}
+    measured: dict[str, object] = {
+        "rank": rank,
+        **{name: asdict(quality) for name, quality in qualities.items()},
+        **head_times(data.head, found.head, dtype, threads),
+    }
+    config = {
+        "source": source,
+        "of": of,
+        "teacher": teacher,
+        "steps": steps,
+        "dtype": dtype,
+        **asdict(settings),
+    }
+    seconds = time.perf_counter() - begin
+    write_provenance(folder, corpus, config, measured, found.num_steps, float(passes), seed, seconds, threads)
+    typer.echo(f"{folder}: rank {rank} of {data.head.shape.hidden_size}, {len(data.head.ids)} tokens")
+    for name, quality in qualities.items():
+        typer.echo(
+            f"{name} head, {'own' if own else 'target'} law on other text: KL {quality.kl:.3f} nats, the likeliest "
+            f"token in {quality.agreement:.1%}, acceptance {quality.acceptance:.1%}"
+        )
+    say_times(measured)

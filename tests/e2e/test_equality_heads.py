@@ -1,0 +1,126 @@
+"""Draft heads on the target's hidden rows give the text of transformers, in every way to run a round."""
+
+from dataclasses import replace
+
+import pytest
+from _pytest.mark import ParameterSet
+
+from outrider.cluster.bench.identity import Mismatch
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions
+from outrider.workers.weights.source import WeightSource
+from support.ahead import AheadSpy
+from support.equality import PLAIN, Reference, assert_same_texts, decode, decode_singly, num_accepted
+from support.local_engine import LocalEngine, MethodBuilder, default_options
+from support.thread_group import thread_group
+from support.tiny import BOTH, GREEDY, LOOPS, NGRAM, SLOW_TARGET, random_tokens, tiny_cases
+from support.tiny_heads import building_eagle3, building_medusa, eagle3_drafter
+
+MEDUSA = DraftOptions(("medusa",), 8, 6)
+EAGLE3 = DraftOptions(("eagle3",), 8, 6)
+HEADS = {"medusa": MEDUSA, "eagle3": EAGLE3}
+ALL = DraftOptions((*BOTH.methods, *HEADS), 12, 6)
+PAGE_SIZE = 16
+SAMPLED = SamplingParams(
+    temperature=0.8, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.1, max_tokens=24
+)
+
+
+def builders(target: WeightSource) -> tuple[MethodBuilder, ...]:
+    """Heads with random weights, of the inputs of both layers and what leaves the last one."""
+    drafter = eagle3_drafter(target, taps=(0, 1, 2), num_ids=200, norm_before_residual=True)
+    return building_medusa(target), building_eagle3(target, drafter, num_pages=64)
+
+
+def combinations() -> list[ParameterSet]:
+    """Each loop meets each tensor-parallel size; the fast suite has each of the sizes once."""
+    found = []
+    for tp_size in (1, 2, 3):
+        for i, loop in enumerate(LOOPS):
+            marks = () if (tp_size, i) in ((1, 5), (2, 0), (3, 4)) else (pytest.mark.slow,)
+            budget = ("measured", "fixed")[(i + tp_size) % 2]
+            found.append(
+                pytest.param(tp_size, loop, budget, marks=marks, id=f"tp {tp_size}, {loop}, {budget}")
+            )
+    return found
+
+
+@pytest.mark.parametrize(("tp_size", "loop", "budget"), combinations())
+def test_heads_give_the_text_of_transformers(
+    target: WeightSource,
+    drafter: WeightSource,
+    reference: Reference,
+    ties: list[Mismatch],
+    tp_size: int,
+    loop: str,
+    budget: str,
+) -> None:
+    overlapped, num_lanes, draft_ahead = LOOPS[loop]
+    options = default_options(
+        overlapped=overlapped,
+        num_lanes=num_lanes,
+        draft_ahead=draft_ahead,
+        fixed_budget=budget == "fixed",
+    )
+    cases = [*tiny_cases(), replace(tiny_cases()[1], id="one token", prompt=(7,))]
+    with LocalEngine(
+        target,
+        drafter,
+        communicators=thread_group(tp_size),
+        options=options,
+        profile=SLOW_TARGET,
+        methods=builders(target),
+    ) as engine:
+        spy = AheadSpy(engine)
+        where = f"tp {tp_size}, {loop}, {budget}"
+        for name, draft in HEADS.items():
+            texts = decode(engine, cases, draft)
+            assert_same_texts(reference, cases, texts, ties, f"{name}, {where}")
+            assert num_accepted(texts) > 0
+            alone = decode_singly(engine, cases[1:2], draft)
+            assert_same_texts(reference, cases[1:2], alone, ties, f"{name} alone, {where}")
+        texts = decode(engine, cases, ([PLAIN, *HEADS.values(), NGRAM, ALL] * 2)[: len(cases)])
+        assert_same_texts(reference, cases, texts, ties, f"mixed, {where}")
+        sampled = tiny_cases(sampling=SAMPLED)
+        texts = decode(engine, sampled, ALL)
+        assert_same_texts(reference, sampled, texts, ties, f"all, sampled, {where}")
+        assert (spy.num_steps > 0) == draft_ahead
+    assert engine.pool.num_available == engine.pool.num_pages
+
+
+@pytest.mark.parametrize("loop", ["serial, 1 lane", "2 lanes, ahead"])
+def test_sequences_may_be_recomputed_cancelled_and_share_prefixes(
+    target: WeightSource, drafter: WeightSource, reference: Reference, ties: list[Mismatch], loop: str
+) -> None:
+    overlapped, num_lanes, draft_ahead = LOOPS[loop]
+    options = default_options(
+        overlapped=overlapped, num_lanes=num_lanes, draft_ahead=draft_ahead, fixed_budget=True
+    )
+    system = tuple(random_tokens(100, 2 * PAGE_SIZE + 6))
+    cases = tiny_cases(sampling=replace(GREEDY, max_tokens=32))
+    cases[4:6] = [replace(case, prompt=system + case.prompt) for case in cases[4:6]]
+    cancelled = {cases[3].id: 5, cases[6].id: 1}
+    with LocalEngine(target, drafter, options=options, num_pages=20, methods=builders(target)) as engine:
+        for name, drafts in {"mixed": [PLAIN, *HEADS.values(), ALL] * 2, "all": [ALL] * 8}.items():
+            texts = decode(engine, cases, drafts)
+            assert_same_texts(reference, cases, texts, ties, f"{name}, {loop}")
+            assert sum(text.stats.num_recomputed for text in texts.values()) > 0
+        for draft in HEADS.values():
+            texts = decode(engine, cases[4:5], draft) | decode(engine, cases[5:6], draft)
+            assert_same_texts(reference, cases[4:6], texts, ties, f"shared prefix, {loop}")
+            assert texts[cases[5].id].stats.num_cached_prompt_tokens > 0
+        left = dict(cancelled)
+
+        def cancelling(event) -> None:  # type: ignore[no-untyped-def]
+            if event.request_id in left:
+                left[event.request_id] -= len(event.tokens)
+                if left[event.request_id] <= 0:
+                    engine.loop.cancel(event.request_id)
+
+        texts = decode(engine, cases, ([*HEADS.values(), ALL] * 3)[:8], cancelling)
+        whole = [case for case in cases if case.id not in cancelled]
+        assert_same_texts(reference, whole, texts, ties, f"{loop}, others cancelled")
+        for case in cases:
+            if case.id in cancelled:
+                assert texts[case.id].tokens == reference.text(case)[: len(texts[case.id].tokens)]
+    assert engine.pool.num_available == engine.pool.num_pages

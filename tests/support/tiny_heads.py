@@ -1,0 +1,158 @@
+"""Draft heads with random weights for tiny targets, and the draft methods that serve them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import numpy as np
+import torch
+
+from outrider.workers.draft_heads.eagle3 import Eagle3Drafter, Eagle3Shape
+from outrider.workers.draft_heads.lm_head import LmHeadShape
+from outrider.workers.draft_heads.medusa import MedusaHeads, MedusaShape
+from outrider.workers.drafting.acceptance import AcceptanceEstimator
+from outrider.workers.drafting.eagle3 import Eagle3Method
+from outrider.workers.drafting.levels import LevelLimits
+from outrider.workers.drafting.medusa import MedusaMethod
+from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.link.communicator import SoloCommunicator
+from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.draft_heads import for_serving, vocabulary_of
+from outrider.workers.model.eagle3 import CachedEagle3, layer_config
+from outrider.workers.model.embedding import MatrixEmbedding
+from outrider.workers.model.shard import ShardPlan
+from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.vocabulary import VocabularyRange
+from outrider.workers.trace import Tracer
+from outrider.workers.weights.config import ModelConfig, Rope
+from outrider.workers.weights.source import WeightSource
+from outrider.workers.weights.tensors import EMBEDDING, HEAD
+
+ALL = slice(None)
+CPU = torch.device("cpu")
+NOT_COUNTED = np.zeros((0, 0))
+
+
+def read(target: WeightSource, name: str) -> torch.Tensor:
+    """A whole tensor in float32."""
+    return target.read(name, ALL, ALL, torch.float32)
+
+
+def medusa_heads(target: WeightSource, num_heads: int = 3) -> MedusaHeads:
+    """Heads that begin as copies of the target's own, and are thrown off a little."""
+    config = target.config
+    lm_head = LmHeadShape(config.hidden_size, config.vocab_size, config.hidden_size)
+    shape = MedusaShape(config.hidden_size, config.vocab_size, num_heads, 1, lm_head, False)
+    torch.manual_seed(0)
+    heads = MedusaHeads(shape, torch.arange(config.vocab_size))
+    for block, own in zip(heads.blocks, heads.lm_heads, strict=True):
+        torch.nn.init.normal_(block[0].linear.weight, std=0.3 * config.hidden_size**-0.5)
+        own.weight.data.copy_(read(target, HEAD))
+    return heads
+
+
+def sampler_of(vocab_size: int) -> Sampler:
+    return Sampler(vocab_size, VocabularyRange(0, vocab_size), SoloCommunicator())
+
+
+def medusa_method(
+    slots: DraftedSlots,
+    estimator: AcceptanceEstimator,
+    target: WeightSource,
+    heads: MedusaHeads,
+    accuracies: np.ndarray = NOT_COUNTED,
+    packed: bool = True,
+) -> MedusaMethod:
+    """The method as it is built for a tiny target, in float32 on the CPU."""
+    config = target.config
+    return MedusaMethod(
+        slots=slots,
+        estimator=estimator,
+        target=config,
+        heads=for_serving(heads, config.vocab_size, torch.float32, CPU, packed),
+        final_norm=read(target, "model.norm.weight"),
+        accuracies=accuracies,
+        sampler=sampler_of(config.vocab_size),
+        max_children=3,
+        num_nodes=12,
+        tracer=Tracer("medusa", False),
+    )
+
+
+def eagle3_drafter(
+    target: WeightSource,
+    taps: tuple[int, ...],
+    num_ids: int = 0,
+    rank: int = 0,
+    norm_before_residual: bool = False,
+) -> Eagle3Drafter:
+    """A drafter that adds noise to the last tap. num_ids, rank: of its LM head; 0: those of the target's."""
+    config = target.config
+    hidden_size, vocab_size = config.hidden_size, config.vocab_size
+    lm_head = LmHeadShape(hidden_size, num_ids or vocab_size, rank or hidden_size)
+    shape = Eagle3Shape(
+        hidden_size=hidden_size,
+        target_hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        taps=taps,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=48,
+        rms_norm_eps=1e-5,
+        rope=Rope(),
+        max_context=4096,
+        norm_before_residual=norm_before_residual,
+        lm_head=lm_head,
+    )
+    torch.manual_seed(1)
+    ids = torch.randperm(vocab_size)[: lm_head.num_ids].sort().values
+    drafter = Eagle3Drafter(shape, ids)
+    drafter.fc.weight.data *= 0.1
+    drafter.fc.weight.data[:, -hidden_size:] += torch.eye(hidden_size)
+    if not lm_head.is_low_rank:
+        drafter.lm_head.weight.data.copy_(read(target, HEAD)[ids])
+    return drafter.requires_grad_(False)
+
+
+def eagle3_method(
+    slots: DraftedSlots,
+    estimator: AcceptanceEstimator,
+    target: WeightSource,
+    drafter: Eagle3Drafter,
+    num_pages: int = 512,
+    page_size: int = 16,
+    packed: bool = True,
+) -> Eagle3Method:
+    """The method as it is built for a tiny target, in float32 on the CPU. The drafter itself stays as it is."""
+    config, shape = target.config, drafter.shape
+    own = layer_config(shape)
+    vocabulary = vocabulary_of(drafter.lm_head.ids, config.vocab_size)
+    embedding = MatrixEmbedding(read(target, EMBEDDING), VocabularyRange(0, config.vocab_size))
+    served = for_serving(deepcopy(drafter), config.vocab_size, torch.float32, CPU, packed)
+    cache = PagedCache(own, ShardPlan(own, 0, 1), num_pages, page_size, torch.float32, CPU)
+    return Eagle3Method(
+        slots=slots,
+        estimator=estimator,
+        drafter=CachedEagle3(served, embedding, cache),
+        pool=PagePool(num_pages, page_size, prefix_sharing=True),
+        sampler=Sampler(len(vocabulary), vocabulary, SoloCommunicator()),
+        limits=LevelLimits(max_children=3, rows_per_sequence=4, max_rows=16, prefill_chunk=64),
+        tracer=Tracer("eagle3", False),
+    )
+
+
+def building_medusa(
+    target: WeightSource,
+) -> Callable[[DraftedSlots, AcceptanceEstimator, ModelConfig], MedusaMethod]:
+    """For `LocalEngine`."""
+    return lambda slots, estimator, _: medusa_method(slots, estimator, target, medusa_heads(target))
+
+
+def building_eagle3(
+    target: WeightSource, drafter: Eagle3Drafter, num_pages: int = 512
+) -> Callable[[DraftedSlots, AcceptanceEstimator, ModelConfig], Eagle3Method]:
+    """For `LocalEngine`."""
+    return lambda slots, estimator, _: eagle3_method(slots, estimator, target, drafter, num_pages)

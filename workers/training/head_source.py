@@ -1,0 +1,183 @@
+"""Checkpoints with LM heads to trim or slim, and texts: a model's own head, an EAGLE-3 drafter, Medusa heads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from outrider.workers.draft_heads.checkpoint import (
+    read_eagle3,
+    read_medusa,
+    write_eagle3,
+    write_lm_head,
+    write_medusa,
+)
+from outrider.workers.draft_heads.description import HeadDescription
+from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
+from outrider.workers.draft_heads.layouts.eagle3 import Eagle3Layout
+from outrider.workers.draft_heads.lm_head import DenseLmHead, LmHead
+from outrider.workers.draft_heads.medusa import MedusaHeads
+from outrider.workers.draft_heads.trim import trimmed, trimmed_medusa, with_head
+from outrider.workers.training.texts import Description, DistilledText, load_description, read_texts
+from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.progress import Progress
+from outrider.workers.weights.resolver import (
+    ResolvedModel,
+    open_tensors,
+    read_config,
+    resolve_description,
+    resolve_head,
+    resolve_tensors,
+)
+from outrider.workers.weights.tensors import EMBEDDING, HEAD
+
+HeadKind = Literal["model", "eagle3", "medusa"]
+Heads = LmHead | Eagle3Drafter | MedusaHeads
+_ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class HeadTexts:
+    """What a target wrote.
+
+    Attributes:
+        description: what wrote it.
+        used: texts to count or to learn from.
+        held_out: the last tenth, to measure with.
+        digest: SHA-256 of all their tokens, hexadecimal.
+    """
+
+    description: Description
+    used: list[DistilledText]
+    held_out: list[DistilledText]
+    digest: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens of the used texts."""
+        return sum(len(text.output_tokens) for text in self.used)
+
+
+def read_head_texts(directories: Sequence[str], max_tokens: int) -> HeadTexts:
+    """Reads folders of `outrider distill`.
+
+    Args:
+        max_tokens: end after so many output tokens; 0: all.
+
+    Raises:
+        ValueError: a folder without texts, or texts of two targets.
+    """
+    folders = [Path(directory).expanduser() for directory in directories]
+    if not folders:
+        raise ValueError("--texts must name at least one folder that `outrider distill` wrote")
+    descriptions = [load_description(folder) for folder in folders]
+    for folder, other in zip(folders, descriptions, strict=True):
+        if (other.vocab_size, other.tokenizer) != (descriptions[0].vocab_size, descriptions[0].tokenizer):
+            raise ValueError(f"--texts must be of one target, got another tokenizer in {folder}")
+    texts: list[DistilledText] = []
+    digest, num_tokens = hashlib.sha256(), 0
+    for folder in folders:
+        for text in read_texts(folder):
+            if max_tokens and num_tokens >= max_tokens:
+                break
+            if text.output_tokens:
+                texts.append(text)
+                num_tokens += len(text.output_tokens)
+                digest.update(np.array(text.tokens, dtype=np.int64).tobytes())
+    num_held_out = max(1, len(texts) // 10)
+    if len(texts) < 2:
+        raise ValueError(f"--texts must hold at least 2 texts with answers, got {len(texts)}")
+    return HeadTexts(descriptions[0], texts[:-num_held_out], texts[-num_held_out:], digest.hexdigest())
+
+
+def end_ids_of(texts: HeadTexts, cache_dir: Path, progress: Progress) -> tuple[ModelConfig, tuple[int, ...]]:
+    """The target that wrote texts, and the ids that may end one. Fetches no weights."""
+    resolved = resolve_description(texts.description.model, cache_dir, progress, "--texts (its target)")
+    config = read_config(resolved)
+    ends = {text.output_tokens[-1] for text in (*texts.used, *texts.held_out) if text.finish_reason == "stop"}
+    return config, tuple(sorted(ends | set(config.eos_token_ids)))
+
+
+def open_heads(
+    kind: HeadKind, source: str, target: ModelConfig, cache_dir: Path, progress: Progress
+) -> tuple[Heads, HeadDescription]:
+    """A checkpoint in float32.
+
+    Args:
+        source: for "model" what `draft.model` may be, else what `draft.eagle3.model` may be.
+        target: that the heads are for.
+
+    Raises:
+        ValueError: it cannot be read, or is for another target.
+    """
+    if kind == "model":
+        resolved = resolve_tensors(source, (HEAD,), cache_dir, progress, "SOURCE")
+        head = head_of_model(resolved)
+        heads: Heads = head
+        described = HeadDescription(target_vocab_size=len(head.ids))
+    else:
+        folder = resolve_head(source, progress, "SOURCE")
+        if kind == "eagle3":
+            heads, described = read_eagle3(folder, target.num_layers)
+        else:
+            heads, described = read_medusa(folder)
+        if described.target_hidden_size != target.hidden_size:
+            raise ValueError(
+                f"SOURCE must be for the target of the texts, whose rows have {target.hidden_size} columns, got "
+                f"{described.target_hidden_size}"
+            )
+    if described.target_vocab_size != target.vocab_size:
+        raise ValueError(
+            f"SOURCE must have the vocabulary of the target of the texts, {target.vocab_size} tokens, got "
+            f"{described.target_vocab_size}"
+        )
+    return heads, described
+
+
+def head_of_model(resolved: ResolvedModel) -> DenseLmHead:
+    """A model's LM head, in float32."""
+    source = open_tensors(resolved, (HEAD,))
+    name = EMBEDDING if source.config.tied_embeddings and HEAD not in source.names() else HEAD
+    head = DenseLmHead(source.config.hidden_size, torch.arange(source.config.vocab_size))
+    with torch.no_grad():
+        head.weight.copy_(source.read(name, _ALL, _ALL, torch.float32))
+    return head
+
+
+def lm_head_of(heads: Heads) -> LmHead:
+    """The one LM head, or of several, which have the same sizes and ids, the first."""
+    if isinstance(heads, LmHead):
+        return heads
+    head = heads.lm_head if isinstance(heads, Eagle3Drafter) else heads.lm_heads[0]
+    assert isinstance(head, LmHead)
+    return head
+
+
+def trimmed_heads(heads: Heads, ids: Tensor) -> Heads:
+    """The same with LM heads of these ids, as far as they have them."""
+    own = lm_head_of(heads).ids
+    kept = ids[torch.isin(ids, own)]
+    if isinstance(heads, LmHead):
+        return trimmed(heads, kept)
+    if isinstance(heads, Eagle3Drafter):
+        return with_head(heads, trimmed(heads.lm_head, kept))
+    return trimmed_medusa(heads, kept)
+
+
+def write_heads(folder: Path, heads: Heads, description: HeadDescription, dtype: torch.dtype) -> None:
+    """Writes a checkpoint of the kind: an LM head alone, an EAGLE-3 drafter, Medusa heads as vLLM has them."""
+    if isinstance(heads, LmHead):
+        write_lm_head(folder, heads, description, dtype)
+    elif isinstance(heads, Eagle3Drafter):
+        # SpecForge has no word for the target's embedding.
+        layout: Eagle3Layout = "speculators" if 0 in heads.shape.taps else "specforge"
+        write_eagle3(folder, heads, description, layout, dtype)
+    else:
+        write_medusa(folder, heads, description, "vllm", dtype)
