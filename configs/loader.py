@@ -17,6 +17,7 @@ T = TypeVar("T", Config, TrainingConfig)
 
 PRESETS_DIR = Path(__file__).parent
 HEADS_DIR = PRESETS_DIR / "heads"
+RECIPES_DIR = PRESETS_DIR / "recipes"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB)")
 _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SCALAR_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
@@ -24,7 +25,12 @@ _SCALAR_NAMES = {bool: "true or false", int: "an integer", float: "a number", st
 
 def preset_names() -> list[str]:
     """Names of the configs that ship with the package."""
-    return sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
+    return _names_in(PRESETS_DIR)
+
+
+def recipe_names() -> list[str]:
+    """Names of the training runs that ship with the package."""
+    return _names_in(RECIPES_DIR)
 
 
 def shipped_heads() -> list[str]:
@@ -37,17 +43,15 @@ def load_config(config: str, overrides: Sequence[str] = ()) -> Config:
 
     Raises ValueError naming the key and the allowed values.
     """
-    return build_config(Config, _find(config), overrides)
+    return build_config(Config, _find(config, PRESETS_DIR), overrides)
 
 
-def load_training(path: str, overrides: Sequence[str] = ()) -> TrainingConfig:
-    """The training run described by a YAML file, with `a.b=c` overrides applied.
+def load_training(config: str, overrides: Sequence[str] = ()) -> TrainingConfig:
+    """The training run described by a YAML file or a recipe's name, with `a.b=c` overrides applied.
 
     Raises ValueError naming the key and the allowed values.
     """
-    if not Path(path).expanduser().is_file():
-        raise ValueError(f"config must be a YAML file, got {path!r}")
-    return build_config(TrainingConfig, Path(path).expanduser(), overrides)
+    return build_config(TrainingConfig, _find(config, RECIPES_DIR), overrides)
 
 
 def build_config(kind: type[T], path: Path, overrides: Sequence[str]) -> T:
@@ -77,16 +81,19 @@ def config_to_yaml(config: Config | TrainingConfig) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 
-def _find(config: str) -> Path:
+def _find(config: str, shipped: Path) -> Path:
     path = Path(config).expanduser()
     if path.is_file():
         return path
-    preset = PRESETS_DIR / f"{config}.yaml"
-    if config in preset_names():
-        return preset
-    hint = _did_you_mean(config, preset_names())
-    presets = ", ".join(preset_names())
-    raise ValueError(f"config must be a YAML file or one of {presets}; got {config!r}{hint}")
+    names = _names_in(shipped)
+    if config in names:
+        return shipped / f"{config}.yaml"
+    hint = _did_you_mean(config, names)
+    raise ValueError(f"config must be a YAML file or one of {', '.join(names)}; got {config!r}{hint}")
+
+
+def _names_in(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def _apply_override(tree: dict[str, Any], override: str, kind: Any) -> None:

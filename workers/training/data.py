@@ -81,7 +81,7 @@ def read_corpus(config: TextsConfig, manifest: Manifest | None) -> Corpus:
     counts: dict[str, int] = {}
 
     def read(directories: Sequence[str]) -> list[TrainingText]:
-        texts = []
+        texts: list[TrainingText] = []
         for directory in directories:
             limit = None if manifest is None else manifest.counts[directory]
             before = len(texts)
