@@ -12,7 +12,9 @@ from outrider.workers.training.log import EvalLine, Line, TrainLine
 
 
 def train(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file or recipe name (smollm2-eagle3, ...).")],
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="YAML file or recipe name (smollm2-eagle3, ...).")
+    ],
     overrides: Overrides = [],
 ) -> None:
     """Train Medusa heads or an EAGLE-3 drafter; a run that was interrupted goes on from its last checkpoint."""

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from outrider.configs.loader import config_from_dict, config_to_yaml, load_config, preset_names
+from outrider.configs.loader import (
+    config_from_dict,
+    config_to_yaml,
+    load_config,
+    load_training,
+    preset_names,
+    recipe_names,
+)
 from outrider.configs.schema import DraftConfig, RoundsConfig
 
 
@@ -14,6 +21,13 @@ from outrider.configs.schema import DraftConfig, RoundsConfig
 def test_presets_load_and_survive_being_printed(preset: str) -> None:
     config = load_config(preset)
     assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_recipes_load_and_survive_being_printed(recipe: str, tmp_path: Path) -> None:
+    config = load_training(recipe)
+    (tmp_path / "printed.yaml").write_text(config_to_yaml(config))
+    assert load_training(str(tmp_path / "printed.yaml")) == config
 
 
 def test_presets_for_gpus_wait_for_compilers_and_captures() -> None:

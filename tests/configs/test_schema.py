@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
-from outrider.configs import schema
+from outrider.configs import schema, training
 from outrider.configs.schema import Config
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = [
-    value for value in vars(schema).values() if inspect.isclass(value) and dataclasses.is_dataclass(value)
+    value
+    for module in (schema, training)
+    for value in vars(module).values()
+    if inspect.isclass(value) and dataclasses.is_dataclass(value)
 ]
 
 

@@ -17,9 +17,11 @@ from outrider.configs.training import (
     TrainedTargetConfig,
     TrainingConfig,
 )
+from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.training.features import TargetFeatures
-from outrider.workers.training.texts import Description, DistilledText, TextWriter
+from outrider.workers.training.texts import Description, DistilledText, TextWriter, read_texts
 from outrider.workers.weights.resolver import open_source
+from support.equality import Case
 from support.models import random_model
 
 TARGET = random_model("num_layers=8&vocab_size=160&hidden_size=64")
@@ -42,6 +44,12 @@ def write_texts(folder: Path) -> None:
             writer.write(
                 DistilledText(str(number), tokens[:PROMPT], tokens[PROMPT:], 0.0, False, "tiny", "length")
             )
+
+
+def cases(folder: Path) -> list[Case]:
+    """Their prompts, as requests for what they go on with."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=OUTPUT)
+    return [Case(text.id, text.prompt_tokens, sampling) for text in read_texts(folder)]
 
 
 def tiny_run(texts: Path, out: Path, steps: int) -> TrainingConfig:

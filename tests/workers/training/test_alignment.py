@@ -3,17 +3,16 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from outrider.configs.training import Eagle3Config
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.draft_heads.lm_head import LmHeadShape
-from outrider.workers.model.rope import RotaryEmbedding
-from outrider.workers.training.eagle3 import Eagle3Training, drafter_shape, plan_steps, rotated
+from outrider.workers.training.eagle3 import Eagle3Training, drafter_shape, plan_steps
 from outrider.workers.training.feature_store import FeatureBatch
 from outrider.workers.training.losses import LOSSES, eager_loss
 from outrider.workers.training.medusa1 import plan_heads
 from outrider.workers.training.vocabulary_loss import SoftTargets
+from support.eagle3_reference import logits_along
 from support.tensor_source import tiny_config
 
 # Two texts back to back; capitals are labels.
@@ -66,43 +65,9 @@ def test_rows_of_medusa_heads() -> None:
     assert found == [["b->D", "C->E", "D->F", "w->Y"], ["b->E", "C->F"], ["b->F"], []]
 
 
-def served(
-    drafter: Eagle3Drafter,
-    embedding: Tensor,
-    rope: RotaryEmbedding,
-    taps: Tensor,
-    tokens: list[int],
-    length: int,
-    num_steps: int,
-) -> list[Tensor]:
-    """Logits of the drafter as a server runs it, one row at a time over a cache: the context's tokens 1..length - 1
-    with the target's features, then a chain of the tokens that follow."""
-    keys, values, logits = [], [], []
-
-    def row(token: int, feature: Tensor, position: int) -> Tensor:
-        cos, sin = (table[:, None] for table in rope(torch.tensor([position])))
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys.append(rotated(k, cos, sin))
-            values.append(v)
-            group = q.shape[1] // k.shape[1]
-            k, v = (torch.cat(x).repeat_interleave(group, dim=1) for x in (keys, values))  # [S, H, D]
-            scores = torch.einsum("qhd,shd->hs", rotated(q, cos, sin), k) * q.shape[-1] ** -0.5
-            return torch.einsum("hs,shd->hd", scores.softmax(-1), v).flatten()[None]
-
-        return drafter(embedding[token][None], feature, attend)
-
-    for position in range(1, length):
-        output = row(tokens[position], drafter.features(taps[position - 1][None]), position - 1)
-    logits.append(drafter.logits(output))
-    for step in range(1, num_steps):
-        output = row(tokens[length - 1 + step], output, length - 2 + step)
-        logits.append(drafter.logits(output))
-    return logits
-
-
 def test_the_trainer_computes_what_a_server_computes() -> None:
-    """Loss of the whole unrolled batch against losses of logits that were made row by row over a cache."""
+    """Loss of the whole unrolled batch against losses of logits that were made text by text, row by row, by what the
+    server's drafter is compared with as well (tests/e2e/test_eagle3_rows.py)."""
     torch.manual_seed(0)
     target = replace(tiny_config("llama", num_heads=4, num_kv_heads=2), vocab_size=40)
     hidden, ids = target.hidden_size, torch.arange(0, 40, 2)
@@ -126,15 +91,16 @@ def test_the_trainer_computes_what_a_server_computes() -> None:
     totals = training.count_labels(batch)
     loss, counts = training(batch, totals, measure=True)
 
-    rope = RotaryEmbedding(target, shape.rope, torch.float32, torch.device("cpu"))
     sums, labels, right = torch.zeros(3), torch.zeros(3), torch.zeros(3)
     start = 0
     for length in lengths:
         part = slice(start, start + length)
         tokens, taps = batch.tokens[part].tolist(), batch.taps[part]
         for context in range(first_label, length):
-            chain = served(drafter, embedding, rope, taps, tokens, context, min(3, length - context))
-            for step, logits in enumerate(chain):
+            path = tokens[context : min(context + 2, length - 1)]
+            chain = logits_along(drafter, embedding, taps, tokens[:context], path)[context - 2 :]
+            assert len(chain) == min(3, length - context)
+            for step, logits in enumerate(chain.split(1)):
                 at = start + context - 1 + step
                 if batch.greedy[at] % 2 == 0:
                     soft = batch.soft.at(torch.tensor([at]))

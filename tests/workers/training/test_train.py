@@ -1,6 +1,7 @@
 """Whole training runs on a tiny target: they learn, go on after a kill as if nothing had been, and share batches."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,11 +15,18 @@ from torch import Tensor
 from outrider.configs.loader import load_training
 from outrider.configs.training import TrainingConfig, TrainingMethod
 from outrider.workers.draft_heads.checkpoint import read_eagle3, read_medusa
+from outrider.workers.sequences.sequence import DraftOptions
 from outrider.workers.training.launch import train
 from outrider.workers.training.log import EvalLine, Line, TrainLine, read_log
 from outrider.workers.training.metrics import Measurement
+from outrider.workers.training.texts import read_texts
 from outrider.workers.weights.progress import silent
-from support.training import tiny_run, with_steps, write_texts
+from outrider.workers.weights.resolver import open_source
+from support.equality import decode
+from support.local_engine import LocalEngine
+from support.tiny import SLOW_TARGET
+from support.tiny_heads import building_eagle3
+from support.training import TARGET, cases, tiny_run, with_steps, write_texts
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +59,16 @@ def test_eagle3_learns_a_corpus_by_heart(texts: Path, tmp_path: Path) -> None:
     assert description.accuracies == found.accuracies
     assert description.template == "raw"
     assert drafter.lm_head.shape.rank == 32
+    # Training and serving agree: on these texts the server accepts nearly all.
+    with LocalEngine(
+        open_source(TARGET), methods=(building_eagle3(open_source(TARGET), drafter),), profile=SLOW_TARGET
+    ) as engine:
+        answers = decode(engine, cases(texts), DraftOptions(("eagle3",), 3, 3))
+    for text in read_texts(texts):
+        assert answers[text.id].tokens == text.output_tokens
+    # A token with the prompt, then four in a round of one of its own and three drafted, where all are accepted.
+    at_best = sum(1 + math.ceil((len(answer.tokens) - 1) / 4) for answer in answers.values())
+    assert sum(answer.stats.num_rounds for answer in answers.values()) <= 1.1 * at_best
     provenance = json.loads((tmp_path / "run" / "drafter" / "provenance.json").read_text())
     assert provenance["step"] == 150
     assert provenance["num_texts"] == 10
