@@ -136,7 +136,7 @@ class MedusaConfig:
     lora_rank: int = 32
     """medusa2: rank of the adapters."""
 
-    lora_alpha: float = 16.0
+    lora_alpha: int = 16
     """medusa2: their scale is lora_alpha / lora_rank."""
 
     lora_dropout: float = 0.05

@@ -10,11 +10,13 @@ the token at t + 1 is the target's own. Tokens a b c d e f at positions 0..5, la
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from outrider.configs.training import MedusaConfig
-from outrider.workers.draft_heads.lm_head import LmHeadShape
+from outrider.workers.draft_heads.lm_head import LmHead, LmHeadShape
 from outrider.workers.draft_heads.medusa import MedusaHeads, MedusaShape
 from outrider.workers.training.feature_store import FeatureBatch
 from outrider.workers.training.heads import HeadLoss, start_head
@@ -38,10 +40,9 @@ def heads_shape(target: ModelConfig, head: LmHeadShape, config: MedusaConfig) ->
 
 def start_heads(heads: MedusaHeads, source: WeightSource) -> None:
     """Every LM head starts as the target's rows, or their truncated SVD: a fresh head says what the target says."""
-    first, *others = heads.lm_heads
-    start_head(first, source)
-    for other in others:
-        other.load_state_dict(first.state_dict())
+    for head in heads.lm_heads:
+        assert isinstance(head, LmHead)
+        start_head(head, source)
 
 
 def plan_heads(lengths: list[int], is_label: Tensor, num_heads: int) -> list[tuple[Tensor, Tensor]]:
@@ -74,10 +75,12 @@ class Medusa1Training(nn.Module):
         self.heads = heads
         self.config = config
         self.dtype = dtype
-        shared = heads.shape.shares_lm_head
-        self._losses = nn.ModuleList(
-            HeadLoss(heads.lm_heads[0 if shared else head], "kl") for head in range(heads.shape.num_heads)
-        )
+        losses = []
+        for head in range(heads.shape.num_heads):
+            lm_head = heads.lm_heads[0 if heads.shape.shares_lm_head else head]
+            assert isinstance(lm_head, LmHead)
+            losses.append(HeadLoss(lm_head, "kl"))
+        self._losses = nn.ModuleList(losses)
 
     @property
     def num_guesses(self) -> int:
@@ -90,7 +93,8 @@ class Medusa1Training(nn.Module):
     def count_labels(self, batch: FeatureBatch) -> Tensor:
         """float32 [K]: of a batch, how many labels each head's loss is the mean over."""
         plan = plan_heads(batch.lengths, batch.is_label.cpu(), self.num_guesses)
-        within = self._losses[0].has(batch.tokens).cpu()
+        losses: Any = self._losses
+        within = losses[0].has(batch.tokens).cpu()
         return torch.tensor([float(within[labels].sum()) for _, labels in plan])
 
     def forward(self, batch: FeatureBatch, totals: Tensor, measure: bool) -> tuple[Tensor, StepCounts]:

@@ -155,7 +155,7 @@ class Trainer:
         mine = groups[self._rank :: config.engine.ranks]
         batches = [self._read(self._task.training, group, groups) for group in mine]
         totals = self._added_up(sum(engine.module.count_labels(batch) for batch in batches))
-        sums: Tensor | float = 0.0
+        sums = torch.zeros(())
         loss_sum = torch.zeros(())
         for batch in batches:
             loss, counts = engine(batch.to(self._device), totals.to(self._device), False)
