@@ -62,8 +62,7 @@ class RandomSource:
         self._config = _model_config(architecture, options)
         self._shapes = tensor_shapes(self._config)
         # The tensor made last: a matrix is often read in pieces, and an embedding row by row.
-        self._last_name = ""
-        self._last = torch.empty(0)
+        self._last = ("", torch.empty(0))  # read at a time by the ranks of a test, which are threads
 
     @property
     def config(self) -> ModelConfig:
@@ -94,9 +93,10 @@ class RandomSource:
         return sum(math.prod(shape) for shape in self._shapes.values()) * dtype.itemsize
 
     def _whole(self, name: str) -> torch.Tensor:
-        if name != self._last_name:
-            self._last_name, self._last = name, self._make(name)
-        return self._last
+        last = self._last
+        if name != last[0]:
+            last = self._last = (name, self._make(name))
+        return last[1]
 
     def _make(self, name: str) -> torch.Tensor:
         shape = self.shape(name)
