@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from outrider.workers.draft_heads.lm_head import (
     LmHead,
     LmHeadShape,
     LowRankLmHead,
-    low_rank_start,
+    fitted_low_rank_start,
     rank_of,
 )
 from outrider.workers.training.metrics import NUM_RANKS, Guesses
@@ -49,17 +50,25 @@ def head_shape(config: TrainedHeadConfig, hidden_size: int, ids: Tensor) -> LmHe
 
 
 @torch.no_grad()
-def start_head(head: LmHead, source: WeightSource) -> None:
-    """Makes a head the target's rows of its ids, or their truncated SVD."""
-    name = EMBEDDING if source.config.tied_embeddings else HEAD
-    weight = source.read(name, _ALL, _ALL, torch.float32)[head.ids]
+def start_head(head: LmHead, source: WeightSource, low_rank: Mapping[str, Tensor]) -> None:
+    """Makes a head the target's rows of its ids, or the two matrices `low_rank`, by name, that come near them."""
     if isinstance(head, LowRankLmHead):
-        down, up = low_rank_start(weight, head.shape.rank)
-        head.down.weight.copy_(down)
-        head.up.weight.copy_(up)
+        head.load_state_dict(dict(low_rank))
     else:
         assert isinstance(head, DenseLmHead)
-        head.weight.copy_(weight)
+        head.weight.copy_(head_weight(source, head.ids))
+
+
+def low_rank_head(source: WeightSource, ids: Tensor, rank: int, rows: Tensor) -> dict[str, Tensor]:
+    """Weights of a low-rank head, for `start_head`; rows: [N, hidden], of the target after its final norm."""
+    down, up = fitted_low_rank_start(head_weight(source, ids), rank, rows)
+    return {"down.weight": down, "up.weight": up}
+
+
+def head_weight(source: WeightSource, ids: Tensor) -> Tensor:
+    """The target's head, float32 [V', hidden], of these ids."""
+    name = EMBEDDING if source.config.tied_embeddings else HEAD
+    return source.read(name, _ALL, _ALL, torch.float32)[ids]
 
 
 class HeadLoss(nn.Module):

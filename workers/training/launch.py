@@ -12,7 +12,7 @@ from outrider.configs.training import TrainingConfig
 from outrider.workers.training.data import Corpus, Manifest, read_corpus
 from outrider.workers.training.log import Line
 from outrider.workers.training.metrics import Measurement
-from outrider.workers.training.tasks import build_task, prepare_rows
+from outrider.workers.training.tasks import build_task, prepare_head, prepare_rows
 from outrider.workers.training.trainer import Trainer
 from outrider.workers.weights.progress import Progress
 
@@ -38,6 +38,7 @@ def train(
     tokens = sum(len(text.tokens) for text in corpus.training)
     say(f"{len(corpus.training)} texts of {tokens} tokens, {len(corpus.held_out)} held out")
     prepare_rows(config, corpus, say, progress)
+    prepare_head(config, corpus, say)
     (out / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = Path(folder) / "ranks"

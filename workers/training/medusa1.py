@@ -10,6 +10,7 @@ the token at t + 1 is the target's own. Tokens a b c d e f at positions 0..5, la
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,11 +39,11 @@ def heads_shape(target: ModelConfig, head: LmHeadShape, config: MedusaConfig) ->
     )
 
 
-def start_heads(heads: MedusaHeads, source: WeightSource) -> None:
-    """Every LM head starts as the target's rows, or their truncated SVD: a fresh head says what the target says."""
+def start_heads(heads: MedusaHeads, source: WeightSource, low_rank: Mapping[str, Tensor]) -> None:
+    """Every LM head starts as `start_head` says: a fresh Medusa head says about what the target says."""
     for head in heads.lm_heads:
         assert isinstance(head, LmHead)
-        start_head(head, source)
+        start_head(head, source, low_rank)
 
 
 def plan_heads(lengths: list[int], is_label: Tensor, num_heads: int) -> list[tuple[Tensor, Tensor]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,10 @@ class Medusa2Training(nn.Module):
         return target.disable_adapter()
 
 
-def build_medusa2(config: TrainingConfig, resolved: ResolvedModel, corpus: Corpus) -> Task:
-    """What a rank trains with method `medusa2`."""
+def build_medusa2(
+    config: TrainingConfig, resolved: ResolvedModel, corpus: Corpus, low_rank: Mapping[str, Tensor]
+) -> Task:
+    """What a rank trains with method `medusa2`; low_rank: the start of such a head."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -134,7 +137,7 @@ def build_medusa2(config: TrainingConfig, resolved: ResolvedModel, corpus: Corpu
     ids = read_ids(config.head, source.config.vocab_size)
     shape = head_shape(config.head, source.config.hidden_size, ids)
     heads = MedusaHeads(heads_shape(source.config, shape, medusa), ids)
-    start_heads(heads, source)
+    start_heads(heads, source, low_rank)
     if config.start_from:
         start_from(Path(config.start_from).expanduser(), heads)
     lora = LoraConfig(

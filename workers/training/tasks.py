@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from outrider.configs.training import TrainingConfig
@@ -28,7 +29,7 @@ from outrider.workers.training.feature_store import (
     row_files,
 )
 from outrider.workers.training.features import TargetFeatures
-from outrider.workers.training.heads import head_shape, read_ids, start_head
+from outrider.workers.training.heads import head_shape, low_rank_head, read_ids, start_head
 from outrider.workers.training.medusa1 import Medusa1Training, heads_shape, start_heads
 from outrider.workers.training.metrics import StepCounts
 from outrider.workers.training.saving import Drafter, describe, save_drafter, start_from
@@ -38,6 +39,8 @@ from outrider.workers.weights.source import WeightSource
 from outrider.workers.weights.tensors import EMBEDDING
 
 _ALL = slice(None)
+_START_TEXTS = 200
+_START_TOKENS = 12_000
 
 
 class TrainingModule(Protocol):
@@ -152,6 +155,39 @@ def prepare_rows(
         keep_rows(texts, files, computer, progress)
 
 
+def prepare_head(config: TrainingConfig, corpus: Corpus, say: Callable[[str], None]) -> None:
+    """Computes what a low-rank head starts as, once for all ranks and for runs that go on: from the target's rows at
+    some thousand labels."""
+    path = _low_rank_path(config)
+    if config.head.kind != "low_rank" or path.exists():
+        return
+    say("start of the low-rank head: the target's head at its own hidden rows")
+    source = open_source(resolve_target(config, silent))
+    ids = read_ids(config.head, source.config.vocab_size)
+    last = source.config.num_layers
+    target = TargetFeatures(source, (last,), torch_dtype(config.target.dtype), config.engine.num_threads)
+    texts: list[TrainingText] = []
+    for text in corpus.training[:: max(1, len(corpus.training) // _START_TEXTS)]:
+        if sum(len(chosen.tokens) for chosen in texts) < _START_TOKENS:
+            texts.append(text)
+    rows = target.rows([text.tokens.tolist() for text in texts])
+    # Those before labels: what the head will be asked about.
+    read = [by[last][max(1, text.num_unlearned) - 1 : -1] for text, by in zip(texts, rows, strict=True)]
+    rank = head_shape(config.head, source.config.hidden_size, ids).rank
+    weights = low_rank_head(source, ids, rank, target.model.normed(torch.cat(read)))
+    unfinished = path.with_suffix(".tmp")
+    save_file(weights, unfinished)
+    unfinished.replace(path)
+
+
+def _low_rank_path(config: TrainingConfig) -> Path:
+    return Path(config.out).expanduser() / "low_rank_start.safetensors"
+
+
+def _low_rank_start(config: TrainingConfig) -> dict[str, Tensor]:
+    return load_file(_low_rank_path(config)) if config.head.kind == "low_rank" else {}
+
+
 def build_task(config: TrainingConfig, corpus: Corpus) -> Task:
     """What a rank trains. Random starts are those of `config.seed`: the same on every rank."""
     torch.manual_seed(config.seed)
@@ -160,7 +196,7 @@ def build_task(config: TrainingConfig, corpus: Corpus) -> Task:
     if config.method == "medusa2":
         from outrider.workers.training.medusa2 import build_medusa2
 
-        return build_medusa2(config, resolved, corpus)
+        return build_medusa2(config, resolved, corpus, _low_rank_start(config))
     rows = rows_of(config, source, corpus)
     module: nn.Module
     drafter: Drafter
@@ -193,7 +229,7 @@ def build_task(config: TrainingConfig, corpus: Corpus) -> Task:
 def _eagle3(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple[nn.Module, Eagle3Drafter]:
     shape = head_shape(config.head, source.config.hidden_size, rows.ids)
     drafter = Eagle3Drafter(drafter_shape(source.config, shape, config.eagle3.norm_before_residual), rows.ids)
-    start_head(drafter.lm_head, source)
+    start_head(drafter.lm_head, source, _low_rank_start(config))
     if config.eagle3.start == "target_last_layer":
         start_from_last_layer(drafter, source)
     embedding = source.read(EMBEDDING, _ALL, _ALL, torch_dtype(config.engine.dtype))
@@ -204,7 +240,7 @@ def _eagle3(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple[n
 def _medusa1(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple[nn.Module, MedusaHeads]:
     shape = head_shape(config.head, source.config.hidden_size, rows.ids)
     heads = MedusaHeads(heads_shape(source.config, shape, config.medusa), rows.ids)
-    start_heads(heads, source)
+    start_heads(heads, source, _low_rank_start(config))
     return Medusa1Training(heads, config.medusa, torch_dtype(config.engine.dtype)), heads
 
 
