@@ -17,9 +17,9 @@ from outrider.workers.weights.tensors import EMBEDDING
 from support.drafted import path_of
 from support.eagle3_reference import logits_along
 from support.equality import Reference, decode
-from support.local_engine import LocalEngine, default_options
+from support.local_engine import LocalEngine
 from support.models import random_model
-from support.tiny import LOOPS, SLOW_TARGET, VOCAB_SIZE, random_tokens, tiny_cases
+from support.tiny import SLOW_TARGET, VOCAB_SIZE, loop_options, random_tokens, tiny_cases
 from support.tiny_heads import building_eagle3, eagle3_drafter, read
 
 EAGLE3 = DraftOptions(("eagle3",), 8, 6)
@@ -93,10 +93,7 @@ def test_logits_in_the_server_are_those_of_the_modules_over_the_whole_text(
     deep_target: WeightSource, deep_reference: Reference, loop: str
 ) -> None:
     """Position by position: after prompts that were read in chunks, verdicts, shared prefixes and recomputation."""
-    overlapped, num_lanes, draft_ahead = LOOPS[loop]
-    options = default_options(
-        overlapped=overlapped, num_lanes=num_lanes, draft_ahead=draft_ahead, fixed_budget=True
-    )
+    options = loop_options(loop, True)
     drafter = eagle3_drafter(deep_target, default_taps(NUM_LAYERS))
     watched = Watched(deep_target, drafter)
     system = tuple(random_tokens(100, 3 * PAGE_SIZE + 6))

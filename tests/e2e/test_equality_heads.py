@@ -11,9 +11,9 @@ from outrider.workers.sequences.sequence import DraftOptions
 from outrider.workers.weights.source import WeightSource
 from support.ahead import AheadSpy
 from support.equality import PLAIN, Reference, assert_same_texts, decode, decode_singly, num_accepted
-from support.local_engine import LocalEngine, MethodBuilder, default_options
+from support.local_engine import LocalEngine, MethodBuilder
 from support.thread_group import thread_group
-from support.tiny import BOTH, GREEDY, LOOPS, NGRAM, SLOW_TARGET, random_tokens, tiny_cases
+from support.tiny import BOTH, GREEDY, LOOPS, NGRAM, SLOW_TARGET, loop_options, random_tokens, tiny_cases
 from support.tiny_heads import building_eagle3, building_medusa, eagle3_drafter
 
 MEDUSA = DraftOptions(("medusa",), 8, 6)
@@ -55,13 +55,7 @@ def test_heads_give_the_text_of_transformers(
     loop: str,
     budget: str,
 ) -> None:
-    overlapped, num_lanes, draft_ahead = LOOPS[loop]
-    options = default_options(
-        overlapped=overlapped,
-        num_lanes=num_lanes,
-        draft_ahead=draft_ahead,
-        fixed_budget=budget == "fixed",
-    )
+    options = loop_options(loop, budget == "fixed")
     cases = [*tiny_cases(), replace(tiny_cases()[1], id="one token", prompt=(7,))]
     with LocalEngine(
         target,
@@ -84,7 +78,7 @@ def test_heads_give_the_text_of_transformers(
         sampled = tiny_cases(sampling=SAMPLED)
         texts = decode(engine, sampled, ALL)
         assert_same_texts(reference, sampled, texts, ties, f"all, sampled, {where}")
-        assert (spy.num_steps > 0) == draft_ahead
+        assert (spy.num_steps > 0) == options.growth.draft_ahead
     assert engine.pool.num_available == engine.pool.num_pages
 
 
@@ -92,10 +86,7 @@ def test_heads_give_the_text_of_transformers(
 def test_sequences_may_be_recomputed_cancelled_and_share_prefixes(
     target: WeightSource, drafter: WeightSource, reference: Reference, ties: list[Mismatch], loop: str
 ) -> None:
-    overlapped, num_lanes, draft_ahead = LOOPS[loop]
-    options = default_options(
-        overlapped=overlapped, num_lanes=num_lanes, draft_ahead=draft_ahead, fixed_budget=True
-    )
+    options = loop_options(loop, True)
     system = tuple(random_tokens(100, 2 * PAGE_SIZE + 6))
     cases = tiny_cases(sampling=replace(GREEDY, max_tokens=32))
     cases[4:6] = [replace(case, prompt=system + case.prompt) for case in cases[4:6]]

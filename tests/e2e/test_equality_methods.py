@@ -20,9 +20,9 @@ from support.equality import (
     num_accepted,
 )
 from support.linear_probe import LinearProbe
-from support.local_engine import LocalEngine, default_options
+from support.local_engine import LocalEngine
 from support.thread_group import thread_group
-from support.tiny import BOTH, GREEDY, LOOPS, NGRAM, SLOW_TARGET, random_tokens, tiny_cases
+from support.tiny import BOTH, GREEDY, LOOPS, NGRAM, SLOW_TARGET, loop_options, random_tokens, tiny_cases
 from support.two_taps import TwoTaps
 
 PROBE = DraftOptions((LinearProbe.name,), 8, 6)
@@ -109,13 +109,7 @@ def test_methods_that_read_hidden_rows_give_the_text_of_transformers(
     loop: str,
     budget: str,
 ) -> None:
-    overlapped, num_lanes, draft_ahead = LOOPS[loop]
-    options = default_options(
-        overlapped=overlapped,
-        num_lanes=num_lanes,
-        draft_ahead=draft_ahead,
-        fixed_budget=budget == "fixed",
-    )
+    options = loop_options(loop, budget == "fixed")
     cases, toys = tiny_cases(), Toys()
     with LocalEngine(
         target,
@@ -136,8 +130,8 @@ def test_methods_that_read_hidden_rows_give_the_text_of_transformers(
         mixed = [PLAIN, PROBE, TAPS, NGRAM, BOTH, ALL, PROBE, TAPS]
         texts = decode(engine, cases, mixed)
         assert_same_texts(reference, cases, texts, ties, f"mixed, tp {tp_size}, {loop}, {budget}")
-        assert (spy.num_steps > 0) == draft_ahead
-        if draft_ahead:
+        assert (spy.num_steps > 0) == options.growth.draft_ahead
+        if options.growth.draft_ahead:
             assert toys.taps.num_survivors > 0
     toys.check_rows(reference)
     assert engine.pool.num_available == engine.pool.num_pages
@@ -153,10 +147,7 @@ def test_rows_of_recomputed_sequences_are_true(
     loop: str,
     num_blocks: int,
 ) -> None:
-    overlapped, num_lanes, draft_ahead = LOOPS[loop]
-    options = default_options(
-        overlapped=overlapped, num_lanes=num_lanes, draft_ahead=draft_ahead, fixed_budget=True
-    )
+    options = loop_options(loop, True)
     cases, toys = tiny_cases(sampling=replace(GREEDY, max_tokens=32)), Toys(num_blocks)
     with LocalEngine(target, drafter, options=options, num_pages=20, methods=toys.builders) as engine:
         for name, drafts in {"mixed": [PLAIN, PROBE, TAPS, ALL] * 2, "all": [ALL] * 8}.items():
@@ -202,10 +193,7 @@ def test_a_prefix_is_shared_as_far_as_its_rows_are_kept(
 def test_cancelled_requests_disturb_no_rows(
     target: WeightSource, drafter: WeightSource, reference: Reference, ties: list[Mismatch], loop: str
 ) -> None:
-    overlapped, num_lanes, draft_ahead = LOOPS[loop]
-    options = default_options(
-        overlapped=overlapped, num_lanes=num_lanes, draft_ahead=draft_ahead, fixed_budget=True
-    )
+    options = loop_options(loop, True)
     cases, toys = tiny_cases(), Toys()
     left = {cases[2].id: 5, cases[5].id: 1, cases[7].id: 1}
     with LocalEngine(

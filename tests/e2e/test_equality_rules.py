@@ -16,7 +16,7 @@ from support.equality import Case, Reference
 from support.linear_probe import LinearProbe
 from support.local_engine import LocalEngine, default_options, output_tokens
 from support.thread_group import thread_group
-from support.tiny import BOTH, LOOPS, tiny_cases
+from support.tiny import BOTH, loop_options, tiny_cases
 from support.toy_rules import EverySecond, Typical
 from support.two_taps import TwoTaps
 
@@ -62,10 +62,7 @@ def check_text(reference: Reference, case: Case, events: list[TokenEvent]) -> No
 def test_every_second_drafted_token_is_kept(
     target: WeightSource, drafter: WeightSource, reference: Reference, tp_size: int, loop: str
 ) -> None:
-    overlapped, num_lanes, draft_ahead = LOOPS[loop]
-    options = default_options(
-        overlapped=overlapped, num_lanes=num_lanes, draft_ahead=draft_ahead, fixed_budget=True
-    )
+    options = loop_options(loop, True)
     cases = tiny_cases(sampling=ASKING)
     rule = EverySecond()
     with LocalEngine(

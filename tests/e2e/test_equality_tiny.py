@@ -34,6 +34,7 @@ from support.tiny import (
     METHODS,
     SLOW_TARGET,
     VOCAB_SIZE,
+    loop_options,
     tiny_cases,
     tiny_drafter,
 )
@@ -60,13 +61,7 @@ def test_all_methods_give_the_text_of_transformers(
     loop: str,
     budget: str,
 ) -> None:
-    overlapped, num_lanes, draft_ahead = LOOPS[loop]
-    options = default_options(
-        overlapped=overlapped,
-        num_lanes=num_lanes,
-        draft_ahead=draft_ahead,
-        fixed_budget=budget == "fixed",
-    )
+    options = loop_options(loop, budget == "fixed")
     cases = tiny_cases()
     few = cases[1:3]
     with LocalEngine(
@@ -88,7 +83,7 @@ def test_all_methods_give_the_text_of_transformers(
         assert_same_texts(
             reference, cases, decode(engine, cases, mixed), ties, f"mixed, tp {tp_size}, {loop}, {budget}"
         )
-        assert (spy.num_steps > 0) == draft_ahead
+        assert (spy.num_steps > 0) == options.growth.draft_ahead
     assert engine.pool.num_available == engine.pool.num_pages
 
 

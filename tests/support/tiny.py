@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from outrider.workers.rounds.budget import PassProfile
+from outrider.workers.rounds.loop import LoopOptions
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions
 from outrider.workers.weights.resolver import ResolvedModel
 from support.equality import Case
+from support.local_engine import default_options
 from support.models import random_model
 
 VOCAB_SIZE = 320
@@ -34,6 +36,15 @@ LOOPS = {
     "1 lane, ahead": (True, 1, True),
     "2 lanes, ahead": (True, 2, True),
 }
+
+
+def loop_options(loop: str, fixed_budget: bool) -> LoopOptions:
+    """Of one of `LOOPS`."""
+    overlapped, num_lanes, draft_ahead = LOOPS[loop]
+    return default_options(
+        overlapped=overlapped, num_lanes=num_lanes, draft_ahead=draft_ahead, fixed_budget=fixed_budget
+    )
+
 
 # So slow a target, with rows so cheap, that a measured budget drafts as much as it may.
 SLOW_TARGET = PassProfile((1, 64), (10.0, 10.01))

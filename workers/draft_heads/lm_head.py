@@ -7,6 +7,7 @@ VocabTrim (arXiv 2506.22694). Low rank: SlimSpec (arXiv 2605.10453), with the na
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,7 +40,7 @@ class LmHeadShape:
         return self.rank < self.hidden_size
 
 
-class LmHead(nn.Module):
+class LmHead(nn.Module, ABC):
     """Normed hidden rows [..., hidden] -> logits [..., V'] of the target's token ids `ids`.
 
     Attributes:
@@ -56,13 +57,13 @@ class LmHead(nn.Module):
         self.register_buffer("ids", ids, persistent=False)
 
     @property
+    @abstractmethod
     def shape(self) -> LmHeadShape:
         """Its sizes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def matrix(self) -> Tensor:
         """The one matrix [V', hidden] that gives the same logits."""
-        raise NotImplementedError
 
 
 class DenseLmHead(LmHead):

@@ -5,7 +5,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from outrider.workers.draft_heads.lm_head import DenseLmHead, LmHead, LmHeadShape, LowRankLmHead
+from outrider.workers.draft_heads.lm_head import DenseLmHead, LmHead, LowRankLmHead
 from outrider.workers.model.head import Head, LinearHead, LowRankHead
 from outrider.workers.model.linear import Linear, make_linear
 from outrider.workers.sequences.vocabulary import Vocabulary, VocabularyRange, VocabularyTable
@@ -56,15 +56,13 @@ class _Product(nn.Module):
         return self._linear(x)
 
 
-class _ServedLmHead(LmHead):
-    def __init__(self, lm_head: LmHead, vocab_size: int, packed: bool) -> None:
-        super().__init__(lm_head.ids)
-        self._shape = lm_head.shape
-        self._head = served_head(lm_head, vocab_size, packed)
+class _ServedLmHead(nn.Module):
+    """In the place of an `LmHead`: its logits and its ids."""
 
-    @property
-    def shape(self) -> LmHeadShape:
-        return self._shape
+    def __init__(self, lm_head: LmHead, vocab_size: int, packed: bool) -> None:
+        super().__init__()
+        self.ids = lm_head.ids
+        self._head = served_head(lm_head, vocab_size, packed)
 
     def forward(self, normed: Tensor) -> Tensor:
         return self._head(normed)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.model.rope import RotaryEmbedding
+from outrider.workers.training.eagle3 import rotated
 from outrider.workers.training.features import TargetFeatures
 from outrider.workers.training.texts import DistilledText
 
@@ -112,11 +113,11 @@ def unrolled(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         step = len(keys)
         cos, sin = (table[:, None] for table in rope(torch.arange(T) + step))  # [T, 1, D / 2]
-        keys.append(_rotated(k, cos, sin))
+        keys.append(rotated(k, cos, sin))
         values.append(v)
         seen = torch.cat([causal] + [own] * step, dim=1)  # [T, T * (step + 1)]
         queries, all_keys, all_values = (
-            x.transpose(0, 1)[None] for x in (_rotated(q, cos, sin), torch.cat(keys), torch.cat(values))
+            x.transpose(0, 1)[None] for x in (rotated(q, cos, sin), torch.cat(keys), torch.cat(values))
         )
         out = F.scaled_dot_product_attention(queries, all_keys, all_values, attn_mask=seen, enable_gqa=True)
         return out[0].transpose(0, 1).flatten(1)
@@ -143,9 +144,3 @@ def _label_rows(text: DistilledText) -> slice:
 
 def _groups(texts: Sequence[DistilledText]) -> list[Sequence[DistilledText]]:
     return [texts[start : start + _GROUP] for start in range(0, len(texts), _GROUP)]
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Dimension i goes with i + D / 2, as in the models."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
