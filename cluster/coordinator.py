@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayError
 
 from outrider.cluster.actors import ProgressBoard, Workers
 from outrider.cluster.admission import Admission, prepare_admission
-from outrider.cluster.api import Delivery, EngineError, Progress, Ticket
+from outrider.cluster.api import Delivery, EngineError, Progress, Prompt, ServedModel, Ticket
 from outrider.cluster.door import Door
 from outrider.cluster.health import answers_of, blame, result_of
 from outrider.cluster.mailbox import Mailbox
@@ -93,6 +93,14 @@ class Coordinator:
         for request_id in request_ids:
             self._table.cancel(request_id)
 
+    async def describe(self) -> ServedModel:
+        """What there is to know of the target without looking into its weights."""
+        return await asyncio.to_thread(self._admission.describe)
+
+    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        """The tokens that a request with this prompt would begin with. Raises ValueError as such a request would."""
+        return await asyncio.to_thread(self._admission.tokens, prompt)
+
     async def stats(self) -> dict[str, dict[str, Any]]:
         """Counters of every worker, by name, and of the Coordinator."""
         stats = await answers_of(self._workers.by_name(), "stats", "stats")
@@ -118,7 +126,7 @@ class Coordinator:
     async def _bring_up(self, watch: StartWatch) -> None:
         # Models are fetched once, here, before every rank of this node asks for the same files.
         preparing = asyncio.to_thread(self._prepare, self._config, self._board.report)
-        admission = await watch.step("coordinator", "preparing", preparing)
+        self._admission = admission = await watch.step("coordinator", "preparing", preparing)
         max_open = self._config.cluster.max_open_requests
         self._door = Door(admission, self._table, self._send, self._mailbox.put, max_open)
         targets, draft = self._workers.targets, self._workers.draft

@@ -19,10 +19,10 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from outrider.cluster.actors import spawn_workers
-from outrider.cluster.api import EngineError, GenerationRequest, Progress, Prompt
+from outrider.cluster.api import EngineError, GenerationRequest, Progress, Prompt, ServedModel
 from outrider.cluster.calls import CLOSED, Calls, result_of_call
 from outrider.cluster.coordinator import Coordinator
-from outrider.cluster.inbox import CompletionStream, Inbox, PieceStream
+from outrider.cluster.inbox import Box, CompletionStream, Inbox, PieceStream
 from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.placement import COORDINATOR_BUNDLE, check_cpus, reserve
 from outrider.cluster.session import RaySession
@@ -115,6 +115,36 @@ class Engine:
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """As `completions`, all answers at the end."""
         return list(self.completions(requests))
+
+    def post(self, asked: GenerationRequest, box: Box) -> str:
+        """Sends a request without waiting for anything, for event loops: its answers go into `box`, which is called in
+        another thread. Returns the request's id, for `drop`. Raises ValueError for what cannot be sent.
+
+        Pieces come, the last of them with a finish reason; or a Refusal; or an EngineError, once or more often.
+        """
+        return self._open_inbox().post(asked, box)
+
+    def drop(self, request_ids: Sequence[str]) -> None:
+        """Nobody waits for these requests of `post` any longer: those that run are cancelled. Does not block."""
+        if self._inbox is not None:
+            self._inbox.drop(request_ids)
+
+    @property
+    def failure(self) -> str:
+        """Why the deployment is unusable; empty while it works."""
+        if self._closed or self._inbox is None:
+            return CLOSED
+        return self._inbox.failure
+
+    def describe(self) -> ServedModel:
+        """What there is to know of the target without looking into its weights."""
+        described: ServedModel = self._calls("describe")
+        return described
+
+    def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        """The tokens that a request with this prompt would begin with. Raises ValueError as such a request would."""
+        tokens: tuple[int, ...] = self._calls("tokenize", prompt)
+        return tokens
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Counters of every process, by name ("draft", "target 0", ..., "coordinator")."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+from outrider.configs.server import ServerConfig
+
 DType = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 DraftMethod = Literal["ngram", "model", "medusa", "eagle3"]
@@ -352,6 +354,9 @@ class Config:
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Defaults of requests."""
+
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """The HTTP server of `outrider serve`."""
 
     def __post_init__(self) -> None:
         target, cluster = self.target, self.cluster

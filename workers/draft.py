@@ -163,6 +163,9 @@ class DraftWorker:
                 for name, profile in cost.methods.items()
             },
             "num_available_pages": self._scheduler.pool.num_available,
+            "num_pages": self._scheduler.pool.num_pages,
+            "num_running": len(self._scheduler.running),
+            "num_waiting": len(self._scheduler.waiting),
         }
 
     def trace_events(self) -> list[dict[str, Any]]:
