@@ -117,12 +117,17 @@ class Engine:
         return list(self.completions(requests))
 
     def post(self, asked: GenerationRequest, box: Box) -> str:
-        """Sends a request without waiting for anything, for event loops: its answers go into `box`, which is called in
-        another thread. Returns the request's id, for `drop`. Raises ValueError for what cannot be sent.
+        """Sends a request without waiting for anything, for event loops: its answers go into `box`, which is called
+        in another thread. Returns the request's id, for `drop`. Raises ValueError for what cannot be sent.
 
         Pieces come, the last of them with a finish reason; or a Refusal; or an EngineError, once or more often.
         """
         return self._open_inbox().post(asked, box)
+
+    def finish(self, request_id: str) -> None:
+        """The last answer to a request of `post` was taken. Does not block."""
+        if self._inbox is not None:
+            self._inbox.finish(request_id)
 
     def drop(self, request_ids: Sequence[str]) -> None:
         """Nobody waits for these requests of `post` any longer: those that run are cancelled. Does not block."""

@@ -44,7 +44,7 @@ class Inbox:
         self.failure = ""  # why nothing comes any longer
         self._call = call
         self._boxes: dict[str, Box] = {}
-        # Tickets to send and ids to cancel, in order. The only thing that a finalizer may touch: putting never blocks.
+        # Tickets to send and ids to cancel, in order. All that a finalizer may touch: putting never blocks.
         self._outgoing: SimpleQueue[Ticket | str | None] = SimpleQueue()
         self._closed = False
         self._threads = [threading.Thread(target=f, daemon=True) for f in (self._fetch, self._send_later)]

@@ -19,8 +19,8 @@ class ServerConfig:
     """The model's name for clients; empty: `target.model` as it stands."""
 
     api_keys_file: str = ""
-    """A file with an API key per line, of which a client must send one as `Authorization: Bearer KEY`; blank lines and
-    lines that begin with # mean nothing. Empty: anybody who reaches the address is served. Probes need no key."""
+    """A file with an API key per line, of which a client must send one as `Authorization: Bearer KEY`; blank lines
+    and lines that begin with # mean nothing. Empty: anybody who reaches the address is served. Probes need no key."""
 
     max_body_bytes: int = 8 * 2**20
     """Largest body of a request, in bytes. YAML may say `8MiB`."""
@@ -32,8 +32,8 @@ class ServerConfig:
     """Most answers that one request may ask for: its prompts times `n`."""
 
     max_concurrent: int = 256
-    """Most answers under way at a time, those that wait for a place in `rounds.max_sequences` included; beyond it requests
-    are answered 429."""
+    """Most answers under way at a time, those that wait for a place in `rounds.max_sequences` included; beyond it
+    requests are answered 429."""
 
     max_request_s: float = 600.0
     """Seconds after which a request ends with an error, whatever it waits for, its own body included."""
@@ -47,7 +47,9 @@ class ServerConfig:
     def __post_init__(self) -> None:
         require(bool(self.host), "server.host", self.host, "an address, such as 127.0.0.1")
         require(0 <= self.port <= 65535, "server.port", self.port, "in [0, 65535]")
-        require_at_least(self, "server", 1, "max_body_bytes", "max_choices", "max_concurrent", "retry_after_s")
+        require_at_least(
+            self, "server", 1, "max_body_bytes", "max_choices", "max_concurrent", "retry_after_s"
+        )
         require_at_least(self, "server", self.max_body_bytes, "max_buffered_bytes")
         require(
             self.max_choices <= self.max_concurrent,

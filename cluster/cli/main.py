@@ -15,6 +15,7 @@ from outrider.cluster.cli.terminal import AnsweredInterrupt, say_error
 COMMANDS = (
     "generate",
     "chat",
+    "serve",
     "bench",
     "table",
     "check",

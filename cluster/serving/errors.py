@@ -68,22 +68,22 @@ def overloaded(message: str) -> ApiError:
 
 
 def of_validation(errors: Sequence[Any]) -> ApiError:
-    """What pydantic found in a body: the deepest of its complaints, since those of other branches of a union are about
-    something else. `errors`: as its `errors()` gives them."""
+    """What pydantic found in a body: the deepest of its complaints, since those of other branches of a union are
+    about something else. `errors`: as its `errors()` gives them."""
     deepest = max(errors, key=lambda error: len(_path(error["loc"])))
     param = ".".join(_path(deepest["loc"]))
     if deepest["type"] == "json_invalid":
         return ApiError(400, "the body must be JSON", code="invalid_json")
     if deepest["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown field {param}: this server would ignore it", param, "unknown_parameter")
+        return ApiError(
+            400, f"unknown field {param}: this server would ignore it", param, "unknown_parameter"
+        )
     if deepest["type"] == "missing":
         return ApiError(400, f"{param or 'body'} is required", param, "missing_required_parameter")
     same = [error for error in errors if ".".join(_path(error["loc"])) == param]
     reasons = dict.fromkeys(_lower(error["msg"]) for error in same)
     message = f"{param or 'the body'}: {', or '.join(reasons)}"
-    code = "invalid_value"
-    if deepest["type"] == "literal_error" and len(_path(deepest["loc"])) == 1:
-        message, code = f"{message} (anything else is not supported here)", "unsupported_parameter"
+    code = "unsupported_parameter" if deepest["type"] == "unsupported" else "invalid_value"
     return ApiError(400, message, param, code)
 
 

@@ -1,0 +1,180 @@
+"""Bodies of requests as jobs for the engine: one GenerationRequest for each choice, in the order of their indices."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from outrider.cluster.api import GenerationRequest, Prompt
+from outrider.cluster.serving.errors import ApiError
+from outrider.cluster.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    Message,
+    Speculative,
+    StreamOptions,
+)
+from outrider.configs.schema import Config
+
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "max_tokens",
+    "stop_token_ids",
+    "ignore_eos",
+)
+_PLAIN = {"max_nodes": 0}
+_NUM_SEEDS = 2**64
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a request comes to."""
+
+    requests: tuple[GenerationRequest, ...]
+    """One a choice; all choices of a prompt stand together."""
+
+    num_per_prompt: int
+    """Choices of each prompt."""
+
+    prompt_field: str
+    """What the client calls its prompt."""
+
+    stream: bool
+    stream_options: StreamOptions
+    origins: bool
+    """Whether the answer says who chose its tokens."""
+
+    echo: tuple[str, ...] = ()
+    """A text before each choice, or none."""
+
+    user: str = ""
+
+
+def chat_job(body: ChatRequest, config: Config) -> Job:
+    """Raises ApiError for what is wrong with the body alone."""
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        message = "max_completion_tokens must be max_tokens where both are given: they mean the same"
+        raise ApiError(400, message, "max_completion_tokens", "invalid_value")
+    reported: dict[str, object] = {"logprobs": True} if body.logprobs else {}
+    if body.top_logprobs is not None:
+        reported["top_logprobs"] = body.top_logprobs
+    if body.max_completion_tokens is not None:
+        reported["max_tokens"] = body.max_completion_tokens
+    return _job(body, [messages_prompt(body.messages)], "messages", reported, config)
+
+
+def completion_job(body: CompletionRequest, config: Config, decode: Callable[[Sequence[int]], str]) -> Job:
+    """decode: tokens as text, for `echo`. Raises ApiError for what is wrong with the body alone."""
+    prompts = _prompts(body.prompt)
+    reported = {} if body.logprobs is None else {"logprobs": True, "top_logprobs": body.logprobs}
+    job = _job(body, prompts, "prompt", reported, config)
+    if not body.echo:
+        return job
+    if body.logprobs is not None:
+        message = "echo must come without logprobs: the prompt's tokens have none here"
+        raise ApiError(400, message, "echo", "unsupported_parameter")
+    texts = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in prompts]
+    return replace(job, echo=tuple(text for text in texts for _ in range(job.num_per_prompt)))
+
+
+def messages_prompt(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as the engine takes them: texts in parts are joined by line feeds, as vLLM does it."""
+    prompt = []
+    for message in messages:
+        fields = message.model_dump(exclude_none=True, exclude={"refusal", "annotations", "audio"})
+        if not isinstance(message.content, str | None):
+            fields["content"] = "\n".join(part.text for part in message.content)
+        prompt.append(fields)
+    return prompt
+
+
+def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[Any]:
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) or not prompt:
+        return [prompt]
+    return list(prompt)
+
+
+def _job(
+    body: Generation,
+    prompts: Sequence[Prompt],
+    prompt_field: str,
+    reported: Mapping[str, object],
+    config: Config,
+) -> Job:
+    num_per_prompt = body.n or 1
+    num_choices = num_per_prompt * len(prompts)
+    if num_choices > config.server.max_choices:
+        raise ApiError(
+            400,
+            f"n times the number of prompts must be at most {config.server.max_choices} (server.max_choices), "
+            f"got {num_choices}",
+            "n" if num_per_prompt > 1 else prompt_field,
+            "invalid_value",
+        )
+    stream_options = body.stream_options or StreamOptions()
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options must come with stream: true", "stream_options", "invalid_value")
+    sampling = {**_sampling(body), **reported}
+    draft, origins = _draft(body.speculative)
+    requests = [
+        GenerationRequest(prompt, _with_seed_of(choice, sampling, config), draft)
+        for prompt in prompts
+        for choice in range(num_per_prompt)
+    ]
+    return Job(
+        tuple(requests),
+        num_per_prompt,
+        prompt_field,
+        bool(body.stream),
+        stream_options,
+        origins,
+        user=body.user or "",
+    )
+
+
+def _sampling(body: Generation) -> dict[str, object]:
+    sampling = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
+    if body.stop is not None:
+        sampling["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
+    if body.logit_bias:
+        sampling["logit_bias"] = [(_token_id(key), value) for key, value in body.logit_bias.items()]
+    return sampling
+
+
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdecimal() and len(key) < 20):
+        raise ApiError(
+            400, f"logit_bias must have token ids as keys, got {key[:40]!r}", "logit_bias", "invalid_value"
+        )
+    return int(key)
+
+
+def _with_seed_of(choice: int, sampling: Mapping[str, object], config: Config) -> dict[str, object]:
+    """The choices of a prompt differ by their seeds, the first has the request's own: as vLLM does it."""
+    seed = sampling.get("seed", config.sampling.seed)
+    if choice == 0 or not isinstance(seed, int):
+        return dict(sampling)
+    return {**sampling, "seed": (seed + choice) % _NUM_SEEDS}
+
+
+def _draft(asked: Speculative | str | None) -> tuple[dict[str, object], bool]:
+    """The `draft` part of a GenerationRequest, and whether origins are wanted."""
+    if asked is None:
+        return {}, False
+    if isinstance(asked, str):  # "off"
+        return dict(_PLAIN), False
+    draft: dict[str, object] = {}
+    if asked.method is not None:
+        draft["methods"] = [asked.method] if isinstance(asked.method, str) else asked.method
+    if asked.budget is not None:
+        draft["max_nodes"] = asked.budget
+    if asked.depth is not None:
+        draft["max_depth"] = asked.depth
+    return draft, bool(asked.origins)

@@ -1,0 +1,163 @@
+"""Answers as HTTP responses: whole, or a stream of server-sent events. A client that leaves ends its request."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from starlette.responses import Response
+
+from outrider.cluster.api import EngineError, Piece
+from outrider.cluster.serving.answers import Answers
+from outrider.cluster.serving.errors import ApiError, of_engine
+from outrider.cluster.serving.gate import Receive, Scope, Send, visit_of
+from outrider.cluster.serving.jobs import Job
+from outrider.cluster.serving.limits import Places
+from outrider.cluster.serving.metrics import AnswerTimes, ServerMetrics
+from outrider.cluster.serving.usage import Tally
+from outrider.cluster.serving.writers import Writer
+
+if TYPE_CHECKING:
+    from outrider.cluster.engine import Engine
+
+_LAST_WORDS_S = 2.0
+_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+class AnswerResponse(Response):
+    """Runs a job while the client is there, and writes what comes of it.
+
+    Until the first piece has come an error is an HTTP error; afterwards it is the stream's last event.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        writer: Writer,
+        engine: "Engine",
+        places: Places,
+        metrics: ServerMetrics,
+        max_request_s: float,
+    ) -> None:
+        super().__init__()
+        self._job = job
+        self._writer = writer
+        self._engine = engine
+        self._places = places
+        self._metrics = metrics
+        self._max_request_s = max_request_s
+        self._tally = Tally(job)
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        visit = visit_of(scope)
+        write = self._write_events if self._job.stream else self._write_whole
+        try:
+            async with asyncio.timeout_at(visit.limit_s(self._max_request_s)):
+                await _while_there(receive, self._run(write, send))
+        except TimeoutError:
+            message = f"the answer took longer than {self._max_request_s:g} s (server.max_request_s)"
+            await self._fail(ApiError(408, message, code="timeout"), send)
+        except (ValueError, EngineError) as error:
+            await self._fail(of_engine(error, self._job.prompt_field), send)
+        except ApiError as error:
+            await self._fail(error, send)
+        finally:
+            visit.noted |= {
+                "prompt_tokens": self._tally.num_prompt_tokens,
+                "completion_tokens": self._tally.num_tokens,
+                **self._tally.speculation(),
+            }
+            if self._job.user:
+                visit.noted["user"] = self._job.user[:200]
+
+    async def _run(self, write: Callable[[Answers, AnswerTimes, Send], Awaitable[None]], send: Send) -> None:
+        requests = self._job.requests
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._places.taken(len(requests)))
+            times = stack.enter_context(contextlib.closing(AnswerTimes(self._metrics, len(requests))))
+            answers = stack.enter_context(contextlib.closing(Answers(self._engine, requests)))
+            await write(answers, times, send)
+
+    async def _write_whole(self, answers: Answers, times: AnswerTimes, send: Send) -> None:
+        pieces: list[list[Piece]] = [[] for _ in self._job.requests]
+        async for index, piece in answers:
+            self._note(index, piece, times)
+            pieces[index].append(piece)
+        choices = [self._writer.whole(index, said) for index, said in enumerate(pieces)]
+        body = {**self._writer.envelope(choices, streamed=False), "usage": self._tally.usage()}
+        content = _json(body)
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        self._started = True
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+    async def _write_events(self, answers: Answers, times: AnswerTimes, send: Send) -> None:
+        options = self._job.stream_options
+        async for index, piece in answers:
+            self._note(index, piece, times)
+            if not self._started:
+                self._started = True
+                await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS]})
+            choice = self._writer.chunk(index, piece)
+            if choice is None:
+                continue
+            chunk = self._writer.envelope([choice], streamed=True)
+            if options.continuous_usage_stats:
+                chunk["usage"] = self._tally.usage()
+            elif options.include_usage:
+                chunk["usage"] = None
+            await _send_event(_json(chunk), send)
+        if options.include_usage:
+            usage = {**self._writer.envelope([], streamed=True), "usage": self._tally.usage()}
+            await _send_event(_json(usage), send)
+        await _end_events(send)
+
+    def _note(self, index: int, piece: Piece, times: AnswerTimes) -> None:
+        times.add(index, piece)
+        self._tally.add(index, piece)
+
+    async def _fail(self, error: ApiError, send: Send) -> None:
+        if not self._started:
+            raise error
+        # A client that does not read holds up whoever writes to it.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await _send_event(_json(error.body()), send)
+                await _end_events(send)
+
+
+class _GoneError(Exception):
+    """The client has left."""
+
+
+async def _while_there(receive: Receive, work: Awaitable[None]) -> None:
+    """Runs `work` to its end, or until the client leaves."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        raise _GoneError
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(watch())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            await working
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _send_event(content: bytes, send: Send) -> None:
+    await send({"type": "http.response.body", "body": b"data: " + content + b"\n\n", "more_body": True})
+
+
+async def _end_events(send: Send) -> None:
+    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

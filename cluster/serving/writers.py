@@ -1,0 +1,199 @@
+"""Pieces of answers as OpenAI's objects: chunks of a stream, or one object at the end."""
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+from outrider.cluster.api import Piece, ServedModel
+from outrider.cluster.serving.jobs import Job
+from outrider.workers.sequences.sequence import TokenLogprobs
+
+_LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM writes the same
+
+
+class Writer(Protocol):
+    """Makes objects of the pieces of one request."""
+
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        """What a stream says of the next piece of a choice; None where there is nothing to say."""
+
+    def whole(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """A choice at its end."""
+
+    def envelope(self, choices: Sequence[Mapping[str, Any]], streamed: bool) -> dict[str, Any]:
+        """Around choices: id, time, model."""
+
+
+class TokenNames:
+    """Tokens as log-probabilities name them."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._vocabulary = model.vocabulary
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens as one text; ids that are none are left out."""
+        known = (self._vocabulary[token] for token in tokens if 0 <= token < len(self._vocabulary))
+        return b"".join(known).decode(errors="replace")
+
+    def name(self, token: int) -> str:
+        """One token as a text; bytes that are no character become U+FFFD."""
+        return self._vocabulary[token].decode(errors="replace")
+
+    def entry(self, token: int, logprob: float) -> dict[str, Any]:
+        """A token in a chat's log-probabilities."""
+        content = self._vocabulary[token]
+        return {
+            "token": content.decode(errors="replace"),
+            "logprob": max(logprob, _LEAST_LOGPROB),
+            "bytes": list(content),
+        }
+
+
+class _Answer:
+    """What both kinds of answers share."""
+
+    prefix: ClassVar[str]
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
+    def __init__(self, job: Job, model_name: str, names: TokenNames) -> None:
+        self._job = job
+        self._names = names
+        self._id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model_name = model_name
+
+    def envelope(self, choices: Sequence[Mapping[str, Any]], streamed: bool) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": self.chunk_kind if streamed else self.kind,
+            "created": self._created,
+            "model": self._model_name,
+            "choices": choices,
+        }
+
+    def _has_news(self, piece: Piece) -> bool:
+        """Whether a stream must say something of it: text may be held back, and be said later."""
+        return bool(
+            piece.text or piece.finish_reason or piece.logprobs or (piece.tokens and self._job.origins)
+        )
+
+    def _origins(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Who chose what, if that is wanted."""
+        if not self._job.origins:
+            return {}
+        segments = [
+            {"text": part.text, "origin": part.origin.label} for piece in pieces for part in piece.segments
+        ]
+        return {
+            "speculative": {
+                "segments": segments,
+                "token_ids": [token for piece in pieces for token in piece.tokens],
+                "token_origins": [origin.label for piece in pieces for origin in piece.origins],
+            }
+        }
+
+
+class ChatWriter(_Answer):
+    """For /v1/chat/completions."""
+
+    prefix = "chatcmpl"
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
+    def __init__(self, job: Job, model_name: str, names: TokenNames) -> None:
+        super().__init__(job, model_name, names)
+        self._begun: set[int] = set()
+
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        begins = index not in self._begun
+        if not begins and not self._has_news(piece):
+            return None
+        self._begun.add(index)
+        delta = {"role": "assistant"} if begins else {}
+        return {
+            "index": index,
+            "delta": {**delta, "content": piece.text},
+            "logprobs": self._logprobs([piece]),
+            "finish_reason": piece.finish_reason or None,
+            **self._origins([piece]),
+        }
+
+    def whole(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        text = "".join(piece.text for piece in pieces)
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": self._logprobs(pieces),
+            "finish_reason": pieces[-1].finish_reason,
+            **self._origins(pieces),
+        }
+
+    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        reported = _reported(pieces)
+        if not reported:
+            return None
+        content = []
+        for token, said in reported:
+            top = [self._names.entry(other, logprob) for other, logprob in said.top]
+            content.append({**self._names.entry(token, said.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+
+class CompletionWriter(_Answer):
+    """For /v1/completions."""
+
+    prefix = "cmpl"
+    kind = chunk_kind = "text_completion"
+
+    def __init__(self, job: Job, model_name: str, names: TokenNames) -> None:
+        super().__init__(job, model_name, names)
+        self._begun: set[int] = set()
+        self._offsets = [len(text) for text in job.echo] or [0] * len(job.requests)
+
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        begins = index not in self._begun and bool(self._job.echo)
+        if not begins and not self._has_news(piece):
+            return None
+        return self.whole(index, [piece])
+
+    def whole(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        text = "".join(piece.text for piece in pieces)
+        if self._job.echo and index not in self._begun:
+            text = self._job.echo[index] + text
+        self._begun.add(index)
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._logprobs(index, pieces),
+            "finish_reason": pieces[-1].finish_reason or None,
+            **self._origins(pieces),
+        }
+
+    def _logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        reported = _reported(pieces)
+        if not reported:
+            return None
+        names = [self._names.name(token) for token, _ in reported]
+        offsets = []
+        for name in names:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(name)
+        tops = []
+        for (_, said), name in zip(reported, names, strict=True):
+            top = {self._names.name(token): max(logprob, _LEAST_LOGPROB) for token, logprob in said.top}
+            tops.append(top | {name: max(said.logprob, _LEAST_LOGPROB)})
+        return {
+            "tokens": names,
+            "token_logprobs": [max(said.logprob, _LEAST_LOGPROB) for _, said in reported],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
+
+
+def _reported(pieces: Sequence[Piece]) -> list[tuple[int, TokenLogprobs]]:
+    """Tokens with their log-probabilities, where the request asked for them."""
+    return [
+        pair for piece in pieces if piece.logprobs for pair in zip(piece.tokens, piece.logprobs, strict=True)
+    ]
