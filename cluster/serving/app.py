@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from outrider.cluster.api import EngineError, ServedModel
 from outrider.cluster.serving.errors import ApiError, of_engine, of_validation
 from outrider.cluster.serving.gate import App, Gate, extra_headers
-from outrider.cluster.serving.jobs import Job, chat_job, completion_job, messages_prompt
+from outrider.cluster.serving.jobs import Job, chat_job, check_model, completion_job, messages_prompt
 from outrider.cluster.serving.limits import ApiKeys, choice_places
 from outrider.cluster.serving.metrics import ServerMetrics, Stats
 from outrider.cluster.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
@@ -88,11 +88,7 @@ class _Service:
 
     def check_model(self, asked: str | None) -> None:
         """Raises ApiError for a model that is not the one."""
-        if asked not in (None, self.name):
-            message = (
-                f"model must be {self.name!r}, got {asked[:200]!r}" if asked else "model must not be empty"
-            )
-            raise ApiError(404, message, "model", "model_not_found")
+        check_model(asked, self.name)
 
     def answer(self, job: Job, writer: Writer) -> Response:
         """The response that runs a job."""

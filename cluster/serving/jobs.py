@@ -57,6 +57,12 @@ class Job:
     user: str = ""
 
 
+def check_model(asked: str | None, served: str) -> None:
+    """Raises ApiError for a model that is not the one."""
+    if asked not in (None, served):
+        raise ApiError(404, f"model must be {served!r}, got {asked[:200]!r}", "model", "model_not_found")
+
+
 def chat_job(body: ChatRequest, config: Config) -> Job:
     """Raises ApiError for what is wrong with the body alone."""
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
@@ -16,6 +17,7 @@ from outrider.cluster.serving.jobs import Job
 from outrider.cluster.serving.limits import Places
 from outrider.cluster.serving.metrics import AnswerTimes, ServerMetrics
 from outrider.cluster.serving.usage import Tally
+from outrider.cluster.serving.whole import whole_answer
 from outrider.cluster.serving.writers import Writer
 
 if TYPE_CHECKING:
@@ -81,12 +83,7 @@ class AnswerResponse(Response):
             await write(answers, times, send)
 
     async def _write_whole(self, answers: Answers, times: AnswerTimes, send: Send) -> None:
-        pieces: list[list[Piece]] = [[] for _ in self._job.requests]
-        async for index, piece in answers:
-            self._note(index, piece, times)
-            pieces[index].append(piece)
-        choices = [self._writer.whole(index, said) for index, said in enumerate(pieces)]
-        body = {**self._writer.envelope(choices, streamed=False), "usage": self._tally.usage()}
+        body = await whole_answer(answers, self._job, self._writer, self._tally, partial(self._note, times))
         content = _json(body)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
         self._started = True
@@ -96,7 +93,7 @@ class AnswerResponse(Response):
     async def _write_events(self, answers: Answers, times: AnswerTimes, send: Send) -> None:
         options = self._job.stream_options
         async for index, piece in answers:
-            self._note(index, piece, times)
+            self._note(times, index, piece)
             if not self._started:
                 self._started = True
                 await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS]})
@@ -114,7 +111,7 @@ class AnswerResponse(Response):
             await _send_event(_json(usage), send)
         await _end_events(send)
 
-    def _note(self, index: int, piece: Piece, times: AnswerTimes) -> None:
+    def _note(self, times: AnswerTimes, index: int, piece: Piece) -> None:
         times.add(index, piece)
         self._tally.add(index, piece)
 
