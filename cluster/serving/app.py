@@ -207,6 +207,11 @@ def _add_error_handlers(app: FastAPI, retry_after_s: int) -> None:
     async def bad_request(request: Request, error: RequestValidationError) -> Response:
         return answer(of_validation(error.errors()))
 
+    @app.exception_handler(Exception)
+    async def fault(request: Request, error: Exception) -> Response:
+        # A fault of ours at this request; its traceback goes to the log, the next request is another.
+        return answer(ApiError(500, f"the request failed: {type(error).__name__}", code="internal_error"))
+
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"

@@ -37,6 +37,9 @@ class CharTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(char) for char in text]
 
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return chr(token)
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, tokenize: bool
     ) -> str:

@@ -355,6 +355,15 @@ def test_what_finds_no_place_is_told_to_come_again() -> None:
         assert fourth.status_code == 200
 
 
+def test_a_fault_of_ours_spoils_one_request(engine: PostedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = TestClient(create_app(engine, FAKE_CONFIG), raise_server_exceptions=False)
+    monkeypatch.setattr(engine, "post", lambda asked, box: 1 // 0)
+    response = client.post(CHAT, json=HELLO)
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+    monkeypatch.undo()
+    assert client.post(CHAT, json=HELLO).status_code == 200
+
+
 def test_an_engine_that_is_gone_is_a_503_and_not_healthy() -> None:
     with posted_engine(str.upper) as engine:
         client = client_of(engine)
