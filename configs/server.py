@@ -1,6 +1,7 @@
 """Section `server` of a configuration: what `outrider serve` listens to, and what it takes on at a time."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from outrider.configs.checks import require, require_at_least
 
@@ -17,6 +18,10 @@ class ServerConfig:
 
     model_name: str = ""
     """The model's name for clients; empty: `target.model` as it stands."""
+
+    thoughts: Literal["tags", "open", "none"] = "tags"
+    """What of a chat's answer is told apart as `reasoning`: `tags`, what stands between <think> and </think> at its
+    beginning; `open`, all up to </think>, for models whose chat template writes <think> itself; `none`, nothing."""
 
     api_keys_file: str = ""
     """A file with an API key per line, of which a client must send one as `Authorization: Bearer KEY`; blank lines

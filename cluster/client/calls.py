@@ -112,9 +112,8 @@ def read_answer(body: Mapping[str, Any]) -> Answer:
     """A whole answer as the server writes it."""
     (choice,) = body["choices"]
     part = read_part(choice)
-    text = choice["message"]["content"] if "message" in choice else choice["text"]
     usage = read_usage(body["usage"])
-    return Answer(text, part.tokens, part.finish_reason, usage, body["model"], body["id"])
+    return Answer(part.text, part.tokens, part.finish_reason, usage, body["model"], body["id"])
 
 
 def error_of(status: int, content: bytes) -> Exception:

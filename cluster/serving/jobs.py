@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from outrider.cluster.api import GenerationRequest, Prompt
 from outrider.cluster.serving.errors import ApiError
@@ -56,6 +56,12 @@ class Job:
 
     user: str = ""
 
+    thoughts: Literal["tags", "open", "none"] = "none"
+    """As `server.thoughts`."""
+
+    calls: bool = False
+    """Whether the model may call tools."""
+
 
 def check_model(asked: str | None, served: str) -> None:
     """Raises ApiError for a model that is not the one."""
@@ -73,7 +79,8 @@ def chat_job(body: ChatRequest, config: Config) -> Job:
         reported["top_logprobs"] = body.top_logprobs
     if body.max_completion_tokens is not None:
         reported["max_tokens"] = body.max_completion_tokens
-    return _job(body, [messages_prompt(body.messages)], "messages", reported, config)
+    job = _job(body, [messages_prompt(body.messages)], "messages", reported, config)
+    return replace(job, thoughts=config.server.thoughts)
 
 
 def completion_job(body: CompletionRequest, config: Config, decode: Callable[[Sequence[int]], str]) -> Job:

@@ -3,10 +3,19 @@
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 from outrider.cluster.api import Piece, ServedModel
 from outrider.cluster.serving.jobs import Job
+from outrider.cluster.serving.parsing import (
+    AnswerParser,
+    CallArguments,
+    CallBegins,
+    Content,
+    Event,
+    Thought,
+)
 from outrider.workers.sequences.sequence import TokenLogprobs
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM writes the same
@@ -105,30 +114,41 @@ class ChatWriter(_Answer):
     def __init__(self, job: Job, model_name: str, names: TokenNames) -> None:
         super().__init__(job, model_name, names)
         self._begun: set[int] = set()
+        self._parsers = [
+            AnswerParser(job.thoughts != "none", job.thoughts == "open", job.calls) for _ in job.requests
+        ]
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
         begins = index not in self._begun
-        if not begins and not self._has_news(piece):
+        events = self._read(index, piece)
+        if not begins and not events and not self._has_news(replace(piece, segments=())):
             return None
         self._begun.add(index)
-        delta = {"role": "assistant"} if begins else {}
         return {
             "index": index,
-            "delta": {**delta, "content": piece.text},
+            "delta": _delta(events, begins),
             "logprobs": self._logprobs([piece]),
-            "finish_reason": piece.finish_reason or None,
+            "finish_reason": self._reason(index, piece),
             **self._origins([piece]),
         }
 
     def whole(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        text = "".join(piece.text for piece in pieces)
+        events = [event for piece in pieces for event in self._read(index, piece)]
         return {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": _message(events),
             "logprobs": self._logprobs(pieces),
-            "finish_reason": pieces[-1].finish_reason,
+            "finish_reason": self._reason(index, pieces[-1]),
             **self._origins(pieces),
         }
+
+    def _read(self, index: int, piece: Piece) -> list[Event]:
+        parser = self._parsers[index]
+        return parser.feed(piece.text) + (parser.finish() if piece.finish_reason else [])
+
+    def _reason(self, index: int, piece: Piece) -> str | None:
+        calls = self._parsers[index].num_calls
+        return "tool_calls" if calls and piece.finish_reason == "stop" else piece.finish_reason or None
 
     def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         reported = _reported(pieces)
@@ -190,6 +210,34 @@ class CompletionWriter(_Answer):
             "top_logprobs": tops,
             "text_offset": offsets,
         }
+
+
+def _delta(events: Sequence[Event], begins: bool) -> dict[str, Any]:
+    """What a chunk adds to a message."""
+    delta: dict[str, Any] = {"role": "assistant", "content": ""} if begins else {}
+    calls: list[dict[str, Any]] = []
+    for event in events:
+        match event:
+            case Content(text):
+                delta["content"] = delta.get("content", "") + text
+            case Thought(text):
+                delta["reasoning"] = delta["reasoning_content"] = delta.get("reasoning", "") + text
+            case CallBegins(index, call_id, name):
+                function = {"name": name, "arguments": ""}
+                calls.append({"index": index, "id": call_id, "type": "function", "function": function})
+            case CallArguments(index, text):
+                if not calls or calls[-1]["index"] != index:
+                    calls.append({"index": index, "function": {"arguments": ""}})
+                calls[-1]["function"]["arguments"] += text
+    return {**delta, "tool_calls": calls} if calls else delta
+
+
+def _message(events: Sequence[Event]) -> dict[str, Any]:
+    """A whole message."""
+    said = _delta(events, begins=True)
+    calls = [{name: call[name] for name in ("id", "type", "function")} for call in said.pop("tool_calls", ())]
+    content = said["content"] or (None if calls else "")
+    return {**said, "content": content, "refusal": None, **({"tool_calls": calls} if calls else {})}
 
 
 def _reported(pieces: Sequence[Piece]) -> list[tuple[int, TokenLogprobs]]:

@@ -105,6 +105,22 @@ def test_log_probabilities_have_the_shape_of_each_route(client: TestClient) -> N
     }
 
 
+def test_thoughts_are_told_apart_from_what_is_said() -> None:
+    said = "<think>\nfirst\n</think>\n\nthen"
+    with posted_engine(lambda prompt: said) as engine:
+        message = client_of(engine).post(CHAT, json=HELLO).json()["choices"][0]["message"]
+        assert message["content"] == "then"
+        assert message["reasoning"] == message["reasoning_content"] == "first\n"
+        deltas = [
+            chunk["choices"][0]["delta"]
+            for chunk in events(client_of(engine).post(CHAT, json={**HELLO, "stream": True}).text)
+        ]
+        assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "first\n"
+        assert "".join(delta.get("content", "") for delta in deltas) == "then"
+        plain = client_of(engine, thoughts="none").post(CHAT, json=HELLO).json()["choices"][0]["message"]
+        assert plain == {"role": "assistant", "content": said, "refusal": None}
+
+
 def test_every_option_reaches_the_engine_under_its_own_name(client: TestClient, engine: PostedEngine) -> None:
     sampling = {
         "temperature": 0.5,
