@@ -18,7 +18,7 @@ from outrider.cluster.serving.limits import Places
 from outrider.cluster.serving.metrics import AnswerTimes, ServerMetrics
 from outrider.cluster.serving.usage import Tally
 from outrider.cluster.serving.whole import whole_answer
-from outrider.cluster.serving.writers import Writer
+from outrider.cluster.serving.writers import Sent, Writer
 
 if TYPE_CHECKING:
     from outrider.cluster.engine import Engine
@@ -91,25 +91,19 @@ class AnswerResponse(Response):
         await send({"type": "http.response.body", "body": content})
 
     async def _write_events(self, answers: Answers, times: AnswerTimes, send: Send) -> None:
-        options = self._job.stream_options
         async for index, piece in answers:
             self._note(times, index, piece)
             if not self._started:
                 self._started = True
                 await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS]})
-            choice = self._writer.chunk(index, piece)
-            if choice is None:
-                continue
-            chunk = self._writer.envelope([choice], streamed=True)
-            if options.continuous_usage_stats:
-                chunk["usage"] = self._tally.usage()
-            elif options.include_usage:
-                chunk["usage"] = None
-            await _send_event(_json(chunk), send)
-        if options.include_usage:
-            usage = {**self._writer.envelope([], streamed=True), "usage": self._tally.usage()}
-            await _send_event(_json(usage), send)
-        await _end_events(send)
+            for event in self._writer.events(index, piece, self._tally):
+                await _send_event(event, send)
+        for event in self._writer.ending(self._tally):
+            await _send_event(event, send)
+        await self._end_events(send)
+
+    async def _end_events(self, send: Send) -> None:
+        await send({"type": "http.response.body", "body": self._writer.done, "more_body": False})
 
     def _note(self, times: AnswerTimes, index: int, piece: Piece) -> None:
         times.add(index, piece)
@@ -121,8 +115,8 @@ class AnswerResponse(Response):
         # A client that does not read holds up whoever writes to it.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_S):
-                await _send_event(_json(error.body()), send)
-                await _end_events(send)
+                await _send_event(self._writer.failed(error), send)
+                await self._end_events(send)
 
 
 class _GoneError(Exception):
@@ -148,12 +142,11 @@ async def _while_there(receive: Receive, work: Awaitable[None]) -> None:
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-async def _send_event(content: bytes, send: Send) -> None:
-    await send({"type": "http.response.body", "body": b"data: " + content + b"\n\n", "more_body": True})
-
-
-async def _end_events(send: Send) -> None:
-    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+async def _send_event(event: Sent, send: Send) -> None:
+    name, said = event
+    head = f"event: {name}\n".encode() if name else b""
+    body = head + b"data: " + _json(said) + b"\n\n"
+    await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def _json(content: Any) -> bytes:

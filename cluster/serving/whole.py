@@ -18,5 +18,4 @@ async def whole_answer(
     async for index, piece in answers:
         note(index, piece)
         pieces[index].append(piece)
-    choices = [writer.whole(index, said) for index, said in enumerate(pieces)]
-    return {**writer.envelope(choices, streamed=False), "usage": tally.usage()}
+    return writer.whole(pieces, tally)

@@ -2,11 +2,13 @@
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 from outrider.cluster.api import Piece, ServedModel
+from outrider.cluster.serving.errors import ApiError
 from outrider.cluster.serving.jobs import Job
 from outrider.cluster.serving.parsing import (
     AnswerParser,
@@ -16,22 +18,33 @@ from outrider.cluster.serving.parsing import (
     Event,
     Thought,
 )
+from outrider.cluster.serving.usage import Tally
 from outrider.workers.sequences.sequence import TokenLogprobs
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM writes the same
 
 
+Sent = tuple[str, dict[str, Any]]
+"""An event of a stream: its name, empty where it needs none, and what it says."""
+
+
 class Writer(Protocol):
     """Makes objects of the pieces of one request."""
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
-        """What a stream says of the next piece of a choice; None where there is nothing to say."""
+    done: bytes
+    """What ends a stream, behind the last event."""
 
-    def whole(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """A choice at its end."""
+    def events(self, index: int, piece: Piece, tally: Tally) -> list[Sent]:
+        """What a stream says of the next piece of a choice, which `tally` knows already."""
 
-    def envelope(self, choices: Sequence[Mapping[str, Any]], streamed: bool) -> dict[str, Any]:
-        """Around choices: id, time, model."""
+    def ending(self, tally: Tally) -> list[Sent]:
+        """What a stream says when all choices have ended."""
+
+    def failed(self, error: ApiError) -> Sent:
+        """What a stream says that ends with an error."""
+
+    def whole(self, pieces: Sequence[Sequence[Piece]], tally: Tally) -> dict[str, Any]:
+        """The answer at its end; `pieces` by choice."""
 
 
 class TokenNames:
@@ -59,9 +72,10 @@ class TokenNames:
         }
 
 
-class _Answer:
+class _Answer(ABC):
     """What both kinds of answers share."""
 
+    done = b"data: [DONE]\n\n"
     prefix: ClassVar[str]
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
@@ -73,10 +87,41 @@ class _Answer:
         self._created = int(time.time())
         self._model_name = model_name
 
-    def envelope(self, choices: Sequence[Mapping[str, Any]], streamed: bool) -> dict[str, Any]:
+    def events(self, index: int, piece: Piece, tally: Tally) -> list[Sent]:
+        choice = self._chunk(index, piece)
+        if choice is None:
+            return []
+        chunk = self._around([choice], self.chunk_kind)
+        if self._job.stream_options.continuous_usage_stats:
+            chunk["usage"] = tally.usage()
+        elif self._job.stream_options.include_usage:
+            chunk["usage"] = None
+        return [("", chunk)]
+
+    def ending(self, tally: Tally) -> list[Sent]:
+        if not self._job.stream_options.include_usage:
+            return []
+        return [("", {**self._around([], self.chunk_kind), "usage": tally.usage()})]
+
+    def failed(self, error: ApiError) -> Sent:
+        return "", error.body()
+
+    def whole(self, pieces: Sequence[Sequence[Piece]], tally: Tally) -> dict[str, Any]:
+        choices = [self._choice(index, said) for index, said in enumerate(pieces)]
+        return {**self._around(choices, self.kind), "usage": tally.usage()}
+
+    @abstractmethod
+    def _chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        """What a stream says of the next piece of a choice; None where there is nothing to say."""
+
+    @abstractmethod
+    def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """A choice at its end."""
+
+    def _around(self, choices: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
         return {
             "id": self._id,
-            "object": self.chunk_kind if streamed else self.kind,
+            "object": kind,
             "created": self._created,
             "model": self._model_name,
             "choices": choices,
@@ -118,7 +163,7 @@ class ChatWriter(_Answer):
             AnswerParser(job.thoughts != "none", job.thoughts == "open", job.calls) for _ in job.requests
         ]
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
+    def _chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
         begins = index not in self._begun
         events = self._read(index, piece)
         if not begins and not events and not self._has_news(replace(piece, segments=())):
@@ -132,7 +177,7 @@ class ChatWriter(_Answer):
             **self._origins([piece]),
         }
 
-    def whole(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         events = [event for piece in pieces for event in self._read(index, piece)]
         return {
             "index": index,
@@ -172,13 +217,13 @@ class CompletionWriter(_Answer):
         self._begun: set[int] = set()
         self._offsets = [len(text) for text in job.echo] or [0] * len(job.requests)
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
+    def _chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
         begins = index not in self._begun and bool(self._job.echo)
         if not begins and not self._has_news(piece):
             return None
-        return self.whole(index, [piece])
+        return self._choice(index, [piece])
 
-    def whole(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
         if self._job.echo and index not in self._begun:
             text = self._job.echo[index] + text
