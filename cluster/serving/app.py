@@ -20,6 +20,7 @@ from outrider.cluster.serving.limits import ApiKeys, choice_places
 from outrider.cluster.serving.metrics import ServerMetrics, Stats
 from outrider.cluster.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from outrider.cluster.serving.response import AnswerResponse
+from outrider.cluster.serving.responses import ResponsesRequest, ResponsesWriter, responses_job
 from outrider.cluster.serving.writers import ChatWriter, CompletionWriter, TokenNames, Writer
 from outrider.configs.schema import Config
 
@@ -131,6 +132,13 @@ def _add_generation(app: FastAPI, service: _Service) -> None:
         service.check_model(body.model)
         job = completion_job(body, service.config, service.names.decode)
         return service.answer(job, CompletionWriter(job, service.name, service.names))
+
+    @app.post("/v1/responses", responses=responses, response_class=JSONResponse)
+    async def create_response(body: ResponsesRequest) -> Response:
+        """Answers items; nothing is stored."""
+        service.check_model(body.model)
+        job = responses_job(body, service.config)
+        return service.answer(job, ResponsesWriter(body, job, service.name))
 
 
 def _add_models(app: FastAPI, service: _Service) -> None:

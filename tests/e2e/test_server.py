@@ -78,6 +78,20 @@ def test_openais_client_streams_what_plain_decoding_says(theirs: openai.OpenAI) 
         assert usage.prompt_tokens == plain.usage.prompt_tokens
 
 
+def test_openais_client_streams_responses(theirs: openai.OpenAI) -> None:
+    asked = {"model": "tiny", "input": "one two three", "max_output_tokens": 30}
+    whole = theirs.responses.create(**asked)
+    chat = theirs.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=30)
+    assert whole.output_text == chat.choices[0].message.content
+    assert (whole.status, whole.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert (whole.usage.output_tokens, whole.usage.input_tokens) == (30, chat.usage.prompt_tokens)
+    events = list(theirs.responses.create(**asked, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert text == whole.output_text == events[-1].response.output_text
+    assert (events[0].type, events[-1].type) == ("response.created", "response.incomplete")
+
+
 def test_choices_differ_by_seed_and_report_log_probabilities(theirs: openai.OpenAI) -> None:
     asked = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": 10, "temperature": 1.0}
     both = theirs.completions.create(**asked, seed=5, n=2, logprobs=3)

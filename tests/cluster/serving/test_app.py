@@ -121,6 +121,56 @@ def test_thoughts_are_told_apart_from_what_is_said() -> None:
         assert plain == {"role": "assistant", "content": said, "refusal": None}
 
 
+def test_responses_are_items_each_with_its_events() -> None:
+    with posted_engine(lambda prompt: "<think>\nw\n</think>\n\n" + prompt) as engine:
+        client = client_of(engine, model_name="capitals")
+        asked = {
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+                {
+                    "type": "message",
+                    "role": "assistant",
+                    "content": "b",
+                    "id": "msg_1",
+                    "status": "completed",
+                },
+            ],
+            "instructions": "c",
+            "metadata": {"mine": "1"},
+            "max_output_tokens": 100,
+        }
+        body = client.post("/v1/responses", json=asked).json()
+        thoughts, message = body["output"]
+        assert thoughts["content"][0]["text"] == "w\n"
+        assert message["content"][0]["text"] == "<system>c<user>a<assistant>b"
+        assert (body["status"], body["metadata"], body["store"]) == ("completed", {"mine": "1"}, False)
+        text = client.post("/v1/responses", json={**asked, "stream": True}).text
+        sent = [json.loads(block.split("data: ", 1)[1]) for block in text.split("\n\n") if block]
+        assert [line.removeprefix("event: ") for line in text.splitlines() if line.startswith("event: ")] == [
+            said["type"] for said in sent
+        ]
+        kinds = [
+            said["type"].removeprefix("response.") for said in sent if not said["type"].endswith("delta")
+        ]
+        item = ["output_item.added", "content_part.added"]
+        ended = ["content_part.done", "output_item.done"]
+        assert kinds == [
+            *("created", "in_progress"),
+            *(*item, "reasoning_text.done", *ended),
+            *(*item, "output_text.done", *ended),
+            "completed",
+        ]
+        assert sent[-1]["response"]["output"][1]["content"] == message["content"]
+        assert [said["sequence_number"] for said in sent] == list(range(len(sent)))
+        for bad, param in (
+            ({"store": True}, "store"),
+            ({"previous_response_id": "x"}, "previous_response_id"),
+        ):
+            assert client.post("/v1/responses", json={**asked, **bad}).json()["error"]["param"] == param
+        error = client.post("/v1/responses", json={"input": "x" * 5000}).json()["error"]
+        assert (error["param"], error["code"]) == ("input", "context_length_exceeded")
+
+
 def test_every_option_reaches_the_engine_under_its_own_name(client: TestClient, engine: PostedEngine) -> None:
     sampling = {
         "temperature": 0.5,
