@@ -13,11 +13,22 @@ def serve(config: ConfigName, overrides: Overrides = []) -> None:
 
     from outrider.cluster.serving.app import create_app
     from outrider.cluster.serving.limits import ApiKeys
-    from outrider.cluster.serving.server import address_of, bind, log_to_stderr, run, termination_as_exit
+    from outrider.cluster.serving.server import (
+        address_of,
+        bind,
+        is_local,
+        log_to_stderr,
+        run,
+        termination_as_exit,
+    )
 
     ApiKeys(loaded.server.api_keys_file)  # a bad file is known before models are loaded
     with bind(loaded.server) as listener, running_engine(loaded) as engine, termination_as_exit():
         app = create_app(engine, loaded)
         log_to_stderr()
+        if not loaded.server.api_keys_file and not is_local(listener):
+            typer.echo(
+                "Warning: whoever reaches this address is served; server.api_keys_file wants keys", err=True
+            )
         typer.echo(f"serving at {address_of(listener)}", err=True)
         run(app, listener, loaded.server)

@@ -1,5 +1,6 @@
 """Runs the HTTP application until the process is told to end."""
 
+import ipaddress
 import logging
 import signal
 import socket
@@ -39,6 +40,11 @@ def address_of(listener: socket.socket) -> str:
     """The server's URL."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_local(listener: socket.socket) -> bool:
+    """Whether nobody outside this machine reaches it."""
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def run(app: App, listener: socket.socket, config: ServerConfig) -> None:
