@@ -124,6 +124,25 @@ def test_estimates_learn_from_what_comes_out() -> None:
     assert first == [2]
 
 
+def test_drafts_are_as_deep_as_the_rule_of_their_request_lets_them_pay() -> None:
+    """The same text under two rules, drafted wrong every time: a judge that keeps it all sees longer drafts."""
+    texts = [
+        sequence_of(PROMPT, slot, max_depth=4, rule=rule) for slot, rule in enumerate(("exact", "judge"))
+    ]
+    engine = engine_with(*texts)
+    assert looked_up(engine, 0)[0] == looked_up(engine, 1)[0]
+    sources = engine.trees.sources[1, 1:5]
+    for _ in range(20):
+        engine.estimator.observe(sources, np.zeros(4, dtype=np.bool_), engine.slots.rules[[0] * 4])
+        engine.estimator.observe(sources, np.ones(4, dtype=np.bool_), engine.slots.rules[[1] * 4])
+    for sequence in texts:
+        engine.finish(sequence)
+        engine.start(sequence)
+    (exact,), judged = looked_up(engine, 0), looked_up(engine, 1)[0]
+    assert judged == [[3], [3, 4], [3, 4, 5], [3, 4, 5, 6]]
+    assert len(exact) < 3
+
+
 @pytest.mark.parametrize("num_tokens", [1, 2, 3])
 def test_texts_shorter_than_a_match_propose_nothing(num_tokens: int) -> None:
     engine = engine_with(sequence_of(range(num_tokens)))
