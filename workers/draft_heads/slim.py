@@ -59,7 +59,7 @@ class HeadQuality:
 
 @torch.no_grad()
 def slim_start(head: LmHead, rank: int, rows: Tensor) -> LowRankLmHead:
-    """The head of this rank that comes nearest to another, over the same ids; rows: [N, hidden], as heads read them."""
+    """The head of this rank that comes nearest to another with its ids; rows: [N, hidden], as heads read them."""
     start = LowRankLmHead(head.shape.hidden_size, rank, head.ids)
     down, up = low_rank_start(head.matrix(), rank, rows[:: math.ceil(len(rows) / _START_ROWS)])
     start.down.weight.copy_(down)
