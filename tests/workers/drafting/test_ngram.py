@@ -9,6 +9,7 @@ from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.ngram import NgramMethod
 from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.rounds.budget import CostModel, PassProfile
 from outrider.workers.sequences.sequence import Sequence
 from support.drafted import GREEDY, answer, cut_of, node_at, paths_of, sequence_of
 
@@ -138,9 +139,10 @@ def test_drafts_are_as_deep_as_the_rule_of_their_request_lets_them_pay() -> None
     for sequence in texts:
         engine.finish(sequence)
         engine.start(sequence)
-    (exact,), judged = looked_up(engine, 0), looked_up(engine, 1)[0]
-    assert judged == [[3], [3, 4], [3, 4, 5], [3, 4, 5, 6]]
-    assert len(exact) < 3
+    assert looked_up(engine, 0)[0] == looked_up(engine, 1)[0] == [[3], [3, 4], [3, 4, 5], [3, 4, 5, 6]]
+    cost = CostModel(PassProfile((1, 5), (1.0, 1.4)))
+    depths = [cost.best_num_nodes(engine.trees.values[slot, 1:5], 1, 1, 0.0) for slot in (0, 1)]
+    assert depths == [0, 4]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3])
