@@ -29,7 +29,7 @@ _MOST_DELAY_S = 8.0
 
 
 class Speculation(TypedDict, total=False):
-    """How one answer is drafted."""
+    """How one answer is drafted, and by which rule drafted tokens are accepted."""
 
     method: str | list[str]
     """Draft methods, some of the deployment's."""
@@ -39,6 +39,17 @@ class Speculation(TypedDict, total=False):
 
     depth: int
     """Longest drafted path, in tokens."""
+
+    rule: str
+    """`exact`, `typical` or `judge`, as far as the deployment allows it; all but `exact` change the text."""
+
+    epsilon: float
+    delta: float
+    """Of rule `typical`."""
+
+    judge: str
+    threshold: float
+    """Of rule `judge`."""
 
 
 class Options(TypedDict, total=False):

@@ -29,7 +29,7 @@ _SAMPLING = (
     "stop_token_ids",
     "ignore_eos",
 )
-_PLAIN = {"max_nodes": 0}
+_ACCEPTANCE = ("rule", "epsilon", "delta", "judge", "threshold")
 _NUM_SEEDS = 2**64
 
 
@@ -135,9 +135,10 @@ def _job(
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options must come with stream: true", "stream_options", "invalid_value")
     sampling = {**_sampling(body), **reported}
-    draft, origins = _draft(body.speculative)
+    asked = Speculative(budget=0) if body.speculative == "off" else body.speculative or Speculative()
+    draft, acceptance = _draft(asked), _acceptance(asked)
     requests = [
-        GenerationRequest(prompt, _with_seed_of(choice, sampling, config), draft)
+        GenerationRequest(prompt, _with_seed_of(choice, sampling, config), draft=draft, acceptance=acceptance)
         for prompt in prompts
         for choice in range(num_per_prompt)
     ]
@@ -147,7 +148,7 @@ def _job(
         prompt_field,
         bool(body.stream),
         stream_options,
-        origins,
+        bool(asked.origins),
         user=body.user or "",
     )
 
@@ -177,17 +178,13 @@ def _with_seed_of(choice: int, sampling: Mapping[str, object], config: Config) -
     return {**sampling, "seed": (seed + choice) % _NUM_SEEDS}
 
 
-def _draft(asked: Speculative | str | None) -> tuple[dict[str, object], bool]:
-    """The `draft` part of a GenerationRequest, and whether origins are wanted."""
-    if asked is None:
-        return {}, False
-    if isinstance(asked, str):  # "off"
-        return dict(_PLAIN), False
-    draft: dict[str, object] = {}
-    if asked.method is not None:
-        draft["methods"] = [asked.method] if isinstance(asked.method, str) else asked.method
-    if asked.budget is not None:
-        draft["max_nodes"] = asked.budget
-    if asked.depth is not None:
-        draft["max_depth"] = asked.depth
-    return draft, bool(asked.origins)
+def _draft(asked: Speculative) -> dict[str, object]:
+    """The `draft` part of a GenerationRequest."""
+    methods = [asked.method] if isinstance(asked.method, str) else asked.method
+    draft = {"methods": methods, "max_nodes": asked.budget, "max_depth": asked.depth}
+    return {name: value for name, value in draft.items() if value is not None}
+
+
+def _acceptance(asked: Speculative) -> dict[str, object]:
+    """The `acceptance` part of a GenerationRequest."""
+    return {name: value for name in _ACCEPTANCE if (value := getattr(asked, name)) is not None}

@@ -72,7 +72,7 @@ class StreamOptions(Wire):
 
 
 class Speculative(Wire):
-    """How one answer is drafted. The text does not depend on it."""
+    """How an answer is drafted, and by which rule drafted tokens are accepted. The text depends on the rule alone."""
 
     method: str | list[str] | None = None
     """Draft methods, some of the deployment's."""
@@ -83,8 +83,16 @@ class Speculative(Wire):
     depth: int | None = None
     """Longest drafted path, in tokens."""
 
-    rule: Literal["exact"] | None = None
-    """By which drafted tokens are accepted."""
+    rule: Literal["exact", "typical", "judge"] | None = None
+    """By which drafted tokens are accepted; the deployment says which of them it allows."""
+
+    epsilon: float | None = None
+    delta: float | None = None
+    """Of rule `typical`."""
+
+    judge: str | None = None
+    threshold: float | None = None
+    """Of rule `judge`."""
 
     origins: bool | None = None
     """Whether the answer says of each token who chose it, and of each text who completed it."""

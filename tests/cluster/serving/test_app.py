@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from outrider.cluster.serving.app import create_app
+from outrider.configs.acceptance import AcceptanceConfig
 from outrider.configs.schema import ClusterConfig, ServerConfig
 from support.fake_workers import FAKE_CONFIG, endless
 from support.posted_engine import PostedEngine, posted_engine
@@ -59,7 +60,7 @@ def test_a_chat_is_answered_with_usage(client: TestClient) -> None:
     assert (choice["finish_reason"], body["object"], body["model"]) == ("stop", "chat.completion", "capitals")
     usage = body["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (8, 8, 16)
-    assert usage["speculative"] == {"rounds": 3, "drafted": 0, "accepted": 0, "kept": 0}
+    assert usage["speculative"] == {"rule": "exact", "rounds": 3, "drafted": 0, "accepted": 0, "kept": 0}
 
 
 def test_a_stream_says_usage_last_and_only_if_asked(client: TestClient) -> None:
@@ -213,6 +214,23 @@ def test_every_option_reaches_the_engine_under_its_own_name(client: TestClient, 
     assert first.draft == {"methods": ["ngram"], "max_nodes": 3, "max_depth": 2}
     assert client.post(CHAT, json={**HELLO, "speculative": "off"}).status_code == 200
     assert engine.posted[-1].draft == {"max_nodes": 0}
+
+
+def test_a_rule_reaches_the_engine_as_far_as_the_deployment_allows_it(
+    client: TestClient, engine: PostedEngine
+) -> None:
+    asked = {"prompt": "x", "speculative": {"rule": "typical", "epsilon": 0.2, "delta": 0.5}}
+    error = client.post(COMPLETIONS, json=asked).json()["error"]
+    assert (error["param"], error["code"]) == ("speculative.rule", "invalid_value")
+    assert engine.posted[-1].acceptance == {"rule": "typical", "epsilon": 0.2, "delta": 0.5}
+    lossy = replace(FAKE_CONFIG, acceptance=AcceptanceConfig(rules=("exact", "typical")))
+    with posted_engine(str.upper, lossy) as allowed:
+        lossy_client = TestClient(create_app(allowed, lossy))
+        said = lossy_client.post(COMPLETIONS, json=asked).json()["usage"]["speculative"]
+        assert (said["rule"], said["kept"], said["kept_worst_logprob_gap"]) == ("typical", 0, 0.0)
+        strict = {"prompt": "x", "speculative": {"rule": "typical", "epsilon": 0.01}}
+        error = lossy_client.post(COMPLETIONS, json=strict).json()["error"]
+        assert error["param"] == "speculative.epsilon"
 
 
 def test_origins_are_told_if_asked_for(client: TestClient) -> None:
