@@ -65,7 +65,9 @@ class DraftWorker:
         num_pages = num_target_pages(self.config, target)
         self._drafting = self._build_drafting(target, progress)
         rounds = self.config.rounds
-        limits = SchedulerLimits(rounds.max_sequences, rounds.max_round_tokens, rounds.prefill_chunk)
+        limits = SchedulerLimits(
+            rounds.max_sequences, rounds.max_round_tokens, rounds.prefill_chunk, target.widest_window
+        )
         pool = PagePool(num_pages, self.config.target.page_size, rounds.prefix_sharing)
         self._scheduler = Scheduler(limits, pool, self._drafting.prefix_kept, self._drafting.finish)
 

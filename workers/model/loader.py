@@ -10,12 +10,20 @@ from outrider.workers.model import memory
 from outrider.workers.model.embedding import Embedding, MatrixEmbedding, StoredEmbedding
 from outrider.workers.model.head import Head, LinearHead
 from outrider.workers.model.linear import Linear, PackedLinear, make_linear
-from outrider.workers.model.mlp import GatedMlp, Mlp
+from outrider.workers.model.mlp import (
+    ExpertLoop,
+    Experts,
+    GatedMlp,
+    GroupedExperts,
+    Mlp,
+    RoutedExperts,
+    aligned_columns,
+)
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.sequences.vocabulary import VocabularyRange
-from outrider.workers.weights.config import DenseMlp
+from outrider.workers.weights.config import DenseMlp, RoutedMlp
 from outrider.workers.weights.source import WeightSource
-from outrider.workers.weights.tensors import EMBEDDING, FINAL_NORM, HEAD
+from outrider.workers.weights.tensors import EMBEDDING, FINAL_NORM, HEAD, ROUTER, expert_prefix
 
 ALL = slice(None)
 READ_CHUNK_BYTES = 64 << 20
@@ -149,7 +157,7 @@ class WeightLoader:
             k_norm=self._head_norm(attention + "k_norm.weight"),
             attention_output=self._attention_output(attention + "o_proj.weight"),
             mlp_norm=self.vector(prefix + "post_attention_layernorm.weight", ALL),
-            mlp=self._mlp(prefix + "mlp.", self.plan.config.layers[index].mlp),
+            mlp=self._mlp(prefix, self.plan.config.layers[index].mlp),
         )
         memory.release_freed()
         return weights
@@ -212,14 +220,46 @@ class WeightLoader:
         self.progress(read.nbytes)
         return self.linear(weight.view(config.hidden_size, -1), NO_BIAS)
 
-    def _mlp(self, prefix: str, described: DenseMlp) -> Mlp:
-        hidden, columns = self.plan.config.hidden_size, self.plan.mlp_columns(described.intermediate_size)
+    def _mlp(self, prefix: str, described: DenseMlp | RoutedMlp) -> Mlp:
+        columns = self.plan.mlp_columns(described)
+        if isinstance(described, DenseMlp):
+            return self._gated(prefix + "mlp.", columns)
+        router = self.source.read(prefix + ROUTER, ALL, ALL, torch.float32)
+        self.progress(router.numel() * self.dtype.itemsize)
+        numbers = self.plan.experts(described)
+        prefixes = [prefix + expert_prefix(i) for i in numbers]
+        experts: Experts
+        if self.device.type == "cuda":
+            experts = self._grouped(numbers[0], prefixes, columns)
+        else:
+            experts = ExpertLoop(numbers[0], [self._gated(name, columns) for name in prefixes])
+        return RoutedExperts(
+            router.to(self.device), described.experts_per_token, described.renormalised, experts
+        )
+
+    def _gated(self, prefix: str, columns: range) -> GatedMlp:
+        hidden = self.plan.config.hidden_size
         gate_up = torch.empty(2, len(columns), hidden, dtype=self.dtype)
         self._read_rows_into(gate_up[0], prefix + "gate_proj.weight", columns)
         self._read_rows_into(gate_up[1], prefix + "up_proj.weight", columns)
         fused = self.linear(gate_up.view(-1, hidden), NO_BIAS)
         del gate_up
+        return GatedMlp(fused, self.linear(self._down(prefix, columns), NO_BIAS))
+
+    def _grouped(self, first: int, prefixes: list[str], columns: range) -> GroupedExperts:
+        hidden, width = self.plan.config.hidden_size, aligned_columns(len(columns))
+        sizes = {"dtype": self.dtype, "device": self.device}
+        # Columns that are added are zero, in all three matrices, and add nothing.
+        gate_up = torch.zeros(len(prefixes), 2, width, hidden, **sizes)
+        down = torch.zeros(len(prefixes), hidden, width, **sizes)
+        for expert, prefix in enumerate(prefixes):
+            for matrix, name in enumerate(("gate_proj", "up_proj")):
+                self._read_rows_into(gate_up[expert, matrix, : len(columns)], f"{prefix}{name}.weight", columns)
+            down[expert, :, : len(columns)] = self._down(prefix, columns)
+        return GroupedExperts(first, gate_up.flatten(1, 2), down)
+
+    def _down(self, prefix: str, columns: range) -> Tensor:
         part = slice(columns.start, columns.stop)
         down = self.source.read(prefix + "down_proj.weight", ALL, part, self.dtype)
         self.progress(down.nbytes)
-        return GatedMlp(fused, self.linear(down, NO_BIAS))
+        return down

@@ -29,7 +29,7 @@ from outrider.workers.training.feature_store import FeatureBatch
 from outrider.workers.training.heads import HeadLoss
 from outrider.workers.training.metrics import StepCounts
 from outrider.workers.training.unrolled_attention import unrolled_attention
-from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.config import DenseMlp, ModelConfig, RoutedMlp
 from outrider.workers.weights.source import WeightSource
 
 _ALL = slice(None)
@@ -46,7 +46,7 @@ def drafter_shape(target: ModelConfig, head: LmHeadShape, norm_before_residual: 
         num_heads=target.num_heads,
         num_kv_heads=target.num_kv_heads,
         head_dim=target.head_dim,
-        intermediate_size=layer.mlp.intermediate_size,
+        intermediate_size=active_columns(layer.mlp),
         rms_norm_eps=target.rms_norm_eps,
         rope=layer.rope,
         max_context=target.max_context,
@@ -55,10 +55,16 @@ def drafter_shape(target: ModelConfig, head: LmHeadShape, norm_before_residual: 
     )
 
 
+def active_columns(mlp: DenseMlp | RoutedMlp) -> int:
+    """Columns that a token goes through: all of an MLP's, or those of a token's experts together."""
+    return mlp.intermediate_size * (mlp.experts_per_token if isinstance(mlp, RoutedMlp) else 1)
+
+
 @torch.no_grad()
 def start_from_last_layer(drafter: Eagle3Drafter, source: WeightSource) -> None:
     """Makes the drafter's layer the target's last one: half of each of q, k and v's columns, those that read the
-    feature; the half that reads the token starts at zero, and the feature as the last of the taps."""
+    feature; the half that reads the token starts at zero, and the feature as the last of the taps. Of a target's
+    experts nothing is taken."""
     prefix = f"model.layers.{source.config.num_layers - 1}."
 
     def read(name: str) -> Tensor:
@@ -70,8 +76,9 @@ def start_from_last_layer(drafter: Eagle3Drafter, source: WeightSource) -> None:
         weight.zero_()
         weight[:, hidden:] = read(f"{prefix}self_attn.{name}.weight")
     layer.self_attn.o_proj.weight.copy_(read(f"{prefix}self_attn.o_proj.weight"))
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        getattr(layer.mlp, name).weight.copy_(read(f"{prefix}mlp.{name}.weight"))
+    if isinstance(source.config.layers[-1].mlp, DenseMlp):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            getattr(layer.mlp, name).weight.copy_(read(f"{prefix}mlp.{name}.weight"))
     layer.hidden_norm.weight.copy_(read(f"{prefix}input_layernorm.weight"))
     layer.post_attention_layernorm.weight.copy_(read(f"{prefix}post_attention_layernorm.weight"))
     drafter.norm.weight.copy_(read("model.norm.weight"))
