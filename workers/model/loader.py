@@ -145,6 +145,8 @@ class WeightLoader:
         self.device = device
         self.packed = packed
         self.progress = progress
+        # Where matrices are put together. A model on the meta device has sizes and takes no memory.
+        self._host = torch.device("meta" if device.type == "meta" else "cpu")
 
     def layer(self, index: int) -> LayerWeights:
         """Weights of one layer; what reading them took beside is given back."""
@@ -171,7 +173,7 @@ class WeightLoader:
     def vocabulary_matrix(self, name: str) -> Tensor:
         """This rank's rows of the embedding or the head, [vocab_shard, hidden], read in pieces."""
         config, ids = self.plan.config, self.plan.vocab
-        matrix = torch.empty(len(ids), config.hidden_size, dtype=self.dtype)
+        matrix = torch.empty(len(ids), config.hidden_size, dtype=self.dtype, device=self._host)
         self._read_rows_into(matrix, name, ids)
         return matrix.to(self.device)
 
@@ -194,8 +196,8 @@ class WeightLoader:
     def _qkv(self, prefix: str) -> Linear:
         config, plan = self.plan.config, self.plan
         D, HQ, HK = config.head_dim, plan.num_query_places, plan.num_kv_heads
-        weight = torch.zeros(HQ + 2 * HK, D, config.hidden_size, dtype=self.dtype)
-        bias = torch.zeros(HQ + 2 * HK, D, dtype=self.dtype)
+        weight = torch.zeros(HQ + 2 * HK, D, config.hidden_size, dtype=self.dtype, device=self._host)
+        bias = torch.zeros(HQ + 2 * HK, D, dtype=self.dtype, device=self._host)
         places = {
             "q_proj": (plan.query_heads, list(plan.query_places)),
             "k_proj": (plan.kv_heads, list(range(HQ, HQ + HK))),
@@ -207,14 +209,15 @@ class WeightLoader:
             weight[into] = read.view(len(heads), D, -1)
             self.progress(read.nbytes)
             if config.qkv_bias:
-                bias[into] = self.vector(f"{prefix}{name}.bias", rows).cpu().view(len(heads), D)
+                bias[into] = self.vector(f"{prefix}{name}.bias", rows).to(self._host).view(len(heads), D)
         bias = bias.view(-1) if config.qkv_bias else NO_BIAS
         return self.linear(weight.view(-1, config.hidden_size), bias)
 
     def _attention_output(self, name: str) -> Linear:
         config, plan = self.plan.config, self.plan
         D, heads = config.head_dim, plan.query_heads
-        weight = torch.zeros(config.hidden_size, plan.num_query_places, D, dtype=self.dtype)
+        sizes = (config.hidden_size, plan.num_query_places, D)
+        weight = torch.zeros(sizes, dtype=self.dtype, device=self._host)
         read = self.source.read(name, ALL, slice(heads.start * D, heads.stop * D), self.dtype)
         weight[:, list(plan.query_places)] = read.view(config.hidden_size, len(heads), D)
         self.progress(read.nbytes)
@@ -239,7 +242,7 @@ class WeightLoader:
 
     def _gated(self, prefix: str, columns: range) -> GatedMlp:
         hidden = self.plan.config.hidden_size
-        gate_up = torch.empty(2, len(columns), hidden, dtype=self.dtype)
+        gate_up = torch.empty(2, len(columns), hidden, dtype=self.dtype, device=self._host)
         self._read_rows_into(gate_up[0], prefix + "gate_proj.weight", columns)
         self._read_rows_into(gate_up[1], prefix + "up_proj.weight", columns)
         fused = self.linear(gate_up.view(-1, hidden), NO_BIAS)

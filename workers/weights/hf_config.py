@@ -269,9 +269,7 @@ def _layers_by_kind(fields: Fields, num_layers: int, max_context: int) -> list[L
     if "sparse" in mlps:
         by_kind["sparse"] = _experts(fields)
     fields.ignore(_OF_MLPS)
-    windows = {_FULL: 0}
-    if _SLIDING in attention:
-        windows[_SLIDING] = fields.integer("sliding_window")
+    windows = {kind: fields.integer("sliding_window") if kind == _SLIDING else 0 for kind in set(attention)}
     fields.ignore(("sliding_window", *_HARMLESS_WITH_KINDS))
     positions = Fields(fields.object("rope_parameters"), "rope_parameters.")
     ropes = {kind: rope_from_hf(positions.object(kind), f"rope_parameters.{kind}.", max_context) for kind in windows}
