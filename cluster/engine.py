@@ -96,20 +96,21 @@ class Engine:
         prompt: Prompt,
         sampling: Mapping[str, object] = NOTHING_SPECIAL,
         draft: Mapping[str, object] = NOTHING_SPECIAL,
+        template: Mapping[str, object] = NOTHING_SPECIAL,
     ) -> PieceStream:
         """Sends a request; the iterator gives its pieces as they come. Leaving it early cancels the request.
 
-        sampling, draft: as in `GenerationRequest`. The iterator raises ValueError for a request that cannot be
+        sampling, draft, template: as in `GenerationRequest`. The iterator raises ValueError for a request that cannot be
         run.
         """
         inbox = self._open_inbox()
-        (request_id,) = inbox.send([_asked(prompt, sampling, draft)], whole=False)
+        (request_id,) = inbox.send([_asked(GenerationRequest(prompt, sampling, draft, template))], whole=False)
         return PieceStream(inbox, request_id)
 
     def completions(self, requests: Sequence[GenerationRequest]) -> CompletionStream:
         """Runs all requests at once and gives their answers in order. A bad request fails alone."""
         inbox = self._open_inbox()
-        plain = [_asked(asked.prompt, asked.sampling, asked.draft) for asked in requests]
+        plain = [_asked(asked) for asked in requests]
         return CompletionStream(inbox, inbox.send(plain, whole=True))
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
@@ -164,10 +165,12 @@ class Engine:
         self.close()
 
 
-def _asked(prompt: Prompt, sampling: Mapping[str, object], draft: Mapping[str, object]) -> GenerationRequest:
+def _asked(asked: GenerationRequest) -> GenerationRequest:
     """As it travels: read-only views of mappings cannot be pickled. What is no mapping is refused at the door."""
-    options = (dict(value) if isinstance(value, Mapping) else value for value in (sampling, draft))
-    return GenerationRequest(prompt, *options)
+    options = (asked.sampling, asked.draft, asked.template)
+    return GenerationRequest(
+        asked.prompt, *(dict(value) if isinstance(value, Mapping) else value for value in options)
+    )
 
 
 def _num_cpus() -> int:

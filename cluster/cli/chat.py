@@ -12,9 +12,11 @@ from outrider.cluster.cli.options import (
     Plain,
     Seed,
     Temperature,
+    TemplateArguments,
     TopP,
     draft_options,
     given,
+    template_arguments,
 )
 from outrider.cluster.cli.show import LEGEND, show_stream, summary
 from outrider.cluster.cli.start import running_engine
@@ -37,23 +39,31 @@ def chat(
     seed: Seed = None,
     max_tokens: MaxTokens = None,
     plain: Plain = False,
+    template: TemplateArguments = [],
 ) -> None:
     """Talk to the target."""
     loaded = load_config(config, overrides)
     sampling = given({"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens})
     draft = draft_options(plain, [], None, None)
+    arguments = template_arguments(template)
 
     from outrider.cluster.request_options import check_options
 
     check_options(loaded, sampling, draft)
     with running_engine(loaded) as engine:
-        all_answered = _converse(engine, system, sampling, draft)
+        all_answered = _converse(engine, system, sampling, draft, arguments)
     # Who sits at a terminal has seen it and gone on.
     if not all_answered and not Console().is_terminal:
         raise typer.Exit(_SOME_REFUSED)
 
 
-def _converse(engine: "Engine", system: str, sampling: dict[str, object], draft: dict[str, object]) -> bool:
+def _converse(
+    engine: "Engine",
+    system: str,
+    sampling: dict[str, object],
+    draft: dict[str, object],
+    template: dict[str, object],
+) -> bool:
     """Until the user leaves. Returns whether every question was answered."""
     all_answered = True
     console, notes = Console(), Console(stderr=True)
@@ -76,7 +86,7 @@ def _converse(engine: "Engine", system: str, sampling: dict[str, object], draft:
             continue
         question = {"role": "user", "content": line}
         try:
-            answer = show_stream(console, engine.stream([*messages, question], sampling, draft))
+            answer = show_stream(console, engine.stream([*messages, question], sampling, draft, template))
         except ValueError as error:
             # The conversation as it was before the question is still good.
             say_error(f"{error}; /new starts over")

@@ -23,10 +23,12 @@ from outrider.cluster.cli.options import (
     Seed,
     Stop,
     Temperature,
+    TemplateArguments,
     TopK,
     TopP,
     draft_options,
     given,
+    template_arguments,
 )
 from outrider.cluster.cli.show import completion_json, show_stream, summary
 from outrider.cluster.cli.start import running_engine, save_trace, with_trace
@@ -72,6 +74,7 @@ def generate(
     draft_methods: DraftMethods = [],
     draft_nodes: DraftNodes = None,
     draft_depth: DraftDepth = None,
+    template: TemplateArguments = [],
 ) -> None:
     """Answer prompts. On a terminal accepted draft tokens are green."""
     loaded = with_trace(load_config(config, overrides), bool(trace))
@@ -95,13 +98,16 @@ def generate(
         }
     )
     draft = draft_options(plain, draft_methods, draft_nodes, draft_depth)
+    arguments = template_arguments(template)
+    if raw and arguments:
+        raise ValueError("--template must stand without --raw: a text goes through no chat template")
 
     from outrider.cluster.api import GenerationRequest
     from outrider.cluster.request_options import check_options
 
     check_options(loaded, sampling, draft)
     requests = [
-        GenerationRequest(text if raw else [{"role": "user", "content": text}], sampling, draft)
+        GenerationRequest(text if raw else [{"role": "user", "content": text}], sampling, draft, arguments)
         for _, text in texts
     ]
     with running_engine(loaded) as engine:
@@ -150,7 +156,7 @@ def _print_text(
         elif several:
             console.file.write(f"## {prompt_id}\n")
         try:
-            answer = show_stream(console, engine.stream(request.prompt, request.sampling, request.draft))
+            answer = show_stream(console, engine.stream(request.prompt, request.sampling, request.draft, request.template))
         except ValueError as error:
             if not several:
                 raise

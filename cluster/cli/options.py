@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import typer
+import yaml
 
 ConfigName = Annotated[
     str, typer.Argument(metavar="CONFIG", help="YAML file or preset name (quickstart, ...).")
@@ -40,6 +41,31 @@ DraftMethods = Annotated[
 ]
 DraftNodes = Annotated[int | None, typer.Option(help="Most drafted tokens per round.", show_default=False)]
 DraftDepth = Annotated[int | None, typer.Option(help="Longest drafted path, in tokens.", show_default=False)]
+
+
+TemplateArguments = Annotated[
+    list[str],
+    typer.Option(
+        "--template",
+        metavar="NAME=VALUE",
+        help="Argument of the chat template, e.g. enable_thinking=false; may be repeated.",
+        show_default=False,
+    ),
+]
+
+
+def template_arguments(given: list[str]) -> dict[str, object]:
+    """The `template` part of a GenerationRequest, of texts "name=value" with values as YAML has them."""
+    arguments: dict[str, object] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--template must be NAME=VALUE, got {text!r}")
+        try:
+            arguments[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--template {name} must have a value that YAML can read, got {value!r}") from error
+    return arguments
 
 
 def given(options: Mapping[str, object]) -> dict[str, object]:

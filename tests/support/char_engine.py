@@ -29,9 +29,13 @@ class CharEngine:
         self._admission = char_admission(config, lambda what, done, total: None)
 
     def stream(
-        self, prompt: Prompt, sampling: Mapping[str, object] = {}, draft: Mapping[str, object] = {}
+        self,
+        prompt: Prompt,
+        sampling: Mapping[str, object] = {},
+        draft: Mapping[str, object] = {},
+        template: Mapping[str, object] = {},
     ) -> Iterator[Piece]:
-        asked = GenerationRequest(prompt, sampling, draft)
+        asked = GenerationRequest(prompt, sampling, draft, template)
         self.asked.append(asked)
         if self.death:
             raise EngineError(self.death)
@@ -44,7 +48,7 @@ class CharEngine:
         for asked in requests:
             answer = Collector()
             try:
-                for piece in self.stream(asked.prompt, asked.sampling, asked.draft):
+                for piece in self.stream(asked.prompt, asked.sampling, asked.draft, asked.template):
                     answer.add(piece)
             except ValueError as error:
                 yield Completion(finish_reason="error", error=str(error))
