@@ -26,7 +26,7 @@ from outrider.cluster.inbox import CompletionStream, Inbox, PieceStream
 from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.placement import COORDINATOR_BUNDLE, check_cpus, reserve
 from outrider.cluster.session import RaySession
-from outrider.configs.schema import Config, Eagle3Config, MedusaConfig
+from outrider.configs.schema import Config, Eagle3Config, MedusaConfig, MtpConfig
 from outrider.workers.answer import Completion
 
 NOTHING_SPECIAL: Mapping[str, object] = MappingProxyType({})
@@ -190,6 +190,7 @@ def _with_absolute_paths(config: Config) -> Config:
         model=_absolute(config.draft.model),
         medusa=MedusaConfig(_absolute(config.draft.medusa.model)),
         eagle3=Eagle3Config(_absolute(config.draft.eagle3.model)),
+        mtp=MtpConfig(_absolute(config.draft.mtp.model)),
     )
     return replace(config, target=target, draft=draft)
 

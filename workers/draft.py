@@ -113,7 +113,8 @@ class DraftWorker:
         """Let draft heads draft a short text each, before `run`; returns what users should be told about them."""
         use_device(self._device)
         trained = [method.name for method in self._drafting.methods if method.is_trained]
-        checkpoints = {"medusa": self.config.draft.medusa.model, "eagle3": self.config.draft.eagle3.model}
+        draft = self.config.draft
+        checkpoints = {"medusa": draft.medusa.model, "eagle3": draft.eagle3.model, "mtp": draft.mtp.model}
         found = []
         for index, name in enumerate(trained if self.config.tree.max_nodes else []):
             tokens = request.sampling.max_tokens

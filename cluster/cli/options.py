@@ -1,10 +1,10 @@
 """Options that several commands share, and what they come to."""
 
+import json
 from collections.abc import Mapping
 from typing import Annotated
 
 import typer
-import yaml
 
 ConfigName = Annotated[
     str, typer.Argument(metavar="CONFIG", help="YAML file or preset name (quickstart, ...).")
@@ -55,16 +55,16 @@ TemplateArguments = Annotated[
 
 
 def template_arguments(given: list[str]) -> dict[str, object]:
-    """The `template` part of a GenerationRequest, of texts "name=value" with values as YAML has them."""
+    """The `template` part of a GenerationRequest, of texts "name=value"; a value that is not JSON is a text."""
     arguments: dict[str, object] = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise ValueError(f"--template must be NAME=VALUE, got {text!r}")
         try:
-            arguments[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--template {name} must have a value that YAML can read, got {value!r}") from error
+            arguments[name] = json.loads(value)
+        except json.JSONDecodeError:
+            arguments[name] = value
     return arguments
 
 

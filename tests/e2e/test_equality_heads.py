@@ -14,11 +14,18 @@ from support.equality import PLAIN, Reference, assert_same_texts, decode, decode
 from support.local_engine import LocalEngine, MethodBuilder
 from support.thread_group import thread_group
 from support.tiny import BOTH, GREEDY, LOOPS, NGRAM, SLOW_TARGET, loop_options, random_tokens, tiny_cases
-from support.tiny_heads import building_eagle3, building_medusa, eagle3_drafter
+from support.tiny_heads import (
+    building_eagle3,
+    building_medusa,
+    building_mtp,
+    eagle3_drafter,
+    mtp_drafter,
+)
 
 MEDUSA = DraftOptions(("medusa",), 8, 6)
 EAGLE3 = DraftOptions(("eagle3",), 8, 6)
-HEADS = {"medusa": MEDUSA, "eagle3": EAGLE3}
+MTP = DraftOptions(("mtp",), 8, 6)
+HEADS = {"medusa": MEDUSA, "eagle3": EAGLE3, "mtp": MTP}
 ALL = DraftOptions((*BOTH.methods, *HEADS), 12, 6)
 PAGE_SIZE = 16
 SAMPLED = SamplingParams(
@@ -29,7 +36,11 @@ SAMPLED = SamplingParams(
 def builders(target: WeightSource) -> tuple[MethodBuilder, ...]:
     """Heads with random weights, of the inputs of both layers and what leaves the last one."""
     drafter = eagle3_drafter(target, taps=(0, 1, 2), num_ids=200, norm_before_residual=True)
-    return building_medusa(target), building_eagle3(target, drafter, num_pages=64)
+    return (
+        building_medusa(target),
+        building_eagle3(target, drafter, num_pages=64),
+        building_mtp(target, mtp_drafter(target, rank=40), num_pages=64),
+    )
 
 
 def combinations() -> list[ParameterSet]:

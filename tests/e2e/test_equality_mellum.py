@@ -7,12 +7,13 @@ import pytest
 from outrider.cluster.bench.identity import Mismatch
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
-from outrider.workers.sequences.sequence import TokenEvent
+from outrider.workers.sequences.sequence import DraftOptions, TokenEvent
 from outrider.workers.weights.resolver import ResolvedModel, open_source
 from support.equality import PLAIN, Reference, assert_same_texts, decode, num_accepted
 from support.local_engine import LocalEngine
 from support.models import random_model
 from support.thread_group import thread_group
+from support.tiny_heads import building_mtp, mtp_drafter
 from support.tiny import GREEDY, METHODS, SLOW_TARGET, VOCAB_SIZE, loop_options, random_tokens, tiny_cases
 
 _SHAPE = f"hidden_size=80&num_heads=5&num_kv_heads=1&head_dim=16&vocab_size={VOCAB_SIZE}&window=5"
@@ -22,6 +23,7 @@ MODELS = {
     "all windowed": f"{_SHAPE}&num_layers=2&full_every=0&num_experts=4&experts_per_token=2",
 }
 PAGE_SIZE = 7
+MTP = DraftOptions(("mtp",), 8, 6)
 
 
 def model(kind: str, perturb: float = 0.0) -> ResolvedModel:
@@ -53,8 +55,9 @@ def test_every_way_to_run_gives_the_text_of_transformers(
         profile=SLOW_TARGET,
         page_size=PAGE_SIZE,
         prefill_chunk=33,
+        methods=(building_mtp(open_source(model(kind)), mtp_drafter(open_source(model(kind))), 64, PAGE_SIZE),),
     ) as engine:
-        for method, draft in {"plain": PLAIN, **METHODS}.items():
+        for method, draft in {"plain": PLAIN, **METHODS, "mtp": MTP}.items():
             texts = decode(engine, cases, draft)
             assert_same_texts(their_text, cases, texts, ties, f"{kind}, {method}, tp {tp_size}, {loop}")
             assert draft == PLAIN or num_accepted(texts) > 0

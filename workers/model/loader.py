@@ -251,10 +251,9 @@ class WeightLoader:
 
     def _grouped(self, first: int, prefixes: list[str], columns: range) -> GroupedExperts:
         hidden, width = self.plan.config.hidden_size, aligned_columns(len(columns))
-        sizes = {"dtype": self.dtype, "device": self.device}
         # Columns that are added are zero, in all three matrices, and add nothing.
-        gate_up = torch.zeros(len(prefixes), 2, width, hidden, **sizes)
-        down = torch.zeros(len(prefixes), hidden, width, **sizes)
+        gate_up = torch.zeros(len(prefixes), 2, width, hidden, dtype=self.dtype, device=self.device)
+        down = torch.zeros(len(prefixes), hidden, width, dtype=self.dtype, device=self.device)
         for expert, prefix in enumerate(prefixes):
             for matrix, name in enumerate(("gate_proj", "up_proj")):
                 self._read_rows_into(gate_up[expert, matrix, : len(columns)], f"{prefix}{name}.weight", columns)

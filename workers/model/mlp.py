@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.workers.model.linear import Linear
+from outrider.workers.routing import Routes, route
 
 
 class Mlp(Protocol):
@@ -34,33 +35,6 @@ class GatedMlp:
     def __call__(self, normed: Tensor) -> Tensor:
         gate, up = self.gate_up(normed).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
-
-
-@dataclass(frozen=True)
-class Routes:
-    """Which experts the rows of a forward go through.
-
-    Attributes:
-        experts: int64 [N, k], of all experts of the layer.
-        weights: float32 [N, k], how much of each expert's output a row takes.
-    """
-
-    experts: Tensor
-    weights: Tensor
-
-
-def route(normed: Tensor, router: Tensor, experts_per_token: int, renormalised: bool) -> Routes:
-    """The likeliest experts of rows [N, hidden], by a softmax over all of them.
-
-    In float32 whatever the rows' dtype: two experts that are close would else be mixed up by rounding.
-
-    Args:
-        router: float32 [num_experts, hidden].
-        renormalised: weights of a row sum to 1.
-    """
-    probs = F.linear(normed.float(), router).softmax(-1)
-    weights, experts = probs.topk(experts_per_token, dim=-1)
-    return Routes(experts, weights / weights.sum(-1, keepdim=True) if renormalised else weights)
 
 
 class Experts(Protocol):

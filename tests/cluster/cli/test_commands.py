@@ -239,7 +239,7 @@ def test_documented_make_targets_exist() -> None:
 
 
 def test_arguments_of_the_chat_template_reach_it(engines: Engines) -> None:
-    asked = ["--template", "enable_thinking=false", "--template", "tools=[{name: f}]"]
+    asked = ["--template", "enable_thinking=false", "--template", 'tools=[{"name": "f"}]']
     result = run("generate", "quickstart", "--prompt", "hi", *asked)
     assert result.exit_code == 0
     assert "[TOOLS=[{'NAME': 'F'}]]" in result.stdout

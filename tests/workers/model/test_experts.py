@@ -15,9 +15,9 @@ from outrider.workers.model.mlp import (
     GatedMlp,
     GroupedExperts,
     aligned_columns,
-    route,
 )
 from outrider.workers.model.shard import ShardPlan
+from outrider.workers.routing import route
 from outrider.workers.weights.hf_config import model_config_from_hf
 from outrider.workers.weights.tensors import tensor_shapes
 from support.released_mellum import MELLUM_2
