@@ -91,6 +91,8 @@ def test_the_documented_presets_ship() -> None:
         "qwen-coder-cpu",
         "llama3-70b-h100x8",
         "llama3-405b-h100x8",
+        "mellum2-12b",
+        "mellum2-12b-tp2",
         "tiny-random",
     }
     assert documented <= set(preset_names())
