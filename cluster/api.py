@@ -9,8 +9,8 @@ from outrider.workers.answer import PER_TOKEN, Completion, Output, output_fields
 from outrider.workers.sequences.origin import Origin
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
-"""A text that is continued as it stands; messages (`{"role": ..., "content": ...}`, see `chat.MESSAGE_FIELDS`) that go
-through the model's chat template; or token ids."""
+"""A text that is continued as it stands; messages (`{"role": ..., "content": ...}`, see `chat.MESSAGE_FIELDS`) that
+go through the model's chat template; or token ids."""
 
 
 class EngineError(RuntimeError):

@@ -72,7 +72,9 @@ def _message(asked: Mapping[object, object]) -> dict[str, Any]:
             message[field] = _plain(f"{field} of a message", value)
     # Who calls a tool may say nothing.
     says_nothing = message.get("content") is None and bool(message.get("tool_calls"))
-    if not isinstance(message.get("role"), str) or not (says_nothing or isinstance(message.get("content"), str)):
+    if not isinstance(message.get("role"), str) or not (
+        says_nothing or isinstance(message.get("content"), str)
+    ):
         raise ValueError(f"a message must have the texts role and content, got {shown}")
     calls = message.get("tool_calls")
     if calls is not None and not _are_objects(calls):

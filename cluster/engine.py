@@ -100,11 +100,13 @@ class Engine:
     ) -> PieceStream:
         """Sends a request; the iterator gives its pieces as they come. Leaving it early cancels the request.
 
-        sampling, draft, template: as in `GenerationRequest`. The iterator raises ValueError for a request that cannot be
-        run.
+        sampling, draft, template: as in `GenerationRequest`. The iterator raises ValueError for a request that
+        cannot be run.
         """
         inbox = self._open_inbox()
-        (request_id,) = inbox.send([_asked(GenerationRequest(prompt, sampling, draft, template))], whole=False)
+        (request_id,) = inbox.send(
+            [_asked(GenerationRequest(prompt, sampling, draft, template))], whole=False
+        )
         return PieceStream(inbox, request_id)
 
     def completions(self, requests: Sequence[GenerationRequest]) -> CompletionStream:

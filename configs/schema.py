@@ -122,7 +122,7 @@ class MtpConfig:
     """Draft method `mtp`: a head for multi-token prediction, one more block of the target's own kind."""
 
     model: str = ""
-    """The head's checkpoint, written like `draft.medusa.model`; a folder of the target with the head in it will do."""
+    """The head's checkpoint, written like `draft.medusa.model`; a folder of the target that has the head will do."""
 
 
 @dataclass(frozen=True)

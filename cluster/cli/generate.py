@@ -156,7 +156,9 @@ def _print_text(
         elif several:
             console.file.write(f"## {prompt_id}\n")
         try:
-            answer = show_stream(console, engine.stream(request.prompt, request.sampling, request.draft, request.template))
+            answer = show_stream(
+                console, engine.stream(request.prompt, request.sampling, request.draft, request.template)
+            )
         except ValueError as error:
             if not several:
                 raise

@@ -12,8 +12,8 @@ from outrider.workers.weights.random_tokenizer import tokenizer_of_size
 from outrider.workers.weights.tokenizer import load_tokenizer
 from support.models import smollm2
 
-# What templates of models that think and call tools do: tools in the system turn, thoughts kept only behind the user's
-# last turn, calls with arguments as they stand, an empty thought where thinking is off.
+# What templates of models that think and call tools do: tools in the system turn, thoughts kept only behind the
+# user's last turn, calls with arguments as they stand, an empty thought where thinking is off.
 THINKING = """\
 {%- if tools %}<|im_start|>system
 {% for tool in tools %}{{ tool | tojson }}
@@ -42,10 +42,17 @@ TOOL = {
     "function": {
         "name": "weather",
         "description": "Today's, for “Zürich” & <others>",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        },
     },
 }
-CALL = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": {"city": "Bern", "days": 2}}}
+CALL = {
+    "type": "function",
+    "id": "1",
+    "function": {"name": "weather", "arguments": {"city": "Bern", "days": 2}},
+}
 HISTORY: list[dict[str, Any]] = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "hello"},

@@ -1,4 +1,4 @@
-"""A mixture of experts with windows gives transformers' text: short of the window and past it, in every way to run."""
+"""A mixture of experts with windows gives transformers' text: short of the window and past it, however it runs."""
 
 from dataclasses import replace
 
@@ -13,8 +13,8 @@ from support.equality import PLAIN, Reference, assert_same_texts, decode, num_ac
 from support.local_engine import LocalEngine
 from support.models import random_model
 from support.thread_group import thread_group
-from support.tiny_heads import building_mtp, mtp_drafter
 from support.tiny import GREEDY, METHODS, SLOW_TARGET, VOCAB_SIZE, loop_options, random_tokens, tiny_cases
+from support.tiny_heads import building_mtp, mtp_drafter
 
 _SHAPE = f"hidden_size=80&num_heads=5&num_kv_heads=1&head_dim=16&vocab_size={VOCAB_SIZE}&window=5"
 # Every other layer sees all, with stretched positions; or none does.
@@ -40,9 +40,7 @@ def their_text(kind: str) -> Reference:
     return Reference(model(kind))
 
 
-@pytest.mark.parametrize(
-    ("tp_size", "loop"), [(1, "2 lanes, ahead"), (2, "serial, 1 lane"), (3, "2 lanes")]
-)
+@pytest.mark.parametrize(("tp_size", "loop"), [(1, "2 lanes, ahead"), (2, "serial, 1 lane"), (3, "2 lanes")])
 def test_every_way_to_run_gives_the_text_of_transformers(
     kind: str, their_text: Reference, ties: list[Mismatch], tp_size: int, loop: str
 ) -> None:
@@ -55,7 +53,9 @@ def test_every_way_to_run_gives_the_text_of_transformers(
         profile=SLOW_TARGET,
         page_size=PAGE_SIZE,
         prefill_chunk=33,
-        methods=(building_mtp(open_source(model(kind)), mtp_drafter(open_source(model(kind))), 64, PAGE_SIZE),),
+        methods=(
+            building_mtp(open_source(model(kind)), mtp_drafter(open_source(model(kind))), 64, PAGE_SIZE),
+        ),
     ) as engine:
         for method, draft in {"plain": PLAIN, **METHODS, "mtp": MTP}.items():
             texts = decode(engine, cases, draft)
@@ -73,7 +73,9 @@ def test_shared_prefixes_and_sequences_computed_again_change_no_token(
     kind: str, their_text: Reference, ties: list[Mismatch], prefix_sharing: bool, sampling: SamplingParams
 ) -> None:
     system = tuple(random_tokens(100, 3 * PAGE_SIZE + 2))
-    cases = [replace(case, prompt=system + case.prompt) for case in tiny_cases((5, 17, 40, 3, 64, 30), sampling)]
+    cases = [
+        replace(case, prompt=system + case.prompt) for case in tiny_cases((5, 17, 40, 3, 64, 30), sampling)
+    ]
     with LocalEngine(
         open_source(model(kind)),
         open_source(model(kind, perturb=0.15)),

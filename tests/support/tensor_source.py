@@ -107,7 +107,7 @@ def tiny_mellum(
     yarn: Rope = ROPES[3],
     vocab_size: int = 300,
 ) -> ModelConfig:
-    """A layer for each of `windows`, with experts; only the layers without a window have their positions stretched."""
+    """A layer for each of `windows`, with experts; only layers without a window have their positions stretched."""
     config = tiny_config("mellum", num_heads, num_kv_heads, vocab_size=vocab_size)
     mlp = mlp or RoutedMlp(num_experts=6, experts_per_token=2, intermediate_size=40, renormalised=True)
     plain = Rope(theta=500000.0)

@@ -115,7 +115,8 @@ def test_the_profile_times_each_row_count(pair: Pair) -> None:
 
 
 def test_draft_heads_are_tried_before_anybody_is_served(tmp_path: Path) -> None:
-    """Random heads are told of, but for one that reads the token, of which this target's law depends; where the law leaves one token they are right. Nothing of it stays behind."""
+    """Random heads are told of, but for one that reads the token, on which this target's law depends; where the law
+    leaves one token they are right. Nothing of it stays behind."""
     source = RandomSource(load_config("tiny-random", []).target.model)
     none = HeadDescription()
     write_medusa(tmp_path / "medusa", medusa_heads(source), none, "vllm", torch.float32)

@@ -152,7 +152,9 @@ def read_mtp(folder: Path) -> tuple[MtpDrafter, HeadDescription]:
         drafter = MtpDrafter(shape, torch.arange(num_ids, device="cpu"))
     names = mtp_names(list(drafter.state_dict()), target.num_layers, layout_of(file, stored))
     of_head = {name for name in names if name.startswith("lm_head.")}
-    if shape.lm_head.is_target_sized(target.vocab_size) and not any(names[name] in stored for name in of_head):
+    if shape.lm_head.is_target_sized(target.vocab_size) and not any(
+        names[name] in stored for name in of_head
+    ):
         names = {name: file_name for name, file_name in names.items() if name not in of_head}
     expected = {names[name]: tuple(x.shape) for name, x in drafter.state_dict().items() if name in names}
     expected |= table_shapes(num_ids, target.vocab_size, stored)

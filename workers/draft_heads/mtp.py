@@ -1,9 +1,10 @@
 """A head for multi-token prediction (DeepSeek-V3, arXiv 2412.19437): one more block of the model's own kind.
 
-It reads pairs (the token at t + 1, a feature of position t) and guesses the token at t + 2. The feature is the target's
-last row after the final norm where the target has seen position t, else it is the head's own output for t, normed as
-well: with its own output in the place of the target's rows it goes on for more than one token. As transformers'
-`MtpModel` and vllm-project/speculators' `mtp` do; embedding and LM head are the target's, unless the head has another.
+It reads pairs (the token at t + 1, a feature of position t) and guesses the token at t + 2. The feature is the
+target's last row after the final norm where the target has seen position t, else it is the head's own output for t,
+normed as well: with its own output in the place of the target's rows it goes on for more than one token. As
+transformers' `MtpModel` and vllm-project/speculators' `mtp` do; embedding and LM head are the target's, unless the head
+has another.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(x).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         out: Tensor = self.o_proj(attend(self.q_norm(q), self.k_norm(k), v))
         return out
@@ -160,8 +162,8 @@ class MtpDrafter(nn.Module):
         return any(weight.is_meta for weight in self.lm_head.parameters())
 
     def take_target(self, final_norm: Tensor, head: Tensor | None) -> None:
-        """Gives the head what it shares with its target: the final norm [hidden], and the matrix [V, hidden] of the LM
-        head where it lacks one."""
+        """Gives the head what it shares with its target: the final norm [hidden], and the matrix [V, hidden] of the
+        LM head where it lacks one."""
         self.target_norm = final_norm
         if head is not None:
             self.lm_head.load_state_dict({"weight": head}, assign=True)

@@ -1,5 +1,5 @@
-"""Draft method `mtp` (DeepSeek-V3, arXiv 2412.19437): a block of the target's own kind on the target's last hidden row,
-fed back on itself, see `feature_levels`."""
+"""Draft method `mtp` (DeepSeek-V3, arXiv 2412.19437): a block of the target's own kind on the target's last hidden
+row, fed back on itself, see `feature_levels`."""
 
 from __future__ import annotations
 

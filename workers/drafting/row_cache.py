@@ -58,9 +58,7 @@ class RowCache:
         flat_has_row: the same over slots and nodes, as `GrowingTrees.flat`.
     """
 
-    def __init__(
-        self, slots: DraftedSlots, pool: PagePool, num_rowless: int = 0, window: int = 0
-    ) -> None:
+    def __init__(self, slots: DraftedSlots, pool: PagePool, num_rowless: int = 0, window: int = 0) -> None:
         """window: the model's widest, see `ModelConfig`: pages that it has left behind are given back."""
         self._slots = slots
         self._num_rowless = num_rowless

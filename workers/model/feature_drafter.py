@@ -17,7 +17,7 @@ from outrider.workers.weights.config import ModelConfig
 
 
 class FeatureDrafter(Protocol):
-    """What a row reads is a token and the feature of the position before it: the target's, or the drafter's own output.
+    """What a row reads is a token and the feature of the position before it: the target's, or the drafter's output.
 
     `Eagle3Drafter`, `MtpDrafter`, with their matrices as `for_serving` makes them.
     """

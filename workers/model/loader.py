@@ -256,7 +256,9 @@ class WeightLoader:
         down = torch.zeros(len(prefixes), hidden, width, dtype=self.dtype, device=self.device)
         for expert, prefix in enumerate(prefixes):
             for matrix, name in enumerate(("gate_proj", "up_proj")):
-                self._read_rows_into(gate_up[expert, matrix, : len(columns)], f"{prefix}{name}.weight", columns)
+                self._read_rows_into(
+                    gate_up[expert, matrix, : len(columns)], f"{prefix}{name}.weight", columns
+                )
             down[expert, :, : len(columns)] = self._down(prefix, columns)
         return GroupedExperts(first, gate_up.flatten(1, 2), down)
 

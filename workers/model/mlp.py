@@ -91,8 +91,8 @@ class ExpertLoop:
 class GroupedExperts:
     """All experts in two grouped products, without a wait for the host, so that it can be part of a CUDA graph.
 
-    torch's grouped matmul takes bfloat16 on NVIDIA GPUs from sm_80 on; with other dtypes torch does without a kernel of
-    its own. Not run on a GPU by the maintainers.
+    torch's grouped matmul takes bfloat16 on NVIDIA GPUs from sm_80 on; with other dtypes torch does without a kernel
+    of its own. Not run on a GPU by the maintainers.
     """
 
     def __init__(self, first: int, gate_up: Tensor, down: Tensor) -> None:
@@ -112,8 +112,8 @@ class GroupedExperts:
         ends = torch.searchsorted(local[order], numbers, right=True).int()
         gate, up = F.grouped_mm(normed[order // per_row], self._gate_up, offs=ends).chunk(2, dim=-1)
         out = F.grouped_mm(F.silu(gate) * up, self._down, offs=ends)
-        # Back to the rows' order and summed there, which unlike adding at an index is the same every time. What stands
-        # behind the last group is not computed: it may be anything.
+        # Back to the rows' order and summed there, which unlike adding at an index is the same every time. What
+        # stands behind the last group is not computed: it may be anything.
         out = out[order.argsort()].float() * routes.weights.view(-1, 1)
         out = out.masked_fill(~is_here[:, None], 0.0)
         return out.view(*routes.experts.shape, -1).sum(1).to(normed.dtype)

@@ -40,8 +40,8 @@ class SchedulerLimits:
     """From the configuration; all counts.
 
     `window` is the target's widest (`ModelConfig.widest_window`): pages that it has left behind are given back while
-    their sequence runs. 0 where some layer sees everything: pages hold the rows of all layers, so a model whose layers
-    differ keeps all of them, those of its windowed layers included.
+    their sequence runs. 0 where some layer sees everything: pages hold the rows of all layers, so a model whose
+    layers differ keeps all of them, those of its windowed layers included.
     """
 
     max_sequences: int

@@ -31,6 +31,7 @@ from outrider.workers.training.heads import HeadLoss
 from outrider.workers.training.metrics import StepCounts
 from outrider.workers.training.unrolled_attention import unrolled_attention
 
+
 class UnrolledConfig(Protocol):
     """What the configurations of methods of this kind have in common."""
 

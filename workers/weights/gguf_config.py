@@ -217,8 +217,8 @@ def _rope_scaling(
         "beta_slow": _number(fields, scaling + "yarn_beta_slow", 1.0),
     }
     is_stretched = kind != "none" and factor not in (0.0, 1.0)
-    # What llama.cpp itself multiplies with. Converters write the product that config.json holds; llama.cpp computes it
-    # anew whatever they write, so another one would not be what the file's own program does.
+    # What llama.cpp itself multiplies with. Converters write the product that config.json holds; llama.cpp computes
+    # it anew whatever they write, so another one would not be what the file's own program does.
     own_factor = 0.1 * math.log(factor) + 1.0 if factor > 0 else 1.0
     written = scaling + "yarn_attn_factor"
     if fields.has(written) and not any(

@@ -74,8 +74,8 @@ _OF_MLPS = (
 )
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-# Of a family that names the kind of each layer: said twice, about training, or about a head for multi-token prediction,
-# whose tensors the target does not read.
+# Of a family that names the kind of each layer: said twice, about training, or about a head for multi-token
+# prediction, whose tensors the target does not read.
 _HARMLESS_WITH_KINDS = (
     "use_sliding_window",
     "max_window_layers",
@@ -272,17 +272,19 @@ def _layers_by_kind(fields: Fields, num_layers: int, max_context: int) -> list[L
     windows = {kind: fields.integer("sliding_window") if kind == _SLIDING else 0 for kind in set(attention)}
     fields.ignore(("sliding_window", *_HARMLESS_WITH_KINDS))
     positions = Fields(fields.object("rope_parameters"), "rope_parameters.")
-    ropes = {kind: rope_from_hf(positions.object(kind), f"rope_parameters.{kind}.", max_context) for kind in windows}
+    ropes = {
+        kind: rope_from_hf(positions.object(kind), f"rope_parameters.{kind}.", max_context)
+        for kind in windows
+    }
     positions.ignore((_FULL, _SLIDING))
     positions.refuse_unread()
     return [
-        LayerConfig(windows[kind], ropes[kind], by_kind[mlp]) for kind, mlp in zip(attention, mlps, strict=True)
+        LayerConfig(windows[kind], ropes[kind], by_kind[mlp])
+        for kind, mlp in zip(attention, mlps, strict=True)
     ]
 
 
-def _kinds(
-    fields: Fields, key: str, num_layers: int, allowed: tuple[str, ...], otherwise: str
-) -> list[str]:
+def _kinds(fields: Fields, key: str, num_layers: int, allowed: tuple[str, ...], otherwise: str) -> list[str]:
     """What a list says of each layer; `otherwise` for all where there is no list."""
     if not fields.given(key):
         return [otherwise] * num_layers

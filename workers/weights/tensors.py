@@ -11,8 +11,8 @@ HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 ROUTER = "mlp.gate.weight"  # in a layer
 
-# Derived from the configuration, which old checkpoints carry; a head for multi-token prediction beside its model, which
-# a draft method reads. transformers leaves both out of the model as well.
+# Derived from the configuration, which old checkpoints carry; a head for multi-token prediction beside its model,
+# which a draft method reads. transformers leaves both out of the model as well.
 _HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|mtp\..*")
 _OF_QUANTISATION = re.compile(
     r"scale|zero_point|zeros|qweight|g_idx|packed|weight_shape|SCB|weight_format|absmax|quant|\.biases$"

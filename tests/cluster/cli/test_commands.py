@@ -244,10 +244,11 @@ def test_arguments_of_the_chat_template_reach_it(engines: Engines) -> None:
     assert result.exit_code == 0
     assert "[TOOLS=[{'NAME': 'F'}]]" in result.stdout
     assert "[ENABLE_THINKING=FALSE]<USER>HI" in result.stdout.replace("[TOOLS=[{'NAME': 'F'}]]", "")
-    assert "[ENABLE_THINKING=FALSE]<USER>HI" in run(
-        "chat", "quickstart", *asked[:2], stdin="hi\n"
-    ).stdout
-    for wrong, message in ((["--raw", *asked], "without --raw"), (["--template", "x"], "NAME=VALUE, got 'x'")):
+    assert "[ENABLE_THINKING=FALSE]<USER>HI" in run("chat", "quickstart", *asked[:2], stdin="hi\n").stdout
+    for wrong, message in (
+        (["--raw", *asked], "without --raw"),
+        (["--template", "x"], "NAME=VALUE, got 'x'"),
+    ):
         result = run("generate", "quickstart", "--prompt", "hi", *wrong)
         assert result.exit_code != 0
         assert message in str(result.exception) + result.output

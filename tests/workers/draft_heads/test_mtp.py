@@ -142,7 +142,11 @@ def test_names_are_those_of_deepseek_and_of_speculators(tmp_path: Path) -> None:
         )
     }
     for layout, prefix, outer in (
-        ("deepseek", "model.layers.2.", ("enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head")),
+        (
+            "deepseek",
+            "model.layers.2.",
+            ("enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head"),
+        ),
         (
             "speculators",
             "mtp_layers.0.",
@@ -170,11 +174,31 @@ def change(folder: Path, fields: dict[str, Any], tensors: dict[str, torch.Tensor
     ("layout", "fields", "tensors", "message"),
     [
         ("deepseek", {"num_nextn_predict_layers": 2}, {}, "num_nextn_predict_layers must be 1 .heads of sev"),
-        ("deepseek", {}, {"model.layers.3.enorm.weight": None}, "tensors missing: model.layers.3.enorm.weight"),
-        ("deepseek", {}, {"model.layers.4.enorm.weight": torch.ones(2)}, "not known here: model.layers.4.eno"),
-        ("deepseek", {}, {"model.layers.3.hnorm.weight": torch.ones(2)}, "of another shape: model.layers.3.hn"),
+        (
+            "deepseek",
+            {},
+            {"model.layers.3.enorm.weight": None},
+            "tensors missing: model.layers.3.enorm.weight",
+        ),
+        (
+            "deepseek",
+            {},
+            {"model.layers.4.enorm.weight": torch.ones(2)},
+            "not known here: model.layers.4.eno",
+        ),
+        (
+            "deepseek",
+            {},
+            {"model.layers.3.hnorm.weight": torch.ones(2)},
+            "of another shape: model.layers.3.hn",
+        ),
         ("deepseek", {"residual_scale": 2.0}, {}, "residual_scale is not known here"),
-        ("mtp", {"mtp_layer_types": ["chunked"]}, {}, "mtp_layer_types must be one of full_attention, sliding"),
+        (
+            "mtp",
+            {"mtp_layer_types": ["chunked"]},
+            {},
+            "mtp_layer_types must be one of full_attention, sliding",
+        ),
         ("speculators", {"num_centroids": 4}, {}, "what they ask for would be left out: num_centroids"),
         ("speculators", {"speculators_model_type": "eagle3"}, {}, "speculators_model_type must be mtp"),
     ],

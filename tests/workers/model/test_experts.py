@@ -36,7 +36,9 @@ def random_experts(count: int, columns: int) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.mark.parametrize("num_rows", [1, 2, 33])
 @pytest.mark.parametrize("here", [range(7), range(3, 7), range(2), range(6, 7)], ids=str)
-def test_the_loop_and_the_grouped_products_give_the_sum_over_a_rows_experts(num_rows: int, here: range) -> None:
+def test_the_loop_and_the_grouped_products_give_the_sum_over_a_rows_experts(
+    num_rows: int, here: range
+) -> None:
     gate_up, down = random_experts(7, 16)
     generator = torch.Generator().manual_seed(num_rows)
     rows = torch.randn(num_rows, HIDDEN, generator=generator)

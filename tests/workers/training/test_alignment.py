@@ -11,8 +11,8 @@ from outrider.workers.training.eagle3 import Eagle3Training, drafter_shape
 from outrider.workers.training.feature_store import FeatureBatch
 from outrider.workers.training.losses import LOSSES, eager_loss
 from outrider.workers.training.medusa1 import plan_heads
-from outrider.workers.training.vocabulary_loss import SoftTargets
 from outrider.workers.training.unrolled import plan_steps
+from outrider.workers.training.vocabulary_loss import SoftTargets
 from support.eagle3_reference import logits_along
 from support.tensor_source import tiny_config
 

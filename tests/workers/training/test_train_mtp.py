@@ -1,4 +1,4 @@
-"""A head for multi-token prediction learns a tiny Mellum's texts by heart, and the server then accepts what it drafts."""
+"""A head for multi-token prediction learns a tiny Mellum's texts by heart; the server then accepts what it drafts."""
 
 import math
 from dataclasses import replace

@@ -151,10 +151,6 @@ def test_mellum_windows_of_other_files(tmp_path: Path, extra: dict[str, Any], wi
             {**_RELEASED_YARN, "mellum.rope.scaling.yarn_attn_factor": 1.1},
             "yarn_attn_factor must be 1 or 1.277259, got 1.1",
         ),
-        (
-            {"mellum.attention.sliding_window_pattern": [True, False]},
-            "sliding_window_pattern must be 2 of true and false|would be left out",
-        ),
     ],
     ids=str,
 )
@@ -162,8 +158,8 @@ def test_what_mellum_files_may_not_ask_for_is_named(
     tmp_path: Path, extra: dict[str, Any], message: str
 ) -> None:
     config, tensors = random_tensors("mellum", "num_layers=3")
-    with pytest.raises(ValueError, match=message.replace("must be 2", "must be 3")):
-        write_gguf(tmp_path / "m.gguf", config, tensors, extra=extra)
+    write_gguf(tmp_path / "m.gguf", config, tensors, extra=extra)
+    with pytest.raises(ValueError, match=message):
         GgufSource(tmp_path / "m.gguf")
 
 

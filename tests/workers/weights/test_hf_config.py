@@ -153,7 +153,10 @@ def test_mellum_is_read_as_transformers_reads_it(change: dict[str, Any]) -> None
         ({"num_local_experts": 32}, "num_experts and num_local_experts must be the same"),
         ({"num_experts_per_tok": 65}, "num_experts_per_tok must be an integer from 1 to 64"),
         ({"sliding_window": None}, "sliding_window must be a positive integer, got null"),
-        ({"layer_types": ["chunked_attention"] * 28}, "layer_types must be 28 of full_attention, sliding_att"),
+        (
+            {"layer_types": ["chunked_attention"] * 28},
+            "layer_types must be 28 of full_attention, sliding_att",
+        ),
         ({"rope_theta": 1e4}, "rope_theta is not known here"),
         ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size is not known here"),
         ({"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters.[a-z]*_attention must be an object"),

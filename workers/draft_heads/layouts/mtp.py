@@ -6,8 +6,8 @@
 level up, `mtp.{pre_fc_norm_embedding,pre_fc_norm_hidden,fc,norm}`.
 "speculators" (vllm-project/speculators): the target's configuration under `transformer_layer_config`, and
 `mtp_layers.0.` with `{token,hidden,final}_layernorm` and `input_proj`.
-None of them has an LM head of its own, which is the target's; where ours has one it stands beside the norm in front of
-it, with the tables of EAGLE-3 for a part of the vocabulary and TorchSpec's names for low rank.
+None of them has an LM head of its own, which is the target's; where ours has one it stands beside the norm in front
+of it, with the tables of EAGLE-3 for a part of the vocabulary and TorchSpec's names for low rank.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def copies_of_the_target(num_layers: int) -> set[str]:
 def _file_name(name: str, layout: MtpLayout) -> str:
     if name.startswith("block."):
         return _PREFIXES[layout] + name.removeprefix("block.")
-    ours, theirs = next((pair for pair in _NAMES[layout].items() if name.startswith(pair[0])))
+    ours, theirs = next(pair for pair in _NAMES[layout].items() if name.startswith(pair[0]))
     return theirs + name.removeprefix(ours)
 
 
@@ -126,7 +126,9 @@ def read_mtp_config(raw: Mapping[str, Any]) -> MtpFile:
         if outer.given("speculators_config"):
             verifier = Fields(outer.object("speculators_config")).object("verifier")
             target_name = str(verifier.get("name_or_path") or "")
-        outer.ignore((*HARMLESS_FIELDS, *_OURS, "speculators_version", "has_no_defaults_at_init", "model_type"))
+        outer.ignore(
+            (*HARMLESS_FIELDS, *_OURS, "speculators_version", "has_no_defaults_at_init", "model_type")
+        )
         problems = unknown_fields(outer)
     else:
         described = dict(raw)
