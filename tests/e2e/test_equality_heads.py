@@ -103,7 +103,7 @@ def test_sequences_may_be_recomputed_cancelled_and_share_prefixes(
     cases[4:6] = [replace(case, prompt=system + case.prompt) for case in cases[4:6]]
     cancelled = {cases[3].id: 5, cases[6].id: 1}
     with LocalEngine(target, drafter, options=options, num_pages=20, methods=builders(target)) as engine:
-        for name, drafts in {"mixed": [PLAIN, *HEADS.values(), ALL] * 2, "all": [ALL] * 8}.items():
+        for name, drafts in {"mixed": ([PLAIN, *HEADS.values(), ALL] * 2)[:8], "all": [ALL] * 8}.items():
             texts = decode(engine, cases, drafts)
             assert_same_texts(reference, cases, texts, ties, f"{name}, {loop}")
             assert sum(text.stats.num_recomputed for text in texts.values()) > 0

@@ -3,8 +3,8 @@
 It reads pairs (the token at t + 1, a feature of position t) and guesses the token at t + 2. The feature is the
 target's last row after the final norm where the target has seen position t, else it is the head's own output for t,
 normed as well: with its own output in the place of the target's rows it goes on for more than one token. As
-transformers' `MtpModel` and vllm-project/speculators' `mtp` do; embedding and LM head are the target's, unless the head
-has another.
+transformers' `MtpModel` and vllm-project/speculators' `mtp` do; embedding and LM head are the target's, unless the
+head has another.
 """
 
 from __future__ import annotations
