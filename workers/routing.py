@@ -22,8 +22,8 @@ class Routes:
 def route(normed: Tensor, router: Tensor, experts_per_token: int, renormalised: bool) -> Routes:
     """The likeliest experts of rows [N, hidden], by a softmax over all of them.
 
-    In float32 whatever the rows' dtype: experts that are close would else be mixed up by rounding. Two that are closer
-    than float32 tells apart may still swap, as two tokens may; in a narrower dtype the rows themselves differ by more.
+    In float32 whatever the rows' dtype: experts that are close would else be mixed up by rounding. Two that are
+    closer than float32 tells apart may still swap, as two tokens may.
 
     Args:
         router: float32 [num_experts, hidden].
