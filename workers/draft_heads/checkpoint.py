@@ -152,9 +152,9 @@ def read_mtp(folder: Path) -> tuple[MtpDrafter, HeadDescription]:
         drafter = MtpDrafter(shape, torch.arange(num_ids, device="cpu"))
     names = mtp_names(list(drafter.state_dict()), target.num_layers, layout_of(file, stored))
     of_head = {name for name in names if name.startswith("lm_head.")}
-    if shape.lm_head.is_target_sized(target.vocab_size) and not any(
-        names[name] in stored for name in of_head
-    ):
+    is_target_sized = shape.lm_head.is_target_sized(target.vocab_size)
+    drafter.shares_lm_head = is_target_sized and not any(names[name] in stored for name in of_head)
+    if drafter.shares_lm_head:
         names = {name: file_name for name, file_name in names.items() if name not in of_head}
     expected = {names[name]: tuple(x.shape) for name, x in drafter.state_dict().items() if name in names}
     expected |= table_shapes(num_ids, target.vocab_size, stored)
@@ -212,10 +212,14 @@ def write_eagle3(
 def write_mtp(
     folder: Path, drafter: MtpDrafter, description: HeadDescription, layout: MtpLayout, dtype: torch.dtype
 ) -> None:
-    """Writes config.json and model.safetensors."""
+    """Writes config.json and model.safetensors, without an LM head that is the target's."""
     target = drafter.shape.target
     config = mtp_config(drafter.shape, description, layout, dtype)
-    weights = drafter.state_dict()
+    weights = {
+        name: x
+        for name, x in drafter.state_dict().items()
+        if not (drafter.shares_lm_head and name.startswith("lm_head."))
+    }
     names = mtp_names(list(weights), target.num_layers, layout)
     tables = offsets_of(drafter.lm_head, target.vocab_size)
     write_files(folder, config, {names[name]: x for name, x in weights.items()} | tables, dtype)

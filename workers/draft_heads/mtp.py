@@ -141,6 +141,7 @@ class MtpDrafter(nn.Module):
         block: the decoder layer.
         norm, lm_head: from its output to logits.
         target_norm: [hidden], the target's final norm, of which features are made; no part of the head.
+        shares_lm_head: nor is the LM head, which is the target's.
     """
 
     target_norm: Tensor
@@ -154,16 +155,13 @@ class MtpDrafter(nn.Module):
         self.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
         self.block = Block(shape.model)
         self.lm_head = make_lm_head(shape.lm_head, ids)
+        self.shares_lm_head = False
         self.register_buffer("target_norm", torch.ones(hidden_size), persistent=False)
-
-    @property
-    def lacks_lm_head(self) -> bool:
-        """Its checkpoint has none: it is the target's."""
-        return any(weight.is_meta for weight in self.lm_head.parameters())
 
     def take_target(self, final_norm: Tensor, head: Tensor | None) -> None:
         """Gives the head what it shares with its target: the final norm [hidden], and the matrix [V, hidden] of the
-        LM head where it lacks one."""
+        LM head where it shares that, too."""
+        assert (head is not None) == self.shares_lm_head
         self.target_norm = final_norm
         if head is not None:
             self.lm_head.load_state_dict({"weight": head}, assign=True)

@@ -44,12 +44,12 @@ class MtpMethod(FeatureMethod):
         made_for = drafter.shape.target
         check_target(_FIELD, description, made_for.hidden_size, made_for.vocab_size, target)
         head = EMBEDDING if target.tied_embeddings else HEAD
-        shared = [EMBEDDING, FINAL_NORM, *([head] if drafter.lacks_lm_head else [])]
+        shared = [EMBEDDING, FINAL_NORM, *([head] if drafter.shares_lm_head else [])]
         source = load_target_tensors(config, shared, context.progress)
         check_fingerprint(_FIELD, description, source)
         drafter.take_target(
             source.read(FINAL_NORM, _ALL, _ALL, torch.float32),
-            source.read(head, _ALL, _ALL, torch.float32) if drafter.lacks_lm_head else None,
+            source.read(head, _ALL, _ALL, torch.float32) if drafter.shares_lm_head else None,
         )
         dtype = torch_dtype(config.draft.dtype)
         served = for_serving(drafter, target.vocab_size, dtype, device, config.draft.packed_weights)

@@ -77,7 +77,7 @@ def start_from(folder: Path, drafter: Drafter) -> None:
         same_ids = torch.equal(found.lm_head.ids, drafter.lm_head.ids)
     elif isinstance(drafter, MtpDrafter):
         found, _ = read_mtp(folder)
-        same_ids = torch.equal(found.lm_head.ids, drafter.lm_head.ids) and not found.lacks_lm_head
+        same_ids = torch.equal(found.lm_head.ids, drafter.lm_head.ids) and not found.shares_lm_head
     else:
         found, _ = read_medusa(folder)
         same_ids = torch.equal(found.ids, drafter.ids)

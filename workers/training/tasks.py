@@ -247,6 +247,7 @@ def _mtp(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple[nn.M
     shape = head_shape(config.head, source.config.hidden_size, rows.ids)
     drafter = MtpDrafter(head_shape_for(source.config, shape), rows.ids)
     start_head(drafter.lm_head, source, _low_rank_start(config))
+    drafter.shares_lm_head = config.head.kind == "full" and config.head.frozen
     if config.mtp.start == "target_last_layer":
         start_from_layer(drafter, source)
     dtype = torch_dtype(config.engine.dtype)

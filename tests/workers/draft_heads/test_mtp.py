@@ -62,10 +62,11 @@ def tensors_of(source: TensorSource) -> dict[str, torch.Tensor]:
 
 def with_target(folder: Path, target: ModelConfig, source: TensorSource, drafter: MtpDrafter) -> None:
     """One folder with the target and the head, as Mellum 2's will be: the head has no LM head of its own."""
+    drafter.shares_lm_head = True
     write_mtp(folder, drafter, HeadDescription(), "mtp", torch.float32)
     stored = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
-    del stored["mtp.lm_head.weight"], config["outrider"], config["draft_vocab_size"]
+    del config["outrider"], config["draft_vocab_size"]
     write_safetensors(folder, target, tensors_of(source) | stored)
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -83,7 +84,7 @@ def test_it_computes_what_transformers_computes_past_its_window_too(tmp_path: Pa
     want = theirs.forward_layer(0, rows[:, :-1], positions, MtpCache(), input_ids=read)[0]
 
     found, _ = read_mtp(tmp_path)
-    assert found.lacks_lm_head
+    assert found.shares_lm_head
     found.take_target(source.read(FINAL_NORM, EVERY, EVERY, torch.float32), tensors_of(source)[HEAD])
     own = found.model
     assert own.layers == (MELLUM.layers[2],)
@@ -124,7 +125,7 @@ def test_what_is_written_is_read(tmp_path: Path, layout: MtpLayout, family: str,
     assert found.shape == drafter.shape
     assert description == DESCRIPTION
     assert torch.equal(found.lm_head.ids, drafter.lm_head.ids)
-    assert not found.lacks_lm_head
+    assert not found.shares_lm_head
     theirs = found.state_dict()
     for name, weight in drafter.state_dict().items():
         assert torch.equal(theirs[name], weight), name

@@ -13,7 +13,7 @@ from outrider.workers.training.launch import train
 from outrider.workers.training.texts import read_texts
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.resolver import open_source
-from outrider.workers.weights.tensors import FINAL_NORM
+from outrider.workers.weights.tensors import FINAL_NORM, HEAD
 from support.equality import PLAIN, decode
 from support.local_engine import LocalEngine
 from support.tiny import SLOW_TARGET
@@ -21,10 +21,14 @@ from support.tiny_heads import building_mtp, read
 from support.training import MELLUM, cases, tiny_run, write_texts
 
 
-@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.slow), "low_rank"])
+@pytest.mark.parametrize("kind", ["full", "low_rank"])
 def test_what_it_learned_by_heart_the_server_accepts(tmp_path: Path, kind: str) -> None:
     write_texts(tmp_path, MELLUM)
-    head = TrainedHeadConfig(kind="full") if kind == "full" else TrainedHeadConfig("low_rank", rank_divisor=2)
+    head = (
+        TrainedHeadConfig(kind="full", frozen=True)
+        if kind == "full"
+        else TrainedHeadConfig("low_rank", rank_divisor=2)
+    )
     config = replace(
         tiny_run(tmp_path, tmp_path / "run", steps=150, model=MELLUM),
         method="mtp",
@@ -37,8 +41,10 @@ def test_what_it_learned_by_heart_the_server_accepts(tmp_path: Path, kind: str) 
     drafter, description = read_mtp(tmp_path / "run" / "drafter")
     assert description.accuracies == found.accuracies
     target = open_source(MELLUM)
+    is_full = kind == "full"
+    assert drafter.shares_lm_head == is_full
     assert drafter.model.layers == target.config.layers[:1]
-    drafter.take_target(read(target, FINAL_NORM), None)
+    drafter.take_target(read(target, FINAL_NORM), read(target, HEAD) if is_full else None)
     with LocalEngine(target, methods=(building_mtp(target, drafter),), profile=SLOW_TARGET) as engine:
         answers = decode(engine, cases(tmp_path), DraftOptions(("mtp",), 3, 3))
         plain = decode(engine, cases(tmp_path), PLAIN)
