@@ -184,7 +184,7 @@ def products(setting: Setting) -> list[Row]:
     sizes, device = setting.sizes, setting.device
     plan, config = ShardPlan(sizes.large, 0, sizes.num_ranks), sizes.large
     heads = plan.num_query_places
-    inner = len(plan.mlp_columns(config.layers[0].mlp))
+    inner = len(plan.mlp_columns(config.layers[0].mlp.intermediate_size))
     D, hidden = config.head_dim, config.hidden_size
     shapes = {
         "qkv": ((heads + 2 * plan.num_kv_heads) * D, hidden),

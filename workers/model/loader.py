@@ -224,9 +224,9 @@ class WeightLoader:
         return self.linear(weight.view(config.hidden_size, -1), NO_BIAS)
 
     def _mlp(self, prefix: str, described: DenseMlp | RoutedMlp) -> Mlp:
-        columns = self.plan.mlp_columns(described)
         if isinstance(described, DenseMlp):
-            return self._gated(prefix + "mlp.", columns)
+            return self._gated(prefix + "mlp.", self.plan.mlp_columns(described.intermediate_size))
+        columns = self.plan.expert_columns(described)
         router = self.source.read(prefix + ROUTER, ALL, ALL, torch.float32)
         self.progress(router.numel() * self.dtype.itemsize)
         numbers = self.plan.experts(described)

@@ -81,11 +81,15 @@ class ShardPlan:
             return range(mlp.num_experts)
         return _share(mlp.num_experts, self.rank, self.size)
 
-    def mlp_columns(self, mlp: DenseMlp | RoutedMlp) -> range:
-        """Columns of this rank of an MLP, or of each of its `experts`."""
-        if isinstance(mlp, RoutedMlp) and self._splits_by_expert(mlp):
+    def expert_columns(self, mlp: RoutedMlp) -> range:
+        """Columns of this rank of each of its `experts`."""
+        if self._splits_by_expert(mlp):
             return range(mlp.intermediate_size)
-        return _share_blocks(mlp.intermediate_size, MLP_BLOCK, self.rank, self.size)
+        return self.mlp_columns(mlp.intermediate_size)
+
+    def mlp_columns(self, intermediate_size: int) -> range:
+        """Columns of this rank of an MLP that has `intermediate_size` of them."""
+        return _share_blocks(intermediate_size, MLP_BLOCK, self.rank, self.size)
 
     @cached_property
     def vocab(self) -> range:
