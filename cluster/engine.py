@@ -96,17 +96,17 @@ class Engine:
         prompt: Prompt,
         sampling: Mapping[str, object] = NOTHING_SPECIAL,
         draft: Mapping[str, object] = NOTHING_SPECIAL,
+        acceptance: Mapping[str, object] = NOTHING_SPECIAL,
         template: Mapping[str, object] = NOTHING_SPECIAL,
     ) -> PieceStream:
         """Sends a request; the iterator gives its pieces as they come. Leaving it early cancels the request.
 
-        sampling, draft, template: as in `GenerationRequest`. The iterator raises ValueError for a request that
-        cannot be run.
+        sampling, draft, acceptance, template: as in `GenerationRequest`. The iterator raises ValueError for a
+        request that cannot be run.
         """
         inbox = self._open_inbox()
-        (request_id,) = inbox.send(
-            [_asked(GenerationRequest(prompt, sampling, draft, template))], whole=False
-        )
+        asked = GenerationRequest(prompt, sampling, draft, acceptance, template)
+        (request_id,) = inbox.send([_asked(asked)], whole=False)
         return PieceStream(inbox, request_id)
 
     def completions(self, requests: Sequence[GenerationRequest]) -> CompletionStream:
@@ -169,7 +169,7 @@ class Engine:
 
 def _asked(asked: GenerationRequest) -> GenerationRequest:
     """As it travels: read-only views of mappings cannot be pickled. What is no mapping is refused at the door."""
-    options = (asked.sampling, asked.draft, asked.template)
+    options = (asked.sampling, asked.draft, asked.acceptance, asked.template)
     return GenerationRequest(
         asked.prompt, *(dict(value) if isinstance(value, Mapping) else value for value in options)
     )
@@ -190,11 +190,14 @@ def _with_absolute_paths(config: Config) -> Config:
     draft = replace(
         config.draft,
         model=_absolute(config.draft.model),
+        head=_absolute(config.draft.head),
         medusa=MedusaConfig(_absolute(config.draft.medusa.model)),
         eagle3=Eagle3Config(_absolute(config.draft.eagle3.model)),
         mtp=MtpConfig(_absolute(config.draft.mtp.model)),
     )
-    return replace(config, target=target, draft=draft)
+    judges = tuple(replace(judge, model=_absolute(judge.model)) for judge in config.acceptance.judges)
+    acceptance = replace(config.acceptance, judges=judges)
+    return replace(config, target=target, draft=draft, acceptance=acceptance)
 
 
 def _absolute(model: str) -> str:

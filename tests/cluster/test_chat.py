@@ -84,7 +84,7 @@ def test_arguments_of_the_template_come_from_the_request(
     expected = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=False, **template
     )
-    request = admission.admit("a", GenerationRequest(messages, {"max_tokens": 1}, {}, template))
+    request = admission.admit("a", GenerationRequest(messages, {"max_tokens": 1}, {}, {}, template))
     assert list(request.prompt_tokens) == list(expected)
     text = tokenizer.decode(request.prompt_tokens)
     assert ("<think>\n\n</think>\n\n" in text) == (template.get("enable_thinking") is False)
@@ -98,7 +98,7 @@ def test_the_template_of_smollm2_is_rendered_as_transformers_does() -> None:
         load_config("quickstart", ["sampling.max_tokens=1", f"target.model={smollm2().model}"]), silent
     )
     for messages in (HISTORY[:2], HISTORY[:4]):
-        request = prepared.admit("a", GenerationRequest(messages, {}, {}, {"enable_thinking": False}))
+        request = prepared.admit("a", GenerationRequest(messages, {}, {}, {}, {"enable_thinking": False}))
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert list(request.prompt_tokens) == list(expected)
 
@@ -122,5 +122,5 @@ def test_what_is_no_argument_of_a_template_is_refused(
     admission: Admission, prompt: Any, template: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        admission.admit("a", GenerationRequest(prompt, {}, {}, template))
+        admission.admit("a", GenerationRequest(prompt, {}, {}, {}, template))
     assert "\n" not in str(error.value)

@@ -10,9 +10,10 @@ import numpy as np
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.method import Verified, VerifiedStep
 from outrider.workers.sequences.params import SamplingParams
-from outrider.workers.sequences.rules import EXACT, NodeScores
-from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
+from outrider.workers.sequences.rules import EXACT
+from outrider.workers.sequences.sequence import AcceptanceOptions, DraftOptions, Request, Sequence
 from outrider.workers.sequences.tree import DraftTrees, GrowingTrees, Offers
+from support.steps import node_scores
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=1000)
 
@@ -24,9 +25,11 @@ def sequence_of(
     max_nodes: int = 8,
     max_depth: int = 4,
     sampling: SamplingParams = GREEDY,
+    rule: str = "exact",
 ) -> Sequence:
     """A sequence that is about to run in its slot; its id is the slot's number."""
-    request = Request(str(slot), tuple(prompt), sampling, DraftOptions(methods, max_nodes, max_depth))
+    draft = DraftOptions(methods, max_nodes, max_depth)
+    request = Request(str(slot), tuple(prompt), sampling, draft, AcceptanceOptions(rule))
     return Sequence(request, list(prompt), slot=slot)
 
 
@@ -77,7 +80,7 @@ def answer(
             for own, nodes in zip(said, sent.growing_nodes.tolist(), strict=True)
         ]
     )
-    scores = NodeScores(tokens, np.zeros(tokens.shape, bool), np.zeros(tokens.shape), np.zeros(tokens.shape))
+    scores = node_scores(tokens)
     verdicts = EXACT.verdict(sent, scores)
     emitted = [
         row[: count + 1]
