@@ -5,7 +5,7 @@ call of a client waits for a request: answers are fetched from a mailbox, by one
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayError
@@ -97,9 +97,9 @@ class Coordinator:
         """What there is to know of the target without looking into its weights."""
         return await asyncio.to_thread(self._admission.describe)
 
-    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+    async def tokenize(self, prompt: Prompt, template: Mapping[str, object]) -> tuple[int, ...]:
         """The tokens that a request with this prompt would begin with. Raises ValueError as such a request would."""
-        return await asyncio.to_thread(self._admission.tokens, prompt)
+        return await asyncio.to_thread(self._admission.tokens, prompt, template)
 
     async def stats(self) -> dict[str, dict[str, Any]]:
         """Counters of every worker, by name, and of the Coordinator."""

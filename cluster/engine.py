@@ -149,9 +149,9 @@ class Engine:
         described: ServedModel = self._calls("describe")
         return described
 
-    def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+    def tokenize(self, prompt: Prompt, template: Mapping[str, object] = NOTHING_SPECIAL) -> tuple[int, ...]:
         """The tokens that a request with this prompt would begin with. Raises ValueError as such a request would."""
-        tokens: tuple[int, ...] = self._calls("tokenize", prompt)
+        tokens: tuple[int, ...] = self._calls("tokenize", prompt, dict(template))
         return tokens
 
     def stats(self) -> dict[str, dict[str, Any]]:

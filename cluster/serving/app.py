@@ -15,7 +15,14 @@ from starlette.exceptions import HTTPException
 from outrider.cluster.api import EngineError, ServedModel
 from outrider.cluster.serving.errors import ApiError, of_engine, of_validation
 from outrider.cluster.serving.gate import App, Gate, extra_headers
-from outrider.cluster.serving.jobs import Job, chat_job, check_model, completion_job, messages_prompt
+from outrider.cluster.serving.jobs import (
+    Job,
+    chat_job,
+    check_model,
+    completion_job,
+    messages_prompt,
+    template_arguments,
+)
 from outrider.cluster.serving.limits import ApiKeys, choice_places
 from outrider.cluster.serving.metrics import ServerMetrics, Stats
 from outrider.cluster.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
@@ -102,9 +109,10 @@ class _Service:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "one of prompt and messages must be given", "prompt", "invalid_value")
         field = "prompt" if body.messages is None else "messages"
+        template = template_arguments(body.chat_template_kwargs, body.tools)
         prompt: Any = body.prompt if body.messages is None else messages_prompt(body.messages)
         try:
-            return await asyncio.to_thread(self.engine.tokenize, prompt)
+            return await asyncio.to_thread(self.engine.tokenize, prompt, template)
         except (ValueError, EngineError) as error:
             raise of_engine(error, field) from error
 

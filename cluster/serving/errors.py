@@ -11,9 +11,15 @@ _FIELDS = {
     "draft.methods": "speculative.method",
     "draft.max_nodes": "speculative.budget",
     "draft.max_depth": "speculative.depth",
+    "template.tools": "tools",
     "template": "chat_template_kwargs",
 }
-_ENGINE_FIELD = re.compile(r"(sampling|draft|acceptance|template)(\.[a-z_]+)?")
+_SECTIONS = {"sampling": "", "acceptance": "speculative.", "template": "chat_template_kwargs."}
+# Fields of requests, not those of the configuration that messages name beside them.
+_ENGINE_FIELD = re.compile(
+    r"\b(?:sampling\.[a-z_]+|draft\.(?:methods|max_nodes|max_depth)|template\.[a-z_]+"
+    r"|acceptance\.(?:rule|epsilon|delta|judge|threshold))\b|^template\b"
+)
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _NAME = re.compile(r"[a-z_][a-z0-9_]*|\d+")
 _TYPE_TAGS = {"str", "int", "float", "bool", "dict", "list", "none", "tuple", "constrained", "lax", "strict"}
@@ -97,9 +103,7 @@ def _client_field(field: str) -> str:
     if field in _FIELDS:
         return _FIELDS[field]
     section, _, name = field.partition(".")
-    if section in ("draft", "acceptance"):
-        return f"speculative.{name}" if name else "speculative"
-    return name or section
+    return _SECTIONS[section] + name
 
 
 def _lower(message: str) -> str:

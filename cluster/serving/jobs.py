@@ -1,5 +1,6 @@
 """Bodies of requests as jobs for the engine: one GenerationRequest for each choice, in the order of their indices."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from outrider.cluster.serving.protocol import (
     Message,
     Speculative,
     StreamOptions,
+    Tool,
+    ToolCall,
 )
 from outrider.configs.schema import Config
 
@@ -79,8 +82,16 @@ def chat_job(body: ChatRequest, config: Config) -> Job:
         reported["top_logprobs"] = body.top_logprobs
     if body.max_completion_tokens is not None:
         reported["max_tokens"] = body.max_completion_tokens
+    calls = bool(body.tools) and body.tool_choice != "none"
+    if calls and body.parallel_tool_calls is False:
+        message = (
+            "parallel_tool_calls must be true where there are tools: the model calls as many as it likes"
+        )
+        raise ApiError(400, message, "parallel_tool_calls", "unsupported_parameter")
+    template = template_arguments(body.chat_template_kwargs, body.tools if calls else None)
     job = _job(body, [messages_prompt(body.messages)], "messages", reported, config)
-    return replace(job, thoughts=config.server.thoughts)
+    requests = tuple(replace(request, template=template) for request in job.requests)
+    return replace(job, requests=requests, thoughts=config.server.thoughts, calls=calls)
 
 
 def completion_job(body: CompletionRequest, config: Config, decode: Callable[[Sequence[int]], str]) -> Job:
@@ -97,15 +108,52 @@ def completion_job(body: CompletionRequest, config: Config, decode: Callable[[Se
     return replace(job, echo=tuple(text for text in texts for _ in range(job.num_per_prompt)))
 
 
+def template_arguments(asked: Mapping[str, Any] | None, tools: Sequence[Tool] | None) -> dict[str, object]:
+    """The `template` part of a GenerationRequest. Raises ApiError for tools in the wrong place."""
+    arguments = dict(asked or {})
+    if "tools" in arguments:
+        message = "chat_template_kwargs must be without tools: they have a field of their own"
+        raise ApiError(400, message, "chat_template_kwargs", "invalid_value")
+    if tools:
+        arguments["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
+    return arguments
+
+
 def messages_prompt(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as the engine takes them: texts in parts are joined by line feeds, as vLLM does it."""
+    """Messages as the engine takes them, and chat templates read them.
+
+    Texts in parts are joined by line feeds, arguments of calls are objects, as vLLM does it. Raises ApiError for
+    arguments that are none.
+    """
     prompt = []
-    for message in messages:
-        fields = message.model_dump(exclude_none=True, exclude={"refusal", "annotations", "audio"})
+    for number, message in enumerate(messages):
+        fields = message.model_dump(exclude_none=True, include={"role", "content", "name", "tool_call_id"})
         if not isinstance(message.content, str | None):
             fields["content"] = "\n".join(part.text for part in message.content)
+        thoughts = message.reasoning_content or message.reasoning
+        if thoughts:
+            fields["reasoning_content"] = thoughts
+        if message.tool_calls:
+            # Templates print a content that is not there, or stumble over it.
+            fields.setdefault("content", "")
+            calls = enumerate(message.tool_calls)
+            fields["tool_calls"] = [
+                _call(call, f"messages.{number}.tool_calls.{index}") for index, call in calls
+            ]
         prompt.append(fields)
     return prompt
+
+
+def _call(call: ToolCall, field: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        field = f"{field}.function.arguments"
+        raise ApiError(400, f"{field} must be an object in JSON", field, "invalid_value")
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[Any]:

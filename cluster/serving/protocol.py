@@ -47,15 +47,51 @@ class TextPart(Wire):
     text: str
 
 
+class FunctionCall(Wire):
+    """What a model called."""
+
+    name: str
+    arguments: str
+    """JSON."""
+
+
+class ToolCall(Wire):
+    """A call in a message of the model's."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+class Function(Wire):
+    """What a model may call."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema."""
+    strict: Annotated[Any, Only(False)] = None
+
+
+class Tool(Wire):
+    """A tool."""
+
+    type: Literal["function"]
+    function: Function
+
+
 class Message(Wire):
     """One message of a conversation. The engine says which fields the model's chat template can take."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    """Another name of `reasoning_content`."""
     # As an answer of OpenAI's comes back in the next request.
     refusal: Annotated[Any, Only()] = None
     annotations: Annotated[Any, Only([])] = None
@@ -144,13 +180,15 @@ class ChatRequest(Generation):
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
-    tools: Annotated[Any, Only([])] = None
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Arguments of the model's chat template, such as enable_thinking."""
+
     tool_choice: Annotated[Any, Only("none", "auto")] = None
     parallel_tool_calls: Annotated[Any, Only(True, False)] = None
     functions: Annotated[Any, Only([])] = None
     function_call: Annotated[Any, Only("none")] = None
     response_format: Annotated[Any, Only({"type": "text"})] = None
-    chat_template_kwargs: Annotated[Any, Only({})] = None
     chat_template: Annotated[Any, Only()] = None
     add_generation_prompt: Annotated[Any, Only(True)] = None
     continue_final_message: Annotated[Any, Only(False)] = None
@@ -184,6 +222,8 @@ class TokenizeRequest(Wire):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
     add_special_tokens: Annotated[Any, Only(True)] = None
     add_generation_prompt: Annotated[Any, Only(True)] = None

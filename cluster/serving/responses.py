@@ -22,7 +22,18 @@ from outrider.cluster.serving.parsing import (
     Event,
     Thought,
 )
-from outrider.cluster.serving.protocol import ChatRequest, Message, Only, Speculative, TextPart, Wire
+from outrider.cluster.serving.protocol import (
+    ChatRequest,
+    Function,
+    FunctionCall,
+    Message,
+    Only,
+    Speculative,
+    TextPart,
+    Tool,
+    ToolCall,
+    Wire,
+)
 from outrider.cluster.serving.usage import Tally
 from outrider.cluster.serving.writers import Sent
 from outrider.configs.schema import Config
@@ -49,11 +60,64 @@ class InputMessage(Wire):
     status: str | None = None
 
 
+class CallItem(Wire):
+    """A call of a tool that the model made."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    # As an answer comes back.
+    id: str | None = None
+    status: str | None = None
+
+
+class CallOutput(Wire):
+    """What a tool said."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str
+    id: str | None = None
+    status: str | None = None
+
+
+class ThoughtText(Wire):
+    """A part of thoughts."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ThoughtsItem(Wire):
+    """Thoughts of the model."""
+
+    type: Literal["reasoning"]
+    content: list[ThoughtText]
+    summary: Annotated[Any, Only([])] = None
+    encrypted_content: Annotated[Any, Only()] = None
+    id: str | None = None
+    status: str | None = None
+
+
+class FunctionTool(Wire):
+    """What a model may call."""
+
+    type: Literal["function"]
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Annotated[Any, Only(False)] = None
+
+
+InputItem = InputMessage | CallItem | CallOutput | ThoughtsItem
+
+
 class ResponsesRequest(Wire):
     """Body of /v1/responses."""
 
     model: str | None = None
-    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None
     stream: bool | None = None
     max_output_tokens: int | None = None
@@ -70,7 +134,7 @@ class ResponsesRequest(Wire):
     conversation: Annotated[Any, Only()] = None
     background: Annotated[Any, Only(False)] = None
     include: Annotated[Any, Only([])] = None
-    tools: Annotated[Any, Only([])] = None
+    tools: list[FunctionTool] | None = None
     tool_choice: Annotated[Any, Only("none", "auto")] = None
     parallel_tool_calls: Annotated[Any, Only(True, False)] = None
     max_tool_calls: Annotated[Any, Only()] = None
@@ -84,9 +148,15 @@ class ResponsesRequest(Wire):
 
 def responses_job(body: ResponsesRequest, config: Config) -> Job:
     """Raises ApiError for what is wrong with the body alone."""
-    items = [InputMessage(role="user", content=body.input)] if isinstance(body.input, str) else body.input
+    items: Sequence[InputItem] = (
+        [InputMessage(role="user", content=body.input)] if isinstance(body.input, str) else body.input
+    )
     messages = [Message(role="system", content=body.instructions)] if body.instructions else []
-    messages += [Message(role=item.role, content=_content(item.content)) for item in items]
+    messages += _messages(items)
+    tools = [
+        Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}, exclude_none=True)))
+        for tool in body.tools or ()
+    ]
     chat = ChatRequest(
         messages=messages,
         stream=body.stream,
@@ -96,8 +166,46 @@ def responses_job(body: ResponsesRequest, config: Config) -> Job:
         seed=body.seed,
         user=body.user,
         speculative=body.speculative,
+        tools=tools,
+        tool_choice=body.tool_choice,
+        parallel_tool_calls=body.parallel_tool_calls,
     )
     return replace(chat_job(chat, config), prompt_field="input")
+
+
+def _messages(items: Sequence[InputItem]) -> list[Message]:
+    """Thoughts, text and calls of the model that follow each other are one message, as chat templates have it."""
+    messages: list[Message] = []
+    for item in items:
+        match item:
+            case CallOutput():
+                messages.append(Message(role="tool", content=item.output, tool_call_id=item.call_id))
+            case InputMessage() if item.role != "assistant":
+                messages.append(Message(role=item.role, content=_content(item.content)))
+            case _:
+                said = (
+                    messages[-1]
+                    if messages and messages[-1].role == "assistant"
+                    else Message(role="assistant")
+                )
+                if not messages or said is not messages[-1]:
+                    messages.append(said)
+                _add_to(said, item)
+    return messages
+
+
+def _add_to(said: Message, item: InputItem) -> None:
+    if isinstance(item, CallItem):
+        function = FunctionCall(name=item.name, arguments=item.arguments)
+        said.tool_calls = [*(said.tool_calls or ()), ToolCall(id=item.call_id, function=function)]
+    elif isinstance(item, ThoughtsItem):
+        thoughts = "".join(part.text for part in item.content)
+        said.reasoning_content = (said.reasoning_content or "") + thoughts
+    elif isinstance(item, InputMessage):
+        added = _content(item.content)
+        texts = [part.text for part in added] if isinstance(added, list) else [added]
+        before = [said.content] if isinstance(said.content, str) else []
+        said.content = "\n".join([*before, *texts])
 
 
 def _content(content: str | list[InputText]) -> str | list[TextPart]:
@@ -217,14 +325,14 @@ class ResponsesWriter:
             "metadata": body.metadata or {},
             "model": self._model_name,
             "output": [item.said("completed") for item in self._items],
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": body.temperature,
             "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": body.tool_choice or "auto",
+            "tools": [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
             "top_p": body.top_p,
             "truncation": "disabled",
             "usage": None if tally is None else _usage(tally),

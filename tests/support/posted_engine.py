@@ -40,8 +40,8 @@ class PostedEngine:
     def describe(self) -> ServedModel:
         return self._call("describe")
 
-    def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
-        return self._call("tokenize", prompt)
+    def tokenize(self, prompt: Prompt, template: dict[str, object]) -> tuple[int, ...]:
+        return self._call("tokenize", prompt, template)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         draft = {"num_running": 1, "num_waiting": 0, "num_pages": 10, "num_available_pages": 4}

@@ -21,6 +21,11 @@ from support.posted_engine import PostedEngine, posted_engine
 
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 LONG = replace(FAKE_CONFIG, target=replace(FAKE_CONFIG.target, max_context=30_000))
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
+CALLING = 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>\n' + (
+    '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
+)
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -172,6 +177,59 @@ def test_responses_are_items_each_with_its_events() -> None:
         assert (error["param"], error["code"]) == ("input", "context_length_exceeded")
 
 
+def test_tools_reach_the_template_and_calls_come_back_as_such() -> None:
+    config = replace(FAKE_CONFIG, target=replace(FAKE_CONFIG.target, max_context=2000))
+    history = [
+        {"role": "user", "content": "in Ulm?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning": "hm"},
+        {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+    ]
+    asked = {"messages": history, "tools": [WEATHER], "max_tokens": 500}
+    with posted_engine(lambda prompt: CALLING, config) as engine:
+        client = TestClient(create_app(engine, config))
+        arguments = {"enable_thinking": False}
+        body = client.post(CHAT, json={**asked, "chat_template_kwargs": arguments}).json()
+        (choice,) = body["choices"]
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["content"] == "Let me see.\n"
+        calls = choice["message"]["tool_calls"]
+        said = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls]
+        assert said == [("weather", {"city": "Ulm"}), ("time", {})]
+        assert engine.posted[-1].template == {"enable_thinking": False, "tools": [WEATHER]}
+        assert engine.posted[-1].prompt[1] == {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "hm",
+            "tool_calls": [CALL | {"function": {"name": "weather", "arguments": {"city": "Ulm"}}}],
+        }
+        streamed: list[dict[str, str]] = []
+        chunks = events(client.post(CHAT, json={**asked, "stream": True}).text)
+        for call in (c for chunk in chunks for c in chunk["choices"][0]["delta"].get("tool_calls", ())):
+            if "id" in call:
+                streamed.append({"name": call["function"]["name"], "arguments": ""})
+            streamed[call["index"]]["arguments"] += call["function"]["arguments"]
+        assert [(call["name"], json.loads(call["arguments"])) for call in streamed] == said
+        assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+        # The same through the other route, and back.
+        flat = {"type": "function", **WEATHER["function"]}
+        request = {"input": "in Ulm?", "tools": [flat], "max_output_tokens": 500}
+        items = client.post("/v1/responses", json=request).json()["output"]
+        assert [item["type"] for item in items] == ["message", "function_call", "function_call"]
+        results = [
+            {"type": "function_call_output", "call_id": item["call_id"], "output": "rain"}
+            for item in items[1:]
+        ]
+        again = [{"role": "user", "content": "in Ulm?"}, *items, *results]
+        assert client.post("/v1/responses", json={**request, "input": again}).status_code == 200
+        roles = [message["role"] for message in engine.posted[-1].prompt]
+        assert roles == ["user", "assistant", "tool", "tool"]
+        assert len(engine.posted[-1].prompt[1]["tool_calls"]) == 2
+        # Who does not want calls gets text.
+        plain = client.post(CHAT, json={**asked, "tool_choice": "none"}).json()["choices"][0]
+        assert (plain["message"]["content"], plain["finish_reason"]) == (CALLING, "stop")
+        assert engine.posted[-1].template == {}
+
+
 def test_every_option_reaches_the_engine_under_its_own_name(client: TestClient, engine: PostedEngine) -> None:
     sampling = {
         "temperature": 0.5,
@@ -286,7 +344,20 @@ BAD_CHAT = [
         "messages.0.mood",
         "unknown_parameter",
     ),
-    ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function", "missing_required_parameter"),
+    ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
+    ({"tools": [WEATHER], "parallel_tool_calls": False}, "parallel_tool_calls", "unsupported_parameter"),
+    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "invalid_value"),
+    ({"chat_template_kwargs": {"no name": 1}}, "chat_template_kwargs", "invalid_value"),
+    (
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "["}}]}
+            ]
+        },
+        "messages.0.tool_calls.0.function.arguments",
+        "invalid_value",
+    ),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens", "invalid_value"),
     ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
 ]
