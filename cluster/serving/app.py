@@ -27,7 +27,8 @@ from outrider.cluster.serving.limits import ApiKeys, choice_places
 from outrider.cluster.serving.metrics import ServerMetrics, Stats
 from outrider.cluster.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from outrider.cluster.serving.response import AnswerResponse
-from outrider.cluster.serving.responses import ResponsesRequest, ResponsesWriter, responses_job
+from outrider.cluster.serving.responses import ResponsesWriter
+from outrider.cluster.serving.responses_request import ResponsesRequest, responses_job
 from outrider.cluster.serving.writers import ChatWriter, CompletionWriter, TokenNames, Writer
 from outrider.configs.schema import Config
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from outrider.cluster.api import Piece
 from outrider.cluster.serving.metrics import AnswerTimes, ServerMetrics
 from outrider.cluster.serving.protocol import ChatRequest, CompletionRequest, Only, Speculative, Wire
-from outrider.cluster.serving.responses import ResponsesRequest
+from outrider.cluster.serving.responses_request import ResponsesRequest
 from outrider.workers.sequences.sequence import RequestStats
 
 DOCS = Path(__file__).parents[3] / "docs"
