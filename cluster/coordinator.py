@@ -54,6 +54,7 @@ class Coordinator:
         self._start: StartWatch | None = None
         self._warnings: list[str] = []
         self._failure = ""
+        self._server_url = ""
         self._stopping = False
 
     async def start(self) -> list[str]:
@@ -100,6 +101,14 @@ class Coordinator:
     async def tokenize(self, prompt: Prompt, template: Mapping[str, object]) -> tuple[int, ...]:
         """The tokens that a request with this prompt would begin with. Raises ValueError as such a request would."""
         return await asyncio.to_thread(self._admission.tokens, prompt, template)
+
+    async def announce(self, url: str) -> None:
+        """A server stands at `url`."""
+        self._server_url = url
+
+    async def server_url(self) -> str:
+        """Of the server that stands; empty without one."""
+        return self._server_url
 
     async def stats(self) -> dict[str, dict[str, Any]]:
         """Counters of every worker, by name, and of the Coordinator."""

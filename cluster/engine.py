@@ -7,6 +7,7 @@ with Engine.start(load_config("quickstart")) as engine:
 
 import logging
 import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from outrider.cluster.actors import spawn_workers
 from outrider.cluster.api import EngineError, GenerationRequest, Progress, Prompt, ServedModel
 from outrider.cluster.calls import CLOSED, Calls, result_of_call
+from outrider.cluster.client.ray_address import COORDINATOR_PREFIX
 from outrider.cluster.coordinator import Coordinator
 from outrider.cluster.inbox import Box, CompletionStream, Inbox, PieceStream
 from outrider.cluster.interrupts import interrupts_deferred
@@ -72,6 +74,7 @@ class Engine:
             raise
         actor: Any = ray.remote(Coordinator)
         coordinator = actor.options(
+            name=COORDINATOR_PREFIX + uuid.uuid4().hex,
             num_cpus=config.cluster.num_cpus_for_coordinator,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, COORDINATOR_BUNDLE),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
@@ -153,6 +156,10 @@ class Engine:
         """The tokens that a request with this prompt would begin with. Raises ValueError as such a request would."""
         tokens: tuple[int, ...] = self._calls("tokenize", prompt, dict(template))
         return tokens
+
+    def announce(self, url: str) -> None:
+        """Lets clients that know Ray's address find the server at `url`."""
+        self._calls("announce", url)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Counters of every process, by name ("draft", "target 0", ..., "coordinator")."""

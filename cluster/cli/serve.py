@@ -30,5 +30,6 @@ def serve(config: ConfigName, overrides: Overrides = []) -> None:
             typer.echo(
                 "Warning: whoever reaches this address is served; server.api_keys_file wants keys", err=True
             )
+        engine.announce(address_of(listener))
         typer.echo(f"serving at {address_of(listener)}", err=True)
         run(app, listener, loaded.server)

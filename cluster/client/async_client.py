@@ -26,6 +26,7 @@ from outrider.cluster.client.client import (
     no_limits,
     unreached,
 )
+from outrider.cluster.client.ray_address import is_url, server_at
 
 
 class AsyncClient:
@@ -39,10 +40,11 @@ class AsyncClient:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_retries: int = 3,
     ) -> None:
+        self.url = url if is_url(url) else server_at(url)
         self._model = model
         self._timeout_s = timeout_s
         self._max_retries = max_retries
-        self._http = httpx.AsyncClient(base_url=url, headers=headers_of(api_key), limits=no_limits())
+        self._http = httpx.AsyncClient(base_url=self.url, headers=headers_of(api_key), limits=no_limits())
 
     async def generate(self, prompt: Prompt, options: Options | None = None) -> Answer:
         """Continues a text or tokens, or answers messages."""

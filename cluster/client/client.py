@@ -24,6 +24,7 @@ from outrider.cluster.client.calls import (
     generation,
     read_answer,
 )
+from outrider.cluster.client.ray_address import is_url, server_at
 
 DEFAULT_TIMEOUT_S = 600.0
 _CONNECT_S = 10.0
@@ -32,7 +33,8 @@ _CONNECT_S = 10.0
 class Client:
     """A server of `outrider serve`. May be used from several threads.
 
-    url: as the server prints it. api_key: if the server wants one. model: the name to ask for, empty: whatever is
+    url: as the server prints it; or the address of the Ray cluster that it runs in (`auto`, host:port, or
+    ray://host:port), where this process then joins for a moment. api_key: if the server wants one. model: the name to ask for, empty: whatever is
     served. timeout_s: for one answer, all attempts together. max_retries: attempts after the first, where the server
     was not reached, had no place or failed.
 
@@ -47,10 +49,11 @@ class Client:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_retries: int = 3,
     ) -> None:
+        self.url = url if is_url(url) else server_at(url)
         self._model = model
         self._timeout_s = timeout_s
         self._max_retries = max_retries
-        self._http = httpx.Client(base_url=url, headers=headers_of(api_key), limits=no_limits())
+        self._http = httpx.Client(base_url=self.url, headers=headers_of(api_key), limits=no_limits())
 
     def generate(self, prompt: Prompt, options: Options | None = None) -> Answer:
         """Continues a text or tokens, or answers messages."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
+from ray.util import get_node_ip_address
 
 from outrider.cluster.serving.gate import App
 from outrider.configs.schema import ServerConfig
@@ -37,8 +38,10 @@ def bind(config: ServerConfig) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """The server's URL."""
+    """The server's URL: with the machine's own address where it listens on all of them."""
     host, port = listener.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = get_node_ip_address()
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
