@@ -149,13 +149,14 @@ class Inbox:
 
     def _send_later(self) -> None:
         while (first := self._outgoing.get()) is not None:
-            waiting = [first]
+            waiting, num_bytes = [first], _size(first)
             with contextlib.suppress(Empty):
-                while sum(len(item.contents) for item in waiting if isinstance(item, Ticket)) <= _BATCH_BYTES:
+                while num_bytes <= _BATCH_BYTES:
                     further = self._outgoing.get_nowait()
                     if further is None:
                         return
                     waiting.append(further)
+                    num_bytes += _size(further)
             # A request is cancelled after it was sent, never before.
             tickets = [item for item in waiting if isinstance(item, Ticket)]
             try:
@@ -243,6 +244,11 @@ class CompletionStream(Iterator[Completion]):
 
     def __del__(self) -> None:
         self.close()
+
+
+def _size(outgoing: Ticket | str) -> int:
+    """In bytes, as far as it counts."""
+    return len(outgoing.contents) if isinstance(outgoing, Ticket) else 0
 
 
 def _packed(asked: GenerationRequest) -> bytes:

@@ -189,7 +189,6 @@ class DraftWorker:
             "num_available_pages": self._scheduler.pool.num_available,
             "num_pages": self._scheduler.pool.num_pages,
             "num_running": len(self._scheduler.running),
-            "num_waiting": len(self._scheduler.waiting),
         }
 
     def trace_events(self) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ class PostedEngine:
         return self._call("tokenize", prompt, template)
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        draft = {"num_running": 1, "num_waiting": 0, "num_pages": 10, "num_available_pages": 4}
+        draft = {"num_running": 1, "num_pages": 10, "num_available_pages": 4}
         return {"draft": {**draft, "busy_s": {"forward": 1.0}}, "coordinator": {"num_open_requests": 3}}
 
     def _call(self, method: str, *args: object) -> Any:

@@ -18,8 +18,8 @@ from outrider.workers.weights.safetensors_source import generation_end_ids
 # Tokens that the drafter may have beside the target's (added ones of a later release of the same tokenizer).
 MAX_EXTRA_TOKENS = 512
 MAX_REASON = 300  # characters of another library's message
-# A tokenizer is in the first of these; transformers converts the others.
 _METASPACE = "\u2581"  # stands for a space
+# A tokenizer is in the first of these; transformers converts the others.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
 
