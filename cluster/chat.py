@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,9 @@ def _arguments(tokenizer: "PreTrainedTokenizerFast", asked: Mapping[str, object]
     for name in _OF_TEMPLATE:
         if given.get(name) is not None and not _are_objects(given[name]):
             raise ValueError(f"template.{name} must be a list of objects, got {reprlib.repr(given[name])}")
+        # Switches are for those templates that have them; what is to be read must not be left out unseen.
+        if given.get(name) and not re.search(rf"\b{name}\b", str(tokenizer.chat_template)):
+            raise ValueError(f"template.{name} must be left out: the model's chat template does not read it")
     return given
 
 

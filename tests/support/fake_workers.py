@@ -31,7 +31,7 @@ EOS_TOKEN_IDS = (0,)
 class CharTokenizer:
     """A token is a character."""
 
-    chat_template = "fake"
+    chat_template = "fake, reads tools"
     bos_token_id = None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -349,6 +349,7 @@ BAD_CHAT = [
     ({"tools": [WEATHER], "parallel_tool_calls": False}, "parallel_tool_calls", "unsupported_parameter"),
     ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "invalid_value"),
     ({"chat_template_kwargs": {"no name": 1}}, "chat_template_kwargs", "invalid_value"),
+    ({"chat_template_kwargs": {"documents": [{}]}}, "chat_template_kwargs.documents", "invalid_value"),
     (
         {
             "messages": [
