@@ -22,7 +22,7 @@ from outrider.configs.schema import Config
 if TYPE_CHECKING:
     from outrider.cluster.bench.prompts import Prompt
     from outrider.cluster.distillation.run import Tally
-    from outrider.workers.training.texts import Description
+    from outrider.workers.training.lines import Description
 
 HiddenDtype = Literal["target", "bfloat16"]
 Styles = Literal["chat", "raw", "both"]
@@ -196,7 +196,7 @@ def _duration(seconds: float) -> str:
 
 def _description(config: Config, model: ModelFacts, settings: dict[str, Any]) -> "Description":
     from outrider.cluster.bench.machine import package_version
-    from outrider.workers.training.texts import Description
+    from outrider.workers.training.lines import Description
 
     tokenizer = hashlib.sha256(model.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     version = package_version("outrider")

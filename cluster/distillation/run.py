@@ -16,7 +16,8 @@ from outrider.cluster.distillation.plan import Task
 from outrider.cluster.distillation.template import UserTurn
 from outrider.workers.answer import Completion
 from outrider.workers.training.filters import NearDuplicates, degeneration
-from outrider.workers.training.texts import DistilledText, TextWriter, read_dropped, read_texts
+from outrider.workers.training.lines import read_dropped
+from outrider.workers.training.texts import DistilledText, TextWriter, read_texts
 
 
 class CompletingEngine(Protocol):
