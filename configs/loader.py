@@ -17,6 +17,7 @@ T = TypeVar("T", Config, TrainingConfig)
 
 PRESETS_DIR = Path(__file__).parent
 HEADS_DIR = PRESETS_DIR / "heads"
+JUDGES_DIR = PRESETS_DIR / "judges"
 RECIPES_DIR = PRESETS_DIR / "recipes"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB)")
 _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -36,6 +37,11 @@ def recipe_names() -> list[str]:
 def shipped_heads() -> list[str]:
     """Names of the draft heads that ship with the package, each in a folder of `HEADS_DIR`."""
     return sorted(path.parent.name for path in HEADS_DIR.glob("*/config.json"))
+
+
+def shipped_judges() -> list[str]:
+    """Names of the judges that ship with the package, each in a folder of `JUDGES_DIR`."""
+    return sorted(path.parent.name for path in JUDGES_DIR.glob("*/judge.json"))
 
 
 def load_config(config: str, overrides: Sequence[str] = ()) -> Config:

@@ -41,7 +41,7 @@ ALLOWED_PACKAGES = {
 FLOORS = (
     {"sequences", "weights", "memory", "trace", "last_resort"},
     {"link", "timing", "draft_heads", "answer"},
-    {"model", "sampling"},
+    {"model", "sampling", "judging"},
     {"setup", "target_state"},
     {"drafting", "training"},
     {"rounds", "target"},

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from outrider.configs.loader import HEADS_DIR, shipped_heads
+from outrider.configs.loader import HEADS_DIR, JUDGES_DIR, shipped_heads, shipped_judges
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.gguf_config import model_config_from_gguf
 from outrider.workers.weights.gguf_header import first_part, read_gguf_header
@@ -134,23 +134,46 @@ def resolve_head(model: str, progress: Progress, field: str, description_only: b
     Raises:
         ValueError: one line that names `field`, what was tried, and for `shipped:` the names there are.
     """
+    patterns = _DESCRIPTION if description_only else (*_DESCRIPTION, *_HEAD_WEIGHTS)
+    shipped = _Shipped("heads", HEADS_DIR, shipped_heads(), "config.json")
+    return _resolve_folder(model, shipped, patterns, progress, field)
+
+
+def resolve_judge(model: str, progress: Progress, field: str) -> Path:
+    """As `resolve_head`, for a judge: a directory with judge.json, `shipped:NAME`, or a Hugging Face id."""
+    shipped = _Shipped("judges", JUDGES_DIR, shipped_judges(), "judge.json")
+    return _resolve_folder(model, shipped, (*_DESCRIPTION, *_HEAD_WEIGHTS), progress, field)
+
+
+@dataclass(frozen=True)
+class _Shipped:
+    """A kind of checkpoint that comes with the package, too. marker: the file that makes a folder one."""
+
+    noun: str
+    folder: Path
+    names: Sequence[str]
+    marker: str
+
+
+def _resolve_folder(
+    model: str, shipped: _Shipped, patterns: Sequence[str], progress: Progress, field: str
+) -> Path:
     try:
         if model.startswith(SHIPPED_PREFIX):
             name = model.removeprefix(SHIPPED_PREFIX)
-            if name not in shipped_heads():
-                names = ", ".join(SHIPPED_PREFIX + other for other in shipped_heads()) or "none"
+            if name not in shipped.names:
+                names = ", ".join(SHIPPED_PREFIX + other for other in shipped.names) or "none"
                 raise ValueError(
-                    f"no heads of that name come with the package (there are: {names}), got {model}"
+                    f"no {shipped.noun} of that name come with the package (there are: {names}), got {model}"
                 )
-            return HEADS_DIR / name
+            return shipped.folder / name
         path = Path(model).expanduser()
-        if path.is_dir() and (path / "config.json").exists():
+        if path.is_dir() and (path / shipped.marker).exists():
             return path.resolve()
         if path.exists():
-            raise ValueError(f"{model} is not a directory with config.json")
+            raise ValueError(f"{model} is not a directory with {shipped.marker}")
         if not _is_hub_id(model):
             raise ValueError(f"no directory {model} (and it is not a Hugging Face id or shipped:NAME)")
-        patterns = _DESCRIPTION if description_only else (*_DESCRIPTION, *_HEAD_WEIGHTS)
         return _from_hub(model, patterns, progress)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
