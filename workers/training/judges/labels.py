@@ -132,8 +132,8 @@ def encode_answer(text: str, tokenizer: Any) -> tuple[tuple[int, ...], list[tupl
 def mistake_labels(places: Sequence[tuple[int, int]], mistake: tuple[int, int], num_shared: int) -> str:
     """Of each token what it is.
 
-    A token is mistaken if it has a character of the mistake. Of these the first ones may say what a right answer says,
-    too (the 4 of 48 for 46, digit by digit): they are good, as nothing is wrong when they are read.
+    A token is mistaken if it has a character of the mistake. Of these the first ones may say what a right answer
+    says, too (the 4 of 48 for 46, digit by digit): they are good, as nothing is wrong when they are read.
 
     Args:
         places: first character of each token and the one behind its last.

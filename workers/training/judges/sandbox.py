@@ -93,7 +93,9 @@ class Sandbox:
         folder.chmod(0o755)
         reader, writer = os.pipe()
         try:
-            said = json.dumps({"way": self.way, "folder": str(folder), "verdict": writer, **asdict(self._limits)})
+            said = json.dumps(
+                {"way": self.way, "folder": str(folder), "verdict": writer, **asdict(self._limits)}
+            )
             with subprocess.Popen(
                 [sys.executable, "-I", "-S", "-B", str(_CHILD), said],
                 stdin=subprocess.PIPE,

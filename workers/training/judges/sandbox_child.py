@@ -8,6 +8,8 @@ import resource
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -24,24 +26,36 @@ WORK = "/work"
 FIRST_ID = 1 << 30
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-FOREIGN_CODE = frozenset({"ctypes", "_ctypes", "cffi", "_cffi_backend", "_posixsubprocess", "_socket", "_multiprocessing"})
+FOREIGN_CODE = frozenset(
+    {"ctypes", "_ctypes", "cffi", "_cffi_backend", "_posixsubprocess", "_socket", "_multiprocessing"}
+)
 REFUSED = ("socket.", "ctypes.", "subprocess.", "pty.", "syslog.", "sqlite3.", "webbrowser.", "resource.")
 REFUSED_EXACTLY = frozenset(
     {
-        *(f"os.{name}" for name in ("fork", "forkpty", "exec", "posix_spawn", "spawn", "system", "kill", "killpg")),
-        *(f"os.{name}" for name in ("chroot", "fchdir", "setxattr", "removexattr", "lockf", "putenv", "unsetenv")),
+        *(
+            f"os.{name}"
+            for name in ("fork", "forkpty", "exec", "posix_spawn", "spawn", "system", "kill", "killpg")
+        ),
+        *(
+            f"os.{name}"
+            for name in ("chroot", "fchdir", "setxattr", "removexattr", "lockf", "putenv", "unsetenv")
+        ),
         *("signal.pthread_kill", "sys.addaudithook", "code.__new__", "cpython.remote_debugger_script"),
     }
 )
 # Arguments that are paths which are changed.
 CHANGING = {
-    **{f"os.{name}": 1 for name in ("remove", "rmdir", "mkdir", "truncate", "chmod", "chown", "chflags", "utime")},
+    **{
+        f"os.{name}": 1
+        for name in ("remove", "rmdir", "mkdir", "truncate", "chmod", "chown", "chflags", "utime")
+    },
     **{f"os.{name}": 2 for name in ("rename", "link", "symlink")},
-    **{"shutil.rmtree": 1, "os.chdir": 1},
+    "shutil.rmtree": 1,
+    "os.chdir": 1,
 }
 
 
-def main():
+def main() -> None:
     spec = json.loads(sys.argv[1])
     program = sys.stdin.read()
     if spec["way"] == "namespaces":
@@ -53,7 +67,7 @@ def main():
         run(spec, program, spec["folder"])
 
 
-def in_namespaces(spec, program):
+def in_namespaces(spec: dict[str, Any], program: str) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     unused_id = FIRST_ID + os.getpid()
     is_root = os.geteuid() == 0
@@ -67,7 +81,11 @@ def in_namespaces(spec, program):
             checked(libc.prctl(PR_SET_DUMPABLE, 1), "prctl")
         outside = os.geteuid(), os.getegid()
         checked(libc.unshare(APART | CLONE_NEWUSER), "no namespaces for users here")
-        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {outside[0]} 1"), ("gid_map", f"0 {outside[1]} 1")):
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"0 {outside[0]} 1"),
+            ("gid_map", f"0 {outside[1]} 1"),
+        ):
             with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
                 file.write(text)
     move_in(libc, spec, drops_to)
@@ -93,7 +111,7 @@ def in_namespaces(spec, program):
     run(spec, program, WORK)
 
 
-def move_in(libc, spec, owner):
+def move_in(libc: ctypes.CDLL, spec: dict[str, Any], owner: int | None) -> None:
     """A root of its own: what the interpreter reads, and one folder to write to."""
     root = spec["folder"]
     mount(libc, None, "/", None, MS_REC | MS_PRIVATE)
@@ -126,25 +144,27 @@ def move_in(libc, spec, owner):
     os.chdir("/")
 
 
-def bind(libc, path, inside):
+def bind(libc: ctypes.CDLL, path: str, inside: str) -> None:
     """The same files at another place, read only. Flags that the system has set must stay."""
     mount(libc, path, inside, None, MS_BIND | MS_REC)
     flags = os.statvfs(inside).f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC)
     mount(libc, None, inside, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | flags)
 
 
-def mount(libc, source, target, kind, flags, options=None):
+def mount(
+    libc: ctypes.CDLL, source: str | None, target: str, kind: str | None, flags: int, options: str = ""
+) -> None:
     words = [word.encode() if word else None for word in (source, target, kind, options)]
     checked(libc.mount(words[0], words[1], words[2], ctypes.c_ulong(flags), words[3]), f"mount {target}")
 
 
-def become(user):
+def become(user: int) -> None:
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
 
 
-def drop_capabilities(libc):
+def drop_capabilities(libc: ctypes.CDLL) -> None:
     capability = 0
     while libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:
         capability += 1
@@ -153,13 +173,13 @@ def drop_capabilities(libc):
     checked(libc.capset(header, nothing), "capset")
 
 
-def checked(result, what):
+def checked(result: int, what: str) -> None:
     if result != 0:
         number = ctypes.get_errno()
         sys.exit(f"{what}: {os.strerror(number)}")
 
 
-def limit(spec, processes):
+def limit(spec: dict[str, Any], processes: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     resource.setrlimit(resource.RLIMIT_FSIZE, (spec["file_bytes"],) * 2)
@@ -169,15 +189,15 @@ def limit(spec, processes):
         resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
 
 
-def refusing(folder):
-    def refuse(what):
+def refusing(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
+    def refuse(what: str) -> NoReturn:
         raise PermissionError(f"not allowed here: {what}")
 
-    def is_inside(path):
+    def is_inside(path: Any) -> bool:
         real = os.path.realpath(os.fsdecode(path))
         return real == folder or real.startswith(folder + os.sep)
 
-    def hook(event, arguments):
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, mode, flags = arguments
             if isinstance(path, int) or path is None:
@@ -198,7 +218,7 @@ def refusing(folder):
     return hook
 
 
-def run(spec, program, folder):
+def run(spec: dict[str, Any], program: str, folder: str) -> NoReturn:
     """The program as a main module, then the verdict: a line of JSON."""
     tempfile.tempdir = folder
     passed, reason = False, "left before its end"
@@ -210,7 +230,9 @@ def run(spec, program, folder):
         reason = f"{type(error).__name__}: {error}"[:300]
     if os.getpid() != pid:
         os._exit(1)  # a process that it forked
-    os.write(spec["verdict"], json.dumps({"passed": passed, "reason": " ".join(reason.split())}).encode() + b"\n")
+    os.write(
+        spec["verdict"], json.dumps({"passed": passed, "reason": " ".join(reason.split())}).encode() + b"\n"
+    )
     os._exit(0)
 
 
