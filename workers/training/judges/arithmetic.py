@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from outrider.workers.training.judges.edits import Edit, mistake_record, right_record, spread
+from outrider.workers.training.judges.edits import Edit, mistake_record, of_all_kinds, right_record
 from outrider.workers.training.judges.records import SpanRecord
 
 DOMAIN = "gsm8k"
@@ -173,8 +173,8 @@ def arithmetic_records(
         return []
     generator = random.Random(f"{seed}/{problem}")
     text = solution.text
-    wrong = spread(list(mistakes(solution, question, generator)), most_wrong, generator)
-    right = spread([edit for edit in variations(solution) if edit.apply(text) != text], most_right, generator)
+    wrong = of_all_kinds(list(mistakes(solution, question, generator)), most_wrong, generator)
+    right = of_all_kinds([edit for edit in variations(solution) if edit.apply(text) != text], most_right, generator)
     records = [right_record(problem, DOMAIN, question, text, "as written", 0)]
     for number, edit in enumerate(wrong, start=1):
         records.append(mistake_record(problem, DOMAIN, question, text, edit, number))

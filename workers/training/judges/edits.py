@@ -35,7 +35,7 @@ def apply_all(edits: Iterable[Edit], text: str) -> str:
     return text
 
 
-def spread(edits: Sequence[Edit], most: int, generator: random.Random) -> list[Edit]:
+def of_all_kinds(edits: Sequence[Edit], most: int, generator: random.Random) -> list[Edit]:
     """At most so many, of as many kinds as there are."""
     by_kind: dict[str, list[Edit]] = {}
     for edit in generator.sample(list(edits), len(edits)):

@@ -23,6 +23,9 @@ from outrider.workers.training.lines import (
 GOOD, BAD, UNUSED = "gb."
 """What stands for a token in `LabelledText.labels`."""
 
+MINED, READ = "mined", "read"
+"""Kinds of texts that mining gives: up to a mismatch of drafter and target, and what was read in search of them."""
+
 LABELS = Layout("labels.json", "labels", "outrider judge label")
 
 
@@ -34,7 +37,7 @@ class LabelledText:
         id: unique in its directory.
         problem: texts of one problem are trained on or measured on together.
         domain: kind of task.
-        kind: of mistake or variation; `mined` for a mismatch of drafter and target.
+        kind: of mistake or variation, or MINED or READ.
         prompt_tokens: token ids, those of the chat template included.
         output_tokens: token ids of the answer.
         labels: a character per output token: GOOD, BAD or UNUSED.
@@ -178,3 +181,12 @@ def _text_of(fields: Mapping[str, Any]) -> LabelledText:
     if len(text.labels) != len(text.output_tokens) or not set(text.labels) <= {GOOD, BAD, UNUSED}:
         raise ValueError("labels must have one of g, b and . for each output token")
     return text
+
+
+def match_rate(texts: Iterable[LabelledText]) -> float:
+    """Fraction of the read tokens at which drafter and target agreed; 0 where nothing was mined."""
+    num_read = num_mismatches = 0
+    for text in texts:
+        num_read += len(text.output_tokens) if text.kind == READ else 0
+        num_mismatches += text.kind == MINED
+    return 1 - num_mismatches / num_read if num_read else 0.0

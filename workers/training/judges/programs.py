@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from outrider.workers.training.judges.edits import Edit, mistake_record, right_record, spread
+from outrider.workers.training.judges.edits import Edit, mistake_record, of_all_kinds, right_record
 from outrider.workers.training.judges.mutations import Program
 from outrider.workers.training.judges.records import SpanRecord
 from outrider.workers.training.judges.tasks import Coding
@@ -30,12 +30,12 @@ def program_records(
     generator = random.Random(f"{seed}/{task.id}")
     right = answer_with(code)
     lead = right.index(code)
-    faults = spread(
+    faults = of_all_kinds(
         [edit for edit in program.faults() if edit.apply(code) != code], _TRIES * most_wrong, generator
     )
     varied = {variation.code: variation.kind for variation in program.variations() if variation.code != code}
     whole = [Edit(kind, 0, len(code), other) for other, kind in varied.items()]
-    others = spread(whole, _TRIES * most_right, generator)
+    others = of_all_kinds(whole, _TRIES * most_right, generator)
     records = [right_record(task.id, task.domain, task.prompt, right, "as written", 0)]
     with ThreadPoolExecutor(threads) as pool:
         passes = list(pool.map(lambda edit: task.passes(edit.apply(code)), [*faults, *others]))

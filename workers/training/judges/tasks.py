@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from outrider.workers.training.judges.sandbox import Sandbox
 from outrider.workers.training.lines import read_objects
 
+Item = TypeVar("Item")
 PASSED, FAILED = "passed", "failed"
 
 _ANSWER = re.compile(r"(?:answer is|answer:|####)\D{0,20}?(-?\d[\d,]*(?:\.\d+)?)", re.IGNORECASE)
@@ -142,6 +143,13 @@ def read_tasks(path: Path, sandbox: Sandbox | None) -> list[Task]:
     if not tasks:
         raise ValueError(f"{path} holds no tasks")
     return tasks
+
+
+def spread(items: Sequence[Item], limit: int) -> Sequence[Item]:
+    """At most `limit` of them (0: all), evenly spaced."""
+    if not limit or limit >= len(items):
+        return items
+    return [items[index * len(items) // limit] for index in range(limit)]
 
 
 def has_code(path: Path) -> bool:
