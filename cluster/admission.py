@@ -4,10 +4,11 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from outrider.cluster.api import GenerationRequest
-from outrider.cluster.request_options import request_draft, request_sampling
+from outrider.cluster.request_options import request_acceptance, request_draft, request_sampling
 from outrider.cluster.text import Decoder
 from outrider.cluster.text_bound import TextBound
 from outrider.configs.schema import Config
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 _CALIBRATION_PROMPT = "Explain in a few sentences how a lighthouse works."
 _CALIBRATION_TOKENS = 48
 
+NOTHING_CALIBRATED: Mapping[str, float] = MappingProxyType({})
+
 
 @dataclass(frozen=True)
 class Admission:
@@ -28,6 +31,7 @@ class Admission:
 
     vocab_size: of the target. max_context: tokens, prompt and output together.
     eos_token_ids: the model's end-of-text tokens; they stop every request that does not say `ignore_eos`.
+    judge_thresholds: calibrated, of the judges by name, for requests that name none.
     """
 
     config: Config
@@ -36,11 +40,13 @@ class Admission:
     vocab_size: int
     max_context: int
     eos_token_ids: tuple[int, ...]
+    judge_thresholds: Mapping[str, float] = NOTHING_CALIBRATED
 
     def admit(self, request_id: str, asked: GenerationRequest) -> Request:
         """Raises ValueError naming the field and what it may be."""
         sampling = self._sampling(asked.sampling)
         draft = request_draft(self.config, asked.draft)
+        acceptance = request_acceptance(self.config, asked.acceptance, self.judge_thresholds)
         prompt_tokens = self._tokens(asked.prompt)
         if not prompt_tokens:
             raise ValueError("prompt must have at least one token, got an empty one")
@@ -50,7 +56,7 @@ class Admission:
                 "least of target.max_context, the model's limit and the KV cache), "
                 f"got {len(prompt_tokens)} + {sampling.max_tokens}"
             )
-        return Request(request_id, prompt_tokens, sampling, draft)
+        return Request(request_id, prompt_tokens, sampling, draft, acceptance)
 
     def calibration(self) -> Request:
         """A short text in the target's own manner, by which draft heads are tried: greedy, through the chat template
@@ -170,7 +176,23 @@ def prepare_admission(config: Config, report: Progress) -> Admission:
     max_context = max_sequence_tokens(config, model)
     end_ids = end_token_ids(model, tokenizer, speaks)
     bound = TextBound(tokenizer)
-    return Admission(config, tokenizer, bound, model.vocab_size, max_context, end_ids)
+    thresholds = _judge_thresholds(config, report)
+    return Admission(config, tokenizer, bound, model.vocab_size, max_context, end_ids, thresholds)
+
+
+def _judge_thresholds(config: Config, report: Progress) -> dict[str, float]:
+    """What the configured judges were calibrated to; whether they fit the target is for the DraftWorker to say."""
+    if not config.acceptance.judges:
+        return {}
+    from outrider.workers.judging.head import judge_field, read_judge
+    from outrider.workers.weights.resolver import resolve_judge
+
+    found = {}
+    for judge in config.acceptance.judges:
+        field = judge_field(judge.name)
+        _, description = read_judge(resolve_judge(judge.model, report, field))
+        found[judge.name] = description.threshold
+    return found
 
 
 def _message(asked: Mapping[object, object]) -> dict[str, str]:

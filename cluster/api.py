@@ -29,6 +29,10 @@ class GenerationRequest:
     """Fields of `DraftOptions` that differ from the config: `methods`, `max_nodes` (0: plain) and
     `max_depth`."""
 
+    acceptance: Mapping[str, object] = field(default_factory=dict)
+    """Fields of `AcceptanceOptions`: `rule`; with `typical` also `epsilon` and `delta`, with `judge` also `judge`
+    (its name) and `threshold`. Nothing: `exact`."""
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -96,20 +96,21 @@ class Engine:
         prompt: Prompt,
         sampling: Mapping[str, object] = NOTHING_SPECIAL,
         draft: Mapping[str, object] = NOTHING_SPECIAL,
+        acceptance: Mapping[str, object] = NOTHING_SPECIAL,
     ) -> PieceStream:
         """Sends a request; the iterator gives its pieces as they come. Leaving it early cancels the request.
 
-        sampling, draft: as in `GenerationRequest`. The iterator raises ValueError for a request that cannot be
-        run.
+        sampling, draft, acceptance: as in `GenerationRequest`. The iterator raises ValueError for a request that
+        cannot be run.
         """
         inbox = self._open_inbox()
-        (request_id,) = inbox.send([_asked(prompt, sampling, draft)], whole=False)
+        (request_id,) = inbox.send([_asked(prompt, sampling, draft, acceptance)], whole=False)
         return PieceStream(inbox, request_id)
 
     def completions(self, requests: Sequence[GenerationRequest]) -> CompletionStream:
         """Runs all requests at once and gives their answers in order. A bad request fails alone."""
         inbox = self._open_inbox()
-        plain = [_asked(asked.prompt, asked.sampling, asked.draft) for asked in requests]
+        plain = [_asked(asked.prompt, asked.sampling, asked.draft, asked.acceptance) for asked in requests]
         return CompletionStream(inbox, inbox.send(plain, whole=True))
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
@@ -164,10 +165,14 @@ class Engine:
         self.close()
 
 
-def _asked(prompt: Prompt, sampling: Mapping[str, object], draft: Mapping[str, object]) -> GenerationRequest:
-    """As it travels: read-only views of mappings cannot be pickled. What is no mapping is refused at the door."""
-    options = (dict(value) if isinstance(value, Mapping) else value for value in (sampling, draft))
-    return GenerationRequest(prompt, *options)
+def _asked(prompt: Prompt, *options: Mapping[str, object]) -> GenerationRequest:
+    """As it travels: read-only views of mappings cannot be pickled. What is no mapping is refused at the door.
+
+    options: sampling, draft, acceptance.
+    """
+    return GenerationRequest(
+        prompt, *(dict(value) if isinstance(value, Mapping) else value for value in options)
+    )
 
 
 def _num_cpus() -> int:
@@ -185,10 +190,13 @@ def _with_absolute_paths(config: Config) -> Config:
     draft = replace(
         config.draft,
         model=_absolute(config.draft.model),
+        head=_absolute(config.draft.head),
         medusa=MedusaConfig(_absolute(config.draft.medusa.model)),
         eagle3=Eagle3Config(_absolute(config.draft.eagle3.model)),
     )
-    return replace(config, target=target, draft=draft)
+    judges = tuple(replace(judge, model=_absolute(judge.model)) for judge in config.acceptance.judges)
+    acceptance = replace(config.acceptance, judges=judges)
+    return replace(config, target=target, draft=draft, acceptance=acceptance)
 
 
 def _absolute(model: str) -> str:

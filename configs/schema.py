@@ -9,20 +9,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+from outrider.configs.acceptance import AcceptanceConfig
+from outrider.configs.checks import require as _require
+from outrider.configs.checks import require_at_least as _require_at_least
+
 DType = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 DraftMethod = Literal["ngram", "model", "medusa", "eagle3"]
-
-
-def _require(holds: bool, key: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{key} must be {allowed}, got {value!r}")
-
-
-def _require_at_least(config: object, section: str, minimum: int, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value >= minimum, f"{section}.{name}", value, f"at least {minimum}")
 
 
 @dataclass(frozen=True)
@@ -343,6 +336,9 @@ class Config:
 
     tree: TreeConfig = field(default_factory=TreeConfig)
     """Size and shape of draft trees."""
+
+    acceptance: AcceptanceConfig = field(default_factory=AcceptanceConfig)
+    """How lossy requests may be."""
 
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
     """Scheduling of rounds."""

@@ -125,11 +125,15 @@ class ShardLogits:
             np.add.reduce(x, axis=1, out=sums_from[part])
         return sums, sums_from
 
-    def weighted_sums(self, rows: Int64Array, maxima: Float32Array) -> npt.NDArray[np.float64]:
-        """[n]: of each row the sum over the shard of x * exp(x) where x = logit - maximum, finite maxima given."""
+    def weighted_sums(
+        self, rows: Int64Array, maxima: Float32Array, temperatures: Float32Array
+    ) -> npt.NDArray[np.float64]:
+        """[n]: of each row the sum over the shard of x * exp(x) where x = (logit - maximum) / temperature, finite
+        maxima given."""
         sums = np.empty(len(rows))
         for part in parts_of_rows(len(rows), self._size):
             x = self._some(rows[part]) - maxima[part, None]
+            x /= temperatures[part, None]
             np.maximum(x, LOWEST, out=x)  # a removed token weighs nothing
             np.sum(x * np.exp(x), axis=1, dtype=np.float64, out=sums[part])
         return sums

@@ -6,6 +6,7 @@ import queue
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,6 +17,9 @@ from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.method import MethodContext
 from outrider.workers.drafting.registry import METHODS
 from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.judging.head import check_methods, check_models, judge_field, read_judge
+from outrider.workers.judging.identity import identify
+from outrider.workers.judging.rule import Judge, judge_rules
 from outrider.workers.link.distributed import Link, connect_store
 from outrider.workers.link.link import DraftSender
 from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
@@ -27,8 +31,11 @@ from outrider.workers.rounds.loop import LoopOptions, RoundLoop
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.rules import RULES
 from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.setup import (
+    load_model,
+    load_target_tensors,
     num_target_pages,
     read_model_config,
     torch_device,
@@ -37,6 +44,9 @@ from outrider.workers.setup import (
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.progress import Progress
+from outrider.workers.weights.resolver import resolve_judge, resolve_tokenizer
+from outrider.workers.weights.tensors import EMBEDDING
+from outrider.workers.weights.tokenizer import load_tokenizer
 
 _PROFILE_REPEATS = 3
 _HEARTBEAT_S = 2.0  # at most: so long after it a lost target is noticed by an idle DraftWorker
@@ -64,6 +74,7 @@ class DraftWorker:
         target = read_model_config(self.config, "target", progress)
         num_pages = num_target_pages(self.config, target)
         self._drafting = self._build_drafting(target, progress)
+        self._rules = {**RULES, **judge_rules(self._load_judges(progress))}
         rounds = self.config.rounds
         limits = SchedulerLimits(rounds.max_sequences, rounds.max_round_tokens, rounds.prefill_chunk)
         pool = PagePool(num_pages, self.config.target.page_size, rounds.prefix_sharing)
@@ -104,6 +115,7 @@ class DraftWorker:
             self._loop_options(),
             self._tracer,
             self._events.put,
+            self._rules,
         )
         return target
 
@@ -152,7 +164,8 @@ class DraftWorker:
             return events
 
     def stats(self) -> dict[str, Any]:
-        """Seconds per kind of work since the start, measured costs, and the peak memory of this process."""
+        """Seconds per kind of work since the start, measured costs, the peak memory of this process; and of the requests
+        that ended, by rule, what was kept against the target's own choice."""
         cost = self._loop.cost
         return {
             "busy_s": self._tracer.totals(),
@@ -161,6 +174,14 @@ class DraftWorker:
             "draft_step_s": {
                 name: dict(zip(profile.num_rows, profile.seconds, strict=True))
                 for name, profile in cost.methods.items()
+            },
+            "finished": {
+                rule: {
+                    "num_requests": counts.num_requests,
+                    "num_tokens": counts.num_tokens,
+                    "kept": counts.kept.summary(),
+                }
+                for rule, counts in self._loop.finished.items()
             },
             "num_available_pages": self._scheduler.pool.num_available,
         }
@@ -180,6 +201,29 @@ class DraftWorker:
         for name in draft.methods:
             drafting.add(METHODS[name].build(context))
         return drafting
+
+    def _load_judges(self, progress: Progress) -> dict[str, Judge]:
+        """The judges of `acceptance.judges`. Raises ValueError, naming one, if it is not for these models and methods."""
+        configured = self.config.acceptance.judges
+        if not configured:
+            return {}
+        cache_dir, target = Path(self.config.cluster.model_cache_dir).expanduser(), self.config.target
+        speaks = resolve_tokenizer(target.tokenizer or target.model, cache_dir, progress, "target.tokenizer")
+        embedding = load_target_tensors(self.config, [EMBEDDING], progress)
+        served = identify(target.model, embedding, load_tokenizer(speaks).chat_template)
+        drafter, methods, judges = None, self._drafting.methods, {}
+        for entry in configured:
+            field = judge_field(entry.name)
+            head, description = read_judge(resolve_judge(entry.model, progress, field))
+            if description.drafter is not None:
+                check_methods(field, [method.name for method in methods if not method.has_node_rows])
+                if methods and drafter is None:
+                    source = load_model(self.config, "draft", progress)
+                    drafter = identify(self.config.draft.model, source, None)
+                    methods[0].keep_node_rows()
+            check_models(field, description, served, drafter)
+            judges[entry.name] = Judge(entry.name, head.to(self._device), description)
+        return judges
 
     def _loop_options(self) -> LoopOptions:
         rounds = self.config.rounds

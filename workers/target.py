@@ -99,6 +99,8 @@ class TargetRank:
             top_ids=samples.top_ids.numpy()[asking],
             top_logprobs=samples.top_logprobs.numpy()[asking],
             child_logprobs=samples.token_logprobs.numpy(),
+            child_laws=samples.token_laws.numpy(),
+            is_pushed_down=samples.is_pushed_down.numpy(),
             entropies=samples.entropies.numpy(),
             commit_s=commit_s,
             forward_s=forward_s,

@@ -7,16 +7,19 @@ from rich.console import Console
 
 from outrider.cluster.cli.options import (
     ConfigName,
+    JudgeName,
     MaxTokens,
     Overrides,
     Plain,
+    Rule,
     Seed,
     Temperature,
+    Threshold,
     TopP,
     draft_options,
     given,
 )
-from outrider.cluster.cli.show import LEGEND, show_stream, summary
+from outrider.cluster.cli.show import legend, show_stream, summary
 from outrider.cluster.cli.start import running_engine
 from outrider.cluster.cli.terminal import say_error
 from outrider.configs.loader import load_config
@@ -37,23 +40,33 @@ def chat(
     seed: Seed = None,
     max_tokens: MaxTokens = None,
     plain: Plain = False,
+    rule: Rule = None,
+    judge: JudgeName = None,
+    threshold: Threshold = None,
 ) -> None:
     """Talk to the target."""
     loaded = load_config(config, overrides)
     sampling = given({"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens})
     draft = draft_options(plain, [], None, None)
+    acceptance = given({"rule": rule, "judge": judge, "threshold": threshold})
 
     from outrider.cluster.request_options import check_options
 
-    check_options(loaded, sampling, draft)
+    check_options(loaded, sampling, draft, acceptance)
     with running_engine(loaded) as engine:
-        all_answered = _converse(engine, system, sampling, draft)
+        all_answered = _converse(engine, system, sampling, draft, acceptance)
     # Who sits at a terminal has seen it and gone on.
     if not all_answered and not Console().is_terminal:
         raise typer.Exit(_SOME_REFUSED)
 
 
-def _converse(engine: "Engine", system: str, sampling: dict[str, object], draft: dict[str, object]) -> bool:
+def _converse(
+    engine: "Engine",
+    system: str,
+    sampling: dict[str, object],
+    draft: dict[str, object],
+    acceptance: dict[str, object],
+) -> bool:
     """Until the user leaves. Returns whether every question was answered."""
     all_answered = True
     console, notes = Console(), Console(stderr=True)
@@ -61,7 +74,7 @@ def _converse(engine: "Engine", system: str, sampling: dict[str, object], draft:
     messages = list(first)
     if console.is_terminal:
         notes.print(_HELP, style="dim")
-        console.print(LEGEND)
+        console.print(legend(acceptance))
     while True:
         try:
             line = input("> " if console.is_terminal else "").strip()
@@ -76,7 +89,7 @@ def _converse(engine: "Engine", system: str, sampling: dict[str, object], draft:
             continue
         question = {"role": "user", "content": line}
         try:
-            answer = show_stream(console, engine.stream([*messages, question], sampling, draft))
+            answer = show_stream(console, engine.stream([*messages, question], sampling, draft, acceptance))
         except ValueError as error:
             # The conversation as it was before the question is still good.
             say_error(f"{error}; /new starts over")

@@ -10,19 +10,24 @@ from rich.text import Text
 
 from outrider.cluster.cli.options import (
     ConfigName,
+    Delta,
     DraftDepth,
     DraftMethods,
     DraftNodes,
+    Epsilon,
     FrequencyPenalty,
+    JudgeName,
     MaxTokens,
     MinP,
     Overrides,
     Plain,
     PresencePenalty,
     RepetitionPenalty,
+    Rule,
     Seed,
     Stop,
     Temperature,
+    Threshold,
     TopK,
     TopP,
     draft_options,
@@ -72,8 +77,14 @@ def generate(
     draft_methods: DraftMethods = [],
     draft_nodes: DraftNodes = None,
     draft_depth: DraftDepth = None,
+    rule: Rule = None,
+    judge: JudgeName = None,
+    threshold: Threshold = None,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
 ) -> None:
-    """Answer prompts. On a terminal accepted draft tokens are green."""
+    """Answer prompts. On a terminal accepted draft tokens are green, and yellow where a rule kept them against the
+    target."""
     loaded = with_trace(load_config(config, overrides), bool(trace))
     texts = _read_prompts(prompt, prompts, limit)
     if top_logprobs is not None and not as_json:
@@ -95,13 +106,16 @@ def generate(
         }
     )
     draft = draft_options(plain, draft_methods, draft_nodes, draft_depth)
+    acceptance = given(
+        {"rule": rule, "judge": judge, "threshold": threshold, "epsilon": epsilon, "delta": delta}
+    )
 
     from outrider.cluster.api import GenerationRequest
     from outrider.cluster.request_options import check_options
 
-    check_options(loaded, sampling, draft)
+    check_options(loaded, sampling, draft, acceptance)
     requests = [
-        GenerationRequest(text if raw else [{"role": "user", "content": text}], sampling, draft)
+        GenerationRequest(text if raw else [{"role": "user", "content": text}], sampling, draft, acceptance)
         for _, text in texts
     ]
     with running_engine(loaded) as engine:
@@ -150,7 +164,9 @@ def _print_text(
         elif several:
             console.file.write(f"## {prompt_id}\n")
         try:
-            answer = show_stream(console, engine.stream(request.prompt, request.sampling, request.draft))
+            answer = show_stream(
+                console, engine.stream(request.prompt, request.sampling, request.draft, request.acceptance)
+            )
         except ValueError as error:
             if not several:
                 raise

@@ -41,6 +41,19 @@ DraftMethods = Annotated[
 DraftNodes = Annotated[int | None, typer.Option(help="Most drafted tokens per round.", show_default=False)]
 DraftDepth = Annotated[int | None, typer.Option(help="Longest drafted path, in tokens.", show_default=False)]
 
+Rule = Annotated[
+    str | None,
+    typer.Option("--rule", help="Accept drafted tokens by: exact, typical, judge.", show_default=False),
+]
+JudgeName = Annotated[
+    str | None, typer.Option("--judge", help="With --rule judge: which one.", show_default=False)
+]
+Threshold = Annotated[
+    float | None, typer.Option(help="With --rule judge: keep above this score.", show_default=False)
+]
+Epsilon = Annotated[float | None, typer.Option(help="With --rule typical.", show_default=False)]
+Delta = Annotated[float | None, typer.Option(help="With --rule typical.", show_default=False)]
+
 
 def given(options: Mapping[str, object]) -> dict[str, object]:
     """The options that were on the command line."""

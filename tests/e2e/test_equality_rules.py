@@ -9,7 +9,7 @@ import torch
 from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.rules import RULES
-from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
+from outrider.workers.sequences.sequence import AcceptanceOptions, DraftOptions, Request, TokenEvent
 from outrider.workers.sequences.tree import DraftTrees
 from outrider.workers.weights.source import WeightSource
 from support.equality import Case, Reference
@@ -72,11 +72,11 @@ def test_every_second_drafted_token_is_kept(
         options=options,
         num_pages=24,  # some sequences are computed again
         methods=TOYS,
-        rules=RULES | {rule.name: rule},
+        rules={**RULES, rule.name: lambda _: rule},
     ) as engine:
         names = [rule.name, "exact"] * 2 + [rule.name] * 4
         found = engine.generate(
-            Request(case.id, case.prompt, case.sampling, ALL, name)
+            Request(case.id, case.prompt, case.sampling, ALL, AcceptanceOptions(name))
             for case, name in zip(cases, names, strict=True)
         )
     num_kept = 0
@@ -98,7 +98,8 @@ def test_a_rule_is_told_what_it_needs_and_nobody_else_pays(
 ) -> None:
     """One request under the rule that asks for all, beside others; every tree it saw is computed again."""
     rule = Typical()
-    rules = RULES | {rule.name: rule, EverySecond.name: EverySecond()}
+    every_second = EverySecond()
+    rules = {**RULES, rule.name: lambda _: rule, EverySecond.name: lambda _: every_second}
     cases = tiny_cases((5, 17, 90, 30), replace(ASKING, max_tokens=16))
     with LocalEngine(
         target,
@@ -107,10 +108,11 @@ def test_a_rule_is_told_what_it_needs_and_nobody_else_pays(
         options=default_options(fixed_budget=True),
         methods=TOYS,
         rules=rules,
+        taps=(1,),
     ) as engine:
         names = ["exact", EverySecond.name, rule.name, "exact"]
         found = engine.generate(
-            Request(case.id, case.prompt, case.sampling, ALL, name)
+            Request(case.id, case.prompt, case.sampling, ALL, AcceptanceOptions(name))
             for case, name in zip(cases, names, strict=True)
         )
     for case in cases:

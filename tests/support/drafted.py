@@ -10,9 +10,10 @@ import numpy as np
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.method import Verified, VerifiedStep
 from outrider.workers.sequences.params import SamplingParams
-from outrider.workers.sequences.rules import EXACT, NodeScores
+from outrider.workers.sequences.rules import EXACT
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
 from outrider.workers.sequences.tree import DraftTrees, GrowingTrees, Offers
+from support.steps import node_scores
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=1000)
 
@@ -77,7 +78,7 @@ def answer(
             for own, nodes in zip(said, sent.growing_nodes.tolist(), strict=True)
         ]
     )
-    scores = NodeScores(tokens, np.zeros(tokens.shape, bool), np.zeros(tokens.shape), np.zeros(tokens.shape))
+    scores = node_scores(tokens)
     verdicts = EXACT.verdict(sent, scores)
     emitted = [
         row[: count + 1]

@@ -19,7 +19,7 @@ from outrider.workers.drafting.method import DraftMethod, Forecast, MethodContex
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.sequences.hidden import HiddenNeeds
 from outrider.workers.sequences.sequence import Sequence
-from outrider.workers.sequences.tree import Bools, Floats, Ints, Survivors
+from outrider.workers.sequences.tree import Floats, Ints, Survivors
 from outrider.workers.weights.config import ModelConfig
 
 _BLOCK = 8  # tokens; what is kept of prefixes is kept in such blocks
@@ -107,8 +107,8 @@ class LinearProbe(DraftMethod):
         ready = self._ready(slots)
         return Forecast(self._gains(len(ready)), len(ready), ready)
 
-    def root_gains(self, is_greedy: Bools) -> Floats:
-        return self._gains(len(is_greedy))
+    def root_gains(self, laws: Ints) -> Floats:
+        return self._gains(len(laws))
 
     def expand(self, slots: Ints) -> bool:
         ready = self._ready(slots)

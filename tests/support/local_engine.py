@@ -31,9 +31,9 @@ from outrider.workers.rounds.growth import GrowthOptions
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
 from outrider.workers.sampling.sampler import Sampler
-from outrider.workers.sequences.hidden import all_layers
+from outrider.workers.sequences.hidden import HiddenNeeds, all_layers
 from outrider.workers.sequences.pages import PagePool
-from outrider.workers.sequences.rules import RULES, Rule
+from outrider.workers.sequences.rules import RULES, RuleMaker
 from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
@@ -95,13 +95,16 @@ class LocalEngine:
         profile: PassProfile | None = None,
         max_nodes: int = 32,
         methods: Iterable[MethodBuilder] = (),
-        rules: Mapping[str, Rule] = RULES,
+        rules: Mapping[str, RuleMaker] = RULES,
+        taps: tuple[int, ...] = (),
     ) -> None:
-        """`draft_head`: instead of the drafter's own; `methods`: further ones; `rules`: those that requests name."""
+        """`draft_head`: instead of the drafter's own; `methods`: further ones; `rules`: those that requests name;
+        `taps`: layers that rules read."""
         draft_end, target_end = queue_links()
         self._target_end = DraftReceiver(target_end)
         ngram = ngram or NgramConfig()
-        slots = DraftedSlots(max_sequences, max_nodes, max(ngram.max_match, _MAX_DEPTH))
+        num_recent = max(ngram.max_match, _MAX_DEPTH)
+        slots = DraftedSlots(max_sequences, max_nodes, num_recent, tuple(rules))
         self.drafting = DraftEngine(slots)
         self.drafting.add(NgramMethod(slots, self.drafting.estimator, ngram))
         if draft is not None:
@@ -128,8 +131,7 @@ class LocalEngine:
             )
         for build in methods:
             self.drafting.add(build(slots, self.drafting.estimator, target.config))
-        rule_needs = [rule.needs.hidden for rule in rules.values()]
-        layers = all_layers([*self.drafting.needs(), *rule_needs])
+        layers = all_layers([*self.drafting.needs(), HiddenNeeds(taps)])
         self.ranks = []
         for rank, communicator in enumerate(communicators):
             plan = ShardPlan(target.config, rank, len(communicators))

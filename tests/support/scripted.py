@@ -24,7 +24,7 @@ from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence, TokenEvent
-from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints
+from outrider.workers.sequences.tree import DraftTrees, Floats, Ints
 from outrider.workers.trace import Tracer
 from support.local_engine import queue_links
 from support.steps import scores_of, steps_in
@@ -92,8 +92,8 @@ class ScriptedMethod(DraftMethod):
     def build(cls, context: MethodContext) -> Self:
         return cls(context.slots, context.estimator, 0.0, lambda position: True)
 
-    def root_gains(self, is_greedy: Bools) -> Floats:
-        return np.full(len(is_greedy), max(0.5, self._estimate()))
+    def root_gains(self, laws: Ints) -> Floats:
+        return np.full(len(laws), max(0.5, self._estimate()))
 
     def unread(self, slots: Ints) -> Ints:
         return np.array([len(s.request.prompt_tokens) for s in self._unread(slots)], dtype=np.int64)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from outrider.workers.link.messages import Scores, SequenceStep, Steps
+from outrider.workers.sequences.rules import NodeScores
 from outrider.workers.sequences.segments import starts_of
+from outrider.workers.sequences.tree import Bools, Floats, Ints
 
 
 def steps_in(steps: Steps) -> list[SequenceStep]:
@@ -32,6 +35,30 @@ def steps_in(steps: Steps) -> list[SequenceStep]:
     ]
 
 
+def node_scores(
+    tokens: Ints,
+    failed: Bools | None = None,
+    child_laws: Floats | None = None,
+    entropies: Floats | None = None,
+    is_pushed_down: Bools | None = None,
+    hidden: Mapping[int, torch.Tensor] | None = None,
+) -> NodeScores:
+    """Of trees; [B, K] each, zeros where nothing is given. The model's own law is the request's."""
+    nowhere, zeros = np.zeros(tokens.shape, dtype=np.bool_), np.zeros(tokens.shape)
+    laws = zeros if child_laws is None else child_laws
+    return NodeScores(
+        tokens=tokens,
+        failed=nowhere if failed is None else failed,
+        child_logprobs=laws,
+        entropies=zeros if entropies is None else entropies,
+        child_laws=laws,
+        is_pushed_down=nowhere if is_pushed_down is None else is_pushed_down,
+        draft_rows=torch.zeros(*tokens.shape, 0),
+        has_draft_row=nowhere,
+        hidden=hidden or {},
+    )
+
+
 def scores_of(round_id: int, tokens: Sequence[int] = (), forward_s: float = 0.0) -> Scores:
     """Scores with these sampled tokens."""
     nothing = np.zeros(0, dtype=np.float32)
@@ -43,6 +70,8 @@ def scores_of(round_id: int, tokens: Sequence[int] = (), forward_s: float = 0.0)
         top_ids=np.zeros((0, 0), dtype=np.int64),
         top_logprobs=nothing.reshape(0, 0),
         child_logprobs=nothing,
+        child_laws=nothing,
+        is_pushed_down=np.zeros(0, dtype=bool),
         entropies=nothing,
         commit_s=0.0,
         forward_s=forward_s,

@@ -35,7 +35,10 @@ class Typical(Rule):
 
     name = "typical"
     is_lossless = False
-    needs = RuleNeeds(child_logprobs=True, entropy=True, hidden=HiddenNeeds((1,)))
+
+    @property
+    def needs(self) -> RuleNeeds:
+        return RuleNeeds(child_logprobs=True, entropy=True, hidden=HiddenNeeds((1,)))
 
     def __init__(self) -> None:
         self.seen: list[tuple[DraftTrees, NodeScores, Verdicts]] = []

@@ -17,7 +17,7 @@ from outrider.workers.drafting.method import DraftMethod, Forecast, MethodContex
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.sequences.hidden import HiddenNeeds
 from outrider.workers.sequences.sequence import Sequence
-from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints, Survivors
+from outrider.workers.sequences.tree import DraftTrees, Floats, Ints, Survivors
 from outrider.workers.weights.config import ModelConfig
 
 _PRIOR = 0.4
@@ -94,8 +94,8 @@ class TwoTaps(DraftMethod):
             np.sort(values[counted])[::-1] * self._estimate(), len(nodes), np.unique(slots[owners])
         )
 
-    def root_gains(self, is_greedy: Bools) -> Floats:
-        return np.full(len(is_greedy), self._estimate())
+    def root_gains(self, laws: Ints) -> Floats:
+        return np.full(len(laws), self._estimate())
 
     def survival(self, slots: Ints, sent: DraftTrees) -> float:
         owners, nodes = self._open(slots)

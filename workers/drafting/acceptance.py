@@ -6,8 +6,8 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from outrider.workers.sequences.rules import RULE_NAMES
 from outrider.workers.sequences.tree import Bools, Floats, Ints
 
 _PRIOR_WEIGHT = 6.0  # observations a prior is worth
@@ -17,42 +17,47 @@ _NUM_RANKS = _MAX_RANK + 1
 _YIELD_SMOOTHING = 0.05
 _RISING_EDGES = np.array((-5.0, -3.5, -2.2, -1.3, -0.7, -0.3, -0.1, -0.02))  # of log-probabilities, nats
 _NUM_EDGES = len(_RISING_EDGES)
-_LAWS = np.eye(2)  # sampled, greedy
+EXACTLY = np.zeros((), dtype=np.int64)  # the first rule
 
 NUM_SAMPLED_KINDS = 2 * _NUM_RANKS * (_NUM_EDGES + 1)
 """Kinds of `priors_and_kinds`."""
 
 
 class AcceptanceEstimator:
-    """Accepted fraction per kind of proposal (method, rank among siblings, confidence), with a prior for the unseen.
+    """Accepted fraction per kind of proposal (method, rank among siblings, confidence) and rule, with a prior for the
+    unseen. Rules are indices of `RULE_NAMES`: what one refuses another may keep.
 
     A proposal's key is stored in its tree node as `source`; once the target has sampled after the node's parent,
     `observe` counts whether the proposal was it. Proposals below a rejected parent teach nothing.
     """
 
-    def __init__(self) -> None:
-        self._accepted = np.zeros(1)  # key 0 is the roots'
-        self._seen = np.zeros(1)
+    def __init__(self, num_rules: int = len(RULE_NAMES)) -> None:
+        self._accepted = np.zeros((num_rules, 1))  # key 0 is the roots'
+        self._seen = np.zeros((num_rules, 1))
 
     def reserve(self, num_keys: int) -> int:
         """Room for a method's kinds of proposals; returns the first of its keys."""
-        first = len(self._seen)
-        self._accepted = np.concatenate([self._accepted, np.zeros(num_keys)])
-        self._seen = np.concatenate([self._seen, np.zeros(num_keys)])
+        num_rules, first = self._seen.shape
+        room = np.zeros((num_rules, num_keys))
+        self._accepted = np.concatenate([self._accepted, room], axis=1)
+        self._seen = np.concatenate([self._seen, room], axis=1)
         return first
 
-    def estimate(self, sources: Ints, priors: Floats) -> Floats:
-        """Probabilities of acceptance, between 0.001 and 0.995; all of one shape."""
+    def estimate(self, sources: Ints, priors: Floats, rules: Ints = EXACTLY) -> Floats:
+        """Probabilities of acceptance, between 0.001 and 0.995; of one shape, which `rules` is broadcast to."""
         estimates = _PRIOR_WEIGHT * priors
-        estimates += self._accepted[sources]
-        estimates /= self._seen[sources] + _PRIOR_WEIGHT
+        places = rules * self._seen.shape[1] + sources
+        estimates += self._accepted.reshape(-1)[places]
+        estimates /= self._seen.reshape(-1)[places] + _PRIOR_WEIGHT
         np.maximum(estimates, 0.001, out=estimates)
         return np.minimum(estimates, 0.995, out=estimates)
 
-    def observe(self, sources: Ints, accepted: Bools) -> None:
-        """Count outcomes; [M] each."""
-        self._seen += np.bincount(sources, minlength=len(self._seen))
-        self._accepted += np.bincount(sources[accepted], minlength=len(self._seen))
+    def observe(self, sources: Ints, accepted: Bools, rules: Ints = EXACTLY) -> None:
+        """Count outcomes; [M] each, which `rules` is broadcast to."""
+        shape = self._seen.shape
+        places = rules * shape[1] + sources
+        self._seen += np.bincount(places, minlength=self._seen.size).reshape(shape)
+        self._accepted += np.bincount(places[accepted], minlength=self._seen.size).reshape(shape)
         fade = _MAX_WEIGHT / np.maximum(self._seen, _MAX_WEIGHT)
         self._seen *= fade
         self._accepted *= fade
@@ -100,12 +105,12 @@ def _of_ranks(num: int) -> _OfRanks:
     return _OfRanks(later, 0.85 / later, np.exp2(-ranks.astype(np.float64)), last_kinds)
 
 
-def follow_errors(yields: Floats, laws: npt.NDArray[np.int8], errors: Floats, met: Bools) -> None:
-    """Move expected yields ([2, children]: of sampled and greedy requests), in place, by how far they were off.
+def follow_errors(yields: Floats, laws: Ints, errors: Floats, met: Bools) -> None:
+    """Move expected yields ([num_laws, children]), in place, by how far they were off.
 
-    laws: [M], 1 of greedy rows; errors: [M, children], 0 where a rank was not proposed (`met`) at all.
+    laws: int64 [M], see `DraftedSlots.laws`; errors: [M, children], 0 where a rank was not proposed (`met`) at all.
     """
-    of_law = _LAWS[:, laws]
+    of_law = np.eye(len(yields))[:, laws]
     totals, counts = of_law @ errors, of_law @ met
     weights = 1.0 - (1.0 - _YIELD_SMOOTHING) ** counts  # as if one came after the other
     yields += weights * totals / np.maximum(counts, 1.0)

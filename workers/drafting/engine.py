@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceABC
 
 import numpy as np
+import torch
 
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.method import DraftMethod, Forecast, Verified
@@ -26,7 +27,7 @@ class DraftEngine:
     def __init__(self, slots: DraftedSlots) -> None:
         self.slots = slots
         self.trees = slots.trees
-        self.estimator = AcceptanceEstimator()
+        self.estimator = AcceptanceEstimator(len(slots.rule_names))
         self.methods: list[DraftMethod] = []
         self._uses: dict[str, Bools] = {}  # by method, [S]: whether the slot's request names it
 
@@ -94,8 +95,8 @@ class DraftEngine:
 
     def root_gains(self, method: DraftMethod, sequences: SequenceABC[Sequence]) -> Floats:
         """The gains of a method's step if these sequences' trees were only roots, descending; waiting ones, too."""
-        is_greedy = [s.request.sampling.is_greedy for s in sequences if self._is_asked(method, s)]
-        return np.sort(method.root_gains(np.array(is_greedy, dtype=np.bool_)))[::-1]
+        laws = [self.slots.law_of(s) for s in sequences if self._is_asked(method, s)]
+        return np.sort(method.root_gains(np.array(laws, dtype=np.int64)))[::-1]
 
     def unread(self, method: DraftMethod, slots: Ints) -> Ints:
         """How many tokens `read` has to read, of each sequence in which the method lags behind."""
@@ -117,6 +118,11 @@ class DraftEngine:
             steps = tuple(step for step in verified.steps if uses[step.sequence.slot])
             if steps:
                 method.observe(Verified(steps, verified.hidden))
+
+    def node_rows(self, slots: Ints, nodes: Ints) -> tuple[torch.Tensor, Bools]:
+        """Of the method that has rows at nodes, see `DraftMethod.node_rows`; there is one where a judge asks."""
+        (method,) = (method for method in self.methods if method.has_node_rows)
+        return method.node_rows(slots, nodes)
 
     def settle(self, slots: Ints, trees: DraftTrees, verdicts: Verdicts) -> None:
         """Learn from verdicts and re-root these slots' trees below the tokens that came out.
@@ -158,7 +164,8 @@ class DraftEngine:
         nodes = (slots * self.trees.capacity)[:, None] + np.arange(width)
         nodes, asked = nodes[met], answer[parents[met]]
         accepted = self.trees.tokens.reshape(-1)[nodes] == asked
-        self.estimator.observe(self.trees.sources.reshape(-1)[nodes], accepted)
+        rules = self.slots.rules[nodes // self.trees.capacity]
+        self.estimator.observe(self.trees.sources.reshape(-1)[nodes], accepted, rules)
 
     def _using(self, method: DraftMethod, slots: Ints) -> Ints:
         return slots[self._uses[method.name][slots]]

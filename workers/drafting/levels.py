@@ -79,10 +79,10 @@ class LevelMethod(DraftMethod):
         self._laws = SlotLaws(slots)
         self._planned: tuple[tuple[int, bytes], Frontier] | None = None
         self._first_source = estimator.reserve(NUM_SAMPLED_KINDS)
-        # By rank: how likely the proposal below a node is accepted, if the node is; of sampled and greedy requests,
-        # because for sampled ones the noise chooses.
+        # By rank: how likely the proposal below a node is accepted, if the node is; of each law: for sampled
+        # requests the noise chooses, and a rule may keep what another refuses.
         self._first_yields = _FIRST_YIELD / 4.0 ** np.arange(limits.max_children)
-        self._yields = np.stack([self._first_yields, self._first_yields])
+        self._yields = np.tile(self._first_yields, (slots.num_laws, 1))
 
     @abstractmethod
     def _read_known(self, rows: TreeRows) -> None:
@@ -154,9 +154,9 @@ class LevelMethod(DraftMethod):
         frontier = self._frontier(slots)
         return Forecast(lambda: self._gains(frontier), frontier.num_rows, frontier.slots)
 
-    def root_gains(self, is_greedy: Bools) -> Floats:
+    def root_gains(self, laws: Ints) -> Floats:
         """The gains of a step over roots, at least those assumed at first."""
-        return np.maximum(self._yields, self._first_yields)[is_greedy.astype(np.int64)].ravel()
+        return np.maximum(self._yields, self._first_yields)[laws].ravel()
 
     def survival(self, slots: Ints, sent: DraftTrees) -> float:
         """Of the nodes that a step is for and that are not verified now, the best one's value, or its share."""
@@ -222,7 +222,7 @@ class LevelMethod(DraftMethod):
         limits *= (num_unread < MAX_LAG) & self._can_grow(slots)
         has_row = rows.flat_has_row[window.places]
         # Padding has no value, so it promises nothing.
-        promised = np.add.reduce(self._yields, axis=1)[self.slots.is_greedy[slots].view(np.int8)]
+        promised = np.add.reduce(self._yields, axis=1)[self.slots.laws[slots]]
         gains = promised[:, None] - trees.flat.child_mass[window.places]
         gains *= trees.flat.values[window.places]
         gains *= trees.flat.depths[window.places] < self.slots.growth_depths(slots)[:, None]
@@ -260,7 +260,7 @@ class LevelMethod(DraftMethod):
         goals, num_steps = self._goals(frontier.places)
         counted = flat.depths[goals] < self.slots.max_depth[frontier.node_slots]
         slots, places = frontier.node_slots[counted], goals[counted]
-        yields_so_far = self._yields.cumsum(axis=1)[self.slots.is_greedy[slots].view(np.int8)]
+        yields_so_far = self._yields.cumsum(axis=1)[self.slots.laws[slots]]
         # What is there already takes the place of the first proposals.
         left = np.maximum(yields_so_far - flat.child_mass[places][:, None], 0.0)
         left[:, 1:] -= left[:, :-1].copy()
@@ -312,7 +312,7 @@ class LevelMethod(DraftMethod):
         log_probs = log_probs.astype(np.float64)
         priors, kinds = priors_and_kinds(log_probs, is_greedy)
         kinds += self._first_source
-        estimates = self.estimator.estimate(kinds, priors)
+        estimates = self.estimator.estimate(kinds, priors, self.slots.rules[slots][:, None])
         # Top-k, top-p or min-p removed what has no probability: the target cannot pick it.
         met = log_probs > -np.inf
         possible = met & (tokens < self._num_target_tokens)
@@ -322,7 +322,7 @@ class LevelMethod(DraftMethod):
         values[possible] = self.trees.add_children(
             slots[at], nodes[at], tokens[possible], estimates[possible], kinds[possible]
         )
-        laws = is_greedy.view(np.int8)
+        laws = self.slots.laws[slots]
         values -= promised[:, None] * self._yields[laws]
         values *= met
         follow_errors(self._yields, laws, values, met)

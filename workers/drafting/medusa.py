@@ -37,7 +37,7 @@ from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.hidden import HiddenNeeds
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Sequence
-from outrider.workers.sequences.tree import Bools, Floats, Ints, Survivors
+from outrider.workers.sequences.tree import Floats, Ints, Survivors
 from outrider.workers.setup import kernels_for, load_target_tensors, torch_dtype
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
@@ -94,7 +94,7 @@ class MedusaMethod(DraftMethod):
         self._has_news = np.zeros(len(slots), dtype=np.bool_)  # a row that nothing was proposed from
         self._first_source = estimator.reserve(self._num_heads * NUM_SAMPLED_KINDS)
         self._calibrated = _of_ranks(accuracies, self._num_heads, self._max_children)
-        # By order of value: how likely each node of a tree is accepted; of sampled and greedy requests.
+        # By order of value: how likely each node of a tree is accepted; of each law.
         first = self._calibrated
         if not first.size:
             decline = 2.0 ** -np.arange(self._num_heads)[:, None] * 4.0 ** -np.arange(self._max_children)
@@ -102,7 +102,7 @@ class MedusaMethod(DraftMethod):
         self._first_yields = np.zeros(num_nodes)
         values = best_trees(first[None], num_nodes).values[0, 1:]
         self._first_yields[: len(values)] = values
-        self._yields = np.stack([self._first_yields, self._first_yields])
+        self._yields = np.tile(self._first_yields, (slots.num_laws, 1))
 
     @classmethod
     def build(cls, context: MethodContext) -> MedusaMethod:
@@ -173,9 +173,9 @@ class MedusaMethod(DraftMethod):
         ready = self._ready(slots)
         return Forecast(lambda: self._gains(ready), len(ready), ready)
 
-    def root_gains(self, is_greedy: Bools) -> Floats:
+    def root_gains(self, laws: Ints) -> Floats:
         """What trees were worth so far, at least what is assumed at first."""
-        return np.maximum(self._yields, self._first_yields)[is_greedy.astype(np.int64)].ravel()
+        return np.maximum(self._yields, self._first_yields)[laws].ravel()
 
     @torch.inference_mode()
     def time_step(self, num_rows: int) -> float:
@@ -228,8 +228,7 @@ class MedusaMethod(DraftMethod):
 
     def _propose(self, slots: Ints, tokens: Ints, log_probs: Floats) -> None:
         """Put the best trees of candidates ([B, K, children], best first) below the roots, and learn their worth."""
-        is_greedy = self.slots.is_greedy[slots]
-        acceptances, sources = self._estimates(log_probs.astype(np.float64), is_greedy)
+        acceptances, sources = self._estimates(log_probs.astype(np.float64), slots)
         limits = self.slots.round_depths(slots)
         # Deeper ones would be proposed again before they can be verified, and better.
         acceptances *= np.arange(self._num_heads)[:, None] < limits[:, None, None]
@@ -252,23 +251,25 @@ class MedusaMethod(DraftMethod):
             )
         met = np.zeros(values.shape, dtype=np.bool_)
         met[:, : best.values.shape[1] - 1] = best.values[:, 1:] > 0.0
-        laws = is_greedy.view(np.int8)
+        laws = self.slots.laws[slots]
         follow_errors(self._yields, laws, (values - self._yields[laws]) * met, met)
 
-    def _estimates(self, log_probs: Floats, is_greedy: Bools) -> tuple[Floats, Ints]:
+    def _estimates(self, log_probs: Floats, slots: Ints) -> tuple[Floats, Ints]:
         """Acceptances, 0 of what the law removes, and sources of guesses; all [B, K, children]."""
-        shape = log_probs.shape
+        shape, is_greedy = log_probs.shape, self.slots.is_greedy[slots]
         of_rows = is_greedy.repeat(self._num_heads)
         priors, kinds = priors_and_kinds(log_probs.reshape(-1, shape[2]), of_rows)
         priors, kinds = priors.reshape(shape), kinds.reshape(shape)
         if self._calibrated.size:
             priors = np.where(is_greedy[:, None, None], self._calibrated, priors)
         sources = self._first_source + np.arange(self._num_heads)[:, None] * NUM_SAMPLED_KINDS + kinds
-        return self.estimator.estimate(sources, priors) * (log_probs > -np.inf), sources
+        return self.estimator.estimate(sources, priors, self.slots.rules[slots][:, None, None]) * (
+            log_probs > -np.inf
+        ), sources
 
     def _gains(self, slots: Ints) -> Floats:
         """[M], descending: what trees of roots would gain, less what their trees hold already."""
-        yields_so_far = self._yields.cumsum(axis=1)[self.slots.is_greedy[slots].view(np.int8)]
+        yields_so_far = self._yields.cumsum(axis=1)[self.slots.laws[slots]]
         held = self.trees.values[slots, 1 : max(1, self.trees.width(slots))].sum(axis=1)
         left = np.maximum(yields_so_far - held[:, None], 0.0)
         left[:, 1:] -= left[:, :-1].copy()

@@ -107,6 +107,7 @@ class DraftMethod(ABC):
 
     name: str
     is_trained = False  # its weights (draft.NAME.model) belong to one target
+    has_node_rows = False  # it can keep hidden rows of its own at the nodes of trees
     is_free = False  # `expand` costs nothing worth measuring: it is always run, and never forecast
     needs: HiddenNeeds = NO_HIDDEN_ROWS
 
@@ -165,8 +166,24 @@ class DraftMethod(ABC):
         """
         return 0.0
 
-    def root_gains(self, is_greedy: Bools) -> Floats:
-        """The gains of an `expand` over trees of roots alone, of sequences that are greedy or not ([B]).
+    def keep_node_rows(self) -> None:
+        """From now on, before any sequence starts, what `node_rows` gives is kept."""
+        raise AssertionError(f"{self.name} has no rows at nodes")
+
+    def node_rows(self, slots: Ints, nodes: Ints) -> tuple[torch.Tensor, Bools]:
+        """What leaves its last layer, before the final norm, at nodes of trees, and where it has that: for judges
+        that read both models.
+
+        Args:
+            slots: int64 [B]; nodes: int64 [B, K].
+
+        Returns:
+            [B, K, hidden], zeros where it has none, and bool [B, K].
+        """
+        raise AssertionError(f"{self.name} has no rows at nodes")
+
+    def root_gains(self, laws: Ints) -> Floats:
+        """The gains of an `expand` over trees of roots alone, of sequences with these laws ([B], see `DraftedSlots`).
 
         They are what was seen so far, but no less than what is assumed at first, so that a hard text does not end
         drafting for those after it.

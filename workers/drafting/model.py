@@ -6,6 +6,7 @@ below it (SwiftSpec, arXiv 2506.11309), and a node comes along with all that is 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.pages import PagePool
-from outrider.workers.sequences.tree import Survivors
+from outrider.workers.sequences.tree import Bools, Ints, Survivors
 from outrider.workers.setup import counting, kernels_for, load_model, num_draft_pages, torch_dtype
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
@@ -38,6 +39,7 @@ class ModelMethod(LevelMethod):
     """Grows trees with a draft model. Without pages it just proposes nothing."""
 
     name = "model"
+    has_node_rows = True
 
     def __init__(
         self,
@@ -62,6 +64,8 @@ class ModelMethod(LevelMethod):
         self._model = model
         self._run = forward_of(model, cache, draft_capacities(model, cache))
         self._cache = cache
+        # By slot and node, what left the last layer; of no nodes where nobody reads it.
+        self._node_rows = torch.empty(0, model.config.hidden_size, dtype=model.dtype, device=model.device)
 
     @classmethod
     def build(cls, context: MethodContext) -> ModelMethod:
@@ -95,9 +99,26 @@ class ModelMethod(LevelMethod):
             tracer=context.tracer,
         )
 
+    def keep_node_rows(self) -> None:
+        """A row for each place in a tree."""
+        self._node_rows = self._node_rows.new_zeros(self.trees.tokens.size, self._node_rows.shape[1])
+
+    def node_rows(self, slots: Ints, nodes: Ints) -> tuple[Tensor, Bools]:
+        """Of the nodes that were expanded."""
+        places = (slots * self.trees.capacity)[:, None] + nodes
+        has_row = self._rows.flat_has_row[places]
+        rows = self._node_rows[torch.from_numpy(places).to(self._node_rows.device)]
+        return rows * torch.from_numpy(has_row).to(rows)[..., None], has_row
+
     def rerooted(self, survivors: Survivors) -> None:
         """Keep the rows of the paths that came out and of the survivors below them."""
         sources, targets = self._rows.reroot(survivors)
+        if len(self._node_rows):
+            firsts = (survivors.slots * self.trees.capacity)[:, None]
+            before = torch.from_numpy((firsts + survivors.old_nodes)[survivors.exists])
+            after = torch.from_numpy((firsts + np.arange(survivors.old_nodes.shape[1]))[survivors.exists])
+            device = self._node_rows.device
+            self._node_rows[after.to(device)] = self._node_rows[before.to(device)]
         if len(sources):
             device = self._model.device
             self._cache.commit(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device))
@@ -107,7 +128,12 @@ class ModelMethod(LevelMethod):
         self._forward(rows)
 
     def _logits(self, expansion: Expansion) -> Tensor:
-        return self._model.logits_of(self._forward(expansion.rows), expansion.node_rows)
+        hidden = self._forward(expansion.rows)
+        if len(self._node_rows):
+            device = hidden.device
+            places = torch.from_numpy(expansion.places).to(device)
+            self._node_rows[places] = hidden[torch.from_numpy(expansion.node_rows).to(device)]
+        return self._model.logits_of(hidden, expansion.node_rows)
 
     def _timed_logits(self, rows: TreeRows) -> Tensor:
         return self._model.logits(self._run(build_batch(self._rows.tables, rows, self._model.device)).last)

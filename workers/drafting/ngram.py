@@ -97,7 +97,12 @@ class NgramMethod(DraftMethod):
             hits = np.flatnonzero(found.match_lengths[:, rank])
             if len(hits):
                 tokens = found.tokens[hits, rank]
-                acceptances, sources = self._estimates(found.match_lengths[hits, rank], rank, tokens.shape[1])
+                acceptances, sources = self._estimates(
+                    found.match_lengths[hits, rank],
+                    rank,
+                    tokens.shape[1],
+                    self.slots.rules[owner_slots[hits]],
+                )
                 values = self.trees.values[owner_slots[hits], nodes[hits]]
                 worth = values[:, None] * np.cumprod(acceptances, axis=1) >= _MIN_VALUE
                 lengths = np.minimum(room[hits], worth.sum(axis=1))
@@ -105,12 +110,15 @@ class NgramMethod(DraftMethod):
         self._num_looked_up[slots] = self.trees.num_nodes[slots]
         return bool(found.match_lengths.any())
 
-    def _estimates(self, matches: Ints, rank: int, length: int) -> tuple[Floats, Ints]:
-        """Acceptances and sources, [C, length] each, along the continuations of matches ([C] tokens) of a rank."""
+    def _estimates(self, matches: Ints, rank: int, length: int, rules: Ints) -> tuple[Floats, Ints]:
+        """Acceptances and sources, [C, length] each, along the continuations of matches ([C] tokens) of a rank.
+
+        rules: [C], of their sequences.
+        """
         # Once the tokens before it are accepted, the match is longer by as many.
         lengths = matches[:, None] + np.arange(length)
         # One or two equal tokens mean little, four or five much: fitted to Spec-Bench answers of Qwen2.5-Coder 1.5B.
         priors = 0.9 * (1.0 - np.exp(-((lengths / 4.0) ** 2))) * (1.0 if rank == 0 else 0.5)
         buckets = np.searchsorted(_MATCH_EDGES, lengths, side="right")
         sources = self._first_source + rank * self._num_kinds + buckets
-        return self.estimator.estimate(sources, priors), sources
+        return self.estimator.estimate(sources, priors, rules[:, None]), sources

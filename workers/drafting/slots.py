@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from outrider.workers.sequences.rules import RULE_NAMES
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, GrowingTrees, Ints
 
@@ -18,14 +19,22 @@ class DraftedSlots:
         trees: where methods put their proposals.
         sequences: by slot; what is left of an ended sequence means nothing.
         is_greedy: bool [S], temperature 0.
+        rules: int64 [S], by which rule drafted tokens are accepted: its place in `rule_names`.
+        laws: int64 [S], rule and temperature in one: what is seen of one law says little of another. 2 * rule, and 1
+            more of greedy requests.
         max_nodes, max_depth: int64 [S], of the request: drafted nodes in a round, and on one path.
         num_remaining: int64 [S], tokens that may still be emitted.
         recent: int64 [S, T], the last tokens, the newest last; zeros before the text begins.
         num_tokens: int64 [S], prompt and output.
     """
 
-    def __init__(self, num_slots: int, max_nodes: int, num_recent: int) -> None:
+    def __init__(
+        self, num_slots: int, max_nodes: int, num_recent: int, rule_names: tuple[str, ...] = RULE_NAMES
+    ) -> None:
         """max_nodes: drafted nodes of a sequence in a round, at most; num_recent: T."""
+        self.rule_names = rule_names
+        self.num_laws = 2 * len(rule_names)
+        self.rules, self.laws = (np.zeros(num_slots, dtype=np.int64) for _ in range(2))
         capacity = max(_MIN_NODES, _NODES_PER_SENT_NODE * max_nodes)
         self.trees = GrowingTrees(num_slots, capacity)
         self.sequences: list[Sequence | None] = [None] * num_slots
@@ -44,6 +53,8 @@ class DraftedSlots:
         slot, draft = sequence.slot, sequence.request.draft
         self.sequences[slot] = sequence
         self.is_greedy[slot] = sequence.request.sampling.is_greedy
+        self.laws[slot] = self.law_of(sequence)
+        self.rules[slot] = self.laws[slot] // 2
         self.max_nodes[slot], self.max_depth[slot] = draft.max_nodes, draft.max_depth
         self.recent[slot] = 0
         last = sequence.tokens[-self.recent.shape[1] :]
@@ -58,6 +69,11 @@ class DraftedSlots:
         recent[: -len(last)] = recent[len(last) :].copy()
         recent[-len(last) :] = last
         self._count(sequence)
+
+    def law_of(self, sequence: Sequence) -> int:
+        """See `laws`."""
+        request = sequence.request
+        return 2 * self.rule_names.index(request.acceptance.rule) + request.sampling.is_greedy
 
     def sequence(self, slot: int) -> Sequence:
         """Who runs in this slot."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -58,7 +58,7 @@ class JudgeDescription:
     Attributes:
         kind: which rows it reads.
         target: whose rows; the layer that they leave is its last one.
-        drafter: whose rows it reads besides; None for kind `target`.
+        drafter: whose rows it reads besides, identified without a chat template; None for kind `target`.
         threshold: calibrated; holds where a request names none.
         thresholds: what else can be chosen, ascending.
         tasks: what it was calibrated on, e.g. "GSM8K train, mined". It does not carry over unless measured.
@@ -166,6 +166,11 @@ def read_description(raw: Mapping[str, Any]) -> JudgeDescription:
     return description
 
 
+def judge_field(name: str) -> str:
+    """The configuration key of a judge, for messages."""
+    return f"acceptance.judges {name}"
+
+
 def check_models(
     name: str, description: JudgeDescription, target: ModelIdentity, drafter: ModelIdentity | None
 ) -> None:
@@ -189,6 +194,15 @@ def check_models(
         raise ValueError(
             f"{name} must be a judge of the models that are served, got one for other ones: "
             + "; ".join(found)
+        )
+
+
+def check_methods(name: str, without_rows: Sequence[str]) -> None:
+    """Refuses a judge that reads the draft model's rows beside draft methods that have none at their nodes."""
+    if without_rows:
+        raise ValueError(
+            f"{name} reads the draft model's rows, so draft.methods must be [model], got also "
+            f"{', '.join(without_rows)}, which has none at the nodes that it proposes"
         )
 
 

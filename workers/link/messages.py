@@ -36,9 +36,9 @@ class ScoreNeeds:
     """What a sequence's rule needs besides the sampled tokens."""
 
     child_logprobs: bool = False
-    """Log-probabilities of the drafted tokens."""
+    """Log-probabilities of the drafted tokens, under the model's own law and under the request's."""
     entropy: bool = False
-    """Entropy at every sampled node."""
+    """Entropy of the request's law at every sampled node."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,9 @@ class Scores:
     top_ids: Int64Array  # [num that ask, k] likeliest first; k is the most that anybody asks for
     top_logprobs: Float32Array  # [num that ask, k]
     child_logprobs: Float32Array  # [num that ask] of drafted nodes: of their own token after their parent
-    entropies: Float32Array  # [num that ask] nats, of the model's own law after each sampled node
+    child_laws: Float32Array  # likewise, under the request's law: -inf where it removes the token
+    is_pushed_down: npt.NDArray[np.bool_]  # likewise, whether the request makes the token less likely
+    entropies: Float32Array  # [num that ask] nats, of the request's law after each sampled node
     commit_s: float
     forward_s: float
     sample_s: float
@@ -315,6 +317,8 @@ def encode_scores(scores: Scores) -> torch.Tensor:
             scores.top_ids.ravel(),
             _bits(scores.top_logprobs.ravel()),
             _bits(scores.child_logprobs),
+            _bits(scores.child_laws),
+            np.flatnonzero(scores.is_pushed_down),
             _bits(scores.entropies),
         ]
     )
@@ -322,14 +326,15 @@ def encode_scores(scores: Scores) -> torch.Tensor:
 
 def decode_scores(buffer: torch.Tensor, payload: torch.Tensor) -> Scores:
     """Read what `encode_scores` wrote, with the bytes of the hidden rows that came behind it, uint8 [num_bytes]."""
-    head, shape, times, tokens, failed_rows, logprobs, top_ids, top_logprobs, child, entropies = _unpack(
-        buffer
-    )
+    head, shape, times, tokens, failed_rows, logprobs, top_ids, top_logprobs, *rest = _unpack(buffer)
+    child, child_laws, pushed, entropies = rest
     low, high, num_top = head.tolist()
     num_layers, num_hidden, hidden_size, dtype = shape.tolist()
     commit_s, forward_s, sample_s = times.view(np.float32).tolist()
     failed = np.zeros(len(tokens), dtype=bool)
     failed[failed_rows] = True
+    is_pushed_down = np.zeros(len(child), dtype=bool)
+    is_pushed_down[pushed] = True
     return Scores(
         round_id=_joined(low, high),
         tokens=tokens.astype(np.int64),
@@ -338,6 +343,8 @@ def decode_scores(buffer: torch.Tensor, payload: torch.Tensor) -> Scores:
         top_ids=top_ids.astype(np.int64).reshape(len(logprobs), num_top),
         top_logprobs=top_logprobs.view(np.float32).reshape(len(logprobs), num_top),
         child_logprobs=child.view(np.float32),
+        child_laws=child_laws.view(np.float32),
+        is_pushed_down=is_pushed_down,
         entropies=entropies.view(np.float32),
         commit_s=commit_s,
         forward_s=forward_s,

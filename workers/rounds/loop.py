@@ -22,8 +22,8 @@ from outrider.workers.rounds.growth import GrowthOptions, TreeGrower
 from outrider.workers.rounds.outgoing import Round, hidden_wanted, start_message, steps_message
 from outrider.workers.rounds.scheduler import PlannedStep, Scheduler
 from outrider.workers.rounds.settle import settle_round
-from outrider.workers.sequences.rules import RULES, Rule
-from outrider.workers.sequences.sequence import Request, Sequence, TokenEvent
+from outrider.workers.sequences.rules import RULES, Rule, RuleMaker
+from outrider.workers.sequences.sequence import NONE_KEPT, KeptAccount, Request, Sequence, TokenEvent
 from outrider.workers.trace import Tracer
 
 
@@ -49,6 +49,23 @@ class LoopOptions:
     heartbeat_s: float  # an idle loop sends empty rounds, so that a group's time limit means a dead peer
 
 
+@dataclass(frozen=True)
+class FinishedCounts:
+    """Of the requests under one rule that ended, in whatever way."""
+
+    num_requests: int = 0
+    num_tokens: int = 0
+    kept: KeptAccount = NONE_KEPT
+
+    def plus(self, sequence: Sequence) -> FinishedCounts:
+        """With one more."""
+        return FinishedCounts(
+            self.num_requests + 1,
+            self.num_tokens + sequence.num_output,
+            self.kept.plus(sequence.stats.kept),
+        )
+
+
 class RoundLoop:
     """Drives rounds until stopped. `submit`, `cancel` and `stop` may be called from other threads."""
 
@@ -61,10 +78,11 @@ class RoundLoop:
         options: LoopOptions,
         tracer: Tracer,
         emit: Callable[[TokenEvent], None],
-        rules: Mapping[str, Rule] = RULES,
+        rules: Mapping[str, RuleMaker] = RULES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """clock: seconds; a virtual one lets a run be planned, or tested, without its time passing."""
+        """rules: by the names under which requests ask for them; clock: seconds; a virtual one lets a run be planned,
+        or tested, without its time passing."""
         self.scheduler = scheduler
         self.cost = cost
         self._link = link
@@ -78,6 +96,7 @@ class RoundLoop:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._num_rounds = 0
+        self.finished: dict[str, FinishedCounts] = {}  # by rule
 
     def submit(self, request: Request) -> None:
         """Queue a request; its tokens come through `emit`."""
@@ -197,7 +216,7 @@ class RoundLoop:
     def _start(self, sequence: Sequence) -> SequenceStart:
         sequence.started = True
         sequence.num_pages_sent = 0
-        return start_message(sequence, self._rules[sequence.request.rule])
+        return start_message(sequence, self._rule_of(sequence))
 
     def _receive(self) -> Scores:
         with self._tracer.span("wait"):
@@ -216,7 +235,7 @@ class RoundLoop:
             rules = self._rules_of(list(under_way.steps))
             for outcome in settle_round(under_way, scores, rules, self._drafting):
                 if outcome.event.finish_reason:
-                    self.scheduler.finish(outcome.sequence)
+                    self._finish(outcome.sequence)
                 if outcome.event.tokens or outcome.event.finish_reason:
                     self._emit(outcome.event)
 
@@ -226,11 +245,20 @@ class RoundLoop:
             return
         sequence.cancelled = True
         if not sequence.in_flight:  # otherwise it ends when its round settles
-            self.scheduler.finish(sequence)
+            self._finish(sequence)
             self._emit(TokenEvent(request_id, (), (), (), "cancelled", "", sequence.stats))
 
+    def _finish(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        rule = sequence.request.acceptance.rule
+        self.finished[rule] = self.finished.get(rule, FinishedCounts()).plus(sequence)
+
     def _rules_of(self, steps: list[PlannedStep]) -> list[Rule]:
-        return [self._rules[step.sequence.request.rule] for step in steps]
+        return [self._rule_of(step.sequence) for step in steps]
+
+    def _rule_of(self, sequence: Sequence) -> Rule:
+        options = sequence.request.acceptance
+        return self._rules[options.rule](options)
 
     def _set_stopping(self) -> None:
         self._stopping = True

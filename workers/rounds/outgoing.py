@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,15 +51,20 @@ def start_message(sequence: Sequence, rule: Rule) -> SequenceStart:
         slot=sequence.slot,
         prompt_length=len(sequence.request.prompt_tokens),
         num_shared_tokens=sequence.num_committed,
-        sampling=sequence.request.sampling,
-        needs=score_needs(sequence, rule),
+        sampling=replace(sequence.request.sampling, logprobs=needs_logprobs(sequence, rule)),
+        needs=score_needs(rule),
     )
 
 
-def score_needs(sequence: Sequence, rule: Rule) -> ScoreNeeds:
-    """What the target computes for a sequence besides its samples; log-probs of kept tokens are those of children."""
-    reports_kept = sequence.request.sampling.logprobs and not rule.is_lossless
-    return ScoreNeeds(rule.needs.child_logprobs or reports_kept, rule.needs.entropy)
+def score_needs(rule: Rule) -> ScoreNeeds:
+    """What the target computes for a sequence besides its samples; what kept tokens cost is told of all of them."""
+    return ScoreNeeds(rule.needs.child_logprobs or not rule.is_lossless, rule.needs.entropy)
+
+
+def needs_logprobs(sequence: Sequence, rule: Rule) -> bool:
+    """Whether the target tells the log-probabilities of its samples: a kept token is compared with what it took the
+    place of."""
+    return sequence.request.sampling.logprobs or not rule.is_lossless
 
 
 def hidden_wanted(

@@ -11,13 +11,20 @@ import torch
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.method import Verified, VerifiedStep
 from outrider.workers.link.messages import Scores
-from outrider.workers.rounds.outgoing import Round, score_needs
+from outrider.workers.rounds.outgoing import Round, needs_logprobs, score_needs
 from outrider.workers.sequences.hidden import HiddenRows, all_layers
 from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.rules import NodeScores, Rule, Verdicts
 from outrider.workers.sequences.segments import starts_of
-from outrider.workers.sequences.sequence import RequestStats, Sequence, TokenEvent, TokenLogprobs
-from outrider.workers.sequences.tree import Ints
+from outrider.workers.sequences.sequence import (
+    NONE_KEPT,
+    KeptAccount,
+    RequestStats,
+    Sequence,
+    TokenEvent,
+    TokenLogprobs,
+)
+from outrider.workers.sequences.tree import Bools, Ints
 
 _NOT_NUMBERS = "the target's logits after token {position} are not numbers, or nothing is left to sample from"
 
@@ -37,7 +44,7 @@ def settle_round(
 
     rules: of each step. A sequence that finishes keeps its tree and pages; the caller frees them.
     """
-    verdicts = _Verdicts(round_, scores, rules)
+    verdicts = _Verdicts(round_, scores, rules, drafting)
     outcomes, verified, going_on = [], [], []
     for index, step in enumerate(round_.steps):
         sequence, chain = step.sequence, step.chain_length
@@ -69,19 +76,22 @@ def settle_round(
 class _Verdicts:
     """The verdicts of all steps of a round, by the rule of each, and the scores by node."""
 
-    def __init__(self, round_: Round, scores: Scores, rules: SequenceABC[Rule]) -> None:
+    def __init__(
+        self, round_: Round, scores: Scores, rules: SequenceABC[Rule], drafting: DraftEngine
+    ) -> None:
         self.trees = round_.trees
-        self.scores = _node_scores(round_, scores, rules)
+        self.scores = _node_scores(round_, scores, rules, drafting)
         self._flat = scores
-        by_name = {rule.name: rule for rule in rules}
-        if len(by_name) == 1:
+        distinct = dict.fromkeys(rules)
+        if len(distinct) == 1:
             self._all = rules[0].verdict(self.trees, self.scores)
         else:
             parts = []
-            for rule in by_name.values():
-                rows = np.array([i for i, other in enumerate(rules) if other.name == rule.name])
-                parts.append((rows, rule.verdict(self.trees.rows(rows), _score_rows(self.scores, rows))))
+            for rule in distinct:
+                rows = np.array([i for i, other in enumerate(rules) if other == rule])
+                parts.append((rows, rule.verdict(self.trees.rows(rows), self.scores.rows(rows))))
             self._all = _merged(len(rules), parts)
+        self.has_kept = np.logical_or.reduce(self._all.is_kept, axis=1).tolist()
         tokens, origins = self._all.emitted(self.trees)
         self.tokens, self.origins = tokens.tolist(), origins.tolist()
         self.num_accepted = self._all.num_accepted.tolist()
@@ -95,15 +105,19 @@ class _Verdicts:
         self.num_offered = (self._all.num_accepted + np.logical_or.reduce(is_child, axis=1)).tolist()
         """How deep drafted tokens stood below accepted parents."""
         self.num_drafted = np.maximum(self.trees.counts - 1, 0).tolist()
-        self.num_kept = np.add.reduce(self._all.is_kept, axis=1, dtype=np.int64).tolist()
-        asks = [step.sequence.request.sampling.logprobs for step in round_.steps]
+        asks = [needs_logprobs(step.sequence, rule) for step, rule in zip(round_.steps, rules, strict=True)]
         self._logprob_rows = starts_of(self._num_sampled * np.array(asks)).tolist()
 
     def rows(self, which: Ints) -> Verdicts:
         """Of some of the steps."""
         v = self._all
         return Verdicts(
-            v.paths[which], v.num_accepted[which], v.next_tokens[which], v.is_kept[which], v.failed[which]
+            v.paths[which],
+            v.num_accepted[which],
+            v.next_tokens[which],
+            v.is_kept[which],
+            v.failed[which],
+            v.judged[which],
         )
 
     def message_nodes(self, index: int) -> list[int]:
@@ -127,6 +141,17 @@ class _Verdicts:
             found.append(TokenLogprobs(logprob, tuple(top)))
         return tuple(found)
 
+    def kept(self, index: int, count: int) -> KeptAccount:
+        """Of the first `count` tokens that came out of a step: what those cost that the target did not say."""
+        account, path, first = NONE_KEPT, self.paths[index], self._logprob_rows[index]
+        for i in range(count):
+            if self.origins[index][i] == Origin.KEPT:
+                own = float(self._flat.logprobs[first + path[i]])
+                gap = own - float(self.scores.child_logprobs[index, path[i + 1]])
+                score = float(self._all.judged[index, i + 1])
+                account = account.plus(KeptAccount(1, gap, gap, score, score))
+        return account
+
 
 def _emit(sequence: Sequence, verdicts: _Verdicts, index: int) -> TokenEvent:
     """Extend the sequence by what came out, up to a stop token (included) or the length limit."""
@@ -139,7 +164,7 @@ def _emit(sequence: Sequence, verdicts: _Verdicts, index: int) -> TokenEvent:
         finish_reason = "error"
         error = _NOT_NUMBERS.format(position=len(sequence.tokens) + len(tokens) - 1)
     sequence.tokens += tokens
-    sequence.stats = _count(sequence.stats, verdicts, index)
+    sequence.stats = _count(sequence.stats, verdicts, index, len(tokens))
     sampling = sequence.request.sampling
     logprobs: tuple[TokenLogprobs, ...] = ()
     if sampling.logprobs:
@@ -161,14 +186,14 @@ def _until_end(sequence: Sequence, emitted: list[int]) -> tuple[list[int], str]:
     return emitted, "length" if len(emitted) == num_remaining else ""
 
 
-def _count(stats: RequestStats, verdicts: _Verdicts, index: int) -> RequestStats:
+def _count(stats: RequestStats, verdicts: _Verdicts, index: int, num_emitted: int) -> RequestStats:
     num_accepted = verdicts.num_accepted[index]
     num_levels = max(len(stats.depth_drafted), verdicts.num_offered[index])
     return RequestStats(
         num_rounds=stats.num_rounds + 1,
         num_drafted=stats.num_drafted + verdicts.num_drafted[index],
         num_accepted=stats.num_accepted + num_accepted,
-        num_kept=stats.num_kept + verdicts.num_kept[index],
+        kept=stats.kept.plus(verdicts.kept(index, num_emitted)) if verdicts.has_kept[index] else stats.kept,
         num_cached_prompt_tokens=stats.num_cached_prompt_tokens,
         num_recomputed=stats.num_recomputed,
         depth_drafted=_one_more(stats.depth_drafted, verdicts.num_offered[index], num_levels),
@@ -182,23 +207,44 @@ def _one_more(counts: tuple[int, ...], depth: int, num_levels: int) -> tuple[int
     return (*[count + 1 for count in longer[:depth]], *longer[depth:])
 
 
-def _node_scores(round_: Round, scores: Scores, rules: SequenceABC[Rule]) -> NodeScores:
+def _node_scores(
+    round_: Round, scores: Scores, rules: SequenceABC[Rule], drafting: DraftEngine
+) -> NodeScores:
     """Flat scores of the sampled nodes, padded to the trees."""
     exists = round_.trees.exists
     shape = exists.shape
     tokens, failed = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
     tokens[exists], failed[exists] = scores.tokens, scores.failed
-    child_logprobs, entropies = np.zeros(shape), np.zeros(shape)
-    if not len(scores.child_logprobs) and not len(scores.entropies):
-        return NodeScores(tokens, failed, child_logprobs, entropies, _hidden_by_node(round_, scores, rules))
-    needs = [score_needs(step.sequence, rule) for step, rule in zip(round_.steps, rules, strict=True)]
-    if len(scores.child_logprobs):
+    child_logprobs, entropies, child_laws = (np.zeros(shape) for _ in range(3))
+    is_pushed_down = np.zeros(shape, dtype=np.bool_)
+    if len(scores.child_logprobs) or len(scores.entropies):
+        needs = [score_needs(rule) for rule in rules]
         drafted = exists & np.array([need.child_logprobs for need in needs])[:, None]
         drafted[:, 0] = False
-        child_logprobs[drafted] = scores.child_logprobs
-    if len(scores.entropies):
+        child_logprobs[drafted], child_laws[drafted] = scores.child_logprobs, scores.child_laws
+        is_pushed_down[drafted] = scores.is_pushed_down
         entropies[exists & np.array([need.entropy for need in needs])[:, None]] = scores.entropies
-    return NodeScores(tokens, failed, child_logprobs, entropies, _hidden_by_node(round_, scores, rules))
+    draft_rows, has_draft_row = _draft_rows(round_, rules, drafting)
+    return NodeScores(
+        tokens,
+        failed,
+        child_logprobs,
+        entropies,
+        child_laws,
+        is_pushed_down,
+        draft_rows,
+        has_draft_row,
+        _hidden_by_node(round_, scores, rules),
+    )
+
+
+def _draft_rows(round_: Round, rules: SequenceABC[Rule], drafting: DraftEngine) -> tuple[torch.Tensor, Bools]:
+    """[B, K, draft hidden] and [B, K], see `NodeScores`, where a rule reads them."""
+    trees = round_.trees
+    if not any(rule.needs.draft_rows for rule in rules):
+        return torch.empty(*trees.tokens.shape, 0), np.zeros(trees.tokens.shape, dtype=np.bool_)
+    slots = np.array([step.sequence.slot for step in round_.steps], dtype=np.int64)
+    return drafting.node_rows(slots, trees.growing_nodes)
 
 
 def _hidden_by_node(round_: Round, scores: Scores, rules: SequenceABC[Rule]) -> dict[int, torch.Tensor]:
@@ -244,28 +290,19 @@ def _verified(
     return Verified(steps, _hidden_rows(round_, scores))
 
 
-def _score_rows(scores: NodeScores, which: Ints) -> NodeScores:
-    return NodeScores(
-        scores.tokens[which],
-        scores.failed[which],
-        scores.child_logprobs[which],
-        scores.entropies[which],
-        {layer: rows[torch.from_numpy(which).to(rows.device)] for layer, rows in scores.hidden.items()},
-    )
-
-
 def _merged(num_rows: int, parts: SequenceABC[tuple[Ints, Verdicts]]) -> Verdicts:
     """Verdicts of some rows each, put together."""
     width = max(verdicts.paths.shape[1] for _, verdicts in parts)
     paths, is_kept = (np.zeros((num_rows, width), dtype) for dtype in (np.int64, np.bool_))
     num_accepted, next_tokens = (np.zeros(num_rows, dtype=np.int64) for _ in range(2))
-    failed = np.zeros(num_rows, dtype=np.bool_)
+    failed, judged = np.zeros(num_rows, dtype=np.bool_), np.zeros(paths.shape)
     for rows, verdicts in parts:
+        judged[rows, : verdicts.paths.shape[1]] = verdicts.judged
         paths[rows, : verdicts.paths.shape[1]] = verdicts.paths
         is_kept[rows, : verdicts.paths.shape[1]] = verdicts.is_kept
         num_accepted[rows], next_tokens[rows] = verdicts.num_accepted, verdicts.next_tokens
         failed[rows] = verdicts.failed
-    return Verdicts(paths, num_accepted, next_tokens, is_kept, failed)
+    return Verdicts(paths, num_accepted, next_tokens, is_kept, failed, judged)
 
 
 def _event(sequence: Sequence, finish_reason: str = "") -> TokenEvent:

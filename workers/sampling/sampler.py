@@ -28,6 +28,7 @@ from outrider.workers.sampling.candidates import best_if_kept, kept_tokens
 from outrider.workers.sampling.context import RowParameters, SampledRows
 from outrider.workers.sampling.law import MAX_LOGIT, Edits, edit_rows
 from outrider.workers.sampling.logprobs import NO_QUESTIONS, LawQuestions, raw_logprobs
+from outrider.workers.sampling.request_laws import request_laws
 from outrider.workers.sampling.shards import DeviceShard, Shard
 from outrider.workers.sequences.vocabulary import Vocabulary
 
@@ -47,7 +48,11 @@ class Samples:
     top_ids: torch.Tensor  # int64 [num_rows, k], likeliest first; k is the most that any row asks for
     top_logprobs: torch.Tensor  # float32 [num_rows, k]
     token_logprobs: torch.Tensor  # float32 [num_tokens] of the tokens asked about; 0 in an invalid row
-    entropies: torch.Tensor  # float32 [num_entropies] of the rows asked about; 0 of an invalid row
+    token_laws: (
+        torch.Tensor
+    )  # float32 [num_tokens] log p̃ of these; -inf where p̃ removes them, 0 in an invalid row
+    is_pushed_down: torch.Tensor  # bool [num_tokens], whether the request's edits lower the token's logit
+    entropies: torch.Tensor  # float32 [num_entropies] of p̃ in the rows asked about; 0 of an invalid row
 
 
 NO_SAMPLES = Samples(
@@ -57,6 +62,8 @@ NO_SAMPLES = Samples(
     top_ids=torch.empty(0, 0, dtype=torch.int64),
     top_logprobs=torch.empty(0, 0),
     token_logprobs=torch.empty(0),
+    token_laws=torch.empty(0),
+    is_pushed_down=torch.empty(0, dtype=torch.bool),
     entropies=torch.empty(0),
 )
 """Of no rows."""
@@ -113,7 +120,7 @@ class Sampler:
             logits: float32 [num_rows, len(vocabulary)], straight from the model. Edited while this runs, and as
                 before when it returns.
             groups: what the rows are to be sampled for, in their order; the same on every rank.
-            questions: what else is to be known of the model's own law; the same on every rank.
+            questions: what else is to be known of the laws; the same on every rank.
         """
         batch = self._edit(logits, groups)
         best = np.zeros(len(batch.maxima), dtype=np.uint64)  # token 0 where a row is invalid
@@ -127,6 +134,16 @@ class Sampler:
             message = torch.from_numpy(best.view(np.int64))
             best = self._communicator.all_gather(message).numpy().view(np.uint64).min(axis=0)
         tokens = ids_of(best)
+        laws = request_laws(
+            batch.shard,
+            self._ids,
+            batch.maxima,
+            batch.params,
+            self._vocab_size,
+            questions,
+            valid,
+            self._communicator,
+        )
         batch.edits.undo(batch.logits)
         shard = self._shard(batch.logits) if len(batch.edits.rows) else batch.shard
         raw = raw_logprobs(
@@ -139,7 +156,17 @@ class Sampler:
             valid,
             self._communicator,
         )
-        return Samples(torch.from_numpy(tokens), torch.from_numpy(valid), *raw)
+        return Samples(
+            tokens=torch.from_numpy(tokens),
+            valid=torch.from_numpy(valid),
+            logprobs=raw.logprobs,
+            top_ids=raw.top_ids,
+            top_logprobs=raw.top_logprobs,
+            token_logprobs=raw.token_logprobs,
+            token_laws=torch.from_numpy(laws.logprobs),
+            is_pushed_down=torch.from_numpy(laws.logits < raw.token_logits.numpy()),
+            entropies=torch.from_numpy(laws.entropies),
+        )
 
     @np.errstate(over="ignore")
     def propose(

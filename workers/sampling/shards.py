@@ -42,8 +42,10 @@ class Shard(Protocol):
         """[n]: of each row the sum of exp((logit - maximum) / temperature), for the finite maxima given."""
         ...
 
-    def weighted_sums(self, rows: Int64Array, maxima: Float32Array) -> npt.NDArray[np.float64]:
-        """[n]: of each row the sum of x * exp(x) where x = logit - maximum, for the finite maxima given."""
+    def weighted_sums(
+        self, rows: Int64Array, maxima: Float32Array, temperatures: Float32Array
+    ) -> npt.NDArray[np.float64]:
+        """[n]: of each row the sum of x * exp(x) where x = (logit - maximum) / temperature, finite maxima given."""
         ...
 
     def largest(self, rows: Int64Array, count: int) -> Float32Array:
@@ -102,8 +104,11 @@ class DeviceShard:
         x *= self._tensor(np.float32(1.0) / temperatures)[:, None]
         return x.exp_().sum(dim=1, dtype=torch.float64).cpu().numpy()
 
-    def weighted_sums(self, rows: Int64Array, maxima: Float32Array) -> npt.NDArray[np.float64]:
-        x = (self._rows(rows) - self._tensor(maxima)[:, None]).clamp_min(float(LOWEST))
+    def weighted_sums(
+        self, rows: Int64Array, maxima: Float32Array, temperatures: Float32Array
+    ) -> npt.NDArray[np.float64]:
+        x = self._rows(rows) - self._tensor(maxima)[:, None]
+        x = (x * self._tensor(np.float32(1.0) / temperatures)[:, None]).clamp_min(float(LOWEST))
         return (x * x.exp()).sum(dim=1, dtype=torch.float64).cpu().numpy()
 
     def largest(self, rows: Int64Array, count: int) -> Float32Array:

@@ -7,7 +7,7 @@ of every tree which path comes out and which token after it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,16 +16,23 @@ import torch
 from outrider.workers.sequences.hidden import NO_HIDDEN_ROWS, HiddenNeeds
 from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.segments import pick
+from outrider.workers.sequences.sequence import AcceptanceOptions
 from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints
+
+_LEAST_LOG = -1e6  # nats: of what is as good as impossible
 
 
 @dataclass(frozen=True)
 class RuleNeeds:
     """What a rule reads besides the target's samples."""
 
-    child_logprobs: bool = False  # log p of each drafted token
-    entropy: bool = False  # of the target's law after each node
+    child_logprobs: bool = False  # log-probabilities of each drafted token, and what the request does to it
+    entropy: bool = False  # of the law after each node
     hidden: HiddenNeeds = NO_HIDDEN_ROWS
+    draft_rows: bool = False  # the draft model's of each drafted token
+
+
+_NOTHING = RuleNeeds()
 
 
 @dataclass(frozen=True)
@@ -35,16 +42,41 @@ class NodeScores:
     Attributes:
         tokens: int64 [B, K], the target's own token after each node.
         failed: bool [B, K], where no token can be sampled: the logits are not numbers, or nothing is left of them.
-        child_logprobs: float64 [B, K], log p (nats) of each node's own token after its parent; zeros if not asked.
-        entropies: float64 [B, K], nats; zeros if not asked.
+        child_logprobs: float64 [B, K], log p (nats) of each node's own token after its parent, under the model's own
+            law; zeros if not asked.
+        entropies: float64 [B, K], nats, of p̃ (see `child_laws`); zeros if not asked.
+        child_laws: float64 [B, K], log p̃ of each node's own token after its parent, under the law that the request
+            asks for; -inf where it removes the token. Of a greedy request that of temperature 1. Zeros if not asked.
+        is_pushed_down: bool [B, K], where a penalty or bias of the request makes the token less likely.
         hidden: by layer, [B, K, hidden] of the layers that the rule asked for, see `HiddenNeeds`.
+        draft_rows: [B, K, draft hidden] what leaves the draft model's last layer at each node, before its final norm;
+            no columns if not asked.
+        has_draft_row: bool [B, K], of the nodes that the draft model has read.
     """
 
     tokens: Ints
     failed: Bools
     child_logprobs: Floats
     entropies: Floats
+    child_laws: Floats
+    is_pushed_down: Bools
+    draft_rows: torch.Tensor
+    has_draft_row: Bools
     hidden: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+    def rows(self, which: Ints) -> NodeScores:
+        """Of some of the trees ([b] indices)."""
+        return NodeScores(
+            self.tokens[which],
+            self.failed[which],
+            self.child_logprobs[which],
+            self.entropies[which],
+            self.child_laws[which],
+            self.is_pushed_down[which],
+            self.draft_rows[torch.from_numpy(which).to(self.draft_rows.device)],
+            self.has_draft_row[which],
+            {layer: rows[torch.from_numpy(which).to(rows.device)] for layer, rows in self.hidden.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -58,6 +90,7 @@ class Verdicts:
             where the tree offered other tokens there.
         is_kept: bool [B, D] accepted nodes that `exact` would have refused.
         failed: bool [B] the target has no token after the path: the text ends with an error.
+        judged: float64 [B, D] the judge's scores of accepted nodes; zeros of the root and under other rules.
     """
 
     paths: Ints
@@ -65,6 +98,7 @@ class Verdicts:
     next_tokens: Ints
     is_kept: Bools
     failed: Bools
+    judged: Floats
 
     def emitted(self, trees: DraftTrees) -> tuple[Ints, Ints]:
         """Tokens that come out and their origins, int64 [B, D] each: `num_accepted` drafts, then the target's own."""
@@ -84,11 +118,15 @@ class Verdicts:
 
 
 class Rule(ABC):
-    """Decides which drafted tokens come out."""
+    """Decides which drafted tokens come out. Equal rules decide alike, and of all their trees at once."""
 
     name: str
     is_lossless: bool
-    needs = RuleNeeds()
+
+    @property
+    def needs(self) -> RuleNeeds:
+        """What it reads besides the target's samples."""
+        return _NOTHING
 
     @abstractmethod
     def verdict(self, trees: DraftTrees, scores: NodeScores) -> Verdicts:
@@ -108,6 +146,67 @@ class ExactRule(Rule):
     def verdict(self, trees: DraftTrees, scores: NodeScores) -> Verdicts:
         sampled = sampled_children(trees, scores)
         return follow(trees, scores, sampled, sampled)
+
+
+@dataclass(frozen=True)
+class TypicalRule(Rule):
+    """Typical acceptance (Medusa, arXiv 2401.10774): keeps x where p̃(x) > min(epsilon, delta * exp(-H)), H being the
+    entropy of p̃ in nats.
+
+    p̃ is the law that the request asks for. At temperature 0 that law is its likeliest token, and the rule would be
+    `exact` (as in Medusa's code): there p̃ is taken at temperature 1, after bias and penalties, because how sure the
+    target is of its choice is what the rule asks. What the target samples is accepted in any case: refused, it
+    would come out as the target's own token next. Of several paths the longest wins, then the likeliest under p̃.
+    """
+
+    epsilon: float
+    delta: float
+
+    name = "typical"
+    is_lossless = False
+
+    @property
+    def needs(self) -> RuleNeeds:
+        """How likely drafted tokens are, and how sure the target is."""
+        return RuleNeeds(child_logprobs=True, entropy=True)
+
+    def verdict(self, trees: DraftTrees, scores: NodeScores) -> Verdicts:
+        entropies = pick(scores.entropies, trees.parents)
+        bounds = np.minimum(self.epsilon, self.delta * np.exp(-entropies))
+        kept = np.exp(scores.child_laws) > bounds
+        return longest_paths(trees, scores, kept)
+
+
+RuleMaker = Callable[[AcceptanceOptions], Rule]
+
+
+def longest_paths(trees: DraftTrees, scores: NodeScores, kept: Bools) -> Verdicts:
+    """The longest path of nodes that are kept ([B, K]) or hold what the target samples; of equals the likeliest.
+
+    A node is never kept below one after which the target has no law, nor where p̃ has removed its token.
+    """
+    sampled = sampled_children(trees, scores)
+    kept = kept & trees.exists & (scores.child_laws > -np.inf) & ~pick(scores.failed, trees.parents)
+    kept[:, 0] = False
+    accepted = kept | sampled
+    row = np.arange(len(accepted))
+    reached, depths, totals = accepted.copy(), np.zeros(kept.shape, dtype=np.int64), np.zeros(kept.shape)
+    reached[:, 0] = True
+    for node in range(1, kept.shape[1]):
+        above = trees.parents[:, node]
+        reached[:, node] &= reached[row, above]
+        depths[:, node] = depths[row, above] + 1
+        # What was sampled is never impossible, whatever rounding says at the edge of a nucleus.
+        totals[:, node] = totals[row, above] + np.maximum(scores.child_laws[:, node], _LEAST_LOG)
+    depths[~reached] = -1
+    totals[depths < depths.max(axis=1)[:, None]] = -np.inf
+    ends = np.where(depths == depths.max(axis=1)[:, None], totals, -np.inf).argmax(axis=1)
+    on_path = np.zeros(kept.shape, dtype=np.bool_)
+    while np.count_nonzero(ends):
+        on_path[row, ends] = True
+        ends = trees.parents[row, ends]
+    on_path[:, 0] = False
+    return follow(trees, scores, on_path, sampled)
 
 
 def sampled_children(trees: DraftTrees, scores: NodeScores) -> Bools:
@@ -144,8 +243,17 @@ def follow(trees: DraftTrees, scores: NodeScores, accepted: Bools, sampled: Bool
     lasts = paths[row, num_accepted]
     is_kept = ~pick(sampled_children(trees, scores) if sampled is None else sampled, paths)
     is_kept &= paths > 0
-    return Verdicts(paths, num_accepted, scores.tokens[row, lasts], is_kept, scores.failed[row, lasts])
+    judged = np.zeros(paths.shape)
+    return Verdicts(
+        paths, num_accepted, scores.tokens[row, lasts], is_kept, scores.failed[row, lasts], judged
+    )
 
 
 EXACT = ExactRule()
-RULES: dict[str, Rule] = {EXACT.name: EXACT}
+RULES: Mapping[str, RuleMaker] = {
+    EXACT.name: lambda _: EXACT,
+    TypicalRule.name: lambda options: TypicalRule(options.epsilon, options.delta),
+}
+"""By name, rules as requests want them: those that need no weights. A deployment with judges has `judge`, too."""
+RULE_NAMES = (*RULES, "judge")
+"""All of them."""

@@ -19,6 +19,27 @@ class DraftOptions:
 
 
 @dataclass(frozen=True)
+class AcceptanceOptions:
+    """By which rule the drafted tokens of one request are accepted. Fields of other rules than its own mean nothing.
+
+    Attributes:
+        rule: a key of `RULES`; all but `exact` change the text.
+        epsilon, delta: of `typical`, see `TypicalRule`.
+        judge: of `judge`, its name.
+        threshold: of `judge`, the score above which a drafted token is kept; at 1 none is.
+    """
+
+    rule: str = "exact"
+    epsilon: float = 0.09
+    delta: float = 0.3
+    judge: str = ""
+    threshold: float = 1.0
+
+
+EXACTLY = AcceptanceOptions()
+
+
+@dataclass(frozen=True)
 class Request:
     """One text to continue."""
 
@@ -26,7 +47,7 @@ class Request:
     prompt_tokens: tuple[int, ...]
     sampling: SamplingParams
     draft: DraftOptions
-    rule: str = "exact"  # by which drafted tokens are accepted
+    acceptance: AcceptanceOptions = EXACTLY
 
 
 @dataclass(frozen=True)
@@ -38,17 +59,70 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
+class KeptAccount:
+    """What a lossy rule cost: of the tokens that came out although `exact` would have refused them.
+
+    A token's gap is how much less likely it is than the token that the target sampled there, in nats, under the
+    target's unprocessed law; below 0 where the noise or an option made the target take the less likely one. Its score
+    is the judge's; 0 under other rules.
+    """
+
+    num: int = 0
+    gap_sum: float = 0.0
+    worst_gap: float = 0.0  # the largest; 0 without tokens
+    score_sum: float = 0.0
+    least_score: float = 0.0  # 0 without tokens
+
+    @property
+    def mean_gap(self) -> float:
+        return self.gap_sum / self.num if self.num else 0.0
+
+    @property
+    def mean_score(self) -> float:
+        return self.score_sum / self.num if self.num else 0.0
+
+    def plus(self, other: KeptAccount) -> KeptAccount:
+        """Of both together."""
+        if not self.num or not other.num:
+            return other if other.num else self
+        return KeptAccount(
+            num=self.num + other.num,
+            gap_sum=self.gap_sum + other.gap_sum,
+            worst_gap=max(self.worst_gap, other.worst_gap),
+            score_sum=self.score_sum + other.score_sum,
+            least_score=min(self.least_score, other.least_score),
+        )
+
+    def summary(self) -> dict[str, float]:
+        """As users read it."""
+        return {
+            "num": self.num,
+            "mean_logprob_gap": self.mean_gap,
+            "worst_logprob_gap": self.worst_gap,
+            "mean_score": self.mean_score,
+            "least_score": self.least_score,
+        }
+
+
+NONE_KEPT = KeptAccount()
+
+
+@dataclass(frozen=True)
 class RequestStats:
     """What speculation did for one request so far. Index d of the tuples is draft depth d + 1."""
 
     num_rounds: int = 0  # target steps that emitted at least one token
     num_drafted: int = 0
     num_accepted: int = 0  # kept ones included
-    num_kept: int = 0  # accepted by a rule where the target sampled another token
+    kept: KeptAccount = NONE_KEPT  # tokens that came out where the target sampled another one
     num_cached_prompt_tokens: int = 0  # prompt tokens taken from shared pages
     num_recomputed: int = 0  # times the pages were taken away and the sequence computed again
     depth_drafted: tuple[int, ...] = ()  # rounds that offered a token at this depth below accepted parents
     depth_accepted: tuple[int, ...] = ()
+
+    @property
+    def num_kept(self) -> int:
+        return self.kept.num
 
 
 @dataclass(frozen=True)

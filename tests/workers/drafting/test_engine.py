@@ -65,8 +65,8 @@ class Toy(DraftMethod):
         assert sent.tokens[:, 0].tolist() == self.trees.tokens[slots, 0].tolist()
         return float(len(slots))
 
-    def root_gains(self, is_greedy: Bools) -> Floats:
-        return np.where(is_greedy, 0.25, 0.5)
+    def root_gains(self, laws: Ints) -> Floats:
+        return np.where(laws % 2, 0.25, 0.5)
 
 
 def engine_with(*sequences: Sequence) -> tuple[DraftEngine, Toy]:
@@ -190,7 +190,7 @@ class RecordingEstimator(AcceptanceEstimator):
         super().__init__()
         self.observed: list[tuple[int, bool]] = []
 
-    def observe(self, sources: Ints, accepted: Bools) -> None:
+    def observe(self, sources: Ints, accepted: Bools, rules: Ints) -> None:
         self.observed += zip(sources.tolist(), accepted.tolist(), strict=True)
 
 
@@ -257,6 +257,7 @@ def test_a_token_that_a_rule_kept_counts_as_the_answer() -> None:
         np.array([7]),
         np.array([[False, True, False]]),
         np.array([False]),
+        np.zeros((1, 3)),
     )
     engine.settle(np.array([1]), sent, kept)
     assert sorted(estimator.observed) == [(4, False), (5, True)]

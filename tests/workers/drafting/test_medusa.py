@@ -139,7 +139,7 @@ def test_calibrated_accuracies_shape_the_first_trees_and_verdicts_the_later_ones
     answer(drafting.engine, [0], cut_of(drafting.trees, {0: []}), [{0: never}])
     drafting.observe([sequence], some_rows(1))
     assert drafting.medusa.forecast(np.array([0])).gains.sum() < 0.7 * at_first
-    assert drafting.medusa.root_gains(np.array([True])).sum() > 2.0  # others get what is assumed at first
+    assert drafting.medusa.root_gains(np.array([1])).sum() > 2.0  # others get what is assumed at first
 
 
 def test_a_sequence_that_starts_in_a_used_slot_knows_no_row() -> None:

@@ -89,6 +89,8 @@ def any_scores(draw: st.DrawFn) -> Scores:
         top_ids=random.integers(0, 2**31, (num_asked, num_top)),
         top_logprobs=floats(num_asked, num_top),
         child_logprobs=floats(num_children),
+        child_laws=floats(num_children),
+        is_pushed_down=random.random(num_children) < 0.3,
         entropies=floats(num_entropies),
         commit_s=draw(TIMES),
         forward_s=draw(TIMES),

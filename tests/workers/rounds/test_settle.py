@@ -255,9 +255,10 @@ def test_steps_under_different_rules_share_a_round() -> None:
     # Below 11 the target wants 21, but 13 is the second token of its path.
     deciding = Deciding(ASKING, SamplingParams(), ASKING)
     scores = with_logprobs(scores_of(1, (11, 21, 30, 99) * 3), -0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.7, -0.8)
+    children = np.array([-7.0, -8.0, -9.0])  # of 11, 13 and 12 in the third step
     scores = replace(
-        scores, child_logprobs=np.array([-7.0, -8.0, -9.0])
-    )  # of 11, 13 and 12 in the third step
+        scores, child_logprobs=children, child_laws=children, is_pushed_down=np.zeros(3, dtype=bool)
+    )
     exact, plain, kept = deciding.settle(scores, rules=[EXACT, EXACT, EverySecond()])
     assert (exact.tokens, exact.origins) == (plain.tokens, plain.origins) == ((11, 21), (D, T))
     assert (kept.tokens, kept.origins) == ((11, 13, 30), (D, K, T))
@@ -265,6 +266,10 @@ def test_steps_under_different_rules_share_a_round() -> None:
     assert [entry.logprob for entry in kept.logprobs] == [-0.5, -8.0, -0.7]
     assert (kept.stats.num_accepted, kept.stats.num_kept) == (2, 1)
     assert (exact.stats.num_accepted, exact.stats.num_kept) == (1, 0)
+    # The target sampled 21 with -0.6, and 13 took its place.
+    assert kept.stats.kept.summary() == pytest.approx(
+        {"num": 1, "mean_logprob_gap": 7.4, "worst_logprob_gap": 7.4, "mean_score": 0.0, "least_score": 0.0}
+    )
 
 
 def test_a_law_that_is_none_ends_the_text_behind_what_was_accepted() -> None:

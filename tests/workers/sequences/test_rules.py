@@ -22,7 +22,9 @@ from outrider.workers.sequences.rules import (
     follow,
     sampled_children,
 )
+from outrider.workers.sequences.sequence import EXACTLY
 from outrider.workers.sequences.tree import DraftTrees, Ints
+from support.steps import node_scores
 
 TREES = DraftTrees(
     counts=np.array([6, 1, 2, 4]),
@@ -42,7 +44,7 @@ def scores(tokens: Ints, *failed: tuple[int, int]) -> NodeScores:
     fails = np.zeros(tokens.shape, dtype=np.bool_)
     for place in failed:
         fails[place] = True
-    return NodeScores(tokens, fails, np.zeros(tokens.shape), np.zeros(tokens.shape))
+    return node_scores(tokens, fails)
 
 
 def paths(verdicts: Verdicts) -> list[list[int]]:
@@ -74,7 +76,7 @@ def test_exact_accepts_what_the_target_samples_in_every_tree() -> None:
     ]
     assert not verdicts.is_kept.any()
     assert not verdicts.failed.any()
-    assert RULES["exact"] is EXACT
+    assert RULES["exact"](EXACTLY) is EXACT
     assert EXACT.is_lossless
 
 
