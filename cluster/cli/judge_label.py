@@ -65,7 +65,9 @@ def label(
     check_options(loaded, {"max_tokens": num_tokens}, {})
     for name in (*records, *tasks):
         if not Path(name).expanduser().is_file():
-            raise ValueError(f"--{'records' if records else 'tasks'} must be a .jsonl file, got {name!r} (no such file)")
+            raise ValueError(
+                f"--{'records' if records else 'tasks'} must be a .jsonl file, got {name!r} (no such file)"
+            )
     model = open_model(loaded)
     settings: dict[str, Any] = {"records": {}, "tasks": {}, "dtype": loaded.target.dtype}
     if records:
@@ -78,7 +80,7 @@ def label(
         if records:
             _label_records(records, model.tokenizer, directory, writer)
         else:
-            found = _tasks(tasks, limit)
+            found = read_task_files(tasks, limit)
             _mine(loaded, found, model, directory, writer, num_tokens, max_mismatches, concurrency)
 
 
@@ -97,7 +99,8 @@ def _label_records(files: list[str], tokenizer: Any, directory: Path, writer: "L
     typer.echo(f"{directory}: {len(texts)} texts, {good} good and {bad} bad tokens")
 
 
-def _tasks(files: list[str], limit: int) -> "list[Task]":
+def read_task_files(files: list[str], limit: int) -> "list[Task]":
+    """Tasks of several files; with a sandbox where they have code."""
     from outrider.workers.training.judges.sandbox import Limits, Sandbox
     from outrider.workers.training.judges.tasks import has_code, read_tasks, spread
 

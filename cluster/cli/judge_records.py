@@ -107,4 +107,3 @@ def _tasks(files: list[str], limit: int) -> "list[Coding]":
                 raise ValueError(f"--programs must hold code with tests, got a word problem in {file}")
             found.append(task)
     return found
-

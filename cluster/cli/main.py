@@ -27,7 +27,7 @@ COMMANDS = (
     "demo",
     "doctor",
 )
-"""Module names: `outrider generate` is the function `generate` in generate.py; one with commands of its own is a Typer."""
+"""Module and function names: `outrider generate` is `generate` in generate.py; a Typer has commands of its own."""
 
 USER_ERROR = 2
 ENGINE_ERROR = 1

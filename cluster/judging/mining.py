@@ -241,4 +241,3 @@ def mine(
             writer.write(text)
             found.note(text)
         on_task()
-

@@ -174,7 +174,9 @@ def arithmetic_records(
     generator = random.Random(f"{seed}/{problem}")
     text = solution.text
     wrong = of_all_kinds(list(mistakes(solution, question, generator)), most_wrong, generator)
-    right = of_all_kinds([edit for edit in variations(solution) if edit.apply(text) != text], most_right, generator)
+    right = of_all_kinds(
+        [edit for edit in variations(solution) if edit.apply(text) != text], most_right, generator
+    )
     records = [right_record(problem, DOMAIN, question, text, "as written", 0)]
     for number, edit in enumerate(wrong, start=1):
         records.append(mistake_record(problem, DOMAIN, question, text, edit, number))

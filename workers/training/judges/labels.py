@@ -5,7 +5,7 @@ A directory as in `lines`: `labels.json` and `labels-00000.jsonl`, …, a text a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

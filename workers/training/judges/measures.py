@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from outrider.workers.judging.head import ThresholdRow
+from outrider.workers.training.judges.labels import MINED
 from outrider.workers.training.judges.rows import Bools, Floats, JudgeRows
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
@@ -143,16 +144,18 @@ def threshold_table(
 
     Args:
         match_rate: fraction of draft tokens that are the target's own, from mining; 0: not known, then acceptance
-            length and speed are not said.
+            length and speed are not said. They are of mined mismatches alone, which are as frequent as in service.
         draft_length: of the chain whose acceptance length is expected, if each token is accepted on its own. Then a
             round costs what one of `exact` costs, and the speeds are as the acceptance lengths.
     """
+    is_mined = asked.kinds == MINED
     rows = []
     for threshold in thresholds:
         kept = scored > threshold
         length = speed = 0.0
-        if match_rate:
-            length = chain_length(match_rate + (1 - match_rate) * float(kept.mean()), draft_length)
+        if match_rate and is_mined.any():
+            kept_share = float(kept[is_mined].mean())
+            length = chain_length(match_rate + (1 - match_rate) * kept_share, draft_length)
             speed = length / chain_length(match_rate, draft_length)
         rows.append(
             ThresholdRow(

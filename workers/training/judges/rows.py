@@ -5,7 +5,7 @@ Texts of one problem have most of their tokens in common, so each problem is a t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,15 +195,21 @@ class JudgeRows:
 
 
 def judge_rows(
-    trees: Sequence[LabelledTree], computer: JudgeRowComputer, folder: Path, identity: str, progress: Progress
+    trees: Sequence[LabelledTree],
+    open_computer: Callable[[], JudgeRowComputer],
+    folder: Path,
+    identity: str,
+    progress: Progress,
 ) -> JudgeRows:
     """Rows of all labelled tokens; what is in `folder` already is not computed again.
 
     Args:
+        open_computer: called where something is to be computed.
         identity: what else than the texts decides the rows: the models and their number formats.
     """
     files = row_files(trees, folder, identity, _TREES_PER_FILE)
-    keep_rows(trees, files, computer, progress, _TREES_PER_FILE)
+    if not all(path.exists() for path in files):
+        keep_rows(trees, files, open_computer(), progress, _TREES_PER_FILE)
     tensors = [load_file(path) for path in files]
 
     def joined(name: str) -> Floats:
