@@ -244,11 +244,9 @@ def markdown(found: Sequence[ModeFigures]) -> str:
     ]
     for mode in found:
         right, other = mode.accuracy, mode.difference
-        difference = (
-            ""
-            if mode.rule == "exact"
-            else f"{100 * other.value:+.1f} [{100 * other.low:+.1f}, {100 * other.high:+.1f}]"
-        )
+        difference = f"{100 * other.value:+.1f} [{100 * other.low:+.1f}, {100 * other.high:+.1f}]"
+        if mode.rule == "exact":
+            difference = ""
         lines.append(
             f"| {mode.mode} | {100 * right.value:.1f} % of {mode.num_tasks} | {100 * right.low:.1f} to "
             f"{100 * right.high:.1f} | {difference} | {mode.acceptance_length:.2f} ({mode.relative_length:.2f}x) | "

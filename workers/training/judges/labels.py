@@ -136,7 +136,8 @@ def mistake_labels(places: Sequence[tuple[int, int]], mistake: tuple[int, int], 
     """Of each token what it is.
 
     A token is mistaken if it has a character of the mistake. Of these the first ones may say what a right answer
-    says, too (the 4 of 48 for 46, digit by digit): they are good, as nothing is wrong when they are read.
+    says, too (the 4 of 48 for 46, digit by digit): they are good, as nothing is wrong when they are read. If they all
+    are (the 2 of 22, whose second digit is missing), the token behind them is mistaken.
 
     Args:
         places: first character of each token and the one behind its last.
@@ -146,7 +147,7 @@ def mistake_labels(places: Sequence[tuple[int, int]], mistake: tuple[int, int], 
     start, end = mistake
     labels = []
     for index, (first, behind) in enumerate(places):
-        is_mistaken = first < end and behind > start
+        is_mistaken = (first < end and behind > start) or (first >= end and index == num_shared)
         if is_mistaken and index >= num_shared:
             labels.append(BAD)
         else:

@@ -23,6 +23,7 @@ from outrider.workers.weights.progress import Progress
 
 _TREES_PER_FILE = 16  # what a pass that is cut off loses
 _LOGIT_ROWS = 256
+_KEPT_OF_SAME = 8
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
@@ -56,7 +57,11 @@ class LabelledTree:
 
 
 def trees_of(texts: Iterable[LabelledText]) -> list[LabelledTree]:
-    """Texts of one problem and prompt become one tree; in the order in which they first come."""
+    """Texts of one problem and prompt become one tree; in the order in which they first come.
+
+    Where a text goes on to its end as the first one of its tree does, its tokens are left out after the first few:
+    they are the same tokens once more, behind a beginning that differs.
+    """
     groups: dict[tuple[str, tuple[int, ...]], list[LabelledText]] = {}
     for text in texts:
         groups.setdefault((text.problem, text.prompt_tokens), []).append(text)
@@ -72,7 +77,9 @@ def _tree_of(texts: Sequence[LabelledText]) -> LabelledTree:
     for text in texts:
         node = -1
         labels = UNUSED * len(text.prompt_tokens) + text.labels
-        for token, label in zip(text.tokens, labels, strict=True):
+        num_same = 0 if text is texts[0] else _num_same_at_end(text.output_tokens, texts[0].output_tokens)
+        num_read = len(labels) - max(0, num_same - _KEPT_OF_SAME)
+        for token, label in zip(text.tokens[:num_read], labels[:num_read], strict=True):
             place = (node, token)
             if place not in node_of:
                 node_of[place] = len(tokens)
@@ -92,6 +99,11 @@ def _tree_of(texts: Sequence[LabelledText]) -> LabelledTree:
         kinds=tuple(kinds[node] for node in clear),
         num_contradictory=len(said) - len(clear),
     )
+
+
+def _num_same_at_end(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = enumerate(zip(reversed(one), reversed(other), strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 class JudgeRowComputer:
