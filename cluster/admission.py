@@ -2,9 +2,8 @@
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from outrider.cluster.api import GenerationRequest
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 _CALIBRATION_PROMPT = "Explain in a few sentences how a lighthouse works."
 _CALIBRATION_TOKENS = 48
 
-NOTHING_CALIBRATED: Mapping[str, float] = MappingProxyType({})
-
 
 @dataclass(frozen=True)
 class Admission:
@@ -40,7 +37,7 @@ class Admission:
     vocab_size: int
     max_context: int
     eos_token_ids: tuple[int, ...]
-    judge_thresholds: Mapping[str, float] = NOTHING_CALIBRATED
+    judge_thresholds: Mapping[str, float] = field(default_factory=dict)
 
     def admit(self, request_id: str, asked: GenerationRequest) -> Request:
         """Raises ValueError naming the field and what it may be."""
@@ -189,20 +186,20 @@ def _judge_thresholds(config: Config, report: Progress) -> dict[str, float]:
 
     found = {}
     for judge in config.acceptance.judges:
-        field = judge_field(judge.name)
-        _, description = read_judge(resolve_judge(judge.model, report, field))
+        folder = resolve_judge(judge.model, report, judge_field(judge.name))
+        _, description = read_judge(folder)
         found[judge.name] = description.threshold
     return found
 
 
 def _message(asked: Mapping[object, object]) -> dict[str, str]:
-    texts = {field: asked.get(field) for field in ("role", "content")}
-    message = {field: text for field, text in texts.items() if isinstance(text, str)}
+    texts = {name: asked.get(name) for name in ("role", "content")}
+    message = {name: text for name, text in texts.items() if isinstance(text, str)}
     if len(message) < len(texts) or len(asked) > len(texts):
         shown = reprlib.repr(dict(asked))
         raise ValueError(f"a message must have the texts role and content, got {shown}")
-    for field, text in message.items():
-        _require_unicode(f"{field} of a message", text)
+    for name, text in message.items():
+        _require_unicode(f"{name} of a message", text)
     return message
 
 

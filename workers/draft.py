@@ -164,8 +164,8 @@ class DraftWorker:
             return events
 
     def stats(self) -> dict[str, Any]:
-        """Seconds per kind of work since the start, measured costs, the peak memory of this process; and of the requests
-        that ended, by rule, what was kept against the target's own choice."""
+        """Seconds per kind of work since the start, measured costs, the peak memory of this process; by rule, of the
+        requests that ended, what was kept against the target's own choice."""
         cost = self._loop.cost
         return {
             "busy_s": self._tracer.totals(),
@@ -203,7 +203,7 @@ class DraftWorker:
         return drafting
 
     def _load_judges(self, progress: Progress) -> dict[str, Judge]:
-        """The judges of `acceptance.judges`. Raises ValueError, naming one, if it is not for these models and methods."""
+        """Those of `acceptance.judges`. Raises ValueError, naming one, if it is not for these models and methods."""
         configured = self.config.acceptance.judges
         if not configured:
             return {}

@@ -164,9 +164,8 @@ def _print_text(
         elif several:
             console.file.write(f"## {prompt_id}\n")
         try:
-            answer = show_stream(
-                console, engine.stream(request.prompt, request.sampling, request.draft, request.acceptance)
-            )
+            pieces = engine.stream(request.prompt, request.sampling, request.draft, request.acceptance)
+            answer = show_stream(console, pieces)
         except ValueError as error:
             if not several:
                 raise

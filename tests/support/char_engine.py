@@ -7,12 +7,13 @@ from outrider.cluster.api import Collector, EngineError, GenerationRequest, Piec
 from outrider.configs.schema import Config
 from outrider.workers.answer import Completion
 from outrider.workers.sequences.origin import Origin
-from outrider.workers.sequences.sequence import RequestStats
+from outrider.workers.sequences.sequence import NONE_KEPT, KeptAccount, RequestStats
 from support.fake_workers import char_admission
 
 
 class CharEngine:
-    """Answers with `answer(prompt)`, two tokens a piece: the target's own, then a drafted one.
+    """Answers with `answer(prompt)`, two tokens a piece: the target's own, then a drafted one, which a lossy rule
+    kept.
 
     death: with a text, every request ends in EngineError.
     """
@@ -29,22 +30,27 @@ class CharEngine:
         self._admission = char_admission(config, lambda what, done, total: None)
 
     def stream(
-        self, prompt: Prompt, sampling: Mapping[str, object] = {}, draft: Mapping[str, object] = {}
+        self,
+        prompt: Prompt,
+        sampling: Mapping[str, object] = {},
+        draft: Mapping[str, object] = {},
+        acceptance: Mapping[str, object] = {},
     ) -> Iterator[Piece]:
-        asked = GenerationRequest(prompt, sampling, draft)
+        asked = GenerationRequest(prompt, sampling, draft, acceptance)
         self.asked.append(asked)
         if self.death:
             raise EngineError(self.death)
         request = self._admission.admit("fake", asked)
         text = self._answer("".join(map(chr, request.prompt_tokens)))[: request.sampling.max_tokens]
+        drafted = Origin.DRAFT if request.acceptance.rule == "exact" else Origin.KEPT
         for at in range(0, len(text), 2):
-            yield _piece(text[at : at + 2], at + 2 >= len(text), at // 2 + 1)
+            yield _piece(text[at : at + 2], at + 2 >= len(text), at // 2 + 1, drafted)
 
     def completions(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
         for asked in requests:
             answer = Collector()
             try:
-                for piece in self.stream(asked.prompt, asked.sampling, asked.draft):
+                for piece in self.stream(asked.prompt, asked.sampling, asked.draft, asked.acceptance):
                     answer.add(piece)
             except ValueError as error:
                 yield Completion(finish_reason="error", error=str(error))
@@ -65,10 +71,12 @@ class CharEngine:
         self.closed = True
 
 
-def _piece(text: str, last: bool, num_rounds: int) -> Piece:
-    origins = (Origin.TARGET, Origin.DRAFT)[: len(text)]
+def _piece(text: str, last: bool, num_rounds: int, drafted: Origin) -> Piece:
+    origins = (Origin.TARGET, drafted)[: len(text)]
     segments = tuple(Segment(char, origin) for char, origin in zip(text, origins, strict=True))
-    stats = RequestStats(num_rounds=num_rounds)
+    num_kept = num_rounds if drafted == Origin.KEPT else 0
+    kept = KeptAccount(num_kept, 0.5 * num_kept, 0.7, 0.9 * num_kept, 0.6) if num_kept else NONE_KEPT
+    stats = RequestStats(num_rounds=num_rounds, kept=kept)
     return Piece(
         segments=segments,
         tokens=tuple(map(ord, text)),

@@ -62,6 +62,11 @@ def tiny_drafter() -> ResolvedModel:
     return random_model(f"{_SHAPE}&seed=0&perturb=0.15")
 
 
+def poor_drafter() -> ResolvedModel:
+    """As `tiny_drafter`, and mostly wrong."""
+    return random_model(f"{_SHAPE}&seed=0&perturb=0.6")
+
+
 def random_tokens(seed: int, count: int) -> list[int]:
     generator = random.Random(seed)
     return [generator.randrange(VOCAB_SIZE) for _ in range(count)]

@@ -14,13 +14,17 @@ from outrider.configs.loader import load_config
 from outrider.workers.draft import DraftWorker
 from outrider.workers.draft_heads.checkpoint import write_eagle3, write_medusa
 from outrider.workers.draft_heads.description import HeadDescription
+from outrider.workers.judging.head import JudgeDescription, JudgeHead, write_judge
+from outrider.workers.judging.identity import identify
 from outrider.workers.rounds.budget import PassProfile
 from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.params import SamplingParams
-from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
+from outrider.workers.sequences.sequence import AcceptanceOptions, DraftOptions, Request, TokenEvent
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.random_source import RandomSource
+from outrider.workers.weights.resolver import resolve
+from outrider.workers.weights.tokenizer import load_tokenizer
 from support.local_engine import output_tokens
 from support.tiny_heads import eagle3_drafter, medusa_heads
 
@@ -139,6 +143,78 @@ def test_draft_heads_are_tried_before_anybody_is_served(tmp_path: Path) -> None:
         assert pair.draft.stats()["num_available_pages"] == pair.draft._scheduler.pool.num_pages
     finally:
         pair.stop()
+
+
+def write_some_judge(folder: Path, model: str, drafter: str = "") -> None:
+    """A judge that likes everything, of these random models."""
+    target, template = RandomSource(model), load_tokenizer(resolve(model, folder, silent, "")).chat_template
+    read_besides = identify("drafter", RandomSource(drafter), None) if drafter else None
+    kind = "target_and_draft" if drafter else "target"
+    description = JudgeDescription(
+        kind, identify("elsewhere", target, template), read_besides, 0.5, (), ("nothing",)
+    )
+    head = JudgeHead(description.num_columns)
+    torch.nn.init.zeros_(head.linear.weight)
+    torch.nn.init.constant_(head.linear.bias, 2.0)
+    write_judge(folder, head, description)
+
+
+JUDGED = ("acceptance.rules=[exact,judge]", "draft.methods=[model]")
+MODELS = load_config("tiny-random", [])
+
+
+@pytest.mark.parametrize("kind", ["target", "target_and_draft"])
+def test_requests_name_judges_that_are_loaded(tmp_path: Path, kind: str) -> None:
+    write_some_judge(tmp_path, MODELS.target.model, MODELS.draft.model if kind == "target_and_draft" else "")
+    # A drafter that is mostly wrong, but for the judge of both, which belongs to one.
+    poor = MODELS.draft.model.replace("perturb=0.2", "perturb=0.8")
+    drafter = MODELS.draft.model if kind == "target_and_draft" else poor
+    pair = Pair(*JUDGED, f"draft.model={drafter}", f"acceptance.judges=[{{name: all, model: {tmp_path}}}]")
+    try:
+        pair.run()
+        options = AcceptanceOptions("judge", judge="all", threshold=0.5)
+        draft = DraftOptions(("model",), 8, 8)
+        asked = [
+            dataclasses.replace(request(name, 60), draft=draft, acceptance=acceptance)
+            for name, acceptance in (
+                ("judged", options),
+                ("strict", dataclasses.replace(options, threshold=1.0)),
+                ("exact", AcceptanceOptions()),
+            )
+        ]
+        found = pair.generate(*asked)
+        kept = found["judged"][-1].stats.kept
+        assert kept.num > 0
+        assert kept.mean_score == pytest.approx(0.8808, abs=1e-3)
+        assert output_tokens(found["strict"]) == output_tokens(found["exact"])
+        finished = pair.draft.stats()["finished"]
+        assert finished["judge"] == {"num_requests": 2, "num_tokens": 120, "kept": kept.summary()}
+        assert finished["exact"]["kept"]["num"] == 0
+        assert_plain(finished)
+        assert_plain(found["judged"])
+    finally:
+        pair.stop()
+
+
+def test_judges_of_other_models_or_beside_other_methods_are_refused(tmp_path: Path) -> None:
+    def load(*overrides: str) -> None:
+        judges = f"acceptance.judges=[{{name: mine, model: {tmp_path}}}]"
+        DraftWorker(load_config("tiny-random", [*JUDGED, judges, *overrides])).load(silent)
+
+    write_some_judge(tmp_path, MODELS.target.model.replace("seed=0", "seed=1"))
+    with pytest.raises(
+        ValueError, match=r"^acceptance\.judges mine must be a judge of .*embedding has other"
+    ):
+        load()
+    write_some_judge(tmp_path, MODELS.target.model.replace("num_layers=2", "num_layers=3"))
+    with pytest.raises(ValueError, match=r"^acceptance\.judges mine must be .*number of layers 3, not 2$"):
+        load()
+    write_some_judge(tmp_path, MODELS.target.model, MODELS.draft.model)
+    load()
+    with pytest.raises(ValueError, match=r"mine .*draft\.methods must be \[model\], got also ngram"):
+        load("draft.methods=[ngram,model]")
+    with pytest.raises(ValueError, match=r"mine .*reads a draft model's rows, and draft\.methods has no"):
+        load("draft.methods=[]")
 
 
 def test_loading_reports_bytes_up_to_the_total(pair: Pair) -> None:

@@ -97,6 +97,24 @@ def test_json_is_one_object_per_prompt_bad_ones_included(engines: Engines, tmp_p
     assert long["error"].startswith("prompt and sampling.max_tokens must be at most")
 
 
+def test_a_lossy_rule_is_asked_for_and_labels_what_it_kept(engines: Engines) -> None:
+    allowed = ["acceptance.rules=[exact,typical]", "--rule", "typical", "--epsilon", "0.2"]
+    result = run("generate", "quickstart", "--prompt", "four", "--raw", "--json", *allowed)
+    assert engines.started[0].asked[0].acceptance == {"rule": "typical", "epsilon": 0.2}
+    answer = json.loads(result.stdout)
+    assert answer["origins"] == ["target", "kept", "target", "kept"]
+    assert answer["stats"]["kept"] == {
+        "num": 2,
+        "mean_logprob_gap": 0.5,
+        "worst_logprob_gap": 0.7,
+        "mean_score": 0.9,
+        "least_score": 0.6,
+    }
+    result = run("generate", "quickstart", "--prompt", "x", "--rule", "typical")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: acceptance.rule must be among the deployment's")
+
+
 def test_prompt_files_may_be_rows_of_spec_bench_and_humaneval(engines: Engines, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     rows: list[dict[str, object]] = [

@@ -37,6 +37,14 @@ def test_the_prior_is_worth_six_observations(estimator: AcceptanceEstimator) -> 
     assert estimate(estimator, A + 1, 0.3) == pytest.approx(0.3)  # another source learns nothing from it
 
 
+def test_what_one_rule_refuses_teaches_no_other(estimator: AcceptanceEstimator) -> None:
+    sources, lossy = np.full(20, A), np.array([0, 2] * 10)
+    estimator.observe(sources, lossy == 2, lossy)
+    exact, kept = estimator.estimate(np.array([A, A]), np.array([0.5, 0.5]), np.array([0, 2]))
+    assert (exact, kept) == pytest.approx((3 / 16, 13 / 16))
+    assert estimator.estimate(np.array([A]), np.array([0.5]), np.array([1])) == 0.5
+
+
 def test_room_for_more_forgets_nothing(estimator: AcceptanceEstimator) -> None:
     observe(estimator, A, *[True] * 6)
     assert estimator.reserve(4) == 9

@@ -35,8 +35,8 @@ def test_a_judge_is_read_as_it_was_written(tmp_path: Path, description: JudgeDes
     write_judge(tmp_path, head, description)
     again, said = read_judge(tmp_path)
     assert said == description
-    rows = torch.randn(5, description.num_columns)
-    assert torch.equal(again(rows), head(rows))
+    assert again.state_dict().keys() == head.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[name], x) for name, x in head.state_dict().items())
 
 
 def test_scaling_is_folded_into_the_weights() -> None:

@@ -9,6 +9,7 @@ Tree 3:  40 ─┬─ 41
 """
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,12 +19,13 @@ from outrider.workers.sequences.rules import (
     RULES,
     NodeScores,
     Origin,
+    TypicalRule,
     Verdicts,
     follow,
     sampled_children,
 )
-from outrider.workers.sequences.sequence import EXACTLY
-from outrider.workers.sequences.tree import DraftTrees, Ints
+from outrider.workers.sequences.sequence import EXACTLY, AcceptanceOptions
+from outrider.workers.sequences.tree import DraftTrees, Floats, Ints
 from support.steps import node_scores
 
 TREES = DraftTrees(
@@ -161,3 +163,59 @@ def test_many_verdicts_at_once_are_what_each_is_alone(seed: int) -> None:
         expected = [*tokens[row, path[1:]].tolist(), sampled[row, path[-1]]]
         assert [token for token, _ in emitted(verdicts, trees)[row]] == expected
         assert verdicts.failed[row] == ((row, path[-1]) in failed)
+
+
+def laws(**of_nodes: float) -> Floats:
+    """[4, 6]: log p̃ of nodes of tree 0 (n1=0.2: probability 0.2 of node 1); nothing else is likely."""
+    found = np.full(TREES.tokens.shape, -np.inf)
+    for node, probability in of_nodes.items():
+        found[0, int(node[1:])] = np.log(probability)
+    return found
+
+
+def typical(
+    children: Floats, epsilon: float = 0.09, delta: float = 0.3, entropy: float = 0.0
+) -> list[list[int]]:
+    """Paths of tree 0 where the target samples what no node holds."""
+    tokens, entropies = np.full(TREES.tokens.shape, 99), np.full(TREES.tokens.shape, entropy)
+    verdicts = TypicalRule(epsilon, delta).verdict(
+        TREES, node_scores(tokens, child_laws=children, entropies=entropies)
+    )
+    assert verdicts.is_kept[0, 1 : verdicts.num_accepted[0] + 1].all()
+    assert paths(verdicts)[1:] == [[0], [0], [0]]
+    return paths(verdicts)[0]
+
+
+def test_typical_keeps_what_is_likely_for_how_sure_the_target_is() -> None:
+    assert typical(laws(n1=0.1, n4=0.08)) == [0, 1]  # epsilon
+    assert typical(laws(n4=0.04)) == [0]
+    assert typical(laws(n4=0.04), entropy=2.1) == [0, 4]  # 0.3 * exp(-2.1) = 0.037
+    assert typical(laws(n4=0.28), epsilon=1.0, delta=0.3) == [0]
+    assert typical(laws(n4=0.32), epsilon=1.0, delta=0.3) == [0, 4]
+
+
+def test_the_longest_path_wins_and_of_equals_the_likeliest() -> None:
+    assert typical(laws(n1=0.8, n4=0.1, n5=0.1)) == [0, 4, 5]
+    assert typical(laws(n1=0.3, n2=0.2, n4=0.3, n5=0.3)) == [0, 4, 5]
+    assert typical(laws(n1=0.3, n2=0.5, n4=0.3, n5=0.3)) == [0, 1, 2]
+    assert typical(laws(n2=0.9, n3=0.9, n4=0.1)) == [0, 4]  # 13 and 15 hang below a token that is out
+
+
+def test_what_the_target_samples_is_accepted_by_every_rule_and_is_not_kept() -> None:
+    # Node 1 is sampled, 2 is kept; nothing is below a law that is none. At the edge of a nucleus rounding may say
+    # that a sampled token was removed.
+    tokens = np.where(np.arange(6) == 0, 11, 99) * np.ones((4, 1), dtype=np.int64)
+    failed = np.zeros(tokens.shape, dtype=np.bool_)
+    failed[0, 2] = True
+    verdicts = TypicalRule(0.09, 0.3).verdict(
+        TREES, node_scores(tokens, failed, laws(n2=0.5, n3=0.5), np.zeros(tokens.shape))
+    )
+    assert paths(verdicts)[0] == [0, 1, 2]
+    assert verdicts.is_kept[0].tolist()[:3] == [False, False, True]
+    assert verdicts.failed[0]
+
+
+def test_rules_that_ask_for_the_same_are_one() -> None:
+    asked = AcceptanceOptions("typical", epsilon=0.2)
+    assert RULES["typical"](asked) == RULES["typical"](replace(asked)) == TypicalRule(0.2, 0.3)
+    assert RULES["typical"](asked) != RULES["typical"](EXACTLY)
