@@ -38,7 +38,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "domain": "letters",
                 "question": f"question {number}",
                 "right": f"{chr(97 + number % 20)}bc, d{number}e and so on",
-                "wrong": f"{chr(97 + number % 20)}bc{chr(65 + number % 26)}",
+                "wrong": f"{chr(97 + number % 20)}bc{chr(65 + number % 3)}",
                 "span": {"start": 3, "end": 4},
                 "kind": "capital",
             }
@@ -225,10 +225,8 @@ def test_rules_are_measured_on_the_same_tasks_in_turns(
 
 def test_records_are_made_of_solutions_and_of_programs(tmp_path: Path) -> None:
     solutions = tmp_path / "train.jsonl"
-    rows = [
-        {"question": f"Is it {n}?", "answer": f"It is 2+{n} = <<2+{n}={2 + n}>>{2 + n}.\n#### {2 + n}"}
-        for n in range(5)
-    ]
+    steps = [f"It is 2+{n} = <<2+{n}={2 + n}>>{2 + n}.\n#### {2 + n}" for n in range(5)]
+    rows = [{"question": f"Is it {step}?", "answer": step} for step in steps]
     solutions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     programs = tmp_path / "programs.jsonl"
     program = {

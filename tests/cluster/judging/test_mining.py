@@ -1,5 +1,6 @@
 """Mining with tiny models: each mismatch is tried, and what does no harm stays in the text."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +30,21 @@ class GreedyEngine:
     def __init__(self) -> None:
         source = open_source(tiny_target())
         self.model = TargetFeatures(source, (source.config.num_layers,), torch.float32, 1)
+        self._lock = threading.Lock()
         self.num_left = 10_000
         self.prompts: list[tuple[int, ...]] = []
 
     def completions(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
-        for asked in requests:
-            self.num_left -= 1
-            if self.num_left < 0:
-                raise EngineError("target 0 died")
-            prompt = tuple(token for token in asked.prompt if isinstance(token, int))
-            self.prompts.append(prompt)
-            yield Completion(tokens=(*self.go_on(prompt), END), finish_reason="stop")
+        with self._lock:
+            yield from map(self._answer, requests)
+
+    def _answer(self, asked: GenerationRequest) -> Completion:
+        self.num_left -= 1
+        if self.num_left < 0:
+            raise EngineError("target 0 died")
+        prompt = tuple(token for token in asked.prompt if isinstance(token, int))
+        self.prompts.append(prompt)
+        return Completion(tokens=(*self.go_on(prompt), END), finish_reason="stop")
 
     def go_on(self, prompt: Sequence[int]) -> list[int]:
         tokens, begin = list(prompt), prompt_length(prompt)
@@ -57,19 +62,23 @@ def prompt_length(tokens: Sequence[int]) -> int:
     return len(TOKENIZER.encode(head, add_special_tokens=False))
 
 
+def parity(answer: str) -> str:
+    return str(sum(answer.encode()) % 2)
+
+
 @dataclass(frozen=True)
-class LastWord(Task):
-    """What the last eight characters say matters."""
+class Parity(Task):
+    """Whether its bytes come to an even number matters."""
 
     def outcome(self, answer: str) -> str:
-        return "" if "LOST" in self.prompt else answer[-8:]
+        return "" if "LOST" in self.prompt else parity(answer)
 
     def is_right(self, outcome: str) -> bool:
         return True
 
 
 def tasks(*prompts: str) -> list[Task]:
-    return [LastWord(f"t/{number}", "tiny", prompt) for number, prompt in enumerate(prompts)]
+    return [Parity(f"t/{number}", "tiny", prompt) for number, prompt in enumerate(prompts)]
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +103,10 @@ def test_each_mismatch_is_tried_behind_those_that_did_no_harm(
     found = miner(engine, chooser).mine(task)
     *mismatches, read = found.texts
     assert (read.kind, {text.kind for text in mismatches}) == (READ, {MINED})
-    assert 0 < len(mismatches) < LENGTH + 2
+    assert {text.labels[-1] for text in mismatches} == {"g", "b"}
     prompt = read.prompt_tokens
     current, begin = [*engine.go_on(prompt), END], 0
-    wanted = TOKENIZER.decode(current, skip_special_tokens=True)[-8:]
+    wanted = parity(TOKENIZER.decode(current, skip_special_tokens=True))
     for text in mismatches:
         choices = chooser.choices(prompt, current)
         place = next(i for i in range(begin, len(current)) if current[i] != choices[i])
@@ -106,7 +115,7 @@ def test_each_mismatch_is_tried_behind_those_that_did_no_harm(
         whole = [*text.output_tokens]
         if whole[-1] != END:
             whole += [*engine.go_on([*prompt, *whole]), END]
-        is_harmless = TOKENIZER.decode(whole, skip_special_tokens=True)[-8:] == wanted
+        is_harmless = parity(TOKENIZER.decode(whole, skip_special_tokens=True)) == wanted
         assert text.labels[-1] == ("g" if is_harmless else "b")
         begin = place + 1
         current = whole if is_harmless else current

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
 from outrider.workers.judging.head import ThresholdRow
 from outrider.workers.training.judges.labels import MINED
@@ -63,14 +64,22 @@ def quality(scored: Floats, asked: JudgeRows, seed: int) -> Quality:
         chosen = np.concatenate([places[index] for index in drawn])
         is_good = asked.is_good[chosen]
         if 0 < is_good.sum() < len(is_good):
-            areas.append(roc_auc_score(is_good, scored[chosen]))
+            areas.append(_area(scored[chosen], is_good))
     low, high = np.percentile(areas, [2.5, 97.5]) if areas else (0.0, 1.0)
     return Quality(
-        auc=float(roc_auc_score(asked.is_good, scored)),
+        auc=_area(scored, asked.is_good),
         auc_low=float(low),
         auc_high=float(high),
         precision=float(average_precision_score(~asked.is_good, -scored)),
     )
+
+
+def _area(scored: Floats, is_good: Bools) -> float:
+    """Under the ROC curve: how often a harmless token scores higher than a harmful one (Mann and Whitney 1947)."""
+    num_good = int(is_good.sum())
+    num_bad = len(is_good) - num_good
+    higher = rankdata(scored)[is_good].sum() - num_good * (num_good + 1) / 2
+    return float(higher / (num_good * num_bad))
 
 
 def curves(scored: Floats, is_good: Bools) -> Curves:
@@ -113,7 +122,7 @@ def trivial_judges(train: JudgeRows, asked: JudgeRows, text_of: Callable[[int], 
         name: (train.is_good[classes == name].sum() + 1) / ((classes == name).sum() + 2)
         for name in TOKEN_CLASSES
     }
-    sign = 1.0 if roc_auc_score(train.is_good, train.entropies) >= 0.5 else -1.0
+    sign = 1.0 if _area(train.entropies, train.is_good) >= 0.5 else -1.0
     model = LogisticRegression(C=1.0, class_weight="balanced", max_iter=1000)
     model.fit(_features(train, classes), train.is_good)
     bound = np.minimum(np.log(0.09), np.log(0.3) - asked.entropies)
