@@ -4,6 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # What running needs, and what lint and tests need besides.
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
+# Most tests keep one processor busy. A file stays together: its tests share running engines.
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-all lint format clean
@@ -12,10 +14,10 @@ demo: $(RUN)
 	$(VENV)/bin/outrider demo
 
 test: lint
-	$(VENV)/bin/pytest -m "not slow and not gpu"
+	$(VENV)/bin/pytest -m "not slow and not gpu" $(TWO_AT_A_TIME)
 
 test-all: lint
-	$(VENV)/bin/pytest -m "not gpu"
+	$(VENV)/bin/pytest -m "not gpu" $(TWO_AT_A_TIME)
 
 lint: $(DEV)
 	$(VENV)/bin/ruff check .

@@ -75,7 +75,7 @@ class TrainedHeadConfig:
     """Rank of a `low_rank` head: hidden size // this."""
 
     frozen: bool = False
-    """Leave the head as it starts: the target's rows, or their truncated SVD."""
+    """Leave the head as it starts: the target's rows, or the two matrices that come near them."""
 
     def __post_init__(self) -> None:
         _require_at_least(self, "head", 2, "rank_divisor")
@@ -244,7 +244,8 @@ class TrainingConfig:
     """Options of `medusa1` and `medusa2`."""
 
     start_from: str = ""
-    """A drafter of this kind and shape to go on from, instead of a fresh one: a folder that a run wrote."""
+    """A drafter of this kind and shape to go on from, instead of a fresh one: a folder that a run wrote. One with
+    another LM head gives everything else, and the head starts as a fresh one does."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How it is trained."""

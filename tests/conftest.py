@@ -1,8 +1,48 @@
-"""Settings of all tests."""
+"""Settings of all tests, and the count of numerical ties at the end of the run."""
 
+from dataclasses import asdict
+from typing import Any
+
+import pytest
 from hypothesis import settings
+
+from outrider.cluster.bench.identity import Mismatch
 
 # The same examples in every run: a test that fails, fails for everybody. No deadline per example: machines
 # are shared. To search further, raise `max_examples` and unset `derandomize` for a while.
 settings.register_profile("outrider", deadline=None, derandomize=True)
 settings.load_profile("outrider")
+
+_TIES: pytest.StashKey[list[Mismatch]] = pytest.StashKey()
+
+
+@pytest.fixture(scope="session")
+def ties(request: pytest.FixtureRequest) -> list[Mismatch]:
+    """Where texts parted at a numerical tie; reported when the run ends."""
+    return request.config.stash.setdefault(_TIES, [])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its ties to the process that reports."""
+    output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["ties"] = [asdict(tie) for tie in session.config.stash.get(_TIES, [])]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes them."""
+    found = getattr(node, "workeroutput", {}).get("ties", [])
+    node.config.stash.setdefault(_TIES, []).extend(Mismatch(**tie) for tie in found)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if _TIES not in config.stash:
+        return
+    found = config.stash[_TIES]
+    terminalreporter.section(f"equality: {len(found)} numerical ties")
+    for tie in found:
+        terminalreporter.line(
+            f"{tie.prompt_id}, output token {tie.index}: {tie.plain_token} and {tie.speculative_token}, "
+            f"{tie.plain_gap:.2g} and {tie.speculative_gap:.2g} below the best"
+        )

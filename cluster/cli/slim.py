@@ -56,7 +56,7 @@ def slim(
     threads: Threads = 1,
     cache_dir: CacheDir = CACHE,
 ) -> None:
-    """Give a drafter an LM head of two small matrices: truncated SVD, then distilled by forward KL."""
+    """Give a drafter an LM head of two small matrices: a weighted SVD, then distilled by forward KL."""
     from outrider.workers.draft_heads.lm_head import rank_of
     from outrider.workers.draft_heads.slim import SlimSettings
     from outrider.workers.setup import torch_dtype
@@ -94,7 +94,7 @@ def slim(
         data.description, target_model=data.description.target_model or corpus.description.model
     )
     write_heads(folder, found.heads, described, torch_dtype(dtype))
-    qualities = {"full": found.full, "svd": found.start, "distilled": found.fitted}
+    qualities = {"full": found.full, "start": found.start, "distilled": found.fitted}
     measured: dict[str, object] = {
         "rank": rank,
         **{name: asdict(quality) for name, quality in qualities.items()},

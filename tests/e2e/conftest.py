@@ -5,31 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from outrider.cluster.bench.identity import Mismatch
 from outrider.workers.weights.resolver import open_source
 from outrider.workers.weights.source import WeightSource
 from support.equality import Reference
 from support.tiny import tiny_drafter, tiny_target
-
-_TIES: pytest.StashKey[list[Mismatch]] = pytest.StashKey()
-
-
-@pytest.fixture(scope="session")
-def ties(request: pytest.FixtureRequest) -> list[Mismatch]:
-    """Where texts parted at a numerical tie; reported when the run ends."""
-    return request.config.stash.setdefault(_TIES, [])
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if _TIES not in config.stash:
-        return
-    found = config.stash[_TIES]
-    terminalreporter.section(f"equality: {len(found)} numerical ties")
-    for tie in found:
-        terminalreporter.line(
-            f"{tie.prompt_id}, output token {tie.index}: {tie.plain_token} and {tie.speculative_token}, "
-            f"{tie.plain_gap:.2g} and {tie.speculative_gap:.2g} below the best"
-        )
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -101,7 +101,11 @@ def test_a_drafter_with_another_head_gives_the_text_of_transformers(
     half = torch.cat(
         (torch.arange(0, VOCAB_SIZE, 2), torch.tensor([token for token, _ in FEW_TOKENS]))
     ).unique()
-    head = trimmed(full, half) if kind == "trimmed" else slim_start(full, 40)
+    head = (
+        trimmed(full, half)
+        if kind == "trimmed"
+        else slim_start(full, 40, torch.randn(100, full.shape.hidden_size))
+    )
     write_lm_head(tmp_path, head, HeadDescription(target_vocab_size=VOCAB_SIZE), torch.float32)
     served = served_head(read_lm_head(tmp_path)[0], VOCAB_SIZE, packed=True)
     sampled = SamplingParams(temperature=0.8, top_p=0.9, max_tokens=24)

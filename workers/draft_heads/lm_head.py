@@ -114,24 +114,7 @@ def make_lm_head(shape: LmHeadShape, ids: Tensor) -> LmHead:
     return DenseLmHead(shape.hidden_size, ids)
 
 
-def low_rank_start(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best two matrices for one of full rank, by truncated SVD: down [rank, hidden], up [V', rank].
-
-    The singular values are shared evenly between the two, so that both have gradients of one size.
-
-    Args:
-        weight: [V', hidden], V' >= hidden.
-    """
-    matrix = weight.double()
-    # Of the small Gram matrix instead of the tall one: the right vectors are the same, and V' may be 150,000.
-    values, vectors = torch.linalg.eigh(matrix.T @ matrix)  # ascending
-    right = vectors[:, -rank:].flip(1)  # [hidden, rank]
-    scale = values[-rank:].flip(0).clamp(min=1e-30).pow(0.25)  # square roots of singular values
-    up = (matrix @ right) / scale
-    return (right * scale).T.float().contiguous(), up.float().contiguous()
-
-
-def fitted_low_rank_start(weight: Tensor, rank: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+def low_rank_start(weight: Tensor, rank: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The two matrices that come nearest to the one's logits at the rows it will read, by a weighted SVD.
 
     The plain SVD of a language model's head is nearly useless: it keeps what distinguishes rare tokens, in directions

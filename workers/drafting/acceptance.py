@@ -17,7 +17,7 @@ _NUM_RANKS = _MAX_RANK + 1
 _YIELD_SMOOTHING = 0.05
 _RISING_EDGES = np.array((-5.0, -3.5, -2.2, -1.3, -0.7, -0.3, -0.1, -0.02))  # of log-probabilities, nats
 _NUM_EDGES = len(_RISING_EDGES)
-EXACTLY = np.zeros((), dtype=np.int64)  # the first rule
+_FIRST_RULE = np.zeros((), dtype=np.int64)
 
 NUM_SAMPLED_KINDS = 2 * _NUM_RANKS * (_NUM_EDGES + 1)
 """Kinds of `priors_and_kinds`."""
@@ -43,7 +43,7 @@ class AcceptanceEstimator:
         self._seen = np.concatenate([self._seen, room], axis=1)
         return first
 
-    def estimate(self, sources: Ints, priors: Floats, rules: Ints = EXACTLY) -> Floats:
+    def estimate(self, sources: Ints, priors: Floats, rules: Ints = _FIRST_RULE) -> Floats:
         """Probabilities of acceptance, between 0.001 and 0.995; of one shape, which `rules` is broadcast to."""
         estimates = _PRIOR_WEIGHT * priors
         places = rules * self._seen.shape[1] + sources
@@ -52,7 +52,7 @@ class AcceptanceEstimator:
         np.maximum(estimates, 0.001, out=estimates)
         return np.minimum(estimates, 0.995, out=estimates)
 
-    def observe(self, sources: Ints, accepted: Bools, rules: Ints = EXACTLY) -> None:
+    def observe(self, sources: Ints, accepted: Bools, rules: Ints = _FIRST_RULE) -> None:
         """Count outcomes; [M] each, which `rules` is broadcast to."""
         shape = self._seen.shape
         places = rules * shape[1] + sources

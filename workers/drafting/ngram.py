@@ -17,9 +17,6 @@ from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Floats, Ints, Survivors
 
-_MIN_VALUE = (
-    0.005  # probability that a path is accepted below which a node only takes the place of others in a tree
-)
 _MATCH_EDGES = np.array((2, 3, 4, 5, 7, 10, 15, 24))  # tokens
 
 
@@ -82,7 +79,6 @@ class NgramMethod(DraftMethod):
         is_open &= (is_leaf & (columns >= self._num_looked_up[slots][:, None])) | (
             (columns == 0) & (self._num_looked_up[slots] == 0)[:, None]
         )
-        is_open &= self.trees.values[slots, :width] >= _MIN_VALUE
         owners, nodes = np.nonzero(is_open)
         if not len(nodes):
             return False
@@ -97,16 +93,13 @@ class NgramMethod(DraftMethod):
             hits = np.flatnonzero(found.match_lengths[:, rank])
             if len(hits):
                 tokens = found.tokens[hits, rank]
+                rules = self.slots.rules[owner_slots[hits]]
                 acceptances, sources = self._estimates(
-                    found.match_lengths[hits, rank],
-                    rank,
-                    tokens.shape[1],
-                    self.slots.rules[owner_slots[hits]],
+                    found.match_lengths[hits, rank], rank, tokens.shape[1], rules
                 )
-                values = self.trees.values[owner_slots[hits], nodes[hits]]
-                worth = values[:, None] * np.cumprod(acceptances, axis=1) >= _MIN_VALUE
-                lengths = np.minimum(room[hits], worth.sum(axis=1))
-                self.trees.add_chains(owner_slots[hits], nodes[hits], tokens, lengths, acceptances, sources)
+                self.trees.add_chains(
+                    owner_slots[hits], nodes[hits], tokens, room[hits], acceptances, sources
+                )
         self._num_looked_up[slots] = self.trees.num_nodes[slots]
         return bool(found.match_lengths.any())
 

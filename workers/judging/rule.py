@@ -41,7 +41,8 @@ class Judge:
         if self.description.drafter is not None:
             rows = torch.cat([rows.float(), scores.draft_rows.to(rows.device).float()], dim=2)
             has_rows = has_rows & scores.has_draft_row
-        found: Floats = torch.sigmoid(self.head(rows)).double().cpu().numpy()
+        logits = self.head(rows.to(self.head.linear.weight.device))
+        found: Floats = torch.sigmoid(logits).double().cpu().numpy()
         return found * has_rows
 
 

@@ -15,7 +15,7 @@ from outrider.workers.draft_heads.lm_head import (
     LmHead,
     LmHeadShape,
     LowRankLmHead,
-    fitted_low_rank_start,
+    low_rank_start,
     rank_of,
 )
 from outrider.workers.training.metrics import NUM_RANKS, Guesses
@@ -61,7 +61,7 @@ def start_head(head: LmHead, source: WeightSource, low_rank: Mapping[str, Tensor
 
 def low_rank_head(source: WeightSource, ids: Tensor, rank: int, rows: Tensor) -> dict[str, Tensor]:
     """Weights of a low-rank head, for `start_head`; rows: [N, hidden], of the target after its final norm."""
-    down, up = fitted_low_rank_start(head_weight(source, ids), rank, rows)
+    down, up = low_rank_start(head_weight(source, ids), rank, rows)
     return {"down.weight": down, "up.weight": up}
 
 

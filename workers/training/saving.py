@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from outrider.workers.draft_heads.checkpoint import read_eagle3, read_medusa, write_eagle3, write_medusa
 from outrider.workers.draft_heads.description import (
@@ -55,9 +56,9 @@ def save_drafter(folder: Path, drafter: Drafter, description: HeadDescription) -
 
 
 def start_from(folder: Path, drafter: Drafter) -> None:
-    """Gives a drafter the weights of a checkpoint.
+    """Gives a drafter the weights of a checkpoint, all but an LM head of another kind or with other ids.
 
-    Raises ValueError where that has other sizes or ids.
+    Raises ValueError where anything else has other sizes.
     """
     found: Drafter
     if isinstance(drafter, Eagle3Drafter):
@@ -66,13 +67,20 @@ def start_from(folder: Path, drafter: Drafter) -> None:
     else:
         found, _ = read_medusa(folder)
         same_ids = torch.equal(found.ids, drafter.ids)
-    ours, theirs = _sizes(drafter), _sizes(found)
-    if ours != theirs or not same_ids:
-        different = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
-        what = ", ".join(sorted(different)) or "the ids of the LM head"
-        raise ValueError(f"start_from must be a drafter of this run's shape; {folder} differs in {what}")
-    drafter.load_state_dict(found.state_dict())
+    ours, theirs = drafter.state_dict(), found.state_dict()
+    if not same_ids or _sizes(ours, in_head=True) != _sizes(theirs, in_head=True):
+        theirs = {name: value for name, value in theirs.items() if not _is_of_head(name)}
+        theirs |= {name: value for name, value in ours.items() if _is_of_head(name)}
+    different = _sizes(ours).items() ^ _sizes(theirs).items()
+    if different:
+        names = ", ".join(sorted({name for name, _ in different}))
+        raise ValueError(f"start_from must be a drafter of this run's shape; {folder} differs in {names}")
+    drafter.load_state_dict(theirs)
 
 
-def _sizes(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in module.state_dict().items()}
+def _is_of_head(name: str) -> bool:
+    return "lm_head" in name
+
+
+def _sizes(weights: Mapping[str, Tensor], in_head: bool = False) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in weights.items() if not in_head or _is_of_head(name)}

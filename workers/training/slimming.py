@@ -69,7 +69,7 @@ class Slimmed:
     Attributes:
         heads: what it is of, with it.
         head: alone.
-        full, start, fitted: the full head, the truncated SVD and the fitted head on held-out text.
+        full, start, fitted: the full head, the low-rank one as it starts and as it is fitted, on held-out text.
         num_steps: of the optimizer.
     """
 
@@ -145,7 +145,7 @@ def read_slim_data(
 
 def slim_heads(data: SlimData, settings: SlimSettings, progress: Progress) -> Slimmed:
     """Fits a head of low rank, and measures it on the held-out rows."""
-    head = slim_start(data.head, settings.rank)
+    head = slim_start(data.head, settings.rank, data.used.rows)
     held_out = _teacher(data, data.held_out)
 
     def measured(which: LmHead) -> HeadQuality:

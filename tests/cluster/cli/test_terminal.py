@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from outrider.cluster.api import Piece, Progress, Segment
 from outrider.cluster.cli import main
 from outrider.cluster.cli.main import app
-from outrider.cluster.cli.show import show_stream
+from outrider.cluster.cli.show import legend, show_stream
 from outrider.cluster.cli.start import StartBars
 from outrider.cluster.cli.terminal import progress_bars, signs_of_life
 from outrider.cluster.engine import Engine
@@ -55,6 +55,19 @@ def test_an_answer_has_no_power_over_the_terminal() -> None:
     answer = show_stream(console, pieces(EVIL, "\x1b", "c"))
     assert written(console) == "a␛]0;title␇b␛[2Jc\ufffd31md␍e␡␛c\n"
     assert answer.text == f"{EVIL}\x1bc"
+
+
+def test_what_a_rule_kept_has_a_colour_of_its_own() -> None:
+    console = Console(
+        file=io.StringIO(), force_terminal=True, width=80, color_system="standard", no_color=False
+    )
+    said = tuple(Segment(origin.label, origin) for origin in Origin)
+    show_stream(console, iter([Piece(segments=said, tokens=(1, 2, 3), origins=tuple(Origin))]))
+    coloured = written(console)
+    assert "\x1b[32mdraft\x1b[0m" in coloured
+    assert "\x1b[33mkept\x1b[0m" in coloured
+    assert "kept against the target" in legend({"rule": "judge"}).plain
+    assert "kept" not in legend({}).plain
 
 
 def test_a_pipe_gets_the_answer_as_it_is() -> None:

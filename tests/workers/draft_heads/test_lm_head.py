@@ -6,20 +6,10 @@ from outrider.workers.draft_heads.lm_head import (
     DenseLmHead,
     LmHeadShape,
     LowRankLmHead,
-    fitted_low_rank_start,
     low_rank_start,
     make_lm_head,
     rank_of,
 )
-
-
-def test_the_start_of_a_low_rank_head_is_the_truncated_svd() -> None:
-    weight = torch.randn(60, 16, generator=torch.Generator().manual_seed(0))
-    down, up = low_rank_start(weight, 5)
-    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
-    torch.testing.assert_close(up @ down, (u[:, :5] * s[:5] @ v[:5]).float(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(down.norm(dim=1), s[:5].sqrt().float(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(up.norm(dim=0), s[:5].sqrt().float(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_start_that_knows_its_rows_is_nearer_to_the_law_there() -> None:
@@ -33,9 +23,11 @@ def test_a_start_that_knows_its_rows_is_nearer_to_the_law_there() -> None:
         ours = (rows @ down.T @ up.T).log_softmax(-1)
         return float((law.exp() * (law - ours)).sum(-1).mean())
 
-    assert kl(*fitted_low_rank_start(weight, 5, rows)) < 0.75 * kl(*low_rank_start(weight, 5))
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    plain_svd = (s[:5, None] * v[:5], u[:, :5])
+    assert kl(*low_rank_start(weight, 5, rows)) < 0.75 * kl(*plain_svd)
     # Of full rank nothing is lost but what no softmax sees.
-    assert kl(*fitted_low_rank_start(weight, 16, rows)) < 1e-5
+    assert kl(*low_rank_start(weight, 16, rows)) < 1e-5
 
 
 def test_a_head_of_two_matrices_gives_the_logits_of_their_product() -> None:

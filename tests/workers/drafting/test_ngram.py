@@ -9,6 +9,7 @@ from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.ngram import NgramMethod
 from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.rounds.budget import CostModel, PassProfile
 from outrider.workers.sequences.sequence import Sequence
 from support.drafted import GREEDY, answer, cut_of, node_at, paths_of, sequence_of
 
@@ -122,6 +123,26 @@ def test_estimates_learn_from_what_comes_out() -> None:
     looked_up(engine, 0)
     assert engine.trees.acceptances[0, 1] < before / 4 < 0.25
     assert first == [2]
+
+
+def test_drafts_are_as_deep_as_the_rule_of_their_request_lets_them_pay() -> None:
+    """The same text under two rules, drafted wrong every time: a judge that keeps it all sees longer drafts."""
+    texts = [
+        sequence_of(PROMPT, slot, max_depth=4, rule=rule) for slot, rule in enumerate(("exact", "judge"))
+    ]
+    engine = engine_with(*texts)
+    assert looked_up(engine, 0)[0] == looked_up(engine, 1)[0]
+    sources = engine.trees.sources[1, 1:5]
+    for _ in range(20):
+        engine.estimator.observe(sources, np.zeros(4, dtype=np.bool_), engine.slots.rules[[0] * 4])
+        engine.estimator.observe(sources, np.ones(4, dtype=np.bool_), engine.slots.rules[[1] * 4])
+    for sequence in texts:
+        engine.finish(sequence)
+        engine.start(sequence)
+    assert looked_up(engine, 0)[0] == looked_up(engine, 1)[0] == [[3], [3, 4], [3, 4, 5], [3, 4, 5, 6]]
+    cost = CostModel(PassProfile((1, 5), (1.0, 1.4)))
+    depths = [cost.best_num_nodes(engine.trees.values[slot, 1:5], 1, 1, 0.0) for slot in (0, 1)]
+    assert depths == [0, 4]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3])

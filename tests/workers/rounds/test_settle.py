@@ -272,6 +272,25 @@ def test_steps_under_different_rules_share_a_round() -> None:
     )
 
 
+@pytest.mark.parametrize(("stop_token", "tokens", "num_kept"), [(13, (11, 13), 1), (11, (11,), 0)])
+def test_a_kept_token_may_end_the_text_and_one_behind_its_end_is_not_counted(
+    stop_token: int, tokens: tuple[int, ...], num_kept: int
+) -> None:
+    deciding = Deciding(SamplingParams(stop_token_ids=(stop_token,)))
+    children = np.array([-7.0, -8.0, -9.0])
+    scores = replace(
+        with_logprobs(scores_of(1, (11, 21, 30, 99)), -0.1, -0.2, -0.3, -0.4),
+        child_logprobs=children,
+        child_laws=children,
+        is_pushed_down=np.zeros(3, dtype=bool),
+    )
+    (event,) = deciding.settle(scores, rules=[EverySecond()])
+    assert (event.tokens, event.finish_reason) == (tokens, "stop")
+    assert event.logprobs == ()  # the account needs them, the request did not ask
+    assert event.stats.num_kept == num_kept
+    assert deciding.sequence.pending_accepted == (0, 1, 2)[: len(tokens) + 1]
+
+
 def test_a_law_that_is_none_ends_the_text_behind_what_was_accepted() -> None:
     deciding = Deciding()
     failed = replace(scores_of(1, (11, 0, 99, 99)), failed=np.array([False, True, False, False]))

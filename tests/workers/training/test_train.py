@@ -14,7 +14,9 @@ from torch import Tensor
 
 from outrider.configs.loader import load_training
 from outrider.configs.training import TrainingConfig, TrainingMethod
-from outrider.workers.draft_heads.checkpoint import read_eagle3, read_medusa
+from outrider.workers.draft_heads.checkpoint import read_eagle3, read_medusa, write_eagle3
+from outrider.workers.draft_heads.description import HeadDescription
+from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.sequences.sequence import DraftOptions
 from outrider.workers.training.launch import train
 from outrider.workers.training.log import EvalLine, Line, TrainLine, read_log
@@ -180,11 +182,19 @@ def test_a_drafter_is_started_from_another_of_its_shape_only(texts: Path, tmp_pa
     assert isinstance(lines[0], TrainLine)
     firsts = [line.loss for line in read_log(tmp_path / "first") if isinstance(line, TrainLine)]
     assert lines[0].loss < 0.5 * firsts[0]
-    other = replace(first, out=str(tmp_path / "third"), start_from=drafter)
+    # Another LM head begins anew, under all the rest.
+    other = replace(with_steps(first, 1), out=str(tmp_path / "third"), start_from=drafter)
+    run(replace(other, head=replace(first.head, rank_divisor=4)))
+    begun = read_eagle3(tmp_path / "third" / "drafter")[0]
+    trained = read_eagle3(Path(drafter))[0]
+    assert begun.lm_head.shape != trained.lm_head.shape
+    torch.testing.assert_close(begun.fc.weight, trained.fc.weight, atol=2e-2, rtol=0.1)
+    narrow = Eagle3Drafter(replace(trained.shape, intermediate_size=8), trained.lm_head.ids)
+    write_eagle3(tmp_path / "narrow", narrow, HeadDescription(), "specforge", torch.float32)
     with pytest.raises(
-        ValueError, match=r"start_from must be a drafter of this run's shape; .* differs in lm_head"
+        ValueError, match=r"start_from must be a drafter of this run's shape; .* differs in .*mlp.down_proj"
     ):
-        run(replace(other, head=replace(first.head, rank_divisor=4)))
+        run(replace(other, out=str(tmp_path / "fourth"), start_from=str(tmp_path / "narrow")))
 
 
 def test_trimmed_and_frozen_heads(texts: Path, tmp_path: Path) -> None:
