@@ -157,6 +157,7 @@ def _shown(found: "Yield") -> "Iterator[Any]":
     """A bar on a terminal, a line now and then off it; gives what to call after each task."""
     console = Console(stderr=True)
     with progress_bars(console, TaskProgressColumn(), TimeRemainingColumn(), TimeElapsedColumn()) as bars:
-        bar = bars.add_task("judge label", total=1.0, completed=found.fraction)
+        bar = bars.add_task("judge label", total=1.0)
+        bars.update(bar, completed=found.fraction)
         with signs_of_life(console, found.summary):
             yield lambda: bars.update(bar, completed=found.fraction, description=found.summary())

@@ -39,7 +39,7 @@ def paired_difference(one: Sequence[bool], other: Sequence[bool]) -> Interval:
     neither = len(one) - both - only_one - only_other
     first, second = fraction(one), fraction(other)
     margins = (both + only_one) * (only_other + neither) * (both + only_other) * (only_one + neither)
-    product = both * neither - only_one * only_other
+    product = float(both * neither - only_one * only_other)
     if product > 0:
         product = max(product - len(one) / 2, 0.0)
     agreement = product / math.sqrt(margins) if margins else 0.0

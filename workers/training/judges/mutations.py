@@ -93,13 +93,13 @@ class Program:
                 yield Edit("negated", start, end, f"not ({self.code[start:end]})", num_marked=len("not ("))
             case ast.Constant(value=int() as number) if not isinstance(number, bool):
                 start, end = self._place(node)
-                for other in (number + 1, number - 1):
-                    yield Edit("off by one", start, end, str(other))
+                for near in (number + 1, number - 1):
+                    yield Edit("off by one", start, end, str(near))
             case ast.Name(id=name, ctx=ast.Load()) if name in names:
                 start, end = self._place(node)
-                for other_name in names:
-                    if other_name != name:
-                        yield Edit("variable", start, end, other_name)
+                for variable in names:
+                    if variable != name:
+                        yield Edit("variable", start, end, variable)
             case _:
                 return
 
