@@ -114,12 +114,11 @@ def train_judge(
     split = split_by_problem(rows, plan.seed)
     fitted = fit_judge(split, plan.learned, plan.seed, config.target.num_threads)
     calibrate = split.calibrate.at(split.calibrate.is_mismatch)
-    threshold = threshold_for(
-        scores(fitted.head, calibrate.rows), calibrate.is_good, plan.recall, measures.THRESHOLDS
-    )
+    threshold = threshold_for(scores(fitted.head, calibrate.rows), calibrate.is_good, plan.recall)
+    thresholds = sorted({*measures.THRESHOLDS, threshold})
     asked = split.held_out.at(split.held_out.is_mismatch)
     scored = scores(fitted.head, asked.rows)
-    table = measures.threshold_table(scored, asked, measures.THRESHOLDS, match_rate(texts), plan.draft_length)
+    table = measures.threshold_table(scored, asked, thresholds, match_rate(texts), plan.draft_length)
     by_name = {"judge": scored} | measures.trivial_judges(
         split.train.at(split.train.is_mismatch), asked, lambda token: str(tokenizer.decode([token]))
     )
@@ -139,6 +138,7 @@ def train_judge(
         "match_rate": match_rate(texts),
         "draft_length": plan.draft_length,
         "penalty": fitted.penalty,
+        "calibration_auc": fitted.auc,
         "num_learned": fitted.num_learned,
         "num_bad": fitted.num_bad,
         "calibration": {"scale": fitted.scale, "shift": fitted.shift},
@@ -175,7 +175,7 @@ def train_judge(
         name: f"{name}: AUC {found.auc:.3f} [{found.auc_low:.3f}, {found.auc_high:.3f}]"
         for name, found in qualities.items()
     }
-    title = f"{num_harmful} harmful and {found.num_harmless} harmless held-out mismatches, {', '.join(plan.tasks)}"
+    title = f"{num_harmful} harmful and {found.num_harmless} harmless held-out mismatches of {config.target.model}"
     drawn = {name: measures.curves(values, asked.is_good) for name, values in by_name.items()}
     draw_curves(drawn, labels, title, folder / "curves.png")
     return found

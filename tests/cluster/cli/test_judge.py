@@ -86,7 +86,7 @@ def test_a_judge_comes_with_its_measures_and_where_it_is_from(trained: Path) -> 
     _, description = read_judge(folder)
     assert (description.kind, description.tasks) == ("target", ("letters, for tests",))
     assert description.target.hidden_size == 64
-    assert len(description.thresholds) == 16
+    assert description.threshold in [row.threshold for row in description.thresholds]
     record = json.loads((folder / "provenance.json").read_text())
     measured = record["measured"]
     assert set(measured["qualities"]) == {

@@ -7,7 +7,7 @@ Judge Decoding (arXiv 2501.19309) weights its cross-entropy by class, for mistak
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,12 +69,14 @@ class Fitted:
     Attributes:
         head: reads rows as they are; its score is the probability of a good token among mismatches.
         penalty: scikit-learn's C.
+        auc: area under the ROC curve on the calibration problems, by which the penalty was chosen.
         num_learned: tokens that it was fitted to; num_bad: of these mistaken ones.
         scale, shift: of the calibration (Platt): logits times the one plus the other.
     """
 
     head: JudgeHead
     penalty: float
+    auc: float
     num_learned: int
     num_bad: int
     scale: float
@@ -123,7 +125,7 @@ def fit_judge(split: Split, learned: Learned, seed: int, threads: int) -> Fitted
         torch.from_numpy(mean),
         torch.from_numpy(deviation.astype(np.float32)),
     )
-    return Fitted(head, penalty, len(train), int((~train.is_good).sum()), scale, shift)
+    return Fitted(head, penalty, area, len(train), int((~train.is_good).sum()), scale, shift)
 
 
 def platt(logits: Floats, is_good: Bools) -> tuple[float, float]:
@@ -151,11 +153,8 @@ def scores(head: JudgeHead, rows: Floats) -> Floats:
     return found
 
 
-def threshold_for(scored: Floats, is_good: Bools, recall: float, choices: Sequence[float]) -> float:
-    """The lowest of `choices`, ascending, above which at most 1 - `recall` of the harmful tokens score; 1.0, with
-    which nothing is kept, where there is none."""
-    harmful = scored[~is_good]
-    for choice in choices:
-        if (harmful <= choice).mean() >= recall:
-            return choice
-    return 1.0
+def threshold_for(scored: Floats, is_good: Bools, recall: float) -> float:
+    """The lowest threshold, in thousandths, above which at most 1 - `recall` of the harmful tokens score."""
+    harmful = np.sort(scored[~is_good])
+    num_refused = math.ceil(recall * len(harmful))
+    return math.ceil(1000 * float(harmful[num_refused - 1])) / 1000 if num_refused else 0.0

@@ -109,9 +109,12 @@ def test_platt_turns_the_scale_of_logits_to_odds() -> None:
 def test_the_threshold_refuses_the_wanted_part_of_the_harmful_tokens() -> None:
     scored = np.array([0.1, 0.3, 0.6, 0.9, 0.9], dtype=np.float32)
     is_good = np.array([False, False, False, False, True])
-    assert threshold_for(scored, is_good, 0.5, (0.2, 0.4, 0.7)) == 0.4
-    assert threshold_for(scored, is_good, 0.75, (0.2, 0.4, 0.7)) == 0.7
-    assert threshold_for(scored, is_good, 1.0, (0.2, 0.4, 0.7)) == 1.0
+    assert threshold_for(scored, is_good, 0.5) == pytest.approx(0.3, abs=0.0011)
+    assert threshold_for(scored, is_good, 0.51) == pytest.approx(0.6, abs=0.0011)
+    assert threshold_for(scored, is_good, 1.0) == pytest.approx(0.9, abs=0.0011)
+    assert threshold_for(scored, is_good, 0.0) == 0.0
+    for recall in (0.25, 0.6, 0.9):
+        assert (scored[~is_good] <= threshold_for(scored, is_good, recall)).mean() >= recall
 
 
 def test_the_table_says_what_a_threshold_refuses_keeps_and_gains() -> None:
