@@ -155,6 +155,20 @@ def check_account(reference: Reference, case: Case, events: list[TokenEvent]) ->
     assert account.worst_gap == pytest.approx(float(gaps.max()), abs=TOLERANCE)
 
 
+def test_a_judge_waits_for_the_end_of_a_long_prompt(target: WeightSource, drafter: WeightSource) -> None:
+    """While it is read no row comes."""
+    judge = judge_of(target, JudgeHead(target.config.hidden_size).requires_grad_(False))
+    rules = {**RULES, **judge_rules({"tiny": judge})}
+    strict = AcceptanceOptions("judge", judge="tiny", threshold=1.0)
+    case = tiny_cases((150,))[0]
+    with LocalEngine(target, drafter, rules=rules, prefill_chunk=64) as engine:
+        texts = [
+            output_tokens(engine.generate([Request("a", case.prompt, case.sampling, BOTH, options)])["a"])
+            for options in (strict, AcceptanceOptions())
+        ]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("tp_size", [1, 3])
 def test_rules_share_rounds_and_only_those_who_asked_get_other_texts(
     target: WeightSource, drafter: WeightSource, reference: Reference, ties: list[Mismatch], tp_size: int
@@ -163,7 +177,7 @@ def test_rules_share_rounds_and_only_those_who_asked_get_other_texts(
     judge = judge_of(target, probe_for(reference, FEW))
     rules = {**RULES, **judge_rules({"tiny": judge})}
     sampled = SamplingParams(temperature=0.9, top_p=0.8, max_tokens=24)
-    cases = [*tiny_cases((5, 17, 40, 33, 90, 64)), *tiny_cases((30, 12), sampled)]
+    cases = [*tiny_cases((5, 171, 140, 33, 90, 64)), *tiny_cases((30, 12), sampled)]
     options = {
         "exact": AcceptanceOptions(),
         "lossy judge": AcceptanceOptions("judge", judge="tiny", threshold=0.5),
@@ -177,7 +191,7 @@ def test_rules_share_rounds_and_only_those_who_asked_get_other_texts(
         drafter,
         communicators=thread_group(tp_size),
         options=default_options(fixed_budget=True),
-        num_pages=40,  # some are computed again
+        num_pages=48,  # some are computed again
         rules=rules,
     ) as engine:
         found = engine.generate(

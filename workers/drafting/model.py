@@ -65,7 +65,7 @@ class ModelMethod(LevelMethod):
         self._run = forward_of(model, cache, draft_capacities(model, cache))
         self._cache = cache
         # By slot and node, what left the last layer; of no nodes where nobody reads it.
-        self._node_rows = torch.empty(0, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        self._node_rows = torch.empty(0)
 
     @classmethod
     def build(cls, context: MethodContext) -> ModelMethod:
@@ -101,7 +101,10 @@ class ModelMethod(LevelMethod):
 
     def keep_node_rows(self) -> None:
         """A row for each place in a tree."""
-        self._node_rows = self._node_rows.new_zeros(self.trees.tokens.size, self._node_rows.shape[1])
+        model, num_places = self._model, self.trees.tokens.size
+        self._node_rows = torch.zeros(
+            num_places, model.config.hidden_size, dtype=model.dtype, device=model.device
+        )
 
     def node_rows(self, slots: Ints, nodes: Ints) -> tuple[Tensor, Bools]:
         """Of the nodes that were expanded."""

@@ -36,8 +36,9 @@ class Judge:
     @torch.inference_mode()
     def scores(self, trees: DraftTrees, scores: NodeScores) -> Floats:
         """[B, K]: from 0 to 1, near 1 for nodes whose tokens do no harm; 0 where it has no row to read."""
-        rows = scores.hidden[self.description.target.num_layers]  # [B, K, hidden]
-        has_rows = trees.exists
+        rows, has_rows = scores.hidden.get(self.description.target.num_layers), trees.exists
+        if rows is None:  # all are in the middle of their prompts
+            return np.zeros(has_rows.shape)
         if self.description.drafter is not None:
             rows = torch.cat([rows.float(), scores.draft_rows.to(rows.device).float()], dim=2)
             has_rows = has_rows & scores.has_draft_row
