@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outrider.cluster.api import GenerationRequest
+from outrider.cluster.chat import read_messages, render, require_unicode
 from outrider.cluster.request_options import request_acceptance, request_draft, request_sampling
 from outrider.cluster.text import Decoder
 from outrider.cluster.text_bound import TextBound
@@ -44,7 +45,7 @@ class Admission:
         sampling = self._sampling(asked.sampling)
         draft = request_draft(self.config, asked.draft)
         acceptance = request_acceptance(self.config, asked.acceptance, self.judge_thresholds)
-        prompt_tokens = self._tokens(asked.prompt)
+        prompt_tokens = self._tokens(asked.prompt, asked.template)
         if not prompt_tokens:
             raise ValueError("prompt must have at least one token, got an empty one")
         if len(prompt_tokens) + sampling.max_tokens > self.max_context:
@@ -59,7 +60,7 @@ class Admission:
         """A short text in the target's own manner, by which draft heads are tried: greedy, through the chat template
         where there is one."""
         try:
-            prompt = self._chat_tokens([{"role": "user", "content": _CALIBRATION_PROMPT}])
+            prompt = self._chat_tokens([{"role": "user", "content": _CALIBRATION_PROMPT}], {})
         except ValueError:  # no template, or one that wants other messages
             tokens = self.tokenizer.encode(_CALIBRATION_PROMPT, add_special_tokens=True)
             prompt = tuple(token for token in tokens if token < self.vocab_size)
@@ -88,15 +89,18 @@ class Admission:
             return sampling
         return replace(sampling, stop_token_ids=sampling.stop_token_ids + self.eos_token_ids)
 
-    def _tokens(self, prompt: object) -> tuple[int, ...]:
+    def _tokens(self, prompt: object, template: Mapping[str, object]) -> tuple[int, ...]:
+        is_chat = isinstance(prompt, Sequence) and any(isinstance(item, Mapping) for item in prompt)
+        if template and not is_chat:
+            raise ValueError("template must be empty where the prompt is no list of messages")
         if isinstance(prompt, str):
-            _require_unicode("prompt", prompt)
+            require_unicode("prompt", prompt)
             return self._encode(prompt, add_special_tokens=True)
         if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray | memoryview):
             if all(type(item) is int for item in prompt):
                 return self._token_ids(prompt)
-            if all(isinstance(item, Mapping) for item in prompt):
-                return self._chat_tokens(prompt)
+            if prompt and all(isinstance(item, Mapping) for item in prompt):
+                return self._chat_tokens(prompt, template)
         raise ValueError(
             "prompt must be a text, a list of messages or a list of token ids, got "
             f"{type(prompt).__name__} {reprlib.repr(prompt)}"
@@ -109,24 +113,12 @@ class Admission:
                 _require_in_range("prompt token ids", token, 0, self.vocab_size - 1)
         return tuple(tokens)
 
-    def _chat_tokens(self, messages: Sequence[Mapping[object, object]]) -> tuple[int, ...]:
-        conversation = [_message(message) for message in messages]
-        if not self.tokenizer.chat_template:
-            raise ValueError("messages need a chat template, which this model lacks; send a text (--raw)")
+    def _chat_tokens(
+        self, messages: Sequence[Mapping[object, object]], template: Mapping[str, object]
+    ) -> tuple[int, ...]:
+        conversation = read_messages(messages)
         # The template writes special tokens itself.
-        return self._encode(self._rendered(conversation), add_special_tokens=False)
-
-    def _rendered(self, conversation: list[dict[str, str]]) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:
-            # A template is a program of the model's: it refuses messages, or fails at them, in its own ways.
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"the model's chat template refuses these messages: {reason[0]}") from error
-        assert isinstance(text, str)
-        return text
+        return self._encode(render(self.tokenizer, conversation, template), add_special_tokens=False)
 
     def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         # Tokenizing takes 5 us and 200 bytes for each character.
@@ -192,26 +184,6 @@ def _judge_thresholds(config: Config, report: Progress) -> dict[str, float]:
     return found
 
 
-def _message(asked: Mapping[object, object]) -> dict[str, str]:
-    texts = {name: asked.get(name) for name in ("role", "content")}
-    message = {name: text for name, text in texts.items() if isinstance(text, str)}
-    if len(message) < len(texts) or len(asked) > len(texts):
-        shown = reprlib.repr(dict(asked))
-        raise ValueError(f"a message must have the texts role and content, got {shown}")
-    for name, text in message.items():
-        _require_unicode(f"{name} of a message", text)
-    return message
-
-
 def _require_in_range(field: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ValueError(f"{field} must be in [{low}, {high}], got {value}")
-
-
-def _require_unicode(field: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{field} must be valid Unicode, got half of a surrogate pair at character {error.start}"
-        ) from error

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from outrider.workers.answer import PER_TOKEN, Completion, Output, output_fields
 from outrider.workers.sequences.origin import Origin
 
-Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
-"""A text that is continued as it stands; messages (`{"role": ..., "content": ...}`) that go through the
-model's chat template; or token ids."""
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+"""A text that is continued as it stands; messages (`{"role": ..., "content": ...}`, see `chat.MESSAGE_FIELDS`) that
+go through the model's chat template; or token ids."""
 
 
 class EngineError(RuntimeError):
@@ -32,6 +33,9 @@ class GenerationRequest:
     acceptance: Mapping[str, object] = field(default_factory=dict)
     """Fields of `AcceptanceOptions`: `rule`; with `typical` also `epsilon` and `delta`, with `judge` also `judge`
     (its name) and `threshold`. Nothing: `exact`."""
+
+    template: Mapping[str, object] = field(default_factory=dict)
+    """Arguments of the model's chat template, as JSON has them: `tools`, `enable_thinking`, ... For messages only."""
 
 
 @dataclass(frozen=True)

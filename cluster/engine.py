@@ -26,7 +26,7 @@ from outrider.cluster.inbox import CompletionStream, Inbox, PieceStream
 from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.placement import COORDINATOR_BUNDLE, check_cpus, reserve
 from outrider.cluster.session import RaySession
-from outrider.configs.schema import Config, Eagle3Config, MedusaConfig
+from outrider.configs.schema import Config, Eagle3Config, MedusaConfig, MtpConfig
 from outrider.workers.answer import Completion
 
 NOTHING_SPECIAL: Mapping[str, object] = MappingProxyType({})
@@ -97,20 +97,22 @@ class Engine:
         sampling: Mapping[str, object] = NOTHING_SPECIAL,
         draft: Mapping[str, object] = NOTHING_SPECIAL,
         acceptance: Mapping[str, object] = NOTHING_SPECIAL,
+        template: Mapping[str, object] = NOTHING_SPECIAL,
     ) -> PieceStream:
         """Sends a request; the iterator gives its pieces as they come. Leaving it early cancels the request.
 
-        sampling, draft, acceptance: as in `GenerationRequest`. The iterator raises ValueError for a request that
-        cannot be run.
+        sampling, draft, acceptance, template: as in `GenerationRequest`. The iterator raises ValueError for a
+        request that cannot be run.
         """
         inbox = self._open_inbox()
-        (request_id,) = inbox.send([_asked(prompt, sampling, draft, acceptance)], whole=False)
+        asked = GenerationRequest(prompt, sampling, draft, acceptance, template)
+        (request_id,) = inbox.send([_asked(asked)], whole=False)
         return PieceStream(inbox, request_id)
 
     def completions(self, requests: Sequence[GenerationRequest]) -> CompletionStream:
         """Runs all requests at once and gives their answers in order. A bad request fails alone."""
         inbox = self._open_inbox()
-        plain = [_asked(asked.prompt, asked.sampling, asked.draft, asked.acceptance) for asked in requests]
+        plain = [_asked(asked) for asked in requests]
         return CompletionStream(inbox, inbox.send(plain, whole=True))
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
@@ -165,13 +167,11 @@ class Engine:
         self.close()
 
 
-def _asked(prompt: Prompt, *options: Mapping[str, object]) -> GenerationRequest:
-    """As it travels: read-only views of mappings cannot be pickled. What is no mapping is refused at the door.
-
-    options: sampling, draft, acceptance.
-    """
+def _asked(asked: GenerationRequest) -> GenerationRequest:
+    """As it travels: read-only views of mappings cannot be pickled. What is no mapping is refused at the door."""
+    options = (asked.sampling, asked.draft, asked.acceptance, asked.template)
     return GenerationRequest(
-        prompt, *(dict(value) if isinstance(value, Mapping) else value for value in options)
+        asked.prompt, *(dict(value) if isinstance(value, Mapping) else value for value in options)
     )
 
 
@@ -193,6 +193,7 @@ def _with_absolute_paths(config: Config) -> Config:
         head=_absolute(config.draft.head),
         medusa=MedusaConfig(_absolute(config.draft.medusa.model)),
         eagle3=Eagle3Config(_absolute(config.draft.eagle3.model)),
+        mtp=MtpConfig(_absolute(config.draft.mtp.model)),
     )
     judges = tuple(replace(judge, model=_absolute(judge.model)) for judge in config.acceptance.judges)
     acceptance = replace(config.acceptance, judges=judges)

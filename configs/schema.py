@@ -15,7 +15,7 @@ from outrider.configs.checks import require_at_least as _require_at_least
 
 DType = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
-DraftMethod = Literal["ngram", "model", "medusa", "eagle3"]
+DraftMethod = Literal["ngram", "model", "medusa", "eagle3", "mtp"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,14 @@ class Eagle3Config:
 
 
 @dataclass(frozen=True)
+class MtpConfig:
+    """Draft method `mtp`: a head for multi-token prediction, one more block of the target's own kind."""
+
+    model: str = ""
+    """The head's checkpoint, written like `draft.medusa.model`; a folder of the target that has the head will do."""
+
+
+@dataclass(frozen=True)
 class DraftConfig:
     """What proposes tokens: one DraftWorker, its methods and its model."""
 
@@ -141,7 +149,7 @@ class DraftConfig:
     """As `target.packed_weights`."""
 
     kv_cache_bytes: int = 128 * 2**20
-    """KV cache of a drafter, `model` or `eagle3`, in bytes. YAML may say `128MiB`."""
+    """KV cache of a drafter, `model`, `eagle3` or `mtp`, in bytes. YAML may say `128MiB`."""
 
     ngram: NgramConfig = field(default_factory=NgramConfig)
     """Options of method `ngram`."""
@@ -152,6 +160,9 @@ class DraftConfig:
     eagle3: Eagle3Config = field(default_factory=Eagle3Config)
     """Options of method `eagle3`."""
 
+    mtp: MtpConfig = field(default_factory=MtpConfig)
+    """Options of method `mtp`."""
+
     def __post_init__(self) -> None:
         _require_at_least(self, "draft", 1, "num_threads", "kv_cache_bytes")
         distinct = len(set(self.methods)) == len(self.methods)
@@ -160,6 +171,7 @@ class DraftConfig:
             ("model", "draft.model", self.model),
             ("medusa", "draft.medusa.model", self.medusa.model),
             ("eagle3", "draft.eagle3.model", self.eagle3.model),
+            ("mtp", "draft.mtp.model", self.mtp.model),
         ):
             allowed = f"a checkpoint, because draft.methods has `{method}`"
             _require(bool(model) or method not in self.methods, key, model, allowed)

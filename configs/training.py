@@ -8,7 +8,7 @@ from typing import Literal
 
 from outrider.configs.schema import DType, _require, _require_at_least
 
-TrainingMethod = Literal["eagle3", "medusa1", "medusa2"]
+TrainingMethod = Literal["eagle3", "medusa1", "medusa2", "mtp"]
 LossName = Literal["kl", "tv", "lk_alpha", "lk_lambda"]
 
 
@@ -105,6 +105,31 @@ class Eagle3Config:
     def __post_init__(self) -> None:
         _require_at_least(self, "eagle3", 1, "unrolled_steps")
         _require(0 < self.step_decay <= 1, "eagle3.step_decay", self.step_decay, "more than 0, at most 1")
+
+
+@dataclass(frozen=True)
+class MtpConfig:
+    """Method `mtp` (DeepSeek-V3, arXiv 2412.19437)."""
+
+    unrolled_steps: int = 3
+    """Depth: tokens that the head learns to guess, fed back on itself."""
+
+    step_decay: float = 0.8
+    """Step k's loss counts step_decay**k."""
+
+    loss_weight: float = 1.0
+    """What the whole loss is multiplied with; 0.1 in Mellum 2's training, where it stood beside the model's own."""
+
+    start: Literal["target_last_layer", "random"] = "target_last_layer"
+    """What the head's block starts as: the target's last layer of the same kind."""
+
+    loss: LossName = "kl"
+    """Between the target's law and the head's."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, "mtp", 1, "unrolled_steps")
+        _require(0 < self.step_decay <= 1, "mtp.step_decay", self.step_decay, "more than 0, at most 1")
+        _require(self.loss_weight > 0, "mtp.loss_weight", self.loss_weight, "more than 0")
 
 
 @dataclass(frozen=True)
@@ -239,6 +264,9 @@ class TrainingConfig:
 
     eagle3: Eagle3Config = field(default_factory=Eagle3Config)
     """Options of `eagle3`."""
+
+    mtp: MtpConfig = field(default_factory=MtpConfig)
+    """Options of `mtp`."""
 
     medusa: MedusaConfig = field(default_factory=MedusaConfig)
     """Options of `medusa1` and `medusa2`."""

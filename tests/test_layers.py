@@ -42,7 +42,7 @@ ALLOWED_PACKAGES = {
 
 # Inside `workers`, from the ground up: folders, and modules that stand alone. Imports go down only.
 FLOORS = (
-    {"sequences", "weights", "memory", "trace", "last_resort"},
+    {"sequences", "weights", "memory", "trace", "last_resort", "routing"},
     {"link", "timing", "draft_heads", "answer"},
     {"model", "sampling", "judging"},
     {"setup", "target_state"},

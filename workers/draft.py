@@ -76,7 +76,9 @@ class DraftWorker:
         self._drafting = self._build_drafting(target, progress)
         self._rules = {**RULES, **judge_rules(self._load_judges(progress))}
         rounds = self.config.rounds
-        limits = SchedulerLimits(rounds.max_sequences, rounds.max_round_tokens, rounds.prefill_chunk)
+        limits = SchedulerLimits(
+            rounds.max_sequences, rounds.max_round_tokens, rounds.prefill_chunk, target.widest_window
+        )
         pool = PagePool(num_pages, self.config.target.page_size, rounds.prefix_sharing)
         self._scheduler = Scheduler(limits, pool, self._drafting.prefix_kept, self._drafting.finish)
 
@@ -123,7 +125,8 @@ class DraftWorker:
         """Let draft heads draft a short text each, before `run`; returns what users should be told about them."""
         use_device(self._device)
         trained = [method.name for method in self._drafting.methods if method.is_trained]
-        checkpoints = {"medusa": self.config.draft.medusa.model, "eagle3": self.config.draft.eagle3.model}
+        draft = self.config.draft
+        checkpoints = {"medusa": draft.medusa.model, "eagle3": draft.eagle3.model, "mtp": draft.mtp.model}
         found = []
         for index, name in enumerate(trained if self.config.tree.max_nodes else []):
             tokens = request.sampling.max_tokens

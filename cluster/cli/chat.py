@@ -14,10 +14,12 @@ from outrider.cluster.cli.options import (
     Rule,
     Seed,
     Temperature,
+    TemplateArguments,
     Threshold,
     TopP,
     draft_options,
     given,
+    template_arguments,
 )
 from outrider.cluster.cli.show import legend, show_stream, summary
 from outrider.cluster.cli.start import running_engine
@@ -43,18 +45,20 @@ def chat(
     rule: Rule = None,
     judge: JudgeName = None,
     threshold: Threshold = None,
+    template: TemplateArguments = [],
 ) -> None:
     """Talk to the target."""
     loaded = load_config(config, overrides)
     sampling = given({"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens})
     draft = draft_options(plain, [], None, None)
     acceptance = given({"rule": rule, "judge": judge, "threshold": threshold})
+    arguments = template_arguments(template)
 
     from outrider.cluster.request_options import check_options
 
     check_options(loaded, sampling, draft, acceptance)
     with running_engine(loaded) as engine:
-        all_answered = _converse(engine, system, sampling, draft, acceptance)
+        all_answered = _converse(engine, system, sampling, draft, acceptance, arguments)
     # Who sits at a terminal has seen it and gone on.
     if not all_answered and not Console().is_terminal:
         raise typer.Exit(_SOME_REFUSED)
@@ -66,6 +70,7 @@ def _converse(
     sampling: dict[str, object],
     draft: dict[str, object],
     acceptance: dict[str, object],
+    template: dict[str, object],
 ) -> bool:
     """Until the user leaves. Returns whether every question was answered."""
     all_answered = True
@@ -89,7 +94,8 @@ def _converse(
             continue
         question = {"role": "user", "content": line}
         try:
-            answer = show_stream(console, engine.stream([*messages, question], sampling, draft, acceptance))
+            pieces = engine.stream([*messages, question], sampling, draft, acceptance, template)
+            answer = show_stream(console, pieces)
         except ValueError as error:
             # The conversation as it was before the question is still good.
             say_error(f"{error}; /new starts over")

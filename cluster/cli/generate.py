@@ -27,11 +27,13 @@ from outrider.cluster.cli.options import (
     Seed,
     Stop,
     Temperature,
+    TemplateArguments,
     Threshold,
     TopK,
     TopP,
     draft_options,
     given,
+    template_arguments,
 )
 from outrider.cluster.cli.show import completion_json, show_stream, summary
 from outrider.cluster.cli.start import running_engine, save_trace, with_trace
@@ -82,6 +84,7 @@ def generate(
     threshold: Threshold = None,
     epsilon: Epsilon = None,
     delta: Delta = None,
+    template: TemplateArguments = [],
 ) -> None:
     """Answer prompts. On a terminal accepted draft tokens are green, and yellow where a rule kept them against the
     target."""
@@ -109,13 +112,18 @@ def generate(
     acceptance = given(
         {"rule": rule, "judge": judge, "threshold": threshold, "epsilon": epsilon, "delta": delta}
     )
+    arguments = template_arguments(template)
+    if raw and arguments:
+        raise ValueError("--template must stand without --raw: a text goes through no chat template")
 
     from outrider.cluster.api import GenerationRequest
     from outrider.cluster.request_options import check_options
 
     check_options(loaded, sampling, draft, acceptance)
     requests = [
-        GenerationRequest(text if raw else [{"role": "user", "content": text}], sampling, draft, acceptance)
+        GenerationRequest(
+            text if raw else [{"role": "user", "content": text}], sampling, draft, acceptance, arguments
+        )
         for _, text in texts
     ]
     with running_engine(loaded) as engine:
@@ -164,7 +172,9 @@ def _print_text(
         elif several:
             console.file.write(f"## {prompt_id}\n")
         try:
-            pieces = engine.stream(request.prompt, request.sampling, request.draft, request.acceptance)
+            pieces = engine.stream(
+                request.prompt, request.sampling, request.draft, request.acceptance, request.template
+            )
             answer = show_stream(console, pieces)
         except ValueError as error:
             if not several:

@@ -1,5 +1,6 @@
 """Options that several commands share, and what they come to."""
 
+import json
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -53,6 +54,31 @@ Threshold = Annotated[
 ]
 Epsilon = Annotated[float | None, typer.Option(help="With --rule typical.", show_default=False)]
 Delta = Annotated[float | None, typer.Option(help="With --rule typical.", show_default=False)]
+
+
+TemplateArguments = Annotated[
+    list[str],
+    typer.Option(
+        "--template",
+        metavar="NAME=VALUE",
+        help="Argument of the chat template, e.g. enable_thinking=false; may be repeated.",
+        show_default=False,
+    ),
+]
+
+
+def template_arguments(given: list[str]) -> dict[str, object]:
+    """The `template` part of a GenerationRequest, of texts "name=value"; a value that is not JSON is a text."""
+    arguments: dict[str, object] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--template must be NAME=VALUE, got {text!r}")
+        try:
+            arguments[name] = json.loads(value)
+        except json.JSONDecodeError:
+            arguments[name] = value
+    return arguments
 
 
 def given(options: Mapping[str, object]) -> dict[str, object]:

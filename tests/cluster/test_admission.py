@@ -9,8 +9,12 @@ from outrider.cluster.api import GenerationRequest
 from outrider.cluster.cli.inputs import open_model
 from outrider.configs.loader import load_config
 from outrider.workers.draft import DraftWorker
+from outrider.workers.judging.head import JudgeDescription, JudgeHead, write_judge
+from outrider.workers.judging.identity import identify
+from outrider.workers.sequences.sequence import AcceptanceOptions
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
+from outrider.workers.weights.random_source import RandomSource
 from outrider.workers.weights.random_tokenizer import tokenizer_of_size
 from support.fake_hub import FakeHub
 from support.models import random_tensors, write_safetensors
@@ -131,3 +135,17 @@ def test_a_folder_with_only_a_tokenizer_is_a_tokenizer_and_its_end_of_text_ends_
     admission = prepared(f"target.tokenizer={tmp_path}", "draft.methods=[ngram]")
     assert len(admission.tokenizer) == 320
     assert admission.eos_token_ids == (2, 0)
+
+
+def test_a_request_that_names_no_threshold_gets_the_calibrated_one(tmp_path: Path) -> None:
+    target = identify("elsewhere", RandomSource(load_config("tiny-random", []).target.model), None)
+    description = JudgeDescription("target", target, None, 0.7, (), ("nothing",))
+    write_judge(tmp_path, JudgeHead(description.num_columns), description)
+    judged = prepared(
+        "acceptance.rules=[exact,judge]", f"acceptance.judges=[{{name: mine, model: {tmp_path}}}]"
+    )
+    request = judged.admit("a", GenerationRequest("x", acceptance={"rule": "judge"}))
+    assert request.acceptance == AcceptanceOptions("judge", judge="mine", threshold=0.7)
+    assert judged.admit("b", GenerationRequest("x")).acceptance.rule == "exact"
+    with pytest.raises(ValueError, match=r"^acceptance\.judges mine: no directory nowhere"):
+        prepared("acceptance.rules=[exact,judge]", "acceptance.judges=[{name: mine, model: nowhere}]")

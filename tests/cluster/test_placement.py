@@ -14,6 +14,12 @@ def test_there_is_a_bundle_for_every_process() -> None:
     assert targets == [{"CPU": 1.0, "GPU": 1.0}] * 7
 
 
+def test_drafts_by_lookup_need_no_gpu() -> None:
+    _, draft, *targets = bundles(load_config("mellum2-12b-tp2"))
+    assert draft == {"CPU": 2.0}
+    assert targets == [{"CPU": 1.0, "GPU": 1.0}] * 2
+
+
 def test_the_quickstart_fits_two_cpus_exactly() -> None:
     check_cpus(load_config("quickstart"), num_cpus=2)
     with pytest.raises(ValueError, match=r"target\.tp_size must be at most 0 on 1 CPUs"):

@@ -91,6 +91,8 @@ def test_the_documented_presets_ship() -> None:
         "qwen-coder-cpu",
         "llama3-70b-h100x8",
         "llama3-405b-h100x8",
+        "mellum2-12b",
+        "mellum2-12b-tp2",
         "tiny-random",
     }
     assert documented <= set(preset_names())
@@ -123,11 +125,11 @@ def test_the_documented_presets_ship() -> None:
         ("rounds.lanes=true", "rounds.lanes must be one of 1, 2; got True"),
         (
             "draft.methods=[ngrm]",
-            r"draft.methods\[0\] must be one of ngram, model, medusa, eagle3; got 'ngrm'",
+            r"draft.methods\[0\] must be one of ngram, model, medusa, eagle3, mtp; got 'ngrm'",
         ),
         (
             "draft.methods=ngram",
-            "draft.methods must be a list of ngram or model or medusa or eagle3, got 'ngram'",
+            "draft.methods must be a list of ngram or model or medusa or eagle3 or mtp, got 'ngram'",
         ),
         ("draft.methods=[ngram,ngram]", "draft.methods must be without repetition"),
         (

@@ -35,8 +35,9 @@ class CharEngine:
         sampling: Mapping[str, object] = {},
         draft: Mapping[str, object] = {},
         acceptance: Mapping[str, object] = {},
+        template: Mapping[str, object] = {},
     ) -> Iterator[Piece]:
-        asked = GenerationRequest(prompt, sampling, draft, acceptance)
+        asked = GenerationRequest(prompt, sampling, draft, acceptance, template)
         self.asked.append(asked)
         if self.death:
             raise EngineError(self.death)
@@ -50,7 +51,10 @@ class CharEngine:
         for asked in requests:
             answer = Collector()
             try:
-                for piece in self.stream(asked.prompt, asked.sampling, asked.draft, asked.acceptance):
+                pieces = self.stream(
+                    asked.prompt, asked.sampling, asked.draft, asked.acceptance, asked.template
+                )
+                for piece in pieces:
                     answer.add(piece)
             except ValueError as error:
                 yield Completion(finish_reason="error", error=str(error))

@@ -37,11 +37,16 @@ class CharTokenizer:
         return [ord(char) for char in text]
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, tokenize: bool
+        self,
+        messages: Sequence[Mapping[str, str]],
+        add_generation_prompt: bool,
+        tokenize: bool,
+        **arguments: object,
     ) -> str:
         assert add_generation_prompt
         assert not tokenize
-        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+        told = [f"[{name}={value}]" for name, value in arguments.items()]
+        return "".join([*told, *(f"<{message['role']}>{message['content']}" for message in messages)])
 
 
 class CharDecoder:

@@ -141,7 +141,7 @@ class LocalEngine:
             self.ranks.append(
                 TargetRank(model, cache, max_sequences, Tracer(f"target {rank}", False), layers)
             )
-        limits = SchedulerLimits(max_sequences, max_round_tokens, prefill_chunk)
+        limits = SchedulerLimits(max_sequences, max_round_tokens, prefill_chunk, target.config.widest_window)
         self.pool = PagePool(num_pages, page_size, prefix_sharing)
         self.events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self.loop = RoundLoop(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from outrider.configs.schema import ClusterConfig
-from outrider.workers.weights.config import ModelConfig, to_hf_config
+from outrider.workers.weights.config import ModelConfig, RoutedMlp, to_hf_config
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.random_source import RandomSource
 from outrider.workers.weights.resolver import ResolvedModel, resolve
@@ -96,7 +97,12 @@ _TO_GGUF = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
+_EXPERT = re.compile(r"(.*mlp\.experts\.)(\d+)\.(.*)")
 
 
 def gguf_name(name: str) -> str:
@@ -106,6 +112,19 @@ def gguf_name(name: str) -> str:
         return f"{_TO_GGUF[stem]}.{kind}"
     _, _, layer, part = stem.split(".", 3)
     return f"blk.{layer}.{_TO_GGUF[part]}.{kind}"
+
+
+def _with_experts_together(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The matrices of all experts of a layer as one tensor, [num_experts, rows, columns]."""
+    together: dict[str, torch.Tensor] = {}
+    experts: dict[str, dict[int, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if match := _EXPERT.fullmatch(name):
+            experts.setdefault(match[1] + match[3], {})[int(match[2])] = tensor
+        else:
+            together[name] = tensor
+    stacked = {name: torch.stack([of[i] for i in range(len(of))]) for name, of in experts.items()}
+    return together | stacked
 
 
 def permuted(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -128,16 +147,25 @@ def write_gguf(
     in their stored form.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    tensors, first = _with_experts_together(tensors), config.layers[0]
     writer = gguf.GGUFWriter(path, config.architecture)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_context)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.layers[0].mlp.intermediate_size)
+    if isinstance(first.mlp, RoutedMlp):
+        writer.add_feed_forward_length(first.mlp.intermediate_size * first.mlp.experts_per_token)
+        writer.add_expert_feed_forward_length(first.mlp.intermediate_size)
+        writer.add_expert_count(first.mlp.num_experts)
+        writer.add_expert_used_count(first.mlp.experts_per_token)
+        writer.add_sliding_window(max(layer.window for layer in config.layers))
+        writer.add_sliding_window_pattern([layer.window > 0 for layer in config.layers])
+    else:
+        writer.add_feed_forward_length(first.mlp.intermediate_size)
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.layers[0].rope.theta)
+    writer.add_rope_freq_base(first.rope.theta)
     writer.add_eos_token_id(2)
     writer.add_bos_token_id(1)
     for key, value in (extra or {}).items():

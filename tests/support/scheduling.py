@@ -19,8 +19,9 @@ def scheduler_with(
     prefill_chunk: int = 8,
     prefix_sharing: bool = False,
     prefix_kept: Callable[[Sequence], int] = whole_prefix,
+    window: int = 0,
 ) -> Scheduler:
-    limits = SchedulerLimits(max_sequences, max_round_tokens, prefill_chunk)
+    limits = SchedulerLimits(max_sequences, max_round_tokens, prefill_chunk, window)
     return Scheduler(limits, PagePool(num_pages, PAGE, prefix_sharing), prefix_kept)
 
 

@@ -1,10 +1,20 @@
 """Weights for model tests: tensors in memory, and a transformers model with the same ones."""
 
+from dataclasses import replace
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from outrider.workers.weights.config import DenseMlp, LayerConfig, ModelConfig, Rope, to_hf_config
+from outrider.workers.weights.config import (
+    DenseMlp,
+    LayerConfig,
+    ModelConfig,
+    Rope,
+    RoutedMlp,
+    to_hf_config,
+)
 from outrider.workers.weights.source import Stored
+from outrider.workers.weights.tensors import expert_prefix
 
 _ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": 256}
 ROPES = (
@@ -85,8 +95,24 @@ def tiny_config(
         max_context=max_context,
         tied_embeddings=tied_embeddings,
         qkv_bias=architecture == "qwen2",
-        qk_norm=architecture == "qwen3",
+        qk_norm=architecture in ("qwen3", "mellum"),
     )
+
+
+def tiny_mellum(
+    windows: tuple[int, ...] = (48, 0, 48),
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    mlp: RoutedMlp | None = None,
+    yarn: Rope = ROPES[3],
+    vocab_size: int = 300,
+) -> ModelConfig:
+    """A layer for each of `windows`, with experts; only layers without a window have their positions stretched."""
+    config = tiny_config("mellum", num_heads, num_kv_heads, vocab_size=vocab_size)
+    mlp = mlp or RoutedMlp(num_experts=6, experts_per_token=2, intermediate_size=40, renormalised=True)
+    plain = Rope(theta=500000.0)
+    layers = tuple(LayerConfig(window, plain if window else yarn, mlp) for window in windows)
+    return replace(config, layers=layers)
 
 
 def reference_model(config: ModelConfig, seed: int = 0) -> tuple[PreTrainedModel, TensorSource]:
@@ -101,11 +127,26 @@ def reference_model(config: ModelConfig, seed: int = 0) -> tuple[PreTrainedModel
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            if weight.dim() == 2:
-                weight.copy_(1.5 * noise / weight.shape[1] ** 0.5)
+            if weight.dim() > 1:
+                weight.copy_(1.5 * noise / weight.shape[-1] ** 0.5)
             else:
                 weight.copy_(0.2 * noise + (1.0 if name.endswith("norm.weight") else 0.0))
-    tensors = dict(model.state_dict())
+    tensors = _stored(dict(model.state_dict()))
     if config.tied_embeddings:
         tensors.pop("lm_head.weight", None)
     return model, TensorSource(config, tensors)
+
+
+def _stored(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters of a transformers model as its checkpoints have them: each expert's matrices for themselves."""
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in parameters.items():
+        prefix, is_expert, matrices = name.partition("mlp.experts.")
+        if not is_expert:
+            stored[name] = tensor
+            continue
+        kinds = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[matrices]
+        for number, whole in enumerate(tensor):
+            for kind, matrix in zip(kinds, whole.chunk(len(kinds)), strict=True):
+                stored[f"{prefix}{expert_prefix(number)}{kind}.weight"] = matrix
+    return stored

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,16 +12,19 @@ import torch
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter, Eagle3Shape
 from outrider.workers.draft_heads.lm_head import LmHeadShape
 from outrider.workers.draft_heads.medusa import MedusaHeads, MedusaShape
+from outrider.workers.draft_heads.mtp import MtpDrafter, MtpShape, default_layer
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.eagle3 import Eagle3Method
+from outrider.workers.drafting.feature_levels import FeatureMethod
 from outrider.workers.drafting.levels import LevelLimits
 from outrider.workers.drafting.medusa import MedusaMethod
+from outrider.workers.drafting.mtp import MtpMethod
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.draft_heads import for_serving, vocabulary_of
-from outrider.workers.model.eagle3 import CachedEagle3, layer_config
 from outrider.workers.model.embedding import MatrixEmbedding
+from outrider.workers.model.feature_drafter import CachedDrafter
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.pages import PagePool
@@ -28,7 +32,9 @@ from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig, Rope
 from outrider.workers.weights.source import WeightSource
-from outrider.workers.weights.tensors import EMBEDDING, HEAD
+from outrider.workers.weights.tensors import EMBEDDING, FINAL_NORM, HEAD
+
+Method = TypeVar("Method", bound=FeatureMethod)
 
 ALL = slice(None)
 CPU = torch.device("cpu")
@@ -127,20 +133,65 @@ def eagle3_method(
     packed: bool = True,
 ) -> Eagle3Method:
     """The method as it is built for a tiny target, in float32 on the CPU. The drafter itself stays as it is."""
-    config, shape = target.config, drafter.shape
-    own = layer_config(shape)
+    return _over_pages(
+        Eagle3Method, slots, estimator, target, drafter, num_pages, page_size=page_size, packed=packed
+    )
+
+
+def mtp_drafter(target: WeightSource, num_ids: int = 0, rank: int = 0) -> MtpDrafter:
+    """A head whose input is the token, with a little of the feature, and whose block adds little. num_ids, rank: of
+    its LM head; 0: those of the target's."""
+    config = target.config
+    hidden_size, vocab_size = config.hidden_size, config.vocab_size
+    lm_head = LmHeadShape(hidden_size, num_ids or vocab_size, rank or hidden_size)
+    torch.manual_seed(1)
+    ids = torch.randperm(vocab_size)[: lm_head.num_ids].sort().values
+    drafter = MtpDrafter(MtpShape(config, default_layer(config), lm_head), ids)
+    drafter.eh_proj.weight.data *= 0.3
+    drafter.eh_proj.weight.data[:, :hidden_size] += torch.eye(hidden_size)
+    drafter.block.self_attn.o_proj.weight.data *= 0.5
+    if not lm_head.is_low_rank:
+        drafter.lm_head.weight.data.copy_(read(target, HEAD)[ids])
+    drafter.take_target(read(target, FINAL_NORM), None)
+    return drafter.requires_grad_(False)
+
+
+def mtp_method(
+    slots: DraftedSlots,
+    estimator: AcceptanceEstimator,
+    target: WeightSource,
+    drafter: MtpDrafter,
+    num_pages: int = 512,
+    page_size: int = 16,
+) -> MtpMethod:
+    """The method as it is built for a tiny target, in float32 on the CPU. The head itself stays as it is."""
+    return _over_pages(MtpMethod, slots, estimator, target, drafter, num_pages, page_size, packed=True)
+
+
+def _over_pages(
+    method: type[Method],
+    slots: DraftedSlots,
+    estimator: AcceptanceEstimator,
+    target: WeightSource,
+    drafter: Eagle3Drafter | MtpDrafter,
+    num_pages: int,
+    page_size: int,
+    packed: bool,
+) -> Method:
+    config, own = target.config, drafter.model
     vocabulary = vocabulary_of(drafter.lm_head.ids, config.vocab_size)
     embedding = MatrixEmbedding(read(target, EMBEDDING), VocabularyRange(0, config.vocab_size))
     served = for_serving(deepcopy(drafter), config.vocab_size, torch.float32, CPU, packed)
     cache = PagedCache(own, ShardPlan(own, 0, 1), num_pages, page_size, torch.float32, CPU)
-    return Eagle3Method(
+    return method(
         slots=slots,
         estimator=estimator,
-        drafter=CachedEagle3(served, embedding, cache),
+        taps=drafter.shape.taps,
+        drafter=CachedDrafter(served, embedding, cache),
         pool=PagePool(num_pages, page_size, prefix_sharing=True),
         sampler=Sampler(len(vocabulary), vocabulary, SoloCommunicator()),
         limits=LevelLimits(max_children=3, rows_per_sequence=4, max_rows=16, prefill_chunk=64),
-        tracer=Tracer("eagle3", False),
+        tracer=Tracer(method.name, False),
     )
 
 
@@ -156,3 +207,10 @@ def building_eagle3(
 ) -> Callable[[DraftedSlots, AcceptanceEstimator, ModelConfig], Eagle3Method]:
     """For `LocalEngine`."""
     return lambda slots, estimator, _: eagle3_method(slots, estimator, target, drafter, num_pages)
+
+
+def building_mtp(
+    target: WeightSource, drafter: MtpDrafter, num_pages: int = 512, page_size: int = 16
+) -> Callable[[DraftedSlots, AcceptanceEstimator, ModelConfig], MtpMethod]:
+    """For `LocalEngine`."""
+    return lambda slots, estimator, _: mtp_method(slots, estimator, target, drafter, num_pages, page_size)

@@ -21,17 +21,22 @@ from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.training.features import TargetFeatures
 from outrider.workers.training.lines import Description
 from outrider.workers.training.texts import DistilledText, TextWriter, read_texts
-from outrider.workers.weights.resolver import open_source
+from outrider.workers.weights.resolver import ResolvedModel, open_source
 from support.equality import Case
 from support.models import random_model
 
 TARGET = random_model("num_layers=8&vocab_size=160&hidden_size=64")
+# Its texts are longer than its window, so that a head like its windowed layers has to be trained with one.
+MELLUM = random_model(
+    "num_layers=4&vocab_size=160&hidden_size=64&window=6&full_every=2&yarn_factor=4&num_experts=3&expert_size=48",
+    "mellum",
+)
 NUM_TEXTS, PROMPT, OUTPUT = 10, 4, 14
 
 
-def write_texts(folder: Path) -> None:
+def write_texts(folder: Path, model: ResolvedModel = TARGET) -> None:
     """Greedy continuations of random prompts."""
-    source = open_source(TARGET)
+    source = open_source(model)
     target = TargetFeatures(source, (source.config.num_layers,), torch.float32, 1)
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(3, 160, (NUM_TEXTS, PROMPT), generator=generator).tolist()
@@ -39,7 +44,7 @@ def write_texts(folder: Path) -> None:
         last = torch.cat([rows[source.config.num_layers][-1:] for rows in target.rows(texts)])
         for text, token in zip(texts, target.model.logits(last).argmax(-1).tolist(), strict=True):
             text.append(token)
-    with TextWriter(folder, Description(TARGET.model, 160, "", {}, "")) as writer:
+    with TextWriter(folder, Description(model.model, 160, "", {}, "")) as writer:
         for number, text in enumerate(texts):
             tokens = tuple(text)
             writer.write(
@@ -53,11 +58,11 @@ def cases(folder: Path) -> list[Case]:
     return [Case(text.id, text.prompt_tokens, sampling) for text in read_texts(folder)]
 
 
-def tiny_run(texts: Path, out: Path, steps: int) -> TrainingConfig:
+def tiny_run(texts: Path, out: Path, steps: int, model: ResolvedModel = TARGET) -> TrainingConfig:
     """A run that measures on what it trains on: it shall learn the texts by heart."""
     folder = str(texts)
     return TrainingConfig(
-        target=TrainedTargetConfig(TARGET.model, dtype="float32"),
+        target=TrainedTargetConfig(model.model, dtype="float32"),
         texts=TextsConfig((folder,), eval_directories=(folder,), top_k=8),
         out=str(out),
         head=TrainedHeadConfig(kind="low_rank", rank_divisor=2),

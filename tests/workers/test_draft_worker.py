@@ -12,7 +12,7 @@ import torch
 
 from outrider.configs.loader import load_config
 from outrider.workers.draft import DraftWorker
-from outrider.workers.draft_heads.checkpoint import write_eagle3, write_medusa
+from outrider.workers.draft_heads.checkpoint import write_eagle3, write_medusa, write_mtp
 from outrider.workers.draft_heads.description import HeadDescription
 from outrider.workers.judging.head import JudgeDescription, JudgeHead, write_judge
 from outrider.workers.judging.identity import identify
@@ -26,7 +26,7 @@ from outrider.workers.weights.random_source import RandomSource
 from outrider.workers.weights.resolver import resolve
 from outrider.workers.weights.tokenizer import load_tokenizer
 from support.local_engine import output_tokens
-from support.tiny_heads import eagle3_drafter, medusa_heads
+from support.tiny_heads import eagle3_drafter, medusa_heads, mtp_drafter
 
 DRAFT = DraftOptions(("ngram", "model"), 8, 8)
 EVERYTHING = SamplingParams(
@@ -119,27 +119,30 @@ def test_the_profile_times_each_row_count(pair: Pair) -> None:
 
 
 def test_draft_heads_are_tried_before_anybody_is_served(tmp_path: Path) -> None:
-    """Random heads are told of; where the law leaves one token they are right. Nothing of it stays behind."""
+    """Random heads are told of, but for one that reads the token, on which this target's law depends; where the law
+    leaves one token they are right. Nothing of it stays behind."""
     source = RandomSource(load_config("tiny-random", []).target.model)
     none = HeadDescription()
     write_medusa(tmp_path / "medusa", medusa_heads(source), none, "vllm", torch.float32)
+    names = ("medusa", "eagle3", "mtp")
     drafter = eagle3_drafter(source, (0, 1, 2))
     write_eagle3(tmp_path / "eagle3", drafter, none, "speculators", torch.float32)
-    models = [f"draft.{name}.model={tmp_path / name}" for name in ("medusa", "eagle3")]
-    pair = Pair("draft.methods=[model,medusa,eagle3]", *models, "draft.dtype=bfloat16")
+    write_mtp(tmp_path / "mtp", mtp_drafter(source), none, "speculators", torch.float32)
+    models = [f"draft.{name}.model={tmp_path / name}" for name in names]
+    pair = Pair("draft.methods=[model,medusa,eagle3,mtp]", *models, "draft.dtype=bfloat16")
     try:
-        assert set(pair.profiled_step_s) == {"model", "medusa", "eagle3"}
+        assert set(pair.profiled_step_s) == {"model", *names}
         asked = request(num_tokens=40)
         certain = dataclasses.replace(asked.sampling, logit_bias=((5, 1000.0),))
         assert pair.draft.calibrate(dataclasses.replace(asked, sampling=certain), pair.report) == []
         said = pair.draft.calibrate(asked, pair.report)
         assert [warning.split()[0] for warning in said] == ["draft.medusa.model", "draft.eagle3.model"]
-        assert pair.reports[-1] == ("calibrate", 80, 80)
+        assert pair.reports[-1] == ("calibrate", 120, 120)
         pair.run()
-        drafts = (DraftOptions((), 0, 0), *(DraftOptions((name,), 8, 8) for name in ("medusa", "eagle3")))
+        drafts = (DraftOptions((), 0, 0), *(DraftOptions((name,), 8, 8) for name in names))
         asks = [dataclasses.replace(asked, id=str(i), draft=draft) for i, draft in enumerate(drafts)]
         texts = [output_tokens(events) for events in pair.generate(*asks).values()]
-        assert texts == [texts[0]] * 3
+        assert texts == [texts[0]] * 4
         assert pair.draft.stats()["num_available_pages"] == pair.draft._scheduler.pool.num_pages
     finally:
         pair.stop()

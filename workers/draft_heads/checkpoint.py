@@ -1,4 +1,4 @@
-"""Checkpoints of draft heads: EAGLE-3, Medusa, and an LM head alone, as others and as we lay them out.
+"""Checkpoints of draft heads: EAGLE-3, Medusa, MTP, and an LM head alone, as others and as we lay them out.
 
 Strict: a tensor that is missing, left over or of another shape, and a field that would be left out, are one
 ValueError that lists all of them. What is read is in float32; who uses it casts it. Layouts: see `layouts`.
@@ -44,8 +44,17 @@ from outrider.workers.draft_heads.layouts.medusa import (
     medusa_names,
     read_medusa_config,
 )
+from outrider.workers.draft_heads.layouts.mtp import (
+    MtpLayout,
+    copies_of_the_target,
+    layout_of,
+    mtp_config,
+    mtp_names,
+    read_mtp_config,
+)
 from outrider.workers.draft_heads.lm_head import LmHead, LmHeadShape, make_lm_head
 from outrider.workers.draft_heads.medusa import MedusaHeads
+from outrider.workers.draft_heads.mtp import MtpDrafter
 from outrider.workers.draft_heads.tensors import (
     CONFIG,
     check_ids,
@@ -62,6 +71,7 @@ from outrider.workers.draft_heads.tensors import (
     write_files,
 )
 from outrider.workers.weights.fields import Fields, read_json
+from outrider.workers.weights.tensors import HEAD, tensor_shapes
 
 T = TypeVar("T")
 
@@ -126,6 +136,37 @@ def read_medusa(folder: Path) -> tuple[MedusaHeads, HeadDescription]:
     return heads, file.description
 
 
+def read_mtp(folder: Path) -> tuple[MtpDrafter, HeadDescription]:
+    """A head for multi-token prediction, in float32, without what is the target's: see `MtpDrafter.take_target`.
+
+    A folder that holds the target as well is read without its tensors. Raises ValueError, see the module; also for
+    heads of several layers.
+    """
+    raw = read_json(folder / CONFIG)
+    file = _of_file(folder, lambda: read_mtp_config(raw))
+    shape, target = file.shape, file.shape.target
+    num_ids = shape.lm_head.num_ids
+    of_target = set(tensor_shapes(target)) - ({HEAD} if file.is_speculators else set())
+    stored = read_tensors(folder, of_target)
+    with torch.device("meta"):
+        drafter = MtpDrafter(shape, torch.arange(num_ids, device="cpu"))
+    names = mtp_names(list(drafter.state_dict()), target.num_layers, layout_of(file, stored))
+    of_head = {name for name in names if name.startswith("lm_head.")}
+    is_target_sized = shape.lm_head.is_target_sized(target.vocab_size)
+    drafter.shares_lm_head = is_target_sized and not any(names[name] in stored for name in of_head)
+    if drafter.shares_lm_head:
+        names = {name: file_name for name, file_name in names.items() if name not in of_head}
+    expected = {names[name]: tuple(x.shape) for name, x in drafter.state_dict().items() if name in names}
+    expected |= table_shapes(num_ids, target.vocab_size, stored)
+    harmless = copies_of_the_target(target.num_layers)
+    raise_problems(folder, file.problems + tensor_problems(expected, stored, harmless))
+    ids = _of_file(folder, lambda: ids_from_tables(num_ids, target.vocab_size, stored))
+    rows = [names[name] for name in ("lm_head.weight", "lm_head.up.weight") if name in names]
+    drafter.lm_head.ids = sort_rows(ids, stored, rows)
+    fill(drafter, names, stored)
+    return drafter, file.description
+
+
 def read_lm_head(folder: Path) -> tuple[LmHead, HeadDescription]:
     """An LM head alone, in float32, as `write_lm_head` wrote it. Raises ValueError, see the module."""
     fields = Fields(read_json(folder / CONFIG))
@@ -165,6 +206,22 @@ def write_eagle3(
     weights = drafter.state_dict()
     names = tensor_names(list(weights), [], layout)
     tables = offsets_of(drafter.lm_head, drafter.shape.vocab_size)
+    write_files(folder, config, {names[name]: x for name, x in weights.items()} | tables, dtype)
+
+
+def write_mtp(
+    folder: Path, drafter: MtpDrafter, description: HeadDescription, layout: MtpLayout, dtype: torch.dtype
+) -> None:
+    """Writes config.json and model.safetensors, without an LM head that is the target's."""
+    target = drafter.shape.target
+    config = mtp_config(drafter.shape, description, layout, dtype)
+    weights = {
+        name: x
+        for name, x in drafter.state_dict().items()
+        if not (drafter.shares_lm_head and name.startswith("lm_head."))
+    }
+    names = mtp_names(list(weights), target.num_layers, layout)
+    tables = offsets_of(drafter.lm_head, target.vocab_size)
     write_files(folder, config, {names[name]: x for name, x in weights.items()} | tables, dtype)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from outrider.workers.draft_heads.lm_head import LmHeadShape, make_lm_head
-from outrider.workers.weights.config import Rope
+from outrider.workers.weights.config import DenseMlp, LayerConfig, ModelConfig, Rope
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [N, HQ, D], k and v [N, HK, D], before rotary embedding -> [N, HQ * D]: the server attends over its paged cache,
@@ -144,6 +144,25 @@ class Eagle3Drafter(nn.Module):
         self.norm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
         self.lm_head = make_lm_head(shape.lm_head, ids)
 
+    @property
+    def model(self) -> ModelConfig:
+        """The drafter as a model of one layer, which is what its cache and its positions are made for."""
+        shape = self.shape
+        return ModelConfig(
+            architecture="llama",
+            layers=(LayerConfig(0, shape.rope, DenseMlp(shape.intermediate_size)),),
+            hidden_size=shape.hidden_size,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            vocab_size=shape.vocab_size,
+            rms_norm_eps=shape.rms_norm_eps,
+            max_context=shape.max_context,
+            tied_embeddings=False,
+            qkv_bias=False,
+            qk_norm=False,
+        )
+
     def features(self, taps: Tensor) -> Tensor:
         """The target's rows [N, taps * target_hidden_size], in the order of `shape.taps` -> features [N, hidden]."""
         features: Tensor = self.fc(taps)
@@ -155,7 +174,12 @@ class Eagle3Drafter(nn.Module):
         out: Tensor = self.midlayer(embedded, features, attend)
         return out
 
+    def normed(self, output: Tensor) -> Tensor:
+        """Output rows [N, hidden] as the LM head reads them."""
+        normed: Tensor = self.norm(output)
+        return normed
+
     def logits(self, output: Tensor) -> Tensor:
         """Output rows [N, hidden] -> logits [N, V'] of the token after each."""
-        logits: Tensor = self.lm_head(self.norm(output))
+        logits: Tensor = self.lm_head(self.normed(output))
         return logits

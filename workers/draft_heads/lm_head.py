@@ -39,6 +39,10 @@ class LmHeadShape:
     def is_low_rank(self) -> bool:
         return self.rank < self.hidden_size
 
+    def is_target_sized(self, vocab_size: int) -> bool:
+        """One matrix with a row for each of the target's tokens, as the target's own."""
+        return not self.is_low_rank and self.num_ids == vocab_size
+
 
 class LmHead(nn.Module, ABC):
     """Normed hidden rows [..., hidden] -> logits [..., V'] of the target's token ids `ids`.

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from outrider.workers.draft_heads.lm_head import LmHead
@@ -28,8 +28,9 @@ _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 Sizes = tuple[int, ...]
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder by name, as they are stored.
+def read_tensors(folder: Path, left_out: Collection[str] = ()) -> dict[str, Tensor]:
+    """All tensors of a folder by name, as they are stored; of a target beside the heads those that are named in
+    `left_out` are not read.
 
     Raises ValueError, one line, where there are none, or for a damaged file.
     """
@@ -41,20 +42,21 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{folder} holds no .safetensors file, nor {' or '.join(_PICKLES)}")
     tensors: dict[str, Tensor] = {}
     for path in paths:
-        tensors |= _read_file(path)
+        tensors |= _read_file(path, left_out)
     return tensors
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path, left_out: Collection[str]) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if name not in left_out}  # noqa: SIM118
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise ValueError(f"{path} must hold tensors by name and nothing else")
-    return loaded
+    return {name: value for name, value in loaded.items() if name not in left_out}
 
 
 def tensor_problems(
@@ -88,12 +90,12 @@ def tensor_problems(
 
 
 def fill(module: nn.Module, names: Mapping[str, str], stored: Mapping[str, Tensor]) -> None:
-    """Gives a module on the meta device its weights, in float32.
+    """Gives a module on the meta device its weights, in float32; those that are not named stay there.
 
     `names`: of the file's tensors by the module's; shapes have been compared.
     """
     weights = {name: stored[file_name].float() for name, file_name in names.items()}
-    module.load_state_dict(weights, assign=True)
+    module.load_state_dict(weights, assign=True, strict=False)
 
 
 def shapes_of(module: nn.Module, names: Mapping[str, str]) -> dict[str, Sizes]:

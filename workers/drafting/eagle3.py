@@ -1,43 +1,19 @@
-"""Draft method `eagle3` (arXiv 2503.01840): a layer on the target's hidden rows grows the tree level by level.
-
-A row of the drafter stands for a token and the feature of the position before it. Of known tokens the features are
-the target's own, below the root they are the drafter's outputs. So a node can be expanded once its parent has been,
-and a verdict keeps the proposals below the tokens that came out, but no row of a node: those of tokens that are known
-by then are computed again from what the target said of them, on the way to the next proposals.
-"""
+"""Draft method `eagle3` (arXiv 2503.01840): a layer on three of the target's hidden rows, see `feature_levels`."""
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Self
 
 from outrider.configs.schema import Config
 from outrider.workers.draft_heads.checkpoint import read_eagle3
 from outrider.workers.draft_heads.layouts.eagle3 import read_eagle3_config
-from outrider.workers.drafting.acceptance import AcceptanceEstimator
-from outrider.workers.drafting.features import FeatureStore
+from outrider.workers.drafting.feature_levels import FeatureMethod
 from outrider.workers.drafting.heads import check_fingerprint, check_target
-from outrider.workers.drafting.levels import ROWS_PER_STEP, LevelLimits, LevelMethod
-from outrider.workers.drafting.method import MethodContext, Verified
-from outrider.workers.drafting.row_cache import Expansion, RowCache
-from outrider.workers.drafting.slots import DraftedSlots
-from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.model.batch import TreeRows, build_batch
-from outrider.workers.model.cache import PagedCache
+from outrider.workers.drafting.method import MethodContext
 from outrider.workers.model.draft_heads import for_serving, vocabulary_of
-from outrider.workers.model.eagle3 import CachedEagle3, layer_config
 from outrider.workers.model.embedding import embedding_of
-from outrider.workers.model.shard import ShardPlan
-from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.hidden import HiddenNeeds
-from outrider.workers.sequences.pages import PagePool
-from outrider.workers.sequences.segments import starts_of
-from outrider.workers.sequences.sequence import Sequence
-from outrider.workers.sequences.tree import Bools, Floats, Ints, Survivors, Window
-from outrider.workers.setup import kernels_for, load_target_tensors, num_draft_pages, torch_dtype
-from outrider.workers.timing import Stretches
-from outrider.workers.trace import Tracer
+from outrider.workers.setup import load_target_tensors, torch_dtype
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.fields import read_json
 from outrider.workers.weights.progress import silent
@@ -47,44 +23,16 @@ from outrider.workers.weights.tensors import EMBEDDING
 _FIELD = "draft.eagle3.model"
 
 
-class Eagle3Method(LevelMethod):
+class Eagle3Method(FeatureMethod):
     """Grows trees with an EAGLE-3 drafter."""
 
     name = "eagle3"
-    is_trained = True
-
-    def __init__(
-        self,
-        slots: DraftedSlots,
-        estimator: AcceptanceEstimator,
-        drafter: CachedEagle3,
-        pool: PagePool,
-        sampler: Sampler,
-        limits: LevelLimits,
-        tracer: Tracer,
-    ) -> None:
-        """`pool`: of the drafter's cache; `sampler`: over the ids of its LM head."""
-        stretches = Stretches(drafter.device, tracer)
-        rows = RowCache(slots, pool, num_rowless=1)
-        super().__init__(slots, estimator, rows, sampler, drafter.shape.vocab_size, limits, stretches)
-        self.needs = HiddenNeeds(drafter.shape.taps, of_context=True)
-        self._drafter = drafter
-        # More features than the cache has rows could never all be read.
-        self._features = FeatureStore(len(slots), pool.num_pages * pool.page_size)
-        # By node, what the drafter made of it: the feature for its children.
-        self._outputs = torch.zeros(
-            self.trees.tokens.size, drafter.shape.hidden_size, dtype=drafter.dtype, device=drafter.device
-        )
-        # By node that can be expanded: the place of the node that promises most for each step on the way to it.
-        self._goal_of, self._steps_to = (np.zeros(self.trees.tokens.size, dtype=np.int64) for _ in range(2))
 
     @classmethod
-    def build(cls, context: MethodContext) -> Eagle3Method:
+    def build(cls, context: MethodContext) -> Self:
         """Load `draft.eagle3.model` and the target's embedding, and lay out its cache."""
-        config, target, progress = context.config, context.target, context.progress
-        draft, rounds, device = config.draft, config.rounds, context.device
-        dtype = torch_dtype(draft.dtype)
-        folder = resolve_head(draft.eagle3.model, progress, _FIELD)
+        config, target, device = context.config, context.target, context.device
+        folder = resolve_head(config.draft.eagle3.model, context.progress, _FIELD)
         try:
             drafter, description = read_eagle3(folder, target.num_layers)
         except ValueError as error:
@@ -92,28 +40,13 @@ class Eagle3Method(LevelMethod):
         shape = drafter.shape
         check_target(_FIELD, description, shape.target_hidden_size, shape.vocab_size, target)
         check_target(_FIELD, description, shape.hidden_size, shape.vocab_size, target)
-        source = load_target_tensors(config, [EMBEDDING], progress)
+        source = load_target_tensors(config, [EMBEDDING], context.progress)
         check_fingerprint(_FIELD, description, source)
-        own, page_size = layer_config(shape), config.target.page_size
-        num_pages = num_draft_pages(config, own)
-        kernels = kernels_for(config, own, device, dtype)
-        cache = PagedCache(own, ShardPlan(own, 0, 1), num_pages, page_size, dtype, device, kernels.kv_commit)
-        served = for_serving(drafter, shape.vocab_size, dtype, device, draft.packed_weights)
+        dtype = torch_dtype(config.draft.dtype)
+        served = for_serving(drafter, shape.vocab_size, dtype, device, config.draft.packed_weights)
         vocabulary = vocabulary_of(served.lm_head.ids, shape.vocab_size)
-        return cls(
-            slots=context.slots,
-            estimator=context.estimator,
-            drafter=CachedEagle3(served, embedding_of(source, dtype, device), cache, kernels),
-            pool=PagePool(num_pages, page_size, rounds.prefix_sharing),
-            sampler=Sampler(len(vocabulary), vocabulary, SoloCommunicator(), kernels),
-            limits=LevelLimits(
-                max_children=min(config.tree.max_children, len(vocabulary)),
-                rows_per_sequence=ROWS_PER_STEP,
-                max_rows=max(ROWS_PER_STEP, rounds.max_sequences),
-                prefill_chunk=rounds.prefill_chunk,
-            ),
-            tracer=context.tracer,
-        )
+        embedding = embedding_of(source, dtype, device)
+        return cls.over_pages(context, shape.taps, served, embedding, vocabulary)
 
     @classmethod
     def needs_of(cls, config: Config, target: ModelConfig) -> HiddenNeeds:
@@ -124,116 +57,3 @@ class Eagle3Method(LevelMethod):
         except ValueError as error:
             raise ValueError(f"{_FIELD}: {error}") from error
         return HiddenNeeds(taps, of_context=True)
-
-    def prefix_kept(self, sequence: Sequence) -> int:
-        """Rows in shared pages: each was made of the feature at its own index, so that these are not needed again."""
-        return self._rows.num_shared(sequence)
-
-    def start(self, sequence: Sequence) -> None:
-        """Take the shared pages; features come from where the target begins to read."""
-        super().start(sequence)
-        slot = sequence.slot
-        self._features.start(slot, int(self._rows.context_lens[slot]), sequence.num_committed)
-
-    def finish(self, sequence: Sequence) -> None:
-        """Give pages and features back."""
-        super().finish(sequence)
-        self._features.finish(sequence.slot)
-
-    @torch.inference_mode()
-    def observe(self, verified: Verified) -> None:
-        """Keep the features of the tokens that the target has rows of now."""
-        hidden = verified.hidden
-        if hidden is None:
-            return
-        skipped = [
-            self._features.num_unwanted(step.sequence.slot, len(step.committed)) for step in verified.steps
-        ]
-        index = np.concatenate(
-            [
-                hidden.rows_of(step.index, step.committed[count:])
-                for step, count in zip(verified.steps, skipped, strict=True)
-            ]
-        )
-        counts = [len(step.committed) - count for step, count in zip(verified.steps, skipped, strict=True)]
-        features = torch.empty(0, self._outputs.shape[1])
-        if len(index):
-            taps = [hidden.layers[layer] for layer in self.needs.layers]
-            at = torch.from_numpy(index).to(taps[0].device)
-            features = self._drafter.features(torch.cat([rows[at] for rows in taps], dim=1))
-        for step, count, new in zip(verified.steps, skipped, features.split(counts), strict=True):
-            assert step.num_known == self._features.ends[step.sequence.slot]
-            self._features.append(step.sequence.slot, count, new)
-        self._planned = None
-
-    def rerooted(self, survivors: Survivors) -> None:
-        """Of the old roots' rows the known text is one longer; the nodes' rows are made of guesses."""
-        self._rows.drop_trees(survivors.slots)
-        self._features.drop_read(survivors.slots, self._rows.context_lens[survivors.slots])
-        self._laws.rerooted(survivors)
-
-    def _num_readable(self, slots: Ints) -> Ints:
-        here = self._features.ends[slots] - self._rows.context_lens[slots]
-        here *= ~self._features.is_lost[slots]
-        return np.minimum(self._rows.num_unread(slots), here)
-
-    def _can_grow(self, slots: Ints) -> Bools:
-        # The first token of a text has no row.
-        num_tokens = self.slots.num_tokens[slots]
-        return self._features.have_all(slots, num_tokens) & (num_tokens > 1)
-
-    def _reachable(self, window: Window, gains: Floats, has_row: Bools) -> Floats:
-        """What is promised further down counts for the first node on the way that has no row, shared by the steps."""
-        flat = self.trees.flat
-        depths = flat.depths[window.places]
-        own = np.arange(gains.size).reshape(gains.shape)
-        above = window.starts[:, None] + flat.parents[window.places] * (flat.values[window.places] > 0.0)
-        is_open = ~has_row & (has_row.reshape(-1)[above] | (above == own))
-        tops = np.where(is_open | has_row, own, above)
-        for _ in range(int(depths.max(initial=0)).bit_length()):
-            tops = tops.reshape(-1)[tops]
-        steps = np.maximum(depths - depths.reshape(-1)[tops] + 1, 1)  # padding has any depths
-        shares = gains / steps
-        best = np.zeros(gains.size)
-        np.maximum.at(best, tops.reshape(-1), shares.reshape(-1))
-        is_goal = (shares > 0.0) & (shares == best[tops])
-        places = window.places.reshape(-1)[tops[is_goal]]
-        self._goal_of[places], self._steps_to[places] = window.places[is_goal], steps[is_goal]
-        return best.reshape(gains.shape) * is_open
-
-    def _goals(self, places: Ints) -> tuple[Ints, Ints]:
-        return self._goal_of[places], self._steps_to[places]
-
-    def _read_known(self, rows: TreeRows) -> None:
-        counts = zip(rows.slots.tolist(), rows.query_lens.tolist(), strict=True)
-        self._forward(rows, torch.cat([self._features.next(slot, count) for slot, count in counts]))
-        self._features.drop_read(rows.slots, rows.context_lens + rows.query_lens)
-
-    def _logits(self, expansion: Expansion) -> Tensor:
-        rows, flat = expansion.rows, self.trees.flat
-        features = self._outputs.new_empty(len(rows.tokens), self._outputs.shape[1])
-        firsts = expansion.nodes[starts_of(expansion.num_nodes)]
-        # Known tokens come first, and the root, if it is there, is the last of them.
-        counts = expansion.num_catching_up + (firsts == 0)
-        begins = starts_of(rows.query_lens)
-        for slot, begin, count in zip(rows.slots.tolist(), begins.tolist(), counts.tolist(), strict=True):
-            if count:
-                features[begin : begin + count] = self._features.next(slot, count)
-        below = expansion.nodes > 0
-        parents = expansion.places[below] - expansion.nodes[below] + flat.parents[expansion.places[below]]
-        features[self._index(expansion.node_rows[below])] = self._outputs[self._index(parents)]
-        output = self._forward(rows, features)[self._index(expansion.node_rows)]
-        self._outputs[self._index(expansion.places)] = output
-        return self._drafter.logits(output)
-
-    def _timed_logits(self, rows: TreeRows) -> Tensor:
-        return self._drafter.logits(self._forward(rows, self._outputs[: len(rows.tokens)]))
-
-    def _forward(self, rows: TreeRows, features: Tensor) -> Tensor:
-        """[num_rows, hidden]. Its stretch of time begins here."""
-        batch = build_batch(self._rows.tables, rows, self._drafter.device)
-        self._stretches.begin()
-        return self._drafter.forward(batch, features)
-
-    def _index(self, values: Ints) -> Tensor:
-        return torch.from_numpy(values).to(self._outputs.device)

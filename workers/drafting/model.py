@@ -59,7 +59,7 @@ class ModelMethod(LevelMethod):
         """num_target_tokens: a padded vocabulary may have more ids than the target's; max_rows: of a step's nodes."""
         limits = LevelLimits(max_children, rows_per_sequence, max_rows, prefill_chunk)
         stretches = Stretches(model.device, tracer)
-        rows = RowCache(slots, pool)
+        rows = RowCache(slots, pool, window=model.config.widest_window)
         super().__init__(slots, estimator, rows, sampler, num_target_tokens, limits, stretches)
         self._model = model
         self._run = forward_of(model, cache, draft_capacities(model, cache))

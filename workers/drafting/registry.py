@@ -7,12 +7,13 @@ from outrider.workers.drafting.eagle3 import Eagle3Method
 from outrider.workers.drafting.medusa import MedusaMethod
 from outrider.workers.drafting.method import DraftMethod
 from outrider.workers.drafting.model import ModelMethod
+from outrider.workers.drafting.mtp import MtpMethod
 from outrider.workers.drafting.ngram import NgramMethod
 from outrider.workers.sequences.hidden import all_layers
 from outrider.workers.weights.config import ModelConfig
 
 METHODS: dict[str, type[DraftMethod]] = {
-    method.name: method for method in (NgramMethod, ModelMethod, MedusaMethod, Eagle3Method)
+    method.name: method for method in (NgramMethod, ModelMethod, MedusaMethod, Eagle3Method, MtpMethod)
 }
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.model.batch import TreeRows, num_mask_words
 from outrider.workers.sequences.page_tables import PageTables
-from outrider.workers.sequences.pages import PagePool, Prefix
+from outrider.workers.sequences.pages import PagePool, Prefix, num_unseen_pages
 from outrider.workers.sequences.segments import starts_of
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, Ints, Survivors
@@ -58,9 +58,11 @@ class RowCache:
         flat_has_row: the same over slots and nodes, as `GrowingTrees.flat`.
     """
 
-    def __init__(self, slots: DraftedSlots, pool: PagePool, num_rowless: int = 0) -> None:
+    def __init__(self, slots: DraftedSlots, pool: PagePool, num_rowless: int = 0, window: int = 0) -> None:
+        """window: the model's widest, see `ModelConfig`: pages that it has left behind are given back."""
         self._slots = slots
         self._num_rowless = num_rowless
+        self._window = window
         self._trees = slots.trees
         self.pool = pool
         shape = self._trees.tokens.shape
@@ -76,6 +78,7 @@ class RowCache:
         self._masks: UInt64s = np.zeros((*shape, num_words), dtype=np.uint64)
         self._pages: list[list[int]] = [[] for _ in range(len(slots))]
         self._remembered = [Prefix()] * len(slots)
+        self._num_freed = [0] * len(slots)
 
     def start(self, sequence: Sequence) -> None:
         """Take the shared pages that hold the beginning of the text."""
@@ -97,8 +100,8 @@ class RowCache:
 
     def finish(self, slot: int) -> None:
         """Give the pages back."""
-        self.pool.release(self._pages[slot])
-        self._pages[slot] = []
+        self.pool.release(self._pages[slot][self._num_freed[slot] :])
+        self._pages[slot], self._num_freed[slot] = [], 0
         self.tables.clear(slot)
 
     def num_unread(self, slots: Ints) -> Ints:
@@ -226,6 +229,7 @@ class RowCache:
                 int(self.context_lens[slot]),
                 self._remembered[slot],
             )
+            self._free_unseen_pages(slot)
 
     def drop_trees(self, slots: Ints) -> None:
         """Of these trees the roots' rows hold known tokens, where they were expanded; no other row is kept."""
@@ -268,6 +272,13 @@ class RowCache:
         if keeps is not None:
             self._keep(slots, keeps, new_rows.reshape(-1)[old_nodes] - num_committed[:, None])
         return sources, targets
+
+    def _free_unseen_pages(self, slot: int) -> None:
+        freed = self._num_freed[slot]
+        unseen = num_unseen_pages(int(self.context_lens[slot]), self._window, self.pool.page_size)
+        if unseen > freed:
+            self.pool.release(self._pages[slot][freed:unseen])
+            self._num_freed[slot] = unseen
 
     def _keep(self, slots: Ints, has_row: Bools, rows: Ints) -> None:
         """Survivors ([B, M]) have these tree rows where they have any."""

@@ -10,12 +10,20 @@ from outrider.workers.model import memory
 from outrider.workers.model.embedding import Embedding, MatrixEmbedding, StoredEmbedding
 from outrider.workers.model.head import Head, LinearHead
 from outrider.workers.model.linear import Linear, PackedLinear, make_linear
-from outrider.workers.model.mlp import GatedMlp, Mlp
+from outrider.workers.model.mlp import (
+    ExpertLoop,
+    Experts,
+    GatedMlp,
+    GroupedExperts,
+    Mlp,
+    RoutedExperts,
+    aligned_columns,
+)
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.sequences.vocabulary import VocabularyRange
-from outrider.workers.weights.config import DenseMlp
+from outrider.workers.weights.config import DenseMlp, RoutedMlp
 from outrider.workers.weights.source import WeightSource
-from outrider.workers.weights.tensors import EMBEDDING, FINAL_NORM, HEAD
+from outrider.workers.weights.tensors import EMBEDDING, FINAL_NORM, HEAD, ROUTER, expert_prefix
 
 ALL = slice(None)
 READ_CHUNK_BYTES = 64 << 20
@@ -137,6 +145,8 @@ class WeightLoader:
         self.device = device
         self.packed = packed
         self.progress = progress
+        # Where matrices are put together. A model on the meta device has sizes and takes no memory.
+        self._host = torch.device("meta" if device.type == "meta" else "cpu")
 
     def layer(self, index: int) -> LayerWeights:
         """Weights of one layer; what reading them took beside is given back."""
@@ -149,7 +159,7 @@ class WeightLoader:
             k_norm=self._head_norm(attention + "k_norm.weight"),
             attention_output=self._attention_output(attention + "o_proj.weight"),
             mlp_norm=self.vector(prefix + "post_attention_layernorm.weight", ALL),
-            mlp=self._mlp(prefix + "mlp.", self.plan.config.layers[index].mlp),
+            mlp=self._mlp(prefix, self.plan.config.layers[index].mlp),
         )
         memory.release_freed()
         return weights
@@ -163,7 +173,7 @@ class WeightLoader:
     def vocabulary_matrix(self, name: str) -> Tensor:
         """This rank's rows of the embedding or the head, [vocab_shard, hidden], read in pieces."""
         config, ids = self.plan.config, self.plan.vocab
-        matrix = torch.empty(len(ids), config.hidden_size, dtype=self.dtype)
+        matrix = torch.empty(len(ids), config.hidden_size, dtype=self.dtype, device=self._host)
         self._read_rows_into(matrix, name, ids)
         return matrix.to(self.device)
 
@@ -186,8 +196,8 @@ class WeightLoader:
     def _qkv(self, prefix: str) -> Linear:
         config, plan = self.plan.config, self.plan
         D, HQ, HK = config.head_dim, plan.num_query_places, plan.num_kv_heads
-        weight = torch.zeros(HQ + 2 * HK, D, config.hidden_size, dtype=self.dtype)
-        bias = torch.zeros(HQ + 2 * HK, D, dtype=self.dtype)
+        weight = torch.zeros(HQ + 2 * HK, D, config.hidden_size, dtype=self.dtype, device=self._host)
+        bias = torch.zeros(HQ + 2 * HK, D, dtype=self.dtype, device=self._host)
         places = {
             "q_proj": (plan.query_heads, list(plan.query_places)),
             "k_proj": (plan.kv_heads, list(range(HQ, HQ + HK))),
@@ -199,27 +209,61 @@ class WeightLoader:
             weight[into] = read.view(len(heads), D, -1)
             self.progress(read.nbytes)
             if config.qkv_bias:
-                bias[into] = self.vector(f"{prefix}{name}.bias", rows).cpu().view(len(heads), D)
+                bias[into] = self.vector(f"{prefix}{name}.bias", rows).to(self._host).view(len(heads), D)
         bias = bias.view(-1) if config.qkv_bias else NO_BIAS
         return self.linear(weight.view(-1, config.hidden_size), bias)
 
     def _attention_output(self, name: str) -> Linear:
         config, plan = self.plan.config, self.plan
         D, heads = config.head_dim, plan.query_heads
-        weight = torch.zeros(config.hidden_size, plan.num_query_places, D, dtype=self.dtype)
+        sizes = (config.hidden_size, plan.num_query_places, D)
+        weight = torch.zeros(sizes, dtype=self.dtype, device=self._host)
         read = self.source.read(name, ALL, slice(heads.start * D, heads.stop * D), self.dtype)
         weight[:, list(plan.query_places)] = read.view(config.hidden_size, len(heads), D)
         self.progress(read.nbytes)
         return self.linear(weight.view(config.hidden_size, -1), NO_BIAS)
 
-    def _mlp(self, prefix: str, described: DenseMlp) -> Mlp:
-        hidden, columns = self.plan.config.hidden_size, self.plan.mlp_columns(described.intermediate_size)
-        gate_up = torch.empty(2, len(columns), hidden, dtype=self.dtype)
+    def _mlp(self, prefix: str, described: DenseMlp | RoutedMlp) -> Mlp:
+        if isinstance(described, DenseMlp):
+            return self._gated(prefix + "mlp.", self.plan.mlp_columns(described.intermediate_size))
+        columns = self.plan.expert_columns(described)
+        router = self.source.read(prefix + ROUTER, ALL, ALL, torch.float32)
+        self.progress(router.numel() * self.dtype.itemsize)
+        numbers = self.plan.experts(described)
+        prefixes = [prefix + expert_prefix(i) for i in numbers]
+        experts: Experts
+        if self.device.type == "cuda":
+            experts = self._grouped(numbers[0], prefixes, columns)
+        else:
+            experts = ExpertLoop(numbers[0], [self._gated(name, columns) for name in prefixes])
+        return RoutedExperts(
+            router.to(self.device), described.experts_per_token, described.renormalised, experts
+        )
+
+    def _gated(self, prefix: str, columns: range) -> GatedMlp:
+        hidden = self.plan.config.hidden_size
+        gate_up = torch.empty(2, len(columns), hidden, dtype=self.dtype, device=self._host)
         self._read_rows_into(gate_up[0], prefix + "gate_proj.weight", columns)
         self._read_rows_into(gate_up[1], prefix + "up_proj.weight", columns)
         fused = self.linear(gate_up.view(-1, hidden), NO_BIAS)
         del gate_up
+        return GatedMlp(fused, self.linear(self._down(prefix, columns), NO_BIAS))
+
+    def _grouped(self, first: int, prefixes: list[str], columns: range) -> GroupedExperts:
+        hidden, width = self.plan.config.hidden_size, aligned_columns(len(columns))
+        # Columns that are added are zero, in all three matrices, and add nothing.
+        gate_up = torch.zeros(len(prefixes), 2, width, hidden, dtype=self.dtype, device=self.device)
+        down = torch.zeros(len(prefixes), hidden, width, dtype=self.dtype, device=self.device)
+        for expert, prefix in enumerate(prefixes):
+            for matrix, name in enumerate(("gate_proj", "up_proj")):
+                self._read_rows_into(
+                    gate_up[expert, matrix, : len(columns)], f"{prefix}{name}.weight", columns
+                )
+            down[expert, :, : len(columns)] = self._down(prefix, columns)
+        return GroupedExperts(first, gate_up.flatten(1, 2), down)
+
+    def _down(self, prefix: str, columns: range) -> Tensor:
         part = slice(columns.start, columns.stop)
         down = self.source.read(prefix + "down_proj.weight", ALL, part, self.dtype)
         self.progress(down.nbytes)
-        return GatedMlp(fused, self.linear(down, NO_BIAS))
+        return down

@@ -1,12 +1,15 @@
 """The feed-forward part of a layer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.workers.model.linear import Linear
+from outrider.workers.routing import Routes, route
 
 
 class Mlp(Protocol):
@@ -32,3 +35,90 @@ class GatedMlp:
     def __call__(self, normed: Tensor) -> Tensor:
         gate, up = self.gate_up(normed).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
+
+
+class Experts(Protocol):
+    """The experts of a layer that one rank has, or its part of all."""
+
+    def __call__(self, normed: Tensor, routes: Routes) -> Tensor:
+        """Rows [N, hidden] -> [N, hidden], what this rank's experts add to each."""
+        ...
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """A router, the same on all ranks, and this rank's experts.
+
+    Attributes:
+        router: float32 [num_experts, hidden].
+        experts_per_token, renormalised: see `route`.
+    """
+
+    router: Tensor
+    experts_per_token: int
+    renormalised: bool
+    experts: Experts
+
+    def __call__(self, normed: Tensor) -> Tensor:
+        routes = route(normed, self.router, self.experts_per_token, self.renormalised)
+        return self.experts(normed, routes)
+
+
+class ExpertLoop:
+    """One expert after the other, each over the rows that visit it; who is not visited costs nothing. For CPUs."""
+
+    def __init__(self, first: int, experts: Sequence[Mlp]) -> None:
+        """experts: those from number `first` on."""
+        self._first = first
+        self._experts = experts
+
+    def __call__(self, normed: Tensor, routes: Routes) -> Tensor:
+        total = torch.zeros(normed.shape, dtype=torch.float32, device=normed.device)
+        local = routes.experts.flatten() - self._first
+        order = local.argsort(stable=True)
+        ends = torch.searchsorted(local[order], torch.arange(len(self._experts)), right=True).tolist()
+        begin = int((local < 0).sum())
+        for expert, end in zip(self._experts, ends, strict=True):
+            if end > begin:
+                visits = order[begin:end]
+                rows = visits // routes.experts.shape[1]
+                out = expert(normed[rows]).float() * routes.weights.flatten()[visits, None]
+                total.index_add_(0, rows, out)
+            begin = end
+        return total.to(normed.dtype)
+
+
+class GroupedExperts:
+    """All experts in two grouped products, without a wait for the host, so that it can be part of a CUDA graph.
+
+    torch's grouped matmul takes bfloat16 on NVIDIA GPUs from sm_80 on; with other dtypes torch does without a kernel
+    of its own. Not run on a GPU by the maintainers.
+    """
+
+    def __init__(self, first: int, gate_up: Tensor, down: Tensor) -> None:
+        """Those from number `first` on: gate_up [E, 2 I, hidden], gates first; down [E, hidden, I]. Rows of the
+        matrices must be a multiple of 16 bytes long, see `aligned_columns`."""
+        self._first = first
+        self._gate_up = gate_up.transpose(1, 2)
+        self._down = down.transpose(1, 2)
+
+    def __call__(self, normed: Tensor, routes: Routes) -> Tensor:
+        num_experts, per_row = len(self._gate_up), routes.experts.shape[1]
+        local = routes.experts.flatten() - self._first
+        is_here = (local >= 0) & (local < num_experts)
+        local = local.masked_fill(~is_here, num_experts)
+        order = local.argsort(stable=True)
+        numbers = torch.arange(num_experts, device=local.device)
+        ends = torch.searchsorted(local[order], numbers, right=True).int()
+        gate, up = F.grouped_mm(normed[order // per_row], self._gate_up, offs=ends).chunk(2, dim=-1)
+        out = F.grouped_mm(F.silu(gate) * up, self._down, offs=ends)
+        # Back to the rows' order and summed there, which unlike adding at an index is the same every time. What
+        # stands behind the last group is not computed: it may be anything.
+        out = out[order.argsort()].float() * routes.weights.view(-1, 1)
+        out = out.masked_fill(~is_here[:, None], 0.0)
+        return out.view(*routes.experts.shape, -1).sum(1).to(normed.dtype)
+
+
+def aligned_columns(count: int) -> int:
+    """Columns of an expert with which the rows of its matrices are a multiple of 16 bytes long, in any dtype."""
+    return -(-count // 8) * 8

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.config import DenseMlp, ModelConfig, RoutedMlp
 
 MLP_BLOCK = 128
 VOCAB_BLOCK = 64
@@ -17,7 +17,8 @@ class ShardPlan:
     heads reads, so a KV head may be on two ranks. Kernels want the same number G of query heads for each KV head,
     so where a rank holds only some of a KV head's query heads the others' places stay empty: their q rows and o
     columns are zero, which changes nothing. The MLP is split in blocks of 128 columns (smaller ones for small
-    models), the vocabulary in blocks of 64.
+    models), the vocabulary in blocks of 64. Experts are split by expert where their number divides, else each of
+    them by columns, as an MLP.
 
     Example: 9 query heads on 3 KV heads, 2 ranks. Rank 0 has heads 0-4, KV heads 0 and 1, G = 3, places
     [0 1 2 | 3 4 .]; rank 1 has heads 5-8, KV heads 1 and 2, places [5 . . | 6 7 8].
@@ -32,7 +33,7 @@ class ShardPlan:
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.size, (self.rank, self.size)
-        narrowest = min(layer.mlp.intermediate_size for layer in self.config.layers)
+        narrowest = min(self._num_parts(layer.mlp) for layer in self.config.layers)
         limit = min(self.config.num_heads, narrowest, self.config.vocab_size)
         if self.size > limit:
             raise ValueError(
@@ -74,6 +75,18 @@ class ShardPlan:
             for i in range(len(self._readers(kv_head)))
         )
 
+    def experts(self, mlp: RoutedMlp) -> range:
+        """The experts of which this rank has a part."""
+        if not self._splits_by_expert(mlp):
+            return range(mlp.num_experts)
+        return _share(mlp.num_experts, self.rank, self.size)
+
+    def expert_columns(self, mlp: RoutedMlp) -> range:
+        """Columns of this rank of each of its `experts`."""
+        if self._splits_by_expert(mlp):
+            return range(mlp.intermediate_size)
+        return self.mlp_columns(mlp.intermediate_size)
+
     def mlp_columns(self, intermediate_size: int) -> range:
         """Columns of this rank of an MLP that has `intermediate_size` of them."""
         return _share_blocks(intermediate_size, MLP_BLOCK, self.rank, self.size)
@@ -82,6 +95,14 @@ class ShardPlan:
     def vocab(self) -> range:
         """Token ids whose embedding row and logit this rank holds."""
         return _share_blocks(self.config.vocab_size, VOCAB_BLOCK, self.rank, self.size)
+
+    def _splits_by_expert(self, mlp: RoutedMlp) -> bool:
+        return mlp.num_experts % self.size == 0
+
+    def _num_parts(self, mlp: DenseMlp | RoutedMlp) -> int:
+        """Ranks that an MLP can be shared out to."""
+        by_expert = isinstance(mlp, RoutedMlp) and self._splits_by_expert(mlp)
+        return self.size if by_expert else mlp.intermediate_size
 
     def _readers(self, kv_head: int) -> range:
         per_kv_head = self.config.num_heads // self.config.num_kv_heads

@@ -19,6 +19,7 @@ from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.linear import pad_rows
 from outrider.workers.model.loader import ModelWeights
 from outrider.workers.model.rope import RotaryEmbedding
+from outrider.workers.weights.config import RoutedMlp
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class Transformer:
         self._ropes = [RotaryEmbedding(self.config, rope, self.dtype, self.device) for rope in kinds]
         self._rope_of_layer = [kinds.index(layer.rope) for layer in self.config.layers]
         layer = weights.layers[0]
-        self._pads = layer.qkv.pads or layer.attention_output.pads
+        # Rows that are added would be sent to experts, too.
+        is_routed = any(isinstance(layer.mlp, RoutedMlp) for layer in self.config.layers)
+        self._pads = not is_routed and (layer.qkv.pads or layer.attention_output.pads)
 
     @torch.inference_mode()
     def embed(self, tokens: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from outrider.workers.link.messages import MAX_STARTS_PER_ROUND
-from outrider.workers.sequences.pages import PagePool, Prefix
+from outrider.workers.sequences.pages import PagePool, Prefix, num_unseen_pages
 from outrider.workers.sequences.sequence import Request, Sequence
 
 _ROUNDS_TO_HALVE = 4  # of waiting, for which a prompt counts as half as long
@@ -37,11 +37,17 @@ def whole_prefix(sequence: Sequence) -> int:
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """From the configuration; all counts."""
+    """From the configuration; all counts.
+
+    `window` is the target's widest (`ModelConfig.widest_window`): pages that it has left behind are given back while
+    their sequence runs. 0 where some layer sees everything: pages hold the rows of all layers, so a model whose
+    layers differ keeps all of them, those of its windowed layers included.
+    """
 
     max_sequences: int
     max_round_tokens: int
     prefill_chunk: int
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,9 @@ class Scheduler:
         sequence.remembered = self.pool.remember_prefix(
             sequence.pages, sequence.tokens, sequence.num_committed, sequence.remembered
         )
+        # Penalties are counted from the tokens that the target keeps beside its rows.
+        if not sequence.request.sampling.uses_context:
+            self._free_unseen_pages(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Free the slot and the pages of a sequence that is not in flight."""
@@ -252,13 +261,20 @@ class Scheduler:
         sequence.started = False
         insort(self.waiting, sequence, key=_place_in_line)
 
+    def _free_unseen_pages(self, sequence: Sequence) -> None:
+        freed, size = sequence.num_pages_freed, self.pool.page_size
+        unseen = num_unseen_pages(sequence.num_committed, self.limits.window, size)
+        if unseen > freed:
+            self.pool.release(sequence.pages[freed:unseen])
+            sequence.num_pages_freed = unseen
+
     def _leave(self, sequence: Sequence) -> None:
         assert not sequence.in_flight
         self._on_leave(sequence)
         del self._running[sequence.id]
         self._lane_sizes[sequence.lane] -= 1
-        self.pool.release(sequence.pages)
-        sequence.pages = []
+        self.pool.release(sequence.pages[sequence.num_pages_freed :])
+        sequence.pages, sequence.num_pages_freed = [], 0
         self._free_slots.append(sequence.slot)
         if sequence.started:
             self.released_slots.append(sequence.slot)

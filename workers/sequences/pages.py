@@ -32,6 +32,12 @@ class Prefix:
         return Prefix(self.num_pages + 1, digest.digest())
 
 
+def num_unseen_pages(num_rows: int, window: int, page_size: int) -> int:
+    """First pages of a text whose rows nobody sees any more: a query behind its first `num_rows` rows, as whoever
+    reads on is, sees `window` positions, its own included; 0: all of them, so that no page is unseen."""
+    return max(0, num_rows + 1 - window) // page_size if window else 0
+
+
 class PagePool:
     """Allocates pages, counts their holders, and finds pages that hold a given prefix."""
 

@@ -156,6 +156,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     num_committed: int = 0
     num_pages_sent: int = 0  # the target knows this many of `pages`
+    num_pages_freed: int = 0  # the first of `pages`, which no layer sees any more and others may hold
     remembered: Prefix = field(default_factory=Prefix)  # findable by other sequences
     pending_accepted: tuple[int, ...] = ()  # nodes of the last step that the next message commits
     started: bool = False  # the target knows the slot

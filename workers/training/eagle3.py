@@ -1,35 +1,15 @@
-"""EAGLE-3 with its training-time test (arXiv 2503.01840): K steps, each fed with the drafter's own last output.
-
-The literal picture, tokens a b c d e f at positions 0..5 and labels from c on. A row is anchored at a position
-p >= 1, and rotated by its place p + k - 1.
-
-    step 0: reads token p      and feature(p - 1), the target's     -> guesses token p + 1
-    step 1: reads token p + 1  and step 0's output of anchor p      -> guesses token p + 2
-    step k: reads token p + k  and step k - 1's output of anchor p  -> guesses token p + k + 1
-
-    anchor 1 (b): step 0 guesses c, step 1 d, step 2 e, step 3 f
-    anchor 2 (c): step 0 guesses d, step 1 e, step 2 f
-    anchor 3 (d): step 0 guesses e, step 1 f
-
-which is what a server does with a context that ends at p: true features up to there, its own behind.
-"""
+"""EAGLE-3 in training (arXiv 2503.01840): what a drafter starts as; see `unrolled`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from outrider.configs.training import Eagle3Config
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter, Eagle3Shape, default_taps
 from outrider.workers.draft_heads.lm_head import LmHeadShape
-from outrider.workers.model.rope import RotaryEmbedding
 from outrider.workers.training.feature_store import FeatureBatch
-from outrider.workers.training.heads import HeadLoss
-from outrider.workers.training.metrics import StepCounts
-from outrider.workers.training.unrolled_attention import unrolled_attention
-from outrider.workers.weights.config import ModelConfig
+from outrider.workers.training.unrolled import UnrolledTraining
+from outrider.workers.weights.config import DenseMlp, ModelConfig, RoutedMlp
 from outrider.workers.weights.source import WeightSource
 
 _ALL = slice(None)
@@ -46,7 +26,7 @@ def drafter_shape(target: ModelConfig, head: LmHeadShape, norm_before_residual: 
         num_heads=target.num_heads,
         num_kv_heads=target.num_kv_heads,
         head_dim=target.head_dim,
-        intermediate_size=layer.mlp.intermediate_size,
+        intermediate_size=active_columns(layer.mlp),
         rms_norm_eps=target.rms_norm_eps,
         rope=layer.rope,
         max_context=target.max_context,
@@ -55,10 +35,16 @@ def drafter_shape(target: ModelConfig, head: LmHeadShape, norm_before_residual: 
     )
 
 
+def active_columns(mlp: DenseMlp | RoutedMlp) -> int:
+    """Columns that a token goes through: all of an MLP's, or those of a token's experts together."""
+    return mlp.intermediate_size * (mlp.experts_per_token if isinstance(mlp, RoutedMlp) else 1)
+
+
 @torch.no_grad()
 def start_from_last_layer(drafter: Eagle3Drafter, source: WeightSource) -> None:
     """Makes the drafter's layer the target's last one: half of each of q, k and v's columns, those that read the
-    feature; the half that reads the token starts at zero, and the feature as the last of the taps."""
+    feature; the half that reads the token starts at zero, and the feature as the last of the taps. Of a target's
+    experts nothing is taken."""
     prefix = f"model.layers.{source.config.num_layers - 1}."
 
     def read(name: str) -> Tensor:
@@ -70,8 +56,9 @@ def start_from_last_layer(drafter: Eagle3Drafter, source: WeightSource) -> None:
         weight.zero_()
         weight[:, hidden:] = read(f"{prefix}self_attn.{name}.weight")
     layer.self_attn.o_proj.weight.copy_(read(f"{prefix}self_attn.o_proj.weight"))
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        getattr(layer.mlp, name).weight.copy_(read(f"{prefix}mlp.{name}.weight"))
+    if isinstance(source.config.layers[-1].mlp, DenseMlp):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            getattr(layer.mlp, name).weight.copy_(read(f"{prefix}mlp.{name}.weight"))
     layer.hidden_norm.weight.copy_(read(f"{prefix}input_layernorm.weight"))
     layer.post_attention_layernorm.weight.copy_(read(f"{prefix}post_attention_layernorm.weight"))
     drafter.norm.weight.copy_(read("model.norm.weight"))
@@ -79,168 +66,10 @@ def start_from_last_layer(drafter: Eagle3Drafter, source: WeightSource) -> None:
     drafter.fc.weight[:, -hidden:] += torch.eye(hidden)
 
 
-@dataclass(frozen=True)
-class Anchors:
-    """Where the rows of one step read and write. A rows, those of all texts back to back.
+class Eagle3Training(UnrolledTraining):
+    """On three of the target's hidden rows."""
 
-    Attributes:
-        rows: int64 [A], which of the step-0 rows each is anchored at.
-        kept: int64 [A], which of the previous step's rows goes on as each.
-        read_tokens: int64 [A], index into the batch's tokens of what it reads.
-        positions: int64 [A], rotary position.
-        learned: int64 [L], which of the A rows guess a label.
-        laws: int64 [L], index into the batch's tokens of the position whose law they guess.
-    """
+    drafter: Eagle3Drafter
 
-    rows: Tensor
-    kept: Tensor
-    read_tokens: Tensor
-    positions: Tensor
-    learned: Tensor
-    laws: Tensor
-
-
-def plan_steps(lengths: list[int], is_label: Tensor, num_steps: int) -> list[Anchors]:
-    """The rows of each step: see the picture in the module. Step 0 has all of a text but its first token; later
-    steps only what goes on to guess labels."""
-    sizes = torch.tensor(lengths)
-    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    ends = starts + sizes.repeat_interleave(sizes)
-    index = torch.arange(len(starts))
-    anchors = index[index > starts]  # [R], all positions but the first of each text
-    ends, starts = ends[anchors], starts[anchors]
-    steps: list[Anchors] = []
-    rows = torch.arange(len(anchors))
-    previous = rows
-    for step in range(num_steps):
-        label = anchors[rows] + step + 1
-        guesses = label < ends[rows]
-        guesses[guesses.clone()] = is_label[label[guesses]]
-        if step:
-            # What is not learned is not needed: nobody else reads a row of a later step.
-            rows, guesses = rows[guesses], guesses[guesses]
-        kept = torch.searchsorted(previous, rows)
-        read = anchors[rows] + step
-        learned = guesses.nonzero().squeeze(1)
-        steps.append(Anchors(rows, kept, read, read - 1 - starts[rows], learned, read[learned]))
-        previous = rows
-        rows = rows if step else rows[learned]
-    return steps
-
-
-class Eagle3Training(nn.Module):
-    """A drafter and its loss over K unrolled steps.
-
-    Attributes:
-        drafter: what is trained.
-        head_loss: of its LM head.
-    """
-
-    def __init__(
-        self,
-        drafter: Eagle3Drafter,
-        embedding: Tensor,
-        target: ModelConfig,
-        config: Eagle3Config,
-        dtype: torch.dtype,
-    ) -> None:
-        """embedding: [V, hidden], the target's, which is not trained. dtype: of products."""
-        super().__init__()
-        self.drafter = drafter
-        self.head_loss = HeadLoss(drafter.lm_head, config.loss)
-        self.config = config
-        self.dtype = dtype
-        self._embedding = [embedding]  # in a list: no part of what is trained, saved or shared out
-        rope_of = replace(target, head_dim=drafter.shape.head_dim)
-        self._rope = RotaryEmbedding(rope_of, drafter.shape.rope, torch.float32, embedding.device)
-
-    @property
-    def num_guesses(self) -> int:
-        """Tokens that are guessed behind a context."""
-        return self.config.unrolled_steps
-
-    def set_progress(self, fraction: float) -> None:
-        """Nothing here changes with the part of the steps that is done."""
-
-    def count_labels(self, batch: FeatureBatch) -> Tensor:
-        """float32 [K]: of a batch, how many labels each step's loss is the mean over."""
-        steps = plan_steps(batch.lengths, batch.is_label.cpu(), self.num_guesses)
-        within = self.head_loss.has(batch.greedy).cpu()
-        return torch.tensor([float(within[step.laws].sum()) for step in steps])
-
-    def forward(self, batch: FeatureBatch, totals: Tensor, measure: bool) -> tuple[Tensor, StepCounts]:
-        """The loss: over steps k the sum of step_decay**k times the mean over labels.
-
-        Args:
-            totals: float32 [K], what each mean is divided by: labels of all ranks and forwards of this step.
-            measure: also count how often the drafter's guesses are the target's choice; slower.
-        """
-        device = batch.tokens.device
-        enabled = self.dtype != torch.float32
-        with torch.autocast(device.type, dtype=self.dtype, enabled=enabled):
-            return self._unroll(batch, totals, measure)
-
-    def _unroll(self, batch: FeatureBatch, totals: Tensor, measure: bool) -> tuple[Tensor, StepCounts]:
-        drafter, device = self.drafter, batch.tokens.device
-        steps = plan_steps(batch.lengths, batch.is_label.cpu(), self.num_guesses)
-        grid = Grid(batch.lengths, device)
-        counts = StepCounts(self.num_guesses, batch.soft.columns.shape[0], device)
-        first = steps[0].read_tokens.to(device)
-        features = drafter.features(batch.taps[first - 1].to(self.dtype))
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        loss = torch.zeros((), device=device)
-        for number, step in enumerate(steps):
-            if number and not len(step.rows):
-                break
-            read, rows = step.read_tokens.to(device), step.rows.to(device)
-            if number:
-                features = features[step.kept.to(device)]
-            embedded = self._embedding[0][batch.tokens[read]].to(self.dtype)
-            cos, sin = (table.to(self.dtype)[:, None] for table in self._rope(step.positions.to(device)))
-
-            def attend(
-                q: Tensor, k: Tensor, v: Tensor, cos: Tensor = cos, sin: Tensor = sin, rows: Tensor = rows
-            ) -> Tensor:
-                keys.append(grid.spread(rotated(k, cos, sin), rows, q.shape[1] // k.shape[1]))
-                values.append(grid.spread(v, rows, q.shape[1] // k.shape[1]))
-                laid = grid.spread(rotated(q, cos, sin), rows, 1)
-                return grid.gather(unrolled_attention(laid, keys, values, q.shape[-1] ** -0.5), rows)
-
-            features = drafter(embedded, features, attend)
-            learned, laws = step.learned.to(device), step.laws.to(device)
-            greedy, soft = batch.greedy[laws], batch.soft.at(laws)
-            normed = drafter.norm(features[learned])
-            value, guess = self.head_loss(normed, soft, greedy, measure)
-            counts.add(number, value, guess, laws - number)
-            loss = loss + self.config.step_decay**number * value / totals[number].clamp(min=1.0)
-        return loss, counts
-
-
-class Grid:
-    """Rows of texts back to back <-> [B, H, T, D], a line per text: attention wants lines."""
-
-    def __init__(self, lengths: list[int], device: torch.device) -> None:
-        """Of the step-0 rows: each text has one less than it has tokens."""
-        sizes = torch.tensor(lengths) - 1
-        self.num_texts, self.width = len(lengths), int(sizes.max())
-        text = torch.arange(len(lengths)).repeat_interleave(sizes)
-        place = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-        self._places = (text * self.width + place).to(device)
-
-    def spread(self, rows: Tensor, which: Tensor, repeat: int) -> Tensor:
-        """[A, H, D] of step-0 rows `which` -> [B, H * repeat, T, D], each head `repeat` times; zeros elsewhere."""
-        _, H, D = rows.shape
-        grid = rows.new_zeros(self.num_texts * self.width, H, D).index_copy(0, self._places[which], rows)
-        grid = grid.view(self.num_texts, self.width, H, D).transpose(1, 2)
-        return grid.repeat_interleave(repeat, dim=1) if repeat > 1 else grid.contiguous()
-
-    def gather(self, grid: Tensor, which: Tensor) -> Tensor:
-        """[B, H, T, D] -> [A, H * D], the rows `which`."""
-        return grid.transpose(1, 2).reshape(self.num_texts * self.width, -1)[self._places[which]]
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [A, H, D]; cos and sin [A, 1, D / 2]. Dimension i goes with i + D/2, as in the models."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    def features(self, batch: FeatureBatch) -> Tensor:
+        return self.drafter.features(batch.taps.to(self.dtype))

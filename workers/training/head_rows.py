@@ -15,9 +15,9 @@ from torch import Tensor
 
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.model.rope import RotaryEmbedding
-from outrider.workers.training.eagle3 import rotated
 from outrider.workers.training.features import TargetFeatures
 from outrider.workers.training.texts import DistilledText
+from outrider.workers.training.unrolled import rotated
 
 Progress = Callable[[int], None]
 _GROUP = 16  # texts of one call: a progress bar moves

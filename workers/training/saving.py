@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from outrider.workers.draft_heads.checkpoint import read_eagle3, read_medusa, write_eagle3, write_medusa
+from outrider.workers.draft_heads.checkpoint import (
+    read_eagle3,
+    read_medusa,
+    read_mtp,
+    write_eagle3,
+    write_medusa,
+    write_mtp,
+)
 from outrider.workers.draft_heads.description import (
     HeadDescription,
     Template,
@@ -17,11 +24,12 @@ from outrider.workers.draft_heads.description import (
 )
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.draft_heads.medusa import MedusaHeads
+from outrider.workers.draft_heads.mtp import MtpDrafter
 from outrider.workers.training.data import Corpus
 from outrider.workers.weights.source import WeightSource
 from outrider.workers.weights.tensors import EMBEDDING
 
-Drafter = Eagle3Drafter | MedusaHeads
+Drafter = Eagle3Drafter | MedusaHeads | MtpDrafter
 
 
 def describe(
@@ -47,10 +55,13 @@ def describe(
 
 
 def save_drafter(folder: Path, drafter: Drafter, description: HeadDescription) -> None:
-    """Writes a checkpoint in bfloat16: SpecForge's layout, or vLLM's, which knows heads that share their LM head."""
+    """Writes a checkpoint in bfloat16: in SpecForge's layout, DeepSeek's, or vLLM's of Medusa, which knows heads that
+    share their LM head."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(drafter, Eagle3Drafter):
         write_eagle3(folder, drafter, description, "specforge", torch.bfloat16)
+    elif isinstance(drafter, MtpDrafter):
+        write_mtp(folder, drafter, description, "deepseek", torch.bfloat16)
     else:
         write_medusa(folder, drafter, description, "vllm", torch.bfloat16)
 
@@ -64,6 +75,9 @@ def start_from(folder: Path, drafter: Drafter) -> None:
     if isinstance(drafter, Eagle3Drafter):
         found, _ = read_eagle3(folder)
         same_ids = torch.equal(found.lm_head.ids, drafter.lm_head.ids)
+    elif isinstance(drafter, MtpDrafter):
+        found, _ = read_mtp(folder)
+        same_ids = torch.equal(found.lm_head.ids, drafter.lm_head.ids) and not found.shares_lm_head
     else:
         found, _ = read_medusa(folder)
         same_ids = torch.equal(found.ids, drafter.ids)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from outrider.configs.training import TrainingConfig
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter, default_taps
 from outrider.workers.draft_heads.medusa import MedusaHeads
+from outrider.workers.draft_heads.mtp import MtpDrafter
 from outrider.workers.setup import torch_dtype
 from outrider.workers.training.data import Corpus, TrainingText
 from outrider.workers.training.eagle3 import Eagle3Training, drafter_shape, start_from_last_layer
@@ -32,6 +33,7 @@ from outrider.workers.training.features import TargetFeatures
 from outrider.workers.training.heads import head_shape, low_rank_head, read_ids, start_head
 from outrider.workers.training.medusa1 import Medusa1Training, heads_shape, start_heads
 from outrider.workers.training.metrics import StepCounts
+from outrider.workers.training.mtp import MtpTraining, head_shape_for, start_from_layer
 from outrider.workers.training.saving import Drafter, describe, save_drafter, start_from
 from outrider.workers.weights.progress import Progress, silent
 from outrider.workers.weights.resolver import ResolvedModel, open_source, resolve
@@ -108,14 +110,15 @@ def resolve_target(config: TrainingConfig, progress: Progress) -> ResolvedModel:
 
 
 def rows_of(config: TrainingConfig, source: WeightSource, corpus: Corpus) -> Rows:
-    """What `config.method`, eagle3 or medusa1, reads of the target."""
+    """What `config.method`, eagle3, mtp or medusa1, reads of the target."""
     ids = read_ids(config.head, source.config.vocab_size)
     eagle3 = config.method == "eagle3"
     if eagle3 and source.config.num_layers < 4:
         raise ValueError(f"method eagle3 needs a target of at least 4 layers, got {source.config.num_layers}")
     taps = default_taps(source.config.num_layers) if eagle3 else ()
-    top_k = config.texts.top_k if eagle3 else 1
-    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest() if eagle3 else "any ids"
+    learns_law = config.method in ("eagle3", "mtp")
+    top_k = config.texts.top_k if learns_law else 1
+    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest() if learns_law else "any ids"
     identity = f"{config.target.model} {config.target.dtype} {taps} {not eagle3} {top_k} {digest}"
     folder = Path(config.out).expanduser() / "features"
     return Rows(
@@ -200,9 +203,12 @@ def build_task(config: TrainingConfig, corpus: Corpus) -> Task:
     rows = rows_of(config, source, corpus)
     module: nn.Module
     drafter: Drafter
-    module, drafter = (
-        _eagle3(config, source, rows) if config.method == "eagle3" else _medusa1(config, source, rows)
-    )
+    if config.method == "eagle3":
+        module, drafter = _eagle3(config, source, rows)
+    elif config.method == "mtp":
+        module, drafter = _mtp(config, source, rows)
+    else:
+        module, drafter = _medusa1(config, source, rows)
     if config.start_from:
         start_from(Path(config.start_from).expanduser(), drafter)
     if config.head.frozen:
@@ -234,7 +240,18 @@ def _eagle3(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple[n
         start_from_last_layer(drafter, source)
     embedding = source.read(EMBEDDING, _ALL, _ALL, torch_dtype(config.engine.dtype))
     dtype = torch_dtype(config.engine.dtype)
-    return Eagle3Training(drafter, embedding, source.config, config.eagle3, dtype), drafter
+    return Eagle3Training(drafter, embedding, config.eagle3, dtype), drafter
+
+
+def _mtp(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple[nn.Module, MtpDrafter]:
+    shape = head_shape(config.head, source.config.hidden_size, rows.ids)
+    drafter = MtpDrafter(head_shape_for(source.config, shape), rows.ids)
+    start_head(drafter.lm_head, source, _low_rank_start(config))
+    drafter.shares_lm_head = config.head.kind == "full" and config.head.frozen
+    if config.mtp.start == "target_last_layer":
+        start_from_layer(drafter, source)
+    dtype = torch_dtype(config.engine.dtype)
+    return MtpTraining(drafter, source.read(EMBEDDING, _ALL, _ALL, dtype), config.mtp, dtype), drafter
 
 
 def _medusa1(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple[nn.Module, MedusaHeads]:

@@ -16,16 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def unrolled_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
+def unrolled_attention(
+    q: Tensor, keys: list[Tensor], values: list[Tensor], scale: float, window: int = 0
+) -> Tensor:
     """Of the rows of step len(keys) - 1.
 
     Args:
         q: [B, H, T, D], after rotary embedding; one row per anchor.
         keys, values: of the steps so far, [B, H, T, D] each, the first step's first.
+        window: positions that a row sees, its own included; 0: all. A row of step k lies k behind its anchor.
 
     Returns:
         [B, H, T, D].
     """
+    if window and window < q.shape[2] + len(keys) - 1:
+        return attention_by_reference(q, keys, values, scale, window)
     if len(keys) == 1:
         return F.scaled_dot_product_attention(q, keys[0], values[0], is_causal=True, scale=scale)
     if q.device.type == "cpu" and _HAS_FLASH:
@@ -35,12 +40,22 @@ def unrolled_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], scal
     return attention_by_reference(q, keys, values, scale)
 
 
-def attention_by_reference(q: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
+def attention_by_reference(
+    q: Tensor, keys: list[Tensor], values: list[Tensor], scale: float, window: int = 0
+) -> Tensor:
     """The same with all scores laid out; arguments as in `unrolled_attention`."""
     T = q.shape[2]
+    last = len(keys) - 1
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    if window:
+        causal = causal.triu(last - window + 1)
     scores = (q @ keys[0].transpose(2, 3)) * scale  # [B, H, T, T]
     own = [(q * k).sum(-1, keepdim=True) * scale for k in keys[1:]]  # [B, H, T, 1] each
+    if window:
+        own = [
+            scores_of if last - step < window else torch.full_like(scores_of, -torch.inf)
+            for step, scores_of in enumerate(own, start=1)
+        ]
     weights = torch.cat((scores.masked_fill(~causal, -torch.inf), *own), dim=-1).softmax(-1)
     out = weights[..., :T] @ values[0]
     for step, v in enumerate(values[1:]):

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from outrider.workers.weights.families import FAMILIES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -39,6 +41,23 @@ class DenseMlp:
 
 
 @dataclass(frozen=True)
+class RoutedMlp:
+    """A mixture of experts (Shazeer et al., arXiv:1701.06538): each token goes through a few of many SwiGLU MLPs.
+
+    Attributes:
+        num_experts: that a router chooses from, by a softmax over all of them.
+        experts_per_token: the likeliest ones, whose outputs are added up by their probabilities.
+        intermediate_size: columns of gate and up of each expert.
+        renormalised: the probabilities of a token's experts are divided by their sum.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    renormalised: bool
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """What may differ between the layers of a model.
 
@@ -50,7 +69,7 @@ class LayerConfig:
 
     window: int
     rope: Rope
-    mlp: DenseMlp
+    mlp: DenseMlp | RoutedMlp
 
 
 @dataclass(frozen=True)
@@ -88,39 +107,84 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def widest_window(self) -> int:
+        """Positions that a query sees in the layer that sees most, its own included; 0 where some layer sees all."""
+        windows = [layer.window for layer in self.layers]
+        return max(windows) if all(windows) else 0
+
 
 def to_hf_config(config: ModelConfig) -> "PreTrainedConfig":
     """The same model as a transformers configuration, for comparison with transformers' own model."""
     from transformers import AutoConfig
 
     first = config.layers[0]
-    windows = {layer.window for layer in config.layers} - {0}
-    assert all((layer.rope, layer.mlp) == (first.rope, first.mlp) for layer in config.layers)
-    assert len(windows) <= 1, windows
-    windowed: dict[str, Any] = {}
-    if windows:
-        kinds = ["sliding_attention" if layer.window else "full_attention" for layer in config.layers]
-        windowed = {"use_sliding_window": True, "sliding_window": windows.pop(), "layer_types": kinds}
+    described: dict[str, Any] = {}
+    if FAMILIES[config.architecture].has_layer_kinds:
+        described = _layer_kinds(config.layers)
+    else:
+        windows = {layer.window for layer in config.layers} - {0}
+        assert all((layer.rope, layer.mlp) == (first.rope, first.mlp) for layer in config.layers)
+        assert len(windows) <= 1, windows
+        described |= {
+            "rope_parameters": hf_rope_parameters(first.rope),
+            "intermediate_size": first.mlp.intermediate_size,
+        }
+        if windows:
+            described |= {
+                "use_sliding_window": True,
+                "sliding_window": windows.pop(),
+                "layer_types": [_kind(layer) for layer in config.layers],
+            }
     return AutoConfig.for_model(
         config.architecture,
         num_hidden_layers=config.num_layers,
         hidden_size=config.hidden_size,
-        intermediate_size=first.mlp.intermediate_size,
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         vocab_size=config.vocab_size,
         rms_norm_eps=config.rms_norm_eps,
-        rope_parameters=hf_rope_parameters(first.rope),
         max_position_embeddings=config.max_context,
         tie_word_embeddings=config.tied_embeddings,
         bos_token_id=config.bos_token_ids[0] if config.bos_token_ids else None,
         eos_token_id=list(config.eos_token_ids) or None,
         pad_token_id=None,
-        **windowed,
+        **described,
     )
 
 
 def hf_rope_parameters(rope: Rope) -> dict[str, Any]:
     """As `rope_parameters` of a transformers configuration."""
     return {"rope_theta": rope.theta, "rope_type": rope.kind, **rope.parameters}
+
+
+def _layer_kinds(layers: tuple[LayerConfig, ...]) -> dict[str, Any]:
+    """Fields of a family that names the kind of each layer, and gives positions by kind of attention."""
+    windows = {layer.window for layer in layers} - {0}
+    ropes = {_kind(layer): layer.rope for layer in layers}
+    experts = {layer.mlp for layer in layers if isinstance(layer.mlp, RoutedMlp)}
+    dense = {layer.mlp for layer in layers if isinstance(layer.mlp, DenseMlp)}
+    assert all(ropes[_kind(layer)] == layer.rope for layer in layers)
+    assert max(len(windows), len(experts), len(dense)) <= 1, (windows, experts, dense)
+    described: dict[str, Any] = {
+        "layer_types": [_kind(layer) for layer in layers],
+        "mlp_layer_types": ["sparse" if isinstance(layer.mlp, RoutedMlp) else "dense" for layer in layers],
+        "rope_parameters": {kind: hf_rope_parameters(rope) for kind, rope in ropes.items()},
+        "sliding_window": windows.pop() if windows else None,
+    }
+    if dense:
+        described["intermediate_size"] = dense.pop().intermediate_size
+    if experts:
+        mlp = experts.pop()
+        described |= {
+            "num_experts": mlp.num_experts,
+            "num_experts_per_tok": mlp.experts_per_token,
+            "moe_intermediate_size": mlp.intermediate_size,
+            "norm_topk_prob": mlp.renormalised,
+        }
+    return described
+
+
+def _kind(layer: LayerConfig) -> str:
+    return "sliding_attention" if layer.window else "full_attention"

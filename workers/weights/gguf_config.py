@@ -25,9 +25,9 @@ _HARMLESS_OF_MODEL = ("rope.scaling.finetuned",)
 
 # What another model would do with them is not done here: their neutral values.
 _OFF: dict[str, tuple[Any, ...]] = {
-    "expert_count": (0,),
-    "expert_used_count": (0,),
     "expert_shared_count": (0,),
+    "expert_group_count": (0,),
+    "expert_weights_scale": (0, 1),
     "nextn_predict_layers": (0,),
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -39,9 +39,14 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "use_parallel_residual": (False,),
     "tensor_data_layout": ("reference",),
     "rope.scaling.yarn_ext_factor": (1,),
-    "rope.scaling.yarn_attn_factor": (1,),
     "rope.scaling.yarn_log_multiplier": (0,),
 }
+
+_ALL_DENSE: dict[str, tuple[Any, ...]] = {"expert_count": (0,), "expert_used_count": (0,)}
+
+_FLOAT32_ROUNDING = 1e-6
+_SOFTMAX = 1  # of `expert_gating_func`
+_DEFAULT_PERIOD = 4  # of Mellum's windows: every fourth layer has none
 
 # A chat model ends its turn with one of these even where the metadata name only the base model's end of text.
 # llama.cpp treats them alike (`special_eog_ids` in llama-vocab.cpp).
@@ -71,10 +76,12 @@ def hf_config_dict(header: GgufHeader) -> dict[str, Any]:
     fields = Fields(header.metadata, f"{header.path}: ")
     fields.require_off({"general.type": ("model",), "general.quantization_version": (2,)})
     name = fields.value("general.architecture")
-    arch = family_named(name, f"{header.path}: general.architecture").name
+    family = family_named(name, f"{header.path}: general.architecture")
+    arch = family.name
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError(f"{header.path} has no matrix token_embd.weight")
-    fields.require_off({f"{arch}.{key}": neutral for key, neutral in _OFF.items()})
+    off = _OFF if family.has_layer_kinds else _OFF | _ALL_DENSE
+    fields.require_off({f"{arch}.{key}": neutral for key, neutral in off.items()})
     # The embedding may be padded beyond the vocabulary in the metadata; logits have its length.
     vocab_size = embedding.shape[0]
     if fields.has(f"{arch}.vocab_size"):
@@ -87,10 +94,10 @@ def hf_config_dict(header: GgufHeader) -> dict[str, Any]:
         if _integer(fields, f"{arch}.{key}", head_dim) != head_dim:
             raise fields.wrong(f"{arch}.{key}", f"{head_dim}, the size of a head")
     window = _integer(fields, f"{arch}.attention.sliding_window", 0, low=0)
-    if 0 < window < context:
+    if 0 < window < context and not family.has_layer_kinds:
         raise fields.wrong(
             f"{arch}.attention.sliding_window",
-            f"0 or the context ({context}): sliding windows are not read from GGUF",
+            f"0 or the context ({context}): sliding windows of {arch} are not read from GGUF",
         )
     eps = fields.number(
         f"{arch}.attention.layer_norm_rms_epsilon", "a number from 0 to 1", lambda x: 0 <= x <= 1
@@ -109,15 +116,19 @@ def hf_config_dict(header: GgufHeader) -> dict[str, Any]:
         "vocab_size": vocab_size,
         # Stored as float32; the decimal that was meant (1e-5, 1e-6) is its shortest representation.
         "rms_norm_eps": float(str(np.float32(eps))),
-        "rope_theta": theta,
         "max_position_embeddings": context,
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "bos_token_id": list(fields.token_ids("tokenizer.ggml.bos_token_id", vocab_size)),
         "eos_token_id": list(gguf_end_ids(header, vocab_size)),
     }
     scaling = _rope_scaling(header, fields, arch, head_dim, theta, context)
-    if scaling:
-        config["rope_scaling"] = scaling
+    if family.has_layer_kinds:
+        stretched = {"rope_type": "default", **scaling, "rope_theta": theta}
+        config |= _layer_kinds(fields, arch, config, window, stretched)
+    else:
+        config["rope_theta"] = theta
+        if scaling:
+            config["rope_scaling"] = scaling
     fields.ignore(key for key in header.metadata if key.partition(".")[0] not in _NAMESPACES)
     fields.ignore(f"{arch}.{key}" for key in _HARMLESS_OF_MODEL)
     fields.refuse_unread()
@@ -146,6 +157,51 @@ def _number(fields: Fields, key: str, default: float) -> float:
     return fields.number(key, "a finite number", lambda value: True) if fields.has(key) else default
 
 
+def _layer_kinds(
+    fields: Fields, arch: str, described: dict[str, Any], window: int, stretched: dict[str, Any]
+) -> dict[str, Any]:
+    """The fields of a family that names the kind of each layer.
+
+    As in the graph that llama.cpp builds of it (`src/models/mellum.cpp`): positions are stretched in layers that see
+    all, whatever the metadata say of the others.
+    """
+    num_layers, used = described["num_hidden_layers"], fields.integer(f"{arch}.expert_used_count")
+    inner = _integer(fields, f"{arch}.expert_feed_forward_length", described["intermediate_size"] // used)
+    gating = f"{arch}.expert_gating_func"
+    if fields.has(gating) and fields.integer(gating, 0) != _SOFTMAX:
+        raise fields.wrong(gating, f"{_SOFTMAX} (softmax)")
+    normalises = f"{arch}.expert_weights_norm"
+    theta = stretched["rope_theta"]
+    if fields.has(f"{arch}.rope.freq_base_swa"):
+        theta = fields.number(f"{arch}.rope.freq_base_swa", "a number above 1", lambda x: x > 1)
+    is_windowed = _window_pattern(fields, f"{arch}.attention.sliding_window_pattern", num_layers)
+    return {
+        "num_experts": fields.integer(f"{arch}.expert_count"),
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": inner,
+        "norm_topk_prob": fields.flag(normalises) if fields.has(normalises) else True,
+        "sliding_window": window or None,
+        "layer_types": [
+            "sliding_attention" if window and windowed else "full_attention" for windowed in is_windowed
+        ],
+        "rope_parameters": {
+            "full_attention": stretched,
+            "sliding_attention": {"rope_type": "default", "rope_theta": theta},
+        },
+    }
+
+
+def _window_pattern(fields: Fields, key: str, num_layers: int) -> list[bool]:
+    """Which layers have a window: a value for each, or after how many of them one has none."""
+    value = fields.value(key)
+    if isinstance(value, list):
+        if len(value) != num_layers or not all(isinstance(windowed, bool) for windowed in value):
+            raise fields.wrong(key, f"{num_layers} of true and false, or an integer")
+        return value
+    period = fields.integer(key, 0) if fields.has(key) else _DEFAULT_PERIOD
+    return [period == 0 or i % period < period - 1 for i in range(num_layers)]
+
+
 def _rope_scaling(
     header: GgufHeader, fields: Fields, arch: str, head_dim: int, theta: float, context: int
 ) -> dict[str, Any]:
@@ -161,6 +217,14 @@ def _rope_scaling(
         "beta_slow": _number(fields, scaling + "yarn_beta_slow", 1.0),
     }
     is_stretched = kind != "none" and factor not in (0.0, 1.0)
+    # What llama.cpp itself multiplies with. Converters write the product that config.json holds; llama.cpp computes
+    # it anew whatever they write, so another one would not be what the file's own program does.
+    own_factor = 0.1 * math.log(factor) + 1.0 if factor > 0 else 1.0
+    written = scaling + "yarn_attn_factor"
+    if fields.has(written) and not any(
+        abs(_number(fields, written, 1.0) - known) < _FLOAT32_ROUNDING for known in (1.0, own_factor)
+    ):
+        raise fields.wrong(written, f"1 or {own_factor:.7g}")
     if ROPE_FACTORS in header.tensors:
         if is_stretched:
             raise ValueError(
@@ -176,8 +240,8 @@ def _rope_scaling(
         "factor": factor,
         "original_max_position_embeddings": original,
         **betas,
-        # llama.cpp multiplies its own 1 + 0.1 ln(factor) by attn_factor; config.json holds the product.
-        "attention_factor": attention * (0.1 * math.log(factor) + 1.0) if factor > 0 else attention,
+        # config.json holds the product.
+        "attention_factor": attention * own_factor,
     }
 
 

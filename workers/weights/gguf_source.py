@@ -8,6 +8,7 @@ Converter: https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -27,7 +28,14 @@ from outrider.workers.weights.source import (
     read_rectangle,
     unknown_tensor,
 )
-from outrider.workers.weights.tensors import EMBEDDING, HEAD, FoundTensor, check_tensors, tensor_shapes
+from outrider.workers.weights.tensors import (
+    EMBEDDING,
+    HEAD,
+    FoundTensor,
+    check_tensors,
+    expert_prefix,
+    tensor_shapes,
+)
 
 _TOP_LEVEL = {
     "token_embd.weight": EMBEDDING,
@@ -46,7 +54,10 @@ _IN_LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
 }
+# The matrices of all experts of a layer, one behind the other.
+_OF_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 # Read into the configuration, or derived from it: no weights of the model.
 _NOT_WEIGHTS = re.compile(rf"{re.escape(ROPE_FACTORS)}|blk\.\d+\.attn_rot_embd\.weight")
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
@@ -63,7 +74,7 @@ class GgufSource:
         self.path = path
         self._config = model_config_from_gguf(header)
         tensors = [t for t in header.tensors.values() if not _NOT_WEIGHTS.fullmatch(t.name)]
-        self._tensors = {_hugging_face_name(tensor.name): tensor for tensor in tensors}
+        self._tensors = {name: part for tensor in tensors for name, part in _under_hugging_face_names(tensor)}
         readable = {kind: _can_dequantize(kind) for kind in {tensor.type for tensor in tensors}}
         try:
             check_tensors(
@@ -193,6 +204,22 @@ def _can_dequantize(tensor_type: GGMLQuantizationType) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def _under_hugging_face_names(tensor: GgufTensor) -> list[tuple[str, GgufTensor]]:
+    """The tensor under its name, or the matrix of each expert that it holds under that one's."""
+    match = _LAYER_NAME.fullmatch(tensor.name)
+    if match is None or match[2] not in _OF_EXPERTS or len(tensor.shape) != 3:
+        return [(_hugging_face_name(tensor.name), tensor)]
+    num_experts, *shape = tensor.shape
+    size = tensor.num_bytes // num_experts
+    return [
+        (
+            f"model.layers.{match[1]}.{expert_prefix(i)}{_OF_EXPERTS[match[2]]}.{match[3]}",
+            replace(tensor, shape=tuple(shape), offset=tensor.offset + i * size),
+        )
+        for i in range(num_experts)
+    ]
 
 
 def _hugging_face_name(name: str) -> str:

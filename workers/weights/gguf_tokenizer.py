@@ -55,6 +55,7 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2,),
     "smollm": (_DIGIT, _GPT2),
     "starcoder": (_DIGIT, _GPT2),
+    "mellum2": (_DIGIT, _GPT2),
     "qwen2": (_QWEN2,),
     "deepseek-r1-qwen": (_QWEN2,),
     "llama-bpe": (_LLAMA3,),

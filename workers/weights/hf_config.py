@@ -6,7 +6,14 @@ Every field is read, or known to change nothing that is computed, or refused by 
 from collections.abc import Mapping
 from typing import Any
 
-from outrider.workers.weights.config import ROPE_KINDS, DenseMlp, LayerConfig, ModelConfig, Rope
+from outrider.workers.weights.config import (
+    ROPE_KINDS,
+    DenseMlp,
+    LayerConfig,
+    ModelConfig,
+    Rope,
+    RoutedMlp,
+)
 from outrider.workers.weights.families import Family, family_named
 from outrider.workers.weights.fields import Fields
 
@@ -48,11 +55,36 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (),
     "logit_scale": (1,),
     "use_qk_norm": (False,),
+    "auto_map": ({},),
+}
+# Of families all of whose layers are dense and are the model's own.
+_ALL_DENSE: Mapping[str, tuple[Any, ...]] = {
     "num_experts": (0,),
     "num_local_experts": (0,),
     "num_nextn_predict_layers": (0,),
-    "auto_map": ({},),
 }
+
+_OF_MLPS = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+)
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+# Of a family that names the kind of each layer: said twice, about training, or about a head for multi-token
+# prediction, whose tensors the target does not read.
+_HARMLESS_WITH_KINDS = (
+    "use_sliding_window",
+    "max_window_layers",
+    "output_router_logits",
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "mtp_layer_types",
+    "mtp_mlp_layer_types",
+)
 
 # Of each kind of rotary scaling: the parameters that must be there, and those that may.
 _ROPE_PARAMETERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -81,7 +113,7 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         raise fields.wrong("architectures", f"['{family.causal_lm}']")
     if fields.has("hidden_act"):
         fields.text("hidden_act", ("silu", "swish"))
-    fields.require_off({**_OFF, **family.off})
+    fields.require_off({**_OFF, **({} if family.has_layer_kinds else _ALL_DENSE), **family.off})
     num_heads = fields.integer("num_attention_heads")
     hidden_size = fields.integer("hidden_size")
     vocab_size = fields.integer("vocab_size")
@@ -102,13 +134,17 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     eps = 1e-6
     if fields.has("rms_norm_eps"):
         eps = fields.number("rms_norm_eps", "a number from 0 to 1", lambda value: 0 <= value <= 1)
-    rope = read_rope(fields, max_context)
-    mlp = DenseMlp(fields.integer("intermediate_size"))
-    windows = _windows(fields, family, fields.integer("num_hidden_layers", 1, MAX_LAYERS))
+    num_layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
+    if family.has_layer_kinds:
+        layers = _layers_by_kind(fields, num_layers, max_context)
+    else:
+        rope = read_rope(fields, max_context)
+        mlp = DenseMlp(fields.integer("intermediate_size"))
+        layers = [LayerConfig(window, rope, mlp) for window in _windows(fields, family, num_layers)]
     tied = fields.flag("tie_word_embeddings") if fields.has("tie_word_embeddings") else False
     config = ModelConfig(
         architecture=family.name,
-        layers=tuple(LayerConfig(window, rope, mlp) for window in windows),
+        layers=tuple(layers),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -216,8 +252,56 @@ def _windows(fields: Fields, family: Family, num_layers: int) -> list[int]:
     if not fields.given("layer_types"):
         return [window if index >= first else 0 for index in range(num_layers)]
     kinds = fields.texts("layer_types")
-    allowed = ("full_attention", "sliding_attention") if window else ("full_attention",)
+    allowed = (_FULL, _SLIDING) if window else (_FULL,)
     if len(kinds) != num_layers or not set(kinds) <= set(allowed):
         hint = "" if window else " (without use_sliding_window there are no sliding ones)"
         raise fields.wrong("layer_types", f"{num_layers} of {', '.join(allowed)}{hint}")
-    return [window if kind == "sliding_attention" else 0 for kind in kinds]
+    return [window if kind == _SLIDING else 0 for kind in kinds]
+
+
+def _layers_by_kind(fields: Fields, num_layers: int, max_context: int) -> list[LayerConfig]:
+    """Of a family that names the kind of each layer, see `Family.has_layer_kinds`."""
+    attention = _kinds(fields, "layer_types", num_layers, (_FULL, _SLIDING), otherwise=_FULL)
+    mlps = _kinds(fields, "mlp_layer_types", num_layers, ("sparse", "dense"), otherwise="sparse")
+    by_kind: dict[str, DenseMlp | RoutedMlp] = {}
+    if "dense" in mlps:
+        by_kind["dense"] = DenseMlp(fields.integer("intermediate_size"))
+    if "sparse" in mlps:
+        by_kind["sparse"] = _experts(fields)
+    fields.ignore(_OF_MLPS)
+    windows = {kind: fields.integer("sliding_window") if kind == _SLIDING else 0 for kind in set(attention)}
+    fields.ignore(("sliding_window", *_HARMLESS_WITH_KINDS))
+    positions = Fields(fields.object("rope_parameters"), "rope_parameters.")
+    ropes = {
+        kind: rope_from_hf(positions.object(kind), f"rope_parameters.{kind}.", max_context)
+        for kind in windows
+    }
+    positions.ignore((_FULL, _SLIDING))
+    positions.refuse_unread()
+    return [
+        LayerConfig(windows[kind], ropes[kind], by_kind[mlp])
+        for kind, mlp in zip(attention, mlps, strict=True)
+    ]
+
+
+def _kinds(fields: Fields, key: str, num_layers: int, allowed: tuple[str, ...], otherwise: str) -> list[str]:
+    """What a list says of each layer; `otherwise` for all where there is no list."""
+    if not fields.given(key):
+        return [otherwise] * num_layers
+    kinds = fields.texts(key)
+    if len(kinds) != num_layers or not set(kinds) <= set(allowed):
+        raise fields.wrong(key, f"{num_layers} of {', '.join(allowed)}")
+    return kinds
+
+
+def _experts(fields: Fields) -> RoutedMlp:
+    keys = [key for key in ("num_experts", "num_local_experts") if fields.given(key)]
+    num_experts = fields.integer(keys[0] if keys else "num_experts")
+    if any(fields.integer(key) != num_experts for key in keys):
+        raise ValueError("num_experts and num_local_experts must be the same where both are given")
+    return RoutedMlp(
+        num_experts=num_experts,
+        experts_per_token=fields.integer("num_experts_per_tok", 1, num_experts),
+        intermediate_size=fields.integer("moe_intermediate_size"),
+        renormalised=fields.flag("norm_topk_prob"),
+    )

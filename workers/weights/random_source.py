@@ -50,6 +50,12 @@ _INTEGERS = {
     "seed": 0,
 }
 _FLOATS = {"rope_theta": 10000.0, "perturb": 0.0}
+# Of families that name the kind of each layer. Layers have experts and a window, every `full_every`-th (0: none) sees
+# all, with positions stretched by YaRN if `yarn_factor` is above 1.
+_KIND_INTEGERS = {"num_experts": 4, "experts_per_token": 2, "expert_size": 64, "window": 16, "full_every": 4}
+_KIND_FLOATS = {"yarn_factor": 1.0}
+_MAY_BE_ZERO = ("full_every",)
+_YARN_ORIGINAL_CONTEXT = 64
 
 
 class RandomSource:
@@ -144,19 +150,22 @@ def parse_spec(spec: str) -> tuple[str, dict[str, float]]:
     if architecture not in FAMILIES:
         raise ValueError(f"random:{architecture} is unknown; allowed: {', '.join(FAMILIES)}")
     options: dict[str, float] = {**_INTEGERS, **_FLOATS}
+    if FAMILIES[architecture].has_layer_kinds:
+        options |= {**_KIND_INTEGERS, **_KIND_FLOATS}
     optional = {"head_dim"}
     for key, text in parse_qsl(query, keep_blank_values=True):
         if key not in options and key not in optional:
             allowed = ", ".join(sorted({*options, *optional}))
             raise ValueError(f"random:{architecture} has no option {key}; allowed: {allowed}")
-        kind = float if key in _FLOATS else int
+        kind = float if key in {**_FLOATS, **_KIND_FLOATS} else int
         try:
             options[key] = kind(text)
         except ValueError as error:
             raise ValueError(
                 f"random:{architecture} option {key} must be a number ({kind.__name__}), got {text!r}"
             ) from error
-        if not 0 <= options[key] < math.inf or (key in _HF_KEYS and options[key] == 0):
+        is_size = key in _HF_KEYS or (key in _KIND_INTEGERS and key not in _MAY_BE_ZERO)
+        if not 0 <= options[key] < math.inf or (is_size and options[key] == 0):
             raise ValueError(f"random:{architecture} option {key} must be positive, got {text}")
     return architecture, options
 
@@ -174,18 +183,46 @@ def _model_config(architecture: str, options: dict[str, float]) -> ModelConfig:
         )
     fields: dict[str, Any] = {_HF_KEYS[key]: int(value) for key, value in options.items() if key in _HF_KEYS}
     fields.setdefault("head_dim", int(options["hidden_size"]) // heads)
+    if FAMILIES[architecture].has_layer_kinds:
+        fields |= _layer_kinds(options)
+    else:
+        fields["rope_theta"] = float(options["rope_theta"])
     return model_config_from_hf(
         {
             "model_type": architecture,
             "hidden_act": "silu",
             "rms_norm_eps": 1e-5,
-            "rope_theta": float(options["rope_theta"]),
             "tie_word_embeddings": bool(options["tied"]),
             "bos_token_id": 1,
             "eos_token_id": [2],
             **fields,
         }
     )
+
+
+def _layer_kinds(options: dict[str, float]) -> dict[str, Any]:
+    every, factor = int(options["full_every"]), options["yarn_factor"]
+    plain = {"rope_type": "default", "rope_theta": options["rope_theta"]}
+    stretched = {
+        **plain,
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": _YARN_ORIGINAL_CONTEXT,
+    }
+    return {
+        "num_experts": int(options["num_experts"]),
+        "num_experts_per_tok": int(options["experts_per_token"]),
+        "moe_intermediate_size": int(options["expert_size"]),
+        "sliding_window": int(options["window"]),
+        "layer_types": [
+            "full_attention" if every and (i + 1) % every == 0 else "sliding_attention"
+            for i in range(int(options["num_layers"]))
+        ],
+        "rope_parameters": {
+            "sliding_attention": plain,
+            "full_attention": stretched if factor > 1 else plain,
+        },
+    }
 
 
 def _normal(key: str, shape: tuple[int, ...]) -> torch.Tensor:

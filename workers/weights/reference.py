@@ -5,6 +5,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from outrider.workers.weights.config import to_hf_config
 from outrider.workers.weights.resolver import ResolvedModel, open_source
+from outrider.workers.weights.tensors import expert_prefix
 
 
 def load_transformers(resolved: ResolvedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -22,10 +23,16 @@ def load_transformers(resolved: ResolvedModel, dtype: torch.dtype) -> PreTrained
     for name, parameter in dict(model.named_parameters()).items():
         if name == "lm_head.weight" and source.config.tied_embeddings:
             continue
-        if name not in left:
-            raise ValueError(f"{resolved.model} has no tensor {name}, which {type(model).__name__} needs")
-        left.remove(name)
-        weight = source.read(name, slice(None), slice(None), dtype)
+        parts = _stored_names(name, left)
+        missing = sorted(set(parts) - left)
+        if missing or not parts:
+            raise ValueError(
+                f"{resolved.model} has no tensor {(*missing, name)[0]}, which {type(model).__name__} needs"
+            )
+        left -= set(parts)
+        weight = torch.cat([source.read(part, slice(None), slice(None), dtype) for part in parts])
+        if parts != [name]:
+            weight = weight.view(parameter.shape[0], -1, weight.shape[-1])
         if weight.shape != parameter.shape:
             raise ValueError(f"{resolved.model}: {name} is {list(weight.shape)}, not {list(parameter.shape)}")
         _set_parameter(model, name, weight)
@@ -39,6 +46,19 @@ def load_transformers(resolved: ResolvedModel, dtype: torch.dtype) -> PreTrained
         eos_token_id=end_ids or None, pad_token_id=end_ids[0] if end_ids else 0, do_sample=False
     )
     return model.eval().requires_grad_(False)
+
+
+def _stored_names(name: str, stored: set[str]) -> list[str]:
+    """The tensors of a checkpoint, in whose order they are one parameter: transformers keeps the matrices of all
+    experts of a layer in one."""
+    prefix, is_expert, matrices = name.partition("mlp.experts.")
+    if not is_expert:
+        return [name]
+    kinds = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[matrices]
+    num_experts = sum(
+        other.startswith(prefix + is_expert) and other.endswith(f".{kinds[0]}.weight") for other in stored
+    )
+    return [f"{prefix}{expert_prefix(i)}{kind}.weight" for i in range(num_experts) for kind in kinds]
 
 
 def _set_parameter(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:

@@ -4,14 +4,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.config import DenseMlp, ModelConfig, RoutedMlp
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
+ROUTER = "mlp.gate.weight"  # in a layer
 
-# Derived from the configuration: old checkpoints carry them, transformers ignores them as well.
-_HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# Derived from the configuration, which old checkpoints carry; a head for multi-token prediction beside its model,
+# which a draft method reads. transformers leaves both out of the model as well.
+_HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|mtp\..*")
 _OF_QUANTISATION = re.compile(
     r"scale|zero_point|zeros|qweight|g_idx|packed|weight_shape|SCB|weight_format|absmax|quant|\.biases$"
 )
@@ -39,6 +41,16 @@ def is_harmless(name: str) -> bool:
     return _HARMLESS.fullmatch(name) is not None
 
 
+def expert_prefix(expert: int) -> str:
+    """What the names of an expert's matrices begin with, in a layer."""
+    return f"mlp.experts.{expert}."
+
+
+def mlp_prefixes(mlp: DenseMlp | RoutedMlp) -> list[str]:
+    """What the names of the matrices of a layer's MLPs begin with, in the layer: one MLP, or as many as experts."""
+    return [expert_prefix(i) for i in range(mlp.num_experts)] if isinstance(mlp, RoutedMlp) else ["mlp."]
+
+
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face names and shapes of all tensors of a model."""
     hidden = config.hidden_size
@@ -51,16 +63,18 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[HEAD] = (config.vocab_size, hidden)
     for index, layer in enumerate(config.layers):
         prefix = f"model.layers.{index}."
-        inner = layer.mlp.intermediate_size
         shapes[prefix + "input_layernorm.weight"] = (hidden,)
         shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
         shapes[prefix + "self_attn.q_proj.weight"] = (query, hidden)
         shapes[prefix + "self_attn.k_proj.weight"] = (key, hidden)
         shapes[prefix + "self_attn.v_proj.weight"] = (key, hidden)
         shapes[prefix + "self_attn.o_proj.weight"] = (hidden, query)
-        shapes[prefix + "mlp.gate_proj.weight"] = (inner, hidden)
-        shapes[prefix + "mlp.up_proj.weight"] = (inner, hidden)
-        shapes[prefix + "mlp.down_proj.weight"] = (hidden, inner)
+        if isinstance(layer.mlp, RoutedMlp):
+            shapes[prefix + ROUTER] = (layer.mlp.num_experts, hidden)
+        for mlp in mlp_prefixes(layer.mlp):
+            shapes[f"{prefix}{mlp}gate_proj.weight"] = (layer.mlp.intermediate_size, hidden)
+            shapes[f"{prefix}{mlp}up_proj.weight"] = (layer.mlp.intermediate_size, hidden)
+            shapes[f"{prefix}{mlp}down_proj.weight"] = (hidden, layer.mlp.intermediate_size)
         if config.qkv_bias:
             shapes[prefix + "self_attn.q_proj.bias"] = (query,)
             shapes[prefix + "self_attn.k_proj.bias"] = (key,)

@@ -255,3 +255,19 @@ def test_documented_make_targets_exist() -> None:
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"`make ([\w-]+)", path.read_text(encoding="utf-8")):
             assert re.search(rf"^{target}:", rules, re.MULTILINE), f"{path.name}: make {target}"
+
+
+def test_arguments_of_the_chat_template_reach_it(engines: Engines) -> None:
+    asked = ["--template", "enable_thinking=false", "--template", 'tools=[{"name": "f"}]']
+    result = run("generate", "quickstart", "--prompt", "hi", *asked)
+    assert result.exit_code == 0
+    assert "[TOOLS=[{'NAME': 'F'}]]" in result.stdout
+    assert "[ENABLE_THINKING=FALSE]<USER>HI" in result.stdout.replace("[TOOLS=[{'NAME': 'F'}]]", "")
+    assert "[ENABLE_THINKING=FALSE]<USER>HI" in run("chat", "quickstart", *asked[:2], stdin="hi\n").stdout
+    for wrong, message in (
+        (["--raw", *asked], "without --raw"),
+        (["--template", "x"], "NAME=VALUE, got 'x'"),
+    ):
+        result = run("generate", "quickstart", "--prompt", "hi", *wrong)
+        assert result.exit_code != 0
+        assert message in str(result.exception) + result.output

@@ -9,9 +9,9 @@ from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.config import ModelConfig, RoutedMlp
 from support.rows import SequenceRows, batch_of, chain
-from support.tensor_source import TensorSource, reference_model, tiny_config
+from support.tensor_source import TensorSource, reference_model, tiny_config, tiny_mellum
 from support.thread_group import ThreadCommunicator, thread_group
 
 CPU = torch.device("cpu")
@@ -25,6 +25,8 @@ CONFIGS = {
     "6 heads on 1, tied": tiny_config(num_heads=6, num_kv_heads=1, tied_embeddings=True),
     "qwen3": tiny_config("qwen3", num_heads=5, num_kv_heads=5),
     "windows": tiny_config("qwen3", num_heads=5, num_kv_heads=1, windows=(0, 20)),
+    "mellum, experts by number and by columns": tiny_mellum((20, 0), 5, 1),
+    "mellum, experts by columns": tiny_mellum((20, 0), 5, 1, RoutedMlp(5, 2, 44, renormalised=True)),
     "odd MLP and vocabulary": tiny_config(num_heads=4, intermediate_size=101, vocab_size=307),
 }
 

@@ -10,9 +10,9 @@ from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.weights.config import ModelConfig, Rope
+from outrider.workers.weights.config import ModelConfig, Rope, RoutedMlp
 from support.rows import SequenceRows, batch_of, chain
-from support.tensor_source import ROPES, TensorSource, reference_model, tiny_config
+from support.tensor_source import ROPES, TensorSource, reference_model, tiny_config, tiny_mellum
 
 CPU = torch.device("cpu")
 PAGE = 8
@@ -32,6 +32,10 @@ CONFIGS = {
     "qwen3": tiny_config("qwen3"),
     "qwen3, tied": tiny_config("qwen3", tied_embeddings=True),
     "qwen3, windows": tiny_config("qwen3", windows=(48, 48)),
+    "mellum": tiny_mellum(),
+    "mellum, windows everywhere": tiny_mellum((5, 5)),
+    "mellum, 1 KV head, 2 of 3 experts": tiny_mellum((5, 0), 5, 1, RoutedMlp(3, 2, 24, renormalised=True)),
+    "mellum, probabilities as they are": tiny_mellum(mlp=RoutedMlp(4, 3, 24, renormalised=False)),
 }
 
 

@@ -1,6 +1,7 @@
 """Lanes, prompt chunks and pages of sequences without any model. Pages of four rows."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -165,6 +166,22 @@ def test_rows_are_shared_only_once_their_commit_is_under_way() -> None:
     _, b = submit(scheduler, 10, 10)
     assert play(scheduler) == {"a": 10, "b": 6}  # nothing to share yet: both read the prompt
     assert b.stats.num_cached_prompt_tokens == 0
+
+
+def test_pages_behind_the_window_serve_others_but_not_where_penalties_count_their_tokens() -> None:
+    for repetition_penalty, num_held in ((1.0, 2), (1.1, 8)):
+        scheduler = scheduler_with(window=5)
+        asked = request("a", 24)
+        sampling = replace(asked.sampling, repetition_penalty=repetition_penalty)
+        scheduler.submit(replace(asked, sampling=sampling))
+        for _ in range(11):
+            play(scheduler)
+        (a,) = scheduler.running
+        # The last message committed 31 rows: its query, the 32nd row, sees those from the 28th on.
+        assert (a.num_committed, len(a.pages)) == (32, 8)
+        assert 100 - scheduler.pool.num_available == num_held
+        scheduler.finish(a)
+        assert scheduler.pool.num_available == 100
 
 
 def test_the_newest_sequence_is_computed_again_when_pages_run_out() -> None:

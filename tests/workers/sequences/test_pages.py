@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from outrider.workers.sequences.pages import PagePool, Prefix
+from outrider.workers.sequences.pages import PagePool, Prefix, num_unseen_pages
 
 PAGE = 4
 TEXT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]  # two full pages and a half
@@ -286,3 +286,12 @@ class PagesUnderRandomUse(RuleBasedStateMachine):
 
 
 TestPagesUnderRandomUse = PagesUnderRandomUse.TestCase
+
+
+def test_pages_behind_a_window_are_unseen_once_no_query_reaches_back_to_them() -> None:
+    # A query behind 20 rows is at position 20: with a window of 5 it sees 16 to 20, and rows 0 to 15 are unseen.
+    assert num_unseen_pages(20, window=5, page_size=4) == 4
+    assert num_unseen_pages(19, window=5, page_size=4) == 3
+    assert num_unseen_pages(20, window=21, page_size=4) == 0
+    assert num_unseen_pages(20, window=1, page_size=7) == 2
+    assert num_unseen_pages(20, window=0, page_size=4) == 0

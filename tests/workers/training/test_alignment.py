@@ -7,10 +7,11 @@ import torch
 from outrider.configs.training import Eagle3Config
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.draft_heads.lm_head import LmHeadShape
-from outrider.workers.training.eagle3 import Eagle3Training, drafter_shape, plan_steps
+from outrider.workers.training.eagle3 import Eagle3Training, drafter_shape
 from outrider.workers.training.feature_store import FeatureBatch
 from outrider.workers.training.losses import LOSSES, eager_loss
 from outrider.workers.training.medusa1 import plan_heads
+from outrider.workers.training.unrolled import plan_steps
 from outrider.workers.training.vocabulary_loss import SoftTargets
 from support.eagle3_reference import logits_along
 from support.tensor_source import tiny_config
@@ -22,7 +23,7 @@ IS_LABEL = torch.tensor([token.isupper() for token in TOKENS])
 
 
 def test_rows_of_an_unrolled_drafter() -> None:
-    """As in the picture at the top of eagle3.py: "anchor: token read -> token guessed"."""
+    """As in the picture at the top of unrolled.py: "anchor: token read -> token guessed"."""
     found = []
     for step in plan_steps([6, 5], IS_LABEL, 4):
         anchors = [index for index in range(len(TOKENS)) if TOKENS[index] not in "au"]
@@ -75,7 +76,7 @@ def test_the_trainer_computes_what_a_server_computes() -> None:
     drafter = Eagle3Drafter(replace(shape, taps=(0, 1)), ids)
     embedding = torch.randn(40, hidden)
     config = Eagle3Config(unrolled_steps=3, step_decay=0.5)
-    training = Eagle3Training(drafter, embedding, target, config, torch.float32)
+    training = Eagle3Training(drafter, embedding, config, torch.float32)
     lengths, first_label = [7, 5], 3
     N = sum(lengths)
     columns = torch.rand(N, len(ids)).topk(4).indices

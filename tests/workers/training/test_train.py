@@ -217,7 +217,7 @@ def test_trimmed_and_frozen_heads(texts: Path, tmp_path: Path) -> None:
     [
         (
             ["method=eagle"],
-            "method must be one of eagle3, medusa1, medusa2; got 'eagle' (did you mean eagle3?)",
+            "method must be one of eagle3, medusa1, medusa2, mtp; got 'eagle' (did you mean eagle3?)",
         ),
         (["optimizer.steps=0"], "optimizer.steps must be at least 1, got 0"),
         (["eagle3.loss=l2"], "eagle3.loss must be one of kl, tv, lk_alpha, lk_lambda; got 'l2'"),

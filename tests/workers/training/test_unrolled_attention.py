@@ -26,6 +26,34 @@ def test_a_row_sees_the_context_of_its_anchor_and_the_anchors_own_steps() -> Non
         torch.testing.assert_close(out, wanted / wanted.sum(1, keepdim=True))
 
 
+# The same with a window of 3: a row in its third step lies two behind its anchor.
+WINDOWED = """
+1 . . .   1 . . .   1 . . .
+. 1 . .   . 1 . .   . 1 . .
+. . 1 .   . . 1 .   . . 1 .
+. . . 1   . . . 1   . . . 1
+"""
+# And in its second step, with a window of 2, it sees its own output before, and no more of the context.
+NARROW = """
+. . . .   1 . . .   1 . . .
+. . . .   . 1 . .   . 1 . .
+. . . .   . . 1 .   . . 1 .
+. . . .   . . . 1   . . . 1
+"""
+
+
+def test_a_window_counts_the_steps_behind_the_anchor() -> None:
+    T, steps = 4, 3
+    values = torch.eye(T * steps).view(1, 1, steps, T, T * steps).unbind(2)
+    zeros = torch.zeros(1, 1, T, T * steps)
+    for window, mask in ((3, WINDOWED), (2, NARROW), (6, MASK), (0, MASK)):
+        wanted = torch.tensor([[int(c == "1") for c in line.split()] for line in mask.split("\n") if line])
+        out = unrolled_attention(zeros, [zeros] * steps, list(values), 1.0, window)[0, 0]
+        torch.testing.assert_close(out, wanted / wanted.sum(1, keepdim=True))
+    first = unrolled_attention(zeros, [zeros], list(values[:1]), 1.0, 2)[0, 0]
+    assert (first[:, :T] > 0).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+
+
 def test_the_first_step_is_plainly_causal() -> None:
     values = torch.eye(3)[None, None]
     out = unrolled_attention(torch.zeros(1, 1, 3, 3), [torch.zeros(1, 1, 3, 3)], [values], 1.0)[0, 0]

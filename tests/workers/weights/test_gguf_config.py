@@ -96,6 +96,73 @@ def test_linear_and_yarn(tmp_path: Path) -> None:
     assert rope.parameters["attention_factor"] == pytest.approx(0.1 * math.log(4) + 1)
 
 
+_RELEASED_YARN = {
+    "mellum.rope.freq_base": 500000.0,
+    "mellum.rope.scaling.type": "yarn",
+    "mellum.rope.scaling.factor": 16.0,
+    "mellum.rope.scaling.original_context_length": 256,
+    "mellum.rope.scaling.yarn_attn_factor": 1.2772588722239782,
+    "mellum.rope.scaling.yarn_beta_fast": 32.0,
+    "mellum.rope.scaling.yarn_beta_slow": 1.0,
+}
+
+
+def test_mellum_stretches_positions_in_full_layers_only(tmp_path: Path) -> None:
+    options = "num_layers=5&window=20&num_experts=3&expert_size=32&rope_theta=500000"
+    config, tensors = random_tensors("mellum", options)
+    write_gguf(tmp_path / "m.gguf", config, tensors, extra=_RELEASED_YARN)
+    read = GgufSource(tmp_path / "m.gguf")
+    assert [layer.window for layer in read.config.layers] == [20, 20, 20, 0, 20]
+    assert {layer.mlp for layer in read.config.layers} == {config.layers[0].mlp}
+    plain, stretched = read.config.layers[0].rope, read.config.layers[3].rope
+    assert plain == Rope(500000.0)
+    assert (stretched.theta, stretched.kind) == (500000.0, "yarn")
+    assert stretched.parameters["attention_factor"] == pytest.approx(1.2772588722239782)
+    assert read.names() == set(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(read.read(name, slice(None), slice(None), torch.float32), tensor), name
+
+
+@pytest.mark.parametrize(
+    ("extra", "windows"),
+    [
+        ({"mellum.attention.sliding_window_pattern": 2}, [9, 0, 9, 0, 9]),
+        ({"mellum.attention.sliding_window_pattern": 0}, [9, 9, 9, 9, 9]),
+        ({"mellum.attention.sliding_window": 0}, [0, 0, 0, 0, 0]),
+        ({"mellum.rope.freq_base_swa": 20000.0}, [9, 9, 9, 0, 9]),
+    ],
+    ids=str,
+)
+def test_mellum_windows_of_other_files(tmp_path: Path, extra: dict[str, Any], windows: list[int]) -> None:
+    config, tensors = random_tensors("mellum", "num_layers=5&window=9")
+    write_gguf(tmp_path / "m.gguf", config, tensors, extra=extra)
+    layers = GgufSource(tmp_path / "m.gguf").config.layers
+    assert [layer.window for layer in layers] == windows
+    assert layers[0].rope.theta == extra.get("mellum.rope.freq_base_swa", 10000.0)
+    assert layers[3].rope.theta == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"mellum.expert_gating_func": 2}, "expert_gating_func must be 1 .softmax., got 2"),
+        ({"mellum.expert_shared_count": 1}, "expert_shared_count must be 0 or null"),
+        (
+            {**_RELEASED_YARN, "mellum.rope.scaling.yarn_attn_factor": 1.1},
+            "yarn_attn_factor must be 1 or 1.277259, got 1.1",
+        ),
+    ],
+    ids=str,
+)
+def test_what_mellum_files_may_not_ask_for_is_named(
+    tmp_path: Path, extra: dict[str, Any], message: str
+) -> None:
+    config, tensors = random_tensors("mellum", "num_layers=3")
+    write_gguf(tmp_path / "m.gguf", config, tensors, extra=extra)
+    with pytest.raises(ValueError, match=message):
+        GgufSource(tmp_path / "m.gguf")
+
+
 def test_chat_end_of_turn_ends_a_text_too(tmp_path: Path) -> None:
     tokens = ["<|endoftext|>", "a", "</s>", "<|im_end|>"]
     source = source_with(tmp_path, {"tokenizer.ggml.tokens": tokens})
@@ -130,6 +197,6 @@ def test_other_architectures_are_named(tmp_path: Path) -> None:
     config, tensors = random_tensors("llama")
     write_gguf(tmp_path / "m.gguf", replace(config, architecture="gemma3"), tensors)
     with pytest.raises(
-        ValueError, match=r"general\.architecture must be one of llama, qwen2, qwen3, got 'gemma3'"
+        ValueError, match=r"general\.architecture must be one of llama, qwen2, qwen3, mellum, got 'gemma3'"
     ):
         GgufSource(tmp_path / "m.gguf")

@@ -15,7 +15,7 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mellum"])
 def test_float_files_give_the_tensors_back(tmp_path: Path, architecture: str) -> None:
     config, tensors = random_tensors(architecture, "num_heads=6&num_kv_heads=3&hidden_size=96")
     write_gguf(tmp_path / "m.gguf", config, tensors)

@@ -1,11 +1,19 @@
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    LlamaConfig,
+    MellumConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from outrider.workers.weights.config import ModelConfig, Rope, to_hf_config
+from outrider.workers.weights.config import ModelConfig, Rope, RoutedMlp, to_hf_config
 from outrider.workers.weights.families import FAMILIES
 from outrider.workers.weights.hf_config import model_config_from_hf
+from support.released_mellum import MELLUM_2
 from support.tensor_source import ROPES, tiny_config
 
 LLAMA = {
@@ -67,7 +75,7 @@ def described(config: ModelConfig) -> list[object]:
     return [config.num_kv_heads, config.head_dim, config.max_context, config.rms_norm_eps, config.layers]
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if not FAMILIES[name].has_layer_kinds])
 @pytest.mark.parametrize(
     "change",
     [
@@ -102,6 +110,66 @@ def test_what_is_read_is_what_transformers_reads(model_type: str, change: dict[s
     assert config.tied_embeddings == theirs.tie_word_embeddings
 
 
+def test_the_released_mellum_2() -> None:
+    config = model_config_from_hf(MELLUM_2)
+    yarn = {k: v for k, v in MELLUM_2["rope_parameters"]["full_attention"].items() if "rope" not in k}
+    assert [layer.window for layer in config.layers] == [1024, 1024, 1024, 0] * 7
+    assert {layer.mlp for layer in config.layers} == {RoutedMlp(64, 8, 896, renormalised=True)}
+    assert config.layers[0].rope == Rope(500000.0)
+    assert config.layers[3].rope == Rope(500000.0, "yarn", yarn)
+    assert (config.qk_norm, config.tied_embeddings, config.eos_token_ids) == (True, False, (28,))
+    assert model_config_from_hf(MellumConfig(**MELLUM_2).to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layer_types": ...},
+        {"rope_parameters": ...},
+        {"use_sliding_window": False},
+        {"mlp_layer_types": ["dense"] * 3 + ["sparse"] * 25},
+        {"norm_topk_prob": False},
+        {"num_key_value_heads": ..., "max_position_embeddings": ..., "sliding_window": ..., "head_dim": ...},
+        {"num_nextn_predict_layers": 1},
+    ],
+    ids=str,
+)
+def test_mellum_is_read_as_transformers_reads_it(change: dict[str, Any]) -> None:
+    raw = {key: value for key, value in {**MELLUM_2, **change}.items() if value is not ...}
+    config, theirs = model_config_from_hf(raw), MellumConfig(**raw)
+    assert described(config) == described(model_config_from_hf(theirs.to_dict()))
+    windows = [theirs.sliding_window if kind == "sliding_attention" else 0 for kind in theirs.layer_types]
+    assert [layer.window for layer in config.layers] == windows
+    assert [isinstance(layer.mlp, RoutedMlp) for layer in config.layers] == [
+        kind == "sparse" for kind in theirs.mlp_layer_types
+    ]
+    assert config.layers[3].rope.theta == theirs.rope_parameters[theirs.layer_types[3]]["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": ...}, "num_experts must be a positive integer, got nothing"),
+        ({"num_local_experts": 32}, "num_experts and num_local_experts must be the same"),
+        ({"num_experts_per_tok": 65}, "num_experts_per_tok must be an integer from 1 to 64"),
+        ({"sliding_window": None}, "sliding_window must be a positive integer, got null"),
+        (
+            {"layer_types": ["chunked_attention"] * 28},
+            "layer_types must be 28 of full_attention, sliding_att",
+        ),
+        ({"rope_theta": 1e4}, "rope_theta is not known here"),
+        ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size is not known here"),
+        ({"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters.[a-z]*_attention must be an object"),
+        ({"attention_bias": True}, "attention_bias must be false or null"),
+    ],
+    ids=str,
+)
+def test_what_mellum_may_not_ask_for_is_named(change: dict[str, Any], message: str) -> None:
+    raw = {key: value for key, value in {**MELLUM_2, **change}.items() if value is not ...}
+    with pytest.raises(ValueError, match=message):
+        model_config_from_hf(raw)
+
+
 def test_windows_are_those_of_transformers() -> None:
     for change in (
         WINDOWS,
@@ -118,7 +186,9 @@ def test_windows_are_those_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma2"}, "model_type must be one of llama, qwen2, qwen3, got 'gemma2'"),
+        ({"model_type": "gemma2"}, "model_type must be one of llama, qwen2, qwen3, mellum, got 'gemma2'"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "model_type must be one of .*, got 'mistral'"),
+        ({"sliding_window": 4096}, "sliding_window must be null"),
         ({"model_type": ["llama"]}, "model_type must be one of"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures must be .'LlamaForCausalLM'."),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of texts"),

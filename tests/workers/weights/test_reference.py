@@ -14,7 +14,7 @@ IDS = torch.arange(5, 45).view(2, 20)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mellum"])
 @pytest.mark.parametrize("tied", [0, 1])
 def test_it_is_the_model_that_transformers_loads(tmp_path: Path, architecture: str, tied: int) -> None:
     options = f"tied={tied}&num_heads=6&num_kv_heads=3&hidden_size=96"
