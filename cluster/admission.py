@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outrider.cluster.api import GenerationRequest
+from outrider.cluster.api import GenerationRequest, ServedModel
 from outrider.cluster.chat import read_messages, render, require_unicode
 from outrider.cluster.request_options import request_acceptance, request_draft, request_sampling
 from outrider.cluster.text import Decoder
@@ -45,7 +45,7 @@ class Admission:
         sampling = self._sampling(asked.sampling)
         draft = request_draft(self.config, asked.draft)
         acceptance = request_acceptance(self.config, asked.acceptance, self.judge_thresholds)
-        prompt_tokens = self._tokens(asked.prompt, asked.template)
+        prompt_tokens = self.tokens(asked.prompt, asked.template)
         if not prompt_tokens:
             raise ValueError("prompt must have at least one token, got an empty one")
         if len(prompt_tokens) + sampling.max_tokens > self.max_context:
@@ -77,6 +77,12 @@ class Admission:
         name = self.tokenizer.bos_token
         return f"the prompt begins with two {name}: the tokenizer puts one before a text, leave yours out"
 
+    def describe(self) -> ServedModel:
+        """What there is to know of the target without looking into its weights."""
+        from outrider.workers.weights.tokenizer import vocabulary_bytes
+
+        return ServedModel(self.max_context, vocabulary_bytes(self.tokenizer, self.vocab_size))
+
     def decoder(self) -> Decoder:
         """For the text of one answer."""
         from outrider.workers.weights.tokenizer import IncrementalDecoder
@@ -89,7 +95,8 @@ class Admission:
             return sampling
         return replace(sampling, stop_token_ids=sampling.stop_token_ids + self.eos_token_ids)
 
-    def _tokens(self, prompt: object, template: Mapping[str, object]) -> tuple[int, ...]:
+    def tokens(self, prompt: object, template: Mapping[str, object]) -> tuple[int, ...]:
+        """Of a prompt as users give it. Raises ValueError for one that cannot be read, or is surely too long."""
         is_chat = isinstance(prompt, Sequence) and any(isinstance(item, Mapping) for item in prompt)
         if template and not is_chat:
             raise ValueError("template must be empty where the prompt is no list of messages")

@@ -17,6 +17,10 @@ class EngineError(RuntimeError):
     """The deployment as a whole is unusable: a worker died or could not start."""
 
 
+class OverloadedError(ValueError):
+    """A request that is fine came at a time at which too much waits: it may come again later."""
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """One prompt and what is special about it."""
@@ -102,6 +106,11 @@ class Refusal:
     """A request that cannot be run, and why: one line."""
 
     error: str
+    overloaded: bool = False  # it could be run later
+
+    def raised(self) -> ValueError:
+        """As an exception."""
+        return OverloadedError(self.error) if self.overloaded else ValueError(self.error)
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,14 @@ class Notice:
 
 Answer = Piece | Completion | Refusal | Notice
 """What the Coordinator says about a request. Whoever asked for the whole answer gets no pieces."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a server tells of the target, and needs to write its tokens out."""
+
+    max_context: int  # tokens, prompt and output together
+    vocabulary: tuple[bytes, ...]  # by token id: UTF-8, or a part of a character
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ call of a client waits for a request: answers are fetched from a mailbox, by one
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayError
 
 from outrider.cluster.actors import ProgressBoard, Workers
 from outrider.cluster.admission import Admission, prepare_admission
-from outrider.cluster.api import Delivery, EngineError, Progress, Ticket
+from outrider.cluster.api import Delivery, EngineError, Progress, Prompt, ServedModel, Ticket
 from outrider.cluster.door import Door
 from outrider.cluster.health import answers_of, blame, result_of
 from outrider.cluster.mailbox import Mailbox
@@ -54,6 +54,7 @@ class Coordinator:
         self._start: StartWatch | None = None
         self._warnings: list[str] = []
         self._failure = ""
+        self._server_url = ""
         self._stopping = False
 
     async def start(self) -> list[str]:
@@ -93,6 +94,22 @@ class Coordinator:
         for request_id in request_ids:
             self._table.cancel(request_id)
 
+    async def describe(self) -> ServedModel:
+        """What there is to know of the target without looking into its weights."""
+        return await asyncio.to_thread(self._admission.describe)
+
+    async def tokenize(self, prompt: Prompt, template: Mapping[str, object]) -> tuple[int, ...]:
+        """The tokens that a request with this prompt would begin with. Raises ValueError as such a request would."""
+        return await asyncio.to_thread(self._admission.tokens, prompt, template)
+
+    async def announce(self, url: str) -> None:
+        """A server stands at `url`."""
+        self._server_url = url
+
+    async def server_url(self) -> str:
+        """Of the server that stands; empty without one."""
+        return self._server_url
+
     async def stats(self) -> dict[str, dict[str, Any]]:
         """Counters of every worker, by name, and of the Coordinator."""
         stats = await answers_of(self._workers.by_name(), "stats", "stats")
@@ -118,7 +135,7 @@ class Coordinator:
     async def _bring_up(self, watch: StartWatch) -> None:
         # Models are fetched once, here, before every rank of this node asks for the same files.
         preparing = asyncio.to_thread(self._prepare, self._config, self._board.report)
-        admission = await watch.step("coordinator", "preparing", preparing)
+        self._admission = admission = await watch.step("coordinator", "preparing", preparing)
         max_open = self._config.cluster.max_open_requests
         self._door = Door(admission, self._table, self._send, self._mailbox.put, max_open)
         targets, draft = self._workers.targets, self._workers.draft

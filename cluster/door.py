@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from outrider.cluster.admission import Admission
-from outrider.cluster.api import GenerationRequest, Notice, Ticket
+from outrider.cluster.api import GenerationRequest, Notice, Refusal, Ticket
 from outrider.cluster.request_table import RequestTable
 from outrider.cluster.text import TextAssembler
 from outrider.workers.sequences.sequence import Request
@@ -58,13 +58,13 @@ class Door:
         """Takes a request in, or refuses it where too many are open."""
         num_bytes = len(ticket.contents)
         if self._table.num_open >= self._max_open:
-            self._table.refuse(
+            self._refuse_for_now(
                 ticket,
                 f"cluster.max_open_requests = {self._max_open} requests are open already: wait until some have "
                 "ended, or raise it",
             )
         elif self._num_waiting_bytes + num_bytes > _MAX_WAITING_BYTES:
-            self._table.refuse(
+            self._refuse_for_now(
                 ticket,
                 f"more than {_MAX_WAITING_BYTES // 2**20} MiB of prompts wait to be read: wait until some are",
             )
@@ -72,6 +72,9 @@ class Door:
             self._num_waiting_bytes += num_bytes
             self._table.arrive(ticket)
             (self._long if num_bytes > _LONG_BYTES else self._short).put_nowait(ticket)
+
+    def _refuse_for_now(self, ticket: Ticket, error: str) -> None:
+        self._table.refuse(ticket, Refusal(error, overloaded=True))
 
     async def serve(self) -> None:
         """Reads what arrives, for ever."""
@@ -95,7 +98,7 @@ class Door:
         requests = []
         for ticket, outcome in read:
             if isinstance(outcome, str):
-                self._table.refuse(ticket, outcome)
+                self._table.refuse(ticket, Refusal(outcome))
                 continue
             self._table.admit(outcome.request, outcome.text)
             requests.append(outcome.request)

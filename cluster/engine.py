@@ -7,6 +7,7 @@ with Engine.start(load_config("quickstart")) as engine:
 
 import logging
 import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,10 +20,11 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from outrider.cluster.actors import spawn_workers
-from outrider.cluster.api import EngineError, GenerationRequest, Progress, Prompt
+from outrider.cluster.api import EngineError, GenerationRequest, Progress, Prompt, ServedModel
 from outrider.cluster.calls import CLOSED, Calls, result_of_call
+from outrider.cluster.client.ray_address import COORDINATOR_PREFIX
 from outrider.cluster.coordinator import Coordinator
-from outrider.cluster.inbox import CompletionStream, Inbox, PieceStream
+from outrider.cluster.inbox import Box, CompletionStream, Inbox, PieceStream
 from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.placement import COORDINATOR_BUNDLE, check_cpus, reserve
 from outrider.cluster.session import RaySession
@@ -72,6 +74,7 @@ class Engine:
             raise
         actor: Any = ray.remote(Coordinator)
         coordinator = actor.options(
+            name=COORDINATOR_PREFIX + uuid.uuid4().hex,
             num_cpus=config.cluster.num_cpus_for_coordinator,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, COORDINATOR_BUNDLE),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
@@ -118,6 +121,45 @@ class Engine:
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """As `completions`, all answers at the end."""
         return list(self.completions(requests))
+
+    def post(self, asked: GenerationRequest, box: Box) -> str:
+        """Sends a request without waiting for anything, for event loops: its answers go into `box`, which is called
+        in another thread. Returns the request's id, for `drop`. Raises ValueError for what cannot be sent.
+
+        Pieces come, the last of them with a finish reason; or a Refusal; or an EngineError, once or more often.
+        """
+        return self._open_inbox().post(asked, box)
+
+    def finish(self, request_id: str) -> None:
+        """The last answer to a request of `post` was taken. Does not block."""
+        if self._inbox is not None:
+            self._inbox.finish(request_id)
+
+    def drop(self, request_ids: Sequence[str]) -> None:
+        """Nobody waits for these requests of `post` any longer: those that run are cancelled. Does not block."""
+        if self._inbox is not None:
+            self._inbox.drop(request_ids)
+
+    @property
+    def failure(self) -> str:
+        """Why the deployment is unusable; empty while it works."""
+        if self._closed or self._inbox is None:
+            return CLOSED
+        return self._inbox.failure
+
+    def describe(self) -> ServedModel:
+        """What there is to know of the target without looking into its weights."""
+        described: ServedModel = self._calls("describe")
+        return described
+
+    def tokenize(self, prompt: Prompt, template: Mapping[str, object] = NOTHING_SPECIAL) -> tuple[int, ...]:
+        """The tokens that a request with this prompt would begin with. Raises ValueError as such a request would."""
+        tokens: tuple[int, ...] = self._calls("tokenize", prompt, dict(template))
+        return tokens
+
+    def announce(self, url: str) -> None:
+        """Lets clients that know Ray's address find the server at `url`."""
+        self._calls("announce", url)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Counters of every process, by name ("draft", "target 0", ..., "coordinator")."""

@@ -7,7 +7,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 from outrider.cluster.api import (
     Answer,
@@ -31,17 +31,23 @@ Call = Callable[..., Any]
 """`call(method, *args)`: a method of the Coordinator; raises ValueError and EngineError."""
 
 
+class Box(Protocol):
+    """Where the answers to one request go. `put` is called in another thread, and must not block."""
+
+    def put(self, answer: Answer | EngineError, /) -> None: ...
+
+
 class Inbox:
     """Sends requests and receives their answers. Its methods may be called from any thread."""
 
     def __init__(self, call: Call) -> None:
         self.failure = ""  # why nothing comes any longer
         self._call = call
-        self._boxes: dict[str, SimpleQueue[Answer | EngineError]] = {}
-        # The only thing that a finalizer may touch: putting never blocks.
-        self._to_cancel: SimpleQueue[str | None] = SimpleQueue()
+        self._boxes: dict[str, Box] = {}
+        # Tickets to send and ids to cancel, in order. All that a finalizer may touch: putting never blocks.
+        self._outgoing: SimpleQueue[Ticket | str | None] = SimpleQueue()
         self._closed = False
-        self._threads = [threading.Thread(target=f, daemon=True) for f in (self._fetch, self._cancel)]
+        self._threads = [threading.Thread(target=f, daemon=True) for f in (self._fetch, self._send_later)]
         for thread in self._threads:
             thread.start()
 
@@ -72,9 +78,23 @@ class Inbox:
             raise
         return ids
 
+    def post(self, asked: GenerationRequest, box: Box) -> str:
+        """Sends a request soon, by another thread, and returns its id: for callers that must not wait.
+
+        Its answers go into `box`; an EngineError where none will come. Raises ValueError for what cannot be sent.
+        """
+        ticket = Ticket(uuid.uuid4().hex, _packed(asked), whole=False)
+        self._boxes[ticket.request_id] = box
+        self._outgoing.put(ticket)
+        if self.failure:  # the thread that would have said so may have looked before
+            box.put(EngineError(self.failure))
+        return ticket.request_id
+
     def get(self, request_id: str) -> Answer:
-        """The next answer to a request, waiting for it. Raises EngineError when none will come."""
-        answer = self._boxes[request_id].get()
+        """The next answer to a request of `send`, waiting for it. Raises EngineError when none will come."""
+        box = self._boxes[request_id]
+        assert isinstance(box, SimpleQueue)
+        answer: Answer | EngineError = box.get()
         if isinstance(answer, EngineError):
             raise answer
         return answer
@@ -87,13 +107,13 @@ class Inbox:
         """Nobody waits for these any longer: they are cancelled, later, by another thread."""
         for request_id in request_ids:
             if self._boxes.pop(request_id, None) is not None and not self._closed:
-                self._to_cancel.put(request_id)
+                self._outgoing.put(request_id)
 
     def close(self, reason: str) -> None:
         """Whoever waits gets EngineError with this reason."""
         self._closed = True
         self._break(reason)
-        self._to_cancel.put(None)
+        self._outgoing.put(None)
 
     def _submit(self, batch: list[Ticket]) -> None:
         if self.failure:
@@ -127,14 +147,28 @@ class Inbox:
                 self._break(delivery.failure)
                 return
 
-    def _cancel(self) -> None:
-        while (first := self._to_cancel.get()) is not None:
-            ids = [first]
+    def _send_later(self) -> None:
+        while (first := self._outgoing.get()) is not None:
+            waiting, num_bytes = [first], _size(first)
             with contextlib.suppress(Empty):
-                while (further := self._to_cancel.get_nowait()) is not None:
-                    ids.append(further)
-            with contextlib.suppress(EngineError, ValueError):  # nothing runs any longer
-                self._call("cancel", ids)
+                while num_bytes <= _BATCH_BYTES:
+                    further = self._outgoing.get_nowait()
+                    if further is None:
+                        return
+                    waiting.append(further)
+                    num_bytes += _size(further)
+            # A request is cancelled after it was sent, never before.
+            tickets = [item for item in waiting if isinstance(item, Ticket)]
+            try:
+                self._submit(tickets)
+            except (EngineError, ValueError) as error:
+                for ticket in tickets:
+                    if (box := self._boxes.get(ticket.request_id)) is not None:
+                        box.put(EngineError(str(error)))
+            cancelled = [item for item in waiting if isinstance(item, str)]
+            if cancelled:
+                with contextlib.suppress(EngineError, ValueError):  # nothing runs any longer
+                    self._call("cancel", cancelled)
 
 
 class PieceStream(Iterator[Piece]):
@@ -159,7 +193,7 @@ class PieceStream(Iterator[Piece]):
             raise
         if isinstance(answer, Refusal):
             self._finish()
-            raise ValueError(answer.error)
+            raise answer.raised()
         assert isinstance(answer, Piece), answer
         if answer.finish_reason:
             self._last = answer
@@ -210,6 +244,11 @@ class CompletionStream(Iterator[Completion]):
 
     def __del__(self) -> None:
         self.close()
+
+
+def _size(outgoing: Ticket | str) -> int:
+    """In bytes, as far as it counts."""
+    return len(outgoing.contents) if isinstance(outgoing, Ticket) else 0
 
 
 def _packed(asked: GenerationRequest) -> bytes:

@@ -48,11 +48,11 @@ class RequestTable:
         """Whether it is at the door still: neither admitted nor refused, cancelled or failed."""
         return request_id in self._waiting
 
-    def refuse(self, ticket: Ticket, error: str) -> None:
+    def refuse(self, ticket: Ticket, refusal: Refusal) -> None:
         """Ends a request that cannot be run, whether it had arrived or not."""
         self._waiting.pop(ticket.request_id, None)
-        refusal = Completion(finish_reason="error", error=error) if ticket.whole else Refusal(error)
-        self._put(ticket.request_id, refusal)
+        failed = Completion(finish_reason="error", error=refusal.error)
+        self._put(ticket.request_id, failed if ticket.whole else refusal)
 
     def admit(self, request: Request, text: TextAssembler) -> None:
         """A waiting request is about to be sent to the DraftWorker."""

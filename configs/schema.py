@@ -12,6 +12,7 @@ from typing import Literal
 from outrider.configs.acceptance import AcceptanceConfig
 from outrider.configs.checks import require as _require
 from outrider.configs.checks import require_at_least as _require_at_least
+from outrider.configs.server import ServerConfig
 
 DType = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -360,6 +361,9 @@ class Config:
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Defaults of requests."""
+
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """The HTTP server of `outrider serve`."""
 
     def __post_init__(self) -> None:
         target, cluster = self.target, self.cluster

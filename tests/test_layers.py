@@ -37,7 +37,23 @@ ALLOWED_PACKAGES = {
         "threadpoolctl",
         "peft",
     },
-    "cluster": {"ray", "typer", "rich", "matplotlib", "numpy", "scipy", "psutil", "transformers"},
+    "cluster": {
+        "ray",
+        "typer",
+        "rich",
+        "matplotlib",
+        "numpy",
+        "scipy",
+        "psutil",
+        "transformers",
+        "fastapi",
+        "starlette",
+        "pydantic",
+        "pydantic_core",
+        "uvicorn",
+        "prometheus_client",
+        "httpx",
+    },
 }
 
 # Inside `workers`, from the ground up: folders, and modules that stand alone. Imports go down only.
@@ -120,6 +136,8 @@ DISTRIBUTIONS = {
     "cuda": "cuda-core",
     "huggingface_hub": "huggingface-hub",
     "sklearn": "scikit-learn",
+    "prometheus_client": "prometheus-client",
+    "pydantic_core": "pydantic-core",
 }
 
 

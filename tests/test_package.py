@@ -116,6 +116,7 @@ def test_an_installed_wheel_runs_without_the_checkout(installed: Installed) -> N
 def test_importing_the_package_loads_neither_torch_nor_ray() -> None:
     code = (
         "import sys, outrider; outrider.__version__; outrider.load_config('tiny-random');"
+        "outrider.Client, outrider.AsyncClient;"
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules);"
         # What a user waits for before the first line of output.
         "import outrider.cluster.cli.main, outrider.cluster.coordinator; assert 'torch' not in sys.modules"

@@ -187,6 +187,8 @@ class DraftWorker:
                 for rule, counts in self._loop.finished.items()
             },
             "num_available_pages": self._scheduler.pool.num_available,
+            "num_pages": self._scheduler.pool.num_pages,
+            "num_running": len(self._scheduler.running),
         }
 
     def trace_events(self) -> list[dict[str, Any]]:

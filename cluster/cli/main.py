@@ -15,6 +15,8 @@ from outrider.cluster.cli.terminal import AnsweredInterrupt, say_error
 COMMANDS = (
     "generate",
     "chat",
+    "serve",
+    "batch",
     "bench",
     "table",
     "check",

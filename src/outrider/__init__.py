@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from outrider.cluster.api import EngineError as EngineError
     from outrider.cluster.api import GenerationRequest as GenerationRequest
     from outrider.cluster.api import Piece as Piece
+    from outrider.cluster.client.async_client import AsyncClient as AsyncClient
+    from outrider.cluster.client.client import Client as Client
     from outrider.cluster.engine import Engine as Engine
     from outrider.configs.loader import load_config as load_config
     from outrider.configs.schema import Config as Config
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncClient",
+    "Client",
     "Completion",
     "Config",
     "Engine",
@@ -37,6 +41,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncClient": "outrider.cluster.client.async_client",
+    "Client": "outrider.cluster.client.client",
     "Completion": "outrider.workers.answer",
     "Config": "outrider.configs.schema",
     "Engine": "outrider.cluster.engine",

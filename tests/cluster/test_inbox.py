@@ -152,3 +152,29 @@ def test_a_notice_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         script.say((a, Notice("two of them")), (a, failed("x")))
         assert isinstance(next(CompletionStream(inbox, [a])), Completion)
         assert caplog.messages == ["two of them"]
+
+
+class Answers(queue.SimpleQueue[Answer | EngineError]):
+    """Somebody's box."""
+
+
+def test_what_is_posted_is_sent_by_another_thread_and_cancelled_after_it_was_sent() -> None:
+    script = Script()
+    with inbox_of(script) as inbox:
+        kept, dropped = Answers(), Answers()
+        first = inbox.post(HELLO, kept)
+        second = inbox.post(HELLO, dropped)
+        inbox.drop([second])
+        assert cancelled(script, 1) == {second}
+        assert [ticket.request_id for ticket in script.submitted] == [first, second]
+        script.say((second, piece("z")), (first, Refusal("no")), (first, piece("x", "stop")))
+        assert kept.get(timeout=LIMIT_S) == Refusal("no")
+        assert kept.get(timeout=LIMIT_S) == piece("x", "stop")
+        assert dropped.empty()
+        waits = Answers()
+        inbox.post(HELLO, waits)
+        script.say(failure="target 0 died")
+        assert str(waits.get(timeout=LIMIT_S)) == "target 0 died"
+        late = Answers()
+        inbox.post(HELLO, late)
+        assert str(late.get(timeout=LIMIT_S)) == "target 0 died"

@@ -17,6 +17,7 @@ from ray._private import worker as ray_worker
 from outrider.cluster.api import EngineError, GenerationRequest
 from outrider.cluster.bench.prompts import Prompt
 from outrider.cluster.cli.inputs import open_model
+from outrider.cluster.client.client import Client
 from outrider.cluster.distillation.plan import Plan
 from outrider.cluster.distillation.run import Answerer, Judge, Tally, distill
 from outrider.cluster.distillation.template import user_turn
@@ -179,6 +180,16 @@ def test_a_ray_that_wants_another_token_says_so_at_once(ray_with_room: None) -> 
     assert last.startswith(f"ValueError: cluster.ray_auth must suit the Ray at {address}: it wants a token")
     assert "the one here is another" in last
     assert "Failed to get cluster ID" not in run.stderr  # Ray's own warnings, one a second
+
+
+def test_a_server_is_found_by_the_address_of_its_ray(engine: Engine) -> None:
+    address = ray.get_runtime_context().gcs_address
+    with pytest.raises(ValueError, match="must have one server of `outrider serve`, it has none"):
+        Client(address)
+    engine.announce("http://127.0.0.1:4711")
+    with Client(address) as client:
+        assert client.url == "http://127.0.0.1:4711"
+    engine.announce("")
 
 
 def test_nobody_prints_messages_of_rays_daemons_between_answers(ray_with_room: None) -> None:

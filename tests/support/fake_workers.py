@@ -11,6 +11,7 @@ from typing import Any
 
 from outrider.cluster.actors import Workers
 from outrider.cluster.admission import Admission
+from outrider.cluster.api import ServedModel
 from outrider.cluster.coordinator import Coordinator
 from outrider.cluster.text import Decoder
 from outrider.cluster.text_bound import TextBound
@@ -35,6 +36,9 @@ class CharTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(char) for char in text]
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return chr(token)
 
     def apply_chat_template(
         self,
@@ -68,6 +72,9 @@ class CharBound(TextBound):
 class CharAdmission(Admission):
     def decoder(self) -> Decoder:
         return CharDecoder()
+
+    def describe(self) -> ServedModel:
+        return ServedModel(self.max_context, tuple(bytes([code]) for code in range(self.vocab_size)))
 
 
 def char_admission(config: Config, report: Callable[[str, int, int], None]) -> CharAdmission:

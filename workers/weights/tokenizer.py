@@ -18,6 +18,7 @@ from outrider.workers.weights.safetensors_source import generation_end_ids
 # Tokens that the drafter may have beside the target's (added ones of a later release of the same tokenizer).
 MAX_EXTRA_TOKENS = 512
 MAX_REASON = 300  # characters of another library's message
+_METASPACE = "\u2581"  # stands for a space
 # A tokenizer is in the first of these; transformers converts the others.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
@@ -98,6 +99,23 @@ def same_tokenizer(target: PreTrainedTokenizerFast, drafter: PreTrainedTokenizer
     if len(theirs) - len(ours) > MAX_EXTRA_TOKENS:
         return f"the target has {len(ours)} tokens, the drafter {len(theirs)}"
     return ""
+
+
+def vocabulary_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> tuple[bytes, ...]:
+    """What each token says in the middle of a text, by id; nothing for ids that are no tokens."""
+    backend = tokenizer.backend_tokenizer
+    is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+    fallback_bytes = _fallback_bytes(backend)
+    table = []
+    for token in range(vocab_size):
+        text = backend.id_to_token(token)
+        if text is None:
+            table.append(b"")
+        elif token in fallback_bytes:
+            table.append(fallback_bytes[token])
+        else:
+            table.append(token_bytes(text) if is_byte_level else text.replace(_METASPACE, " ").encode())
+    return tuple(table)
 
 
 class IncrementalDecoder:

@@ -18,6 +18,7 @@ from outrider.workers.weights.tokenizer import (
     end_token_ids,
     load_tokenizer,
     same_tokenizer,
+    vocabulary_bytes,
 )
 from support.models import coder_pair, random_model, random_tensors, smollm2
 
@@ -217,6 +218,22 @@ def test_decoding_token_by_token_gives_the_same_text(seed: int) -> None:
     for skip in (True, False):
         decoder = IncrementalDecoder(tokenizer, skip)
         assert add_all(decoder, ids) + decoder.finish() == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+def test_the_vocabulary_says_what_each_token_adds_to_a_text() -> None:
+    tokenizer = tokenizer_of_size(400)
+    table = vocabulary_bytes(tokenizer, 402)
+    assert table[0] == b"<|endoftext|>"
+    assert table[400:] == (b"", b"")
+    for text in TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert b"".join(table[token] for token in ids) == text.encode()
+    spelled = Tokenizer(models.BPE(vocab={"\u2581a": 0, "<0xE3>": 1, "b": 2}, merges=[], byte_fallback=True))
+    spelled.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=spelled)
+    assert vocabulary_bytes(fast, 3) == (b" a", b"\xe3", b"b")
 
 
 def test_no_half_characters() -> None:
