@@ -1,6 +1,5 @@
 """`outrider distill`: text that the target writes, for training drafters."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.progress import TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from outrider.cluster.cli.hidden_rows import HiddenRows
-from outrider.cluster.cli.inputs import ModelFacts, open_model
+from outrider.cluster.cli.inputs import describe_run, file_digest, open_model
 from outrider.cluster.cli.options import ConfigName, MaxTokens, Overrides, Plain, draft_options
 from outrider.cluster.cli.start import running_engine
 from outrider.cluster.cli.terminal import progress_bars, signs_of_life
@@ -22,7 +21,6 @@ from outrider.configs.schema import Config
 if TYPE_CHECKING:
     from outrider.cluster.bench.prompts import Prompt
     from outrider.cluster.distillation.run import Tally
-    from outrider.workers.training.texts import Description
 
 HiddenDtype = Literal["target", "bfloat16"]
 Styles = Literal["chat", "raw", "both"]
@@ -124,11 +122,11 @@ def distill(
     turn = user_turn(model.tokenizer) if free or begun else None
     hidden = HiddenRows(loaded, keep_hidden, hidden_dtype, yes) if keep_hidden else None
     settings = {
-        "prompts": {name: _digest(path) for name, path in zip(plan.prompts, prompts, strict=True)},
+        "prompts": {name: file_digest(path) for name, path in zip(plan.prompts, prompts, strict=True)},
         "style": style,
         "temperatures": list(plan.temperatures),
-        "beginnings": _digest(beginnings),
-        "raw_beginnings": _digest(raw_beginnings),
+        "beginnings": file_digest(beginnings),
+        "raw_beginnings": file_digest(raw_beginnings),
         "max_tokens": num_tokens,
         "max_prompt_tokens": max_prompt_tokens,
         "similarity": similarity,
@@ -138,7 +136,7 @@ def distill(
     }
     judge, tally = Judge(similarity), Tally(plan.num_texts, tokens)
     directory = Path(out).expanduser()
-    with TextWriter(directory, _description(loaded, model, settings)) as writer:
+    with TextWriter(directory, describe_run(loaded, model, settings)) as writer:
         done = recall(directory, judge, tally)
         todo = (task for task in plan.tasks() if task.id not in done)
         if tally.fraction < 1.0:
@@ -194,15 +192,6 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d} h"
 
 
-def _description(config: Config, model: ModelFacts, settings: dict[str, Any]) -> "Description":
-    from outrider.cluster.bench.machine import package_version
-    from outrider.workers.training.texts import Description
-
-    tokenizer = hashlib.sha256(model.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    version = package_version("outrider")
-    return Description(config.target.model, model.vocab_size, tokenizer, settings, version)
-
-
 def _other_sampling(config: Config) -> dict[str, Any]:
     """What the config says of every request that is not said per text."""
     said = {"temperature", "max_tokens", "seed"}
@@ -242,8 +231,3 @@ def _load(option: str, path: str) -> "Sequence[Prompt]":
     if not Path(path).expanduser().is_file():
         raise ValueError(f"--{option} must be a .jsonl or .txt file, got {path!r}")
     return load_prompts(path)
-
-
-def _digest(path: str) -> str:
-    """SHA-256 of a file, hexadecimal; empty for none."""
-    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() if path else ""

@@ -1,6 +1,7 @@
-"""What bench and check read before an engine runs: facts about the target, prompts as tokens."""
+"""What commands read before an engine runs: facts about the target, prompts as tokens."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ from outrider.configs.schema import Config
 
 if TYPE_CHECKING:
     from outrider.cluster.bench.runner import EncodedPrompt
+    from outrider.workers.training.lines import Description
 
 Style = Literal["chat", "raw"]
 
@@ -73,3 +75,27 @@ def read_prompts(
     if len(fitting) < len(encoded):
         console.print(f"left out: {len(encoded) - len(fitting)} prompts longer than the context")
     return fitting
+
+
+def describe_run(config: Config, model: ModelFacts, settings: Mapping[str, Any]) -> "Description":
+    """What a directory of lines says of the run that fills it.
+
+    settings: what decides what each line is.
+    """
+    from outrider.cluster.bench.machine import package_version
+    from outrider.workers.training.lines import Description
+
+    tokenizer = tokenizer_digest(model.tokenizer)
+    return Description(
+        config.target.model, model.vocab_size, tokenizer, settings, package_version("outrider")
+    )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's JSON, hexadecimal."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file, hexadecimal; empty for none."""
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() if path else ""

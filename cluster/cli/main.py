@@ -24,11 +24,12 @@ COMMANDS = (
     "trim",
     "slim",
     "train",
+    "judge",
     "config",
     "demo",
     "doctor",
 )
-"""Module and function names: `outrider generate` is `generate` in generate.py."""
+"""Module and function names: `outrider generate` is `generate` in generate.py; a Typer has commands of its own."""
 
 USER_ERROR = 2
 ENGINE_ERROR = 1
@@ -45,8 +46,11 @@ class LazyCommands(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"outrider.cluster.cli.{cmd_name}")
+        entry = getattr(module, cmd_name)
+        if isinstance(entry, typer.Typer):
+            return typer.main.get_command(entry)
         command = typer.Typer(add_completion=False, rich_markup_mode=None)
-        command.command(cmd_name)(getattr(module, cmd_name))
+        command.command(cmd_name)(entry)
         return typer.main.get_command(command)
 
     def invoke(self, ctx: Any) -> Any:

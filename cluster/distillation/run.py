@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,9 +13,11 @@ from outrider.cluster.api import GenerationRequest
 from outrider.cluster.bench.prompts import Prompt, encode
 from outrider.cluster.distillation.plan import Task
 from outrider.cluster.distillation.template import UserTurn
+from outrider.cluster.in_flight import in_flight
 from outrider.workers.answer import Completion
 from outrider.workers.training.filters import NearDuplicates, degeneration
-from outrider.workers.training.texts import DistilledText, TextWriter, read_dropped, read_texts
+from outrider.workers.training.lines import read_dropped
+from outrider.workers.training.texts import DistilledText, TextWriter, read_texts
 
 
 class CompletingEngine(Protocol):
@@ -202,27 +203,20 @@ def distill(
     Leaving early (Ctrl-C, a dead engine) keeps every text that was written; requests in flight are given up, and
     their threads end when the engine is closed.
     """
-    waiting = iter(tasks)
-    pool = ThreadPoolExecutor(concurrency, thread_name_prefix="distill")
-    running: set[Future[DistilledText | Dropped]] = set()
-    try:
-        while True:
-            wants_more = not tally.max_tokens or tally.num_tokens < tally.max_tokens
-            while wants_more and len(running) < concurrency and (task := next(waiting, None)) is not None:
-                running.add(pool.submit(answer, task))
-            if not running:
+
+    def wanted() -> Iterator[Task]:
+        for task in tasks:
+            if tally.max_tokens and tally.num_tokens >= tally.max_tokens:
                 return
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                outcome = future.result()
-                if isinstance(outcome, DistilledText):
-                    tally.num_generated += len(outcome.output_tokens)
-                    outcome = judge.verdict(outcome)
-                if isinstance(outcome, DistilledText):
-                    writer.write(outcome)
-                else:
-                    writer.drop(outcome.id, outcome.reason)
-                tally.note(outcome)
-                on_text()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+            yield task
+
+    for outcome in in_flight(wanted(), answer, concurrency):
+        if isinstance(outcome, DistilledText):
+            tally.num_generated += len(outcome.output_tokens)
+            outcome = judge.verdict(outcome)
+        if isinstance(outcome, DistilledText):
+            writer.write(outcome)
+        else:
+            writer.drop(outcome.id, outcome.reason)
+        tally.note(outcome)
+        on_text()

@@ -27,7 +27,8 @@ from outrider.configs.loader import load_config
 from outrider.configs.schema import ClusterConfig
 from outrider.workers.setup import load_model
 from outrider.workers.training.features import TargetFeatures
-from outrider.workers.training.texts import Description, TextWriter, read_dropped, read_texts
+from outrider.workers.training.lines import Description, read_dropped
+from outrider.workers.training.texts import TextWriter, read_texts
 from outrider.workers.weights.progress import silent
 
 TWO_RANKS = ["target.tp_size=2", "cluster.num_cpus_per_target=0.5"]

@@ -19,7 +19,8 @@ from outrider.configs.training import (
 )
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.training.features import TargetFeatures
-from outrider.workers.training.texts import Description, DistilledText, TextWriter, read_texts
+from outrider.workers.training.lines import Description
+from outrider.workers.training.texts import DistilledText, TextWriter, read_texts
 from outrider.workers.weights.resolver import ResolvedModel, open_source
 from support.equality import Case
 from support.models import random_model

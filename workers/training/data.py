@@ -33,6 +33,10 @@ class TrainingText:
     num_unlearned: int
     template: bool
 
+    def digested(self) -> bytes:
+        """What of it decides the target's rows."""
+        return len(self.tokens).to_bytes(4, "little") + self.tokens.tobytes()
+
 
 @dataclass(frozen=True)
 class Manifest:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -176,27 +176,53 @@ class KeptRows:
             return {name: file.get_slice(name)[rows] for name in file.keys()}  # noqa: SIM118
 
 
-def row_files(texts: Sequence[TrainingText], folder: Path, identity: str) -> list[Path]:
-    """Where the rows of these texts are kept, a file for each 256 of them.
+class Digested(Protocol):
+    """A text, or several, that rows are computed of."""
+
+    def digested(self) -> bytes:
+        """What of it decides the target's rows."""
+        ...
+
+
+Text = TypeVar("Text", bound=Digested)
+AnyText = TypeVar("AnyText", contravariant=True)
+
+
+class RowComputer(Protocol[AnyText]):
+    """Computes what is kept."""
+
+    def compute(self, texts: Sequence[AnyText]) -> list[dict[str, Tensor]]:
+        """Of each text its tensors by name, equally long ones each."""
+        ...
+
+
+def row_files(
+    texts: Sequence[Digested], folder: Path, identity: str, texts_per_file: int = _TEXTS_PER_FILE
+) -> list[Path]:
+    """Where the rows of these texts are kept, a file for each `texts_per_file` of them.
 
     Args:
         identity: what else than texts decides the rows: target, layers, number format, ids.
     """
-    starts = range(0, len(texts), _TEXTS_PER_FILE)
-    parts = [texts[start : start + _TEXTS_PER_FILE] for start in starts]
+    starts = range(0, len(texts), texts_per_file)
+    parts = [texts[start : start + texts_per_file] for start in starts]
     return [folder / f"{_digest(identity, part)}.safetensors" for part in parts]
 
 
 def keep_rows(
-    texts: Sequence[TrainingText], files: Sequence[Path], computer: FeatureComputer, progress: Progress
+    texts: Sequence[Text],
+    files: Sequence[Path],
+    computer: RowComputer[Text],
+    progress: Progress,
+    texts_per_file: int = _TEXTS_PER_FILE,
 ) -> None:
     """Computes what is not in its file yet; `progress` is told how many texts are there."""
     for number, path in enumerate(files):
-        start = number * _TEXTS_PER_FILE
+        start = number * texts_per_file
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             progress("features of texts", start, len(texts))
-            by_text = computer.compute(texts[start : start + _TEXTS_PER_FILE])
+            by_text = computer.compute(texts[start : start + texts_per_file])
             joined = {name: torch.cat([tensors[name] for tensors in by_text]) for name in by_text[0]}
             unfinished = path.with_suffix(".tmp")
             save_file({name: values.contiguous() for name, values in joined.items()}, unfinished)
@@ -224,8 +250,8 @@ def _batch(texts: Sequence[TrainingText], tensors: Sequence[dict[str, Tensor]]) 
     )
 
 
-def _digest(identity: str, texts: Sequence[TrainingText]) -> str:
+def _digest(identity: str, texts: Sequence[Digested]) -> str:
     digest = hashlib.sha256(identity.encode())
     for text in texts:
-        digest.update(len(text.tokens).to_bytes(4, "little") + text.tokens.tobytes())
+        digest.update(text.digested())
     return digest.hexdigest()[:32]

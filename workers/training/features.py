@@ -21,13 +21,13 @@ from torch import Tensor
 
 from outrider.workers.draft_heads.eagle3 import default_taps
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.model.batch import TreeRows, ancestor_masks, build_batch, num_mask_words
+from outrider.workers.model.batch import TreeRows, ancestor_masks, build_batch, depths_of, num_mask_words
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sequences.page_tables import PageTables
-from outrider.workers.sequences.segments import places_in, starts_of
+from outrider.workers.sequences.segments import Int64Array, places_in, starts_of
 from outrider.workers.training.texts import DistilledText
 from outrider.workers.weights.source import WeightSource
 
@@ -37,6 +37,24 @@ _PAGE = 16
 # Rows of one forward: enough that a pass over the weights is cheap beside the products; more only cost memory.
 _MAX_ROWS = 2048
 _SHARD_BYTES = 64 << 20  # what a pass that is cut off loses, and what a trainer waits for
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTree:
+    """Texts with a common beginning, each token of which stands once.
+
+    Attributes:
+        tokens: int64 [T], token ids.
+        parents: int64 [T], the node before each; parents come first, the root is its own.
+    """
+
+    tokens: Int64Array
+    parents: Int64Array
+
+
+def chain(tokens: Sequence[int]) -> TokenTree:
+    """One text."""
+    return TokenTree(np.asarray(tokens, dtype=np.int64), np.maximum(np.arange(len(tokens)) - 1, 0))
 
 
 class TargetFeatures:
@@ -80,37 +98,42 @@ class TargetFeatures:
 
         Ordinary tensors on the target's device, each with memory of its own.
         """
+        return self.tree_rows([chain(text) for text in texts])
+
+    def tree_rows(self, trees: Sequence[TokenTree]) -> list[dict[int, Tensor]]:
+        """Of each tree of texts its rows by layer: [nodes, hidden], as `rows` gives them."""
         found: list[dict[int, Tensor]] = []
-        for packed in _groups(texts, len, _MAX_ROWS):
+        for packed in _groups(trees, lambda tree: len(tree.tokens), _MAX_ROWS):
             found += self._forward(packed)
         return found
 
-    def _forward(self, texts: Sequence[Sequence[int]]) -> list[dict[int, Tensor]]:
-        lens = np.array([len(text) for text in texts])
+    def _forward(self, trees: Sequence[TokenTree]) -> list[dict[int, Tensor]]:
+        lens = np.array([len(tree.tokens) for tree in trees])
         assert lens.min() > 0, "an empty text has no rows"
         num_pages = -(-lens // _PAGE)
         if num_pages.sum() > self._cache.num_pages:
             self._cache = self._cache_of(int(num_pages.sum()))
-        tables = PageTables(len(texts), _PAGE)
+        tables = PageTables(len(trees), _PAGE)
         for slot, first in enumerate(starts_of(num_pages).tolist()):
             tables.append(slot, np.arange(first, first + num_pages[slot]))
         places = places_in(lens)
-        parents = np.maximum(places - 1, 0) + starts_of(lens).repeat(lens)
-        chains = TreeRows(
-            slots=np.arange(len(texts)),
+        parents = np.concatenate([tree.parents for tree in trees]) + starts_of(lens).repeat(lens)
+        ancestors = ancestor_masks(parents, places, num_mask_words(lens))
+        rows = TreeRows(
+            slots=np.arange(len(trees)),
             context_lens=np.zeros_like(lens),
             tree_lens=lens,
             query_lens=lens,
-            tokens=np.concatenate([np.asarray(text, dtype=np.int64) for text in texts]),
+            tokens=np.concatenate([tree.tokens for tree in trees]),
             tree_rows=places,
-            depths=places,
-            ancestors=ancestor_masks(parents, places, num_mask_words(lens)),
+            depths=depths_of(ancestors),
+            ancestors=ancestors,
         )
-        batch = build_batch(tables, chains, self.model.device)
+        batch = build_batch(tables, rows, self.model.device)
         taps = self.model.forward(batch, self._cache, self.layers).taps
         split = {layer: taps[layer].split(lens.tolist()) for layer in self.layers}
         # What inference mode made, no graph may keep; a copy made outside of it is an ordinary tensor.
-        return [{layer: split[layer][index].clone() for layer in self.layers} for index in range(len(texts))]
+        return [{layer: split[layer][index].clone() for layer in self.layers} for index in range(len(trees))]
 
     def _cache_of(self, num_pages: int) -> PagedCache:
         model = self.model

@@ -25,7 +25,8 @@ from outrider.workers.draft_heads.layouts.eagle3 import Eagle3Layout
 from outrider.workers.draft_heads.lm_head import DenseLmHead, LmHead
 from outrider.workers.draft_heads.medusa import MedusaHeads
 from outrider.workers.draft_heads.trim import trimmed, trimmed_medusa, with_head
-from outrider.workers.training.texts import Description, DistilledText, load_description, read_texts
+from outrider.workers.training.lines import Description
+from outrider.workers.training.texts import DistilledText, load_description, read_texts
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.progress import Progress
 from outrider.workers.weights.resolver import (

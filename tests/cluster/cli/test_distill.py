@@ -16,7 +16,8 @@ from outrider.cluster.engine import Engine
 from outrider.configs.schema import Config
 from outrider.workers.answer import Completion
 from outrider.workers.training.features import FeatureReader
-from outrider.workers.training.texts import load_description, read_dropped, read_texts
+from outrider.workers.training.lines import read_dropped
+from outrider.workers.training.texts import load_description, read_texts
 from outrider.workers.weights.random_tokenizer import tokenizer_of_size
 
 TOKENIZER = tokenizer_of_size(320)  # that of tiny-random

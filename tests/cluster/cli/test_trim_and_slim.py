@@ -20,7 +20,8 @@ from outrider.workers.draft_heads.eagle3 import Eagle3Drafter, Eagle3Shape
 from outrider.workers.draft_heads.lm_head import LmHeadShape
 from outrider.workers.draft_heads.medusa import MedusaHeads, MedusaShape
 from outrider.workers.training.head_source import head_of_model
-from outrider.workers.training.texts import Description, DistilledText, TextWriter
+from outrider.workers.training.lines import Description
+from outrider.workers.training.texts import DistilledText, TextWriter
 from outrider.workers.weights.config import Rope
 from support.tiny import VOCAB_SIZE, tiny_drafter, tiny_target
 

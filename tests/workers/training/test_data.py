@@ -6,7 +6,8 @@ import pytest
 
 from outrider.configs.training import TextsConfig
 from outrider.workers.training.data import BatchPlan, Manifest, read_corpus
-from outrider.workers.training.texts import Description, DistilledText, TextWriter
+from outrider.workers.training.lines import Description
+from outrider.workers.training.texts import DistilledText, TextWriter
 
 LENGTHS = [10 + (7 * number) % 50 for number in range(100)]
 

@@ -5,14 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from outrider.workers.training.texts import (
-    Description,
-    DistilledText,
-    TextWriter,
-    load_description,
-    read_dropped,
-    read_texts,
-)
+from outrider.workers.training.lines import Description, read_dropped
+from outrider.workers.training.texts import DistilledText, TextWriter, load_description, read_texts
 
 DESCRIPTION = Description("random:llama", 300, "abc", {"seed": 0, "temperatures": [0.0, 1.0]}, "1.0")
 
