@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from outrider.workers.answer import Completion
 from outrider.workers.memory import peak_memory_bytes
-from outrider.workers.sequences.sequence import RequestStats
+from outrider.workers.sequences.sequence import KeptAccount, RequestStats
 
 BaselineMode = Literal["transformers", "transformers-assisted", "transformers-lookup"]
 BASELINE_MODES: tuple[BaselineMode, ...] = ("transformers", "transformers-assisted", "transformers-lookup")
@@ -166,7 +166,8 @@ class BaselineProcess:
 
     def generate(self, request: BaselineRequest) -> Completion:
         reply = self._ask({"request": asdict(request)})
-        return Completion(**{**_with_tuples(reply), "stats": RequestStats(**_with_tuples(reply["stats"]))})
+        stats = {**_with_tuples(reply["stats"]), "kept": KeptAccount(**reply["stats"]["kept"])}
+        return Completion(**{**_with_tuples(reply), "stats": RequestStats(**stats)})
 
     def peak_memory_bytes(self) -> int:
         return int(self._ask({"peak_memory": True})["peak_memory_bytes"])

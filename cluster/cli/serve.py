@@ -17,6 +17,7 @@ def serve(config: ConfigName, overrides: Overrides = []) -> None:
         address_of,
         bind,
         is_local,
+        listen,
         log_to_stderr,
         run,
         termination_as_exit,
@@ -30,6 +31,7 @@ def serve(config: ConfigName, overrides: Overrides = []) -> None:
             typer.echo(
                 "Warning: whoever reaches this address is served; server.api_keys_file wants keys", err=True
             )
+        listen(listener)
         engine.announce(address_of(listener))
         typer.echo(f"serving at {address_of(listener)}", err=True)
         run(app, listener, loaded.server)

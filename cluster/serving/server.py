@@ -37,6 +37,11 @@ def bind(config: ServerConfig) -> socket.socket:
     return listener
 
 
+def listen(listener: socket.socket) -> None:
+    """From now on connections wait until `run` takes them: whoever is told of the server may come at once."""
+    listener.listen(_BACKLOG)
+
+
 def address_of(listener: socket.socket) -> str:
     """The server's URL: with the machine's own address where it listens on all of them."""
     host, port = listener.getsockname()[:2]

@@ -137,8 +137,8 @@ def test_the_documented_presets_ship() -> None:
             "draft.model must be a checkpoint, because draft.methods has `model`, got ''",
         ),
         (
-            "draft.methods=[eagle3]",
-            "draft.eagle3.model must be a checkpoint, because draft.methods has `eagle3`, got ''",
+            "draft.methods=[medusa]",
+            "draft.medusa.model must be a checkpoint, because draft.methods has `medusa`, got ''",
         ),
         ("tree=3", "tree must be a mapping of keys to values, got 3"),
         (
