@@ -19,6 +19,7 @@ from outrider.cluster.client.calls import (
     read_answer,
 )
 from outrider.cluster.client.client import (
+    CONNECT_S,
     DEFAULT_TIMEOUT_S,
     headers_of,
     key_of,
@@ -84,7 +85,10 @@ class AsyncClient:
 
     async def models(self) -> list[str]:
         """Names of what is served."""
-        response = await self._http.get("/v1/models", timeout=DEFAULT_TIMEOUT_S)
+        try:
+            response = await self._http.get("/v1/models", timeout=CONNECT_S)
+        except httpx.TransportError as error:
+            raise unreached(error) from error
         if response.status_code != 200:
             raise error_of(response.status_code, response.content)
         return [model["id"] for model in response.json()["data"]]

@@ -27,7 +27,7 @@ from outrider.cluster.client.calls import (
 from outrider.cluster.client.ray_address import is_url, server_at
 
 DEFAULT_TIMEOUT_S = 600.0
-_CONNECT_S = 10.0
+CONNECT_S = 10.0
 
 
 class Client:
@@ -91,7 +91,10 @@ class Client:
 
     def models(self) -> list[str]:
         """Names of what is served."""
-        response = self._http.get("/v1/models", timeout=_CONNECT_S)
+        try:
+            response = self._http.get("/v1/models", timeout=CONNECT_S)
+        except httpx.TransportError as error:
+            raise unreached(error) from error
         if response.status_code != 200:
             raise error_of(response.status_code, response.content)
         return [model["id"] for model in response.json()["data"]]
@@ -202,7 +205,7 @@ def no_limits() -> httpx.Limits:
 
 def limits_of(remaining_s: float) -> httpx.Timeout:
     """Of one attempt."""
-    return httpx.Timeout(remaining_s, connect=min(_CONNECT_S, remaining_s))
+    return httpx.Timeout(remaining_s, connect=min(CONNECT_S, remaining_s))
 
 
 def unreached(error: httpx.TransportError) -> UnavailableError:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from outrider.workers.weights.fields import Fields
+from outrider.workers.weights.source import WeightSource
+from outrider.workers.weights.tensors import EMBEDDING
 
 KEY = "outrider"  # of the description in config.json; other programs' files have none
 
@@ -82,6 +84,11 @@ def fingerprint_ids(vocab_size: int) -> Tensor:
 def fingerprint(rows: Tensor) -> str:
     """sha256 of the embedding rows [16, hidden] of `fingerprint_ids`, as float32: two targets differ in it."""
     return hashlib.sha256(rows.detach().float().contiguous().cpu().numpy().tobytes()).hexdigest()
+
+
+def source_fingerprint(source: WeightSource) -> str:
+    """`fingerprint` of a model, of whose weights the embedding is looked at."""
+    return fingerprint(source.read_rows(EMBEDDING, fingerprint_ids(source.config.vocab_size), torch.float32))
 
 
 def _is_probability(value: object) -> bool:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
-from outrider.workers.draft_heads.description import HeadDescription, fingerprint, fingerprint_ids
+from outrider.workers.draft_heads.description import HeadDescription, source_fingerprint
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.source import WeightSource
-from outrider.workers.weights.tensors import EMBEDDING
 
 
 def check_target(
@@ -41,8 +38,7 @@ def check_fingerprint(field: str, description: HeadDescription, embedding: Weigh
     """Refuses heads that were made for a model with another embedding, as a ValueError, where they tell of it."""
     if not description.target_fingerprint:
         return
-    ids = fingerprint_ids(embedding.config.vocab_size)
-    if fingerprint(embedding.read_rows(EMBEDDING, ids, torch.float32)) != description.target_fingerprint:
+    if source_fingerprint(embedding) != description.target_fingerprint:
         raise ValueError(
             f"{field} must be made for the target, got heads of {_name(description)}, whose embedding has other "
             "values: another model, or another quantisation of it"

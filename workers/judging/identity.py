@@ -7,12 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from outrider.workers.draft_heads.description import fingerprint, fingerprint_ids
+from outrider.workers.draft_heads.description import source_fingerprint
 from outrider.workers.weights.fields import Fields
 from outrider.workers.weights.source import WeightSource
-from outrider.workers.weights.tensors import EMBEDDING
 
 
 @dataclass(frozen=True)
@@ -44,13 +41,12 @@ def identify(model: str, source: WeightSource, chat_template: str | None) -> Mod
         chat_template: `tokenizer.chat_template` of what `load_tokenizer` gives.
     """
     config = source.config
-    rows = source.read_rows(EMBEDDING, fingerprint_ids(config.vocab_size), torch.float32)
     return ModelIdentity(
         model=model,
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
         vocab_size=config.vocab_size,
-        fingerprint=fingerprint(rows),
+        fingerprint=source_fingerprint(source),
         template_sha256=template_sha256(chat_template),
     )
 

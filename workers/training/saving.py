@@ -19,15 +19,13 @@ from outrider.workers.draft_heads.checkpoint import (
 from outrider.workers.draft_heads.description import (
     HeadDescription,
     Template,
-    fingerprint,
-    fingerprint_ids,
+    source_fingerprint,
 )
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.draft_heads.medusa import MedusaHeads
 from outrider.workers.draft_heads.mtp import MtpDrafter
 from outrider.workers.training.data import Corpus
 from outrider.workers.weights.source import WeightSource
-from outrider.workers.weights.tensors import EMBEDDING
 
 Drafter = Eagle3Drafter | MedusaHeads | MtpDrafter
 
@@ -40,7 +38,6 @@ def describe(
 ) -> HeadDescription:
     """What a checkpoint says besides its weights."""
     config = source.config
-    rows = source.read_rows(EMBEDDING, fingerprint_ids(config.vocab_size), torch.float32)
     templates = {text.template for text in corpus.training}
     template: Template = "both" if len(templates) == 2 else "chat" if templates == {True} else "raw"
     return HeadDescription(
@@ -48,7 +45,7 @@ def describe(
         target_hidden_size=config.hidden_size,
         target_num_layers=config.num_layers,
         target_vocab_size=config.vocab_size,
-        target_fingerprint=fingerprint(rows),
+        target_fingerprint=source_fingerprint(source),
         template=template,
         accuracies=accuracies,
     )

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from outrider.cluster.api import EngineError, GenerationRequest, Progress
+from outrider.cluster.api import EngineError, GenerationRequest
 from outrider.cluster.cli.main import app
 from outrider.cluster.engine import Engine
 from outrider.configs.schema import Config
@@ -19,6 +19,7 @@ from outrider.workers.training.features import FeatureReader
 from outrider.workers.training.lines import read_dropped
 from outrider.workers.training.texts import load_description, read_texts
 from outrider.workers.weights.random_tokenizer import tokenizer_of_size
+from support.started_engines import StartedEngines
 
 TOKENIZER = tokenizer_of_size(320)  # that of tiny-random
 
@@ -67,19 +68,12 @@ class DistillingEngine:
     def __exit__(self, *error: object) -> None: ...
 
 
-class Engines:
-    def __init__(self) -> None:
-        self.started: list[DistillingEngine] = []
-        self.num_answers = 10_000
-
-    def start(self, config: Config, progress: Callable[[Sequence[Progress]], None]) -> DistillingEngine:
-        self.started.append(DistillingEngine(config, self.num_answers))
-        return self.started[-1]
+Engines = StartedEngines[DistillingEngine]
 
 
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
-    engines = Engines()
+    engines = Engines(DistillingEngine)
     monkeypatch.setattr(Engine, "start", engines.start)
     return engines
 

@@ -1,14 +1,14 @@
 """`outrider judge` on a tiny target: records, labels, a judge, and what it is worth on an engine that is a fake."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from outrider.cluster.api import EngineError, GenerationRequest, Progress
+from outrider.cluster.api import EngineError, GenerationRequest
 from outrider.cluster.cli.main import app
 from outrider.cluster.engine import Engine
 from outrider.configs.schema import Config
@@ -18,6 +18,7 @@ from outrider.workers.sequences.sequence import KeptAccount, RequestStats
 from outrider.workers.training.judges.labels import iter_labels
 from outrider.workers.training.judges.records import SpanRecord, read_records, write_records
 from outrider.workers.weights.random_tokenizer import tokenizer_of_size
+from support.started_engines import StartedEngines
 
 TOKENIZER = tokenizer_of_size(320)  # that of tiny-random
 NUM_TASKS = 6
@@ -156,19 +157,12 @@ class RulesEngine:
     def __exit__(self, *error: object) -> None: ...
 
 
-class Engines:
-    def __init__(self) -> None:
-        self.started: list[RulesEngine] = []
-        self.num_answers = 10_000
-
-    def start(self, config: Config, progress: Callable[[Sequence[Progress]], None]) -> RulesEngine:
-        self.started.append(RulesEngine(config, self.num_answers))
-        return self.started[-1]
+Engines = StartedEngines[RulesEngine]
 
 
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
-    engines = Engines()
+    engines = Engines(RulesEngine)
     monkeypatch.setattr(Engine, "start", engines.start)
     return engines
 

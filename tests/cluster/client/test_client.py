@@ -162,6 +162,9 @@ def test_what_cannot_go_better_is_not(ask: Ask) -> None:
     script = Script(*[httpx.Response(503, text="down")] * 3)
     with pytest.raises(UnavailableError, match="the server answered 503: down"):
         ask(script, lambda c: c.generate("x"), max_retries=2)
+    script = Script(httpx.ConnectError("connection refused"))
+    with pytest.raises(UnavailableError, match="not reached: ConnectError: connection refused"):
+        ask(script, lambda c: c.models())
     # Waiting would take longer than there is time for.
     script = Script(httpx.Response(429, json=REFUSED, headers={"retry-after": "60"}))
     with pytest.raises(UnavailableError, match="429"):
