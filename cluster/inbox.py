@@ -42,6 +42,7 @@ class Inbox:
 
     def __init__(self, call: Call) -> None:
         self.failure = ""  # why nothing comes any longer
+        self.restarting = ""  # why nothing comes for now
         self._call = call
         self._boxes: dict[str, Box] = {}
         # Tickets to send and ids to cancel, in order. All that a finalizer may touch: putting never blocks.
@@ -137,6 +138,7 @@ class Inbox:
                 )
                 return
             self.failure = self.failure or delivery.failure
+            self.restarting = delivery.restarting
             for request_id, answer in delivery.answers:
                 if isinstance(answer, Notice):
                     _log.warning(answer.text)

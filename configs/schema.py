@@ -288,6 +288,17 @@ class ClusterConfig:
     group_timeout_s: float = 60.0
     """How long a rank waits for its peers before it takes them for dead, in seconds."""
 
+    heartbeat_timeout_s: float = 10.0
+    """A worker that does not say for so long that it lives, in seconds, is taken for lost. What it computes does not
+    keep it from saying so; a machine that is far too busy may."""
+
+    max_restarts: int = 10
+    """Lost workers are started again, and requests go on where they were, as long as this brings tokens: after so
+    many restarts that brought none, within `restart_window_s`, the deployment ends. 0: any loss is its end."""
+
+    restart_window_s: float = 300.0
+    """How long a restart counts for `max_restarts`, in seconds."""
+
     max_open_requests: int = 4096
     """Most requests that wait or run at a time; further ones are refused."""
 
@@ -301,7 +312,8 @@ class ClusterConfig:
         for name in ("num_gpus_per_target", "num_gpus_per_draft"):
             _require(getattr(self, name) >= 0, f"cluster.{name}", getattr(self, name), "at least 0")
         _require_at_least(self, "cluster", 1, "max_open_requests")
-        for name in ("start_timeout_s", "group_timeout_s"):
+        _require_at_least(self, "cluster", 0, "max_restarts")
+        for name in ("start_timeout_s", "group_timeout_s", "heartbeat_timeout_s", "restart_window_s"):
             _require(getattr(self, name) > 0, f"cluster.{name}", getattr(self, name), "more than 0")
 
 

@@ -129,7 +129,7 @@ def begun(request: Request, text: list[int], num_said: int) -> Request:
 def test_lost_processes_are_replaced_by_new_ones_and_texts_go_on(
     expected_texts: dict[str, list[int]],
 ) -> None:
-    """First the DraftWorker, which leaves the group of the ranks whole; then a rank, which leaves the others' weights."""
+    """First the DraftWorker, which leaves the ranks' group whole; then a rank, which leaves the others' weights."""
     config, long = two_ranks(), Request("long", (1, 2), SamplingParams(max_tokens=400), DRAFT)
     with deployed(config) as running:
         running.draft.call("submit", 1, [long])

@@ -1,0 +1,228 @@
+"""The workers of a deployment: brought up together, watched, and joined again where some were lost.
+
+Which process does what after a loss:
+
+- A worker that died, fell silent or failed gets a new process, which loads its weights.
+- Ranks whose group is whole (they lost their DraftWorker) get a link to the next one and stay as they are.
+- Others keep their weights and join a new group. On GPUs they do not, for nothing is known of what a broken NCCL
+  leaves behind: they get new processes, too.
+
+Every joining has a number, the epoch: what belongs to an earlier one is not listened to.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from outrider.cluster.actors import Spawner, worker_names
+from outrider.cluster.api import EngineError, Progress
+from outrider.cluster.health import Break, LinkComplaintError, blame, result_of, silence
+from outrider.cluster.startup import StartWatch
+from outrider.configs.schema import Config
+
+if TYPE_CHECKING:
+    from outrider.workers.rounds.budget import Profiles
+    from outrider.workers.sequences.sequence import Request, TokenEvent
+
+T = TypeVar("T")
+
+_GRACE_S = 0.3  # a death takes others along; the notices of all are here after that
+_END_S = 5.0  # for a loop that was told of a loss; one that computes ends it with its round
+_STOP_TIMEOUT_S = 5.0
+_DRAFT = "draft"
+
+
+class Crew:
+    """All workers by name, their loops, and how far a start of them is. Belongs to one event loop."""
+
+    def __init__(self, config: Config, spawner: Spawner, own_stages: Callable[[], list[Progress]]) -> None:
+        """own_stages: of the process that this belongs to."""
+        self._config = config
+        self._spawner = spawner
+        self._own_stages = own_stages
+        self._targets = worker_names(config)[1:]
+        self.workers = {name: spawner.spawn(name) for name in worker_names(config)}
+        self.watch = self._new_watch()
+        self.epoch = 0
+        self._address = ("", 0)  # of the store where all meet
+        self._runs: dict[str, asyncio.Task[None]] = {}
+        self._measured: Profiles
+        self._unsure: set[str] = set()  # those that a joining has left in the middle of something
+
+    @property
+    def draft(self) -> Any:
+        """The DraftWorker."""
+        return self.workers[_DRAFT]
+
+    async def bring_up(self, calibration: "Request") -> list[str]:
+        """The first start; returns what users should be told. Raises EngineError and ValueError."""
+        await self._load(list(self.workers))
+        await self._connect()
+        for name in self._targets:
+            self._run(name)
+        step = self.watch.step
+        self._measured = await self._unless_one_dies(step(_DRAFT, "profile", self.draft.profile.remote()))
+        calibrating = step(_DRAFT, "calibrate", self.draft.calibrate.remote(calibration))
+        warnings = await self._unless_one_dies(calibrating)
+        self._run(_DRAFT)
+        return warnings
+
+    async def broken(self) -> Break:
+        """Waits until something is wrong: a loop has ended, or a worker does not answer any longer."""
+        timeout_s = self._config.cluster.heartbeat_timeout_s
+        listening = asyncio.create_task(silence(self.workers, timeout_s))
+        try:
+            await asyncio.wait((listening, *self._runs.values()), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.sleep(_GRACE_S)
+            if listening.done():
+                return listening.result()
+        finally:
+            listening.cancel()
+        return await blame(self._runs, self.workers)
+
+    async def rebuild(self, broken: Break) -> None:
+        """Lets all go on together. Raises EngineError and ValueError; then `lost_in_rebuild` says who is to blame."""
+        lost, is_whole = await self._parted(broken.lost)
+        for name in lost:
+            self.workers[name] = self._spawner.spawn(name)
+        self._unsure.clear()
+        self.watch = self._new_watch()
+        await self.watch.through(self._join(lost, is_whole))
+
+    def lost_in_rebuild(self, reason: str) -> Break:
+        """After a `rebuild` that failed."""
+        return Break(reason, frozenset(self._unsure))
+
+    async def submit(self, requests: Sequence["Request"]) -> None:
+        """Gives requests to the DraftWorker, in order."""
+        await result_of(_DRAFT, "submit", self.draft.submit.remote(self.epoch, list(requests)))
+
+    async def next_events(self, timeout_s: float) -> "list[TokenEvent]":
+        """What has come out of the DraftWorker since the last call; waits up to `timeout_s` for the first."""
+        events: list[TokenEvent] = await self.draft.next_events.remote(self.epoch, timeout_s)
+        return events
+
+    def abandon(self) -> None:
+        """There is no further start. Ranks may wait on a GPU for one that is gone, where nothing inside them would
+        end it."""
+        for name in self._targets:
+            if name in self._runs and not self._runs[name].done():
+                self.workers[name].abort.remote()
+
+    async def stop(self) -> None:
+        """Ends all loops in order."""
+        if self._runs:
+            stopping = asyncio.ensure_future(self.draft.stop.remote())
+            await asyncio.wait((stopping,), timeout=_STOP_TIMEOUT_S)
+            await asyncio.wait(self._runs.values(), timeout=_STOP_TIMEOUT_S)
+
+    def _new_watch(self) -> StartWatch:
+        return StartWatch(self.workers, self._own_stages, self._config.cluster.start_timeout_s)
+
+    async def _parted(self, lost: Collection[str]) -> tuple[set[str], bool]:
+        """Ends the loops that still run, and the processes that cannot stay. Returns whose these were, and whether
+        the ranks' group is whole."""
+        gone = set(lost)
+        self._kill(gone)  # before the others are waited for: they may wait for one that is stopped
+        if not gone.intersection(self._targets):
+            # Ranks that lose their DraftWorker pause on their own, after the round under way.
+            await self._end(self._targets)
+        is_whole = not gone.intersection(self._targets) and all(map(self._has_paused, self._targets))
+        told = [name for name in self.workers if name not in gone and self._is_running(name)]
+        for name in told:
+            self.workers[name].abort.remote()
+        await self._end(told)
+        more = {name for name in told if self._is_running(name)}
+        cluster = self._config.cluster
+        if not is_whole and cluster.num_gpus_per_target:
+            more.update(self._targets)
+        if cluster.num_gpus_per_draft:
+            more.add(_DRAFT)
+        self._kill(more - gone)
+        return gone | more, is_whole
+
+    def _kill(self, names: Collection[str]) -> None:
+        for name in names:
+            self._spawner.kill(self.workers[name])
+
+    async def _end(self, names: Collection[str]) -> None:
+        runs = [self._runs[name] for name in names if self._is_running(name)]
+        if runs:
+            await asyncio.wait(runs, timeout=_END_S)
+
+    def _is_running(self, name: str) -> bool:
+        return name in self._runs and not self._runs[name].done()
+
+    def _has_paused(self, name: str) -> bool:
+        run = self._runs.get(name)
+        return run is not None and run.done() and isinstance(run.exception(), LinkComplaintError | None)
+
+    async def _join(self, fresh: Collection[str], is_whole: bool) -> None:
+        await self._load(fresh)
+        await self._all_answer()
+        self._runs.clear()
+        self.epoch += 1
+        if is_whole:
+            relinks: dict[str, Any] = {
+                name: self.workers[name].relink.remote(self.epoch) for name in self._targets
+            }
+            connect = self.draft.connect.remote(*self._address, self.epoch)
+            await self._all("connect", {**relinks, _DRAFT: connect})
+        else:
+            await self._connect()
+        for name in self._targets:
+            self._run(name)
+        await self._all("take over", {_DRAFT: self.draft.take_over.remote(self._measured)})
+        self._run(_DRAFT)
+
+    async def _load(self, names: Collection[str]) -> None:
+        await self._all("load", {name: self.workers[name].load.remote() for name in names})
+
+    async def _all_answer(self) -> None:
+        """Whoever is gone or hangs by now is named, before the others wait for it."""
+        timeout_s = self._config.cluster.heartbeat_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._all("start", {name: w.progress.remote() for name, w in self.workers.items()})
+        except TimeoutError as error:
+            raise EngineError(f"{' and '.join(self._unsure)} did not answer for {timeout_s:g} s") from error
+
+    async def _connect(self) -> None:
+        opening = self.workers[self._targets[0]].open_store.remote()
+        self._address = (await self._all("start", {self._targets[0]: opening}))[0]
+        calls = {name: w.connect.remote(*self._address, self.epoch) for name, w in self.workers.items()}
+        await self._all("connect", calls)
+
+    async def _all(self, doing: str, calls: dict[str, Any]) -> list[Any]:
+        """The results of calls of workers, or the first error of one; who has not answered then cannot stay."""
+        steps = {
+            name: asyncio.ensure_future(self.watch.step(name, doing, call)) for name, call in calls.items()
+        }
+        try:
+            return await asyncio.gather(*steps.values())
+        except BaseException:
+            await asyncio.wait(steps.values(), timeout=_GRACE_S)
+            self._unsure = {name for name, step in steps.items() if not step.done() or _failed(step)}
+            for step in steps.values():
+                step.cancel()
+            raise
+
+    def _run(self, name: str) -> None:
+        run = asyncio.create_task(result_of(name, "run", self.workers[name].run.remote()))
+        run.add_done_callback(_failed)  # not all are asked why they ended
+        self._runs[name] = run
+
+    async def _unless_one_dies(self, step: Awaitable[T]) -> T:
+        """The result of `step`, or the error of a worker whose loop ended meanwhile."""
+        task = asyncio.ensure_future(step)
+        await asyncio.wait((task, *self._runs.values()), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done() or task.exception() is not None:
+            await asyncio.sleep(_GRACE_S)
+            if any(run.done() for run in self._runs.values()):
+                task.cancel()
+                raise EngineError((await blame(self._runs, self.workers)).reason)
+        return await task
+
+
+def _failed(step: "asyncio.Future[Any]") -> bool:
+    return step.cancelled() or step.exception() is not None
