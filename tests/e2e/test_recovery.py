@@ -1,0 +1,47 @@
+"""Workers are killed in the middle of their work, on real Ray: the texts are what they would have been."""
+
+import os
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from outrider.cluster.engine import Engine
+from outrider.cluster.session import RaySession
+from outrider.configs.loader import load_config
+from outrider.configs.schema import ClusterConfig
+from support.harm import PLAIN, Listener, asked, kill, worker_pids
+from support.waiting import wait_until
+
+TWO_RANKS = ["target.tp_size=2", "cluster.num_cpus_per_target=0.5"]
+LONG_S = 120.0  # a machine with other work starts a process in seconds
+
+pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two CPUs")
+
+
+@pytest.fixture(scope="module")
+def ray_with_room() -> Iterator[None]:
+    with RaySession(ClusterConfig(), num_cpus=8):
+        yield
+
+
+def test_texts_are_those_of_plain_decoding_whoever_is_killed_meanwhile(ray_with_room: None) -> None:
+    with Engine.start(load_config("tiny-random", TWO_RANKS)) as engine:
+        requests = [asked(number, 400) for number in range(6)]
+        plain = engine.generate([type(r)(r.prompt, r.sampling, PLAIN) for r in requests])
+        pids = set(worker_pids(engine).values())
+        for name in ("target 1", "draft"):
+            streams = [Listener(engine, request) for request in requests]
+            wait_until(lambda streams=streams: all(stream.tokens for stream in streams))
+            kill(worker_pids(engine)[name])
+            for stream in streams:
+                stream.join(LONG_S)
+            assert [stream.end for stream in streams] == ["length"] * len(streams)
+            assert [tuple(stream.tokens) for stream in streams] == [answer.tokens for answer in plain]
+            assert [stream.text for stream in streams] == [answer.text for answer in plain]
+            pids |= set(worker_pids(engine).values())
+        assert len(pids) == 5
+        assert engine.stats()["coordinator"]["num_restarts"] == 2
+        assert not engine.failure
+        assert not engine.restarting
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
