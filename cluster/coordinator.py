@@ -179,6 +179,7 @@ class Coordinator:
             broken = await crew.broken()
             if self._stopping:
                 return
+            self._restarts.lost()
             if not self._restarts.is_allowed:
                 self._fail(self._last_words(broken))
                 crew.abandon()
@@ -200,6 +201,7 @@ class Coordinator:
             except (EngineError, ValueError) as error:
                 broken = crew.lost_in_rebuild(str(error))
                 continue
+            self._restarts.stands()
             self._set_restarting("")
             self._pumping = self._spawn_task(self._pump(crew))
             await self._resume()
@@ -214,12 +216,11 @@ class Coordinator:
                 self._table.note_sent(request.id)
 
     def _last_words(self, broken: Break) -> str:
-        cluster = self._config.cluster
-        if not cluster.max_restarts:
-            return broken.reason
+        most = self._config.cluster.max_restarts
         return (
-            f"{broken.reason}; given up after cluster.max_restarts = {cluster.max_restarts} restarts in vain "
-            f"within cluster.restart_window_s = {cluster.restart_window_s:g} s"
+            f"{broken.reason}; given up after cluster.max_restarts = {most} in vain"
+            if most
+            else broken.reason
         )
 
     def _set_restarting(self, reason: str) -> None:

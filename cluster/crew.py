@@ -56,7 +56,7 @@ class Crew:
 
     async def bring_up(self, calibration: "Request") -> list[str]:
         """The first start; returns what users should be told. Raises EngineError and ValueError."""
-        await self._load(list(self.workers))
+        await self._all("load", {name: worker.load.remote() for name, worker in self.workers.items()})
         await self._connect()
         for name in self._targets:
             self._run(name)
@@ -176,7 +176,21 @@ class Crew:
         self._run(_DRAFT)
 
     async def _load(self, names: Collection[str]) -> None:
-        await self._all("load", {name: self.workers[name].load.remote() for name in names})
+        """To the end of all, also where one fails: the others need not do it again."""
+        self._unsure = set(names)
+        steps = {
+            name: asyncio.ensure_future(self.watch.step(name, "load", self.workers[name].load.remote()))
+            for name in names
+        }
+        try:
+            if steps:
+                await asyncio.wait(steps.values())
+            self._unsure = {name for name, step in steps.items() if _failed(step)}
+            for step in steps.values():
+                step.result()
+        finally:
+            for step in steps.values():
+                step.cancel()
 
     async def _all_answer(self) -> None:
         """Whoever is gone or hangs by now is named, before the others wait for it."""

@@ -138,7 +138,7 @@ class Inbox:
                 )
                 return
             self.failure = self.failure or delivery.failure
-            self.restarting = delivery.restarting
+            self._note_restarting(delivery.restarting)
             for request_id, answer in delivery.answers:
                 if isinstance(answer, Notice):
                     _log.warning(answer.text)
@@ -148,6 +148,13 @@ class Inbox:
                 # Each request has had its last answer; this is for those that come now.
                 self._break(delivery.failure)
                 return
+
+    def _note_restarting(self, restarting: str) -> None:
+        if restarting and restarting != self.restarting:
+            _log.warning("workers are started again, answers go on then: %s", restarting)
+        elif self.restarting and not restarting:
+            _log.warning("all workers stand again")
+        self.restarting = restarting
 
     def _send_later(self) -> None:
         while (first := self._outgoing.get()) is not None:

@@ -293,11 +293,11 @@ class ClusterConfig:
     keep it from saying so; a machine that is far too busy may."""
 
     max_restarts: int = 10
-    """Lost workers are started again, and requests go on where they were, as long as this brings tokens: after so
-    many restarts that brought none, within `restart_window_s`, the deployment ends. 0: any loss is its end."""
+    """Lost workers are started again, and requests go on where they were. After so many restarts in a row that were
+    in vain (no token came, the deployment did not stand for `restart_window_s`) it ends. 0: any loss is its end."""
 
-    restart_window_s: float = 300.0
-    """How long a restart counts for `max_restarts`, in seconds."""
+    restart_window_s: float = 60.0
+    """How long a deployment has to stand without a loss for its restart not to have been in vain, in seconds."""
 
     max_open_requests: int = 4096
     """Most requests that wait or run at a time; further ones are refused."""
