@@ -7,6 +7,7 @@ A worker's module, and torch with it, is imported in the worker's process only.
 import os
 import threading
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from outrider.workers.sequences.sequence import Request, TokenEvent
 
 # Ray's `max_restarts` is 0 by default: a rank that it restarted on its own would have no group. See `crew.py`.
-_CONCURRENCY_GROUPS = {"loop": 1, "control": 4}
+_CONCURRENCY_GROUPS = {"loop": 1, "control": 4, "stand-in": 6}
 
 
 class ProgressBoard:
@@ -43,11 +44,12 @@ class ProgressBoard:
 
 
 class TargetActor:
-    """One rank of the target."""
+    """One rank of the target; in rank 0's process, where needed, also a stand-in for the DraftWorker."""
 
     def __init__(self, config: Config, rank: int) -> None:
         from outrider.workers.target import TargetWorker
 
+        self._config = config
         self._worker = TargetWorker(config, rank, _given_gpus())
         self._board = ProgressBoard(f"target {rank}")
 
@@ -70,6 +72,15 @@ class TargetActor:
     @ray.method(concurrency_group="control")
     def abort(self) -> None:
         self._worker.abort()
+
+    @ray.method(concurrency_group="stand-in")
+    def stand_in(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the stand-in, `load` before others; see `cluster.stand_in.StandInHandle`."""
+        return getattr(self._stand_in, method)(*arguments)
+
+    @cached_property
+    def _stand_in(self) -> "StandInActor":
+        return StandInActor(self._config)
 
     @ray.method(concurrency_group="control")
     def progress(self) -> list[Progress]:
@@ -143,6 +154,16 @@ class DraftActor:
     @ray.method(concurrency_group="control")
     def trace_events(self) -> list[dict[str, Any]]:
         return self._worker.trace_events()
+
+
+class StandInActor(DraftActor):
+    """The same calls, of a DraftWorker without a drafter. No actor of its own: part of rank 0."""
+
+    def __init__(self, config: Config) -> None:
+        from outrider.workers.stand_in import StandIn
+
+        self._worker = StandIn(config)
+        self._board = ProgressBoard("draft")
 
 
 class Spawner(Protocol):

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayError
 from outrider.cluster.actors import ProgressBoard, Spawner
 from outrider.cluster.admission import Admission, prepare_admission
 from outrider.cluster.api import Delivery, EngineError, Progress, Prompt, ServedModel, Ticket
-from outrider.cluster.crew import Crew
+from outrider.cluster.crew import BACK, Crew
 from outrider.cluster.door import Door
 from outrider.cluster.health import Break, WorkerLostError, answers_of, result_of
 from outrider.cluster.mailbox import Mailbox
@@ -53,6 +53,7 @@ class Coordinator:
         self._pumping: asyncio.Task[None] | None = None
         self._crew: Crew | None = None
         self._warnings: list[str] = []
+        self._may_send = True  # the workers stand
         self._restarting = ""  # why no tokens come for now
         self._failure = ""
         self._server_url = ""
@@ -146,7 +147,7 @@ class Coordinator:
         self._warnings = await crew.bring_up(admission.calibration())
 
     async def _send(self, requests: Sequence[Request]) -> None:
-        if self._restarting:
+        if not self._may_send:
             return  # all that are open go on when the workers are there again
         try:
             await self._standing.submit(requests)
@@ -175,37 +176,35 @@ class Coordinator:
 
     async def _keep_up(self, crew: Crew) -> None:
         """Starts again what breaks; where that may not or cannot be, ends the deployment with the reason."""
-        while True:
+        while not self._failure:
             broken = await crew.broken()
             if self._stopping:
                 return
+            self._may_send = False
+            if self._pumping is not None:
+                self._pumping.cancel()
             self._restarts.lost()
-            if not self._restarts.is_allowed:
-                self._fail(self._last_words(broken))
-                crew.abandon()
-                return
             await self._restart(crew, broken)
 
     async def _restart(self, crew: Crew, broken: Break) -> None:
         """Until all workers stand, or the deployment has ended."""
-        if self._pumping is not None:
-            self._pumping.cancel()
-        while not self._stopping:
-            self._set_restarting(broken.reason)
-            if not self._restarts.is_allowed:
-                self._fail(self._last_words(broken))
-                return
-            await asyncio.sleep(self._restarts.begin())
+        while not self._may_send:
+            if broken is not BACK:
+                if not self._restarts.is_allowed:
+                    self._fail(self._last_words(broken))
+                    crew.abandon()
+                    return
+                self._set_restarting(broken.reason)
+                await asyncio.sleep(self._restarts.begin())
             try:
                 await crew.rebuild(broken)
+                self._may_send = True
             except (EngineError, ValueError) as error:
                 broken = crew.lost_in_rebuild(str(error))
-                continue
-            self._restarts.stands()
-            self._set_restarting("")
-            self._pumping = self._spawn_task(self._pump(crew))
-            await self._resume()
-            return
+        self._restarts.stands()
+        self._set_restarting("")
+        self._pumping = self._spawn_task(self._pump(crew))
+        await self._resume()
 
     async def _resume(self) -> None:
         requests = self._table.resume()
@@ -237,7 +236,7 @@ class Coordinator:
 
     async def _cancel(self, request_id: str) -> None:
         try:
-            await self._standing.draft.cancel.remote(request_id)
+            await self._standing.drafting.cancel.remote(request_id)
         except RayError:
             return  # nothing of it runs any longer
 

@@ -6,17 +6,20 @@ Which process does what after a loss:
 - Ranks whose group is whole (they lost their DraftWorker) get a link to the next one and stay as they are.
 - Others keep their weights and join a new group. On GPUs they do not, for nothing is known of what a broken NCCL
   leaves behind: they get new processes, too.
+- As long as the DraftWorker loads, a stand-in in rank 0's process drives the loop: texts go on, plainly decoded. When
+  it has loaded, all join once more.
 
 Every joining has a number, the epoch: what belongs to an earlier one is not listened to.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from outrider.cluster.actors import Spawner, worker_names
 from outrider.cluster.api import EngineError, Progress
 from outrider.cluster.health import Break, LinkComplaintError, blame, result_of, silence
+from outrider.cluster.stand_in import StandInHandle
 from outrider.cluster.startup import StartWatch
 from outrider.configs.schema import Config
 
@@ -30,6 +33,7 @@ _GRACE_S = 0.3  # a death takes others along; the notices of all are here after 
 _END_S = 5.0  # for a loop that was told of a loss; one that computes ends it with its round
 _STOP_TIMEOUT_S = 5.0
 _DRAFT = "draft"
+BACK = Break("the DraftWorker is there again", frozenset())
 
 
 class Crew:
@@ -41,109 +45,145 @@ class Crew:
         self._spawner = spawner
         self._own_stages = own_stages
         self._targets = worker_names(config)[1:]
-        self.workers = {name: spawner.spawn(name) for name in worker_names(config)}
-        self.watch = self._new_watch()
+        self._workers = {name: spawner.spawn(name) for name in worker_names(config)}
+        self.watch = self._new_watch(self._workers)
         self.epoch = 0
+        self.drafting = self._workers[_DRAFT]  # who drives the loop: the DraftWorker or its stand-in
+        self._loading: asyncio.Task[None] | None = None  # a DraftWorker that is not there yet
         self._address = ("", 0)  # of the store where all meet
+        self._group_stands = False
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._measured: Profiles
         self._unsure: set[str] = set()  # those that a joining has left in the middle of something
 
     @property
-    def draft(self) -> Any:
-        """The DraftWorker."""
-        return self.workers[_DRAFT]
+    def workers(self) -> dict[str, Any]:
+        """Whoever works now, by name; a stand-in goes by the name of the DraftWorker."""
+        return {**self._workers, _DRAFT: self.drafting}
 
     async def bring_up(self, calibration: "Request") -> list[str]:
         """The first start; returns what users should be told. Raises EngineError and ValueError."""
-        await self._all("load", {name: worker.load.remote() for name, worker in self.workers.items()})
+        await self._all("load", {name: worker.load.remote() for name, worker in self._workers.items()})
         await self._connect()
         for name in self._targets:
             self._run(name)
-        step = self.watch.step
-        self._measured = await self._unless_one_dies(step(_DRAFT, "profile", self.draft.profile.remote()))
-        calibrating = step(_DRAFT, "calibrate", self.draft.calibrate.remote(calibration))
+        step, draft = self.watch.step, self._workers[_DRAFT]
+        self._measured = await self._unless_one_dies(step(_DRAFT, "profile", draft.profile.remote()))
+        calibrating = step(_DRAFT, "calibrate", draft.calibrate.remote(calibration))
         warnings = await self._unless_one_dies(calibrating)
         self._run(_DRAFT)
         return warnings
 
     async def broken(self) -> Break:
-        """Waits until something is wrong: a loop has ended, or a worker does not answer any longer."""
+        """Waits until all have to join again: a loop has ended, a worker does not answer any longer, or a DraftWorker
+        has loaded."""
         timeout_s = self._config.cluster.heartbeat_timeout_s
-        listening = asyncio.create_task(silence(self.workers, timeout_s))
+        listening = asyncio.create_task(silence(self._present(), timeout_s))
+        loading = () if self._loading is None else (self._loading,)
         try:
-            await asyncio.wait((listening, *self._runs.values()), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (listening, *loading, *self._runs.values()), return_when=asyncio.FIRST_COMPLETED
+            )
+            if any(task.done() and not _failed(task) for task in loading) and not self._has_ended():
+                return BACK
             await asyncio.sleep(_GRACE_S)
             if listening.done():
                 return listening.result()
         finally:
             listening.cancel()
-        return await blame(self._runs, self.workers)
+        if self._has_ended() or self._loading is None:
+            return self._lost(await blame(self._runs, self._present()))
+        return Break(str(self._loading.exception()), frozenset((_DRAFT,)))
 
     async def rebuild(self, broken: Break) -> None:
         """Lets all go on together. Raises EngineError and ValueError; then `lost_in_rebuild` says who is to blame."""
-        lost, is_whole = await self._parted(broken.lost)
+        lost = await self._parted(broken.lost)
         for name in lost:
-            self.workers[name] = self._spawner.spawn(name)
+            self._workers[name] = self._spawner.spawn(name)
+        if _DRAFT in lost:
+            self._loading = asyncio.create_task(self._load_draft())
         self._unsure.clear()
-        self.watch = self._new_watch()
-        await self.watch.through(self._join(lost, is_whole))
+        self.watch = self._new_watch(self._present())
+        await self.watch.through(self._join(lost - {_DRAFT}))
 
     def lost_in_rebuild(self, reason: str) -> Break:
         """After a `rebuild` that failed."""
-        return Break(reason, frozenset(self._unsure))
+        return self._lost(Break(reason, frozenset(self._unsure)))
 
     async def submit(self, requests: Sequence["Request"]) -> None:
         """Gives requests to the DraftWorker, in order."""
-        await result_of(_DRAFT, "submit", self.draft.submit.remote(self.epoch, list(requests)))
+        await result_of(_DRAFT, "submit", self.drafting.submit.remote(self.epoch, list(requests)))
 
     async def next_events(self, timeout_s: float) -> "list[TokenEvent]":
         """What has come out of the DraftWorker since the last call; waits up to `timeout_s` for the first."""
-        events: list[TokenEvent] = await self.draft.next_events.remote(self.epoch, timeout_s)
+        events: list[TokenEvent] = await self.drafting.next_events.remote(self.epoch, timeout_s)
         return events
 
     def abandon(self) -> None:
         """There is no further start. Ranks may wait on a GPU for one that is gone, where nothing inside them would
         end it."""
         for name in self._targets:
-            if name in self._runs and not self._runs[name].done():
-                self.workers[name].abort.remote()
+            if self._is_running(name):
+                self._workers[name].abort.remote()
 
     async def stop(self) -> None:
         """Ends all loops in order."""
+        if self._loading is not None:
+            self._loading.cancel()
         if self._runs:
-            stopping = asyncio.ensure_future(self.draft.stop.remote())
+            stopping = asyncio.ensure_future(self.drafting.stop.remote())
             await asyncio.wait((stopping,), timeout=_STOP_TIMEOUT_S)
             await asyncio.wait(self._runs.values(), timeout=_STOP_TIMEOUT_S)
 
-    def _new_watch(self) -> StartWatch:
-        return StartWatch(self.workers, self._own_stages, self._config.cluster.start_timeout_s)
+    def _new_watch(self, workers: Mapping[str, Any]) -> StartWatch:
+        return StartWatch(workers, self._own_stages, self._config.cluster.start_timeout_s)
 
-    async def _parted(self, lost: Collection[str]) -> tuple[set[str], bool]:
-        """Ends the loops that still run, and the processes that cannot stay. Returns whose these were, and whether
-        the ranks' group is whole."""
+    def _present(self) -> dict[str, Any]:
+        """The processes that stand, without a DraftWorker that loads."""
+        return {name: w for name, w in self._workers.items() if name != _DRAFT or self._loading is None}
+
+    async def _load_draft(self) -> None:
+        draft = self._workers[_DRAFT]
+        watch = StartWatch({_DRAFT: draft}, list, self._config.cluster.start_timeout_s)
+        await watch.through(watch.step(_DRAFT, "load", draft.load.remote()))
+
+    def _lost(self, broken: Break) -> Break:
+        """A stand-in is lost with the process that it is in."""
+        is_in_rank_0 = self.drafting is not self._workers[_DRAFT] and _DRAFT in broken.lost
+        return Break(broken.reason, broken.lost - {_DRAFT} | {self._targets[0]}) if is_in_rank_0 else broken
+
+    async def _parted(self, lost: Collection[str]) -> set[str]:
+        """Ends the loops that still run, and the processes that cannot stay; returns whose these were."""
         gone = set(lost)
         self._kill(gone)  # before the others are waited for: they may wait for one that is stopped
-        if not gone.intersection(self._targets):
+        if gone.isdisjoint(self._targets):
             # Ranks that lose their DraftWorker pause on their own, after the round under way.
+            if self._is_running(_DRAFT):
+                self.drafting.abort.remote()
             await self._end(self._targets)
-        is_whole = not gone.intersection(self._targets) and all(map(self._has_paused, self._targets))
-        told = [name for name in self.workers if name not in gone and self._is_running(name)]
+        whole = gone.isdisjoint(self._targets) and all(map(self._has_paused, self._targets))
+        self._group_stands = self._group_stands and whole
+        told = [name for name in self._runs if name not in gone and self._is_running(name)]
         for name in told:
             self.workers[name].abort.remote()
         await self._end(told)
         more = {name for name in told if self._is_running(name)}
+        if _DRAFT in more and self.drafting is not self._workers[_DRAFT]:
+            more = more - {_DRAFT} | {self._targets[0]}
         cluster = self._config.cluster
-        if not is_whole and cluster.num_gpus_per_target:
+        if not self._group_stands and cluster.num_gpus_per_target:
             more.update(self._targets)
-        if cluster.num_gpus_per_draft:
+        if cluster.num_gpus_per_draft and self._loading is None and self.drafting is self._workers[_DRAFT]:
             more.add(_DRAFT)
+        self._group_stands = self._group_stands and more.isdisjoint(self._targets)
         self._kill(more - gone)
-        return gone | more, is_whole
+        return gone | more
 
     def _kill(self, names: Collection[str]) -> None:
         for name in names:
-            self._spawner.kill(self.workers[name])
+            if name == _DRAFT and self._loading is not None:
+                self._loading.cancel()
+            self._spawner.kill(self._workers[name])
 
     async def _end(self, names: Collection[str]) -> None:
         runs = [self._runs[name] for name in names if self._is_running(name)]
@@ -153,33 +193,43 @@ class Crew:
     def _is_running(self, name: str) -> bool:
         return name in self._runs and not self._runs[name].done()
 
-    def _has_paused(self, name: str) -> bool:
-        run = self._runs.get(name)
-        return run is not None and run.done() and isinstance(run.exception(), LinkComplaintError | None)
+    def _has_ended(self) -> bool:
+        return any(run.done() for run in self._runs.values())
 
-    async def _join(self, fresh: Collection[str], is_whole: bool) -> None:
+    def _has_paused(self, name: str) -> bool:
+        """Whether a rank waits for the next link: its loop ended for want of one, or has not begun."""
+        run = self._runs.get(name)
+        return run is None or (run.done() and isinstance(run.exception(), LinkComplaintError | None))
+
+    async def _join(self, fresh: Collection[str]) -> None:
         await self._load(fresh)
+        self.drafting = self._workers[_DRAFT]
+        if self._loading is not None and self._loading.done():
+            self._unsure = {_DRAFT}
+            self._loading.result()
+            self._loading = None
+        if self._loading is not None:
+            self.drafting = StandInHandle(self._workers[self._targets[0]])
+            await self._all("load", {_DRAFT: self.drafting.load.remote()})
         await self._all_answer()
         self._runs.clear()
         self.epoch += 1
-        if is_whole:
-            relinks: dict[str, Any] = {
-                name: self.workers[name].relink.remote(self.epoch) for name in self._targets
-            }
-            connect = self.draft.connect.remote(*self._address, self.epoch)
+        if self._group_stands:
+            relinks = {name: self._workers[name].relink.remote(self.epoch) for name in self._targets}
+            connect = self.drafting.connect.remote(*self._address, self.epoch)
             await self._all("connect", {**relinks, _DRAFT: connect})
         else:
             await self._connect()
         for name in self._targets:
             self._run(name)
-        await self._all("take over", {_DRAFT: self.draft.take_over.remote(self._measured)})
+        await self._all("take over", {_DRAFT: self.drafting.take_over.remote(self._measured)})
         self._run(_DRAFT)
 
     async def _load(self, names: Collection[str]) -> None:
         """To the end of all, also where one fails: the others need not do it again."""
         self._unsure = set(names)
         steps = {
-            name: asyncio.ensure_future(self.watch.step(name, "load", self.workers[name].load.remote()))
+            name: asyncio.ensure_future(self.watch.step(name, "load", self._workers[name].load.remote()))
             for name in names
         }
         try:
@@ -197,15 +247,16 @@ class Crew:
         timeout_s = self._config.cluster.heartbeat_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                await self._all("start", {name: w.progress.remote() for name, w in self.workers.items()})
+                await self._all("start", {name: w.progress.remote() for name, w in self._present().items()})
         except TimeoutError as error:
             raise EngineError(f"{' and '.join(self._unsure)} did not answer for {timeout_s:g} s") from error
 
     async def _connect(self) -> None:
-        opening = self.workers[self._targets[0]].open_store.remote()
+        opening = self._workers[self._targets[0]].open_store.remote()
         self._address = (await self._all("start", {self._targets[0]: opening}))[0]
         calls = {name: w.connect.remote(*self._address, self.epoch) for name, w in self.workers.items()}
         await self._all("connect", calls)
+        self._group_stands = True
 
     async def _all(self, doing: str, calls: dict[str, Any]) -> list[Any]:
         """The results of calls of workers, or the first error of one; who has not answered then cannot stay."""
@@ -234,7 +285,7 @@ class Crew:
             await asyncio.sleep(_GRACE_S)
             if any(run.done() for run in self._runs.values()):
                 task.cancel()
-                raise EngineError((await blame(self._runs, self.workers)).reason)
+                raise EngineError((await blame(self._runs, self._workers)).reason)
         return await task
 
 

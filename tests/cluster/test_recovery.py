@@ -110,20 +110,73 @@ def test_texts_go_on_whatever_becomes_of_a_worker(
 def test_whole_answers_and_requests_that_come_meanwhile_are_all_answered() -> None:
     async def scenario(fake: FakeDeployment) -> None:
         gate = threading.Event()
+        fake.crew.prepare_next["target 1"] = lambda target: setattr(target, "load", gate.wait)
+        fake.draft.silent.set()
         await fake.coordinator.submit([ticket(f"early {i}", whole=True) for i in range(5)])
         await until(lambda: len(fake.draft.submitted) == 5)
-        fake.crew.prepare_next["draft"] = lambda draft: setattr(draft, "load", lambda: gate.wait(20.0))
-        fake.draft.kill()
+        fake.targets[1].kill()
         while not (await fake.coordinator.take(0.0)).restarting:
             await asyncio.sleep(0.01)
         restarting = (await fake.coordinator.take(0.0)).restarting
-        assert restarting == "draft died during run: its process is gone"
+        assert restarting == "target 1 died during run: its process is gone"
         await fake.coordinator.submit([ticket(f"late {i}", whole=True) for i in range(5)])
         assert list(await fake.coordinator.stats()) == ["coordinator"]
         gate.set()
         answers = await text_of(fake.coordinator, [], 10)
         assert {answer.text for answer in answers.values()} == {STORY[:100]}
         assert (await fake.coordinator.take(0.0)).restarting == ""
+
+    with_deployment(scenario)
+
+
+def test_texts_go_on_while_the_next_draft_worker_loads_and_when_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(fake: FakeDeployment) -> None:
+        gate, rank_0 = threading.Event(), fake.targets[0]
+        stand_in = rank_0.inner
+        before = await some_pieces(fake.coordinator)
+        fake.crew.prepare_next["draft"] = lambda draft: setattr(draft, "load", gate.wait)
+        fake.draft.kill()
+        pieces = list(before)
+        await text_of(fake.coordinator, pieces)  # the gate is closed
+        assert "".join(piece.text for piece in pieces) == STORY[:100]
+        assert [request.id for request in stand_in.submitted] == ["a"]
+        assert stand_in.calls == [("load",), ("connect", 1), ("take_over", "measured")]
+        stats = await fake.coordinator.stats()
+        assert list(stats) == ["draft", "target 0", "target 1", "coordinator"]
+
+        # In the middle of a text the DraftWorker comes back, and another one dies while it loads.
+        monkeypatch.setattr(fake_workers, "ROUND_S", 0.02)
+        pieces = await some_pieces(fake.coordinator)
+        gate.set()
+        await until(lambda: len(fake.draft.submitted) == 1)
+        fake.crew.prepare_next["draft"] = lambda draft: setattr(draft, "load", draft.kill)
+        fake.draft.kill()
+        await text_of(fake.coordinator, pieces)
+        assert "".join(piece.text for piece in pieces) == STORY[:100]
+        await until(lambda: fake.crew.spawned == [*ALL, "draft", "draft", "draft"])
+        await until(lambda: ("take_over", "measured") in fake.draft.calls)
+        assert not any(target.was_killed for target in fake.targets)
+        assert ("connect", 1) not in rank_0.calls
+
+    with_deployment(scenario)
+
+
+def test_a_rank_that_dies_with_the_stand_in_inside_takes_no_text_along() -> None:
+    async def scenario(fake: FakeDeployment) -> None:
+        gate = threading.Event()
+        pieces = await some_pieces(fake.coordinator)
+        fake.crew.prepare_next["draft"] = lambda draft: setattr(draft, "load", gate.wait)
+        fake.draft.kill()
+        stand_in = fake.targets[0].inner
+        await until(lambda: len(stand_in.submitted) == 1)
+        stand_in.silent.set()
+        fake.targets[0].kill()
+        await text_of(fake.coordinator, pieces)
+        assert "".join(piece.text for piece in pieces) == STORY[:100]
+        assert fake.crew.spawned == [*ALL, "draft", "target 0"]
+        gate.set()
 
     with_deployment(scenario)
 

@@ -154,6 +154,21 @@ class FakeTarget:
         self.die_of(ActorDiedError())
 
 
+class FakeRank0(FakeTarget):
+    """Has a stand-in for the DraftWorker inside."""
+
+    def __init__(self, crew: "FakeCrew") -> None:
+        super().__init__()
+        self.inner = FakeDraft(crew)
+
+    def stand_in(self, method: str, *arguments: object) -> Any:
+        return getattr(self.inner, method)(*arguments)
+
+    def kill(self) -> None:
+        super().kill()
+        self.inner.kill()
+
+
 class FakeDraft(FakeTarget):
     """Gives each request the text that `answer(prompt)` says, three tokens a round, the last two "drafted"."""
 
@@ -255,8 +270,10 @@ class FakeCrew:
         self._threads = threads
 
     def spawn(self, name: str) -> "LocalHandle":
-        worker = FakeDraft(self) if name == "draft" else FakeTarget()
+        rank = FakeRank0(self) if name == "target 0" else FakeTarget()
+        worker = FakeDraft(self) if name == "draft" else rank
         self.prepare_next.pop(name, lambda _: None)(worker)
+        self.made += [worker.inner] if isinstance(worker, FakeRank0) else []
         self.workers[name] = worker
         self.spawned.append(name)
         self.made.append(worker)

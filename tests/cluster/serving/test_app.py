@@ -529,11 +529,11 @@ def test_an_engine_that_is_gone_is_a_503_and_not_healthy() -> None:
 def test_while_workers_are_started_again_the_server_is_well_but_not_ready() -> None:
     with posted_engine(str.upper) as engine:
         client, gate = client_of(engine), threading.Event()
-        engine.fake.crew.prepare_next["draft"] = lambda draft: setattr(draft, "load", gate.wait)
-        engine.fake.draft.kill()
+        engine.fake.crew.prepare_next["target 1"] = lambda target: setattr(target, "load", gate.wait)
+        engine.fake.targets[1].kill()
         wait_until(lambda: client.get("/ready").status_code == 503)
         message = client.get("/ready").json()["error"]["message"]
-        assert message == "restarting: draft died during run: its process is gone"
+        assert message == "restarting: target 1 died during run: its process is gone"
         assert client.get("/health").text == "restarting"
         text = client.get("/metrics").text
         assert re.search(r"^outrider_restarting.* 1\.0$", text, re.MULTILINE)
