@@ -71,6 +71,7 @@ class Coordinator:
         self._spawn_task(self._door.serve())
         self._pumping = self._spawn_task(self._pump(crew))
         self._spawn_task(self._keep_up(crew))
+        self._spawn_task(crew.prepare_stand_in())
         return self._warnings
 
     async def progress(self) -> list[Progress]:
@@ -204,6 +205,7 @@ class Coordinator:
         self._restarts.stands()
         self._set_restarting("")
         self._pumping = self._spawn_task(self._pump(crew))
+        self._spawn_task(crew.prepare_stand_in())
         await self._resume()
 
     async def _resume(self) -> None:

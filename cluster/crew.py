@@ -14,7 +14,10 @@ Every joining has a number, the epoch: what belongs to an earlier one is not lis
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from ray.exceptions import RayError
 
 from outrider.cluster.actors import Spawner, worker_names
 from outrider.cluster.api import EngineError, Progress
@@ -31,6 +34,7 @@ T = TypeVar("T")
 
 _GRACE_S = 0.3  # a death takes others along; the notices of all are here after that
 _END_S = 5.0  # for a loop that was told of a loss; one that computes ends it with its round
+_QUIET_S = 5.0  # after a start, in which first requests want the machine
 _STOP_TIMEOUT_S = 5.0
 _DRAFT = "draft"
 BACK = Break("the DraftWorker is there again", frozenset())
@@ -105,6 +109,12 @@ class Crew:
         self._unsure.clear()
         self.watch = self._new_watch(self._present())
         await self.watch.through(self._join(lost - {_DRAFT}))
+
+    async def prepare_stand_in(self) -> None:
+        """Loads it before it is wanted, once there is time: what it imports takes a second of a processor."""
+        await asyncio.sleep(_QUIET_S)
+        with suppress(RayError):  # `broken` sees to a rank that is lost
+            await StandInHandle(self._workers[self._targets[0]]).load.remote()
 
     def lost_in_rebuild(self, reason: str) -> Break:
         """After a `rebuild` that failed."""

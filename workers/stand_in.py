@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,8 +20,13 @@ class StandIn(DraftWorker):
     def __init__(self, config: Config) -> None:
         draft = replace(config.draft, methods=(), device="cpu", num_threads=config.target.num_threads)
         super().__init__(replace(config, draft=draft, acceptance=AcceptanceConfig()))
+        self._one_loads = threading.Lock()
+        self._is_loaded = False
 
     def load(self, progress: Callable[[str, int, int], None]) -> None:
-        """Nothing is read but what the target is."""
-        super().load(progress)
-        self._rules = dict.fromkeys(("judge", *RULES), RULES["exact"])
+        """Nothing is read but what the target is. May be called again."""
+        with self._one_loads:
+            if not self._is_loaded:
+                super().load(progress)
+                self._rules = dict.fromkeys(("judge", *RULES), RULES["exact"])
+                self._is_loaded = True

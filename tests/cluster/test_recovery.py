@@ -142,7 +142,10 @@ def test_texts_go_on_while_the_next_draft_worker_loads_and_when_it_has(
         await text_of(fake.coordinator, pieces)  # the gate is closed
         assert "".join(piece.text for piece in pieces) == STORY[:100]
         assert [request.id for request in stand_in.submitted] == ["a"]
-        assert stand_in.calls == [("load",), ("connect", 1), ("take_over", "measured")]
+        assert [call for call in stand_in.calls if call != ("load",)] == [
+            ("connect", 1),
+            ("take_over", "measured"),
+        ]
         stats = await fake.coordinator.stats()
         assert list(stats) == ["draft", "target 0", "target 1", "coordinator"]
 
