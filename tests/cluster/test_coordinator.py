@@ -20,6 +20,7 @@ from outrider.cluster.coordinator import Coordinator
 from outrider.workers.answer import Completion
 from outrider.workers.sequences.origin import Origin
 from support.fake_workers import EOS_TOKEN_IDS, FAKE_CONFIG, char_admission, endless, fake_deployment
+from support.waiting import until
 
 
 def echo(prompt: str) -> str:
@@ -112,7 +113,7 @@ def test_a_stop_string_ends_the_answer_before_it_and_cancels_the_request() -> No
             # The tokens up to the one that completes the stop string; of its round, those after it are gone.
             assert completion.tokens == tuple(map(ord, "and so"))
             assert len(completion.token_times_s) == len(completion.tokens)
-            assert fake.draft.cancelled == ["a"]
+            await until(lambda: fake.draft.cancelled == ["a"])
 
     asyncio.run(scenario())
 

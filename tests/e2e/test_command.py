@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+
+from support.waiting import wait_until
 
 OUTRIDER = Path(sys.executable).parent / "outrider"
 LONG = ["target.max_context=4096", "--raw", "--prompt", "x", "--max-tokens", "4000"]
@@ -38,10 +39,7 @@ def test_ctrl_c_in_an_answer_is_one_word_and_leaves_no_process() -> None:
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(timeout=60) == 130
         assert process.stderr.read() == b"Interrupted\n"
-        limit = time.monotonic() + 20
-        while session_processes(process.pid):
-            assert time.monotonic() < limit
-            time.sleep(0.05)
+        wait_until(lambda: not session_processes(process.pid))
 
 
 def test_the_command_prints_the_answer_and_nothing_else() -> None:

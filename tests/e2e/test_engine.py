@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from outrider.workers.training.features import TargetFeatures
 from outrider.workers.training.lines import Description, read_dropped
 from outrider.workers.training.texts import TextWriter, read_texts
 from outrider.workers.weights.progress import silent
+from support.waiting import wait_until
 
 TWO_RANKS = ["target.tp_size=2", "cluster.num_cpus_per_target=0.5"]
 PLAIN = {"max_nodes": 0}
@@ -137,10 +137,7 @@ def test_two_thousand_open_requests_do_not_keep_control_waiting(engine: Engine) 
 
 
 def wait_until_idle(engine: Engine) -> None:
-    limit = time.monotonic() + 20
-    while engine.stats()["coordinator"]["num_open_requests"]:
-        assert time.monotonic() < limit
-        time.sleep(0.05)
+    wait_until(lambda: not engine.stats()["coordinator"]["num_open_requests"])
 
 
 def test_a_killed_rank_ends_requests_with_its_name_and_close_leaves_no_process(
@@ -164,10 +161,7 @@ def test_a_killed_rank_ends_requests_with_its_name_and_close_leaves_no_process(
             call()
     with pytest.raises(StopIteration):
         next(stream)
-    limit = time.monotonic() + 20
-    while any(psutil.pid_exists(pid) for pid in pids):
-        assert time.monotonic() < limit
-        time.sleep(0.05)
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
 def test_a_ray_that_wants_another_token_says_so_at_once(ray_with_room: None) -> None:

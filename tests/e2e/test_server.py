@@ -3,7 +3,6 @@
 import asyncio
 import os
 import re
-import time
 from collections.abc import Iterator
 
 import httpx
@@ -14,6 +13,7 @@ import pytest
 from outrider import AsyncClient, Client
 from outrider.cluster.client.answers import RefusedError
 from support.serving import Server, running_server
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a server and its workers need two CPUs")
 
@@ -29,10 +29,7 @@ def server() -> Iterator[Server]:
         children = psutil.Process(server.process.pid).children(recursive=True)
         yield server
     assert server.process.returncode in (143, -15, 0), "".join(server.lines)
-    limit = time.monotonic() + 20
-    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
-        assert time.monotonic() < limit
-        time.sleep(0.05)
+    wait_until(lambda: all(is_gone(child) for child in children))
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +43,13 @@ def ours(server: Server) -> Iterator[Client]:
         yield client
 
 
+def is_gone(child: psutil.Process) -> bool:
+    try:
+        return not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # between the two questions
+        return True
+
+
 def gauges(server: Server) -> tuple[float, ...]:
     """Running, waiting, and the fraction of pages that are used."""
     text = httpx.get(f"{server.url}/metrics").text
@@ -54,10 +58,7 @@ def gauges(server: Server) -> tuple[float, ...]:
 
 
 def wait_until_idle(server: Server) -> None:
-    limit = time.monotonic() + 20
-    while gauges(server) != (0, 0, 0):
-        assert time.monotonic() < limit
-        time.sleep(0.05)
+    wait_until(lambda: gauges(server) == (0, 0, 0))
 
 
 def test_openais_client_streams_what_plain_decoding_says(theirs: openai.OpenAI) -> None:

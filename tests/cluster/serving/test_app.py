@@ -2,8 +2,7 @@
 
 import asyncio
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from outrider.configs.acceptance import AcceptanceConfig
 from outrider.configs.schema import ClusterConfig, ServerConfig
 from support.fake_workers import FAKE_CONFIG, endless
 from support.posted_engine import PostedEngine, posted_engine
+from support.waiting import wait_until
 
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 LONG = replace(FAKE_CONFIG, target=replace(FAKE_CONFIG.target, max_context=30_000))
@@ -42,13 +42,6 @@ def client_of(engine: PostedEngine, **server: Any) -> TestClient:
 @pytest.fixture(scope="module")
 def client(engine: PostedEngine) -> TestClient:
     return client_of(engine, model_name="capitals", max_choices=4, max_body_bytes=10_000)
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
 
 
 def events(text: str) -> list[dict[str, Any]]:
