@@ -49,7 +49,10 @@ class TextsConfig:
     """Learn the prompts' tokens, too: for prompts that the target wrote itself."""
 
     features: Literal["cached", "computed"] = "cached"
-    """The target's hidden rows: computed once and kept in `out`/features, or whenever a text is read."""
+    """The target's hidden rows: computed once and kept, or computed whenever a text is read."""
+
+    features_directory: str = ""
+    """Where they are kept; empty: `out`/features. Runs of other methods and heads over the same texts share them."""
 
     top_k: int = 32
     """Tokens of the target's law that are kept for each position; the others count as one."""
