@@ -72,7 +72,8 @@ class TrainedHeadConfig:
     """All of the target's tokens, those of `ids`, or two small matrices (SlimSpec) over all of them or `ids`."""
 
     ids: str = ""
-    """JSON file with a list of token ids; `trimmed` needs it, `low_rank` may have it."""
+    """Token ids: a JSON file with a list of them, a folder that `outrider trim` wrote, or `shipped:NAME`. `trimmed`
+    needs them, `low_rank` may have them."""
 
     rank_divisor: int = 8
     """Rank of a `low_rank` head: hidden size // this."""
