@@ -105,6 +105,7 @@ class Crew:
         for name in lost:
             self._workers[name] = self._spawner.spawn(name)
         if _DRAFT in lost:
+            self.drafting = self._workers[_DRAFT]
             self._loading = asyncio.create_task(self._load_draft())
         self._unsure.clear()
         self.watch = self._new_watch(self._present())
@@ -164,8 +165,9 @@ class Crew:
 
     async def _parted(self, lost: Collection[str]) -> set[str]:
         """Ends the loops that still run, and the processes that cannot stay; returns whose these were."""
-        gone = set(lost)
-        self._kill(gone)  # before the others are waited for: they may wait for one that is stopped
+        gone = self._kill(
+            set(lost)
+        )  # before the others are waited for: they may wait for one that is stopped
         if gone.isdisjoint(self._targets):
             # Ranks that lose their DraftWorker pause on their own, after the round under way.
             if self._is_running(_DRAFT):
@@ -173,27 +175,26 @@ class Crew:
             await self._end(self._targets)
         whole = gone.isdisjoint(self._targets) and all(map(self._has_paused, self._targets))
         self._group_stands = self._group_stands and whole
+        cluster, stands_in = self._config.cluster, self.drafting is not self._workers[_DRAFT]
+        if not self._group_stands and cluster.num_gpus_per_target:
+            gone |= self._kill(set(self._targets) - gone)
+        if not self._group_stands and cluster.num_gpus_per_draft and not stands_in:
+            gone |= self._kill({_DRAFT} - gone)
         told = [name for name in self._runs if name not in gone and self._is_running(name)]
         for name in told:
             self.workers[name].abort.remote()
         await self._end(told)
-        more = {name for name in told if self._is_running(name)}
-        if _DRAFT in more and self.drafting is not self._workers[_DRAFT]:
-            more = more - {_DRAFT} | {self._targets[0]}
-        cluster = self._config.cluster
-        if not self._group_stands and cluster.num_gpus_per_target:
-            more.update(self._targets)
-        if cluster.num_gpus_per_draft and self._loading is None and self.drafting is self._workers[_DRAFT]:
-            more.add(_DRAFT)
-        self._group_stands = self._group_stands and more.isdisjoint(self._targets)
-        self._kill(more - gone)
-        return gone | more
+        deaf = {self._targets[0] if stands_in and n == _DRAFT else n for n in told if self._is_running(n)}
+        if not deaf.isdisjoint(self._targets):
+            self._group_stands = False
+        return gone | self._kill(deaf - gone)
 
-    def _kill(self, names: Collection[str]) -> None:
+    def _kill(self, names: set[str]) -> set[str]:
         for name in names:
             if name == _DRAFT and self._loading is not None:
                 self._loading.cancel()
             self._spawner.kill(self._workers[name])
+        return names
 
     async def _end(self, names: Collection[str]) -> None:
         runs = [self._runs[name] for name in names if self._is_running(name)]

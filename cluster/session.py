@@ -11,9 +11,10 @@ from typing import Any
 import ray
 from ray._raylet import Config as RayCoreConfig  # type: ignore[attr-defined]  # a compiled module
 
+from outrider.cluster.guard import Guard
 from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.ray_errors import check_joinable, start_failure
-from outrider.cluster.ray_process import Keeper, keep_token_private, stop_reports
+from outrider.cluster.ray_process import Keeper, keep_token_private, started_processes, stop_reports
 from outrider.configs.schema import ClusterConfig
 
 # The control plane carries no tensors; Ray's default would map 30 % of the memory.
@@ -52,6 +53,7 @@ class RaySession:
     def __init__(self, cluster: ClusterConfig, num_cpus: int) -> None:
         self._owned = not ray.is_initialized()
         self._keeper: Keeper | None = None
+        self._guard: Guard | None = None
         if not self._owned:
             return
         # Ray takes this from the environment alone and has read it when it was imported.
@@ -67,6 +69,8 @@ class RaySession:
                     connect()  # the signal handlers that Ray wants are set by this thread alone
                 else:
                     self._keeper = Keeper(connect)
+            if cluster.ray_address == "local" and hasattr(os, "pidfd_open"):
+                self._guard = Guard(started_processes())
         except (KeyboardInterrupt, ValueError):
             self.close()
             raise
@@ -77,6 +81,8 @@ class RaySession:
     def close(self) -> None:
         if self._owned and ray.is_initialized():
             ray.shutdown()
+        if self._guard is not None:
+            self._guard.release()
         if self._keeper is not None:
             self._keeper.release()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import random
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from outrider.cluster import health
+from outrider.cluster import health, restarts
 from outrider.cluster.api import EngineError, GenerationRequest, Piece, Ticket
 from outrider.cluster.coordinator import Coordinator
 from outrider.cluster.restarts import Restarts
@@ -270,19 +271,56 @@ def test_on_gpus_a_broken_group_stays_nowhere_and_a_whole_one_does() -> None:
     with_deployment(scenario, replace(FAKE_CONFIG, cluster=cluster))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_sixteen_texts_are_right_whoever_is_harmed_and_when(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also who is not there yet, or there no longer."""
+    chance = random.Random(seed)
+    monkeypatch.setattr(health, "_AFTER_OTHERS_S", 0.3)
+    monkeypatch.setattr(fake_workers, "ROUND_S", 0.02)
+    monkeypatch.setattr(restarts, "_FIRST_PAUSE_S", 0.01)
+    cluster = ClusterConfig(heartbeat_timeout_s=0.5, max_restarts=1000)
+
+    async def scenario(fake: FakeDeployment) -> None:
+        names = [str(number) for number in range(16)]
+        texts = dict.fromkeys(names, "")
+
+        async def read() -> None:
+            await fake.coordinator.submit([ticket(name) for name in names])
+            while len(texts) > len(ended):
+                for name, piece in (await fake.coordinator.take(1.0)).answers:
+                    assert isinstance(piece, Piece)
+                    texts[name] += piece.text
+                    ended.update({name} if piece.finish_reason == "length" else ())
+
+        ended: set[str] = set()
+        reading = asyncio.create_task(read())
+        for _ in range(12):
+            await asyncio.sleep(chance.choice([0.0, 0.01, 0.1, 0.4]))
+            name = chance.choice(ALL)
+            if name != "draft":
+                fake.draft.silent.set()
+            chance.choice([die, die, fail, hang])(fake.crew.workers[name])
+        await reading
+        assert set(texts.values()) == {STORY[:100]}
+
+    with_deployment(scenario, replace(FAKE_CONFIG, cluster=cluster))
+
+
 def test_restarts_in_vain_are_counted_and_wait_longer_and_longer() -> None:
     now = 0.0
-    restarts = Restarts(3, 60.0, lambda: now)
-    assert [restarts.begin() for _ in range(3)] == [0.0, 0.5, 1.0]
-    assert not restarts.is_allowed
-    restarts.note_tokens()
-    assert [restarts.begin() for _ in range(3)] == [0.0, 0.5, 1.0]
+    counted = Restarts(3, 60.0, lambda: now)
+    assert [counted.begin() for _ in range(3)] == [0.0, 0.5, 1.0]
+    assert not counted.is_allowed
+    counted.note_tokens()
+    assert [counted.begin() for _ in range(3)] == [0.0, 0.5, 1.0]
     now = 1000.0  # a start may take long
-    restarts.stands()
-    restarts.lost()
-    assert not restarts.is_allowed
+    counted.stands()
+    counted.lost()
+    assert not counted.is_allowed
     now = 1061.0  # it stood for a minute
-    restarts.lost()
-    assert restarts.begin() == 0.0
-    assert restarts.num == 7
+    counted.lost()
+    assert counted.begin() == 0.0
+    assert counted.num == 7
     assert not Restarts(0, 60.0).is_allowed

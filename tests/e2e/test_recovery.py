@@ -1,7 +1,11 @@
 """Workers are killed in the middle of their work, on real Ray: the texts are what they would have been."""
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -11,10 +15,11 @@ from outrider.cluster.engine import Engine
 from outrider.cluster.session import RaySession
 from outrider.configs.loader import load_config
 from outrider.configs.schema import ClusterConfig
-from support.harm import PLAIN, Listener, asked, kill, worker_pids
+from support.harm import PLAIN, Listener, asked, kill, shared_memory, worker_pids
 from support.waiting import wait_until
 
 TWO_RANKS = ["target.tp_size=2", "cluster.num_cpus_per_target=0.5"]
+TESTS = Path(__file__).parents[1]
 LONG_S = 120.0  # a machine with other work starts a process in seconds
 
 pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two CPUs")
@@ -24,6 +29,10 @@ pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks nee
 def ray_with_room() -> Iterator[None]:
     with RaySession(ClusterConfig(), num_cpus=8):
         yield
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def all_stand(engine: Engine) -> bool:
@@ -52,3 +61,22 @@ def test_texts_are_those_of_plain_decoding_whoever_is_killed_meanwhile(ray_with_
         assert not engine.failure
         assert not engine.restarting
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), LONG_S)
+
+
+def test_of_a_program_that_is_killed_nothing_stays() -> None:
+    """No process of its Ray, no worker, no shared memory."""
+    command = [sys.executable, "-m", "support.left_alone"]
+    program = subprocess.Popen(command, cwd=TESTS, stdout=subprocess.PIPE, text=True)
+    try:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "streams\n"
+        started = psutil.Process(program.pid).children(recursive=True)
+        assert sum("ray::TargetActor" in " ".join(process.cmdline()) for process in started) == 2
+        memory = shared_memory(started)
+    finally:
+        program.kill()
+    program.wait()
+    begun_s = time.monotonic()
+    wait_until(lambda: not any(is_alive(process) for process in started), LONG_S)
+    assert time.monotonic() - begun_s < 45.0  # Ray's agents alone would take a minute
+    assert not any(path.exists() for path in memory)

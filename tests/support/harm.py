@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -59,11 +60,7 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def live_children() -> set[psutil.Process]:
-    """All processes that this one started, and those that these did."""
-    return set(psutil.Process().children(recursive=True))
-
-
-def shared_memory_files() -> set[str]:
-    """What lies in /dev/shm."""
-    return {path.name for path in Path("/dev/shm").iterdir()}
+def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
+    """What these have mapped of /dev/shm that has a name there."""
+    mapped = {Path(entry.path) for process in processes for entry in process.memory_maps()}
+    return {path for path in mapped if path.is_relative_to("/dev/shm") and path.exists()}
