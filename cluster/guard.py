@@ -1,8 +1,8 @@
 """Ends what a local Ray leaves behind where the program that started it is killed.
 
 Ray's daemons end with that program, and the workers with them, but two agents stay for a minute, as long as they try
-to tell Ray's head, which is gone, of its end (ray 2.60, `process_watcher.py`). This file is also the process that ends
-them: with the standard library alone, for it is there as long as the program is.
+to tell Ray's head, which is gone, of its end (ray 2.60, `process_watcher.py`). This file is also the process that
+ends them: with the standard library alone, for it is there as long as the program is.
 """
 
 import contextlib
