@@ -102,11 +102,10 @@ class Crew:
     async def rebuild(self, broken: Break) -> None:
         """Lets all go on together. Raises EngineError and ValueError; then `lost_in_rebuild` says who is to blame."""
         lost = await self._parted(broken.lost)
-        for name in lost:
+        for name in lost - {_DRAFT}:
             self._workers[name] = self._spawner.spawn(name)
         if _DRAFT in lost:
-            self.drafting = self._workers[_DRAFT]
-            self._loading = asyncio.create_task(self._load_draft())
+            self._begin_draft()
         self._unsure.clear()
         self.watch = self._new_watch(self._present())
         await self.watch.through(self._join(lost - {_DRAFT}))
@@ -153,8 +152,12 @@ class Crew:
         """The processes that stand, without a DraftWorker that loads."""
         return {name: w for name, w in self._workers.items() if name != _DRAFT or self._loading is None}
 
-    async def _load_draft(self) -> None:
-        draft = self._workers[_DRAFT]
+    def _begin_draft(self) -> None:
+        """A DraftWorker that nobody waits for: a stand-in works until it has loaded."""
+        self._workers[_DRAFT] = self.drafting = self._spawner.spawn(_DRAFT)
+        self._loading = asyncio.create_task(self._load_draft(self.drafting))
+
+    async def _load_draft(self, draft: Any) -> None:
         watch = StartWatch({_DRAFT: draft}, list, self._config.cluster.start_timeout_s)
         await watch.through(watch.step(_DRAFT, "load", draft.load.remote()))
 
@@ -216,9 +219,11 @@ class Crew:
         await self._load(fresh)
         self.drafting = self._workers[_DRAFT]
         if self._loading is not None and self._loading.done():
-            self._unsure = {_DRAFT}
-            self._loading.result()
-            self._loading = None
+            if _failed(self._loading):
+                self._kill({_DRAFT})
+                self._begin_draft()
+            else:
+                self._loading = None
         if self._loading is not None:
             self.drafting = StandInHandle(self._workers[self._targets[0]])
             await self._all("load", {_DRAFT: self.drafting.load.remote()})

@@ -15,7 +15,8 @@ from outrider.cluster.engine import Engine
 from outrider.cluster.session import RaySession
 from outrider.configs.loader import load_config
 from outrider.configs.schema import ClusterConfig
-from support.harm import PLAIN, Listener, asked, kill, shared_memory, worker_pids
+from support.harm import PLAIN, Listener, all_stand, asked, kill, shared_memory, worker_pids
+from support.soak import soak
 from support.waiting import wait_until
 
 TWO_RANKS = ["target.tp_size=2", "cluster.num_cpus_per_target=0.5"]
@@ -33,11 +34,6 @@ def ray_with_room() -> Iterator[None]:
 
 def is_alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
-def all_stand(engine: Engine) -> bool:
-    """Whether each worker has a process of its own: no stand-in works for the DraftWorker."""
-    return len(set(worker_pids(engine).values())) == 3
 
 
 def test_texts_are_those_of_plain_decoding_whoever_is_killed_meanwhile(ray_with_room: None) -> None:
@@ -80,3 +76,12 @@ def test_of_a_program_that_is_killed_nothing_stays() -> None:
     wait_until(lambda: not any(is_alive(process) for process in started), LONG_S)
     assert time.monotonic() - begun_s < 45.0  # Ray's agents alone would take a minute
     assert not any(path.exists() for path in memory)
+
+
+@pytest.mark.slow
+def test_a_soak_of_kills_spoils_no_answer(ray_with_room: None) -> None:
+    with Engine.start(load_config("tiny-random", [*TWO_RANKS, "cluster.max_restarts=100"])) as engine:
+        report = soak(engine, seconds=20.0, every_s=4.0, num_streams=16, num_tokens=150, seed=1)
+    assert report.num_answers >= 16
+    assert report.kills
+    assert not report.wrong, report

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from outrider.cluster.api import GenerationRequest
+from outrider.cluster.api import EngineError, GenerationRequest
 from outrider.cluster.engine import Engine
 
 PLAIN = {"max_nodes": 0}
@@ -54,6 +54,14 @@ def worker_pids(engine: Engine) -> dict[str, int]:
     """Of the workers that stand now, by name; none while some are started again."""
     stats = engine.stats()
     return {name: said["pid"] for name, said in stats.items() if "pid" in said}
+
+
+def all_stand(engine: Engine) -> bool:
+    """Whether each worker of two ranks has a process of its own: no stand-in works for the DraftWorker."""
+    try:
+        return len(set(worker_pids(engine).values())) == 3
+    except EngineError:  # one was lost just now
+        return False
 
 
 def kill(pid: int) -> None:

@@ -8,6 +8,7 @@ import itertools
 import random
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 
@@ -16,7 +17,7 @@ import psutil
 from outrider.cluster.api import GenerationRequest
 from outrider.cluster.engine import Engine
 from outrider.configs.loader import load_config
-from support.harm import PLAIN, Listener, asked, kill
+from support.harm import PLAIN, Listener, all_stand, asked, kill
 
 ACTORS = ("ray::TargetActor", "ray::DraftActor")
 NUM_TEXTS = 8  # different ones; each is asked for by several streams
@@ -31,12 +32,18 @@ class Report:
     wrong: list[str]  # ends and texts that are not plain decoding's
     kills: list[str]  # process titles
     silences_s: list[float]  # after each kill, the longest time in which no stream got a token
+    calm_s: list[float]  # of these, after kills of a whole deployment: the others hit one that was restarting
 
     def __str__(self) -> str:
         return (
             f"{self.num_answers} answers, {len(self.wrong)} wrong {self.wrong[:3]}; {len(self.kills)} kills; nothing "
-            f"came for {median(self.silences_s):.1f} s (median), {max(self.silences_s):.1f} s (worst)"
+            f"came for {_summary(self.silences_s)} after all, {_summary(self.calm_s)} after the {len(self.calm_s)} "
+            "that hit a whole deployment"
         )
+
+
+def _summary(seconds: list[float]) -> str:
+    return f"{median(seconds):.1f} s (median), {max(seconds):.1f} s (worst)" if seconds else "-"
 
 
 def soak(
@@ -63,23 +70,36 @@ def soak(
     threads = [threading.Thread(target=ask_again, args=(stream,)) for stream in range(num_streams)]
     for thread in threads:
         thread.start()
-    chance, kills, killed_s = random.Random(seed), [], []
+    chance, kills, killed_s, was_whole = random.Random(seed), [], [], []
     begun_s = time.monotonic()
     while time.monotonic() - begun_s < seconds:
         time.sleep(every_s)
-        titles = {
-            process.pid: " ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)
-        }
-        workers = [pid for pid, title in titles.items() if title.startswith(ACTORS)]
+        titles = _workers()
+        workers = list(titles)
         if workers:
             pid = chance.choice(workers)
             killed_s.append(time.monotonic())
-            kill(pid)
+            was_whole.append(not engine.restarting and all_stand(engine))
+            with suppress(ProcessLookupError):
+                kill(pid)
             kills.append(titles[pid])
     over.set()
     for thread in threads:
         thread.join()
-    return Report(next(num_answers), wrong, kills, [_silence(sorted(times_s), since) for since in killed_s])
+    silences_s = [_silence(sorted(times_s), since_s) for since_s in killed_s]
+    calm_s = list(itertools.compress(silences_s, was_whole))
+    return Report(next(num_answers), wrong, kills, silences_s, calm_s)
+
+
+def _workers() -> dict[int, str]:
+    """Process ids and titles of the workers that live now, also of those that only start."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            title = " ".join(process.cmdline())
+            if title.startswith(ACTORS):
+                found[process.pid] = title
+    return found
 
 
 def _silence(times_s: list[float], since_s: float) -> float:
