@@ -48,7 +48,9 @@ def builders(target: WeightSource) -> tuple[MethodBuilder, ...]:
         building_medusa(target),
         building_eagle3(target, drafter, num_pages=64),
         building_mtp(target, mtp_drafter(target, rank=40), num_pages=64),
-        building_parallel(target, parallel_drafter(target, (0, 1, 2), pair=MARKOV, num_ids=200), num_pages=64),
+        building_parallel(
+            target, parallel_drafter(target, (0, 1, 2), pair=MARKOV, num_ids=200), num_pages=64
+        ),
     )
 
 
@@ -160,7 +162,9 @@ def test_blocks_of_every_kind_give_the_text_of_transformers(
     drafter = parallel_drafter(target, (1, 2), **OTHER_BLOCKS[kind])
     cases = tiny_cases(sampling=replace(SAMPLED, max_tokens=20))
     with LocalEngine(
-        target, options=loop_options("2 lanes, ahead", True), num_pages=24,
+        target,
+        options=loop_options("2 lanes, ahead", True),
+        num_pages=24,
         methods=(building_parallel(target, drafter, num_pages=64),),
     ) as engine:
         texts = decode(engine, cases, PARALLEL)

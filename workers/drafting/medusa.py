@@ -170,7 +170,9 @@ class MedusaMethod(DraftMethod):
     def forecast(self, slots: Ints) -> Forecast:
         """A row for each sequence with news."""
         ready = self._ready(slots)
-        return Forecast(lambda: self._yields.gains(self.trees, ready, self.slots.laws[ready]), len(ready), ready)
+        return Forecast(
+            lambda: self._yields.gains(self.trees, ready, self.slots.laws[ready]), len(ready), ready
+        )
 
     def root_gains(self, laws: Ints) -> Floats:
         """What trees were worth so far, at least what is assumed at first."""

@@ -351,9 +351,7 @@ class ParallelMethod(DraftMethod):
         possible = log_probs > -np.inf
         rows = possible.nonzero()[0]
         own, parents, proposed = owners[rows], nodes[rows], tokens[possible]
-        values = self.trees.add_children(
-            slots[own], parents, proposed, estimates[possible], kinds[possible]
-        )
+        values = self.trees.add_children(slots[own], parents, proposed, estimates[possible], kinds[possible])
         children, is_there = self.trees.find_children(slots[own], parents, proposed)
         return own[is_there], children[is_there], values[is_there]
 

@@ -14,7 +14,8 @@ from outrider.workers.sequences.hidden import all_layers
 from outrider.workers.weights.config import ModelConfig
 
 METHODS: dict[str, type[DraftMethod]] = {
-    method.name: method for method in (NgramMethod, ModelMethod, MedusaMethod, Eagle3Method, MtpMethod, ParallelMethod)
+    method.name: method
+    for method in (NgramMethod, ModelMethod, MedusaMethod, Eagle3Method, MtpMethod, ParallelMethod)
 }
 
 

@@ -21,7 +21,7 @@ class TreeYields:
         return np.maximum(self._yields, self._first)[laws].ravel()
 
     def gains(self, trees: GrowingTrees, slots: Ints, laws: Ints) -> Floats:
-        """[M], descending: what trees of roots would gain, less what these trees ([B], of these laws) hold already."""
+        """[M], descending: what trees of roots would gain, less what these ([B], of these laws) hold already."""
         yields_so_far = self._yields.cumsum(axis=1)[laws]
         held = trees.values[slots, 1 : max(1, trees.width(slots))].sum(axis=1)
         left = np.maximum(yields_so_far - held[:, None], 0.0)

@@ -106,7 +106,7 @@ class CachedParallelDrafter:
 
     @torch.inference_mode()
     def after(self, logits: Tensor, output: Tensor, previous: Int64Array) -> Tensor:
-        """float32 [M, V'] after the tokens `previous` int64 [M]; logits [M, V'] and rows [M, hidden] of the levels."""
+        """float32 [M, V'] after tokens `previous` int64 [M]; logits [M, V'] and rows [M, hidden] of their levels."""
         rows = self.drafter.pair_rows(torch.from_numpy(previous).to(self.device), output)
         return self.drafter.with_pair(logits, rows).float()
 

@@ -1,6 +1,6 @@
 """Blocks at many places of texts at once: which they are, and attention of their slots.
 
-The literal picture, tokens a b c d e f at positions 0..5 and labels from c on, blocks of 3 slots whose slot 0 guesses:
+The literal picture, tokens a b c d e f at positions 0..5, labels from c on, blocks of 3 slots whose slot 0 guesses:
 
     anchor 1 (b): sees the target's row of a;     slots b _ _ at positions 1 2 3 guess c d e
     anchor 3 (d): sees the rows of a b c;         slots d _ _ at positions 3 4 5 guess e f

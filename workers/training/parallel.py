@@ -65,7 +65,11 @@ def drafter_shape(target: ModelConfig, head: LmHeadShape, config: ParallelConfig
         mask_token_id=config.mask_token_id,
         lm_head=head,
         pair=pair,
-        confidence="none" if not config.confidence_weight else "hidden_and_pair" if pair.is_there else "hidden",
+        confidence="none"
+        if not config.confidence_weight
+        else "hidden_and_pair"
+        if pair.is_there
+        else "hidden",
         convolution=NO_CONVOLUTION,
     )
 

@@ -42,7 +42,10 @@ KINDS = {
     ),
     "windows by slot": parallel_drafter(TARGET, TAPS, (BlockLayer(True, 6), BlockLayer(False, 7))),
     "windows by anchor": parallel_drafter(
-        TARGET, TAPS, (FULL, BlockLayer(True, 7, True), BlockLayer(False, 6, True)), pair=PairShape("markov", 8)
+        TARGET,
+        TAPS,
+        (FULL, BlockLayer(True, 7, True), BlockLayer(False, 6, True)),
+        pair=PairShape("markov", 8),
     ),
     "selector, convolutions": parallel_drafter(
         TARGET,
@@ -207,7 +210,9 @@ def test_nothing_is_proposed_before_the_target_has_read_the_whole_text() -> None
     assert not drafting.expand()
     drafting.target_reads(sequence, 4)
     assert not drafting.expand()
-    drafting.target_reads(sequence, 2)  # all but the last, which is the anchor: its own features are not known
+    drafting.target_reads(
+        sequence, 2
+    )  # all but the last, which is the anchor: its own features are not known
     assert drafting.forecast()[0] == 1
     assert drafting.expand()
     assert len(children_of(drafting.trees, 0)) == 3

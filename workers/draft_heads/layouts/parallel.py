@@ -8,7 +8,7 @@ block is bidirectional unless the file says otherwise: JetSpec's `dflash_config.
 bidirectional; the file has copies of the target's embedding and LM head.
 "speculators" (vllm-project/speculators 0.9.0, `dflash`, `dspark`, `dflash2`): the layers under
 `transformer_layer_config`. Layers without a window are bidirectional; in one with a window all slots see what the
-anchor sees, which has `sliding_window` tokens before it.
+anchor sees, with `sliding_window` tokens before it.
 
 The first two name layers whose *outputs* are read: [1, 9] is our taps (2, 10), and DeepSpec's -1 the embedding, tap 0.
 speculators counts inputs, as our taps do. No layout has a default for them that would be right of other files, nor
@@ -115,8 +115,14 @@ def _read_zlab(fields: Fields) -> ParallelFile:
     is_causal = any(said.values())
     guesses = _flag(inner, "sample_from_anchor", False)
     outer = fields if fields.given("block_size") else inner
-    if outer is fields and inner.given("block_size") and inner.value("block_size") != fields.value("block_size"):
-        raise inner.wrong("block_size", f"block_size ({fields.value('block_size')}), which the file has as well")
+    if (
+        outer is fields
+        and inner.given("block_size")
+        and inner.value("block_size") != fields.value("block_size")
+    ):
+        raise inner.wrong(
+            "block_size", f"block_size ({fields.value('block_size')}), which the file has as well"
+        )
     shape = _read_shape(
         sizes=fields,
         said=inner,
@@ -152,7 +158,9 @@ def _read_speculators(fields: Fields) -> ParallelFile:
     if kind == "dspark":
         pair = _markov(fields, 256)
     elif kind == "dflash2":
-        pair = PairShape("selector", _integer(fields, "selector_rank", 256), _integer(fields, "selector_top_k", 16))
+        pair = PairShape(
+            "selector", _integer(fields, "selector_rank", 256), _integer(fields, "selector_top_k", 16)
+        )
         group_size = _integer(fields, "conv_group_size", 16)
         convolution = ConvolutionShape(_integer(fields, "conv_kernel_size", 2), group_size)
     is_dspark = kind == "dspark"
