@@ -1,7 +1,7 @@
-"""Parallel drafters as PyPI's speculators computes them, to compare with: small ones as it writes them, their logits.
+"""Parallel drafters as speculators computes them, to compare with: as it writes them, and their logits.
 
-See `speculators_oracle`. The folders `tests/workers/draft_heads/speculators_0_9_0_{dflash,dspark,dflash2}/` were written
-by
+See `speculators_oracle`. The folders `tests/workers/draft_heads/speculators_0_9_0_{dflash,dspark,dflash2}/` were
+written by
 
     python tests/support/parallel_oracle.py          # with speculators 0.9.0 installed beside
 """
