@@ -19,7 +19,7 @@ from torch import Tensor
 from outrider.configs.schema import Config
 from outrider.workers.draft_heads.checkpoint import read_parallel
 from outrider.workers.draft_heads.layouts.parallel import read_parallel_config
-from outrider.workers.drafting.acceptance import NUM_SAMPLED_KINDS, AcceptanceEstimator, priors_and_kinds
+from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.features import FeatureStore
 from outrider.workers.drafting.heads import check_fingerprint, check_target
 from outrider.workers.drafting.laws import SlotLaws
@@ -28,6 +28,7 @@ from outrider.workers.drafting.medusa_tree import best_trees
 from outrider.workers.drafting.method import DraftMethod, Forecast, MethodContext, Verified
 from outrider.workers.drafting.row_cache import RowCache
 from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.drafting.spread import NUM_CERTAINTIES, Asked, Spreads, certainty_of, perturbed
 from outrider.workers.drafting.yields import TreeYields
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.cache import PagedCache
@@ -95,7 +96,9 @@ class ParallelMethod(DraftMethod):
         self._stretches = Stretches(drafter.device, tracer)
         # Known tokens behind which the last block stood: there is nothing to propose before there are others.
         self._drafted_at = np.zeros(len(slots), dtype=np.int64)
-        self._first_source = estimator.reserve(shape.num_levels * NUM_SAMPLED_KINDS)
+        self._first_source = estimator.reserve(shape.num_levels * NUM_CERTAINTIES)
+        self._spreads = Spreads(slots.num_laws, shape.num_levels)
+        self._asked: list[list[Asked]] = [[] for _ in range(len(slots))]  # about the tree of each slot
         first = _FIRST_YIELD * 4.0 ** -np.arange(limits.max_children)
         values = best_trees(np.tile(first, (1, shape.num_levels, 1)), num_nodes).values[0, 1:]
         first_yields = np.zeros(num_nodes)
@@ -167,6 +170,7 @@ class ParallelMethod(DraftMethod):
         slot = sequence.slot
         self._features.start(slot, int(self._rows.context_lens[slot]), sequence.num_committed)
         self._drafted_at[slot] = 0
+        self._asked[slot].clear()
 
     def finish(self, sequence: Sequence) -> None:
         """Give pages and features back."""
@@ -175,12 +179,20 @@ class ParallelMethod(DraftMethod):
 
     @torch.inference_mode()
     def observe(self, verified: Verified) -> None:
-        """Keep the features of the tokens that the target has rows of now."""
+        """Keep the features of the tokens that the target has rows of now, and learn from what came out."""
+        for step in verified.steps:
+            slot = step.sequence.slot
+            came_out = step.sequence.tokens[int(self.trees.root_positions[slot]) + 1 :]
+            for asked in self._asked[slot] if len(step.growing_nodes) else ():
+                if (which := asked.outcome(came_out)) >= 0:
+                    self._spreads.learn(asked, which)
         self._features.keep(verified, self.needs.layers, self._drafter.features, self._shape.hidden_size)
 
     def rerooted(self, survivors: Survivors) -> None:
         """Penalties follow the text; no row is of a tree."""
         self._laws.rerooted(survivors)
+        for slot in survivors.slots.tolist():
+            self._asked[slot].clear()
 
     def unread(self, slots: Ints) -> Ints:
         """The context rows that these sequences lack, where they are too many for a step to write them."""
@@ -232,7 +244,7 @@ class ParallelMethod(DraftMethod):
         output, logits = self._block(slots, contexts, np.full(num, self._shape.mask_token_id))
         previous = np.full(num, self._shape.mask_token_id)
         for level in range(self._shape.num_levels):
-            rows = self._drafter.after(logits[:, level], output[:, level], previous)
+            rows, _ = self._drafter.after(logits[:, level], output[:, level], previous)
             greedy = SampledRows(SamplingParams(temperature=0.0), np.arange(num), PenaltyState(()))
             tokens, _ = self._sampler.propose(rows, [greedy], self._limits.max_children)
             previous = tokens[:, 0].numpy()
@@ -310,10 +322,11 @@ class ParallelMethod(DraftMethod):
                 break
             previous = self.trees.tokens[slots[owners], nodes]
             at = torch.from_numpy(owners).to(logits.device)
-            rows = self._drafter.after(logits[at, level], output[at, level], previous)
-            tokens, log_probs = self._candidates_of(slots, owners, nodes, level, rows)
+            rows, told = self._drafter.after(logits[at, level], output[at, level], previous)
+            tokens, log_probs, scores = self._candidates_of(slots, owners, nodes, level, rows)
             num_rows += len(tokens)
-            own, children, values = self._add(slots, owners, nodes, level, tokens, log_probs)
+            sureness = told.cpu().numpy().astype(np.float64) if len(told) else log_probs[:, 0]
+            own, children, values = self._add(slots[owners], owners, nodes, level, tokens, scores, sureness)
             found.append((own, values))
             # Best first; those of a sequence together, of which the first few go on.
             order = np.lexsort((-values, own))
@@ -321,13 +334,15 @@ class ParallelMethod(DraftMethod):
             place = np.arange(len(own)) - np.searchsorted(own, own)
             goes_on = (place < most) & (values > _LEAST_VALUE)
             owners, nodes = own[goes_on], children[goes_on]
-        self._learn(slots, found)
+        owners, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        self._yields.learn_found(self.slots.laws[slots], owners, values)
         return num_rows
 
     def _candidates_of(
         self, slots: Ints, owners: Ints, nodes: Ints, level: int, rows: Tensor
-    ) -> tuple[Ints, Floats]:
-        """Tokens and log-probabilities [M, children], best first, by logits [M, V'] after nodes int64 [M]."""
+    ) -> tuple[Ints, Floats, Floats]:
+        """By logits [M, V'] after nodes int64 [M], best first, tokens, log-probabilities, and these with the noise;
+        [M, children] each."""
         sampled = []
         for owner in dict.fromkeys(owners.tolist()):
             slot, own = int(slots[owner]), nodes[owners == owner]
@@ -337,34 +352,36 @@ class ParallelMethod(DraftMethod):
             if params.uses_context:
                 paths = [self.slots.path(slot, node) for node in own.tolist()]
             sampled.append(SampledRows(params, positions, penalties, paths))
-        tokens, log_probs = self._sampler.propose(rows, sampled, self._limits.max_children)
-        return tokens.numpy(), log_probs.numpy().astype(np.float64)
+        ids, log_probs = self._sampler.propose(rows, sampled, self._limits.max_children)
+        tokens, laws = ids.numpy(), log_probs.numpy().astype(np.float64)
+        return tokens, laws, perturbed(laws, tokens, sampled)
 
     def _add(
-        self, slots: Ints, owners: Ints, nodes: Ints, level: int, tokens: Ints, log_probs: Floats
+        self,
+        slots: Ints,
+        owners: Ints,
+        nodes: Ints,
+        level: int,
+        tokens: Ints,
+        scores: Floats,
+        sureness: Floats,
     ) -> tuple[Ints, Ints, Floats]:
-        """Put candidates into the trees: of those that are there then, owners, nodes and values; [N] each."""
-        priors, kinds = priors_and_kinds(log_probs, self.slots.is_greedy[slots[owners]])
-        kinds += self._first_source + level * NUM_SAMPLED_KINDS
-        estimates = self.estimator.estimate(kinds, priors, self.slots.rules[slots[owners]][:, None])
+        """Put candidates below nodes of slots ([M] each) into the trees: of those that are there then, owners, nodes
+        and values; [N] each."""
+        laws = self.slots.laws[slots]
+        priors = self._spreads.probabilities(scores, sureness, laws, level)
+        kinds = certainty_of(priors) + self._first_source + level * NUM_CERTAINTIES
+        estimates = self.estimator.estimate(kinds, priors, self.slots.rules[slots][:, None])
+        for row, (slot, node) in enumerate(zip(slots.tolist(), nodes.tolist(), strict=True)):
+            path, sure = tuple(self.slots.path(slot, node)), float(sureness[row])
+            self._asked[slot].append(Asked(path, tokens[row], scores[row], sure, int(laws[row])))
         # Top-k, top-p or min-p removed what has no probability: the target cannot pick it.
-        possible = log_probs > -np.inf
+        possible = scores > -np.inf
         rows = possible.nonzero()[0]
-        own, parents, proposed = owners[rows], nodes[rows], tokens[possible]
-        values = self.trees.add_children(slots[own], parents, proposed, estimates[possible], kinds[possible])
-        children, is_there = self.trees.find_children(slots[own], parents, proposed)
-        return own[is_there], children[is_there], values[is_there]
-
-    def _learn(self, slots: Ints, found: list[tuple[Ints, Floats]]) -> None:
-        own = np.concatenate([owners for owners, _ in found])
-        values = np.concatenate([values for _, values in found])
-        order = np.lexsort((-values, own))
-        own, values = own[order], values[order]
-        place = np.arange(len(own)) - np.searchsorted(own, own)
-        kept = place < self._num_nodes
-        by_tree = np.zeros((len(slots), self._num_nodes))
-        by_tree[own[kept], place[kept]] = values[kept]
-        self._yields.learn(self.slots.laws[slots], by_tree, by_tree > 0.0)
+        at, parents, proposed = slots[rows], nodes[rows], tokens[possible]
+        values = self.trees.add_children(at, parents, proposed, estimates[possible], kinds[possible])
+        children, is_there = self.trees.find_children(at, parents, proposed)
+        return owners[rows][is_there], children[is_there], values[is_there]
 
 
 def _check_taps(taps: tuple[int, ...], target: ModelConfig) -> None:

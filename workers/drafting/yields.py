@@ -28,6 +28,16 @@ class TreeYields:
         left[:, 1:] -= left[:, :-1].copy()
         return np.sort(left[left > 0.0])[::-1]
 
+    def learn_found(self, laws: Ints, owners: Ints, values: Floats) -> None:
+        """Trees ([B], of these laws) were proposed: values [M] of their nodes in any order, by the tree of each."""
+        order = np.lexsort((-values, owners))
+        owners, values = owners[order], values[order]
+        place = np.arange(len(owners)) - np.searchsorted(owners, owners)
+        kept = place < len(self._first)
+        by_tree = np.zeros((len(laws), len(self._first)))
+        by_tree[owners[kept], place[kept]] = values[kept]
+        self.learn(laws, by_tree, by_tree > 0.0)
+
     def learn(self, laws: Ints, values: Floats, met: Bools) -> None:
         """Trees were proposed: values [B, N] of their nodes, descending as proposed, 0 where nothing was (`met`)."""
         follow_errors(self._yields, laws, (values - self._yields[laws]) * met, met)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.kernels.rope_append import rope_append
@@ -105,10 +106,17 @@ class CachedParallelDrafter:
         return self.drafter.logits(output.flatten(0, -2)).float().unflatten(0, output.shape[:-1])
 
     @torch.inference_mode()
-    def after(self, logits: Tensor, output: Tensor, previous: Int64Array) -> Tensor:
-        """float32 [M, V'] after tokens `previous` int64 [M]; logits [M, V'] and rows [M, hidden] of their levels."""
+    def after(self, logits: Tensor, output: Tensor, previous: Int64Array) -> tuple[Tensor, Tensor]:
+        """What follows tokens `previous`, int64 [M]; logits [M, V'] and rows [M, hidden] of their levels.
+
+        Returns:
+            float32 [M, V'] logits; float32 [M], the log of how often they are right, [0] where nothing tells.
+        """
         rows = self.drafter.pair_rows(torch.from_numpy(previous).to(self.device), output)
-        return self.drafter.with_pair(logits, rows).float()
+        told = logits.new_empty(0)
+        if self.shape.confidence != "none":
+            told = F.logsigmoid(self.drafter.confidence(output, rows))
+        return self.drafter.with_pair(logits, rows).float(), told
 
     def _tree(
         self,

@@ -11,8 +11,8 @@ bidirectional; the file has copies of the target's embedding and LM head.
 anchor sees, with `sliding_window` tokens before it.
 
 The first two name layers whose *outputs* are read: [1, 9] is our taps (2, 10), and DeepSpec's -1 is tap 0, the
-embedding. speculators counts inputs, as our taps do. No layout has a default for them that would be right of other files, nor
-for the mask token, so that both have to be named.
+embedding. speculators counts inputs, as our taps do. No layout has a default for them that would be right of other
+files, nor for the mask token, so that both have to be named.
 """
 
 from __future__ import annotations
