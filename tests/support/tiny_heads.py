@@ -8,13 +8,14 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from outrider.workers.draft_heads.convolutions import NO_CONVOLUTION, ConvolutionShape
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter, Eagle3Shape
 from outrider.workers.draft_heads.lm_head import LmHeadShape
 from outrider.workers.draft_heads.medusa import MedusaHeads, MedusaShape
 from outrider.workers.draft_heads.mtp import MtpDrafter, MtpShape, default_layer
-from outrider.workers.draft_heads.pairs import NO_PAIR, PairShape
+from outrider.workers.draft_heads.pairs import NO_PAIR, MarkovTerm, PairShape
 from outrider.workers.draft_heads.parallel import BlockLayer, ParallelDrafter, ParallelShape
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.eagle3 import Eagle3Method
@@ -231,8 +232,9 @@ def parallel_drafter(
     convolution: ConvolutionShape = NO_CONVOLUTION,
     num_ids: int = 0,
 ) -> ParallelDrafter:
-    """A drafter with random weights, whose slots stay near the embedding that they read. num_ids: of its LM head, 0:
-    the target's."""
+    """A drafter with random weights, whose slots stay near the embedding that they read: what a tiny target says is
+    mostly up to the last token, and so is what a Markov term of the target's width says here. num_ids: of its LM
+    head, 0: the target's."""
     config = target.config
     hidden_size, vocab_size = config.hidden_size, config.vocab_size
     shape = ParallelShape(
@@ -264,6 +266,13 @@ def parallel_drafter(
     for name, weight in drafter.named_parameters():
         if name.startswith("pair.") or "_conv." in name:
             weight.data += (0.3 if "_conv." in name else 1.0) * torch.randn(weight.shape)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.data *= 0.3
+    if pair.kind in ("markov", "gated") and pair.rank == hidden_size:
+        assert isinstance(drafter.pair, MarkovTerm)
+        said = F.rms_norm(read(target, EMBEDDING), (hidden_size,))
+        drafter.pair.markov_w1.weight.data.copy_(2.0 * said)
+        drafter.pair.markov_w2.weight.data.copy_(read(target, HEAD)[ids])
     return drafter.requires_grad_(False)
 
 

@@ -61,9 +61,8 @@ class MarkovTerm(PairTerm):
     def __init__(self, rank: int, hidden_size: int, vocab_size: int, num_ids: int, is_gated: bool) -> None:
         super().__init__()
         self.markov_w1 = nn.Embedding(vocab_size, rank)
-        nn.init.normal_(self.markov_w1.weight, std=rank**-0.5)
+        nn.init.normal_(self.markov_w1.weight, std=0.01)  # next to nothing, of tokens never met for good
         self.markov_w2 = nn.Linear(rank, num_ids, bias=False)
-        nn.init.zeros_(self.markov_w2.weight)  # nothing at first
         self.is_gated = is_gated
         if is_gated:
             self.gate_proj = nn.Linear(hidden_size + rank, rank)
