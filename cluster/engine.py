@@ -28,7 +28,7 @@ from outrider.cluster.inbox import Box, CompletionStream, Inbox, PieceStream
 from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.placement import COORDINATOR_BUNDLE, check_cpus, reserve
 from outrider.cluster.session import RaySession
-from outrider.configs.schema import Config, Eagle3Config, MedusaConfig, MtpConfig
+from outrider.configs.schema import Config, Eagle3Config, MedusaConfig, MtpConfig, ParallelConfig
 from outrider.workers.answer import Completion
 
 NOTHING_SPECIAL: Mapping[str, object] = MappingProxyType({})
@@ -236,6 +236,7 @@ def _with_absolute_paths(config: Config) -> Config:
         medusa=MedusaConfig(_absolute(config.draft.medusa.model)),
         eagle3=Eagle3Config(_absolute(config.draft.eagle3.model)),
         mtp=MtpConfig(_absolute(config.draft.mtp.model)),
+        parallel=ParallelConfig(_absolute(config.draft.parallel.model)),
     )
     judges = tuple(replace(judge, model=_absolute(judge.model)) for judge in config.acceptance.judges)
     acceptance = replace(config.acceptance, judges=judges)

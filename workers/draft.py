@@ -126,7 +126,12 @@ class DraftWorker:
         use_device(self._device)
         trained = [method.name for method in self._drafting.methods if method.is_trained]
         draft = self.config.draft
-        checkpoints = {"medusa": draft.medusa.model, "eagle3": draft.eagle3.model, "mtp": draft.mtp.model}
+        checkpoints = {
+            "medusa": draft.medusa.model,
+            "eagle3": draft.eagle3.model,
+            "mtp": draft.mtp.model,
+            "parallel": draft.parallel.model,
+        }
         found = []
         for index, name in enumerate(trained if self.config.tree.max_nodes else []):
             tokens = request.sampling.max_tokens

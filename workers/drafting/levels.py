@@ -293,17 +293,10 @@ class LevelMethod(DraftMethod):
             params, penalties = self._laws[slot]
             paths: list[list[int]] = []
             if params.uses_context:
-                paths = [self._path(slot, node) for node in expansion.nodes[begin:end].tolist()]
+                paths = [self.slots.path(slot, node) for node in expansion.nodes[begin:end].tolist()]
             sampled.append(SampledRows(params, positions[begin:end], penalties, paths))
             begin = end
         return sampled
-
-    def _path(self, slot: int, node: int) -> list[int]:
-        tokens = []
-        while node:
-            tokens.append(int(self.trees.tokens[slot, node]))
-            node = int(self.trees.parents[slot, node])
-        return tokens[::-1]
 
     def _propose(self, expansion: Expansion, tokens: Ints, log_probs: Floats) -> None:
         """Put proposals ([M, children], best first) below the nodes, and learn what proposals are worth."""

@@ -81,6 +81,14 @@ class DraftedSlots:
         assert sequence is not None
         return sequence
 
+    def path(self, slot: int, node: int) -> list[int]:
+        """Tokens from below the root of the slot's tree down to a node."""
+        tokens = []
+        while node:
+            tokens.append(int(self.trees.tokens[slot, node]))
+            node = int(self.trees.parents[slot, node])
+        return tokens[::-1]
+
     def round_depths(self, slots: Ints) -> Ints:
         """[B]: the deepest node that a round may verify: it emits one token more than it accepts, so the last
         token needs no draft."""

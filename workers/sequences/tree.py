@@ -140,22 +140,20 @@ class GrowingTrees:
             acceptances: float64 [C, L].
         """
         nodes, at = below.copy(), np.zeros(len(slots), dtype=np.int64)
-        followed: list[tuple[Ints, Ints, Floats, Ints]] = []
+        followed: list[tuple[Ints, Ints, Ints]] = []
         c = np.flatnonzero((lengths > 0) & (self.child_mass[slots, nodes] > 0.0))
         while len(c):
             children, found = self.find_children(slots[c], nodes[c], tokens[c, at[c]])
             c, children = c[found], children[found]
             if len(c):
-                followed.append((slots[c], children, acceptances[c, at[c]], sources[c, at[c]]))
+                followed.append((c, at[c], children))
                 nodes[c] = children
                 at[c] += 1
                 c = c[(at[c] < lengths[c]) & (self.child_mass[slots[c], children] > 0.0)]
         if followed:
             # All at once: what hangs below a node is worth something else each time.
-            of_slots, children, trusted, of_sources = zip(*followed, strict=True)
-            self._raise(
-                *map(np.concatenate, (of_slots, children)), *map(np.concatenate, (trusted, of_sources))
-            )
+            met, links, known = (np.concatenate(parts) for parts in zip(*followed, strict=True))
+            self._raise(slots[met], known, acceptances[met, links], sources[met, links])
         unfinished = np.flatnonzero(at < lengths)
         if not len(unfinished):
             return
