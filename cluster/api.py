@@ -28,7 +28,9 @@ class GenerationRequest:
     prompt: Prompt
 
     sampling: Mapping[str, object] = field(default_factory=dict)
-    """Fields of `SamplingParams` that differ from the config's `sampling` section."""
+    """Fields of `SamplingParams` that differ from the config's `sampling` section; instead of `grammar`
+    `structured_outputs`, an object with one of `json` (a schema), `json_object` (true), `regex`, `choice` (texts) and
+    `grammar` (Lark or GBNF), as vLLM has it."""
 
     draft: Mapping[str, object] = field(default_factory=dict)
     """Fields of `DraftOptions` that differ from the config: `methods`, `max_nodes` (0: plain) and

@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 from outrider.workers.link.link import DraftReceiver, DraftSender
 from outrider.workers.link.messages import (
     Draft,
-    ScoreNeeds,
     Scores,
-    SequenceStart,
     SequenceStep,
     Steps,
     decode_draft,
     encode_draft,
     encode_scores,
 )
+from outrider.workers.link.starts import ScoreNeeds, SequenceStart
 from outrider.workers.sequences.params import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
 from support.local_engine import queue_links
 from support.steps import scores_of, steps_in
