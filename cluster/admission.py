@@ -90,7 +90,10 @@ class Admission:
         """What there is to know of the target without looking into its weights."""
         from outrider.workers.weights.tokenizer import vocabulary_bytes
 
-        return ServedModel(self.max_context, vocabulary_bytes(self.tokenizer, self.vocab_size))
+        template = str(self.tokenizer.chat_template or "")
+        is_bare = "<tool_call>" not in template and ("python_tag" in template or '"parameters":' in template)
+        vocabulary = vocabulary_bytes(self.tokenizer, self.vocab_size)
+        return ServedModel(self.max_context, vocabulary, "llama3" if is_bare else "hermes")
 
     def decoder(self) -> Decoder:
         """For the text of one answer."""

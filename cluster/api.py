@@ -3,10 +3,13 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from outrider.workers.answer import PER_TOKEN, Completion, Output, output_fields
 from outrider.workers.sequences.origin import Origin
+
+CallForm = Literal["none", "hermes", "llama3"]
+"""How a model writes calls of tools, see `serving/parsing.py`."""
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """A text that is continued as it stands; messages (`{"role": ..., "content": ...}`, see `chat.MESSAGE_FIELDS`) that
@@ -132,6 +135,7 @@ class ServedModel:
 
     max_context: int  # tokens, prompt and output together
     vocabulary: tuple[bytes, ...]  # by token id: UTF-8, or a part of a character
+    calls: CallForm = "hermes"  # as its chat template has them
 
 
 @dataclass(frozen=True)

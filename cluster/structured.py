@@ -16,7 +16,8 @@ from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 FIELD = "sampling.structured_outputs"
-KINDS = ("json", "regex", "choice", "grammar", "json_object")
+KINDS = ("json", "regex", "choice", "grammar", "json_object", "calls")
+CALL_FORMS = ("hermes", "llama3")
 _WHITESPACE = {"disable_any_whitespace": bool, "whitespace_pattern": str}
 
 MAX_CHARACTERS = 2**16  # of a grammar: one that is as large as this is compiled in half a second
@@ -60,6 +61,8 @@ def grammar_of(asked: object) -> str:
         text = f"start: /{regex_to_lark(_text(kind, value))}/"
     elif kind == "choice":
         text = _choice(value)
+    elif kind == "calls":
+        text = _calls(value)
     else:
         text = _lark(_text(kind, value))
     if len(text) > MAX_CHARACTERS:
@@ -79,6 +82,11 @@ def _schema(value: object, options: Mapping[str, Any]) -> str:
             raise _error("json", allowed, value) from error
     if not isinstance(value, Mapping):
         raise _error("json", allowed, value)
+    return "start: " + _json(value, "json", options)
+
+
+def _json(value: Mapping[Any, Any], name: str, options: Mapping[str, Any]) -> str:
+    """A schema as a part of a rule."""
     schema = dict(value)
     if options:
         own = schema.get("x-guidance", {})
@@ -86,13 +94,13 @@ def _schema(value: object, options: Mapping[str, Any]) -> str:
     levels, references = _size(schema)
     if (references + 1) * levels > MAX_REFERENCED_LEVELS and references:
         raise ValueError(
-            f"{FIELD}.json must have at most {MAX_REFERENCED_LEVELS} levels with those of what it refers to, got "
+            f"{FIELD}.{name} must have at most {MAX_REFERENCED_LEVELS} levels with those of what it refers to, got "
             f"{levels} levels and {references} different $ref"
         )
     try:
-        return "start: %json " + json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        return "%json " + json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise _error("json", allowed, value) from error
+        raise _error(name, "what JSON can say", value) from error
 
 
 def _size(schema: object) -> tuple[int, int]:
@@ -114,6 +122,33 @@ def _choice(value: object) -> str:
         raise _error("choice", "a list of texts, one at least", value)
     # One terminal, not as many rules: the lexer tells thousands apart at once.
     return "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(item, ensure_ascii=False) for item in value)
+
+
+def _calls(value: object) -> str:
+    """Calls of functions: `{"form": "hermes" or "llama3", "functions": [{"name": ..., "parameters": a schema}, ...],
+    "parallel": whether there may be several}`, as `serving/parsing.py` reads them."""
+    allowed = "an object with form, functions and parallel"
+    if not isinstance(value, Mapping) or value.keys() != {"form", "functions", "parallel"}:
+        raise _error("calls", allowed, value)
+    form, functions = value["form"], value["functions"]
+    if form not in CALL_FORMS or not isinstance(functions, list | tuple) or not functions:
+        raise _error(
+            "calls", f"{allowed}, of a form among {', '.join(CALL_FORMS)}, with a function at least", value
+        )
+    rules: list[str] = []
+    for function in functions:
+        name = function.get("name") if isinstance(function, Mapping) else None
+        parameters = (function.get("parameters") or {}) if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not isinstance(parameters, Mapping):
+            raise _error("calls.functions", "objects with a name and, perhaps, parameters", function)
+        head = f'{{"name": {json.dumps(name)}, "{"arguments" if form == "hermes" else "parameters"}": '
+        schema = _json({"type": "object", **parameters}, "calls", {})
+        rules.append(f"function_{len(rules)}: {json.dumps(head)} {schema} {json.dumps('}')}")
+    call, between = ("call", r"\n") if form == "hermes" else ("function", "; ")
+    start = f'start: {call} ("{between}" {call})*' if value["parallel"] else f"start: {call}"
+    wrapped = r'call: "<tool_call>\n" function "\n</tool_call>"'
+    function = "function: " + " | ".join(f"function_{index}" for index in range(len(rules)))
+    return "\n".join([start, *([wrapped] if form == "hermes" else ()), function, *rules])
 
 
 def _lark(grammar: str) -> str:

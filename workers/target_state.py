@@ -104,7 +104,7 @@ class TargetSequences:
             start, end = end, end + num_nodes
             if num_sampled:
                 state = self._states[slot]
-                paths = self._paths(state, steps, b, start) if state.sampling.follows_text else []
+                paths = self._paths(state, steps, b, start) if state.sampling.follows_text else ()
                 allowed = state.confinement.words(paths) if state.confinement else NO_WORDS
                 groups.append(
                     SampledRows(

@@ -178,5 +178,7 @@ def _limits() -> LLParserLimits:
 
 
 def _reason(message: str) -> str:
-    """The first line, without what follows it: the grammar itself."""
-    return (message.strip().splitlines() or ["no reason given"])[0][:_MAX_REASON]
+    """One line, without what goes with it: the grammar itself."""
+    first, *rest = message.strip().splitlines() or ["no reason given"]
+    causes = [line.strip() for line in rest if line.strip().startswith("error:")]
+    return " ".join([first.strip(), *causes])[:_MAX_REASON]

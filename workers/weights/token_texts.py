@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from outrider.workers.weights.tokenizer import vocabulary_bytes
-
-THINK, END_THINK = "<think>", "</think>"
+from outrider.workers.weights.tokenizer import ANSWER_TAGS, vocabulary_bytes
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,9 @@ def token_texts(tokenizer: PreTrainedTokenizerFast, vocab_size: int, ends: tuple
         raise ValueError("the model must have an end-of-text token where answers have to match something")
     backend = tokenizer.backend_tokenizer
     added = backend.get_added_tokens_decoder()
-    special = {i for i, token in added.items() if token.special and i < vocab_size} | set(ends)
-    ids = [backend.token_to_id(text) for text in (THINK, END_THINK)]
+    special = {i for i, token in added.items() if token.special and token.content not in ANSWER_TAGS}
+    special = {i for i in special if i < vocab_size} | set(ends)
+    ids = [backend.token_to_id(text) for text in ANSWER_TAGS[:2]]
     tags = [(i,) for i in ids if i is not None and i < vocab_size]
     think, end_think = tags if len(tags) == 2 else ((), ())
     return TokenTexts(vocabulary_bytes(tokenizer, vocab_size), tuple(sorted(special)), ends, think, end_think)
