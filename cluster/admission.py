@@ -34,8 +34,8 @@ class Admission:
 
     vocab_size: of the target. max_context: tokens, prompt and output together.
     eos_token_ids: the model's end-of-text tokens; they stop every request that does not say `ignore_eos`.
+    grammars: over the target's tokens.
     judge_thresholds: calibrated, of the judges by name, for requests that name none.
-    grammars: over the target's tokens; None: no request may ask for one.
     """
 
     config: Config
@@ -44,8 +44,8 @@ class Admission:
     vocab_size: int
     max_context: int
     eos_token_ids: tuple[int, ...]
+    grammars: "Grammars"
     judge_thresholds: Mapping[str, float] = field(default_factory=dict)
-    grammars: "Grammars | None" = None
 
     def admit(self, request_id: str, asked: GenerationRequest) -> Request:
         """Raises ValueError naming the field and what it may be."""
@@ -104,10 +104,6 @@ class Admission:
     def _grammar(self, grammar: Grammar, prompt: object, prompt_tokens: Sequence[int]) -> Grammar:
         """A grammar that the library takes, and where in the answer to this prompt it begins: behind the thoughts,
         if the model is one that thinks and the prompt leaves it the choice."""
-        if self.grammars is None:
-            raise ValueError(
-                "sampling.structured_outputs must be left out: this deployment knows no grammars"
-            )
         try:
             self.grammars.check(grammar.text)
         except ValueError as error:
@@ -217,7 +213,7 @@ def prepare_admission(config: Config, report: Progress) -> Admission:
     bound = TextBound(tokenizer)
     thresholds = _judge_thresholds(config, report)
     grammars = Grammars(model.vocab_size, partial(token_texts, tokenizer, model.vocab_size, end_ids))
-    return Admission(config, tokenizer, bound, model.vocab_size, max_context, end_ids, thresholds, grammars)
+    return Admission(config, tokenizer, bound, model.vocab_size, max_context, end_ids, grammars, thresholds)
 
 
 def is_chat(prompt: object) -> bool:

@@ -76,7 +76,9 @@ def test_a_grammar_begins_behind_the_thoughts(thoughts: str, end_of_prompt: str,
     text = GenerationRequest("hello" + end_of_prompt, asked)
     assert replace(admission, grammars=spoken).admit("a", text).sampling.grammar.thoughts == "none"
     if thoughts == "open":
-        with pytest.raises(ValueError, match=r"where server.thoughts is open and the tokenizer has no tokens"):
+        with pytest.raises(
+            ValueError, match=r"where server.thoughts is open and the tokenizer has no tokens"
+        ):
             admission.admit("a", chat)
 
 

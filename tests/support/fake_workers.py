@@ -85,7 +85,7 @@ def char_admission(config: Config, report: Callable[[str, int, int], None]) -> C
     tokenizer: Any = CharTokenizer()
     texts = TokenTexts(tuple(bytes([code]) for code in range(128)), EOS_TOKEN_IDS, EOS_TOKEN_IDS)
     limit, grammars = config.target.max_context, Grammars(128, lambda: texts)
-    return CharAdmission(config, tokenizer, CharBound(), 128, limit, EOS_TOKEN_IDS, {}, grammars)
+    return CharAdmission(config, tokenizer, CharBound(), 128, limit, EOS_TOKEN_IDS, grammars)
 
 
 class FakeTarget:
