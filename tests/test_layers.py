@@ -36,6 +36,7 @@ ALLOWED_PACKAGES = {
         "sklearn",
         "threadpoolctl",
         "peft",
+        "llguidance",
     },
     "cluster": {
         "ray",
@@ -53,6 +54,7 @@ ALLOWED_PACKAGES = {
         "uvicorn",
         "prometheus_client",
         "httpx",
+        "llguidance",
     },
 }
 
