@@ -25,6 +25,8 @@ COMMANDS = (
     "slim",
     "train",
     "judge",
+    "submit",
+    "job",
     "config",
     "demo",
     "doctor",
