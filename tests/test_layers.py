@@ -39,6 +39,10 @@ ALLOWED_PACKAGES = {
     },
     "cluster": {
         "ray",
+        "yaml",
+        "jsonschema",
+        "wheel",
+        "aiohttp",
         "typer",
         "rich",
         "matplotlib",

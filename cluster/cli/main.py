@@ -27,6 +27,7 @@ COMMANDS = (
     "judge",
     "submit",
     "job",
+    "deploy",
     "config",
     "demo",
     "doctor",
