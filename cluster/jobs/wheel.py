@@ -1,9 +1,9 @@
 """The package as a wheel for the nodes of a cluster, whichever way it is installed here."""
 
 import hashlib
+from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
-
-import outrider
 
 _WHEEL = "Wheel-Version: 1.0\nGenerator: outrider\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 
@@ -18,18 +18,19 @@ def write_wheel(folder: Path) -> Path:
     # `pip install 'outrider[cluster]'` brings it; whoever sends no jobs does without.
     from wheel.wheelfile import WheelFile
 
-    package = Path(outrider.__file__).parent
+    package = Path(str(files("outrider")))
+    release = version("outrider")
     contents = {f"outrider/{file.relative_to(package).as_posix()}": file for file in _files(package)}
     hashed = hashlib.sha256()
     for name, file in contents.items():
         content = file.read_bytes()
         hashed.update(f"{name} {len(content)} ".encode() + content)
-    name = f"outrider-{outrider.__version__}"
+    name = f"outrider-{release}"
     path = folder / f"{name}-0{hashed.hexdigest()[:16]}-py3-none-any.whl"
     with WheelFile(path, "w") as wheel:
         for archived, file in contents.items():
             wheel.write(file, archived)
-        metadata = f"Metadata-Version: 2.1\nName: outrider\nVersion: {outrider.__version__}\n"
+        metadata = f"Metadata-Version: 2.1\nName: outrider\nVersion: {release}\n"
         wheel.writestr(f"{name}.dist-info/METADATA", metadata)
         wheel.writestr(f"{name}.dist-info/WHEEL", _WHEEL)
     return path
