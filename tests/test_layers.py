@@ -158,7 +158,6 @@ def test_what_the_code_imports_is_installed_with_it() -> None:
     with_extras = (ROOT / "workers" / "training", ROOT / "cluster" / "jobs")
     without = {path for path in python_files() if not any(folder in path.parents for folder in with_extras)}
     serving = {module for path in without for module in imported_modules(path)}
-    assert (
-        not {DISTRIBUTIONS.get(module.split(".")[0], module.split(".")[0]) for module in serving}
-        & (for_training | for_jobs)
+    assert not {DISTRIBUTIONS.get(module.split(".")[0], module.split(".")[0]) for module in serving} & (
+        for_training | for_jobs
     )

@@ -4,6 +4,7 @@ import hashlib
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from zipfile import ZIP_STORED
 
 _WHEEL = "Wheel-Version: 1.0\nGenerator: outrider\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 
@@ -27,7 +28,8 @@ def write_wheel(folder: Path) -> Path:
         hashed.update(f"{name} {len(content)} ".encode() + content)
     name = f"outrider-{release}"
     path = folder / f"{name}-0{hashed.hexdigest()[:16]}-py3-none-any.whl"
-    with WheelFile(path, "w") as wheel:
+    # Stored as it is: most of it is weights, which do not shrink.
+    with WheelFile(path, "w", ZIP_STORED) as wheel:
         for archived, file in contents.items():
             wheel.write(file, archived)
         metadata = f"Metadata-Version: 2.1\nName: outrider\nVersion: {release}\n"

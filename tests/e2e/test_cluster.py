@@ -78,7 +78,7 @@ def test_ranks_on_two_nodes_give_the_text_of_one(address: str) -> None:
     run = submitted(address, "--working-dir", str(JOB), "--", "python", "nodes_and_tokens.py")
     assert run.returncode == 0, run.stdout + run.stderr
     spread = last_object(run.stdout)
-    assert "/py_modules_files/outrider-" in spread["package"]  # the wheel, not what is installed here
+    assert "py_modules_files/outrider-" in spread["package"]  # the wheel, not what is installed here
     assert spread["nodes"]["target 0"] != spread["nodes"]["target 1"]
     assert spread["drafted"] == spread["plain"]
     assert len(spread["plain"]) == 32

@@ -27,10 +27,12 @@ def main(manifest: Path) -> None:
         )
         for group in cluster_spec["workerGroupSpecs"]:
             limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-            for _ in range(group["replicas"]):
+            for number in range(group["replicas"]):
                 cluster.add_node(
                     num_cpus=int(limits["cpu"]),
                     object_store_memory=int(group["rayStartParams"]["object-store-memory"]),
+                    # Raylets of one machine would install the same wheel over each other.
+                    runtime_env_dir_name=f"runtime_env_{group['groupName']}_{number}",
                 )
         print(f"http://{cluster.webui_url}", flush=True)
         sys.stdin.read()

@@ -16,7 +16,16 @@ from outrider.configs.loader import config_from_dict, preset_names
 
 Manifest = dict[str, Any]
 IMAGE = "deploy.image=registry/outrider:1"
-JOB = ["--", "outrider", "batch", CONFIG_PATH, "--input", "/models/a b.jsonl", "--output", "/models/out.jsonl"]
+JOB = [
+    "--",
+    "outrider",
+    "batch",
+    CONFIG_PATH,
+    "--input",
+    "/models/a b.jsonl",
+    "--output",
+    "/models/out.jsonl",
+]
 LARGE = "llama3-70b-h100x8"
 
 
@@ -114,7 +123,9 @@ def test_shared_memory_models_and_secrets_are_mounted(tmp_path: Path) -> None:
 
 
 def test_the_server_is_probed_and_found_where_it_listens(tmp_path: Path) -> None:
-    _, manifest, service = kuberay(tmp_path, "RayCluster", LARGE, "server.port=9000", "deploy.start_limit_s=600")
+    _, manifest, service = kuberay(
+        tmp_path, "RayCluster", LARGE, "server.port=9000", "deploy.start_limit_s=600"
+    )
     server = containers(manifest)["server"]
     paths = {name: probe["httpGet"] for name, probe in server.items() if name.endswith("Probe")}
     assert paths == {
