@@ -41,7 +41,6 @@ ALLOWED_PACKAGES = {
         "ray",
         "yaml",
         "jsonschema",
-        "wheel",
         "aiohttp",
         "typer",
         "rich",

@@ -28,7 +28,7 @@ def submit_command(
     wheel: Annotated[
         str,
         typer.Option(
-            metavar="FILE", help="Of the package; one of what runs here is made.", show_default=False
+            metavar="FILE", help="Of the package, in place of the one that runs here.", show_default=False
         ),
     ] = "",
     job_id: Annotated[str, typer.Option("--id", help="A name for the job.", show_default=False)] = "",
@@ -50,8 +50,6 @@ def submit_command(
     loaded = load_config(config, overrides)
     if loaded.cluster.ray_address == "local":
         loaded = replace(loaded, cluster=replace(loaded.cluster, ray_address="auto"))
-    if wheel and not Path(wheel).is_file():
-        raise ValueError(f"--wheel must be a file, got {wheel!r}")
 
     from outrider.cluster.jobs.client import Jobs
 
@@ -60,7 +58,7 @@ def submit_command(
         loaded,
         command,
         Path(working_dir) if working_dir else None,
-        Path(wheel).resolve() if wheel else None,
+        Path(wheel) if wheel else None,
         job_id,
     )
     if no_wait:

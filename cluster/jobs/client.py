@@ -18,7 +18,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from outrider.cluster.api import EngineError
-from outrider.cluster.jobs.wheel import write_wheel
+from outrider.cluster.jobs.package import package_folder
 from outrider.configs.loader import config_to_yaml
 from outrider.configs.schema import Config
 
@@ -81,7 +81,7 @@ class Jobs:
             config: is `outrider.yaml` in the job's working directory.
             command: program and arguments. `outrider` stands for the package that is sent.
             working_dir: its files are in the job's working directory, too, without those that its .gitignore names.
-            wheel: of the package; None: of the one that runs here.
+            wheel: of the package; None: the one that runs here.
             job_id: a name for it; empty: a new one.
         """
         program = ["python", "-m", "outrider"] if command[0] == "outrider" else [command[0]]
@@ -90,7 +90,8 @@ class Jobs:
             _gather(files, config, working_dir)
             environment: dict[str, Any] = {
                 "working_dir": str(files),
-                "py_modules": [str(wheel or write_wheel(Path(folder)))],
+                "py_modules": [str(package_folder(wheel, Path(folder) / "wheel"))],
+                "excludes": ["__pycache__/"],
             }
             with _errors_told():
                 sent: str = self._client.submit_job(

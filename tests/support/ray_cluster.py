@@ -31,7 +31,7 @@ def main(manifest: Path) -> None:
                 cluster.add_node(
                     num_cpus=int(limits["cpu"]),
                     object_store_memory=int(group["rayStartParams"]["object-store-memory"]),
-                    # Raylets of one machine would install the same wheel over each other.
+                    # Raylets of one machine would put what they are sent in one place, and take it from each other.
                     runtime_env_dir_name=f"runtime_env_{group['groupName']}_{number}",
                 )
         print(f"http://{cluster.webui_url}", flush=True)

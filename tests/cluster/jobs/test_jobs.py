@@ -13,11 +13,11 @@ import yaml
 from ray.job_submission import JobStatus
 from typer.testing import CliRunner
 
+import outrider
 from outrider.cluster.api import EngineError
 from outrider.cluster.cli.main import app
 from outrider.cluster.jobs import client
 from outrider.cluster.jobs.client import Jobs
-from outrider.cluster.jobs.wheel import write_wheel
 
 
 @dataclass
@@ -38,13 +38,15 @@ class FakeServer:
     end: Details = field(default_factory=lambda: Details(JobStatus.SUCCEEDED, 0))
     sent: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    version: str = ""
     ended: bool = False
 
     def submit_job(self, entrypoint: str, submission_id: str, runtime_env: dict[str, Any]) -> str:
         self.sent = {"entrypoint": entrypoint, "submission_id": submission_id, **runtime_env}
         folder = Path(runtime_env["working_dir"])
         self.files = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
-        assert all(Path(module).is_file() for module in runtime_env["py_modules"])
+        (package,) = map(Path, runtime_env["py_modules"])
+        self.version = (package / "__init__.py").read_text()
         return submission_id
 
     async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
@@ -68,17 +70,9 @@ class FakeServer:
         )
 
 
-def small_wheel(folder: Path) -> Path:
-    """In place of the package's."""
-    path = folder / "outrider-0-py3-none-any.whl"
-    path.touch()
-    return path
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
     fake = FakeServer()
-    monkeypatch.setattr(client, "write_wheel", small_wheel)
     monkeypatch.setattr(client, "JobSubmissionClient", lambda address: fake)
     monkeypatch.setattr(client, "_POLL_S", 0.001)
     monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
@@ -100,7 +94,7 @@ def test_a_job_gets_the_configuration_its_files_and_the_package(server: FakeServ
     config = yaml.safe_load(server.files["outrider.yaml"])
     assert config["target"]["tp_size"] == 2
     assert config["cluster"]["ray_address"] == "auto"
-    assert server.sent["py_modules"][0].endswith("-py3-none-any.whl")
+    assert server.sent["py_modules"] == [str(Path(outrider.__file__).parent)]
 
 
 def test_other_programs_are_run_as_they_are_named(server: FakeServer) -> None:
@@ -141,7 +135,8 @@ def test_the_exit_code_is_the_commands(server: FakeServer, end: Details, exit_co
     [
         ([], "-- COMMAND must stand at the end"),
         (["--"], "-- COMMAND must stand at the end"),
-        (["--wheel", "nowhere.whl", "--", "true"], "--wheel must be a file"),
+        (["--wheel", "nowhere.whl", "--", "true"], "--wheel must be a wheel, got 'nowhere.whl'"),
+        (["--wheel", __file__, "--", "true"], "--wheel must be a wheel"),
         (["--working-dir", "nowhere", "--", "true"], "--working-dir must be a folder"),
     ],
 )
@@ -162,16 +157,17 @@ def test_rays_errors_are_told_in_a_line(server: FakeServer) -> None:
         Jobs(None).stop("x")
 
 
-def test_the_wheel_is_named_by_its_content_and_wants_nothing_installed(tmp_path: Path) -> None:
-    first, second = tmp_path / "a", tmp_path / "b"
-    first.mkdir()
-    second.mkdir()
-    path = write_wheel(first)
-    assert write_wheel(second).name == path.name
-    with zipfile.ZipFile(path) as wheel:
-        names = wheel.namelist()
-        metadata = next(name for name in names if name.endswith("METADATA"))
-        assert b"Requires-Dist" not in wheel.read(metadata)
-    assert {"outrider/__main__.py", "outrider/cluster/deploying/kuberay.json"} <= set(names)
-    assert {"outrider/configs/tiny-random.yaml", "outrider/kernels/device.cuh"} <= set(names)
-    assert not [name for name in names if "__pycache__" in name]
+def wheel_of(path: Path, package: str) -> str:
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{package}/__init__.py", "another")
+        wheel.writestr(f"{package}/__main__.py", "")
+    return str(path)
+
+
+def test_a_wheel_takes_the_place_of_the_package(server: FakeServer, tmp_path: Path) -> None:
+    wheel = wheel_of(tmp_path / "outrider-1-py3-none-any.whl", "outrider")
+    assert submit("--wheel", wheel, "--no-wait", "--", "true").exit_code == 0
+    assert server.sent["py_modules"][0].endswith("/outrider")
+    assert server.version == "another"
+    result = submit("--wheel", wheel_of(tmp_path / "x.whl", "inrider"), "--", "true")
+    assert result.stderr.startswith("Error: --wheel must be one of outrider")

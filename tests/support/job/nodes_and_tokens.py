@@ -1,4 +1,4 @@
-"""A job: prints, as a line of JSON, where the package is, the nodes of the ranks, and a drafted and a plain answer."""
+"""A job: prints, as JSON, where the package is, the nodes of the ranks, and a drafted and a plain answer."""
 
 import json
 
