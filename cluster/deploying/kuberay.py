@@ -68,7 +68,7 @@ def manifests(config: Config, kind: Kind, command: Sequence[str]) -> list[Manife
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": f"{name}-config"},
-        "data": {"outrider.yaml": config_to_yaml(in_containers(config, "auto", _api_keys_file(config)))},
+        "data": {"outrider.yaml": config_to_yaml(in_containers(config, _api_keys_file(config)))},
     }
     match kind:
         case "RayCluster":

@@ -56,10 +56,10 @@ def check_layout(config: Config) -> None:
         )
 
 
-def in_containers(config: Config, address: str, api_keys_file: str) -> Config:
-    """The configuration as the containers read it: Ray is at `address`, and the server listens to everybody."""
+def in_containers(config: Config, api_keys_file: str) -> Config:
+    """The configuration as the containers read it: Ray is there, and the server listens to everybody."""
     cache = config.deploy.cache_dir.rstrip("/")
-    cluster = replace(config.cluster, ray_address=address, model_cache_dir=f"{cache}/outrider")
+    cluster = replace(config.cluster, ray_address="auto", model_cache_dir=f"{cache}/outrider")
     server = replace(config.server, host="0.0.0.0", api_keys_file=api_keys_file)
     return replace(config, cluster=cluster, server=server)
 
