@@ -18,6 +18,7 @@ from outrider.workers.sequences.cuts import (
     Survivors,
     Window,
     best_path_first,
+    path_products,
 )
 
 
@@ -145,15 +146,13 @@ class GrowingTrees:
         while len(c):
             children, found = self.find_children(slots[c], nodes[c], tokens[c, at[c]])
             c, children = c[found], children[found]
-            if len(c):
-                followed.append((c, at[c], children))
-                nodes[c] = children
-                at[c] += 1
-                c = c[(at[c] < lengths[c]) & (self.child_mass[slots[c], children] > 0.0)]
+            followed.append((c, at[c], children))
+            nodes[c], at[c] = children, at[c] + 1
+            c = c[(at[c] < lengths[c]) & (self.child_mass[slots[c], children] > 0.0)]
         if followed:
             # All at once: what hangs below a node is worth something else each time.
-            met, links, known = (np.concatenate(parts) for parts in zip(*followed, strict=True))
-            self._raise(slots[met], known, acceptances[met, links], sources[met, links])
+            of, at_link, met = (np.concatenate(parts) for parts in zip(*followed, strict=True))
+            self._raise(slots[of], met, acceptances[of, at_link], sources[of, at_link])
         unfinished = np.flatnonzero(at < lengths)
         if not len(unfinished):
             return
@@ -386,20 +385,15 @@ class GrowingTrees:
         if not np.count_nonzero(higher):
             return
         self.version += 1
-        slots, places, new, sources = slots[higher], places[higher], acceptances[higher], sources[higher]
-        raised = np.unique(places)
+        places, new, sources = places[higher], acceptances[higher], sources[higher]
+        raised, changed = np.unique(places), np.unique(slots[higher])
         before = flat.acceptances[raised]
         # Of several assignments to one place the last holds: that of the highest, the first of equals.
         order = (-new).argsort(kind="stable")[::-1]
         flat.acceptances[places[order]], flat.sources[places[order]] = new[order], sources[order]
         above = raised - raised % self.capacity + flat.parents[raised]
         np.add.at(flat.child_mass, above, flat.acceptances[raised] - before)
-        changed = slots if len(slots) == 1 else np.unique(slots)
         window = self.window(changed)
-        # By doubling: each time a node's product takes in that of the node at its upper end.
-        tops = window.starts[:, None] + flat.parents[window.places]
-        values = flat.acceptances[window.places] * self.exists(changed, window.width)
-        for _ in range(int(flat.depths[window.places].max()).bit_length()):
-            values *= values.reshape(-1)[tops]
-            tops = tops.reshape(-1)[tops]
-        flat.values[window.places] = values
+        own = flat.acceptances[window.places] * self.exists(changed, window.width)
+        above = window.starts[:, None] + flat.parents[window.places]
+        flat.values[window.places] = path_products(own, above, int(flat.depths[window.places].max()))
