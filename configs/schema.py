@@ -12,6 +12,7 @@ from typing import Literal
 from outrider.configs.acceptance import AcceptanceConfig
 from outrider.configs.checks import require as _require
 from outrider.configs.checks import require_at_least as _require_at_least
+from outrider.configs.deploy import DeployConfig
 from outrider.configs.server import ServerConfig
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -376,6 +377,9 @@ class Config:
 
     server: ServerConfig = field(default_factory=ServerConfig)
     """The HTTP server of `outrider serve`."""
+
+    deploy: DeployConfig = field(default_factory=DeployConfig)
+    """The machines of `outrider deploy`."""
 
     def __post_init__(self) -> None:
         target, cluster = self.target, self.cluster

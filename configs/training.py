@@ -49,7 +49,10 @@ class TextsConfig:
     """Learn the prompts' tokens, too: for prompts that the target wrote itself."""
 
     features: Literal["cached", "computed"] = "cached"
-    """The target's hidden rows: computed once and kept in `out`/features, or whenever a text is read."""
+    """The target's hidden rows: computed once and kept, or computed whenever a text is read."""
+
+    features_directory: str = ""
+    """Where they are kept; empty: `out`/features. Runs of other methods and heads over the same texts share them."""
 
     top_k: int = 32
     """Tokens of the target's law that are kept for each position; the others count as one."""
@@ -69,7 +72,8 @@ class TrainedHeadConfig:
     """All of the target's tokens, those of `ids`, or two small matrices (SlimSpec) over all of them or `ids`."""
 
     ids: str = ""
-    """JSON file with a list of token ids; `trimmed` needs it, `low_rank` may have it."""
+    """Token ids: a JSON file with a list of them, a folder that `outrider trim` wrote, or `shipped:NAME`. `trimmed`
+    needs them, `low_rank` may have them."""
 
     rank_divisor: int = 8
     """Rank of a `low_rank` head: hidden size // this."""

@@ -1,4 +1,4 @@
-"""Waiting for what another thread or process does in its own time: asked again and again, for twenty seconds at most."""
+"""Waiting for what another thread or process does in its own time: asked again and again, twenty seconds at most."""
 
 import asyncio
 import time

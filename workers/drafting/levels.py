@@ -292,9 +292,10 @@ class LevelMethod(DraftMethod):
         for slot, end in zip(expansion.slots.tolist(), expansion.num_nodes.cumsum().tolist(), strict=True):
             params, penalties = self._laws[slot]
             paths: list[list[int]] = []
-            if params.uses_context:
-                paths = [self.slots.path(slot, node) for node in expansion.nodes[begin:end].tolist()]
-            sampled.append(SampledRows(params, positions[begin:end], penalties, paths))
+            if params.follows_text:
+                paths = [self.trees.path(slot, node) for node in expansion.nodes[begin:end].tolist()]
+            allowed = self.trees.words(slot, paths)
+            sampled.append(SampledRows(params, positions[begin:end], penalties, paths, allowed))
             begin = end
         return sampled
 
@@ -306,7 +307,7 @@ class LevelMethod(DraftMethod):
         priors, kinds = priors_and_kinds(log_probs, is_greedy)
         kinds += self._first_source
         estimates = self.estimator.estimate(kinds, priors, self.slots.rules[slots][:, None])
-        # Top-k, top-p or min-p removed what has no probability: the target cannot pick it.
+        # A mask, top-k, top-p or min-p removed what has no probability: the target cannot pick it.
         met = log_probs > -np.inf
         possible = met & (tokens < self._num_target_tokens)
         promised = self.trees.flat.values[expansion.places]

@@ -347,9 +347,9 @@ class ParallelMethod(DraftMethod):
             params, penalties = self._laws[slot]
             positions = np.full(len(own), self.trees.root_positions[slot] + 1 + level)
             paths: list[list[int]] = []
-            if params.uses_context:
-                paths = [self.slots.path(slot, node) for node in own.tolist()]
-            sampled.append(SampledRows(params, positions, penalties, paths))
+            if params.follows_text:
+                paths = [self.trees.path(slot, node) for node in own.tolist()]
+            sampled.append(SampledRows(params, positions, penalties, paths, self.trees.words(slot, paths)))
         ids, log_probs = self._sampler.propose(rows, sampled, self._limits.max_children)
         tokens, laws = ids.numpy(), log_probs.numpy().astype(np.float64)
         return tokens, laws, perturbed(laws, tokens, sampled)
@@ -371,7 +371,7 @@ class ParallelMethod(DraftMethod):
         kinds = certainty_of(priors) + self._first_source + level * NUM_CERTAINTIES
         estimates = self.estimator.estimate(kinds, priors, self.slots.rules[slots][:, None])
         for row, (slot, node) in enumerate(zip(slots.tolist(), nodes.tolist(), strict=True)):
-            path, sure = tuple(self.slots.path(slot, node)), float(sureness[row])
+            path, sure = tuple(self.trees.path(slot, node)), float(sureness[row])
             self._asked[slot].append(Asked(path, tokens[row], scores[row], sure, int(laws[row])))
         # Top-k, top-p or min-p removed what has no probability: the target cannot pick it.
         possible = scores > -np.inf

@@ -1,20 +1,20 @@
 """What a trainer reads of the target: rows by layer and the law at every position, computed once and kept, or anew.
 
-Kept in one safetensors file per 256 texts, named by a hash of all that decides what is in it; a run that goes on, and
-another one with the same target, texts and ids, finds them.
+Kept in safetensors files, each of one kind of row and 256 texts, named by a hash of all that decides what is in it:
+a run that goes on, and one of any method with the same target and texts, finds what it shares with earlier ones.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from outrider.workers.training.data import TrainingText
@@ -25,6 +25,11 @@ from outrider.workers.weights.progress import Progress
 _TEXTS_PER_FILE = 256
 _FORWARD_TOKENS = 4096
 _LOGIT_ROWS = 256
+_LAST = "last"
+
+
+def _layer_name(layer: int) -> str:
+    return f"layer {layer}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,59 +71,89 @@ class FeatureBatch:
         )
 
 
+@dataclass(frozen=True)
+class WantedRows:
+    """Which of the target's rows a method reads.
+
+    Attributes:
+        taps: layers, whose inputs are read.
+        normed: whether the last rows after the final norm are read.
+        ids: int64 [V'], over which the target's law is.
+        top_k: of that law.
+    """
+
+    taps: tuple[int, ...]
+    normed: bool
+    ids: Tensor
+    top_k: int
+
+    @property
+    def law_name(self) -> str:
+        """Of the law, by what decides it besides the last rows."""
+        return f"law {self.top_k} {hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()}"
+
+    @property
+    def names(self) -> list[str]:
+        """What is read, each kept by itself, so that other methods and other heads find what they share."""
+        return [*map(_layer_name, self.taps), *([_LAST] if self.normed else []), self.law_name]
+
+    def bytes_per_token(self, hidden_size: int, dtype: torch.dtype) -> int:
+        """Of all that is kept, at most."""
+        top_k = min(self.top_k, len(self.ids))
+        return (len(self.taps) + 1) * hidden_size * dtype.itemsize + top_k * 6 + 4
+
+
 class FeatureComputer:
-    """Runs the target and keeps what a trainer needs."""
+    """Runs the target and keeps what a trainer needs, and the last rows: by name tensors by name, [tokens, ...]."""
 
-    def __init__(
-        self, target: TargetFeatures, taps: Sequence[int], wants_normed: bool, ids: Tensor, top_k: int
-    ) -> None:
-        """`target` gives at least the layers `taps` and its last rows; ids: int64 [V'], those of the head."""
+    def __init__(self, target: TargetFeatures, wanted: WantedRows) -> None:
+        """`target` gives at least the wanted layers and its last rows."""
         self._target = target
-        self._taps = tuple(taps)
-        self._wants_normed = wants_normed
-        self._ids = ids
-        self._top_k = min(top_k, len(ids))
-        config = target.model.config
-        self._has_all_ids = len(ids) == config.vocab_size
-        width = len(self._taps) * config.hidden_size + (config.hidden_size if wants_normed else 0)
-        self.bytes_per_token = width * target.model.dtype.itemsize + self._top_k * 6 + 4
+        self._wanted = wanted
+        self._top_k = min(wanted.top_k, len(wanted.ids))
+        self._has_all_ids = len(wanted.ids) == target.model.config.vocab_size
 
-    def compute(self, texts: Sequence[TrainingText]) -> list[dict[str, Tensor]]:
-        """Of each text its tensors by name, [tokens, ...] each; in forwards over some thousand tokens."""
-        found: list[dict[str, Tensor]] = []
+    def compute(self, texts: Sequence[TrainingText]) -> dict[str, dict[str, Tensor]]:
+        """Of texts back to back; in forwards over some thousand tokens."""
+        parts: list[dict[str, dict[str, Tensor]]] = []
         batch: list[TrainingText] = []
         num_tokens = 0
         for text in texts:
             if batch and num_tokens + len(text.tokens) > _FORWARD_TOKENS:
-                found += self._forward(batch)
+                parts.append(self._forward(batch))
                 batch, num_tokens = [], 0
             batch.append(text)
             num_tokens += len(text.tokens)
-        return found + self._forward(batch) if batch else found
+        parts.append(self._forward(batch))
+        return {
+            name: {key: torch.cat([part[name][key] for part in parts]) for key in parts[0][name]}
+            for name in parts[0]
+        }
 
     @torch.inference_mode()
-    def _forward(self, texts: Sequence[TrainingText]) -> list[dict[str, Tensor]]:
+    def law(self, normed: Tensor) -> dict[str, Tensor]:
+        """Of rows after the final norm."""
+        parts = [
+            self._law(normed[start : start + _LOGIT_ROWS]) for start in range(0, len(normed), _LOGIT_ROWS)
+        ]
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    @torch.inference_mode()
+    def _forward(self, texts: Sequence[TrainingText]) -> dict[str, dict[str, Tensor]]:
         model = self._target.model
         rows = self._target.rows([text.tokens.tolist() for text in texts])
-        last = torch.cat([by_layer[model.config.num_layers] for by_layer in rows])
-        normed = model.normed(last)
-        law = [self._law(normed[start : start + _LOGIT_ROWS]) for start in range(0, len(normed), _LOGIT_ROWS)]
-        named = {name: torch.cat([part[name] for part in law]) for name in ("greedy", "columns", "log_probs")}
-        if self._wants_normed:
-            named["normed"] = normed
-        lengths = [len(text.tokens) for text in texts]
-        split = {name: values.split(lengths) for name, values in named.items()}
-        return [
-            {name: parts[index] for name, parts in split.items()}
-            | ({"taps": torch.cat([rows[index][layer] for layer in self._taps], dim=1)} if self._taps else {})
-            for index in range(len(texts))
-        ]
+        found = {
+            _layer_name(layer): {"rows": torch.cat([by_layer[layer] for by_layer in rows])}
+            for layer in self._wanted.taps
+        }
+        normed = model.normed(torch.cat([by_layer[model.config.num_layers] for by_layer in rows]))
+        return {**found, _LAST: {"normed": normed}, self._wanted.law_name: self.law(normed)}
 
     def _law(self, normed: Tensor) -> dict[str, Tensor]:
         logits = self._target.model.weights.head(normed)
         greedy = logits.argmax(-1)
         if not self._has_all_ids:
-            logits = logits.index_select(1, self._ids)
+            logits = logits.index_select(1, self._wanted.ids)
         top, columns = logits.topk(self._top_k, dim=-1)
         log_probs = top - logits.logsumexp(-1, keepdim=True)
         return {
@@ -143,37 +178,75 @@ class TokensOnly:
         self._texts = texts
 
     def read(self, indices: Sequence[int]) -> FeatureBatch:
-        return _batch([self._texts[index] for index in indices], [])
+        return _batch([self._texts[index] for index in indices], None, [])
 
 
 class ComputedRows:
     """Runs the target whenever a text is read."""
 
-    def __init__(self, texts: Sequence[TrainingText], computer: FeatureComputer) -> None:
+    def __init__(self, texts: Sequence[TrainingText], wanted: WantedRows, computer: FeatureComputer) -> None:
         self._texts = texts
+        self._wanted = wanted
         self._computer = computer
 
     def read(self, indices: Sequence[int]) -> FeatureBatch:
         texts = [self._texts[index] for index in indices]
-        return _batch(texts, self._computer.compute(texts))
+        return _batch(texts, self._wanted, [self._computer.compute(texts)])
 
 
-class KeptRows:
-    """Reads what `keep_rows` wrote."""
+class FeatureFiles:
+    """The rows of some texts in files: of each 256 texts one file for each of `WantedRows.names`."""
 
-    def __init__(self, texts: Sequence[TrainingText], files: Sequence[Path]) -> None:
+    def __init__(self, texts: Sequence[TrainingText], wanted: WantedRows, folder: Path, target: str) -> None:
+        """target: what besides texts and layer decides the rows of a layer: model and number format."""
         self._texts = texts
-        self._files = files
+        self._wanted = wanted
+        self._files = {name: row_files(texts, folder, f"{target} {name}") for name in {*wanted.names, _LAST}}
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens of which not everything is kept."""
+        return sum(len(text.tokens) for number in self._missing() for text in self._group(number))
+
+    def keep(self, computer: FeatureComputer, progress: Progress) -> None:
+        """Computes what is not in its file yet; `progress` is told how many texts are there."""
+        for number, names in self._missing().items():
+            progress("features of texts", number * _TEXTS_PER_FILE, len(self._texts))
+            last = self._files[_LAST][number]
+            if names == [self._wanted.law_name] and last.exists():
+                # Another head than that of an earlier run: the layers need not be run again.
+                computed = {names[0]: computer.law(load_file(last)["normed"])}
+            else:
+                computed = computer.compute(self._group(number))
+            for name, tensors in computed.items():
+                if not self._files[name][number].exists():
+                    _write(self._files[name][number], tensors)
+        progress("features of texts", len(self._texts), len(self._texts))
 
     def read(self, indices: Sequence[int]) -> FeatureBatch:
-        return _batch([self._texts[index] for index in indices], [self._rows(index) for index in indices])
+        texts = [self._texts[index] for index in indices]
+        return _batch(texts, self._wanted, [self._rows(index) for index in indices])
 
-    def _rows(self, index: int) -> dict[str, Tensor]:
-        number = index // _TEXTS_PER_FILE
-        lengths = [len(text.tokens) for text in self._texts[number * _TEXTS_PER_FILE : index + 1]]
+    def _missing(self) -> dict[int, list[str]]:
+        missing: dict[int, list[str]] = {}
+        for name in self._wanted.names:
+            for number, path in enumerate(self._files[name]):
+                if not path.exists():
+                    missing.setdefault(number, []).append(name)
+        return dict(sorted(missing.items()))
+
+    def _group(self, number: int) -> Sequence[TrainingText]:
+        return self._texts[number * _TEXTS_PER_FILE : (number + 1) * _TEXTS_PER_FILE]
+
+    def _rows(self, index: int) -> dict[str, dict[str, Tensor]]:
+        number, place = divmod(index, _TEXTS_PER_FILE)
+        lengths = [len(text.tokens) for text in self._group(number)[: place + 1]]
         rows = slice(sum(lengths[:-1]), sum(lengths))
-        with safe_open(self._files[number], framework="pt") as file:
-            return {name: file.get_slice(name)[rows] for name in file.keys()}  # noqa: SIM118
+        found = {}
+        for name in self._wanted.names:
+            with safe_open(self._files[name][number], framework="pt") as file:
+                found[name] = {key: file.get_slice(key)[rows] for key in file.keys()}  # noqa: SIM118
+        return found
 
 
 class Digested(Protocol):
@@ -220,33 +293,40 @@ def keep_rows(
     for number, path in enumerate(files):
         start = number * texts_per_file
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             progress("features of texts", start, len(texts))
             by_text = computer.compute(texts[start : start + texts_per_file])
-            joined = {name: torch.cat([tensors[name] for tensors in by_text]) for name in by_text[0]}
-            unfinished = path.with_suffix(".tmp")
-            save_file({name: values.contiguous() for name, values in joined.items()}, unfinished)
-            unfinished.replace(path)
+            _write(path, {name: torch.cat([tensors[name] for tensors in by_text]) for name in by_text[0]})
     progress("features of texts", len(texts), len(texts))
 
 
-def _batch(texts: Sequence[TrainingText], tensors: Sequence[dict[str, Tensor]]) -> FeatureBatch:
-    lengths = [len(text.tokens) for text in texts]
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A file that is there is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    save_file({name: values.contiguous() for name, values in tensors.items()}, unfinished)
+    unfinished.replace(path)
 
-    def joined(name: str) -> Tensor:
-        if not tensors or name not in tensors[0]:
-            return torch.empty(sum(lengths), 0)
-        return torch.cat([by_name[name] for by_name in tensors])
 
+def _batch(
+    texts: Sequence[TrainingText],
+    wanted: WantedRows | None,
+    parts: Sequence[Mapping[str, Mapping[str, Tensor]]],
+) -> FeatureBatch:
     tokens = torch.cat([torch.from_numpy(text.tokens).long() for text in texts])
+
+    def joined(name: str, key: str) -> Tensor:
+        return torch.cat([part[name][key] for part in parts]) if parts else torch.empty(len(tokens), 0)
+
+    law = wanted.law_name if wanted else ""
+    taps = [joined(_layer_name(layer), "rows") for layer in wanted.taps] if wanted else []
     return FeatureBatch(
-        lengths=lengths,
+        lengths=[len(text.tokens) for text in texts],
         tokens=tokens,
         is_label=torch.cat([torch.arange(len(text.tokens)) >= max(1, text.num_unlearned) for text in texts]),
-        taps=joined("taps"),
-        normed=joined("normed"),
-        greedy=joined("greedy").long(),
-        soft=SoftTargets(joined("columns").long(), joined("log_probs").float()),
+        taps=torch.cat(taps, dim=1) if taps else torch.empty(len(tokens), 0),
+        normed=joined(_LAST, "normed") if wanted and wanted.normed else torch.empty(len(tokens), 0),
+        greedy=joined(law, "greedy").long(),
+        soft=SoftTargets(joined(law, "columns").long(), joined(law, "log_probs").float()),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from outrider.workers.draft_heads.lm_head import (
 )
 from outrider.workers.training.metrics import NUM_RANKS, Guesses
 from outrider.workers.training.vocabulary_loss import SoftTargets, vocabulary_loss
+from outrider.workers.weights.resolver import resolve_vocabulary
 from outrider.workers.weights.source import WeightSource
 from outrider.workers.weights.tensors import EMBEDDING, HEAD
 
@@ -30,7 +30,7 @@ def read_ids(config: TrainedHeadConfig, vocab_size: int) -> Tensor:
     """int64 [V'], ascending: the target's token of each logit. Raises ValueError for a bad `head.ids`."""
     if not config.ids:
         return torch.arange(vocab_size)
-    path = Path(config.ids).expanduser()
+    path = resolve_vocabulary(config.ids, "head.ids")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:

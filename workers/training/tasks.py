@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,9 +25,8 @@ from outrider.workers.training.feature_store import (
     ComputedRows,
     FeatureBatch,
     FeatureComputer,
-    KeptRows,
-    keep_rows,
-    row_files,
+    FeatureFiles,
+    WantedRows,
 )
 from outrider.workers.training.features import TargetFeatures
 from outrider.workers.training.heads import head_shape, low_rank_head, read_ids, start_head
@@ -91,49 +89,17 @@ class Task:
     lr_factors: Sequence[tuple[list[nn.Parameter], float]]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Which of the target's rows a method reads, and where they are kept.
-
-    Attributes:
-        taps: layers; normed: the last rows after the final norm.
-        ids: int64 [V'], over which the target's law is.
-        top_k: of that law; 1 where it is not read.
-        training_files, held_out_files: see `row_files`.
-    """
-
-    taps: tuple[int, ...]
-    normed: bool
-    ids: Tensor
-    top_k: int
-    training_files: list[Path]
-    held_out_files: list[Path]
-
-
 def resolve_target(config: TrainingConfig, progress: Progress) -> ResolvedModel:
     """The target's checkpoint, downloaded if need be. Raises ValueError naming `target.model`."""
     cache_dir = Path(config.target.model_cache_dir).expanduser()
     return resolve(config.target.model, cache_dir, progress, "target.model")
 
 
-def rows_of(config: TrainingConfig, source: WeightSource, corpus: Corpus) -> Rows:
+def wanted_rows(config: TrainingConfig, source: WeightSource) -> WantedRows:
     """What `config.method`, any but medusa2, reads of the target."""
     ids = read_ids(config.head, source.config.vocab_size)
     taps = _taps(config, source.config.num_layers)
-    learns_law = config.method in ("eagle3", "mtp", "parallel")
-    top_k = config.texts.top_k if learns_law else 1
-    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest() if learns_law else "any ids"
-    normed = not taps
-    identity = f"{config.target.model} {config.target.dtype} {taps} {normed} {top_k} {digest}"
-    folder = Path(config.out).expanduser() / "features"
-    return Rows(
-        taps,
-        normed,
-        ids,
-        top_k,
-        row_files(corpus.training, folder, identity),
-        row_files(corpus.held_out, folder, identity),
-    )
+    return WantedRows(taps, not taps, ids, config.texts.top_k)
 
 
 def _taps(config: TrainingConfig, num_layers: int) -> tuple[int, ...]:
@@ -147,6 +113,18 @@ def _taps(config: TrainingConfig, num_layers: int) -> tuple[int, ...]:
     return default_taps(num_layers)
 
 
+def _files(config: TrainingConfig, wanted: WantedRows, texts: Sequence[TrainingText]) -> FeatureFiles:
+    return FeatureFiles(
+        texts, wanted, _features_folder(config), f"{config.target.model} {config.target.dtype}"
+    )
+
+
+def _features_folder(config: TrainingConfig) -> Path:
+    own = Path(config.out).expanduser() / "features"
+    shared = config.texts.features_directory
+    return Path(shared).expanduser() if shared else own
+
+
 def prepare_rows(
     config: TrainingConfig, corpus: Corpus, say: Callable[[str], None], progress: Progress
 ) -> None:
@@ -157,21 +135,22 @@ def prepare_rows(
     if config.method == "medusa2" or config.texts.features == "computed":
         return
     source = open_source(resolve_target(config, progress))
-    rows = rows_of(config, source, corpus)
-    parts = ((corpus.training, rows.training_files), (corpus.held_out, rows.held_out_files))
-    if all(path.exists() for _, files in parts for path in files):
+    wanted = wanted_rows(config, source)
+    parts = [_files(config, wanted, texts) for texts in (corpus.training, corpus.held_out)]
+    tokens = sum(files.num_missing for files in parts)
+    if not tokens:
         return
-    computer = _computer(config, source, rows, config.engine.num_threads)
-    tokens = sum(len(text.tokens) for texts, _ in parts for text in texts)
-    size = tokens * computer.bytes_per_token
-    out = Path(config.out).expanduser()
-    say(f"hidden rows of {tokens} tokens: {size / 1e9:.2f} GB in {out / 'features'}")
-    if size > shutil.disk_usage(out).free:
+    size = tokens * wanted.bytes_per_token(source.config.hidden_size, torch_dtype(config.target.dtype))
+    folder = _features_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"hidden rows of {tokens} tokens: {size / 1e9:.2f} GB in {folder}")
+    if size > shutil.disk_usage(folder).free:
         raise ValueError(
-            f"texts.features must be computed: {size / 1e9:.2f} GB do not fit on the disk of {out}"
+            f"texts.features must be computed: {size / 1e9:.2f} GB do not fit on the disk of {folder}"
         )
-    for texts, files in parts:
-        keep_rows(texts, files, computer, progress)
+    computer = _computer(config, source, wanted)
+    for files in parts:
+        files.keep(computer, progress)
 
 
 def prepare_head(config: TrainingConfig, corpus: Corpus, say: Callable[[str], None]) -> None:
@@ -216,7 +195,7 @@ def build_task(config: TrainingConfig, corpus: Corpus) -> Task:
         from outrider.workers.training.medusa2 import build_medusa2
 
         return build_medusa2(config, resolved, corpus, _low_rank_start(config))
-    rows = rows_of(config, source, corpus)
+    rows = wanted_rows(config, source)
     module: nn.Module
     drafter: Drafter
     if config.method == "eagle3":
@@ -237,21 +216,23 @@ def build_task(config: TrainingConfig, corpus: Corpus) -> Task:
     def save(folder: Path, accuracies: tuple[tuple[float, ...], ...]) -> None:
         save_drafter(folder, drafter, describe(config.target.model, source, corpus, accuracies))
 
-    def reader(texts: list[TrainingText], files: list[Path]) -> BatchReader:
+    def reader(texts: list[TrainingText]) -> BatchReader:
         if config.texts.features == "cached":
-            return KeptRows(texts, files)
-        return ComputedRows(texts, _computer(config, source, rows, config.engine.num_threads))
+            return _files(config, rows, texts)
+        return ComputedRows(texts, rows, _computer(config, source, rows))
 
     return Task(
         module,
-        reader(corpus.training, rows.training_files),
-        reader(corpus.held_out, rows.held_out_files),
+        reader(corpus.training),
+        reader(corpus.held_out),
         save,
         [([parameter for parameter in drafter.parameters() if parameter.requires_grad], 1.0)],
     )
 
 
-def _eagle3(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple[nn.Module, Eagle3Drafter]:
+def _eagle3(
+    config: TrainingConfig, source: WeightSource, rows: WantedRows
+) -> tuple[nn.Module, Eagle3Drafter]:
     shape = head_shape(config.head, source.config.hidden_size, rows.ids)
     drafter = Eagle3Drafter(drafter_shape(source.config, shape, config.eagle3.norm_before_residual), rows.ids)
     start_head(drafter.lm_head, source, _low_rank_start(config))
@@ -262,7 +243,7 @@ def _eagle3(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple[n
     return Eagle3Training(drafter, embedding, config.eagle3, dtype), drafter
 
 
-def _mtp(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple[nn.Module, MtpDrafter]:
+def _mtp(config: TrainingConfig, source: WeightSource, rows: WantedRows) -> tuple[nn.Module, MtpDrafter]:
     shape = head_shape(config.head, source.config.hidden_size, rows.ids)
     drafter = MtpDrafter(head_shape_for(source.config, shape), rows.ids)
     start_head(drafter.lm_head, source, _low_rank_start(config))
@@ -273,7 +254,9 @@ def _mtp(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple[nn.M
     return MtpTraining(drafter, source.read(EMBEDDING, _ALL, _ALL, dtype), config.mtp, dtype), drafter
 
 
-def _parallel(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple[nn.Module, ParallelDrafter]:
+def _parallel(
+    config: TrainingConfig, source: WeightSource, rows: WantedRows
+) -> tuple[nn.Module, ParallelDrafter]:
     head = head_shape(config.head, source.config.hidden_size, rows.ids)
     drafter = ParallelDrafter(parallel_shape(source.config, head, config.parallel), rows.ids)
     start_head(drafter.lm_head, source, _low_rank_start(config))
@@ -285,14 +268,14 @@ def _parallel(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple
     return ParallelTraining(drafter, embedding, config.parallel, dtype), drafter
 
 
-def _medusa1(config: TrainingConfig, source: WeightSource, rows: Rows) -> tuple[nn.Module, MedusaHeads]:
+def _medusa1(config: TrainingConfig, source: WeightSource, rows: WantedRows) -> tuple[nn.Module, MedusaHeads]:
     shape = head_shape(config.head, source.config.hidden_size, rows.ids)
     heads = MedusaHeads(heads_shape(source.config, shape, config.medusa), rows.ids)
     start_heads(heads, source, _low_rank_start(config))
     return Medusa1Training(heads, config.medusa, torch_dtype(config.engine.dtype)), heads
 
 
-def _computer(config: TrainingConfig, source: WeightSource, rows: Rows, num_threads: int) -> FeatureComputer:
-    layers = tuple(dict.fromkeys((*rows.taps, source.config.num_layers)))
-    target = TargetFeatures(source, layers, torch_dtype(config.target.dtype), num_threads)
-    return FeatureComputer(target, rows.taps, rows.normed, rows.ids, rows.top_k)
+def _computer(config: TrainingConfig, source: WeightSource, wanted: WantedRows) -> FeatureComputer:
+    layers = tuple(dict.fromkeys((*wanted.taps, source.config.num_layers)))
+    dtype = torch_dtype(config.target.dtype)
+    return FeatureComputer(TargetFeatures(source, layers, dtype, config.engine.num_threads), wanted)

@@ -18,6 +18,7 @@ from outrider.workers.draft_heads.checkpoint import read_eagle3, read_medusa, wr
 from outrider.workers.draft_heads.description import HeadDescription
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.sequences.sequence import DraftOptions
+from outrider.workers.training.heads import read_ids
 from outrider.workers.training.launch import train
 from outrider.workers.training.log import EvalLine, Line, TrainLine, read_log
 from outrider.workers.training.metrics import Measurement
@@ -198,10 +199,10 @@ def test_a_drafter_is_started_from_another_of_its_shape_only(texts: Path, tmp_pa
 
 
 def test_trimmed_and_frozen_heads(texts: Path, tmp_path: Path) -> None:
-    ids = tmp_path / "ids.json"
-    ids.write_text(json.dumps(list(range(0, 160, 2))))
+    # As `outrider trim` writes them; a file alone does as well.
+    (tmp_path / "ids.json").write_text(json.dumps(list(range(0, 160, 2))))
     config = tiny_run(texts, tmp_path / "run", steps=2)
-    head = replace(config.head, kind="trimmed", ids=str(ids), frozen=True)
+    head = replace(config.head, kind="trimmed", ids=str(tmp_path), frozen=True)
     lines: list[Line] = []
     run(replace(config, head=head), lines.append)
     drafter, _ = read_eagle3(tmp_path / "run" / "drafter")
@@ -210,6 +211,16 @@ def test_trimmed_and_frozen_heads(texts: Path, tmp_path: Path) -> None:
     assert isinstance(measured, EvalLine)
     # About half of the target's choices are no tokens of the head: they count as missed.
     assert max(sum(ranks) for ranks in measured.measured.accuracies) < 0.9
+
+
+def test_a_trimmed_vocabulary_comes_with_the_package() -> None:
+    recipe = load_training("smollm2-eagle3")
+    assert recipe.head.ids == "shipped:smollm2"
+    assert len(read_ids(recipe.head, 49_152)) == 8192
+    with pytest.raises(
+        ValueError, match=r"head.ids: no vocabularies of that name .* \(there are: shipped:smollm2\)"
+    ):
+        read_ids(replace(recipe.head, ids="shipped:other"), 49_152)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""Rows in files: those computed anew, and computed once for all methods and heads that read them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from outrider.workers.training.data import TrainingText
+from outrider.workers.training.feature_store import (
+    ComputedRows,
+    FeatureBatch,
+    FeatureComputer,
+    FeatureFiles,
+    WantedRows,
+)
+from outrider.workers.training.features import TargetFeatures
+from outrider.workers.weights.progress import silent
+from outrider.workers.weights.resolver import open_source
+from support.models import random_model
+
+SOURCE = open_source(random_model("num_layers=4&seed=5"))
+ALL_IDS = torch.arange(SOURCE.config.vocab_size)
+EAGLE3 = WantedRows((1, 2, 3), False, ALL_IDS[::2], 4)
+OTHER_HEAD = WantedRows((1, 2, 3), False, ALL_IDS, 4)
+MEDUSA = WantedRows((), True, ALL_IDS[::2], 4)
+
+
+class CountingTarget(TargetFeatures):
+    """Counts the tokens it reads."""
+
+    num_tokens = 0
+
+    def rows(self, texts):  # type: ignore[no-untyped-def]
+        self.num_tokens += sum(map(len, texts))
+        return super().rows(texts)
+
+
+@pytest.fixture(scope="module")
+def target() -> CountingTarget:
+    return CountingTarget(SOURCE, (1, 2, 3, 4), torch.float32, threads=1)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[TrainingText]:
+    """More than one file of them."""
+    rng = np.random.default_rng(1)
+    tokens = [rng.integers(0, SOURCE.config.vocab_size, 3 + number % 5) for number in range(300)]
+    return [TrainingText(ids.astype(np.int32), 1, False) for ids in tokens]
+
+
+def assert_same(found: FeatureBatch, expected: FeatureBatch) -> None:
+    for name, value in vars(expected).items():
+        if name == "soft":
+            assert torch.equal(found.soft.columns, value.columns)
+            torch.testing.assert_close(found.soft.log_probs, value.log_probs, rtol=0, atol=2e-3)
+        elif isinstance(value, torch.Tensor):
+            torch.testing.assert_close(getattr(found, name), value, rtol=1e-4, atol=1e-4)
+        else:
+            assert getattr(found, name) == value
+
+
+def test_each_kind_of_row_is_computed_once_for_all_who_read_it(
+    target: CountingTarget, texts: list[TrainingText], tmp_path: Path
+) -> None:
+    total = sum(len(text.tokens) for text in texts)
+    some = [299, 0, 256, 255]
+    found = []
+    for wanted in (EAGLE3, OTHER_HEAD, MEDUSA, EAGLE3):
+        computer = FeatureComputer(target, wanted)
+        files = FeatureFiles(texts, wanted, tmp_path, "target float32")
+        missing, target.num_tokens = files.num_missing, 0
+        files.keep(computer, silent)
+        found.append((missing, target.num_tokens))
+        assert files.num_missing == 0
+        assert_same(files.read(some), ComputedRows(texts, wanted, computer).read(some))
+    # A head over other ids needs the law alone, of rows that are there; Medusa finds all that it reads.
+    assert found == [(total, total), (total, 0), (0, 0), (0, 0)]
+
+
+def test_rows_of_another_target_are_others(
+    target: CountingTarget, texts: list[TrainingText], tmp_path: Path
+) -> None:
+    FeatureFiles(texts[:2], MEDUSA, tmp_path, "target float32").keep(FeatureComputer(target, MEDUSA), silent)
+    assert FeatureFiles(texts[:2], MEDUSA, tmp_path, "other float32").num_missing
+    assert FeatureFiles(texts[1:2], MEDUSA, tmp_path, "target float32").num_missing
