@@ -260,10 +260,8 @@ class ParallelMethod(DraftMethod):
         ready = self._ready(slots)
         lacking = self._rows.num_unread(ready)
         size = self._shape.block_size
-        has_pages = [
-            self._rows.take_pages(slot, lag + size)
-            for slot, lag in zip(ready.tolist(), lacking.tolist(), strict=True)
-        ]
+        lags = zip(ready.tolist(), lacking.tolist(), strict=True)
+        has_pages = np.array([self._rows.take_pages(slot, lag + size) for slot, lag in lags], dtype=np.bool_)
         ready, lacking = ready[has_pages], lacking[has_pages]
         if not len(ready):
             return False

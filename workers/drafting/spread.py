@@ -1,11 +1,11 @@
 """How likely is each candidate of a level the target's token, given the noise that both share?
 
 Candidates are ranked by l / T + g, the drafter's log-law under the request's temperature and the noise of their
-position. If the target's log-law differs from it as Gumbel noise of scale sigma does, the target samples candidate i
+position. If the target's log-law differs from it like Gumbel noise of scale sigma, the target samples candidate i
 with probability softmax((l / T + g) / sigma): the gap to the next one in units of sigma counts, not the bare
 probability. sigma grows with the level, and what a text is like changes it, so that it is fitted while serving, of
-each level and law, by logistic regression on what came out. Beside the candidates stands "none of them", whose score
-is linear in how sure the drafter is.
+each level and law, by logistic regression on what came out. Beside the candidates stands "none of them", whose
+score is linear in how sure the drafter is.
 """
 
 from __future__ import annotations

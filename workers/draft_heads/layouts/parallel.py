@@ -17,7 +17,7 @@ files, nor for the mask token, so that both have to be named.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -128,13 +128,14 @@ def _read_zlab(fields: Fields) -> ParallelFile:
         said=inner,
         block_size=outer.integer("block_size", 2, MAX_BLOCK),
         taps=tuple(layer + 1 for layer in inner.integers("target_layer_ids")),
-        is_causal=is_causal,
+        plain=BlockLayer(is_causal),
+        windowed=lambda window: BlockLayer(is_causal, window),
         first_slot=0 if guesses else 1,
         pair=_markov(inner, 0),
         head=fields,
     )
     problems = unknown_fields(inner, f"{_DFLASH}.")
-    return ParallelFile(shape, "zlab", *_described(fields, fields, shape, problems))
+    return ParallelFile(shape, "zlab", *_described(fields, fields, shape, problems, HeadDescription()))
 
 
 def _read_deepspec(fields: Fields) -> ParallelFile:
@@ -143,12 +144,13 @@ def _read_deepspec(fields: Fields) -> ParallelFile:
         said=fields,
         block_size=fields.integer("block_size", 2, MAX_BLOCK),
         taps=tuple(layer + 1 for layer in fields.integers("target_layer_ids")),
-        is_causal=False,
+        plain=BlockLayer(False),
+        windowed=lambda window: BlockLayer(False, window),
         first_slot=0,
         pair=_markov(fields, 0),
         head=fields,
     )
-    return ParallelFile(shape, "deepspec", *_described(fields, fields, shape, []))
+    return ParallelFile(shape, "deepspec", *_described(fields, fields, shape, [], HeadDescription()))
 
 
 def _read_speculators(fields: Fields) -> ParallelFile:
@@ -165,17 +167,18 @@ def _read_speculators(fields: Fields) -> ParallelFile:
         convolution = ConvolutionShape(_integer(fields, "conv_kernel_size", 2), group_size)
     is_dspark = kind == "dspark"
     guesses = _flag(fields, "sample_from_anchor", is_dspark)
+    windows_are_causal = not _flag(fields, "sliding_window_non_causal", kind == "dflash2")
     shape = _read_shape(
         sizes=layer,
         said=fields,
         block_size=fields.integer("block_size", 2, MAX_BLOCK),
         taps=tuple(fields.integers("aux_hidden_state_layer_ids")),
-        is_causal=False,
+        plain=BlockLayer(False),
+        windowed=lambda window: BlockLayer(windows_are_causal, window + 1, window_from_anchor=True),
         first_slot=0 if guesses else 1,
         pair=pair,
         head=fields,
         convolution=convolution,
-        windowed=("anchor", not _flag(fields, "sliding_window_non_causal", kind == "dflash2")),
         confidence_default=is_dspark,
     )
     if convolution.is_there and shape.hidden_size % convolution.group_size:
@@ -208,19 +211,18 @@ def _read_shape(
     said: Fields,
     block_size: int,
     taps: tuple[int, ...],
-    is_causal: bool,
+    plain: BlockLayer,
+    windowed: Callable[[int], BlockLayer],
     first_slot: int,
     pair: PairShape,
     head: Fields,
     convolution: ConvolutionShape = NO_CONVOLUTION,
-    windowed: tuple[Literal["slot", "anchor"], bool] | tuple[()] = (),
     confidence_default: bool = False,
 ) -> ParallelShape:
     """
     Args:
         sizes: of the layers; said: where mask token and confidence head stand; head: where the LM head's sizes do.
-        windowed: whose window a layer with one has, and whether its blocks are causal; (): each slot's own, as the
-            other layers.
+        plain: a layer without a window; windowed: one whose `sliding_window` has so many tokens.
     """
     for part in {id(sizes): sizes, id(said): said, id(head): head}.values():
         refuse_quantisation(part)
@@ -257,7 +259,7 @@ def _read_shape(
         rms_norm_eps=sizes.number("rms_norm_eps", "a number from 0 to 1", lambda value: 0 <= value <= 1),
         rope=read_rope(sizes, max_context),
         max_context=max_context,
-        layers=_layers(sizes, block_size, is_causal, windowed),
+        layers=_layers(sizes, block_size, plain, windowed),
         block_size=block_size,
         first_slot=first_slot,
         num_levels=block_size - first_slot,
@@ -270,10 +272,7 @@ def _read_shape(
 
 
 def _layers(
-    sizes: Fields,
-    block_size: int,
-    is_causal: bool,
-    windowed: tuple[Literal["slot", "anchor"], bool] | tuple[()],
+    sizes: Fields, block_size: int, plain: BlockLayer, windowed: Callable[[int], BlockLayer]
 ) -> tuple[BlockLayer, ...]:
     num_layers = sizes.integer("num_hidden_layers", 1, MAX_LAYERS)
     kinds = sizes.texts("layer_types") if sizes.given("layer_types") else ["full_attention"] * num_layers
@@ -281,15 +280,11 @@ def _layers(
         raise sizes.wrong("layer_types", f"{num_layers} of full_attention, {_SLIDING}")
     if _SLIDING not in kinds:
         sizes.ignore(("sliding_window", "use_sliding_window"))
-        return (BlockLayer(is_causal),) * num_layers
+        return (plain,) * num_layers
     window = sizes.integer("sliding_window", block_size)
     if sizes.given("use_sliding_window") and not sizes.flag("use_sliding_window"):
         raise sizes.wrong("use_sliding_window", f"true, because layer_types has {_SLIDING}")
-    sliding = BlockLayer(is_causal, window)
-    if windowed:
-        from_anchor = windowed[0] == "anchor"
-        sliding = BlockLayer(windowed[1], window + from_anchor, from_anchor)
-    return tuple(sliding if kind == _SLIDING else BlockLayer(is_causal) for kind in kinds)
+    return tuple(windowed(window) if kind == _SLIDING else plain for kind in kinds)
 
 
 def _confidence(fields: Fields, pair: PairShape, default: bool) -> ConfidenceKind:
@@ -314,7 +309,7 @@ def _described(
     sizes: Fields,
     shape: ParallelShape,
     problems: list[str],
-    known: HeadDescription | None = None,
+    known: HeadDescription,
 ) -> tuple[HeadDescription, list[str]]:
     given = fields.given("num_target_layers")
     description = HeadDescription(
@@ -322,7 +317,7 @@ def _described(
         target_num_layers=fields.integer("num_target_layers") if given else 0,
         target_vocab_size=shape.vocab_size,
     )
-    description = own_description(fields, description.or_else(known or HeadDescription()))
+    description = own_description(fields, description.or_else(known))
     for part in {id(fields): fields, id(sizes): sizes}.values():
         part.ignore((*HARMLESS_FIELDS, *_HARMLESS, "model_type"))
     problems = problems + unknown_fields(fields)
