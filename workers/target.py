@@ -27,6 +27,7 @@ from outrider.workers.model.cuda_graphs import forward_of, target_capacities
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Hidden, Transformer
+from outrider.workers.sampling.grammars import NO_GRAMMARS, Grammars
 from outrider.workers.sampling.sampler import NO_SAMPLES, Sampler, Samples
 from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.setup import (
@@ -35,6 +36,7 @@ from outrider.workers.setup import (
     kernels_for,
     load_model,
     num_target_pages,
+    target_grammars,
     torch_device,
     torch_dtype,
     transport_for,
@@ -60,17 +62,19 @@ class TargetRank:
         num_slots: int,
         tracer: Tracer,
         taps: Sequence[int] = (),
+        grammars: Grammars = NO_GRAMMARS,
     ) -> None:
         """
         Args:
             num_slots: sequences that run at the same time.
             taps: layers whose inputs rounds may ask for (`Draft.layers`), besides what leaves the last one.
+            grammars: over the model's tokens.
         """
         self.model = model
         self._cache = cache
         self._forward = forward_of(model, cache, target_capacities(model, cache), taps)
         self._stretches = Stretches(model.device, tracer)
-        self._num_slots = num_slots
+        self._num_slots, self._grammars = num_slots, grammars
         self.forget_sequences()
         self._sampler = Sampler(
             model.config.vocab_size,
@@ -81,7 +85,9 @@ class TargetRank:
 
     def forget_sequences(self) -> None:
         """Whoever sends drafts from now on knows none of those that ran."""
-        self._sequences = TargetSequences(self._num_slots, self._cache.num_pages, self._cache.page_size)
+        self._sequences = TargetSequences(
+            self._num_slots, self._cache.num_pages, self._cache.page_size, self._grammars
+        )
 
     @torch.inference_mode()
     def step(self, draft: Draft) -> Scores:
@@ -166,6 +172,7 @@ class TargetWorker:
         use_device(device)
         self._transport = transport_for(target.all_reduce, device, target.tp_size)
         source = load_model(self.config, "target", progress)
+        self._grammars = target_grammars(self.config, progress)
         plan = ShardPlan(source.config, self.rank, target.tp_size)
         counted = counting(progress, source.total_bytes(dtype) // target.tp_size)
         self._kernels = kernels_for(self.config, source.config, device, dtype)
@@ -227,6 +234,7 @@ class TargetWorker:
             self.config.rounds.max_sequences,
             self._tracer,
             layers_needed(self.config, weights.plan.config),
+            self._grammars,
         )
         if self.rank == 0:
             self._open_link(epoch)

@@ -47,6 +47,9 @@ class PostedEngine:
     def tokenize(self, prompt: Prompt, template: dict[str, object]) -> tuple[int, ...]:
         return self._call("tokenize", prompt, template)
 
+    def close(self) -> None:
+        """`posted_engine` ends it."""
+
     def stats(self) -> dict[str, dict[str, Any]]:
         own = {"coordinator": {"num_open_requests": 3, "num_restarts": 2}}
         if self.restarting:

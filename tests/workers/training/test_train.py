@@ -228,10 +228,10 @@ def test_a_trimmed_vocabulary_comes_with_the_package() -> None:
     [
         (
             ["method=eagle"],
-            "method must be one of eagle3, medusa1, medusa2, mtp; got 'eagle' (did you mean eagle3?)",
+            "method must be one of eagle3, medusa1, medusa2, mtp, parallel; got 'eagle' (did you mean eagle3?)",
         ),
         (["optimizer.steps=0"], "optimizer.steps must be at least 1, got 0"),
-        (["eagle3.loss=l2"], "eagle3.loss must be one of kl, tv, lk_alpha, lk_lambda; got 'l2'"),
+        (["eagle3.loss=l2"], "eagle3.loss must be one of kl, tv, kl_tv, lk_alpha, lk_lambda; got 'l2'"),
         (["head.kind=trimmed"], "head.ids must be a file for a trimmed head, got ''"),
         (["engine.zero_stage=4"], "engine.zero_stage must be one of 0, 1, 2, 3; got 4"),
         (["texts.directories=[]"], "texts.directories must be at least one folder, got ()"),
