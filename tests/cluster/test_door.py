@@ -186,10 +186,10 @@ def test_one_that_is_cancelled_while_it_is_sent_is_cancelled_after_it() -> None:
             sending, go_on = threading.Event(), threading.Event()
             submit = fake.draft.submit
 
-            def slow(requests: list[Request]) -> None:
+            def slow(epoch: int, requests: list[Request]) -> None:
                 sending.set()
                 go_on.wait()
-                submit(requests)
+                submit(epoch, requests)
 
             fake.draft.submit = slow  # type: ignore[method-assign]
             await fake.coordinator.submit([ticket("a", "x", {"max_tokens": 150})])
