@@ -216,7 +216,7 @@ def test_open_requests_have_a_bound_and_control_does_not_wait_for_them() -> None
 
 def test_a_request_that_is_read_while_the_deployment_breaks_ends_with_the_reason() -> None:
     async def scenario() -> None:
-        async with fake_deployment(endless) as fake:
+        async with fake_deployment(endless, config(cluster={"max_restarts": 0})) as fake:
             slow = SlowReading(fake, "read")
             await fake.coordinator.submit([ticket("read", "x"), ticket("waits", "x", whole=False)])
             await asyncio.to_thread(slow.reached.wait)
