@@ -7,7 +7,8 @@ A worker's module, and torch with it, is imported in the worker's process only.
 import os
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -18,10 +19,11 @@ from outrider.cluster.placement import DRAFT_BUNDLE, given_gpus, target_bundles
 from outrider.configs.schema import Config
 
 if TYPE_CHECKING:
+    from outrider.workers.rounds.budget import Profiles
     from outrider.workers.sequences.sequence import Request, TokenEvent
 
-# `max_restarts` is 0 by default: a rank that Ray restarted on its own would have no group.
-_CONCURRENCY_GROUPS = {"loop": 1, "control": 4}
+# Ray's `max_restarts` is 0 by default: a rank that it restarted on its own would have no group. See `crew.py`.
+_CONCURRENCY_GROUPS = {"loop": 1, "control": 4, "stand-in": 6}
 
 
 class ProgressBoard:
@@ -42,11 +44,12 @@ class ProgressBoard:
 
 
 class TargetActor:
-    """One rank of the target."""
+    """One rank of the target; in rank 0's process, where needed, also a stand-in for the DraftWorker."""
 
     def __init__(self, config: Config, rank: int) -> None:
         from outrider.workers.target import TargetWorker
 
+        self._config = config
         self._worker = TargetWorker(config, rank, _given_gpus())
         self._board = ProgressBoard(f"target {rank}")
 
@@ -59,6 +62,9 @@ class TargetActor:
     def connect(self, host: str, port: int, epoch: int) -> None:
         self._worker.connect(host, port, epoch)
 
+    def relink(self, epoch: int) -> None:
+        self._worker.relink(epoch)
+
     @ray.method(concurrency_group="loop")
     def run(self) -> None:
         self._worker.run()
@@ -66,6 +72,15 @@ class TargetActor:
     @ray.method(concurrency_group="control")
     def abort(self) -> None:
         self._worker.abort()
+
+    @ray.method(concurrency_group="stand-in")
+    def stand_in(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the stand-in, `load` before others; see `cluster.stand_in.StandInHandle`."""
+        return getattr(self._stand_in, method)(*arguments)
+
+    @cached_property
+    def _stand_in(self) -> "StandInActor":
+        return StandInActor(self._config)
 
     @ray.method(concurrency_group="control")
     def progress(self) -> list[Progress]:
@@ -95,8 +110,11 @@ class DraftActor:
     def connect(self, host: str, port: int, epoch: int) -> None:
         self._worker.connect(host, port, epoch)
 
-    def profile(self) -> None:
-        self._worker.profile(self._board.report)
+    def profile(self) -> "Profiles":
+        return self._worker.profile(self._board.report)
+
+    def take_over(self, measured: "Profiles") -> None:
+        self._worker.take_over(measured)
 
     def calibrate(self, request: "Request") -> list[str]:
         return self._worker.calibrate(request, self._board.report)
@@ -110,17 +128,20 @@ class DraftActor:
         self._worker.stop()
 
     @ray.method(concurrency_group="control")
-    def submit(self, requests: "list[Request]") -> None:
-        for request in requests:
-            self._worker.submit(request)
+    def abort(self) -> None:
+        self._worker.abort()
+
+    @ray.method(concurrency_group="control")
+    def submit(self, epoch: int, requests: "list[Request]") -> None:
+        self._worker.submit(epoch, requests)
 
     @ray.method(concurrency_group="control")
     def cancel(self, request_id: str) -> None:
         self._worker.cancel(request_id)
 
     @ray.method(concurrency_group="control")
-    def next_events(self, timeout_s: float) -> "list[TokenEvent]":
-        return self._worker.next_events(timeout_s)
+    def next_events(self, epoch: int, timeout_s: float) -> "list[TokenEvent]":
+        return self._worker.next_events(epoch, timeout_s)
 
     @ray.method(concurrency_group="control")
     def progress(self) -> list[Progress]:
@@ -135,43 +156,61 @@ class DraftActor:
         return self._worker.trace_events()
 
 
+class StandInActor(DraftActor):
+    """The same calls, of a DraftWorker without a drafter. No actor of its own: part of rank 0."""
+
+    def __init__(self, config: Config) -> None:
+        from outrider.workers.stand_in import StandIn
+
+        self._worker = StandIn(config)
+        self._board = ProgressBoard("draft")
+
+
+class Spawner(Protocol):
+    """Creates and ends the workers of a deployment; in tests those are fakes with the same `.method.remote(...)`."""
+
+    def spawn(self, name: str) -> Any:
+        """A new process for a worker, one of `worker_names`; does not wait for it."""
+
+    def kill(self, worker: Any) -> None:
+        """Ends its process, whatever it does."""
+
+
+def worker_names(config: Config) -> list[str]:
+    """The workers of a deployment, as messages and traces call them."""
+    return ["draft", *(f"target {rank}" for rank in range(config.target.tp_size))]
+
+
 @dataclass(frozen=True)
-class Workers:
-    """Actor handles of a deployment: what the Coordinator talks to."""
+class ActorSpawner:
+    """Workers as Ray actors in the bundles of a placement group."""
 
-    targets: tuple[Any, ...]  # by rank
-    draft: Any
+    config: Config
+    group: PlacementGroup
 
-    def by_name(self) -> dict[str, Any]:
-        """Handles under the names that messages and traces use."""
-        return {"draft": self.draft, **{f"target {rank}": handle for rank, handle in enumerate(self.targets)}}
-
-
-def spawn_workers(config: Config, group: PlacementGroup) -> Workers:
-    """Creates the actors in their bundles; does not wait for them."""
-    cluster = config.cluster
-    remote: Any = ray.remote  # its types do not know concurrency_groups
-    draft = (
-        remote(concurrency_groups=_CONCURRENCY_GROUPS)(DraftActor)
-        .options(
-            num_cpus=cluster.num_cpus_per_draft,
-            num_gpus=cluster.num_gpus_per_draft,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, DRAFT_BUNDLE),
-            runtime_env={"env_vars": _thread_variables(config.draft.num_threads)},
-        )
-        .remote(config)
-    )
-    target_actor = remote(concurrency_groups=_CONCURRENCY_GROUPS)(TargetActor)
-    targets = tuple(
-        target_actor.options(
+    def spawn(self, name: str) -> Any:
+        remote: Any = ray.remote  # its types do not know concurrency_groups
+        config, cluster = self.config, self.config.cluster
+        if name == "draft":
+            drafter = remote(concurrency_groups=_CONCURRENCY_GROUPS)(DraftActor)
+            return drafter.options(
+                num_cpus=cluster.num_cpus_per_draft,
+                num_gpus=cluster.num_gpus_per_draft,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, DRAFT_BUNDLE),
+                runtime_env={"env_vars": _thread_variables(config.draft.num_threads)},
+            ).remote(config)
+        rank = worker_names(config).index(name) - 1
+        bundle = target_bundles(self.group, config.target.tp_size)[rank]
+        target = remote(concurrency_groups=_CONCURRENCY_GROUPS)(TargetActor)
+        return target.options(
             num_cpus=cluster.num_cpus_per_target,
             num_gpus=cluster.num_gpus_per_target,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, bundle),
             runtime_env={"env_vars": _thread_variables(config.target.num_threads)},
         ).remote(config, rank)
-        for rank, bundle in enumerate(target_bundles(group, config.target.tp_size))
-    )
-    return Workers(targets, draft)
+
+    def kill(self, worker: Any) -> None:
+        ray.kill(worker)
 
 
 def _given_gpus() -> tuple[int, ...]:

@@ -5,34 +5,33 @@ call of a client waits for a request: answers are fetched from a mailbox, by one
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ray.exceptions import RayActorError, RayError
 
-from outrider.cluster.actors import ProgressBoard, Workers
+from outrider.cluster.actors import ProgressBoard, Spawner
 from outrider.cluster.admission import Admission, prepare_admission
 from outrider.cluster.api import Delivery, EngineError, Progress, Prompt, ServedModel, Ticket
+from outrider.cluster.crew import BACK, Crew
 from outrider.cluster.door import Door
-from outrider.cluster.health import answers_of, blame, result_of
+from outrider.cluster.health import Break, WorkerLostError, answers_of, result_of
 from outrider.cluster.mailbox import Mailbox
 from outrider.cluster.request_table import RequestTable
-from outrider.cluster.startup import StartWatch
+from outrider.cluster.restarts import Restarts
 from outrider.configs.schema import Config
 from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.weights.progress import Progress as Report
 
-T = TypeVar("T")
-
 _EVENTS_TIMEOUT_S = 1.0  # how long one call waits for tokens
-_GRACE_S = 0.3  # a death takes others along; the notices of all are here after that
-_STOP_TIMEOUT_S = 5.0
+_RESUMED_AT_ONCE = 64  # requests in one call
 
 
 class Coordinator:
-    """Starts the workers, admits requests, hands out what they give.
+    """Starts the workers, admits requests, hands out what they give; starts lost workers again, and lets every
+    request go on from what was handed out.
 
-    spawn: creates the workers; in tests it gives fakes with the same `.method.remote(...)` calls.
+    spawner: creates the workers.
     prepare: fetches the models and gives what is needed at the door.
     Methods raise ValueError for what the user can change, EngineError when a worker is gone.
     """
@@ -40,19 +39,22 @@ class Coordinator:
     def __init__(
         self,
         config: Config,
-        spawn: Callable[[Config], Workers],
+        spawner: Spawner,
         prepare: Callable[[Config, Report], Admission] = prepare_admission,
     ) -> None:
         self._config = config
-        self._spawn = spawn
+        self._spawner = spawner
         self._prepare = prepare
         self._board = ProgressBoard("coordinator")
         self._mailbox = Mailbox()
         self._table = RequestTable(self._mailbox.put, self._cancel_later)
+        self._restarts = Restarts(config.cluster.max_restarts, config.cluster.restart_window_s)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._runs: dict[str, asyncio.Task[None]] = {}
-        self._start: StartWatch | None = None
+        self._pumping: asyncio.Task[None] | None = None
+        self._crew: Crew | None = None
         self._warnings: list[str] = []
+        self._may_send = True  # the workers stand
+        self._restarting = ""  # why no tokens come for now
         self._failure = ""
         self._server_url = ""
         self._stopping = False
@@ -64,18 +66,17 @@ class Coordinator:
 
         Raises EngineError, too, when nothing moves for `cluster.start_timeout_s`.
         """
-        self._workers = self._spawn(self._config)
-        limit_s = self._config.cluster.start_timeout_s
-        self._start = StartWatch(self._workers.by_name(), self._board.read, limit_s)
-        await self._start.through(self._bring_up(self._start))
+        self._crew = crew = Crew(self._config, self._spawner, self._board.read)
+        await crew.watch.through(self._bring_up(crew))
         self._spawn_task(self._door.serve())
-        self._spawn_task(self._pump())
-        self._spawn_task(self._watch())
+        self._pumping = self._spawn_task(self._pump(crew))
+        self._spawn_task(self._keep_up(crew))
+        self._spawn_task(crew.prepare_stand_in())
         return self._warnings
 
     async def progress(self) -> list[Progress]:
         """The stages of the start so far, of all processes."""
-        return self._board.read() if self._start is None else self._start.stages()
+        return self._board.read() if self._crew is None else self._crew.watch.stages()
 
     async def submit(self, tickets: Sequence[Ticket]) -> None:
         """Takes requests, in order; whatever becomes of them comes out of `take`."""
@@ -87,7 +88,7 @@ class Coordinator:
     async def take(self, timeout_s: float) -> Delivery:
         """Answers to all requests since the last call; waits up to `timeout_s` for the first."""
         answers = await self._mailbox.take(timeout_s)
-        return Delivery(answers, self._failure)
+        return Delivery(answers, self._failure, self._restarting)
 
     async def cancel(self, request_ids: Sequence[str]) -> None:
         """Ends requests early: their last answers say "cancelled". Unknown ids are ignored."""
@@ -111,72 +112,60 @@ class Coordinator:
         return self._server_url
 
     async def stats(self) -> dict[str, dict[str, Any]]:
-        """Counters of every worker, by name, and of the Coordinator."""
-        stats = await answers_of(self._workers.by_name(), "stats", "stats")
-        return {**stats, "coordinator": {"num_open_requests": self._table.num_open}}
+        """Counters of every worker, by name, and of the Coordinator; of it alone while workers are started again."""
+        own = {"num_open_requests": self._table.num_open, "num_restarts": self._restarts.num}
+        stats = {}
+        if not self._restarting:
+            stats = await answers_of(self._standing.workers, "stats", "stats")
+        return {**stats, "coordinator": own}
 
     async def trace(self) -> dict[str, list[dict[str, Any]]]:
         """Chrome trace events of every worker, by name; empty lists unless `rounds.trace` is set."""
-        handles = self._workers.by_name()
-        calls = (result_of(name, "trace", handle.trace_events.remote()) for name, handle in handles.items())
-        return dict(zip(handles, await asyncio.gather(*calls), strict=True))
+        workers = self._standing.workers
+        calls = (result_of(name, "trace", worker.trace_events.remote()) for name, worker in workers.items())
+        return dict(zip(workers, await asyncio.gather(*calls), strict=True))
 
     async def stop(self) -> None:
         """Ends the workers' loops in order. Open requests end with an error."""
         self._stopping = True
         self._fail("the engine was closed")
-        if self._runs:
-            stopping = asyncio.ensure_future(self._workers.draft.stop.remote())
-            await asyncio.wait((stopping,), timeout=_STOP_TIMEOUT_S)
-            await asyncio.wait(self._runs.values(), timeout=_STOP_TIMEOUT_S)
+        if self._crew is not None:
+            await self._crew.stop()
         for task in self._tasks:
             task.cancel()
 
-    async def _bring_up(self, watch: StartWatch) -> None:
+    @property
+    def _standing(self) -> Crew:
+        assert self._crew is not None, "`start` comes first"
+        return self._crew
+
+    async def _bring_up(self, crew: Crew) -> None:
         # Models are fetched once, here, before every rank of this node asks for the same files.
         preparing = asyncio.to_thread(self._prepare, self._config, self._board.report)
-        self._admission = admission = await watch.step("coordinator", "preparing", preparing)
+        self._admission = admission = await crew.watch.step("coordinator", "preparing", preparing)
         max_open = self._config.cluster.max_open_requests
         self._door = Door(admission, self._table, self._send, self._mailbox.put, max_open)
-        targets, draft = self._workers.targets, self._workers.draft
-        handles = self._workers.by_name()
-        await asyncio.gather(*(watch.step(n, "load", h.load.remote()) for n, h in handles.items()))
-        host, port = await watch.step("target 0", "start", targets[0].open_store.remote())
-        connects = (watch.step(n, "connect", h.connect.remote(host, port, 0)) for n, h in handles.items())
-        await asyncio.gather(*connects)
-        for rank, target in enumerate(targets):
-            self._run(f"target {rank}", target)
-        await self._unless_one_dies(watch.step("draft", "profile", draft.profile.remote()))
-        calibrating = draft.calibrate.remote(admission.calibration())
-        self._warnings = await self._unless_one_dies(watch.step("draft", "calibrate", calibrating))
-        self._run("draft", draft)
+        self._warnings = await crew.bring_up(admission.calibration())
 
-    def _run(self, name: str, handle: Any) -> None:
-        self._runs[name] = asyncio.create_task(result_of(name, "run", handle.run.remote()))
+    async def _send(self, requests: Sequence[Request]) -> None:
+        if not self._may_send:
+            return  # all that are open go on when the workers are there again
+        try:
+            await self._standing.submit(requests)
+        except WorkerLostError:
+            return  # likewise; or `_keep_up` says that they do not
 
-    async def _unless_one_dies(self, step: Awaitable[T]) -> T:
-        """The result of `step`, or the error of a worker whose loop ended meanwhile."""
-        task = asyncio.ensure_future(step)
-        await asyncio.wait((task, *self._runs.values()), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done() or task.exception() is not None:
-            await asyncio.sleep(_GRACE_S)
-            if any(run.done() for run in self._runs.values()):
-                task.cancel()
-                raise EngineError(await blame(self._runs, self._workers.by_name()))
-        return await task
-
-    async def _send(self, requests: list[Request]) -> None:
-        await result_of("draft", "submit", self._workers.draft.submit.remote(requests))
-
-    async def _pump(self) -> None:
-        """Moves tokens from the DraftWorker to the open requests, for ever."""
+    async def _pump(self, crew: Crew) -> None:
+        """Moves tokens from the DraftWorker to the open requests, until it is lost."""
         while True:
             try:
-                events = await self._workers.draft.next_events.remote(_EVENTS_TIMEOUT_S)
+                events = await crew.next_events(_EVENTS_TIMEOUT_S)
             except RayActorError:
-                return  # `_watch` says what happened
+                return  # `_keep_up` sees to it
             for event in events:
                 self._deliver(event)
+            if events:
+                self._restarts.note_tokens()
 
     def _deliver(self, event: TokenEvent) -> None:
         try:
@@ -186,19 +175,58 @@ class Coordinator:
             self._table.fail(event.request_id, f"its text failed: {type(error).__name__}: {error}")
             self._cancel_later(event.request_id)
 
-    async def _watch(self) -> None:
-        """The end of any worker's loop is the end of the deployment."""
-        await asyncio.wait(self._runs.values(), return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.sleep(_GRACE_S)
-        if not self._stopping:
-            self._fail(await blame(self._runs, self._workers.by_name()))
-            self._end_survivors()
+    async def _keep_up(self, crew: Crew) -> None:
+        """Starts again what breaks; where that may not or cannot be, ends the deployment with the reason."""
+        while not self._failure:
+            broken = await crew.broken()
+            if self._stopping:
+                return
+            self._may_send = False
+            if self._pumping is not None:
+                self._pumping.cancel()
+            self._restarts.lost()
+            await self._restart(crew, broken)
 
-    def _end_survivors(self) -> None:
-        """Ranks may wait on a GPU for one that is gone, where nothing inside them would end it."""
-        for rank, target in enumerate(self._workers.targets):
-            if not self._runs[f"target {rank}"].done():
-                target.abort.remote()
+    async def _restart(self, crew: Crew, broken: Break) -> None:
+        """Until all workers stand, or the deployment has ended."""
+        while not self._may_send:
+            if broken is not BACK:
+                if not self._restarts.is_allowed:
+                    self._fail(self._last_words(broken))
+                    crew.abandon()
+                    return
+                self._set_restarting(broken.reason)
+                await asyncio.sleep(self._restarts.begin())
+            try:
+                await crew.rebuild(broken)
+                self._may_send = True
+            except (EngineError, ValueError) as error:
+                broken = crew.lost_in_rebuild(str(error))
+        self._restarts.stands()
+        self._set_restarting("")
+        self._pumping = self._spawn_task(self._pump(crew))
+        self._spawn_task(crew.prepare_stand_in())
+        await self._resume()
+
+    async def _resume(self) -> None:
+        requests = self._table.resume()
+        for begin in range(0, len(requests), _RESUMED_AT_ONCE):
+            batch = requests[begin : begin + _RESUMED_AT_ONCE]
+            await self._send(batch)
+            for request in batch:
+                self._table.note_sent(request.id)
+
+    def _last_words(self, broken: Break) -> str:
+        most = self._config.cluster.max_restarts
+        return (
+            f"{broken.reason}; given up after cluster.max_restarts = {most} in vain"
+            if most
+            else broken.reason
+        )
+
+    def _set_restarting(self, reason: str) -> None:
+        self._restarting = reason
+        self._mailbox.wake()
 
     def _fail(self, reason: str) -> None:
         self._failure = self._failure or reason
@@ -210,14 +238,15 @@ class Coordinator:
 
     async def _cancel(self, request_id: str) -> None:
         try:
-            await self._workers.draft.cancel.remote(request_id)
+            await self._standing.drafting.cancel.remote(request_id)
         except RayError:
-            return  # nothing of it runs any longer; `_watch` says what happened
+            return  # nothing of it runs any longer
 
-    def _spawn_task(self, work: Any) -> None:
+    def _spawn_task(self, work: Any) -> "asyncio.Task[Any]":
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._note_end)
+        return task
 
     def _note_end(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)

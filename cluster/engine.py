@@ -10,7 +10,6 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -19,7 +18,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from outrider.cluster.actors import spawn_workers
+from outrider.cluster.actors import ActorSpawner
 from outrider.cluster.api import EngineError, GenerationRequest, Progress, Prompt, ServedModel
 from outrider.cluster.calls import CLOSED, FORKED, Calls, result_of_call
 from outrider.cluster.client.ray_address import COORDINATOR_PREFIX
@@ -80,7 +79,7 @@ class Engine:
             num_cpus=config.cluster.num_cpus_for_coordinator,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, COORDINATOR_BUNDLE),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
-        ).remote(config, partial(spawn_workers, group=group))
+        ).remote(config, ActorSpawner(config, group))
         calls = Calls(coordinator)
         engine = cls(session, group, calls)
         try:
@@ -148,6 +147,11 @@ class Engine:
         if self._closed or self._inbox is None:
             return CLOSED
         return self._inbox.failure
+
+    @property
+    def restarting(self) -> str:
+        """Why no tokens come for now: workers were lost and are started again. Requests are taken, and go on then."""
+        return "" if self._inbox is None else self._inbox.restarting
 
     def describe(self) -> ServedModel:
         """What there is to know of the target without looking into its weights."""

@@ -4,12 +4,14 @@ import asyncio
 import re
 import traceback
 from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from outrider.cluster.api import EngineError
+from outrider.workers.link.lost import LinkLostError
 
 T = TypeVar("T")
 
@@ -17,6 +19,7 @@ _PLACE = re.compile(r'File "(.+)", line (\d+)')
 # A worker that lives answers in milliseconds, whatever it computes; on a busy machine all of them are slow.
 _ANSWER_S = 10.0
 _AFTER_OTHERS_S = 3.0
+_PULSE_S = 1.0
 
 
 class WorkerLostError(EngineError):
@@ -25,6 +28,10 @@ class WorkerLostError(EngineError):
 
 class PeerComplaintError(EngineError):
     """A worker says that another one is gone or silent: it is not the cause."""
+
+
+class LinkComplaintError(PeerComplaintError):
+    """Rank 0 says that the DraftWorker is gone or silent: the group of the ranks is whole."""
 
 
 async def result_of(name: str, doing: str, call: Awaitable[T]) -> T:
@@ -51,24 +58,70 @@ async def answers_of(handles: Mapping[str, Any], method: str, doing: str) -> dic
     return answers
 
 
-async def blame(runs: Mapping[str, "asyncio.Task[None]"], handles: Mapping[str, Any]) -> str:
+@dataclass(frozen=True)
+class Break:
+    """Why a deployment does not go on as it is."""
+
+    reason: str
+    lost: frozenset[str]  # the workers that caused it and cannot stay; empty: they lost each other
+
+
+async def blame(runs: Mapping[str, "asyncio.Task[None]"], handles: Mapping[str, Any]) -> Break:
     """Why the deployment broke, when at least one of the loops has ended: the likeliest cause.
 
     runs: the loops of the workers. handles: of the same workers; each must answer to `progress`.
     A process that is gone or does not answer is the cause of its peers' complaints.
     """
     ended = {name: run.exception() for name, run in runs.items() if run.done()}
-    errors = [error for error in ended.values() if error is not None]
-    lost = [error for error in errors if isinstance(error, WorkerLostError)]
-    if lost:
-        return str(lost[0])
+    errors = {name: error for name, error in ended.items() if error is not None}
+    gone = {name: error for name, error in errors.items() if isinstance(error, WorkerLostError)}
+    if gone:
+        return Break(str(next(iter(gone.values()))), frozenset(gone))
     try:
-        await answers_of(handles, "progress", "run")
+        _, silent = await _ask(handles, "progress", "run")
     except EngineError as error:
-        return str(error)
+        return Break(str(error), frozenset())
+    if silent:
+        return Break(_silence(silent), frozenset(silent))
+    own = {name: error for name, error in errors.items() if not isinstance(error, PeerComplaintError)}
+    if own:
+        return Break(str(next(iter(own.values()))), frozenset(own))
     if errors:
-        return str(min(errors, key=lambda error: isinstance(error, PeerComplaintError)))
-    return f"{next(iter(ended))} ended on its own"
+        return Break(str(next(iter(errors.values()))), frozenset())
+    return Break(f"{next(iter(ended))} ended on its own", frozenset())
+
+
+async def silence(handles: Mapping[str, Any], timeout_s: float) -> Break:
+    """Asks workers whether they live, until some have not answered for `timeout_s`; each must answer to `progress`.
+
+    One whose process is gone is not silent: whoever awaits its loop hears of that.
+    """
+    period_s = min(_PULSE_S, timeout_s / 4)
+    silent_s = dict.fromkeys(handles, 0.0)
+
+    async def ask(name: str, handle: Any) -> None:
+        while True:
+            try:
+                await handle.progress.remote()
+            except RayError:
+                del silent_s[name]
+                return
+            silent_s[name] = 0.0
+            await asyncio.sleep(period_s)
+
+    asking = [asyncio.create_task(ask(name, handle)) for name, handle in handles.items()]
+    try:
+        while True:
+            await asyncio.sleep(period_s)
+            for name in silent_s:
+                # However long this process was kept from running: it did not hear the others meanwhile.
+                silent_s[name] += period_s
+            silent = [name for name, seconds in silent_s.items() if seconds > timeout_s]
+            if silent:
+                return Break(_silence(silent), frozenset(silent))
+    finally:
+        for task in asking:
+            task.cancel()
 
 
 async def _ask(handles: Mapping[str, Any], method: str, doing: str) -> tuple[dict[str, Any], list[str]]:
@@ -100,5 +153,7 @@ def _one_line(name: str, doing: str, error: BaseException, trace: str) -> Except
     lines = str(error).strip().splitlines() or ["no message"]
     places = _PLACE.findall(trace)
     place = f" ({Path(places[-1][0]).name}, line {places[-1][1]})" if places else ""
-    kind = PeerComplaintError if isinstance(error, ConnectionError) else EngineError
+    kind = EngineError
+    if isinstance(error, ConnectionError):
+        kind = LinkComplaintError if isinstance(error, LinkLostError) else PeerComplaintError
     return kind(f"{name} failed during {doing}: {type(error).__name__}: {lines[0]}{place}")

@@ -42,6 +42,7 @@ class Inbox:
 
     def __init__(self, call: Call) -> None:
         self.failure = ""  # why nothing comes any longer
+        self.restarting = ""  # why nothing comes for now
         self._call = call
         self._boxes: dict[str, Box] = {}
         # Tickets to send and ids to cancel, in order. All that a finalizer may touch: putting never blocks.
@@ -137,6 +138,7 @@ class Inbox:
                 )
                 return
             self.failure = self.failure or delivery.failure
+            self._note_restarting(delivery.restarting)
             for request_id, answer in delivery.answers:
                 if isinstance(answer, Notice):
                     _log.warning(answer.text)
@@ -146,6 +148,13 @@ class Inbox:
                 # Each request has had its last answer; this is for those that come now.
                 self._break(delivery.failure)
                 return
+
+    def _note_restarting(self, restarting: str) -> None:
+        if restarting and restarting != self.restarting:
+            _log.warning("workers are started again, answers go on then: %s", restarting)
+        elif self.restarting and not restarting:
+            _log.warning("all workers stand again")
+        self.restarting = restarting
 
     def _send_later(self) -> None:
         while (first := self._outgoing.get()) is not None:

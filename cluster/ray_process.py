@@ -4,9 +4,12 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import psutil
+from ray._private import worker as ray_worker
 from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 from ray._private.worker import global_worker
 
@@ -44,6 +47,17 @@ def keep_token_private(home: Path) -> None:
         raise ValueError(
             f"cluster.ray_auth = token keeps its token in {token}, which cannot be made private: {error.strerror}"
         ) from error
+
+
+def started_processes() -> list[int]:
+    """Process ids of the Ray that this process has started: its daemons and what these have started, at this time."""
+    node: Any = ray_worker._global_node
+    daemons = [info.process.pid for infos in node.all_processes.values() for info in infos]
+    pids = set(daemons)
+    for pid in daemons:
+        with suppress(psutil.NoSuchProcess):
+            pids.update(child.pid for child in psutil.Process(pid).children(recursive=True))
+    return sorted(pids)
 
 
 class Keeper(Generic[Made]):

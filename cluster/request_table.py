@@ -1,6 +1,7 @@
 """The requests of a deployment, from their arrival to the last token: what the Coordinator knows of each."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from outrider.cluster.api import Answer, Collector, Piece, Refusal, Segment, Ticket
 from outrider.cluster.text import TextAssembler
@@ -17,7 +18,19 @@ class OpenRequest:
         self.text = text
         self.answer = Collector() if whole else None
         self.sent = False  # the DraftWorker has it
-        self.cancelled = False  # before it was sent
+        self.cancelled = False
+        self.stats = request.stats
+        self._request = request
+        self._tokens: list[int] = []
+
+    def note(self, event: TokenEvent) -> None:
+        """This came out of the DraftWorker."""
+        self._tokens += event.tokens
+        self.stats = event.stats
+
+    def rest(self) -> Request:
+        """What is left to do of the request."""
+        return replace(self._request, output_tokens=tuple(self._tokens), stats=self.stats)
 
 
 class RequestTable:
@@ -73,16 +86,29 @@ class RequestTable:
         entry = self._open.get(request_id)
         if ticket is not None:
             self._end(ticket, "cancelled", "")
-        elif entry is not None and entry.sent:
-            self._cancel(request_id)
         elif entry is not None:
             entry.cancelled = True
+            if entry.sent:
+                self._cancel(request_id)
+
+    def resume(self) -> list[Request]:
+        """The DraftWorker is another one, which knows nothing: what is left to do of every request, in order.
+
+        Those that only waited for their last event end here.
+        """
+        for entry in list(self._open.values()):
+            entry.sent = False
+            if entry.text.stopped or entry.cancelled:
+                reason = "stop" if entry.text.stopped else "cancelled"
+                self._add(entry, _last_piece(entry, reason))
+        return [entry.rest() for entry in self._open.values()]
 
     def deliver(self, event: TokenEvent) -> None:
         """What a round gave to one request. Events of requests that are no longer here are dropped."""
         entry = self._open.get(event.request_id)
         if entry is None:
             return
+        entry.note(event)
         was_stopped = entry.text.stopped
         segments, num_kept = _append(entry, event)
         stopped = entry.text.stopped
@@ -102,13 +128,7 @@ class RequestTable:
         """Ends one admitted request with an error; what it has is kept."""
         entry = self._open.get(request_id)
         if entry is not None:
-            piece = Piece(
-                segments=tuple(entry.text.finish()),
-                finish_reason="error",
-                error=reason,
-                num_prompt_tokens=entry.num_prompt_tokens,
-            )
-            self._add(entry, piece)
+            self._add(entry, _last_piece(entry, "error", reason))
 
     def fail_all(self, reason: str) -> None:
         """The deployment broke: every request ends with this error."""
@@ -132,6 +152,17 @@ class RequestTable:
         """The only answer to a request that was never admitted."""
         kind = Completion if ticket.whole else Piece
         self._put(ticket.request_id, kind(finish_reason=reason, error=error))
+
+
+def _last_piece(entry: OpenRequest, reason: str, error: str = "") -> Piece:
+    """The end of a request without a word of the DraftWorker."""
+    return Piece(
+        segments=tuple(entry.text.finish()),
+        finish_reason=reason,
+        error=error,
+        stats=entry.stats,
+        num_prompt_tokens=entry.num_prompt_tokens,
+    )
 
 
 def _append(entry: OpenRequest, event: TokenEvent) -> tuple[list[Segment], int]:

@@ -11,9 +11,10 @@ from typing import Any
 import ray
 from ray._raylet import Config as RayCoreConfig  # type: ignore[attr-defined]  # a compiled module
 
+from outrider.cluster.guard import Guard
 from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.ray_errors import check_joinable, start_failure
-from outrider.cluster.ray_process import Keeper, keep_token_private, stop_reports
+from outrider.cluster.ray_process import Keeper, keep_token_private, started_processes, stop_reports
 from outrider.cluster.session_folder import SessionFolder, remove_abandoned
 from outrider.configs.schema import ClusterConfig
 
@@ -57,6 +58,7 @@ class RaySession:
         self._owned = not ray.is_initialized()
         self._keeper: Keeper[SessionFolder | None] | None = None
         self._folder: SessionFolder | None = None
+        self._guard: Guard | None = None
         if not self._owned:
             return
         # Ray takes this from the environment alone and has read it when it was imported.
@@ -75,6 +77,8 @@ class RaySession:
                 else:
                     self._keeper = Keeper(connect)
                     self._folder = self._keeper.made
+            if cluster.ray_address == "local" and hasattr(os, "pidfd_open"):
+                self._guard = Guard(started_processes())
         except (KeyboardInterrupt, ValueError):
             self.close()
             raise
@@ -86,6 +90,8 @@ class RaySession:
         """failed: Ray's logs may say why, so they are kept for a day."""
         if self._owned and ray.is_initialized():
             ray.shutdown()
+        if self._guard is not None:
+            self._guard.release()
         if self._keeper is not None:
             self._keeper.release()
         if self._folder is not None:

@@ -25,7 +25,7 @@ from outrider.workers.link.link import DraftSender
 from outrider.workers.link.messages import Draft, SequenceStep, Steps
 from outrider.workers.link.starts import SequenceStart
 from outrider.workers.memory import peak_memory_bytes
-from outrider.workers.rounds.budget import CostModel, PassProfile
+from outrider.workers.rounds.budget import CostModel, PassProfile, Profiles
 from outrider.workers.rounds.calibration import draft_alone, warning_of
 from outrider.workers.rounds.growth import GrowthOptions
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
@@ -62,7 +62,7 @@ class DraftWorker:
         self.config = config
         self._gpus = tuple(gpus)
         self._tracer = Tracer("draft", config.rounds.trace)
-        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self._epoch = -1  # not connected
 
     def load(self, progress: Callable[[str, int, int], None]) -> None:
         """Read the draft model, where there is one. `progress(what, done_bytes, total_bytes)`.
@@ -73,24 +73,31 @@ class DraftWorker:
         torch.set_num_threads(self.config.draft.num_threads)
         self._device = torch_device("draft", self.config.draft.device, self._gpus)
         use_device(self._device)
-        target = read_model_config(self.config, "target", progress)
-        num_pages = num_target_pages(self.config, target)
+        self._target = target = read_model_config(self.config, "target", progress)
+        self._num_pages = num_target_pages(self.config, target)
         self._drafting = self._build_drafting(target, progress)
         self._rules = {**RULES, **judge_rules(self._load_judges(progress))}
-        rounds = self.config.rounds
-        limits = SchedulerLimits(
-            rounds.max_sequences, rounds.max_round_tokens, rounds.prefill_chunk, target.widest_window
-        )
-        pool = PagePool(num_pages, self.config.target.page_size, rounds.prefix_sharing)
-        self._scheduler = Scheduler(limits, pool, self._drafting.prefix_kept, self._drafting.finish)
 
     def connect(self, host: str, port: int, epoch: int) -> None:
-        """Open the link to rank 0 of the target, which must call its own `connect` meanwhile."""
+        """Open the link to rank 0 of the target, which must call its own `connect` or `relink` meanwhile.
+
+        Where this is not the first one, everything about the sequences that ran is forgotten.
+        """
+        use_device(self._device)
+        if self._epoch >= 0:
+            self._forget_sequences()
+        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self._epoch = epoch
         timeout_s = self.config.cluster.group_timeout_s
         store = connect_store(host, port, timeout_s)
-        self._link = DraftSender(Link(store, epoch, False, self._device, timeout_s))
+        link = Link(store, epoch, False, self._device, timeout_s)
+        self._link, self._abort_link = DraftSender(link), link.abort
+        rounds, window = self.config.rounds, self._target.widest_window
+        limits = SchedulerLimits(rounds.max_sequences, rounds.max_round_tokens, rounds.prefill_chunk, window)
+        pool = PagePool(self._num_pages, self.config.target.page_size, rounds.prefix_sharing)
+        self._scheduler = Scheduler(limits, pool, self._drafting.prefix_kept, self._drafting.finish)
 
-    def profile(self, progress: Callable[[str, int, int], None]) -> PassProfile:
+    def profile(self, progress: Callable[[str, int, int], None]) -> Profiles:
         """Time the draft model, and the target for the row counts of `rounds.profile_node_counts`, before `run`.
 
         Each count is timed with a chain of rows and no context, all of them sampled or proposing: the median of a
@@ -109,19 +116,23 @@ class DraftWorker:
                 if known:
                     step_times.setdefault(method.name, []).append(median(known))
         progress("profile", len(counts), len(counts))
-        target = PassProfile(tuple(counts), tuple(target_times))
         steps = {name: PassProfile(tuple(counts), tuple(times)) for name, times in step_times.items()}
+        measured = Profiles(PassProfile(tuple(counts), tuple(target_times)), steps)
+        self.take_over(measured)
+        return measured
+
+    def take_over(self, measured: Profiles) -> None:
+        """In place of `profile`, where an earlier DraftWorker has measured."""
         self._loop = RoundLoop(
             self._link,
             self._scheduler,
             self._drafting,
-            CostModel(target, steps),
+            CostModel(measured.target, measured.methods),
             self._loop_options(),
             self._tracer,
             self._events.put,
             self._rules,
         )
-        return target
 
     def calibrate(self, request: Request, progress: Callable[[str, int, int], None]) -> list[str]:
         """Let draft heads draft a short text each, before `run`; returns what users should be told about them."""
@@ -155,21 +166,32 @@ class DraftWorker:
         """End `run` after the rounds under way."""
         self._loop.stop()
 
-    def submit(self, request: Request) -> None:
-        """Queue a request that was checked at the door; its tokens come out of `next_events`."""
-        self._loop.submit(request)
+    def abort(self) -> None:
+        """Another process of the deployment is lost: end `run`, which may wait for it, with PeerLostError."""
+        self._abort_link()
+
+    def submit(self, epoch: int, requests: Sequence[Request]) -> None:
+        """Queue requests that were checked at the door; their tokens come out of `next_events`.
+
+        epoch: of the last `connect`; what was meant for an earlier one is dropped.
+        """
+        if epoch == self._epoch:
+            for request in requests:
+                self._loop.submit(request)
 
     def cancel(self, request_id: str) -> None:
         """End a request early; ids that are not running are ignored."""
         self._loop.cancel(request_id)
 
-    def next_events(self, timeout_s: float) -> list[TokenEvent]:
-        """Events since the last call; waits up to `timeout_s` for the first."""
-        events = []
+    def next_events(self, epoch: int, timeout_s: float) -> list[TokenEvent]:
+        """Events since the last call; waits up to `timeout_s` for the first. None of another epoch than this."""
+        if epoch != self._epoch:
+            return []
+        waiting, events = self._events, []
         try:
-            events.append(self._events.get(timeout=timeout_s))
+            events.append(waiting.get(timeout=timeout_s))
             while True:
-                events.append(self._events.get_nowait())
+                events.append(waiting.get_nowait())
         except queue.Empty:
             return events
 
@@ -237,6 +259,12 @@ class DraftWorker:
             check_models(field, description, served, drafter)
             judges[entry.name] = Judge(entry.name, head.to(self._device), description)
         return judges
+
+    def _forget_sequences(self) -> None:
+        """What draft methods keep by text (rows of shared pages) stays: it is as true for the next target."""
+        for sequence in list(self._scheduler.running):
+            sequence.in_flight = False
+            self._scheduler.finish(sequence)
 
     def _loop_options(self) -> LoopOptions:
         rounds = self.config.rounds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,10 +11,15 @@ import torch
 from outrider.configs.schema import Config
 from outrider.workers.drafting.registry import layers_needed
 from outrider.workers.last_resort import Interruptible
-from outrider.workers.link.communicator import Communicator, SoloCommunicator, broadcast_message
+from outrider.workers.link.communicator import (
+    Communicator,
+    SoloCommunicator,
+    broadcast_message,
+)
 from outrider.workers.link.distributed import Link, connect_store, join_group, open_store
 from outrider.workers.link.link import DraftReceiver
-from outrider.workers.link.messages import Draft, Scores, Steps, decode_draft
+from outrider.workers.link.lost import LinkLostError, PeerLostError
+from outrider.workers.link.messages import Draft, Scores, Steps, decode_draft, encode_draft
 from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.batch import TreeRows, build_batch
 from outrider.workers.model.cache import PagedCache
@@ -39,6 +45,8 @@ from outrider.workers.setup import (
 from outrider.workers.target_state import TargetSequences
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
+
+PAUSE = Draft(0, (), (), Steps.of([]), pause=True)
 
 # A rank that is woken needs milliseconds; one that waits for a round hears of a lost peer with the next.
 ABORT_GRACE_S = 10.0
@@ -66,12 +74,19 @@ class TargetRank:
         self._cache = cache
         self._forward = forward_of(model, cache, target_capacities(model, cache), taps)
         self._stretches = Stretches(model.device, tracer)
-        self._sequences = TargetSequences(num_slots, cache.num_pages, cache.page_size, grammars)
+        self._num_slots, self._grammars = num_slots, grammars
+        self.forget_sequences()
         self._sampler = Sampler(
             model.config.vocab_size,
             VocabularyRange(model.plan.vocab.start, model.plan.vocab.stop),
             model.communicator,
             model.kernels,
+        )
+
+    def forget_sequences(self) -> None:
+        """Whoever sends drafts from now on knows none of those that ran."""
+        self._sequences = TargetSequences(
+            self._num_slots, self._cache.num_pages, self._cache.page_size, self._grammars
         )
 
     @torch.inference_mode()
@@ -142,6 +157,8 @@ class TargetWorker:
         self._communicator: Communicator = SoloCommunicator()
         self._interruptible = Interruptible()
         self._wake: list[Callable[[], None]] = []
+        self._rank: TargetRank | None = None  # once connected
+        self._lost_link = ""  # why rank 0 no longer hears of its DraftWorker
 
     def load(self, progress: Callable[[str, int, int], None]) -> None:
         """Read this rank's weights. `progress(what, done_bytes, total_bytes)`.
@@ -169,7 +186,8 @@ class TargetWorker:
     def connect(self, host: str, port: int, epoch: int) -> None:
         """Join the target group, build the model and its KV cache, and on rank 0 open the link to the DraftWorker.
 
-        Every process must call it.
+        Every process must call it. A rank whose group broke may call it again, for a new store and another epoch:
+        it keeps its weights.
 
         Raises:
             PeerLostError: another process has not come within `cluster.group_timeout_s`.
@@ -177,7 +195,19 @@ class TargetWorker:
         with self._interruptible.working():
             self._connect(host, port, epoch)
 
+    def relink(self, epoch: int) -> None:
+        """Where `run` has paused: forget the sequences, and on rank 0 open the link to another DraftWorker.
+
+        Every rank must call it; the DraftWorker calls `connect` with the old store and this epoch.
+        """
+        assert self._rank is not None
+        self._rank.forget_sequences()
+        if self.rank == 0:
+            with self._interruptible.working():
+                self._open_link(epoch)
+
     def _connect(self, host: str, port: int, epoch: int) -> None:
+        self._rank = None  # the cache of an earlier group, before there is another
         use_device(self._weights.device)
         timeout_s = self.config.cluster.group_timeout_s
         if self.rank != 0:
@@ -207,12 +237,21 @@ class TargetWorker:
             self._grammars,
         )
         if self.rank == 0:
-            link = Link(self._store, epoch, True, weights.device, timeout_s)
-            self._link = DraftReceiver(link)
-            self._wake.append(link.abort)
+            self._open_link(epoch)
+
+    def _open_link(self, epoch: int) -> None:
+        device, timeout_s = self._weights.device, self.config.cluster.group_timeout_s
+        use_device(device)
+        link = Link(self._store, epoch, True, device, timeout_s)
+        self._link = DraftReceiver(link)
+        self._wake = [self._communicator.abort, link.abort]
 
     def run(self) -> None:
-        """Serve rounds until the DraftWorker says stop. Any failure wakes the other ranks and is raised."""
+        """Serve rounds until the DraftWorker says stop. Any failure wakes the other ranks and is raised.
+
+        The loss of the DraftWorker is no failure of theirs: all ranks pause, rank 0 raises LinkLostError, the others
+        return, and `relink` lets them go on.
+        """
         with self._interruptible.working():
             self._run()
 
@@ -225,29 +264,45 @@ class TargetWorker:
         self._interruptible.end(self._wake, grace_s)
 
     def _run(self) -> None:
+        assert self._rank is not None
         use_device(self._weights.device)
+        self._lost_link = ""
         try:
-            message = torch.empty(0, dtype=torch.int32)
-            while True:
-                with self._tracer.span("wait"):
-                    if self.rank == 0:
-                        message = self._link.receive_message()
-                    message = broadcast_message(self._communicator, message)
-                with self._tracer.span("communicate"):
-                    draft = decode_draft(message)
-                if draft.stop:
-                    return
+            draft = self._next_draft()
+            while not (draft.stop or draft.pause):
                 scores = self._rank.step(draft)
                 if self.rank == 0:
                     with self._tracer.span("communicate"):
-                        self._link.send(scores)
+                        self._answer(scores)
+                draft = self._next_draft()
         except BaseException:
             self._communicator.abort()
+            self._communicator.close()
             raise
         finally:
             if self.rank == 0:
                 self._link.close()
+        if draft.stop:
             self._communicator.close()
+        elif self.rank == 0:
+            raise LinkLostError(self._lost_link)
+
+    def _next_draft(self) -> Draft:
+        with self._tracer.span("wait"):
+            message = torch.empty(0, dtype=torch.int32)
+            if self.rank == 0:
+                try:
+                    message = self._link.receive_message()
+                except PeerLostError as error:
+                    self._lost_link = str(error)
+                    message = encode_draft(PAUSE)
+            message = broadcast_message(self._communicator, message)
+        with self._tracer.span("communicate"):
+            return decode_draft(message)
+
+    def _answer(self, scores: Scores) -> None:
+        with suppress(PeerLostError):  # which the next draft's absence says, too
+            self._link.send(scores)
 
     def stats(self) -> dict[str, Any]:
         """Seconds per kind of work since the start, and the peak memory of this process."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any, Protocol
 
 from outrider.cluster.api import GenerationRequest
@@ -46,7 +46,7 @@ class EngineDecoder:
         self._draft = draft
 
     def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Completion:
-        request = GenerationRequest(prompt_tokens, asdict(sampling), self._draft)
+        request = GenerationRequest(prompt_tokens, _fields_of(sampling), self._draft)
         (answer,) = _complete(self._engine, [request])
         return answer
 
@@ -92,7 +92,9 @@ class EngineAnswerer:
 
     def answer(self, questions: Sequence[Question]) -> list[Completion]:
         requests = [
-            GenerationRequest(q.prompt_tokens, asdict(q.sampling), AS_CONFIGURED if q.speculative else PLAIN)
+            GenerationRequest(
+                q.prompt_tokens, _fields_of(q.sampling), AS_CONFIGURED if q.speculative else PLAIN
+            )
             for q in questions
         ]
         return _complete(self._engine, requests)
@@ -104,3 +106,11 @@ def _complete(engine: RunningEngine, requests: Sequence[GenerationRequest]) -> l
         if answer.finish_reason == "error":
             raise ValueError(answer.error)
     return answers
+
+
+def _fields_of(sampling: SamplingParams) -> dict[str, object]:
+    """All of them, so that no default of the configuration gets in; no benchmark asks for a grammar."""
+    assert not sampling.grammar.text
+    return {
+        field.name: getattr(sampling, field.name) for field in fields(sampling) if field.name != "grammar"
+    }

@@ -187,14 +187,17 @@ def _add_models(app: FastAPI, service: _Service) -> None:
 def _add_probes(app: FastAPI, service: _Service) -> None:
     @app.get("/health", response_class=PlainTextResponse, responses=_ERRORS)
     async def health() -> str:
-        """Whether this process answers. It is well as long as it can serve: a deployment that broke stays broken."""
+        """Whether this process answers. It is well as long as it can serve, also where lost workers are being started
+        again: ending it would lose more. A deployment that broke for good stays broken."""
         _require_whole(service)
-        return "ok"
+        return "restarting" if service.engine.restarting else "ok"
 
     @app.get("/ready", response_class=PlainTextResponse, responses=_ERRORS)
     async def ready() -> str:
-        """Whether requests would be run."""
+        """Whether requests would be run now. While lost workers are started again they are taken, and wait."""
         _require_whole(service)
+        if service.engine.restarting:
+            raise ApiError(503, f"restarting: {service.engine.restarting}", code="engine_restarting")
         return "ok"
 
     @app.get("/metrics", response_class=PlainTextResponse)

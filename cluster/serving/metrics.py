@@ -210,14 +210,23 @@ class _EngineCollector(Collector):
         self.stats: Stats = {}
 
     def collect(self) -> Iterator[Metric]:
-        draft = self.stats.get("draft", {})
         yield self._gauge("outrider_up", "Whether the engine answers.", float(bool(self.stats)))
         if not self.stats:
             return
-        yield self._gauge("vllm:num_requests_running", "Sequences with a slot.", draft["num_running"])
-        num_open = self.stats["coordinator"]["num_open_requests"]
-        waiting = max(num_open - draft["num_running"], 0)
+        own, draft = self.stats["coordinator"], self.stats.get("draft", {})
+        restarts = CounterMetricFamily(
+            "outrider_restarts", "Times that lost workers were started again.", labels=("model_name",)
+        )
+        restarts.add_metric((self._model_name,), own["num_restarts"])
+        yield restarts
+        num_running = draft.get("num_running", 0)
+        yield self._gauge("vllm:num_requests_running", "Sequences with a slot.", num_running)
+        waiting = max(own["num_open_requests"] - num_running, 0)
         yield self._gauge("vllm:num_requests_waiting", "Requests that wait for a slot.", waiting)
+        restarting = float(not draft)
+        yield self._gauge("outrider_restarting", "Whether lost workers are being started again.", restarting)
+        if not draft:
+            return
         num_pages, num_free = draft["num_pages"], draft["num_available_pages"]
         yield self._gauge("outrider_pages", "KV pages that there are.", num_pages)
         yield self._gauge("outrider_available_pages", "KV pages that a sequence can have.", num_free)

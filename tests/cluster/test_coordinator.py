@@ -3,6 +3,8 @@
 import asyncio
 import pickle
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +19,21 @@ from outrider.cluster.api import (
     Ticket,
 )
 from outrider.cluster.coordinator import Coordinator
+from outrider.configs.schema import ClusterConfig
 from outrider.workers.answer import Completion
 from outrider.workers.sequences.origin import Origin
-from support.fake_workers import EOS_TOKEN_IDS, FAKE_CONFIG, char_admission, endless, fake_deployment
+from support.fake_workers import (
+    EOS_TOKEN_IDS,
+    FAKE_CONFIG,
+    FakeCrew,
+    FakeTarget,
+    char_admission,
+    endless,
+    fake_deployment,
+)
 from support.waiting import until
+
+NO_RESTARTS = replace(FAKE_CONFIG, cluster=ClusterConfig(max_restarts=0))
 
 
 def echo(prompt: str) -> str:
@@ -200,9 +213,9 @@ def test_what_is_wrong_with_a_request_is_said_at_the_door(asked: GenerationReque
     asyncio.run(scenario())
 
 
-def test_the_death_of_a_worker_ends_all_requests_with_its_reason() -> None:
+def test_where_nothing_is_restarted_the_death_of_a_worker_ends_all_requests_with_its_reason() -> None:
     async def scenario() -> None:
-        async with fake_deployment(endless) as fake:
+        async with fake_deployment(endless, NO_RESTARTS) as fake:
             asked = GenerationRequest("x", {"max_tokens": 150})
             answers = asyncio.create_task(complete_all(fake.coordinator, [asked, asked]))
             while len(fake.draft.submitted) < 2:
@@ -225,7 +238,7 @@ def test_a_rank_that_outlives_another_is_told_so() -> None:
     """It may wait for the other one: on a GPU for ever, unless another thread of its process ends that."""
 
     async def scenario() -> None:
-        async with fake_deployment(endless) as fake:
+        async with fake_deployment(endless, NO_RESTARTS) as fake:
             fake.targets[1].die("out of memory")
             async with asyncio.timeout(30.0):
                 while not fake.targets[0].was_aborted:
@@ -237,20 +250,16 @@ def test_a_rank_that_outlives_another_is_told_so() -> None:
 
 
 def test_a_worker_that_cannot_load_stops_the_start_with_one_line() -> None:
+    def fail(target: FakeTarget) -> None:
+        target.death = "no space left\nand a second line"
+
     async def scenario() -> None:
-        async with fake_deployment(echo) as fake:
-            workers = fake.coordinator._workers
-
-            def fail() -> None:
-                raise RuntimeError("no space left\nand a second line")
-
-            fake.targets[0].load = fail  # type: ignore[method-assign]
-            second = Coordinator(FAKE_CONFIG, lambda _: workers, char_admission)
-            with pytest.raises(
-                EngineError,
-                match=r"^target 0 failed during load: RuntimeError: no space left \(\S+, line \d+\)$",
-            ):
-                await second.start()
+        with ThreadPoolExecutor(16) as threads:
+            crew = FakeCrew(echo, threads)
+            crew.prepare_next["target 0"] = fail
+            message = r"^target 0 failed during load: RuntimeError: no space left \(\S+, line \d+\)$"
+            with pytest.raises(EngineError, match=message):
+                await Coordinator(FAKE_CONFIG, crew, char_admission).start()
 
     asyncio.run(scenario())
 

@@ -79,7 +79,7 @@ def test_the_cause_is_named_and_not_those_who_complain_of_it(
             for name, error in errors.items()
         }
         await asyncio.wait(runs.values())
-        assert (await blame(runs, handles)).startswith(expected)
+        assert (await blame(runs, handles)).reason.startswith(expected)
 
     with_handles({name: Silent() if name == silent else FakeTarget() for name in NAMES}, scenario)
 

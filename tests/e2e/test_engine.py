@@ -161,10 +161,10 @@ def wait_until_idle(engine: Engine) -> None:
     wait_until(lambda: not engine.stats()["coordinator"]["num_open_requests"])
 
 
-def test_a_killed_rank_ends_requests_with_its_name_and_close_leaves_no_process(
+def test_where_nothing_is_restarted_a_killed_rank_ends_requests_with_its_name_and_close_leaves_no_process(
     ray_with_room: None,
 ) -> None:
-    engine = Engine.start(load_config("tiny-random", TWO_RANKS))
+    engine = Engine.start(load_config("tiny-random", [*TWO_RANKS, "cluster.max_restarts=0"]))
     try:
         stats = engine.stats()
         pids = [stats[name]["pid"] for name in ("draft", "target 0", "target 1")]

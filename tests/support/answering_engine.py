@@ -30,7 +30,7 @@ class AnsweringEngine:
         return {
             "draft": {"busy_s": busy, "peak_memory_bytes": 2**20},
             "target 0": {"busy_s": busy, "peak_memory_bytes": 2**21},
-            "coordinator": {"num_open_requests": 0},
+            "coordinator": {"num_open_requests": 0, "num_restarts": 0},
         }
 
     def trace(self) -> dict[str, list[dict[str, Any]]]:

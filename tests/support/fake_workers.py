@@ -3,19 +3,22 @@
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from outrider.cluster.actors import Workers
+from ray.exceptions import ActorDiedError
+
 from outrider.cluster.admission import Admission
 from outrider.cluster.api import ServedModel
 from outrider.cluster.coordinator import Coordinator
 from outrider.cluster.text import Decoder
 from outrider.cluster.text_bound import TextBound
 from outrider.configs.schema import Config, SamplingConfig, TargetConfig, TreeConfig
+from outrider.workers.link.lost import LinkLostError
 from outrider.workers.sampling.grammars import Grammars
 from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.sequence import Request, RequestStats, TokenEvent, TokenLogprobs
@@ -94,25 +97,40 @@ class FakeTarget:
     def __init__(self) -> None:
         self.death = ""
         self.was_aborted = False
+        self.was_killed = False
+        self.calls: list[tuple[object, ...]] = []
+        self.hangs = threading.Event()
         self._stop = threading.Event()
+        self._error: BaseException | None = None
 
     def abort(self) -> None:
         self.was_aborted = True
-        self._stop.set()
+        self.die_of(ConnectionError("told of a loss"))
 
-    def load(self) -> None: ...
+    def load(self) -> None:
+        self.calls.append(("load",))
+        if self.death:
+            raise RuntimeError(self.death)
 
     def open_store(self) -> tuple[str, int]:
         return "127.0.0.1", 1
 
-    def connect(self, host: str, port: int, epoch: int) -> None: ...
+    def connect(self, host: str, port: int, epoch: int) -> None:
+        self.calls.append(("connect", epoch))
+
+    def relink(self, epoch: int) -> None:
+        self.calls.append(("relink", epoch))
 
     def run(self) -> None:
+        self._stop.clear()
+        self._error = None
         self._stop.wait()
-        if self.death:
-            raise RuntimeError(self.death)
+        if self._error is not None:
+            raise self._error
 
     def progress(self) -> list[Any]:
+        while self.hangs.is_set() and not self.was_killed:
+            time.sleep(0.01)
         return []
 
     def stats(self) -> dict[str, Any]:
@@ -125,54 +143,101 @@ class FakeTarget:
         self._stop.set()
 
     def die(self, reason: str) -> None:
+        """Its loop fails, its process stays."""
         self.death = reason
-        self._stop.set()
+        self.die_of(RuntimeError(reason))
+
+    def die_of(self, error: BaseException) -> None:
+        if not self._stop.is_set():
+            self._error = error
+            self._stop.set()
+
+    def kill(self) -> None:
+        """Its process ends."""
+        self.was_killed = True
+        self.die_of(ActorDiedError())
+
+
+class FakeRank0(FakeTarget):
+    """Has a stand-in for the DraftWorker inside."""
+
+    def __init__(self, crew: "FakeCrew") -> None:
+        super().__init__()
+        self.inner = FakeDraft(crew)
+
+    def stand_in(self, method: str, *arguments: object) -> Any:
+        return getattr(self.inner, method)(*arguments)
+
+    def kill(self) -> None:
+        super().kill()
+        self.inner.kill()
 
 
 class FakeDraft(FakeTarget):
     """Gives each request the text that `answer(prompt)` says, three tokens a round, the last two "drafted"."""
 
-    def __init__(self, answer: Callable[[str], str], targets: Sequence[FakeTarget]) -> None:
+    def __init__(self, crew: "FakeCrew") -> None:
         super().__init__()
+        self.crew = crew
         self.submitted: list[Request] = []
         self.cancelled: list[str] = []
-        self._answer = answer
-        self._targets = targets
+        self.silent = threading.Event()  # no rounds until it is connected again, as where a rank is lost
         self._left: dict[str, list[int]] = {}
         self._emitted: dict[str, int] = {}
         self._events: queue.Queue[TokenEvent] = queue.Queue()
 
-    def profile(self) -> None: ...
+    def connect(self, host: str, port: int, epoch: int) -> None:
+        super().connect(host, port, epoch)
+        self.silent.clear()
+        self.epoch = epoch
+        self._left.clear()
+        self.submitted.clear()
+        self._events = queue.Queue()
+
+    def profile(self) -> str:
+        return "measured"
+
+    def take_over(self, measured: str) -> None:
+        self.calls.append(("take_over", measured))
 
     def calibrate(self, request: Request) -> list[str]:
         assert request.sampling.is_greedy
         return [f"a text after {len(request.prompt_tokens)} tokens was hard"]
 
-    def submit(self, requests: list[Request]) -> None:
-        for request in requests:
+    def submit(self, epoch: int, requests: list[Request]) -> None:
+        for request in requests if epoch == self.epoch else ():
+            assert request.id not in self._left, "submitted twice"
             prompt = "".join(map(chr, request.prompt_tokens))
-            self._emitted[request.id] = 0
-            self._left[request.id] = [ord(char) for char in self._answer(prompt)]
+            said = len(request.output_tokens)
+            self._emitted[request.id] = said
+            self._left[request.id] = [ord(char) for char in self.crew.answer(prompt)][said:]
             self.submitted.append(request)
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
 
-    def next_events(self, timeout_s: float) -> list[TokenEvent]:
+    def next_events(self, epoch: int, timeout_s: float) -> list[TokenEvent]:
         try:
-            return [self._events.get(timeout=min(timeout_s, 0.02))]
+            return [self._events.get(timeout=min(timeout_s, 0.02))] if epoch == self.epoch else []
         except queue.Empty:
             return []
 
     def run(self) -> None:
+        self._stop.clear()
+        self._error = None
         while not self._stop.wait(ROUND_S):
-            for request in self.submitted:
+            for request in () if self.silent.is_set() else list(self.submitted):
                 if request.id in self._left:
                     self._events.put(self._round(request))
-        for target in () if self.death else self._targets:
-            target.stop()
-        if self.death:
-            raise RuntimeError(self.death)
+        for target in self.crew.targets:
+            if self._error is None:
+                target.stop()
+            elif target is self.crew.targets[0]:
+                target.die_of(LinkLostError("link: closed by the other end"))
+            else:  # they pause
+                target.stop()
+        if self._error is not None:
+            raise self._error
 
     def _round(self, request: Request) -> TokenEvent:
         room = request.sampling.max_tokens - self._emitted[request.id]
@@ -195,24 +260,69 @@ class FakeDraft(FakeTarget):
         return TokenEvent(request.id, tuple(tokens), origins, logprobs, reason, "", stats)
 
 
+class FakeCrew:
+    """Spawns fakes, as `ActorSpawner` does actors; the newest of each name are at hand."""
+
+    def __init__(self, answer: Callable[[str], str], threads: ThreadPoolExecutor) -> None:
+        self.answer = answer
+        self.workers: dict[str, Any] = {}
+        self.spawned: list[str] = []
+        self.made: list[FakeTarget] = []
+        self.prepare_next: dict[
+            str, Callable[[FakeTarget], None]
+        ] = {}  # by name, for the next that is spawned
+        self._threads = threads
+
+    def spawn(self, name: str) -> "LocalHandle":
+        rank = FakeRank0(self) if name == "target 0" else FakeTarget()
+        worker = FakeDraft(self) if name == "draft" else rank
+        self.prepare_next.pop(name, lambda _: None)(worker)
+        self.made += [worker.inner] if isinstance(worker, FakeRank0) else []
+        self.workers[name] = worker
+        self.spawned.append(name)
+        self.made.append(worker)
+        return LocalHandle(worker, self._threads)
+
+    def kill(self, worker: "LocalHandle") -> None:
+        worker.worker.kill()
+
+    @property
+    def draft(self) -> FakeDraft:
+        draft: FakeDraft = self.workers["draft"]
+        return draft
+
+    @property
+    def targets(self) -> list[FakeTarget]:
+        return [worker for name, worker in self.workers.items() if name != "draft"]
+
+
 class LocalHandle:
     """Calls a fake as the Coordinator calls an actor: `handle.method.remote(...)` is awaitable."""
 
     def __init__(self, worker: FakeTarget, threads: ThreadPoolExecutor) -> None:
-        self._worker = worker
+        self.worker = worker
         self._threads = threads
 
     def __getattr__(self, name: str) -> "LocalMethod":
-        return LocalMethod(getattr(self._worker, name), self._threads)
+        return LocalMethod(self.worker, name, self._threads)
 
 
 @dataclass(frozen=True)
 class LocalMethod:
-    call: Callable[..., Any]
+    worker: FakeTarget
+    name: str
     threads: ThreadPoolExecutor
 
     def remote(self, *args: object) -> "asyncio.Future[Any]":
-        return asyncio.get_running_loop().run_in_executor(self.threads, self.call, *args)
+        return asyncio.get_running_loop().run_in_executor(self.threads, self._call, *args)
+
+    def _call(self, *args: object) -> Any:
+        if self.worker.was_killed:
+            raise ActorDiedError
+        result = getattr(self.worker, self.name)(*args)
+        if self.worker.was_killed:
+            raise ActorDiedError
+        return result
 
 
 @dataclass(frozen=True)
@@ -220,9 +330,16 @@ class FakeDeployment:
     """A started Coordinator and the fakes behind it."""
 
     coordinator: Coordinator
-    draft: FakeDraft
-    targets: tuple[FakeTarget, ...]
+    crew: FakeCrew
     warnings: list[str]  # of the start
+
+    @property
+    def draft(self) -> FakeDraft:
+        return self.crew.draft
+
+    @property
+    def targets(self) -> list[FakeTarget]:
+        return self.crew.targets
 
 
 @asynccontextmanager
@@ -230,17 +347,15 @@ async def fake_deployment(
     answer: Callable[[str], str], config: Config = FAKE_CONFIG
 ) -> AsyncIterator[FakeDeployment]:
     """Brings a Coordinator up on fakes in this event loop, and down again."""
-    targets = tuple(FakeTarget() for _ in range(config.target.tp_size))
-    draft = FakeDraft(answer, targets)
-    with ThreadPoolExecutor(32) as threads:
-        handles = tuple(LocalHandle(target, threads) for target in targets)
-        workers = Workers(handles, LocalHandle(draft, threads))
-        coordinator = Coordinator(config, lambda _: workers, char_admission)
+    with ThreadPoolExecutor(64) as threads:
+        crew = FakeCrew(answer, threads)
+        coordinator = Coordinator(config, crew, char_admission)
         try:
             warnings = await coordinator.start()
-            yield FakeDeployment(coordinator, draft, targets, warnings)
+            yield FakeDeployment(coordinator, crew, warnings)
         finally:
-            for worker in (draft, *targets):
+            for worker in crew.made:
+                worker.was_killed = True
                 worker.stop()
             await coordinator.stop()
 

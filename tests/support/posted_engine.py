@@ -27,6 +27,10 @@ class PostedEngine:
     def failure(self) -> str:
         return self.inbox.failure
 
+    @property
+    def restarting(self) -> str:
+        return self.inbox.restarting
+
     def post(self, asked: GenerationRequest, box: Box) -> str:
         self.posted.append(asked)
         return self.inbox.post(asked, box)
@@ -47,8 +51,11 @@ class PostedEngine:
         """`posted_engine` ends it."""
 
     def stats(self) -> dict[str, dict[str, Any]]:
+        own = {"coordinator": {"num_open_requests": 3, "num_restarts": 2}}
+        if self.restarting:
+            return own
         draft = {"num_running": 1, "num_pages": 10, "num_available_pages": 4}
-        return {"draft": {**draft, "busy_s": {"forward": 1.0}}, "coordinator": {"num_open_requests": 3}}
+        return {"draft": {**draft, "busy_s": {"forward": 1.0}}, **own}
 
     def _call(self, method: str, *args: object) -> Any:
         coordinator = self.fake.coordinator

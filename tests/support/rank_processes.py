@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from outrider.workers.link.communicator import Communicator, PeerLostError
+from outrider.workers.link.communicator import Communicator
 from outrider.workers.link.distributed import Link, connect_store, join_group, open_store
+from outrider.workers.link.lost import PeerLostError
 
 HOST = "127.0.0.1"
 CPU = torch.device("cpu")

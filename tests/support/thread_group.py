@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from outrider.workers.link.communicator import PeerLostError
+from outrider.workers.link.lost import PeerLostError
 
 _TIMEOUT_S = 600.0
 

@@ -8,9 +8,9 @@ _LIMIT_S = 20
 _PAUSE_S = 0.01
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
+def wait_until(holds: Callable[[], bool], limit_s: float = _LIMIT_S) -> None:
     """Returns once `holds()` is true; fails after the limit."""
-    limit = time.monotonic() + _LIMIT_S
+    limit = time.monotonic() + limit_s
     while not holds():
         assert time.monotonic() < limit
         time.sleep(_PAUSE_S)

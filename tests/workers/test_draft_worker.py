@@ -64,7 +64,7 @@ class Pair:
         joining.join()
         self._threads = [threading.Thread(target=self.target.run, daemon=True)]
         self._threads[0].start()
-        self.profile: PassProfile = self.draft.profile(self.report)
+        self.profile: PassProfile = self.draft.profile(self.report).target
         self.profiled_step_s = self.draft.stats()["draft_step_s"]
 
     def report(self, what: str, done: int, total: int) -> None:
@@ -76,11 +76,10 @@ class Pair:
 
     def generate(self, *requests: Request) -> dict[str, list[TokenEvent]]:
         collected: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
-        for request in requests:
-            self.draft.submit(request)
+        self.draft.submit(1, requests)
         unfinished = set(collected)
         while unfinished:
-            for event in self.draft.next_events(20.0):
+            for event in self.draft.next_events(1, 20.0):
                 collected[event.request_id].append(event)
                 if event.finish_reason:
                     unfinished.remove(event.request_id)
@@ -249,10 +248,10 @@ def test_pages_are_back_when_all_is_said(pair: Pair) -> None:
 
 
 def test_waiting_for_events_ends_with_the_first_or_with_the_time(pair: Pair) -> None:
-    assert pair.draft.next_events(0.01) == []
+    assert pair.draft.next_events(1, 0.01) == []
     begun = time.monotonic()
-    pair.draft.submit(request("a", num_tokens=1))
-    (event,) = pair.draft.next_events(20.0)
+    pair.draft.submit(1, [request("a", num_tokens=1)])
+    (event,) = pair.draft.next_events(1, 20.0)
     assert time.monotonic() - begun < 15.0
     assert (event.request_id, event.finish_reason) == ("a", "length")
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
@@ -10,9 +11,11 @@ from outrider.configs.loader import load_config
 from outrider.configs.schema import Config
 from outrider.workers.draft import DraftWorker
 from outrider.workers.first_gpu.processes import CALL_S, Deployment, WorkerProcess, deployed
-from outrider.workers.link.communicator import PeerLostError
+from outrider.workers.link.lost import LinkLostError, PeerLostError
+from outrider.workers.rounds.budget import PassProfile, Profiles
 from outrider.workers.sequences.params import SamplingParams
-from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
+from outrider.workers.sequences.sequence import DraftOptions, Request, RequestStats, TokenEvent
+from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.random_source import RandomSource
 from support.local_engine import LocalEngine, default_options, output_tokens
@@ -118,21 +121,58 @@ def test_ranks_over_gloo_and_an_idle_time_longer_than_the_group_waits(
         running.stop()
 
 
-def test_target_ranks_notice_a_dead_draft_worker_and_serve_the_next_one(
+def begun(request: Request, text: list[int], num_said: int) -> Request:
+    """As it goes on where its first tokens have come out."""
+    return replace(request, output_tokens=tuple(text[:num_said]), stats=RequestStats(num_rounds=3))
+
+
+def test_lost_processes_are_replaced_by_new_ones_and_texts_go_on(
     expected_texts: dict[str, list[int]],
 ) -> None:
-    config = two_ranks()
+    """First the DraftWorker, which leaves the ranks' group whole; then a rank, which leaves the others' weights."""
+    config, long = two_ranks(), Request("long", (1, 2), SamplingParams(max_tokens=400), DRAFT)
     with deployed(config) as running:
-        running.draft.call("submit", Request("1", (1, 2), SamplingParams(max_tokens=400), DRAFT))
-        assert running.draft.call("next_events", 10.0)  # in the middle of its work
+        running.draft.call("submit", 1, [long])
+        assert running.draft.call("next_events", 1, 10.0)  # in the middle of its work
         running.draft.kill()
-        for run in running.runs[:2]:
-            assert_lost(run)
+        assert isinstance(running.runs[0].exception(NOTICED_S), LinkLostError)
+        running.runs[1].result(NOTICED_S)
         running.draft = WorkerProcess(DraftWorker, config, (), limit_s=CALL_S)
         running.draft.call("load", silent)
-        running.connect(epoch=2)
-        events = running.generate(requests())
-        assert {name: output_tokens(list_) for name, list_ in events.items()} == expected_texts
+        joining = [target.begin("relink", 2) for target in running.targets]
+        joining.append(running.draft.begin("connect", *running.meeting, 2))
+        for joined in joining:
+            joined.result(CALL_S)
+        running.epoch = 2
+        running.runs = [target.begin("run") for target in running.targets]
+        running.draft.call("take_over", Profiles(PassProfile((1, 2), (0.01, 0.01)), {}))
+        running.runs.append(running.draft.begin("run"))
+        going_on = [begun(request, expected_texts[request.id], 7) for request in requests()]
+        events = running.generate(going_on)
+        assert {
+            n: expected_texts[n][:7] + output_tokens(list_) for n, list_ in events.items()
+        } == expected_texts
+        assert all(list_[-1].stats.num_rounds > 3 for list_ in events.values())
+
+        running.draft.call("submit", 2, [long])
+        assert running.draft.call("next_events", 2, 10.0)
+        running.targets[1].kill()
+        assert_lost(running.runs[0])
+        assert_lost(running.runs[2])
+        running.targets[1] = WorkerProcess(TargetWorker, config, 1, (), limit_s=CALL_S)
+        running.targets[1].call("load", silent)
+        running.meeting = running.targets[0].call("open_store", "127.0.0.1")
+        running.connect(epoch=3)
+        assert (
+            running.draft.call("next_events", 2, 10.0) == []
+        )  # those of the past are gone, and nobody waits
+        running.draft.call("submit", 2, [long])
+        events = running.generate([begun(request, expected_texts[request.id], 1) for request in requests()])
+        assert {
+            n: expected_texts[n][:1] + output_tokens(list_) for n, list_ in events.items()
+        } == expected_texts
+        assert running.draft.call("stats")["num_running"] == 0
+        running.stop()
 
 
 def test_a_rank_that_is_told_of_a_loss_ends_its_loop_and_stays() -> None:
@@ -158,8 +198,8 @@ def test_a_rank_that_cannot_be_woken_ends_its_process() -> None:
 def test_everybody_notices_a_dead_target_rank(rank: int, busy: bool) -> None:
     with deployed(two_ranks()) as running:
         if busy:
-            running.draft.call("submit", Request("1", (1, 2), SamplingParams(max_tokens=400), DRAFT))
-            assert running.draft.call("next_events", 10.0)
+            running.draft.call("submit", 1, [Request("1", (1, 2), SamplingParams(max_tokens=400), DRAFT)])
+            assert running.draft.call("next_events", 1, 10.0)
         running.targets[rank].kill()
         assert_lost(running.runs[1 - rank])
         assert_lost(running.runs[2])

@@ -102,9 +102,11 @@ class Deployment:
     meeting: tuple[str, int]  # of all groups
     runs: list[Future[None]]  # of the targets by rank, then of the DraftWorker
     limit_s: float
+    epoch: int = 0
 
     def connect(self, epoch: int) -> None:
         """Join groups and link, measure the target, and begin to serve."""
+        self.epoch = epoch
         workers = [*self.targets, self.draft]
         for joining in [worker.begin("connect", *self.meeting, epoch) for worker in workers]:
             joining.result(self.limit_s)
@@ -117,11 +119,10 @@ class Deployment:
     ) -> dict[str, list[TokenEvent]]:
         """Run requests to their ends; the events of each."""
         collected: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
-        for request in requests:
-            self.draft.call("submit", request)
+        self.draft.call("submit", self.epoch, requests)
         unfinished = set(collected)
         while unfinished:
-            events: list[TokenEvent] = self.draft.call("next_events", 10.0)
+            events: list[TokenEvent] = self.draft.call("next_events", self.epoch, 10.0)
             assert events, "nothing came for ten seconds"
             for event in events:
                 collected[event.request_id].append(event)

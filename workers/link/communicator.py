@@ -11,10 +11,6 @@ FIRST_BLOCK_INTS = 1024
 """Messages travel as a first block of this size, and the rest only where they are longer: most are not."""
 
 
-class PeerLostError(ConnectionError):
-    """A process at the other end died, closed its side, or has not answered for too long."""
-
-
 class Communicator(Protocol):
     """Collectives of one tensor-parallel group. Every rank makes the same calls in the same order.
 

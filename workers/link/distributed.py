@@ -22,10 +22,10 @@ import torch.distributed as dist
 from outrider.workers.link.communicator import (
     FIRST_BLOCK_INTS,
     Communicator,
-    PeerLostError,
     SoloCommunicator,
 )
 from outrider.workers.link.link import NO_PAYLOAD, Packet
+from outrider.workers.link.lost import PeerLostError
 from outrider.workers.link.places import (
     address_towards,
     gpu_identity,

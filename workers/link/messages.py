@@ -130,6 +130,7 @@ class Draft:
     layers: tuple[int, ...] = ()
     """Whose inputs come back as hidden rows; the number of layers stands for what leaves the last one."""
     stop: bool = False  # the loop ends; everything else is empty
+    pause: bool = False  # likewise, but the group stays together: rank 0 has lost its DraftWorker
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +163,7 @@ def encode_draft(draft: Draft) -> torch.Tensor:
     steps = draft.steps
     return _pack(
         [
-            np.array([*halves(draft.round_id), draft.stop]),
+            np.array([*halves(draft.round_id), draft.stop, draft.pause]),
             np.array(start_ints, dtype=np.int64),
             # Both sides must compute with the very same numbers: all their bits travel.
             np.array(start_floats, dtype=np.float64).view(np.int32),
@@ -185,7 +186,7 @@ def encode_draft(draft: Draft) -> torch.Tensor:
 def decode_draft(buffer: torch.Tensor) -> Draft:
     """Read what `encode_draft` wrote."""
     head, start_ints, start_floats, released, layers, *step_arrays = _unpack(buffer)
-    low, high, stop = head.tolist()
+    low, high, stop, pause = head.tolist()
     return Draft(
         round_id=joined(low, high),
         starts=decode_starts(start_ints.tolist(), start_floats.view(np.float64).tolist()),
@@ -193,6 +194,7 @@ def decode_draft(buffer: torch.Tensor) -> Draft:
         steps=Steps(*[array.astype(np.int64) for array in step_arrays]),
         layers=tuple(layers.tolist()),
         stop=bool(stop),
+        pause=bool(pause),
     )
 
 

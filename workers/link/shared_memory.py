@@ -19,7 +19,7 @@ import time
 
 import torch
 
-from outrider.workers.link.communicator import PeerLostError
+from outrider.workers.link.lost import PeerLostError
 
 SLOT_BYTES = 1 << 20
 _LINE = 8  # int64 words per cache line: each rank's words have one of their own

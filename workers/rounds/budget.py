@@ -63,6 +63,14 @@ class PassProfile:
         return shares
 
 
+@dataclass(frozen=True)
+class Profiles:
+    """What was measured at a start."""
+
+    target: PassProfile
+    methods: Mapping[str, PassProfile]  # steps of draft methods, by their names
+
+
 class CostModel:
     """Seconds of a target pass, and of each draft method's steps and reading, from start-up profiles and what is
     measured since.

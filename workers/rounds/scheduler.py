@@ -104,8 +104,8 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Queue a request. The caller has checked that it fits into the KV cache alone."""
         assert request.id not in self._unfinished, f"request {request.id} was submitted twice"
-        tokens = list(request.prompt_tokens)
-        sequence = Sequence(request, tokens)
+        tokens = [*request.prompt_tokens, *request.output_tokens]
+        sequence = Sequence(request, tokens, stats=request.stats)
         sequence.arrival, sequence.waiting_since = self._num_arrived, self._num_rounds
         self._num_arrived += 1
         self._unfinished[request.id] = sequence

@@ -40,17 +40,6 @@ EXACTLY = AcceptanceOptions()
 
 
 @dataclass(frozen=True)
-class Request:
-    """One text to continue."""
-
-    id: str
-    prompt_tokens: tuple[int, ...]
-    sampling: SamplingParams
-    draft: DraftOptions
-    acceptance: AcceptanceOptions = EXACTLY
-
-
-@dataclass(frozen=True)
 class TokenLogprobs:
     """Log-probabilities (nats) of one emitted token under the target's unprocessed law, and of the likeliest."""
 
@@ -123,6 +112,19 @@ class RequestStats:
     @property
     def num_kept(self) -> int:
         return self.kept.num
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to continue: from its prompt, or from where another DraftWorker had to leave it."""
+
+    id: str
+    prompt_tokens: tuple[int, ...]
+    sampling: SamplingParams
+    draft: DraftOptions
+    acceptance: AcceptanceOptions = EXACTLY
+    output_tokens: tuple[int, ...] = ()  # that came out before, and do not come again
+    stats: RequestStats = RequestStats()  # of these
 
 
 @dataclass(frozen=True)

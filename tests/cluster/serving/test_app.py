@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -544,6 +546,7 @@ def test_metrics_count_what_happened(engine: PostedEngine) -> None:
     assert values["outrider_refused_requests_total"] == 1
     assert (values["vllm:num_requests_running"], values["vllm:num_requests_waiting"]) == (1, 2)
     assert values["vllm:kv_cache_usage_perc"] == 0.6
+    assert (values["outrider_restarts_total"], values["outrider_restarting"]) == (2, 0)
 
 
 def test_a_request_has_an_id_the_clients_own_if_it_has_one(client: TestClient) -> None:
@@ -602,6 +605,23 @@ def test_an_engine_that_is_gone_is_a_503_and_not_healthy() -> None:
         for response in (client.post(CHAT, json=HELLO), client.get("/ready"), client.get("/health")):
             assert response.status_code == 503
             assert response.json()["error"]["message"] == "the engine cannot be used: target 1 died"
+
+
+def test_while_workers_are_started_again_the_server_is_well_but_not_ready() -> None:
+    with posted_engine(str.upper) as engine:
+        client, gate = client_of(engine), threading.Event()
+        engine.fake.crew.prepare_next["target 1"] = lambda target: setattr(target, "load", gate.wait)
+        engine.fake.targets[1].kill()
+        wait_until(lambda: client.get("/ready").status_code == 503)
+        message = client.get("/ready").json()["error"]["message"]
+        assert message == "restarting: target 1 died during run: its process is gone"
+        assert client.get("/health").text == "restarting"
+        text = client.get("/metrics").text
+        assert re.search(r"^outrider_restarting.* 1\.0$", text, re.MULTILINE)
+        assert re.search(r"^vllm:num_requests_waiting.* 3\.0$", text, re.MULTILINE)
+        gate.set()
+        assert client.post(CHAT, json=HELLO).json()["choices"][0]["message"]["content"]
+        assert client.get("/ready").text == "ok"
 
 
 def test_the_document_describes_every_route(client: TestClient) -> None:

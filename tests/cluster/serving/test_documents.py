@@ -19,7 +19,7 @@ STATS = {
         "busy_s": {"forward": 1.0},
         "peak_memory_bytes": 5,
     },
-    "coordinator": {"num_open_requests": 1},
+    "coordinator": {"num_open_requests": 1, "num_restarts": 1},
 }
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from outrider.workers.link import distributed
-from outrider.workers.link.communicator import PeerLostError, SoloCommunicator
+from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.link.distributed import connect_store, join_group, open_store
 from outrider.workers.link.link import NO_PAYLOAD, Packet
+from outrider.workers.link.lost import PeerLostError
 from outrider.workers.link.places import payload_device
 from outrider.workers.link.shared_memory import shared_memory_supported
 from support import group_work, link_work

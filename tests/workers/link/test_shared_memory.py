@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from outrider.workers.link import distributed
-from outrider.workers.link.communicator import PeerLostError
+from outrider.workers.link.lost import PeerLostError
 from outrider.workers.link.shared_memory import (
     SLOT_BYTES,
     SharedSegment,

@@ -1,0 +1,87 @@
+"""Workers are killed in the middle of their work, on real Ray: the texts are what they would have been."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from outrider.cluster.api import GenerationRequest
+from outrider.cluster.engine import Engine
+from outrider.cluster.session import RaySession
+from outrider.configs.loader import load_config
+from outrider.configs.schema import ClusterConfig
+from support.harm import PLAIN, Listener, all_stand, asked, kill, shared_memory, worker_pids
+from support.soak import soak
+from support.waiting import wait_until
+
+TWO_RANKS = ["target.tp_size=2", "cluster.num_cpus_per_target=0.5"]
+TESTS = Path(__file__).parents[1]
+LONG_S = 120.0  # a machine with other work starts a process in seconds
+
+pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two CPUs")
+
+
+@pytest.fixture(scope="module")
+def ray_with_room() -> Iterator[None]:
+    with RaySession(ClusterConfig(), num_cpus=8):
+        yield
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_texts_are_those_of_plain_decoding_whoever_is_killed_meanwhile(ray_with_room: None) -> None:
+    with Engine.start(load_config("tiny-random", TWO_RANKS)) as engine:
+        requests = [asked(number, 400) for number in range(6)]
+        plain = engine.generate([GenerationRequest(r.prompt, r.sampling, PLAIN) for r in requests])
+        pids = set(worker_pids(engine).values())
+        for name in ("draft", "target 1"):
+            streams = [Listener(engine, request) for request in requests]
+            wait_until(lambda streams=streams: all(stream.tokens for stream in streams), LONG_S)
+            kill(worker_pids(engine)[name])
+            for stream in streams:
+                stream.join(LONG_S)
+            assert [stream.end for stream in streams] == ["length"] * len(streams)
+            assert [tuple(stream.tokens) for stream in streams] == [answer.tokens for answer in plain]
+            assert [stream.text for stream in streams] == [answer.text for answer in plain]
+            wait_until(lambda: all_stand(engine), LONG_S)
+            pids |= set(worker_pids(engine).values())
+        assert len(pids) == 5
+        assert engine.stats()["coordinator"]["num_restarts"] == 2
+        assert not engine.failure
+        assert not engine.restarting
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), LONG_S)
+
+
+def test_of_a_program_that_is_killed_nothing_stays() -> None:
+    """No process of its Ray, no worker, no shared memory."""
+    command = [sys.executable, "-m", "support.left_alone"]
+    program = subprocess.Popen(command, cwd=TESTS, stdout=subprocess.PIPE, text=True)
+    try:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "streams\n"
+        started = psutil.Process(program.pid).children(recursive=True)
+        assert sum("ray::TargetActor" in " ".join(process.cmdline()) for process in started) == 2
+        memory = shared_memory(started)
+    finally:
+        program.kill()
+    program.wait()
+    begun_s = time.monotonic()
+    wait_until(lambda: not any(is_alive(process) for process in started), LONG_S)
+    assert time.monotonic() - begun_s < 45.0  # Ray's agents alone would take a minute
+    assert not any(path.exists() for path in memory)
+
+
+@pytest.mark.slow
+def test_a_soak_of_kills_spoils_no_answer(ray_with_room: None) -> None:
+    with Engine.start(load_config("tiny-random", [*TWO_RANKS, "cluster.max_restarts=100"])) as engine:
+        report = soak(engine, seconds=20.0, every_s=4.0, num_streams=16, num_tokens=150, seed=1)
+    assert report.num_answers >= 16
+    assert report.kills
+    assert not report.wrong, report
