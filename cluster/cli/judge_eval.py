@@ -65,7 +65,8 @@ def evaluate(
     num_tokens = loaded.sampling.max_tokens if max_tokens is None else max_tokens
     sampling: dict[str, object] = {"max_tokens": num_tokens}
     name = loaded.acceptance.judges[0].name if "judge" in wanted else ""
-    asked = evaluation.modes(wanted, at, eps, name)
+    digest = _judge_digest(loaded)
+    asked = evaluation.modes(wanted, at, eps, name, digest)
     for mode in asked:
         check_options(loaded, sampling, {}, mode.acceptance)
     found = read_task_files(tasks, limit)
@@ -73,7 +74,6 @@ def evaluate(
     settings: dict[str, Any] = {
         "tasks": {Path(path).name: file_digest(path) for path in tasks},
         "sampling": asdict(loaded.sampling) | sampling,
-        "judge": _judge_settings(loaded),
         "draft": asdict(loaded.draft),
         "tree": asdict(loaded.tree),
         "concurrency": concurrency,
@@ -81,10 +81,9 @@ def evaluate(
     directory = Path(out).expanduser()
     described = describe_run(loaded, model, json.loads(json.dumps(settings)))
     with LineWriter(directory, evaluation.ANSWERS, described) as writer:
-        names = {mode.name for mode in asked}
-        ids = {task.id for task in found}
-        done = [o for o in evaluation.read_outcomes(directory) if o.mode in names and o.task in ids]
-        total = len(found) * len(asked)
+        places = {(task.id, mode.name, mode.judge) for task in found for mode in asked}
+        done = [outcome for outcome in evaluation.read_outcomes(directory) if outcome.place in places]
+        total = len(places)
         console = Console(stderr=True)
         if len(done) < total:
             with (
@@ -106,9 +105,9 @@ def evaluate(
                         concurrency,
                         writer,
                         done,
-                        lambda count: bars.advance(bar, count),
+                        lambda: bars.advance(bar),
                     )
-    _report(evaluation.figures(done, asked), settings, directory)
+    _report(evaluation.figures(done, asked), settings | {"judge": digest}, directory)
 
 
 def _report(figures: "list[ModeFigures]", settings: dict[str, Any], directory: Path) -> None:
@@ -167,7 +166,7 @@ def _acceptance(
     )
 
 
-def _judge_settings(config: Config) -> str:
+def _judge_digest(config: Config) -> str:
     """What of a judge decides its answers."""
     if not config.acceptance.judges:
         return ""
