@@ -31,6 +31,7 @@ from outrider.cluster.cli.options import (
     Threshold,
     TopK,
     TopP,
+    acceptance_options,
     draft_options,
     given,
     template_arguments,
@@ -109,9 +110,7 @@ def generate(
         }
     )
     draft = draft_options(plain, draft_methods, draft_nodes, draft_depth)
-    acceptance = given(
-        {"rule": rule, "judge": judge, "threshold": threshold, "epsilon": epsilon, "delta": delta}
-    )
+    acceptance = acceptance_options(rule, judge, threshold, epsilon, delta)
     arguments = template_arguments(template)
     if raw and arguments:
         raise ValueError("--template must stand without --raw: a text goes through no chat template")
