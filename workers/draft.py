@@ -198,7 +198,7 @@ class DraftWorker:
     def _build_drafting(self, target: ModelConfig, progress: Progress) -> DraftEngine:
         rounds, tree, draft = self.config.rounds, self.config.tree, self.config.draft
         num_recent = max(draft.ngram.max_match, tree.max_depth)
-        slots = DraftedSlots(rounds.max_sequences, tree.max_nodes, num_recent)
+        slots = DraftedSlots(rounds.max_sequences, tree.max_nodes, num_recent, self.config.acceptance.rules)
         drafting = DraftEngine(slots)
         context = MethodContext(
             self.config, target, self._device, slots, drafting.estimator, self._tracer, progress
