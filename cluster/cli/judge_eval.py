@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from outrider.cluster.cli.inputs import describe_run, file_digest, open_model
-from outrider.cluster.cli.options import ConfigName, MaxTokens, Overrides
+from outrider.cluster.cli.options import ConfigName, Instruction, MaxTokens, Overrides
 from outrider.cluster.cli.start import running_engine
 from outrider.cluster.cli.terminal import progress_bars, signs_of_life
 from outrider.configs.acceptance import AcceptanceConfig, JudgeConfig, RuleName
@@ -48,6 +48,7 @@ def evaluate(
     epsilons: Annotated[str, typer.Option(help="Of typical acceptance, comma-separated.")] = "0.09,0.3",
     limit: Annotated[int, typer.Option(help="Tasks of each file, spread over it; 0: all.", min=0)] = 0,
     concurrency: Annotated[int, typer.Option(help="Tasks at a time.", min=1)] = 1,
+    instruction: Instruction = "",
     max_tokens: MaxTokens = None,
 ) -> None:
     """Answer tasks under rules of acceptance: accuracy with intervals, acceptance length, speed."""
@@ -69,10 +70,11 @@ def evaluate(
     asked = evaluation.modes(wanted, at, eps, name, digest)
     for mode in asked:
         check_options(loaded, sampling, {}, mode.acceptance)
-    found = read_task_files(tasks, limit)
+    found = read_task_files(tasks, limit, instruction)
     model = open_model(loaded)
     settings: dict[str, Any] = {
         "tasks": {Path(path).name: file_digest(path) for path in tasks},
+        "instruction": instruction,
         "sampling": asdict(loaded.sampling) | sampling,
         "draft": asdict(loaded.draft),
         "tree": asdict(loaded.tree),

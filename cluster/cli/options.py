@@ -55,6 +55,14 @@ Threshold = Annotated[
 Epsilon = Annotated[float | None, typer.Option(help="With --rule typical.", show_default=False)]
 Delta = Annotated[float | None, typer.Option(help="With --rule typical.", show_default=False)]
 
+Instruction = Annotated[
+    str,
+    typer.Option(
+        help="Below each word problem; default: to think step by step and name the answer last.",
+        show_default=False,
+    ),
+]
+
 TemplateArguments = Annotated[
     list[str],
     typer.Option(
