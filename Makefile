@@ -35,7 +35,7 @@ $(RUN): pyproject.toml constraints.txt
 	touch $@
 
 $(DEV): $(RUN)
-	$(INSTALL) -e '.[dev,train]'
+	$(INSTALL) -e '.[dev,train,cluster]'
 	touch $@
 
 clean:

@@ -3,6 +3,7 @@
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from outrider.cluster.request_options import request_acceptance, request_draft, 
 from outrider.cluster.text import Decoder
 from outrider.cluster.text_bound import TextBound
 from outrider.configs.schema import Config
+from outrider.workers.sequences.grammar import Grammar
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request
 from outrider.workers.weights.progress import Progress
@@ -19,8 +21,11 @@ from outrider.workers.weights.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from outrider.workers.sampling.grammars import Grammars
+
 _CALIBRATION_PROMPT = "Explain in a few sentences how a lighthouse works."
 _CALIBRATION_TOKENS = 48
+_END_OF_PROMPT = 8  # last tokens of a prompt, among which templates write <think>, or empty thoughts
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Admission:
 
     vocab_size: of the target. max_context: tokens, prompt and output together.
     eos_token_ids: the model's end-of-text tokens; they stop every request that does not say `ignore_eos`.
+    grammars: over the target's tokens.
     judge_thresholds: calibrated, of the judges by name, for requests that name none.
     """
 
@@ -38,6 +44,7 @@ class Admission:
     vocab_size: int
     max_context: int
     eos_token_ids: tuple[int, ...]
+    grammars: "Grammars"
     judge_thresholds: Mapping[str, float] = field(default_factory=dict)
 
     def admit(self, request_id: str, asked: GenerationRequest) -> Request:
@@ -54,6 +61,8 @@ class Admission:
                 "least of target.max_context, the model's limit and the KV cache), "
                 f"got {len(prompt_tokens)} + {sampling.max_tokens}"
             )
+        if sampling.grammar.text:
+            sampling = replace(sampling, grammar=self._grammar(sampling.grammar, asked.prompt, prompt_tokens))
         return Request(request_id, prompt_tokens, sampling, draft, acceptance)
 
     def calibration(self) -> Request:
@@ -81,13 +90,42 @@ class Admission:
         """What there is to know of the target without looking into its weights."""
         from outrider.workers.weights.tokenizer import vocabulary_bytes
 
-        return ServedModel(self.max_context, vocabulary_bytes(self.tokenizer, self.vocab_size))
+        template = str(self.tokenizer.chat_template or "")
+        is_bare = "<tool_call>" not in template and ("python_tag" in template or '"parameters":' in template)
+        vocabulary = vocabulary_bytes(self.tokenizer, self.vocab_size)
+        return ServedModel(self.max_context, vocabulary, "llama3" if is_bare else "hermes")
 
     def decoder(self) -> Decoder:
         """For the text of one answer."""
         from outrider.workers.weights.tokenizer import IncrementalDecoder
 
         return IncrementalDecoder(self.tokenizer)
+
+    def _grammar(self, grammar: Grammar, prompt: object, prompt_tokens: Sequence[int]) -> Grammar:
+        """A grammar that the library takes, and where in the answer to this prompt it begins: behind the thoughts,
+        if the model is one that thinks and the prompt leaves it the choice."""
+        try:
+            self.grammars.check(grammar.text)
+        except ValueError as error:
+            raise ValueError(
+                f"sampling.structured_outputs must be what llguidance can follow: {error}"
+            ) from error
+        texts, thoughts = self.grammars.texts, self.config.server.thoughts
+        if not is_chat(prompt) or thoughts == "none":
+            return grammar
+        if not texts.think:
+            if thoughts == "open":
+                raise ValueError(
+                    "sampling.structured_outputs must be left out where server.thoughts is open and the tokenizer "
+                    "has no tokens <think> and </think>"
+                )
+            return grammar
+        tags = [
+            token for token in prompt_tokens[-_END_OF_PROMPT:] if token in (*texts.think, *texts.end_think)
+        ]
+        if tags and tags[-1] in texts.end_think:  # the template has written empty thoughts
+            return grammar
+        return replace(grammar, thoughts="open" if tags or thoughts == "open" else "tags")
 
     def _sampling(self, asked: Mapping[str, object]) -> SamplingParams:
         sampling = request_sampling(self.config, asked, self.vocab_size)
@@ -97,8 +135,7 @@ class Admission:
 
     def tokens(self, prompt: object, template: Mapping[str, object]) -> tuple[int, ...]:
         """Of a prompt as users give it. Raises ValueError for one that cannot be read, or is surely too long."""
-        is_chat = isinstance(prompt, Sequence) and any(isinstance(item, Mapping) for item in prompt)
-        if template and not is_chat:
+        if template and not is_chat(prompt):
             raise ValueError("template must be empty where the prompt is no list of messages")
         if isinstance(prompt, str):
             require_unicode("prompt", prompt)
@@ -151,8 +188,10 @@ def prepare_admission(config: Config, report: Progress) -> Admission:
     Raises ValueError when a model is missing or the drafter's tokenizer is another one.
     """
     # torch comes with these; the driver, which only names this function, does without.
+    from outrider.workers.sampling.grammars import Grammars
     from outrider.workers.setup import max_sequence_tokens
     from outrider.workers.weights.resolver import read_config, resolve_description, resolve_tokenizer
+    from outrider.workers.weights.token_texts import token_texts
     from outrider.workers.weights.tokenizer import end_token_ids, load_tokenizer, same_tokenizer
 
     cache_dir = Path(config.cluster.model_cache_dir).expanduser()
@@ -173,7 +212,13 @@ def prepare_admission(config: Config, report: Progress) -> Admission:
     end_ids = end_token_ids(model, tokenizer, speaks)
     bound = TextBound(tokenizer)
     thresholds = _judge_thresholds(config, report)
-    return Admission(config, tokenizer, bound, model.vocab_size, max_context, end_ids, thresholds)
+    grammars = Grammars(model.vocab_size, partial(token_texts, tokenizer, model.vocab_size, end_ids))
+    return Admission(config, tokenizer, bound, model.vocab_size, max_context, end_ids, grammars, thresholds)
+
+
+def is_chat(prompt: object) -> bool:
+    """Whether a prompt is messages."""
+    return isinstance(prompt, Sequence) and any(isinstance(item, Mapping) for item in prompt)
 
 
 def _judge_thresholds(config: Config, report: Progress) -> dict[str, float]:

@@ -3,10 +3,13 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from outrider.workers.answer import PER_TOKEN, Completion, Output, output_fields
 from outrider.workers.sequences.origin import Origin
+
+CallForm = Literal["none", "hermes", "llama3"]
+"""How a model writes calls of tools, see `serving/parsing.py`."""
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """A text that is continued as it stands; messages (`{"role": ..., "content": ...}`, see `chat.MESSAGE_FIELDS`) that
@@ -28,7 +31,9 @@ class GenerationRequest:
     prompt: Prompt
 
     sampling: Mapping[str, object] = field(default_factory=dict)
-    """Fields of `SamplingParams` that differ from the config's `sampling` section."""
+    """Fields of `SamplingParams` that differ from the config's `sampling` section; instead of `grammar`
+    `structured_outputs`, an object with one of `json` (a schema), `json_object` (true), `regex`, `choice` (texts) and
+    `grammar` (Lark or GBNF), as vLLM has it."""
 
     draft: Mapping[str, object] = field(default_factory=dict)
     """Fields of `DraftOptions` that differ from the config: `methods`, `max_nodes` (0: plain) and
@@ -130,6 +135,7 @@ class ServedModel:
 
     max_context: int  # tokens, prompt and output together
     vocabulary: tuple[bytes, ...]  # by token id: UTF-8, or a part of a character
+    calls: CallForm = "hermes"  # as its chat template has them
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Calls of a client to the Coordinator: each ends, with a result or with one clear error."""
 
+import os
 import threading
 import time
 from typing import Any
@@ -10,6 +11,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from outrider.cluster.api import EngineError
 
 CLOSED = "the engine was closed"
+FORKED = "an engine answers in the process that started it alone: this one was forked from it"
 
 _ANSWER_S = 15.0  # calls are answered in milliseconds; a busy machine needs more
 _POLL_S = 0.2
@@ -24,12 +26,15 @@ class Calls:
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
+        self._process = os.getpid()
         self._changed = threading.Condition()
         self._num_running = 0
         self._closed = False
 
     def __call__(self, method: str, *args: object, timeout_s: float = _ANSWER_S) -> Any:
         """The result of `method`, which takes no longer than `timeout_s`."""
+        if self.forked:
+            raise EngineError(FORKED)
         # A call to Ray after its end would start another one, so the end waits for the calls.
         with self._changed:
             if self._closed:
@@ -41,6 +46,11 @@ class Calls:
             with self._changed:
                 self._num_running -= 1
                 self._changed.notify_all()
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process was forked from the one that is connected: what it asks Ray is never answered."""
+        return os.getpid() != self._process
 
     def close(self) -> None:
         """Ends calls under way with an error, and refuses further ones."""

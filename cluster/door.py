@@ -123,7 +123,8 @@ class Door:
         try:
             asked = _unpacked(ticket.contents)
             request = self._admission.admit(ticket.request_id, asked)
-            text = TextAssembler(self._admission.decoder(), request.sampling.stop)
+            sampling = request.sampling
+            text = TextAssembler(self._admission.decoder(), sampling.stop, sampling.min_tokens)
             return _Admitted(request, text, self._admission.warning(request))
         except ValueError as error:
             return _cut(str(error))

@@ -21,14 +21,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from outrider.cluster.actors import spawn_workers
 from outrider.cluster.api import EngineError, GenerationRequest, Progress, Prompt, ServedModel
-from outrider.cluster.calls import CLOSED, Calls, result_of_call
+from outrider.cluster.calls import CLOSED, FORKED, Calls, result_of_call
 from outrider.cluster.client.ray_address import COORDINATOR_PREFIX
 from outrider.cluster.coordinator import Coordinator
 from outrider.cluster.inbox import Box, CompletionStream, Inbox, PieceStream
 from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.placement import COORDINATOR_BUNDLE, check_cpus, reserve
 from outrider.cluster.session import RaySession
-from outrider.configs.schema import Config, Eagle3Config, MedusaConfig, MtpConfig
+from outrider.configs.schema import Config, Eagle3Config, MedusaConfig, MtpConfig, ParallelConfig
 from outrider.workers.answer import Completion
 
 NOTHING_SPECIAL: Mapping[str, object] = MappingProxyType({})
@@ -46,7 +46,8 @@ def no_progress(stages: Sequence[Progress]) -> None:
 
 
 class Engine:
-    """A running deployment. Use as a context manager: leaving it ends every process it started.
+    """A running deployment. Use as a context manager: leaving it (the outermost, of several) ends every process it
+    started.
 
     ValueError: the user can change something; the text is one line. EngineError: a worker died.
     """
@@ -58,6 +59,7 @@ class Engine:
         self._calls = calls
         self._inbox: Inbox | None = None
         self._closed = False
+        self._num_entered = 0
 
     @classmethod
     def start(cls, config: Config, progress: Callable[[Sequence[Progress]], None] = no_progress) -> "Engine":
@@ -176,9 +178,10 @@ class Engine:
 
         Afterwards every other call, and every stream that is open, raises EngineError.
         """
-        if self._closed:
+        if self._closed or self._calls.forked:
             return
         self._closed = True
+        failed = self._inbox is None or bool(self._inbox.failure)
         with interrupts_deferred():
             if self._inbox is not None:
                 self._inbox.close(CLOSED)
@@ -190,14 +193,17 @@ class Engine:
             finally:
                 self._calls.close()
                 remove_placement_group(self._group)
-                self._session.close()
+                self._session.close(failed)
 
     def _open_inbox(self) -> Inbox:
+        if self._calls.forked:
+            raise EngineError(FORKED)
         if self._closed or self._inbox is None:
             raise EngineError(CLOSED)
         return self._inbox
 
     def __enter__(self) -> "Engine":
+        self._num_entered += 1
         return self
 
     def __exit__(
@@ -206,7 +212,9 @@ class Engine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        self._num_entered -= 1
+        if not self._num_entered:
+            self.close()
 
 
 def _asked(asked: GenerationRequest) -> GenerationRequest:
@@ -236,6 +244,7 @@ def _with_absolute_paths(config: Config) -> Config:
         medusa=MedusaConfig(_absolute(config.draft.medusa.model)),
         eagle3=Eagle3Config(_absolute(config.draft.eagle3.model)),
         mtp=MtpConfig(_absolute(config.draft.mtp.model)),
+        parallel=ParallelConfig(_absolute(config.draft.parallel.model)),
     )
     judges = tuple(replace(judge, model=_absolute(judge.model)) for judge in config.acceptance.judges)
     acceptance = replace(config.acceptance, judges=judges)

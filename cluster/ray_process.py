@@ -5,10 +5,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 from ray._private.worker import global_worker
+
+Made = TypeVar("Made")
 
 
 def stop_reports() -> None:
@@ -44,16 +46,19 @@ def keep_token_private(home: Path) -> None:
         ) from error
 
 
-class Keeper:
+class Keeper(Generic[Made]):
     """A thread that starts Ray and lives as long as it does: Ray's processes end with the thread that started
-    them (PR_SET_PDEATHSIG), which need not be the end of the program."""
+    them (PR_SET_PDEATHSIG), which need not be the end of the program.
 
-    def __init__(self, connect: Callable[[], None]) -> None:
+    made: what `connect` returned.
+    """
+
+    def __init__(self, connect: Callable[[], Made]) -> None:
         self._connect = connect
-        self._connected: Future[None] = Future()
+        self._connected: Future[Made] = Future()
         self._released = threading.Event()
         threading.Thread(target=self._run, name="ray session", daemon=True).start()
-        self._connected.result()
+        self.made = self._connected.result()
 
     def release(self) -> None:
         """Ray has ended."""
@@ -61,9 +66,9 @@ class Keeper:
 
     def _run(self) -> None:
         try:
-            self._connect()
+            made = self._connect()
         except BaseException as error:
             self._connected.set_exception(error)
             return
-        self._connected.set_result(None)
+        self._connected.set_result(made)
         self._released.wait()

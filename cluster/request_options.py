@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from types import MappingProxyType
 
+from outrider.cluster.structured import grammar_of
 from outrider.configs.loader import convert_fields
 from outrider.configs.schema import Config
+from outrider.workers.sequences.grammar import Grammar
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import AcceptanceOptions, DraftOptions
 
@@ -21,9 +23,21 @@ NOTHING_ASKED: Mapping[str, object] = MappingProxyType({})
 
 
 def request_sampling(config: Config, asked: Mapping[str, object], vocab_size: int) -> SamplingParams:
-    """`asked`: fields of SamplingParams that differ from the config's `sampling` section."""
+    """`asked`: fields of SamplingParams that differ from the config's `sampling` section, but instead of `grammar`
+    `structured_outputs`, see `structured.grammar_of`."""
     defaults = SamplingParams(**asdict(config.sampling))
-    sampling = replace(defaults, **convert_fields(SamplingParams, asked, "sampling"))
+    fields = dict(asked) if isinstance(asked, Mapping) else asked
+    structured = fields.pop("structured_outputs", None) if isinstance(fields, dict) else None
+    if isinstance(fields, dict) and "grammar" in fields:
+        raise ValueError("unknown key sampling.grammar (did you mean structured_outputs?)")
+    sampling = replace(defaults, **convert_fields(SamplingParams, fields, "sampling"))
+    if structured is not None:
+        sampling = replace(sampling, grammar=Grammar(grammar_of(structured)))
+        if sampling.ignore_eos:
+            raise ValueError(
+                "sampling.ignore_eos must be false where there are structured_outputs: what is complete must end, "
+                "got True"
+            )
     _require_at_most("sampling.stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids")
     _require_at_most("sampling.stop", len(sampling.stop), MAX_STOP_STRINGS, "strings")
     _require_at_most("sampling.stop", sum(map(len, sampling.stop)), MAX_STOP_CHARACTERS, "characters")

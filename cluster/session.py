@@ -14,20 +14,22 @@ from ray._raylet import Config as RayCoreConfig  # type: ignore[attr-defined]  #
 from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.ray_errors import check_joinable, start_failure
 from outrider.cluster.ray_process import Keeper, keep_token_private, stop_reports
+from outrider.cluster.session_folder import SessionFolder, remove_abandoned
 from outrider.configs.schema import ClusterConfig
 
 # The control plane carries no tensors; Ray's default would map 30 % of the memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
 
 
-def _connect(cluster: ClusterConfig, num_cpus: int) -> None:
+def _connect(cluster: ClusterConfig, num_cpus: int) -> SessionFolder | None:
+    """The folder of the Ray that was started, if one was."""
     address = cluster.ray_address
     if address != "local":
         if not address.startswith("ray://"):
             check_joinable(address, cluster.ray_auth)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         stop_reports()
-        return
+        return None
     context: Any = ray.init(
         "local",
         num_cpus=num_cpus,
@@ -38,9 +40,11 @@ def _connect(cluster: ClusterConfig, num_cpus: int) -> None:
         # Ray gives workers way to everything else (nice 15); here the workers are what the machine is for.
         _system_config={"worker_niceness": 0},
     )
-    # Ray opens its folder to everybody; logs, sockets and what is passed by file are in there.
-    Path(context.address_info["session_dir"]).chmod(0o700)
+    path = Path(context.address_info["session_dir"])
+    folder = SessionFolder(path)
+    remove_abandoned(path.parent)
     stop_reports()
+    return folder
 
 
 class RaySession:
@@ -51,7 +55,8 @@ class RaySession:
 
     def __init__(self, cluster: ClusterConfig, num_cpus: int) -> None:
         self._owned = not ray.is_initialized()
-        self._keeper: Keeper | None = None
+        self._keeper: Keeper[SessionFolder | None] | None = None
+        self._folder: SessionFolder | None = None
         if not self._owned:
             return
         # Ray takes this from the environment alone and has read it when it was imported.
@@ -64,9 +69,12 @@ class RaySession:
             with interrupts_deferred():
                 connect = partial(_connect, cluster, num_cpus)
                 if threading.current_thread() is threading.main_thread():
-                    connect()  # the signal handlers that Ray wants are set by this thread alone
+                    self._folder = (
+                        connect()
+                    )  # the signal handlers that Ray wants are set by this thread alone
                 else:
                     self._keeper = Keeper(connect)
+                    self._folder = self._keeper.made
         except (KeyboardInterrupt, ValueError):
             self.close()
             raise
@@ -74,11 +82,15 @@ class RaySession:
             self.close()
             raise start_failure(error, cluster.ray_address) from error
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
+        """failed: Ray's logs may say why, so they are kept for a day."""
         if self._owned and ray.is_initialized():
             ray.shutdown()
         if self._keeper is not None:
             self._keeper.release()
+        if self._folder is not None:
+            self._folder.close(keep=failed)
+            self._folder = None
 
     def __enter__(self) -> "RaySession":
         return self

@@ -25,13 +25,15 @@ class TextAssembler:
     """Text of one answer as it may be shown.
 
     stop: stop strings, none of them empty; the answer ends before the first that occurs.
+    min_tokens: of the answer; a stop string that the first so many complete means nothing, as vLLM has it.
     """
 
-    def __init__(self, decoder: Decoder, stop: Sequence[str]) -> None:
+    def __init__(self, decoder: Decoder, stop: Sequence[str], min_tokens: int = 0) -> None:
         self._decoder = decoder
         self._stop = StopStrings(stop)
         self._held: list[Segment] = []  # decoded, not shown yet
         self._num_held = 0  # characters
+        self._num_deaf = min_tokens  # tokens to come in which no stop string counts
         self.stopped = False
 
     def add(self, token: int, origin: Origin) -> list[Segment]:
@@ -50,6 +52,8 @@ class TextAssembler:
 
     def _take(self, new: Segment) -> list[Segment]:
         begin = self._stop.find(new.text)
+        if self._num_deaf > 0:
+            self._num_deaf, begin = self._num_deaf - 1, None
         num_before = self._num_held
         if new.text:
             self._held.append(new)

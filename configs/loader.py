@@ -19,6 +19,7 @@ PRESETS_DIR = Path(__file__).parent
 HEADS_DIR = PRESETS_DIR / "heads"
 JUDGES_DIR = PRESETS_DIR / "judges"
 RECIPES_DIR = PRESETS_DIR / "recipes"
+VOCABULARIES_DIR = PRESETS_DIR / "vocabularies"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB)")
 _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SCALAR_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
@@ -42,6 +43,11 @@ def shipped_heads() -> list[str]:
 def shipped_judges() -> list[str]:
     """Names of the judges that ship with the package, each in a folder of `JUDGES_DIR`."""
     return sorted(path.parent.name for path in JUDGES_DIR.glob("*/judge.json"))
+
+
+def shipped_vocabularies() -> list[str]:
+    """Names of the trimmed vocabularies that ship with the package, each in a folder of `VOCABULARIES_DIR`."""
+    return sorted(path.parent.name for path in VOCABULARIES_DIR.glob("*/ids.json"))
 
 
 def load_config(config: str, overrides: Sequence[str] = ()) -> Config:

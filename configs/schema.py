@@ -12,11 +12,12 @@ from typing import Literal
 from outrider.configs.acceptance import AcceptanceConfig
 from outrider.configs.checks import require as _require
 from outrider.configs.checks import require_at_least as _require_at_least
+from outrider.configs.deploy import DeployConfig
 from outrider.configs.server import ServerConfig
 
 DType = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
-DraftMethod = Literal["ngram", "model", "medusa", "eagle3", "mtp"]
+DraftMethod = Literal["ngram", "model", "medusa", "eagle3", "mtp", "parallel"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,14 @@ class MtpConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Draft method `parallel`: layers that guess all levels of a tree in one forward (DFlash, DSpark, JetSpec)."""
+
+    model: str = ""
+    """The drafter's checkpoint, written like `draft.medusa.model`. It belongs to one target."""
+
+
+@dataclass(frozen=True)
 class DraftConfig:
     """What proposes tokens: one DraftWorker, its methods and its model."""
 
@@ -150,7 +159,7 @@ class DraftConfig:
     """As `target.packed_weights`."""
 
     kv_cache_bytes: int = 128 * 2**20
-    """KV cache of a drafter, `model`, `eagle3` or `mtp`, in bytes. YAML may say `128MiB`."""
+    """KV cache of a drafter, `model`, `eagle3`, `mtp` or `parallel`, in bytes. YAML may say `128MiB`."""
 
     ngram: NgramConfig = field(default_factory=NgramConfig)
     """Options of method `ngram`."""
@@ -164,6 +173,9 @@ class DraftConfig:
     mtp: MtpConfig = field(default_factory=MtpConfig)
     """Options of method `mtp`."""
 
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Options of method `parallel`."""
+
     def __post_init__(self) -> None:
         _require_at_least(self, "draft", 1, "num_threads", "kv_cache_bytes")
         distinct = len(set(self.methods)) == len(self.methods)
@@ -173,6 +185,7 @@ class DraftConfig:
             ("medusa", "draft.medusa.model", self.medusa.model),
             ("eagle3", "draft.eagle3.model", self.eagle3.model),
             ("mtp", "draft.mtp.model", self.mtp.model),
+            ("parallel", "draft.parallel.model", self.parallel.model),
         ):
             allowed = f"a checkpoint, because draft.methods has `{method}`"
             _require(bool(model) or method not in self.methods, key, model, allowed)
@@ -364,6 +377,9 @@ class Config:
 
     server: ServerConfig = field(default_factory=ServerConfig)
     """The HTTP server of `outrider serve`."""
+
+    deploy: DeployConfig = field(default_factory=DeployConfig)
+    """The machines of `outrider deploy`."""
 
     def __post_init__(self) -> None:
         target, cluster = self.target, self.cluster

@@ -23,6 +23,10 @@ class ServerConfig:
     """What of a chat's answer is told apart as `reasoning`: `tags`, what stands between <think> and </think> at its
     beginning; `open`, all up to </think>, for models whose chat template writes <think> itself; `none`, nothing."""
 
+    calls: Literal["auto", "hermes", "llama3"] = "auto"
+    """How the model writes calls of tools: `hermes`, <tool_call>{"name", "arguments"}</tool_call>, as Qwen's models
+    and Mellum 2 do; `llama3`, {"name", "parameters"} as the whole answer; `auto`, as its chat template says."""
+
     api_keys_file: str = ""
     """A file with an API key per line, of which a client must send one as `Authorization: Bearer KEY`; blank lines
     and lines that begin with # mean nothing. Empty: anybody who reaches the address is served. Probes need no key."""

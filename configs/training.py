@@ -8,8 +8,8 @@ from typing import Literal
 
 from outrider.configs.schema import DType, _require, _require_at_least
 
-TrainingMethod = Literal["eagle3", "medusa1", "medusa2", "mtp"]
-LossName = Literal["kl", "tv", "lk_alpha", "lk_lambda"]
+TrainingMethod = Literal["eagle3", "medusa1", "medusa2", "mtp", "parallel"]
+LossName = Literal["kl", "tv", "kl_tv", "lk_alpha", "lk_lambda"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class TrainedHeadConfig:
     """All of the target's tokens, those of `ids`, or two small matrices (SlimSpec) over all of them or `ids`."""
 
     ids: str = ""
-    """JSON file with a list of token ids; `trimmed` needs it, `low_rank` may have it."""
+    """Token ids: a JSON file with a list of them, a folder that `outrider trim` wrote, or `shipped:NAME`. `trimmed`
+    needs them, `low_rank` may have them."""
 
     rank_divisor: int = 8
     """Rank of a `low_rank` head: hidden size // this."""
@@ -133,6 +134,57 @@ class MtpConfig:
         _require_at_least(self, "mtp", 1, "unrolled_steps")
         _require(0 < self.step_decay <= 1, "mtp.step_decay", self.step_decay, "more than 0, at most 1")
         _require(self.loss_weight > 0, "mtp.loss_weight", self.loss_weight, "more than 0")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Method `parallel` (DFlash, DSpark, JetSpec): layers over a block, which guess all levels in one forward."""
+
+    num_layers: int = 2
+    """Layers; 5 in the papers."""
+
+    block_size: int = 7
+    """Slots of a block: the last known token, and masks."""
+
+    anchor_guesses: bool = True
+    """The slot of the last known token guesses the next one (DSpark); false: those behind it alone (DFlash)."""
+
+    causal: bool = True
+    """A slot sees those before it in its block (JetSpec); false: all of them (DFlash, DSpark)."""
+
+    mask_token_id: int = 0
+    """Token that stands for those to be guessed: one that no text has and that ends none."""
+
+    taps: tuple[int, ...] = ()
+    """The target's layers whose inputs are read; empty: those of `eagle3`."""
+
+    pair_rank: int = 32
+    """Rank of the pair term, by which a guess depends on the token before it; 0: none."""
+
+    anchors: int = 32
+    """Most blocks of each text in a step, at random places."""
+
+    position_decay: float = 0.78
+    """Level k's loss counts position_decay**k: exp(-1/4) in DSpark; 1 in JetSpec."""
+
+    learns: Literal["law", "text"] = "law"
+    """The target's law, or the text's own tokens (with loss `kl` cross-entropy, as DFlash)."""
+
+    loss: LossName = "kl_tv"
+    """Between what is learned and the drafter's law."""
+
+    confidence_weight: float = 1.0
+    """Of the loss of a guess of how often each level is right; 0: no such guess."""
+
+    start: Literal["target_last_layers", "random"] = "target_last_layers"
+    """What the layers start as."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, "parallel", 1, "num_layers", "anchors")
+        _require_at_least(self, "parallel", 0, "mask_token_id", "pair_rank", "confidence_weight")
+        _require(2 <= self.block_size <= 64, "parallel.block_size", self.block_size, "from 2 to 64")
+        decay = self.position_decay
+        _require(0 < decay <= 1, "parallel.position_decay", decay, "more than 0, at most 1")
 
 
 @dataclass(frozen=True)
@@ -270,6 +322,9 @@ class TrainingConfig:
 
     mtp: MtpConfig = field(default_factory=MtpConfig)
     """Options of `mtp`."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Options of `parallel`."""
 
     medusa: MedusaConfig = field(default_factory=MedusaConfig)
     """Options of `medusa1` and `medusa2`."""

@@ -104,6 +104,7 @@ def _grouped(
 def build_attention_plan(
     page_table: Tensor,
     ancestors: Tensor,
+    depths: Tensor,
     page_size: int,
     context_lens: Sequence[int],
     tree_lens: Sequence[int],
@@ -113,6 +114,7 @@ def build_attention_plan(
     device = ancestors.device
     pages = page_table.cpu().numpy().astype(np.int64)
     words = ancestors.cpu().numpy()
+    query_depths = depths.cpu().numpy()
     starts = np.concatenate(([0], np.cumsum(query_lens))).tolist()
 
     def places_of(b: int) -> np.ndarray:
@@ -145,10 +147,10 @@ def build_attention_plan(
             visible[i, :num, context : context + tree] = bits
             visible[i, num:] = visible[i, 0]
             # Rows are in topological order, so an ancestor's depth is its rank on the path.
-            depths = np.cumsum(bits, axis=1, dtype=np.int32) - 1
+            ranks = np.cumsum(bits, axis=1, dtype=np.int32) - 1
             key_positions[i, :, :context] = np.arange(context)
-            key_positions[i, :num, context : context + tree] = context + depths
-            query_positions[i, :num] = context + depths[:, -1]
+            key_positions[i, :num, context : context + tree] = context + ranks
+            query_positions[i, :num] = context + query_depths[rows]
             output_rows.append(i * T + np.arange(num))
             target_rows.append(rows)
         flat = query_rows.reshape(-1)

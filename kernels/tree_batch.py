@@ -29,7 +29,7 @@ class TreeBatch:
         query_indptr: int32 [B + 1], queries of sequence b are rows query_indptr[b] .. query_indptr[b + 1].
         ancestors: int64 [NQ, W]; bit k of word w: tree row 64*w + k is an ancestor of this query, or is the query
             (64 unsigned bits kept in an int64).
-        depths: int32 [NQ], the root has depth 0.
+        depths: int32 [NQ], the root has depth 0. A query's own place for windows; of its ancestors the rank counts.
         page_size: cache rows in a page.
         host_context_lens, host_tree_lens, host_query_lens: the same small integers on the host, length B.
     """
@@ -59,6 +59,7 @@ class TreeBatch:
         return build_attention_plan(
             page_table=self.page_table,
             ancestors=self.ancestors,
+            depths=self.depths,
             page_size=self.page_size,
             context_lens=self.host_context_lens,
             tree_lens=self.host_tree_lens,

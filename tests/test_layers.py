@@ -36,9 +36,13 @@ ALLOWED_PACKAGES = {
         "sklearn",
         "threadpoolctl",
         "peft",
+        "llguidance",
     },
     "cluster": {
         "ray",
+        "yaml",
+        "jsonschema",
+        "aiohttp",
         "typer",
         "rich",
         "matplotlib",
@@ -53,6 +57,7 @@ ALLOWED_PACKAGES = {
         "uvicorn",
         "prometheus_client",
         "httpx",
+        "llguidance",
     },
 }
 
@@ -148,11 +153,12 @@ def test_what_the_code_imports_is_installed_with_it() -> None:
     imported = set().union(*ALLOWED_PACKAGES.values())
     extras = project["optional-dependencies"]
     for_training = {re.split(r"[>=;<]", line)[0] for line in extras["train"]}
-    assert {DISTRIBUTIONS.get(name, name) for name in imported} <= installed | for_training
-    assert extras.keys() == {"dev", "train"}
-    trainers = {path for path in python_files() if ROOT / "workers" / "training" in path.parents}
-    serving = {module for path in set(python_files()) - trainers for module in imported_modules(path)}
-    assert (
-        not {DISTRIBUTIONS.get(module.split(".")[0], module.split(".")[0]) for module in serving}
-        & for_training
+    for_jobs = {re.split(r"[>=;<]", line)[0] for line in extras["cluster"]}
+    assert {DISTRIBUTIONS.get(name, name) for name in imported} <= installed | for_training | for_jobs
+    assert extras.keys() == {"dev", "train", "cluster"}
+    with_extras = (ROOT / "workers" / "training", ROOT / "cluster" / "jobs")
+    without = {path for path in python_files() if not any(folder in path.parents for folder in with_extras)}
+    serving = {module for path in without for module in imported_modules(path)}
+    assert not {DISTRIBUTIONS.get(module.split(".")[0], module.split(".")[0]) for module in serving} & (
+        for_training | for_jobs
     )

@@ -91,7 +91,7 @@ def test_a_wheel_holds_every_file_of_the_four_folders(installed: Installed) -> N
     assert {Path(name).suffix for name in files} >= {".py", ".cu", ".cuh", ".yaml", ".jsonl"}
     packed = set(zipfile.ZipFile(installed.wheel).namelist())
     packed = {name for name in packed if name.startswith("outrider/")}
-    assert packed == files | {"outrider/__init__.py", "outrider/py.typed"}
+    assert packed == files | {"outrider/__init__.py", "outrider/__main__.py", "outrider/py.typed"}
 
 
 def test_mypy_follows_an_installed_wheel(installed: Installed) -> None:

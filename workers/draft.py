@@ -22,7 +22,8 @@ from outrider.workers.judging.identity import identify
 from outrider.workers.judging.rule import Judge, judge_rules
 from outrider.workers.link.distributed import Link, connect_store
 from outrider.workers.link.link import DraftSender
-from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
+from outrider.workers.link.messages import Draft, SequenceStep, Steps
+from outrider.workers.link.starts import SequenceStart
 from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.rounds.budget import CostModel, PassProfile
 from outrider.workers.rounds.calibration import draft_alone, warning_of
@@ -38,6 +39,7 @@ from outrider.workers.setup import (
     load_target_tensors,
     num_target_pages,
     read_model_config,
+    target_grammars,
     torch_device,
     use_device,
 )
@@ -126,7 +128,12 @@ class DraftWorker:
         use_device(self._device)
         trained = [method.name for method in self._drafting.methods if method.is_trained]
         draft = self.config.draft
-        checkpoints = {"medusa": draft.medusa.model, "eagle3": draft.eagle3.model, "mtp": draft.mtp.model}
+        checkpoints = {
+            "medusa": draft.medusa.model,
+            "eagle3": draft.eagle3.model,
+            "mtp": draft.mtp.model,
+            "parallel": draft.parallel.model,
+        }
         found = []
         for index, name in enumerate(trained if self.config.tree.max_nodes else []):
             tokens = request.sampling.max_tokens
@@ -198,7 +205,9 @@ class DraftWorker:
     def _build_drafting(self, target: ModelConfig, progress: Progress) -> DraftEngine:
         rounds, tree, draft = self.config.rounds, self.config.tree, self.config.draft
         num_recent = max(draft.ngram.max_match, tree.max_depth)
-        slots = DraftedSlots(rounds.max_sequences, tree.max_nodes, num_recent, self.config.acceptance.rules)
+        grammars = target_grammars(self.config, progress)
+        rules = self.config.acceptance.rules
+        slots = DraftedSlots(rounds.max_sequences, tree.max_nodes, num_recent, rules, grammars)
         drafting = DraftEngine(slots)
         context = MethodContext(
             self.config, target, self._device, slots, drafting.estimator, self._tracer, progress

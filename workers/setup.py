@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,17 +16,22 @@ from outrider.kernels.selection import DEFAULT_MEMORY, ENTRIES, KernelSelection,
 from outrider.workers.link.communicator import Communicator, agreed
 from outrider.workers.model.cache import bytes_per_page
 from outrider.workers.model.shard import ShardPlan
+from outrider.workers.sampling.grammars import Grammars
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.progress import Progress
 from outrider.workers.weights.resolver import (
+    ResolvedModel,
     open_source,
     open_tensors,
     read_config,
     resolve,
     resolve_description,
     resolve_tensors,
+    resolve_tokenizer,
 )
 from outrider.workers.weights.source import WeightSource
+from outrider.workers.weights.token_texts import TokenTexts, token_texts
+from outrider.workers.weights.tokenizer import end_token_ids, load_tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -135,6 +141,26 @@ def read_model_config(config: Config, role: Literal["target", "draft"], progress
     model = config.target.model if role == "target" else config.draft.model
     cache_dir = Path(config.cluster.model_cache_dir).expanduser()
     return read_config(resolve_description(model, cache_dir, progress, f"{role}.model"))
+
+
+def target_grammars(config: Config, progress: Progress) -> Grammars:
+    """Over the target's tokens; what they say is read when the first grammar comes.
+
+    Raises:
+        ValueError: names `target.model` or `target.tokenizer` and what was tried.
+    """
+    cache_dir = Path(config.cluster.model_cache_dir).expanduser()
+    described = resolve_description(config.target.model, cache_dir, progress, "target.model")
+    speaks = described
+    if config.target.tokenizer:
+        speaks = resolve_tokenizer(config.target.tokenizer, cache_dir, progress, "target.tokenizer")
+    model = read_config(described)
+    return Grammars(model.vocab_size, partial(_read_texts, model, speaks))
+
+
+def _read_texts(model: ModelConfig, speaks: ResolvedModel) -> TokenTexts:
+    tokenizer = load_tokenizer(speaks)
+    return token_texts(tokenizer, model.vocab_size, end_token_ids(model, tokenizer, speaks))
 
 
 def num_target_pages(config: Config, model: ModelConfig) -> int:

@@ -21,6 +21,7 @@ from outrider.workers.model.cuda_graphs import forward_of, target_capacities
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Hidden, Transformer
+from outrider.workers.sampling.grammars import NO_GRAMMARS, Grammars
 from outrider.workers.sampling.sampler import NO_SAMPLES, Sampler, Samples
 from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.setup import (
@@ -29,6 +30,7 @@ from outrider.workers.setup import (
     kernels_for,
     load_model,
     num_target_pages,
+    target_grammars,
     torch_device,
     torch_dtype,
     transport_for,
@@ -52,17 +54,19 @@ class TargetRank:
         num_slots: int,
         tracer: Tracer,
         taps: Sequence[int] = (),
+        grammars: Grammars = NO_GRAMMARS,
     ) -> None:
         """
         Args:
             num_slots: sequences that run at the same time.
             taps: layers whose inputs rounds may ask for (`Draft.layers`), besides what leaves the last one.
+            grammars: over the model's tokens.
         """
         self.model = model
         self._cache = cache
         self._forward = forward_of(model, cache, target_capacities(model, cache), taps)
         self._stretches = Stretches(model.device, tracer)
-        self._sequences = TargetSequences(num_slots, cache.num_pages, cache.page_size)
+        self._sequences = TargetSequences(num_slots, cache.num_pages, cache.page_size, grammars)
         self._sampler = Sampler(
             model.config.vocab_size,
             VocabularyRange(model.plan.vocab.start, model.plan.vocab.stop),
@@ -151,6 +155,7 @@ class TargetWorker:
         use_device(device)
         self._transport = transport_for(target.all_reduce, device, target.tp_size)
         source = load_model(self.config, "target", progress)
+        self._grammars = target_grammars(self.config, progress)
         plan = ShardPlan(source.config, self.rank, target.tp_size)
         counted = counting(progress, source.total_bytes(dtype) // target.tp_size)
         self._kernels = kernels_for(self.config, source.config, device, dtype)
@@ -199,6 +204,7 @@ class TargetWorker:
             self.config.rounds.max_sequences,
             self._tracer,
             layers_needed(self.config, weights.plan.config),
+            self._grammars,
         )
         if self.rank == 0:
             link = Link(self._store, epoch, True, weights.device, timeout_s)

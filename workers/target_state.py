@@ -11,7 +11,9 @@ import torch
 
 from outrider.workers.link.messages import Draft, Steps
 from outrider.workers.model.batch import TreeRows, ancestor_masks, depths_of, num_mask_words
+from outrider.workers.sampling.confinement import NO_WORDS, Confinement
 from outrider.workers.sampling.context import PenaltyState, SampledRows
+from outrider.workers.sampling.grammars import NO_GRAMMARS, Grammars
 from outrider.workers.sampling.logprobs import NO_QUESTIONS, LawQuestions
 from outrider.workers.sequences.page_tables import PageTables
 from outrider.workers.sequences.params import SamplingParams
@@ -24,8 +26,9 @@ class SlotState:
 
     sampling: SamplingParams
     prompt_length: int
+    confinement: Confinement | None  # None: the text forbids nothing
     penalties: PenaltyState = field(default_factory=lambda: PenaltyState(()))
-    num_counted: int = 0  # tokens that `penalties` knows
+    num_counted: int = 0  # tokens that `penalties` and `confinement` know, those of the prompt included
 
 
 class TargetSequences:
@@ -38,7 +41,11 @@ class TargetSequences:
         tables: the pages of each slot.
     """
 
-    def __init__(self, num_slots: int, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self, num_slots: int, num_pages: int, page_size: int, grammars: Grammars = NO_GRAMMARS
+    ) -> None:
+        """grammars: over the target's tokens."""
+        self._grammars = grammars
         self.tables = PageTables(num_slots, page_size)
         self._states: dict[int, SlotState] = {}
         self._context_lens = np.zeros(num_slots, dtype=np.int64)  # committed rows
@@ -57,7 +64,8 @@ class TargetSequences:
             self.tables.clear(slot)
         for start in draft.starts:
             assert start.slot not in self._states
-            self._states[start.slot] = SlotState(start.sampling, start.prompt_length)
+            confinement = Confinement(start.sampling, self._grammars) if start.sampling.is_confined else None
+            self._states[start.slot] = SlotState(start.sampling, start.prompt_length, confinement)
             self._context_lens[start.slot] = start.num_shared_tokens
             self._wants_logprobs[start.slot] = start.sampling.logprobs
             self._needs_children[start.slot] = start.needs.child_logprobs
@@ -96,9 +104,12 @@ class TargetSequences:
             start, end = end, end + num_nodes
             if num_sampled:
                 state = self._states[slot]
-                paths = self._paths(state, steps, b, start) if state.sampling.uses_context else ()
+                paths = self._paths(state, steps, b, start) if state.sampling.follows_text else ()
+                allowed = state.confinement.words(paths) if state.confinement else NO_WORDS
                 groups.append(
-                    SampledRows(state.sampling, positions[end - num_sampled : end], state.penalties, paths)
+                    SampledRows(
+                        state.sampling, positions[end - num_sampled : end], state.penalties, paths, allowed
+                    )
                 )
         return groups
 
@@ -145,19 +156,22 @@ class TargetSequences:
         return tokens
 
     def _paths(self, state: SlotState, steps: Steps, b: int, start: int) -> list[tuple[int, ...]]:
-        """Output tokens before each sampled node of a step that `penalties` does not know; it learns committed ones.
+        """Output tokens before each sampled node of a step that the state does not know; it learns committed ones.
 
         The chain completes the prompt, wherever its chunks end. `start`: where the step's nodes begin.
         """
         slot, first = int(steps.slots[b]), int(steps.first_sampled[b])
         context_len = int(self._context_lens[slot])
         if state.num_counted == 0:
-            state.penalties = PenaltyState(self._tokens(slot, 0, state.prompt_length))
+            if state.sampling.uses_context:
+                state.penalties = PenaltyState(self._tokens(slot, 0, state.prompt_length))
             state.num_counted = state.prompt_length
         known = self._tokens(slot, state.num_counted, context_len + first + 1)
         num_committed = max(0, context_len - state.num_counted)
         for token in known[:num_committed]:
             state.penalties.add(token)
+        if state.confinement:
+            state.confinement.advance(known[:num_committed])
         state.num_counted += num_committed
         paths = {first: tuple(known[num_committed:])}
         nodes = slice(start + first + 1, start + int(steps.num_nodes[b]))

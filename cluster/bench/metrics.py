@@ -56,6 +56,10 @@ class ModeSummary:
     time_per_token_s: Spread
     """Per answer: mean time from one token to the next, after the first."""
 
+    nodes_per_step: float
+    """Drafted nodes of a sequence that a step of the target verifies: the tree that pays, which falls with the
+    number of streams."""
+
     acceptance_rate: float
     acceptance_length: float
     acceptance_by_depth: tuple[float, ...]
@@ -167,6 +171,7 @@ def _summary(mode: str, concurrency: int, turns: Sequence[Turn]) -> ModeSummary:
         tokens_per_s_of_runs=Spread.of(_ratio(len(run.answer.tokens), run.answer.total_s) for run in runs),
         ttft_s=Spread.of(run.answer.token_times_s[0] for run in runs if run.answer.tokens),
         time_per_token_s=Spread.of(_time_per_token(run) for run in runs),
+        nodes_per_step=_ratio(num_drafted, num_steps),
         acceptance_rate=_ratio(sum(run.answer.stats.num_accepted for run in runs), num_drafted),
         acceptance_length=_ratio(num_tokens, num_steps),
         acceptance_by_depth=tuple(

@@ -91,7 +91,7 @@ def _speed_table(report: BenchReport) -> Table:
     reference = report.reference
     table = Table(title="Speed", title_justify="left", box=SIMPLE, padding=_PADDING)
     table.add_column("mode", no_wrap=True)
-    for heading in ("tokens/s", "per answer", "x", "first ms", "ms/token", "accepted", "length"):
+    for heading in ("tokens/s", "per answer", "x", "first ms", "ms/token", "tree", "accepted", "length"):
         table.add_column(heading, justify="right", no_wrap=True)
     for summary in report.summaries:
         factor = summary.tokens_per_s / reference.tokens_per_s if reference else math.nan
@@ -102,6 +102,7 @@ def _speed_table(report: BenchReport) -> Table:
             _number(factor, 2),
             _spread(summary.ttft_s, 1e3, 0),
             _spread(summary.time_per_token_s, 1e3, 1),
+            _number(summary.nodes_per_step, 1),
             _percent(summary.acceptance_rate),
             _number(summary.acceptance_length, 2),
         )
@@ -110,6 +111,7 @@ def _speed_table(report: BenchReport) -> Table:
     table.caption = (
         "± half the distance of the quartiles; per answer: tokens/s up to its last token;\n"
         f"x: against {reference_name}; first ms: to the first token;\n"
+        "tree: drafted nodes of a sequence per step of the target, its root not counted;\n"
         "accepted: of drafted tokens; length: tokens per step of the target"
         + "".join(f"\n{summary.label}, accepted by depth: {_depths(summary)}" for summary in drafting)
     )

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from outrider.cluster.cli.options import (
+    Choice,
     ConfigName,
     Delta,
     DraftDepth,
@@ -16,12 +17,16 @@ from outrider.cluster.cli.options import (
     DraftNodes,
     Epsilon,
     FrequencyPenalty,
+    GrammarFile,
+    JsonSchema,
     JudgeName,
     MaxTokens,
     MinP,
+    MinTokens,
     Overrides,
     Plain,
     PresencePenalty,
+    Regex,
     RepetitionPenalty,
     Rule,
     Seed,
@@ -34,6 +39,7 @@ from outrider.cluster.cli.options import (
     acceptance_options,
     draft_options,
     given,
+    structured_outputs,
     template_arguments,
 )
 from outrider.cluster.cli.show import completion_json, show_stream, summary
@@ -71,7 +77,12 @@ def generate(
     frequency_penalty: FrequencyPenalty = None,
     seed: Seed = None,
     max_tokens: MaxTokens = None,
+    min_tokens: MinTokens = None,
     stop: Stop = [],
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choice: Choice = [],
+    grammar: GrammarFile = None,
     top_logprobs: Annotated[
         int | None,
         typer.Option(help="With --json: log-probs, also of this many.", show_default=False),
@@ -104,7 +115,9 @@ def generate(
             "frequency_penalty": frequency_penalty,
             "seed": seed,
             "max_tokens": max_tokens,
+            "min_tokens": min_tokens,
             "stop": stop,
+            "structured_outputs": structured_outputs(json_schema, regex, choice, grammar),
             "top_logprobs": top_logprobs,
             "logprobs": None if top_logprobs is None else True,
         }

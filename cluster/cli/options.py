@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,6 +34,21 @@ FrequencyPenalty = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.", show_default=False)]
 MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", show_default=False)]
 Stop = Annotated[list[str], typer.Option(help="End before this text; may be repeated.", show_default=False)]
+
+MinTokens = Annotated[int | None, typer.Option(help="Shortest answer, in tokens.", show_default=False)]
+JsonSchema = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Answer with JSON of this schema.", show_default=False)
+]
+Regex = Annotated[
+    str | None, typer.Option(help="Answer with what this expression matches.", show_default=False)
+]
+Choice = Annotated[list[str], typer.Option(help="Answer with this or another --choice.", show_default=False)]
+GrammarFile = Annotated[
+    str | None,
+    typer.Option(
+        "--grammar", metavar="FILE", help="Answer in this language: Lark, or GBNF.", show_default=False
+    ),
+]
 
 Plain = Annotated[bool, typer.Option("--plain", help="Decode without drafting.")]
 DraftMethods = Annotated[
@@ -86,6 +102,26 @@ def template_arguments(given: list[str]) -> dict[str, object]:
         except json.JSONDecodeError:
             arguments[name] = value
     return arguments
+
+
+def structured_outputs(
+    json_schema: str | None, regex: str | None, choice: list[str], grammar: str | None
+) -> dict[str, object] | None:
+    """The `structured_outputs` of a request's sampling; None where any answer will do."""
+    asked = {
+        "json": None if json_schema is None else _read("--json-schema", json_schema),
+        "regex": regex,
+        "choice": choice,
+        "grammar": None if grammar is None else _read("--grammar", grammar),
+    }
+    return given(asked) or None
+
+
+def _read(option: str, file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option} must be a file of text, got {file!r}: {error}") from error
 
 
 def given(options: Mapping[str, object]) -> dict[str, object]:

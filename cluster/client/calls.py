@@ -52,10 +52,29 @@ class Speculation(TypedDict, total=False):
     """Of rule `judge`."""
 
 
+class StructuredOutputs(TypedDict, total=False):
+    """What an answer must be: one of the first five, as vLLM has it."""
+
+    json: Mapping[str, Any] | str
+    """A JSON schema."""
+
+    json_object: bool
+    regex: str
+    choice: Sequence[str]
+
+    grammar: str
+    """Lark, or EBNF as llama.cpp has it (GBNF)."""
+
+    disable_any_whitespace: bool
+    whitespace_pattern: str
+    """Of JSON: none between its parts, or what this matches."""
+
+
 class Options(TypedDict, total=False):
     """What a request asks besides its prompt. What is left out is as the server's configuration says."""
 
     max_tokens: int
+    min_tokens: int
     temperature: float
     top_p: float
     top_k: int
@@ -69,6 +88,10 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
+    structured_outputs: StructuredOutputs
+    """What the answer must be."""
+    response_format: Mapping[str, Any]
+    """The same as OpenAI has it."""
     top_logprobs: int
     """Report each token's log-probability, and the likeliest tokens at its place, this many."""
     speculative: Speculation

@@ -132,7 +132,7 @@ def _add_generation(app: FastAPI, service: _Service) -> None:
     async def chat_completions(body: ChatRequest) -> Response:
         """Continues a conversation."""
         service.check_model(body.model)
-        job = chat_job(body, service.config)
+        job = chat_job(body, service.config, service.model)
         return service.answer(job, ChatWriter(job, service.name, service.names))
 
     @app.post("/v1/completions", responses=responses, response_class=JSONResponse)
@@ -146,7 +146,7 @@ def _add_generation(app: FastAPI, service: _Service) -> None:
     async def create_response(body: ResponsesRequest) -> Response:
         """Answers items; nothing is stored."""
         service.check_model(body.model)
-        job = responses_job(body, service.config)
+        job = responses_job(body, service.config, service.model)
         return service.answer(job, ResponsesWriter(body, job, service.name))
 
 

@@ -110,7 +110,8 @@ class Batch:
         self._engine = engine
         self._config = config
         self._name = config.server.model_name or config.target.model
-        self._names = TokenNames(engine.describe())
+        self._model = engine.describe()
+        self._names = TokenNames(self._model)
 
     async def run(
         self, requests: Mapping[str, Mapping[str, Any]], output: Output, done: Callable[[bool], None]
@@ -137,14 +138,14 @@ class Batch:
 
     async def _answer(self, request: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
         """HTTP status and body, as the server would answer."""
-        field = "prompt"
+        fields = ("prompt", "")
         try:
             job, writer = self._job(request)
-            field, tally = job.prompt_field, Tally(job)
+            fields, tally = (job.prompt_field, job.format_field), Tally(job)
             with contextlib.closing(Answers(self._engine, job.requests)) as answers:
                 return 200, await whole_answer(answers, job, writer, tally, tally.add)
         except ValueError as error:
-            refused = of_engine(error, field)
+            refused = of_engine(error, *fields)
         except ApiError as error:
             refused = error
         return refused.status, refused.body()
@@ -160,7 +161,7 @@ class Batch:
             if url == _URLS[0]:
                 chat = ChatRequest.model_validate(body)
                 self._check(chat)
-                job = chat_job(chat, self._config)
+                job = chat_job(chat, self._config, self._model)
                 return job, ChatWriter(job, self._name, self._names)
             completion = CompletionRequest.model_validate(body)
             self._check(completion)

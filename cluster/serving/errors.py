@@ -20,6 +20,8 @@ _ENGINE_FIELD = re.compile(
     r"\b(?:sampling\.[a-z_]+|draft\.(?:methods|max_nodes|max_depth)|template\.[a-z_]+"
     r"|acceptance\.(?:rule|epsilon|delta|judge|threshold))\b|^template\b"
 )
+_FORMAT = "sampling.structured_outputs"
+_FORMAT_PART = re.compile(r"sampling\.structured_outputs(?:\.\w+)?")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _NAME = re.compile(r"[a-z_][a-z0-9_]*|\d+")
 _TYPE_TAGS = {"str", "int", "float", "bool", "dict", "list", "none", "tuple", "constrained", "lax", "strict"}
@@ -50,10 +52,11 @@ class ApiError(Exception):
         }
 
 
-def of_engine(error: Exception, prompt_field: str) -> ApiError:
+def of_engine(error: Exception, prompt_field: str, format_field: str = "") -> ApiError:
     """What the engine says about a request, in the client's words.
 
-    prompt_field: what the client calls its prompt, `messages` or `prompt`.
+    prompt_field: what the client calls its prompt, `messages` or `prompt`. format_field: by which it said what an
+    answer must be.
     """
     if isinstance(error, OverloadedError):
         return overloaded(str(error))
@@ -62,6 +65,9 @@ def of_engine(error: Exception, prompt_field: str) -> ApiError:
     assert isinstance(error, ValueError), error
     message = _ENGINE_FIELD.sub(lambda match: _client_field(match[0]), str(error))
     found = _ENGINE_FIELD.search(str(error))
+    if format_field and found and found[0] == _FORMAT:
+        message = _FORMAT_PART.sub(format_field, str(error), count=1)
+        return ApiError(400, message, format_field, "invalid_value")
     too_long = re.match(r"prompt (and|must be at most)", message)
     if too_long:
         return ApiError(400, message, prompt_field, "context_length_exceeded")

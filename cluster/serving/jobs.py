@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from outrider.cluster.api import GenerationRequest, Prompt
+from outrider.cluster.api import CallForm, GenerationRequest, Prompt, ServedModel
+from outrider.cluster.serving.calls import forced_calls
 from outrider.cluster.serving.errors import ApiError
+from outrider.cluster.serving.formats import asked_format
 from outrider.cluster.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -29,6 +31,7 @@ _SAMPLING = (
     "frequency_penalty",
     "seed",
     "max_tokens",
+    "min_tokens",
     "stop_token_ids",
     "ignore_eos",
 )
@@ -49,6 +52,9 @@ class Job:
     prompt_field: str
     """What the client calls its prompt."""
 
+    format_field: str
+    """By which the client said what an answer must be; empty: it did not."""
+
     stream: bool
     stream_options: StreamOptions
     origins: bool
@@ -62,8 +68,8 @@ class Job:
     thoughts: Literal["tags", "open", "none"] = "none"
     """As `server.thoughts`."""
 
-    calls: bool = False
-    """Whether the model may call tools."""
+    calls: CallForm = "none"
+    """How calls of tools look; none: the model may call none."""
 
 
 def check_model(asked: str | None, served: str) -> None:
@@ -72,7 +78,7 @@ def check_model(asked: str | None, served: str) -> None:
         raise ApiError(404, f"model must be {served!r}, got {asked[:200]!r}", "model", "model_not_found")
 
 
-def chat_job(body: ChatRequest, config: Config) -> Job:
+def chat_job(body: ChatRequest, config: Config, model: ServedModel) -> Job:
     """Raises ApiError for what is wrong with the body alone."""
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         message = "max_completion_tokens must be max_tokens where both are given: they mean the same"
@@ -83,15 +89,24 @@ def chat_job(body: ChatRequest, config: Config) -> Job:
     if body.max_completion_tokens is not None:
         reported["max_tokens"] = body.max_completion_tokens
     calls = bool(body.tools) and body.tool_choice != "none"
-    if calls and body.parallel_tool_calls is False:
-        message = (
-            "parallel_tool_calls must be true where there are tools: the model calls as many as it likes"
-        )
-        raise ApiError(400, message, "parallel_tool_calls", "unsupported_parameter")
+    form: CallForm = model.calls if config.server.calls == "auto" else config.server.calls
+    must_call = forced_calls(body, form)
     template = template_arguments(body.chat_template_kwargs, body.tools if calls else None)
     job = _job(body, [messages_prompt(body.messages)], "messages", reported, config)
-    requests = tuple(replace(request, template=template) for request in job.requests)
-    return replace(job, requests=requests, thoughts=config.server.thoughts, calls=calls)
+    if must_call and job.format_field:
+        message = f"{job.format_field} must be left out where tool_choice makes the model call"
+        raise ApiError(400, message, job.format_field, "invalid_value")
+    requests = tuple(
+        replace(request, template=template, sampling={**request.sampling, **must_call})
+        for request in job.requests
+    )
+    return replace(
+        job,
+        requests=requests,
+        format_field="tools" if must_call else job.format_field,
+        thoughts=config.server.thoughts,
+        calls=form if calls else "none",
+    )
 
 
 def completion_job(body: CompletionRequest, config: Config, decode: Callable[[Sequence[int]], str]) -> Job:
@@ -182,7 +197,8 @@ def _job(
     stream_options = body.stream_options or StreamOptions()
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options must come with stream: true", "stream_options", "invalid_value")
-    sampling = {**_sampling(body), **reported}
+    format_field, wanted = asked_format(body)
+    sampling = {**_sampling(body), **reported, **({"structured_outputs": wanted} if wanted else {})}
     asked = Speculative(budget=0) if body.speculative == "off" else body.speculative or Speculative()
     draft, acceptance = _draft(asked), _acceptance(asked)
     requests = [
@@ -194,6 +210,7 @@ def _job(
         tuple(requests),
         num_per_prompt,
         prompt_field,
+        format_field,
         bool(body.stream),
         stream_options,
         bool(asked.origins),

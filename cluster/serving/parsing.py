@@ -1,8 +1,12 @@
 """Text of a model, as it comes, into what it is: thoughts, content, calls of tools.
 
-Thoughts stand between <think> and </think> at the beginning. Calls have the form of Hermes 2 Pro, which Qwen's models
-and Mellum 2 write, too: <tool_call>{"name": ..., "arguments": {...}}</tool_call>.
-Source of the form: https://github.com/NousResearch/Hermes-Function-Calling
+Thoughts stand between <think> and </think> at the beginning. Calls have one of two forms:
+
+- `hermes`, of Hermes 2 Pro, which Qwen's models and Mellum 2 write, too:
+  <tool_call>{"name": ..., "arguments": {...}}</tool_call>, anywhere, any number
+  (https://github.com/NousResearch/Hermes-Function-Calling);
+- `llama3`, of Llama 3.1 and later: {"name": ..., "parameters": {...}} as the whole answer, <|python_tag|> before it
+  or not; several are parted by semicolons (https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1).
 """
 
 import json
@@ -10,10 +14,18 @@ import re
 import uuid
 from dataclasses import dataclass
 
+from outrider.cluster.api import CallForm
+
 _THINK, _END_THINK = "<think>", "</think>"
 _CALL, _END_CALL = "<tool_call>", "</tool_call>"
+_PYTHON_TAG = "<|python_tag|>"
+# How calls of Llama's begin, without blanks.
+_BARE_HEADS = ('{"name":"', '{"type":"function","name":"')
 # A name with escapes is read with the whole call.
 _NAMED = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+_BARE_NAMED = re.compile(
+    r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:parameters|arguments)"\s*:\s*(?=\{)'
+)
 _MAX_HEAD = 4096  # characters of a call before its arguments; more is no call
 
 
@@ -56,15 +68,17 @@ class AnswerParser:
 
     Nothing is lost: what looks like a call and is none comes out as content.
 
-    thoughts: whether there may be thoughts. in_thoughts: the prompt ended with <think>. calls: whether there may be
-    calls.
+    thoughts: whether there may be thoughts. in_thoughts: the prompt ended with <think>. calls: their form, or
+    none where there are none.
     """
 
-    def __init__(self, thoughts: bool, in_thoughts: bool, calls: bool) -> None:
+    def __init__(self, thoughts: bool, in_thoughts: bool, calls: CallForm) -> None:
         self.num_calls = 0
-        self._calls = calls
+        self._calls = calls == "hermes"
         self._held = ""
-        self._read = self._begin if thoughts and not in_thoughts else self._content
+        self._behind_thoughts = self._bare_call if calls == "llama3" else self._content
+        self._behind_call = self._bare_tail if calls == "llama3" else self._tail
+        self._read = self._begin if thoughts and not in_thoughts else self._behind_thoughts
         if thoughts and in_thoughts:
             self._read = self._think
         self._trims = in_thoughts  # whether line feeds at the beginning are left out
@@ -94,14 +108,14 @@ class AnswerParser:
         if text.startswith(_THINK):
             self._held, self._read, self._trims = text[len(_THINK) :], self._think, True
         elif last or not _THINK.startswith(text):
-            self._read = self._content
+            self._read = self._behind_thoughts
 
     def _think(self, events: list[Event], last: bool) -> None:
         text, closed = self._until(_END_THINK, last)
         if text:
             events.append(Thought(text))
         if closed:
-            self._read, self._trims = self._content, True
+            self._read, self._trims = self._behind_thoughts, True
 
     def _content(self, events: list[Event], last: bool) -> None:
         if self._calls:
@@ -148,7 +162,7 @@ class AnswerParser:
             events.append(CallArguments(self.num_calls - 1, self._held[:end]))
             self._held = self._held[end:]
         if end and not self._depth:
-            self._read = self._tail
+            self._read = self._behind_call
 
     def _end_of_arguments(self) -> int:
         """How many of the held characters belong to the arguments, which end where their bracket closes."""
@@ -172,6 +186,30 @@ class AnswerParser:
         if text.startswith(_END_CALL):
             self._held, self._read, self._trims = text[len(_END_CALL) :], self._content, True
         elif last or not _END_CALL.startswith(text):
+            self._held, self._read, self._trims = text, self._content, True
+
+    def _bare_call(self, events: list[Event], last: bool) -> None:
+        """Where a call of Llama's may begin."""
+        text = self._held.lstrip()
+        if _PYTHON_TAG.startswith(text) and not last:
+            return
+        text = text.removeprefix(_PYTHON_TAG)
+        found = _BARE_NAMED.match(text)
+        if found:
+            self._begin_call(found[1], events)
+            self._held, self._read, self._depth = text[found.end() :], self._arguments, 0
+            return
+        seen = "".join(text.split())
+        may_be_call = any(head.startswith(seen) or seen.startswith(head) for head in _BARE_HEADS)
+        if last or not may_be_call or len(text) > _MAX_HEAD:
+            self._read = self._content
+
+    def _bare_tail(self, events: list[Event], last: bool) -> None:
+        """Behind the arguments of a call of Llama's: a bracket, and perhaps another call."""
+        text = self._held.lstrip().removeprefix("}").lstrip()
+        if text.startswith(";"):
+            self._held, self._read = text[1:], self._bare_call
+        elif text or last:
             self._held, self._read, self._trims = text, self._content, True
 
     def _begin_call(self, name: str, events: list[Event]) -> None:

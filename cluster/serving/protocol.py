@@ -71,7 +71,8 @@ class Function(Wire):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     """A JSON schema."""
-    strict: Annotated[Any, Only(False)] = None
+    strict: bool | None = None
+    """Where the model must call, arguments are as the schema says, strict or not."""
 
 
 class Tool(Wire):
@@ -79,6 +80,19 @@ class Tool(Wire):
 
     type: Literal["function"]
     function: Function
+
+
+class NamedFunction(Wire):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(Wire):
+    """The one that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class Message(Wire):
@@ -134,6 +148,54 @@ class Speculative(Wire):
     """Whether the answer says of each token who chose it, and of each text who completed it."""
 
 
+class TextFormat(Wire):
+    """Any answer."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Wire):
+    """An object in JSON."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Wire):
+    """A JSON schema. It is followed to the letter, strict or not."""
+
+    name: str
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Wire):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class StructuredOutputs(Wire):
+    """What an answer must be: exactly one of the first five, as vLLM has it."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    """A JSON schema."""
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    """Lark, or EBNF as llama.cpp has it (GBNF)."""
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+    whitespace_pattern: str | None = None
+    """Of JSON: none between its parts, or what this matches."""
+    disable_additional_properties: Annotated[Any, Only(False)] = None
+    structural_tag: Annotated[Any, Only()] = None
+
+
 class Generation(Wire):
     """What all requests for text have in common."""
 
@@ -158,17 +220,20 @@ class Generation(Wire):
     user: str | None = None
     """Goes into the server's log."""
 
-    min_tokens: Annotated[Any, Only(0)] = None
+    min_tokens: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    """The last four as vLLM had them: parts of `structured_outputs`."""
+
     skip_special_tokens: Annotated[Any, Only(True)] = None
     include_stop_str_in_output: Annotated[Any, Only(False)] = None
     use_beam_search: Annotated[Any, Only(False)] = None
     length_penalty: Annotated[Any, Only(1.0, 1)] = None
     prompt_logprobs: Annotated[Any, Only()] = None
-    guided_json: Annotated[Any, Only()] = None
-    guided_regex: Annotated[Any, Only()] = None
-    guided_choice: Annotated[Any, Only()] = None
-    guided_grammar: Annotated[Any, Only()] = None
-    structured_outputs: Annotated[Any, Only()] = None
     priority: Annotated[Any, Only(0)] = None
 
 
@@ -184,11 +249,10 @@ class ChatRequest(Generation):
     chat_template_kwargs: dict[str, Any] | None = None
     """Arguments of the model's chat template, such as enable_thinking."""
 
-    tool_choice: Annotated[Any, Only("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, Only(True, False)] = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     functions: Annotated[Any, Only([])] = None
     function_call: Annotated[Any, Only("none")] = None
-    response_format: Annotated[Any, Only({"type": "text"})] = None
     chat_template: Annotated[Any, Only()] = None
     add_generation_prompt: Annotated[Any, Only(True)] = None
     continue_final_message: Annotated[Any, Only(False)] = None
@@ -213,7 +277,6 @@ class CompletionRequest(Generation):
     best_of: Annotated[Any, Only(1)] = None
     suffix: Annotated[Any, Only("")] = None
     add_special_tokens: Annotated[Any, Only(True)] = None
-    response_format: Annotated[Any, Only({"type": "text"})] = None
 
 
 class TokenizeRequest(Wire):

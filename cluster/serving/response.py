@@ -62,7 +62,7 @@ class AnswerResponse(Response):
             message = f"the answer took longer than {self._max_request_s:g} s (server.max_request_s)"
             await self._fail(ApiError(408, message, code="timeout"), send)
         except (ValueError, EngineError) as error:
-            await self._fail(of_engine(error, self._job.prompt_field), send)
+            await self._fail(of_engine(error, self._job.prompt_field, self._job.format_field), send)
         except ApiError as error:
             await self._fail(error, send)
         finally:

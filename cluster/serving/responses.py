@@ -19,7 +19,8 @@ from outrider.cluster.serving.parsing import (
     Event,
     Thought,
 )
-from outrider.cluster.serving.responses_request import ResponsesRequest
+from outrider.cluster.serving.protocol import TextFormat
+from outrider.cluster.serving.responses_request import NamedFunctionTool, ResponsesRequest
 from outrider.cluster.serving.usage import Tally
 from outrider.cluster.serving.writers import Sent
 
@@ -140,8 +141,8 @@ class ResponsesWriter:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": body.temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": body.tool_choice or "auto",
+            "text": {"format": _format(body)},
+            "tool_choice": _choice(body),
             "tools": [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
             "top_p": body.top_p,
             "truncation": "disabled",
@@ -180,6 +181,18 @@ class _Item:
 
     def said(self, status: str) -> dict[str, Any]:
         return {"id": self.id, "status": status, **self.kind.said(self)}
+
+
+def _format(body: ResponsesRequest) -> dict[str, Any]:
+    """What the text had to be."""
+    wanted = (body.text and body.text.format) or TextFormat(type="text")
+    return wanted.model_dump(exclude_none=True, by_alias=True)
+
+
+def _choice(body: ResponsesRequest) -> Any:
+    """Which tool had to be called."""
+    named = body.tool_choice
+    return named.model_dump() if isinstance(named, NamedFunctionTool) else named or "auto"
 
 
 def _output_text(text: str) -> dict[str, Any]:

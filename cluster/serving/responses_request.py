@@ -9,14 +9,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from outrider.cluster.api import ServedModel
 from outrider.cluster.serving.jobs import Job, chat_job
 from outrider.cluster.serving.protocol import (
     ChatRequest,
     Function,
     FunctionCall,
+    JsonObjectFormat,
+    JsonSchemaFormat,
     Message,
+    NamedFunction,
+    NamedSchema,
+    NamedTool,
     Only,
     Speculative,
+    TextFormat,
     TextPart,
     Tool,
     ToolCall,
@@ -93,7 +100,31 @@ class FunctionTool(Wire):
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Annotated[Any, Only(False)] = None
+    strict: bool | None = None
+
+
+class NamedFunctionTool(Wire):
+    """The one that must be called."""
+
+    type: Literal["function"]
+    name: str
+
+
+class SchemaFormat(Wire):
+    """JSON that a schema describes; followed to the letter, strict or not."""
+
+    type: Literal["json_schema"]
+    name: str
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class TextOptions(Wire):
+    """What the text of an answer must be."""
+
+    format: Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    verbosity: Annotated[Any, Only()] = None
 
 
 InputItem = InputMessage | CallItem | CallOutput | ThoughtsItem
@@ -121,10 +152,10 @@ class ResponsesRequest(Wire):
     background: Annotated[Any, Only(False)] = None
     include: Annotated[Any, Only([])] = None
     tools: list[FunctionTool] | None = None
-    tool_choice: Annotated[Any, Only("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, Only(True, False)] = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
+    parallel_tool_calls: bool | None = None
     max_tool_calls: Annotated[Any, Only()] = None
-    text: Annotated[Any, Only({}, {"format": {"type": "text"}})] = None
+    text: TextOptions | None = None
     reasoning: Annotated[Any, Only({})] = None
     truncation: Annotated[Any, Only("disabled")] = None
     top_logprobs: Annotated[Any, Only(0)] = None
@@ -132,7 +163,7 @@ class ResponsesRequest(Wire):
     stream_options: Annotated[Any, Only({}, {"include_obfuscation": False})] = None
 
 
-def responses_job(body: ResponsesRequest, config: Config) -> Job:
+def responses_job(body: ResponsesRequest, config: Config, model: ServedModel) -> Job:
     """Raises ApiError for what is wrong with the body alone."""
     items: Sequence[InputItem] = (
         [InputMessage(role="user", content=body.input)] if isinstance(body.input, str) else body.input
@@ -143,6 +174,7 @@ def responses_job(body: ResponsesRequest, config: Config) -> Job:
         Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}, exclude_none=True)))
         for tool in body.tools or ()
     ]
+    response_format = _chat_format(body.text.format if body.text else None)
     chat = ChatRequest(
         messages=messages,
         stream=body.stream,
@@ -153,10 +185,27 @@ def responses_job(body: ResponsesRequest, config: Config) -> Job:
         user=body.user,
         speculative=body.speculative,
         tools=tools,
-        tool_choice=body.tool_choice,
+        tool_choice=(
+            NamedTool(type="function", function=NamedFunction(name=body.tool_choice.name))
+            if isinstance(body.tool_choice, NamedFunctionTool)
+            else body.tool_choice
+        ),
         parallel_tool_calls=body.parallel_tool_calls,
+        response_format=response_format,
     )
-    return replace(chat_job(chat, config), prompt_field="input")
+    job = chat_job(chat, config, model)
+    fields = {"response_format": "text.format", "tools": "tools", "": ""}
+    return replace(job, prompt_field="input", format_field=fields[job.format_field])
+
+
+def _chat_format(
+    wanted: TextFormat | JsonObjectFormat | SchemaFormat | None,
+) -> TextFormat | JsonObjectFormat | JsonSchemaFormat | None:
+    """As /v1/chat/completions has it."""
+    if not isinstance(wanted, SchemaFormat):
+        return wanted
+    schema = NamedSchema.model_validate({"name": wanted.name, "schema": wanted.schema_})
+    return JsonSchemaFormat(type="json_schema", json_schema=schema)
 
 
 def _messages(items: Sequence[InputItem]) -> list[Message]:

@@ -1,5 +1,6 @@
 """The door with real tokenizers: what is loaded for it, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from outrider.configs.loader import load_config
 from outrider.workers.draft import DraftWorker
 from outrider.workers.judging.head import JudgeDescription, JudgeHead, write_judge
 from outrider.workers.judging.identity import identify
+from outrider.workers.sampling.grammars import Grammars
 from outrider.workers.sequences.sequence import AcceptanceOptions
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
@@ -49,6 +51,41 @@ def test_messages_need_a_chat_template() -> None:
     admission.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="messages need a chat template"):
         admission.admit("a", GenerationRequest([{"role": "user", "content": "hello"}]))
+
+
+@pytest.mark.parametrize(
+    ("thoughts", "end_of_prompt", "begins"),
+    [
+        ("tags", "", "tags"),
+        ("tags", "T", "open"),
+        ("tags", "TE", "none"),  # a template that writes empty thoughts
+        ("open", "", "open"),
+        ("none", "T", "none"),
+    ],
+)
+def test_a_grammar_begins_behind_the_thoughts(thoughts: str, end_of_prompt: str, begins: str) -> None:
+    """The letters T and E stand for the tokens <think> and </think>."""
+    admission = prepared(f"server.thoughts={thoughts}")
+    texts = admission.grammars.texts
+    tags = {"think": (texts.tokens.index(b"T"),), "end_think": (texts.tokens.index(b"E"),)}
+    spoken = Grammars(len(texts.tokens), lambda: replace(texts, **tags))
+    admission.tokenizer.chat_template = "{{ messages[0].content }}: " + end_of_prompt
+    asked = {"structured_outputs": {"choice": ["a"]}}
+    chat = GenerationRequest([{"role": "user", "content": "hello"}], asked)
+    assert replace(admission, grammars=spoken).admit("a", chat).sampling.grammar.thoughts == begins
+    text = GenerationRequest("hello" + end_of_prompt, asked)
+    assert replace(admission, grammars=spoken).admit("a", text).sampling.grammar.thoughts == "none"
+    if thoughts == "open":
+        with pytest.raises(
+            ValueError, match=r"where server.thoughts is open and the tokenizer has no tokens"
+        ):
+            admission.admit("a", chat)
+
+
+def test_what_the_library_cannot_follow_is_refused_with_its_reason() -> None:
+    asked = {"structured_outputs": {"json": {"type": "array", "uniqueItems": True}}}
+    with pytest.raises(ValueError, match=r"sampling.structured_outputs must be what .*uniqueItems"):
+        prepared().admit("a", GenerationRequest("hello", asked))
 
 
 def test_heads_are_tried_on_an_answer_through_the_template_or_without_one() -> None:

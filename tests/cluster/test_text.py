@@ -52,3 +52,16 @@ def test_held_text_keeps_its_origin() -> None:
         ("x", Origin.DRAFT),
         ("a", Origin.TARGET),
     ]
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "text"), [(1, ""), (2, "abx"), (4, "abx"), (5, "abxabx"), (6, "abxabx")]
+)
+def test_a_stop_string_within_the_least_length_means_nothing(min_tokens: int, text: str) -> None:
+    """As with vLLM: one that begins within it and is complete behind it ends the text where it begins."""
+    assembler, said = TextAssembler(CharDecoder(), ("ab",), min_tokens), ""
+    for char in "abxabx":
+        if not assembler.stopped:
+            said += "".join(segment.text for segment in assembler.add(ord(char), Origin.TARGET))
+    said += "".join(segment.text for segment in assembler.finish())
+    assert (said, assembler.stopped) == (text, text != "abxabx")

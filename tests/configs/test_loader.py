@@ -125,11 +125,11 @@ def test_the_documented_presets_ship() -> None:
         ("rounds.lanes=true", "rounds.lanes must be one of 1, 2; got True"),
         (
             "draft.methods=[ngrm]",
-            r"draft.methods\[0\] must be one of ngram, model, medusa, eagle3, mtp; got 'ngrm'",
+            r"draft.methods\[0\] must be one of ngram, model, medusa, eagle3, mtp, parallel; got 'ngrm'",
         ),
         (
             "draft.methods=ngram",
-            "draft.methods must be a list of ngram or model or medusa or eagle3 or mtp, got 'ngram'",
+            "draft.methods must be a list of ngram or model or medusa or eagle3 or mtp or parallel, got 'ngram'",
         ),
         ("draft.methods=[ngram,ngram]", "draft.methods must be without repetition"),
         (

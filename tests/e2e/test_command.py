@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray._common.utils import get_default_ray_temp_dir
 
 from support.waiting import wait_until
 
@@ -40,6 +41,7 @@ def test_ctrl_c_in_an_answer_is_one_word_and_leaves_no_process() -> None:
         assert process.wait(timeout=60) == 130
         assert process.stderr.read() == b"Interrupted\n"
         wait_until(lambda: not session_processes(process.pid))
+    assert list(Path(get_default_ray_temp_dir()).glob(f"session_*_{process.pid}")) == []
 
 
 def test_the_command_prints_the_answer_and_nothing_else() -> None:

@@ -67,6 +67,27 @@ def test_speculative_answers_are_those_of_plain_decoding(engine: Engine) -> None
         assert sum(answer.stats.num_accepted for answer in plain) == 0
 
 
+def test_an_inner_block_leaves_the_engine_to_the_outer_one(engine: Engine) -> None:
+    with engine:
+        pass
+    assert engine.generate([GenerationRequest("x")])[0].finish_reason == "length"
+
+
+def test_a_forked_process_is_told_that_the_engine_is_not_its_own(engine: Engine) -> None:
+    child = os.fork()
+    if not child:
+        refused = 0
+        for call in (lambda: engine.generate([GenerationRequest("x")]), engine.stats):
+            try:
+                call()
+            except EngineError as error:
+                refused += "forked" in str(error)
+        engine.close()  # which leaves it alone
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert engine.generate([GenerationRequest("x")])[0].finish_reason == "length"
+
+
 def test_a_stream_gives_the_same_tokens_as_the_whole_answer(engine: Engine) -> None:
     (whole,) = engine.generate([GenerationRequest(PROMPTS[0])])
     pieces = list(engine.stream(PROMPTS[0]))

@@ -1,11 +1,15 @@
 """Draft heads on the target's hidden rows give the text of transformers, in every way to run a round."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from _pytest.mark import ParameterSet
 
 from outrider.cluster.bench.identity import Mismatch
+from outrider.workers.draft_heads.convolutions import ConvolutionShape
+from outrider.workers.draft_heads.pairs import PairShape
+from outrider.workers.draft_heads.parallel import BlockLayer
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions
 from outrider.workers.weights.source import WeightSource
@@ -18,14 +22,19 @@ from support.tiny_heads import (
     building_eagle3,
     building_medusa,
     building_mtp,
+    building_parallel,
     eagle3_drafter,
     mtp_drafter,
+    parallel_drafter,
 )
 
 MEDUSA = DraftOptions(("medusa",), 8, 6)
 EAGLE3 = DraftOptions(("eagle3",), 8, 6)
+HIDDEN = 80  # of the target's rows
+MARKOV = PairShape("markov", HIDDEN)
 MTP = DraftOptions(("mtp",), 8, 6)
-HEADS = {"medusa": MEDUSA, "eagle3": EAGLE3, "mtp": MTP}
+PARALLEL = DraftOptions(("parallel",), 8, 6)
+HEADS = {"medusa": MEDUSA, "eagle3": EAGLE3, "mtp": MTP, "parallel": PARALLEL}
 ALL = DraftOptions((*BOTH.methods, *HEADS), 12, 6)
 PAGE_SIZE = 16
 SAMPLED = SamplingParams(
@@ -40,7 +49,30 @@ def builders(target: WeightSource) -> tuple[MethodBuilder, ...]:
         building_medusa(target),
         building_eagle3(target, drafter, num_pages=64),
         building_mtp(target, mtp_drafter(target, rank=40), num_pages=64),
+        building_parallel(
+            target, parallel_drafter(target, (0, 1, 2), pair=MARKOV, num_ids=200), num_pages=64
+        ),
     )
+
+
+OTHER_BLOCKS: dict[str, dict[str, Any]] = {
+    "bidirectional, alone": {"layers": (BlockLayer(False),) * 2},
+    "bidirectional, Markov, slot 0 idle": {
+        "layers": (BlockLayer(False),) * 2,
+        "first_slot": 1,
+        "pair": MARKOV,
+    },
+    "windows, gated": {
+        "layers": (BlockLayer(True, 12), BlockLayer(False, 9, True)),
+        "pair": PairShape("gated", HIDDEN),
+    },
+    "selector, convolutions": {
+        "layers": (BlockLayer(False),),
+        "first_slot": 1,
+        "pair": PairShape("selector", 8, top_k=20),
+        "convolution": ConvolutionShape(2, 8),
+    },
+}
 
 
 def combinations() -> list[ParameterSet]:
@@ -125,4 +157,27 @@ def test_sequences_may_be_recomputed_cancelled_and_share_prefixes(
         for case in cases:
             if case.id in cancelled:
                 assert texts[case.id].tokens == reference.text(case)[: len(texts[case.id].tokens)]
+    assert engine.pool.num_available == engine.pool.num_pages
+
+
+@pytest.mark.parametrize("kind", OTHER_BLOCKS)
+def test_blocks_of_every_kind_give_the_text_of_transformers(
+    target: WeightSource, reference: Reference, ties: list[Mismatch], kind: str
+) -> None:
+    """Prefixes are shared and sequences recomputed: where context rows are lost, nothing is drafted."""
+    drafter = parallel_drafter(target, (1, 2), **OTHER_BLOCKS[kind])
+    cases = tiny_cases(sampling=replace(SAMPLED, max_tokens=20))
+    with LocalEngine(
+        target,
+        options=loop_options("2 lanes, ahead", True),
+        num_pages=24,
+        methods=(building_parallel(target, drafter, num_pages=64),),
+    ) as engine:
+        texts = decode(engine, cases, PARALLEL)
+        assert_same_texts(reference, cases, texts, ties, kind)
+        assert sum(sum(text.stats.depth_drafted) for text in texts.values()) > 0
+        # A selector of random weights chooses among what no slot can know.
+        assert num_accepted(texts) > 0 or "selector" in kind
+        again = decode(engine, cases[:2], PARALLEL)
+        assert_same_texts(reference, cases[:2], again, ties, f"{kind}, shared")
     assert engine.pool.num_available == engine.pool.num_pages

@@ -1,6 +1,7 @@
 """`outrider serve` on real Ray, spoken to by OpenAI's client, by ours and by plain HTTP."""
 
 import asyncio
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -59,6 +60,37 @@ def gauges(server: Server) -> tuple[float, ...]:
 
 def wait_until_idle(server: Server) -> None:
     wait_until(lambda: gauges(server) == (0, 0, 0))
+
+
+def test_an_answer_is_what_it_must_be_and_the_same_however_it_is_drafted(
+    theirs: openai.OpenAI, ours: Client
+) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["ada", "bob"]}, "ages": {"type": "array", "maxItems": 3}},
+        "required": ["name", "ages"],
+        "additionalProperties": False,
+    }
+    schema["properties"]["ages"]["items"] = {"type": "integer", "minimum": 0, "maximum": 99}
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}}
+    said = []
+    for speculative in ("off", {}):
+        for temperature in (0.0, 1.0):
+            answer = theirs.chat.completions.create(
+                model="tiny",
+                messages=QUESTION,
+                response_format=form,
+                temperature=temperature,
+                max_tokens=300,
+                seed=5,
+                extra_body={"speculative": speculative, "min_tokens": 5},
+            )
+            said.append(answer.choices[0].message.content)
+            if answer.choices[0].finish_reason == "stop":
+                assert json.loads(said[-1])["name"] in ("ada", "bob")
+    assert said[:2] == said[2:]
+    asked = {"structured_outputs": {"choice": ["etaoin", "shrdlu"]}, "temperature": 1.0}
+    assert {ours.generate("x", {**asked, "seed": seed}).text for seed in range(4)} <= {"etaoin", "shrdlu"}
 
 
 def test_openais_client_streams_what_plain_decoding_says(theirs: openai.OpenAI) -> None:

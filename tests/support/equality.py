@@ -35,6 +35,7 @@ from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, RequestStats, TokenEvent
 from outrider.workers.weights.reference import load_transformers
 from outrider.workers.weights.resolver import ResolvedModel
+from support.confined import forbidden
 from support.local_engine import LocalEngine, output_tokens
 
 TOLERANCE = TOLERANCE_OF_DTYPE["float32"]
@@ -208,6 +209,7 @@ def score_gaps(
     top-k, top-p or min-p may be a candidate, but counts as an opponent only when it is surely inside.
     """
     sampling, position = case.sampling, len(case.prompt) + len(output)
+    logits = logits.masked_fill(forbidden(sampling, output, len(logits)), -torch.inf)
     penalties = PenaltyState(case.prompt)
     for token in output:
         penalties.add(token)
@@ -257,6 +259,8 @@ def _until_stop(tokens: Sequence[int], stop_token_ids: Sequence[int]) -> tuple[i
 def _processors(case: Case) -> list[LogitsProcessor]:
     """transformers' own processors in the order of the law, then the noise."""
     sampling, processors = case.sampling, []
+    if sampling.is_confined:
+        processors.append(_Confined(case))
     if sampling.logit_bias:
         processors.append(SequenceBiasLogitsProcessor({(t,): v for t, v in sampling.logit_bias}))
     if sampling.repetition_penalty != 1.0:
@@ -273,6 +277,19 @@ def _processors(case: Case) -> list[LogitsProcessor]:
     if sampling.min_p:
         processors.append(MinPLogitsWarper(sampling.min_p))
     return [*processors, _SharedNoise(sampling.seed)]
+
+
+@dataclass
+class _Confined(LogitsProcessor):
+    """What the text forbids."""
+
+    case: Case
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        (text,) = input_ids.tolist()
+        return scores.masked_fill(
+            forbidden(self.case.sampling, text[len(self.case.prompt) :], scores.shape[1]), -torch.inf
+        )
 
 
 @dataclass

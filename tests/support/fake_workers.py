@@ -16,8 +16,10 @@ from outrider.cluster.coordinator import Coordinator
 from outrider.cluster.text import Decoder
 from outrider.cluster.text_bound import TextBound
 from outrider.configs.schema import Config, SamplingConfig, TargetConfig, TreeConfig
+from outrider.workers.sampling.grammars import Grammars
 from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.sequence import Request, RequestStats, TokenEvent, TokenLogprobs
+from outrider.workers.weights.token_texts import TokenTexts
 
 FAKE_CONFIG = Config(
     target=TargetConfig(model="random:fake", tp_size=2, max_context=200),
@@ -81,7 +83,9 @@ def char_admission(config: Config, report: Callable[[str, int, int], None]) -> C
     """What `prepare_admission` gives, for texts of ASCII."""
     report("download", 1, 1)
     tokenizer: Any = CharTokenizer()
-    return CharAdmission(config, tokenizer, CharBound(), 128, config.target.max_context, EOS_TOKEN_IDS)
+    texts = TokenTexts(tuple(bytes([code]) for code in range(128)), EOS_TOKEN_IDS, EOS_TOKEN_IDS)
+    limit, grammars = config.target.max_context, Grammars(128, lambda: texts)
+    return CharAdmission(config, tokenizer, CharBound(), 128, limit, EOS_TOKEN_IDS, grammars)
 
 
 class FakeTarget:

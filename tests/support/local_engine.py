@@ -30,6 +30,7 @@ from outrider.workers.rounds.budget import CostModel, PassProfile
 from outrider.workers.rounds.growth import GrowthOptions
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
+from outrider.workers.sampling.grammars import NO_GRAMMARS, Grammars
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.hidden import HiddenNeeds, all_layers
 from outrider.workers.sequences.pages import PagePool
@@ -97,6 +98,7 @@ class LocalEngine:
         methods: Iterable[MethodBuilder] = (),
         rules: Mapping[str, RuleMaker] = RULES,
         taps: tuple[int, ...] = (),
+        grammars: Grammars = NO_GRAMMARS,
     ) -> None:
         """`draft_head`: instead of the drafter's own; `methods`: further ones; `rules`: those that requests name;
         `taps`: layers that rules read."""
@@ -104,7 +106,7 @@ class LocalEngine:
         self._target_end = DraftReceiver(target_end)
         ngram = ngram or NgramConfig()
         num_recent = max(ngram.max_match, _MAX_DEPTH)
-        slots = DraftedSlots(max_sequences, max_nodes, num_recent, tuple(rules))
+        slots = DraftedSlots(max_sequences, max_nodes, num_recent, tuple(rules), grammars)
         self.drafting = DraftEngine(slots)
         self.drafting.add(NgramMethod(slots, self.drafting.estimator, ngram))
         if draft is not None:
@@ -139,7 +141,7 @@ class LocalEngine:
             model = Transformer(weights, communicator)
             cache = PagedCache(target.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
             self.ranks.append(
-                TargetRank(model, cache, max_sequences, Tracer(f"target {rank}", False), layers)
+                TargetRank(model, cache, max_sequences, Tracer(f"target {rank}", False), layers, grammars)
             )
         limits = SchedulerLimits(max_sequences, max_round_tokens, prefill_chunk, target.config.widest_window)
         self.pool = PagePool(num_pages, page_size, prefix_sharing)

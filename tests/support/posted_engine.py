@@ -43,6 +43,9 @@ class PostedEngine:
     def tokenize(self, prompt: Prompt, template: dict[str, object]) -> tuple[int, ...]:
         return self._call("tokenize", prompt, template)
 
+    def close(self) -> None:
+        """`posted_engine` ends it."""
+
     def stats(self) -> dict[str, dict[str, Any]]:
         draft = {"num_running": 1, "num_pages": 10, "num_available_pages": 4}
         return {"draft": {**draft, "busy_s": {"forward": 1.0}}, "coordinator": {"num_open_requests": 3}}

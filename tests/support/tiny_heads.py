@@ -8,23 +8,29 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from outrider.workers.draft_heads.convolutions import NO_CONVOLUTION, ConvolutionShape
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter, Eagle3Shape
 from outrider.workers.draft_heads.lm_head import LmHeadShape
 from outrider.workers.draft_heads.medusa import MedusaHeads, MedusaShape
 from outrider.workers.draft_heads.mtp import MtpDrafter, MtpShape, default_layer
+from outrider.workers.draft_heads.pairs import NO_PAIR, MarkovTerm, PairShape
+from outrider.workers.draft_heads.parallel import BlockLayer, ParallelDrafter, ParallelShape
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.eagle3 import Eagle3Method
 from outrider.workers.drafting.feature_levels import FeatureMethod
 from outrider.workers.drafting.levels import LevelLimits
 from outrider.workers.drafting.medusa import MedusaMethod
 from outrider.workers.drafting.mtp import MtpMethod
+from outrider.workers.drafting.parallel import ParallelMethod
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.draft_heads import for_serving, vocabulary_of
 from outrider.workers.model.embedding import MatrixEmbedding
 from outrider.workers.model.feature_drafter import CachedDrafter
+from outrider.workers.model.parallel_drafter import CachedParallelDrafter
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.pages import PagePool
@@ -214,3 +220,91 @@ def building_mtp(
 ) -> Callable[[DraftedSlots, AcceptanceEstimator, ModelConfig], MtpMethod]:
     """For `LocalEngine`."""
     return lambda slots, estimator, _: mtp_method(slots, estimator, target, drafter, num_pages, page_size)
+
+
+def parallel_drafter(
+    target: WeightSource,
+    taps: tuple[int, ...],
+    layers: tuple[BlockLayer, ...] = (BlockLayer(is_causal=True),) * 2,
+    first_slot: int = 0,
+    block_size: int = 5,
+    pair: PairShape = NO_PAIR,
+    convolution: ConvolutionShape = NO_CONVOLUTION,
+    num_ids: int = 0,
+) -> ParallelDrafter:
+    """A drafter with random weights, whose slots stay near the embedding that they read: what a tiny target says is
+    mostly up to the last token, and so is what a Markov term of the target's width says here. num_ids: of its LM
+    head, 0: the target's."""
+    config = target.config
+    hidden_size, vocab_size = config.hidden_size, config.vocab_size
+    shape = ParallelShape(
+        hidden_size=hidden_size,
+        target_hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        taps=taps,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=48,
+        rms_norm_eps=1e-5,
+        rope=Rope(),
+        max_context=4096,
+        layers=layers,
+        block_size=block_size,
+        first_slot=first_slot,
+        num_levels=block_size - first_slot,
+        mask_token_id=vocab_size - 1,
+        lm_head=LmHeadShape(hidden_size, num_ids or vocab_size, hidden_size),
+        pair=pair,
+        confidence="none",
+        convolution=convolution,
+    )
+    torch.manual_seed(1)
+    ids = torch.randperm(vocab_size)[: shape.lm_head.num_ids].sort().values
+    drafter = ParallelDrafter(shape, ids)
+    drafter.lm_head.weight.data.copy_(read(target, HEAD)[ids])
+    for name, weight in drafter.named_parameters():
+        if name.startswith("pair.") or "_conv." in name:
+            weight.data += (0.3 if "_conv." in name else 1.0) * torch.randn(weight.shape)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.data *= 0.3
+    if pair.kind in ("markov", "gated") and pair.rank == hidden_size:
+        assert isinstance(drafter.pair, MarkovTerm)
+        said = F.rms_norm(read(target, EMBEDDING), (hidden_size,))
+        drafter.pair.markov_w1.weight.data.copy_(2.0 * said)
+        drafter.pair.markov_w2.weight.data.copy_(read(target, HEAD)[ids])
+    return drafter.requires_grad_(False)
+
+
+def parallel_method(
+    slots: DraftedSlots,
+    estimator: AcceptanceEstimator,
+    target: WeightSource,
+    drafter: ParallelDrafter,
+    num_pages: int = 512,
+    page_size: int = 16,
+    packed: bool = True,
+) -> ParallelMethod:
+    """The method as it is built for a tiny target, in float32 on the CPU. The drafter itself stays as it is."""
+    config, own = target.config, drafter.shape.model
+    vocabulary = vocabulary_of(drafter.lm_head.ids, config.vocab_size)
+    embedding = MatrixEmbedding(read(target, EMBEDDING), VocabularyRange(0, config.vocab_size))
+    served = for_serving(deepcopy(drafter), config.vocab_size, torch.float32, CPU, packed)
+    cache = PagedCache(own, ShardPlan(own, 0, 1), num_pages, page_size, torch.float32, CPU)
+    return ParallelMethod(
+        slots=slots,
+        estimator=estimator,
+        drafter=CachedParallelDrafter(served, embedding, cache),
+        pool=PagePool(num_pages, page_size, prefix_sharing=True),
+        sampler=Sampler(len(vocabulary), vocabulary, SoloCommunicator()),
+        limits=LevelLimits(max_children=3, rows_per_sequence=4, max_rows=16, prefill_chunk=64),
+        num_nodes=12,
+        tracer=Tracer("parallel", False),
+    )
+
+
+def building_parallel(
+    target: WeightSource, drafter: ParallelDrafter, num_pages: int = 512
+) -> Callable[[DraftedSlots, AcceptanceEstimator, ModelConfig], ParallelMethod]:
+    """For `LocalEngine`."""
+    return lambda slots, estimator, _: parallel_method(slots, estimator, target, drafter, num_pages)

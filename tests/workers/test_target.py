@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
-from outrider.workers.link.messages import Draft, ScoreNeeds, Scores, SequenceStart, SequenceStep, Steps
+from outrider.workers.link.messages import Draft, Scores, SequenceStep, Steps
+from outrider.workers.link.starts import ScoreNeeds, SequenceStart
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan

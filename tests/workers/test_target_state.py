@@ -7,7 +7,8 @@ its rows 4-7 are cache slots 4-7.
 import pytest
 import torch
 
-from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
+from outrider.workers.link.messages import Draft, SequenceStep, Steps
+from outrider.workers.link.starts import SequenceStart
 from outrider.workers.model.batch import build_batch
 from outrider.workers.sampling.context import SampledRows
 from outrider.workers.sequences.params import SamplingParams

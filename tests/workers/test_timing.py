@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
+from outrider.workers.link.messages import Draft, SequenceStep, Steps
+from outrider.workers.link.starts import SequenceStart
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights

@@ -1,4 +1,4 @@
-"""Checkpoints of draft heads: EAGLE-3, Medusa, MTP, and an LM head alone, as others and as we lay them out.
+"""Checkpoints of draft heads: EAGLE-3, Medusa, MTP, parallel, and an LM head alone, as others and as we lay them out.
 
 Strict: a tensor that is missing, left over or of another shape, and a field that would be left out, are one
 ValueError that lists all of them. What is read is in float32; who uses it casts it. Layouts: see `layouts`.
@@ -52,9 +52,13 @@ from outrider.workers.draft_heads.layouts.mtp import (
     mtp_names,
     read_mtp_config,
 )
+from outrider.workers.draft_heads.layouts.parallel import HARMLESS_TENSORS as HARMLESS_BESIDE_BLOCKS
+from outrider.workers.draft_heads.layouts.parallel import parallel_config, read_parallel_config
+from outrider.workers.draft_heads.layouts.parallel import tensor_names as parallel_names
 from outrider.workers.draft_heads.lm_head import LmHead, LmHeadShape, make_lm_head
 from outrider.workers.draft_heads.medusa import MedusaHeads
 from outrider.workers.draft_heads.mtp import MtpDrafter
+from outrider.workers.draft_heads.parallel import ParallelDrafter
 from outrider.workers.draft_heads.tensors import (
     CONFIG,
     check_ids,
@@ -167,6 +171,36 @@ def read_mtp(folder: Path) -> tuple[MtpDrafter, HeadDescription]:
     return drafter, file.description
 
 
+def read_parallel(folder: Path) -> tuple[ParallelDrafter, HeadDescription]:
+    """A parallel drafter, in float32, without what is the target's: see `ParallelDrafter.take_target`.
+
+    Raises ValueError, see the module.
+    """
+    raw = read_json(folder / CONFIG)
+    file = _of_file(folder, lambda: read_parallel_config(raw))
+    shape, stored = file.shape, read_tensors(folder)
+    num_ids = shape.lm_head.num_ids
+    with torch.device("meta"):
+        drafter = ParallelDrafter(shape, torch.arange(num_ids, device="cpu"))
+    names = parallel_names(list(drafter.state_dict()))
+    drafter.shares_lm_head = not shape.lm_head.is_low_rank and "lm_head.weight" not in stored
+    if drafter.shares_lm_head:
+        del names["lm_head.weight"]
+    expected = {names[name]: tuple(x.shape) for name, x in drafter.state_dict().items() if name in names}
+    expected |= table_shapes(num_ids, shape.vocab_size, stored)
+    raise_problems(folder, file.problems + tensor_problems(expected, stored, HARMLESS_BESIDE_BLOCKS))
+    ids = _of_file(folder, lambda: ids_from_tables(num_ids, shape.vocab_size, stored))
+    drafter.lm_head.ids = sort_rows(ids, stored, _rows_of_ids(names))
+    fill(drafter, names, stored)
+    return drafter, file.description.or_else(HeadDescription(target_fingerprint=_fingerprint(stored)))
+
+
+def _rows_of_ids(names: dict[str, str]) -> list[str]:
+    """The file's names of the matrices of a parallel drafter that have a row for each id."""
+    own = ("lm_head.weight", "lm_head.up.weight", "pair.markov_w2.weight", "pair.successor_codebook")
+    return [names[name] for name in own if name in names]
+
+
 def read_lm_head(folder: Path) -> tuple[LmHead, HeadDescription]:
     """An LM head alone, in float32, as `write_lm_head` wrote it. Raises ValueError, see the module."""
     fields = Fields(read_json(folder / CONFIG))
@@ -222,6 +256,22 @@ def write_mtp(
     }
     names = mtp_names(list(weights), target.num_layers, layout)
     tables = offsets_of(drafter.lm_head, target.vocab_size)
+    write_files(folder, config, {names[name]: x for name, x in weights.items()} | tables, dtype)
+
+
+def write_parallel(
+    folder: Path, drafter: ParallelDrafter, description: HeadDescription, dtype: torch.dtype
+) -> None:
+    """Writes config.json and model.safetensors in our own layout, without an LM head that is the target's."""
+    shape = drafter.shape
+    config = parallel_config(shape, description, dtype)
+    weights = {
+        name: x
+        for name, x in drafter.state_dict().items()
+        if not (drafter.shares_lm_head and name.startswith("lm_head."))
+    }
+    names = parallel_names(list(weights))
+    tables = offsets_of(drafter.lm_head, shape.vocab_size)
     write_files(folder, config, {names[name]: x for name, x in weights.items()} | tables, dtype)
 
 

@@ -124,27 +124,9 @@ class FeatureMethod(LevelMethod):
     @torch.inference_mode()
     def observe(self, verified: Verified) -> None:
         """Keep the features of the tokens that the target has rows of now."""
-        hidden = verified.hidden
-        if hidden is None:
+        if verified.hidden is None:
             return
-        skipped = [
-            self._features.num_unwanted(step.sequence.slot, len(step.committed)) for step in verified.steps
-        ]
-        index = np.concatenate(
-            [
-                hidden.rows_of(step.index, step.committed[count:])
-                for step, count in zip(verified.steps, skipped, strict=True)
-            ]
-        )
-        counts = [len(step.committed) - count for step, count in zip(verified.steps, skipped, strict=True)]
-        features = torch.empty(0, self._outputs.shape[1])
-        if len(index):
-            taps = [hidden.layers[layer] for layer in self.needs.layers]
-            at = torch.from_numpy(index).to(taps[0].device)
-            features = self._drafter.features(torch.cat([rows[at] for rows in taps], dim=1))
-        for step, count, new in zip(verified.steps, skipped, features.split(counts), strict=True):
-            assert step.num_known == self._features.ends[step.sequence.slot]
-            self._features.append(step.sequence.slot, count, new)
+        self._features.keep(verified, self.needs.layers, self._drafter.features, self._outputs.shape[1])
         self._planned = None
 
     def rerooted(self, survivors: Survivors) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from outrider.workers.drafting.method import Verified
 from outrider.workers.sequences.tree import Bools, Ints
 
 
@@ -50,6 +53,32 @@ class FeatureStore:
         kept = self._features[slot]
         self._features[slot] = torch.cat([kept, features]) if len(kept) else features
         self._num_features += len(features)
+
+    def keep(
+        self, verified: Verified, layers: tuple[int, ...], make: Callable[[Tensor], Tensor], width: int
+    ) -> None:
+        """Keep the features of the tokens that the target has rows of now, as far as they are wanted.
+
+        Args:
+            layers: whose rows `make` reads side by side, [N, layers * hidden] -> [N, width].
+        """
+        hidden = verified.hidden
+        if hidden is None:
+            return
+        skipped = [self.num_unwanted(step.sequence.slot, len(step.committed)) for step in verified.steps]
+        wanted = [
+            hidden.rows_of(step.index, step.committed[count:])
+            for step, count in zip(verified.steps, skipped, strict=True)
+        ]
+        index, features = np.concatenate(wanted), torch.empty(0, width)
+        if len(index):
+            rows = [hidden.layers[layer] for layer in layers]
+            at = torch.from_numpy(index).to(rows[0].device)
+            features = make(torch.cat([of_layer[at] for of_layer in rows], dim=1))
+        parts = features.split([len(rows) for rows in wanted])
+        for step, count, new in zip(verified.steps, skipped, parts, strict=True):
+            assert step.num_known == self.ends[step.sequence.slot]
+            self.append(step.sequence.slot, count, new)
 
     def next(self, slot: int, count: int) -> Tensor:
         """[count, hidden]: the first features that are kept."""

@@ -292,18 +292,12 @@ class LevelMethod(DraftMethod):
         for slot, end in zip(expansion.slots.tolist(), expansion.num_nodes.cumsum().tolist(), strict=True):
             params, penalties = self._laws[slot]
             paths: list[list[int]] = []
-            if params.uses_context:
-                paths = [self._path(slot, node) for node in expansion.nodes[begin:end].tolist()]
-            sampled.append(SampledRows(params, positions[begin:end], penalties, paths))
+            if params.follows_text:
+                paths = [self.trees.path(slot, node) for node in expansion.nodes[begin:end].tolist()]
+            allowed = self.trees.words(slot, paths)
+            sampled.append(SampledRows(params, positions[begin:end], penalties, paths, allowed))
             begin = end
         return sampled
-
-    def _path(self, slot: int, node: int) -> list[int]:
-        tokens = []
-        while node:
-            tokens.append(int(self.trees.tokens[slot, node]))
-            node = int(self.trees.parents[slot, node])
-        return tokens[::-1]
 
     def _propose(self, expansion: Expansion, tokens: Ints, log_probs: Floats) -> None:
         """Put proposals ([M, children], best first) below the nodes, and learn what proposals are worth."""
@@ -313,7 +307,7 @@ class LevelMethod(DraftMethod):
         priors, kinds = priors_and_kinds(log_probs, is_greedy)
         kinds += self._first_source
         estimates = self.estimator.estimate(kinds, priors, self.slots.rules[slots][:, None])
-        # Top-k, top-p or min-p removed what has no probability: the target cannot pick it.
+        # A mask, top-k, top-p or min-p removed what has no probability: the target cannot pick it.
         met = log_probs > -np.inf
         possible = met & (tokens < self._num_target_tokens)
         promised = self.trees.flat.values[expansion.places]

@@ -22,7 +22,6 @@ from outrider.workers.draft_heads.medusa import MedusaHeads
 from outrider.workers.drafting.acceptance import (
     NUM_SAMPLED_KINDS,
     AcceptanceEstimator,
-    follow_errors,
     priors_and_kinds,
 )
 from outrider.workers.drafting.heads import check_target
@@ -30,6 +29,7 @@ from outrider.workers.drafting.laws import SlotLaws
 from outrider.workers.drafting.medusa_tree import best_trees
 from outrider.workers.drafting.method import DraftMethod, Forecast, MethodContext, Verified
 from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.drafting.yields import TreeYields
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.draft_heads import for_serving, vocabulary_of
 from outrider.workers.sampling.context import PenaltyState, SampledRows
@@ -94,15 +94,14 @@ class MedusaMethod(DraftMethod):
         self._has_news = np.zeros(len(slots), dtype=np.bool_)  # a row that nothing was proposed from
         self._first_source = estimator.reserve(self._num_heads * NUM_SAMPLED_KINDS)
         self._calibrated = _of_ranks(accuracies, self._num_heads, self._max_children)
-        # By order of value: how likely each node of a tree is accepted; of each law.
         first = self._calibrated
         if not first.size:
             decline = 2.0 ** -np.arange(self._num_heads)[:, None] * 4.0 ** -np.arange(self._max_children)
             first = _FIRST_YIELD * decline
-        self._first_yields = np.zeros(num_nodes)
+        first_yields = np.zeros(num_nodes)
         values = best_trees(first[None], num_nodes).values[0, 1:]
-        self._first_yields[: len(values)] = values
-        self._yields = np.tile(self._first_yields, (slots.num_laws, 1))
+        first_yields[: len(values)] = values
+        self._yields = TreeYields(first_yields, slots.num_laws)
 
     @classmethod
     def build(cls, context: MethodContext) -> MedusaMethod:
@@ -171,11 +170,13 @@ class MedusaMethod(DraftMethod):
     def forecast(self, slots: Ints) -> Forecast:
         """A row for each sequence with news."""
         ready = self._ready(slots)
-        return Forecast(lambda: self._gains(ready), len(ready), ready)
+        return Forecast(
+            lambda: self._yields.gains(self.trees, ready, self.slots.laws[ready]), len(ready), ready
+        )
 
     def root_gains(self, laws: Ints) -> Floats:
         """What trees were worth so far, at least what is assumed at first."""
-        return np.maximum(self._yields, self._first_yields)[laws].ravel()
+        return self._yields.root_gains(laws)
 
     @torch.inference_mode()
     def time_step(self, num_rows: int) -> float:
@@ -251,8 +252,7 @@ class MedusaMethod(DraftMethod):
             )
         met = np.zeros(values.shape, dtype=np.bool_)
         met[:, : best.values.shape[1] - 1] = best.values[:, 1:] > 0.0
-        laws = self.slots.laws[slots]
-        follow_errors(self._yields, laws, (values - self._yields[laws]) * met, met)
+        self._yields.learn(self.slots.laws[slots], values, met)
 
     def _estimates(self, log_probs: Floats, slots: Ints) -> tuple[Floats, Ints]:
         """Acceptances, 0 of what the law removes, and sources of guesses; all [B, K, children]."""
@@ -266,14 +266,6 @@ class MedusaMethod(DraftMethod):
         return self.estimator.estimate(sources, priors, self.slots.rules[slots][:, None, None]) * (
             log_probs > -np.inf
         ), sources
-
-    def _gains(self, slots: Ints) -> Floats:
-        """[M], descending: what trees of roots would gain, less what their trees hold already."""
-        yields_so_far = self._yields.cumsum(axis=1)[self.slots.laws[slots]]
-        held = self.trees.values[slots, 1 : max(1, self.trees.width(slots))].sum(axis=1)
-        left = np.maximum(yields_so_far - held[:, None], 0.0)
-        left[:, 1:] -= left[:, :-1].copy()
-        return np.sort(left[left > 0.0])[::-1]
 
 
 def table_of(accuracies: SequenceABC[SequenceABC[float]]) -> Floats:

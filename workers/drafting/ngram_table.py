@@ -159,28 +159,30 @@ class NgramTable:
         matches: Ints,
     ) -> None:
         """Fill in the best different continuations of `nodes`, out of `ends` and `matches` [len(nodes), E]."""
-        rows = np.arange(len(nodes))
-        counts = np.zeros(len(nodes), np.int64)
-        while len(rows):
-            best = matches[rows].argmax(axis=1)  # the first of the longest, and the latest come first
-            match = matches[rows, best]
+        num_rows, num_ends = matches.shape
+        at = matches.ravel().nonzero()[0]
+        owners = nodes[at // num_ends]
+        follow = np.empty((num_rows, num_ends, found.tokens.shape[2]), np.int64)
+        follow.reshape(matches.size, -1)[at] = self._follow(
+            slots[owners],
+            ends.ravel()[at],
+            tails[owners],
+            path_lengths[owners],
+            max_lengths[owners],
+            found.tokens.shape[2],
+        )
+        rows = np.arange(num_rows)
+        for rank in range(found.match_lengths.shape[1]):
+            best = matches.argmax(axis=1)  # the first of the longest, and the latest come first
+            longest = matches[rows, best]
+            some = longest.nonzero()[0]
+            if not len(some):
+                break
+            chosen = follow[rows, best]
+            found.match_lengths[nodes[some], rank] = longest[some]
+            found.tokens[nodes[some], rank] = chosen[some]
+            matches[(follow == chosen[:, None]).all(axis=2)] = 0  # the same once more is no second candidate
             matches[rows, best] = 0
-            rows, best, match = rows[match > 0], best[match > 0], match[match > 0]
-            owners = nodes[rows]
-            follow = self._follow(
-                slots[owners],
-                ends[rows, best],
-                tails[owners],
-                path_lengths[owners],
-                max_lengths[owners],
-                found.tokens.shape[2],
-            )
-            fresh = ~(found.tokens[owners] == follow[:, None]).all(axis=2).any(axis=1)
-            owners, ranks = owners[fresh], counts[rows[fresh]]
-            found.match_lengths[owners, ranks] = match[fresh]
-            found.tokens[owners, ranks] = follow[fresh]
-            counts[rows] += fresh
-            rows = rows[counts[rows] < self._config.max_candidates]
 
     def _follow(
         self, slots: Ints, ends: Ints, tails: Ints, path_lengths: Ints, max_lengths: Ints, longest: int

@@ -9,11 +9,13 @@ from outrider.workers.drafting.method import DraftMethod
 from outrider.workers.drafting.model import ModelMethod
 from outrider.workers.drafting.mtp import MtpMethod
 from outrider.workers.drafting.ngram import NgramMethod
+from outrider.workers.drafting.parallel import ParallelMethod
 from outrider.workers.sequences.hidden import all_layers
 from outrider.workers.weights.config import ModelConfig
 
 METHODS: dict[str, type[DraftMethod]] = {
-    method.name: method for method in (NgramMethod, ModelMethod, MedusaMethod, Eagle3Method, MtpMethod)
+    method.name: method
+    for method in (NgramMethod, ModelMethod, MedusaMethod, Eagle3Method, MtpMethod, ParallelMethod)
 }
 
 

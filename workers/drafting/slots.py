@@ -6,9 +6,12 @@ from bisect import bisect_right
 
 import numpy as np
 
+from outrider.workers.drafting.confined_trees import ConfinedTrees
+from outrider.workers.sampling.confinement import Confinement
+from outrider.workers.sampling.grammars import NO_GRAMMARS, Grammars
 from outrider.workers.sequences.rules import RULE_NAMES
 from outrider.workers.sequences.sequence import AcceptanceOptions, Sequence
-from outrider.workers.sequences.tree import Bools, GrowingTrees, Ints
+from outrider.workers.sequences.tree import Bools, Ints
 
 _NODES_PER_SENT_NODE = 8  # a tree grows on while a cut of it is verified, and has more than is worth sending
 _MIN_NODES = 64
@@ -58,16 +61,22 @@ class DraftedSlots:
     """
 
     def __init__(
-        self, num_slots: int, max_nodes: int, num_recent: int, rule_names: tuple[str, ...] = RULE_NAMES
+        self,
+        num_slots: int,
+        max_nodes: int,
+        num_recent: int,
+        rule_names: tuple[str, ...] = RULE_NAMES,
+        grammars: Grammars = NO_GRAMMARS,
     ) -> None:
         """max_nodes: drafted nodes of a sequence in a round, at most; num_recent: T; rule_names: of the rules that
-        requests may ask for."""
+        requests may ask for; grammars: over the target's tokens."""
+        self._grammars = grammars
         self._loosenesses = Loosenesses(rule_names)
         self.num_rules = len(self._loosenesses)
         self.num_laws = 2 * self.num_rules
         self.rules, self.laws = (np.zeros(num_slots, dtype=np.int64) for _ in range(2))
         capacity = max(_MIN_NODES, _NODES_PER_SENT_NODE * max_nodes)
-        self.trees = GrowingTrees(num_slots, capacity)
+        self.trees = ConfinedTrees(num_slots, capacity)
         self.sequences: list[Sequence | None] = [None] * num_slots
         self.is_greedy = np.zeros(num_slots, dtype=np.bool_)
         self.max_nodes, self.max_depth, self.num_remaining, self.num_tokens = (
@@ -92,6 +101,11 @@ class DraftedSlots:
         self.recent[slot, -len(last) :] = last
         self._count(sequence)
         self.trees.start(slot, sequence.tokens[-1], len(sequence.tokens) - 1)
+        sampling = sequence.request.sampling
+        if sampling.is_confined and draft.max_nodes:
+            confinement = Confinement(sampling, self._grammars)
+            confinement.advance(sequence.tokens[len(sequence.request.prompt_tokens) :])
+            self.trees.confine(slot, confinement)
 
     def extend(self, sequence: Sequence, tokens: list[int]) -> None:
         """`tokens` have come out; the sequence has them already."""

@@ -17,7 +17,8 @@ from outrider.workers.first_gpu.setting import Setting
 from outrider.workers.first_gpu.small_model import ALL_KERNELS, build, compare_graphs, logits_of
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.link.distributed import GroupCommunicator, open_store
-from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
+from outrider.workers.link.messages import Draft, SequenceStep, Steps
+from outrider.workers.link.starts import SequenceStart
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
 from outrider.workers.target import TargetRank

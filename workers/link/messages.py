@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.link.starts import SequenceStart, decode_starts, encode_starts, halves, joined
 from outrider.workers.sequences.segments import Int64Array, places_in
 
 MAX_STARTS_PER_ROUND = 4
@@ -27,29 +27,6 @@ Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
 
 _HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_INTS_PER_START = 11
-_FLOATS_PER_START = 6
-
-
-@dataclass(frozen=True)
-class ScoreNeeds:
-    """What a sequence's rule needs besides the sampled tokens."""
-
-    child_logprobs: bool = False
-    """Log-probabilities of the drafted tokens, under the model's own law and under the request's."""
-    entropy: bool = False
-    """Entropy of the request's law at every sampled node."""
-
-
-@dataclass(frozen=True)
-class SequenceStart:
-    """A sequence takes a slot of the target. Its first `num_shared_tokens` KV rows are in its pages already."""
-
-    slot: int
-    prompt_length: int  # tokens; what follows them counts as output for the penalties
-    num_shared_tokens: int
-    sampling: SamplingParams
-    needs: ScoreNeeds = ScoreNeeds()
 
 
 class SequenceStep(NamedTuple):
@@ -181,20 +158,11 @@ class Scores:
 
 def encode_draft(draft: Draft) -> torch.Tensor:
     """`draft` as int32 [length]."""
-    start_ints: list[int] = []
-    start_floats: list[float] = []
-    for start in draft.starts:
-        p, needs = start.sampling, start.needs
-        start_ints += [start.slot, start.prompt_length, start.num_shared_tokens, p.top_k, *_halves(p.seed)]
-        start_ints += [p.logprobs, p.top_logprobs, needs.child_logprobs, needs.entropy, len(p.logit_bias)]
-        start_ints += [token for token, _ in p.logit_bias]
-        start_floats += [p.temperature, p.top_p, p.min_p, p.repetition_penalty]
-        start_floats += [p.presence_penalty, p.frequency_penalty]
-        start_floats += [bias for _, bias in p.logit_bias]
+    start_ints, start_floats = encode_starts(draft.starts)
     steps = draft.steps
     return _pack(
         [
-            np.array([*_halves(draft.round_id), draft.stop]),
+            np.array([*halves(draft.round_id), draft.stop]),
             np.array(start_ints, dtype=np.int64),
             # Both sides must compute with the very same numbers: all their bits travel.
             np.array(start_floats, dtype=np.float64).view(np.int32),
@@ -219,60 +187,13 @@ def decode_draft(buffer: torch.Tensor) -> Draft:
     head, start_ints, start_floats, released, layers, *step_arrays = _unpack(buffer)
     low, high, stop = head.tolist()
     return Draft(
-        round_id=_joined(low, high),
-        starts=_decode_starts(start_ints.tolist(), start_floats.view(np.float64).tolist()),
+        round_id=joined(low, high),
+        starts=decode_starts(start_ints.tolist(), start_floats.view(np.float64).tolist()),
         released_slots=tuple(released.tolist()),
         steps=Steps(*[array.astype(np.int64) for array in step_arrays]),
         layers=tuple(layers.tolist()),
         stop=bool(stop),
     )
-
-
-def _decode_starts(ints: list[int], floats: list[float]) -> tuple[SequenceStart, ...]:
-    starts = []
-    i = f = 0
-    while i < len(ints):
-        (
-            slot,
-            prompt_length,
-            num_shared,
-            top_k,
-            seed_low,
-            seed_high,
-            logprobs,
-            top_n,
-            child,
-            entropy,
-            num_bias,
-        ) = ints[i : i + _INTS_PER_START]
-        temperature, top_p, min_p, repetition, presence, frequency = floats[f : f + _FLOATS_PER_START]
-        i += _INTS_PER_START
-        f += _FLOATS_PER_START
-        bias = tuple(zip(ints[i : i + num_bias], floats[f : f + num_bias], strict=True))
-        i += num_bias
-        f += num_bias
-        starts.append(
-            SequenceStart(
-                slot=slot,
-                prompt_length=prompt_length,
-                num_shared_tokens=num_shared,
-                sampling=SamplingParams(
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    min_p=min_p,
-                    repetition_penalty=repetition,
-                    presence_penalty=presence,
-                    frequency_penalty=frequency,
-                    logit_bias=bias,
-                    seed=_joined(seed_low, seed_high),
-                    logprobs=bool(logprobs),
-                    top_logprobs=top_n,
-                ),
-                needs=ScoreNeeds(bool(child), bool(entropy)),
-            )
-        )
-    return tuple(starts)
 
 
 @dataclass(frozen=True)
@@ -308,7 +229,7 @@ def encode_scores(scores: Scores) -> torch.Tensor:
     dtype = _HIDDEN_DTYPES.index(shape.dtype)
     return _pack(
         [
-            np.array([*_halves(scores.round_id), scores.top_ids.shape[1]]),
+            np.array([*halves(scores.round_id), scores.top_ids.shape[1]]),
             np.array([shape.num_layers, shape.num_rows, shape.hidden_size, dtype]),
             _bits([scores.commit_s, scores.forward_s, scores.sample_s]),
             scores.tokens,
@@ -336,7 +257,7 @@ def decode_scores(buffer: torch.Tensor, payload: torch.Tensor) -> Scores:
     is_pushed_down = np.zeros(len(child), dtype=bool)
     is_pushed_down[pushed] = True
     return Scores(
-        round_id=_joined(low, high),
+        round_id=joined(low, high),
         tokens=tokens.astype(np.int64),
         failed=failed,
         logprobs=logprobs.view(np.float32),
@@ -379,13 +300,3 @@ def _unpack(buffer: torch.Tensor) -> list[Int32Array]:
         sections.append(flat[begin : begin + length])
         begin += length
     return sections
-
-
-def _halves(number: int) -> tuple[int, int]:
-    """64 bits as two signed integers of 32."""
-    low, high = number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF
-    return (low ^ 0x80000000) - 0x80000000, (high ^ 0x80000000) - 0x80000000
-
-
-def _joined(low: int, high: int) -> int:
-    return (low & 0xFFFFFFFF) | ((high & 0xFFFFFFFF) << 32)

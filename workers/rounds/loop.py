@@ -16,7 +16,8 @@ from typing import Protocol
 import numpy as np
 
 from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.link.messages import Draft, Scores, SequenceStart, Steps
+from outrider.workers.link.messages import Draft, Scores, Steps
+from outrider.workers.link.starts import SequenceStart
 from outrider.workers.rounds.budget import CostModel
 from outrider.workers.rounds.growth import GrowthOptions, TreeGrower
 from outrider.workers.rounds.outgoing import Round, hidden_wanted, start_message, steps_message

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.link.messages import ScoreNeeds, SequenceStart, Steps
+from outrider.workers.link.messages import Steps
+from outrider.workers.link.starts import ScoreNeeds, SequenceStart
 from outrider.workers.rounds.scheduler import PlannedStep
 from outrider.workers.sequences.hidden import HiddenNeeds, all_layers
 from outrider.workers.sequences.rules import Rule

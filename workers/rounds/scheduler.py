@@ -169,8 +169,8 @@ class Scheduler:
         sequence.remembered = self.pool.remember_prefix(
             sequence.pages, sequence.tokens, sequence.num_committed, sequence.remembered
         )
-        # Penalties are counted from the tokens that the target keeps beside its rows.
-        if not sequence.request.sampling.uses_context:
+        # What a law depends on is learned from the tokens that the target keeps beside its rows.
+        if not sequence.request.sampling.follows_text:
             self._free_unseen_pages(sequence)
 
     def finish(self, sequence: Sequence) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from outrider.kernels.noise import Int64Array, UInt32Array, noise_keys
+from outrider.workers.sampling.confinement import NO_WORDS
+from outrider.workers.sampling.grammars import Words
 from outrider.workers.sequences.params import SamplingParams
 
 
@@ -75,6 +77,8 @@ class SampledRows:
     paths: Sequence[Sequence[int]] = ()
     """[num_rows] output tokens before the position that `penalties` does not have yet, a tree path; only looked
     at when the parameters ask for penalties."""
+    allowed: Words = field(default_factory=lambda: NO_WORDS)
+    """[num_rows, num_words]: the tokens that each row may choose from; no rows: any."""
 
 
 class RowParameters:

@@ -28,6 +28,7 @@ from outrider.workers.sampling.candidates import best_if_kept, kept_tokens
 from outrider.workers.sampling.context import RowParameters, SampledRows
 from outrider.workers.sampling.law import MAX_LOGIT, Edits, edit_rows
 from outrider.workers.sampling.logprobs import NO_QUESTIONS, LawQuestions, raw_logprobs
+from outrider.workers.sampling.masking import Masked, mask_rows
 from outrider.workers.sampling.request_laws import request_laws
 from outrider.workers.sampling.shards import DeviceShard, Shard
 from outrider.workers.sequences.vocabulary import Vocabulary
@@ -75,11 +76,22 @@ class _Edited:
 
     params: RowParameters
     logits: torch.Tensor
+    masked: Masked
     edits: Edits
     shard: Shard
     maxima: Float32Array  # [num_rows], over the whole vocabulary
     whole: Int64Array  # valid rows that nothing truncates
     truncated: Int64Array  # the other valid rows
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the logits are not the model's own."""
+        return len(self.masked.rows) > 0 or len(self.edits.rows) > 0
+
+    def undo(self) -> None:
+        """Make the logits the model's own again."""
+        self.edits.undo(self.logits)
+        self.masked.undo(self.logits)
 
 
 class Sampler:
@@ -144,8 +156,8 @@ class Sampler:
             valid,
             self._communicator,
         )
-        batch.edits.undo(batch.logits)
-        shard = self._shard(batch.logits) if len(batch.edits.rows) else batch.shard
+        batch.undo()
+        shard = self._shard(batch.logits) if batch.is_changed else batch.shard
         raw = raw_logprobs(
             shard,
             self._ids,
@@ -206,7 +218,7 @@ class Sampler:
             ids[rows], log_probs[rows] = _law_of_best(
                 batch, rows, *self._best_kept(batch, rows, num), temperatures
             )
-        batch.edits.undo(batch.logits)
+        batch.undo()
         return torch.from_numpy(ids), torch.from_numpy(log_probs)
 
     def _edit(self, logits: torch.Tensor, groups: Sequence[SampledRows]) -> _Edited:
@@ -214,6 +226,7 @@ class Sampler:
         assert logits.shape == (params.num_rows, len(self._ids))
         if not self._kernels.sample_shard:
             logits = logits.cpu().contiguous()
+        masked = mask_rows(logits, groups, self._ids)
         edits = edit_rows(logits, groups, self._ids)
         shard = self._shard(logits)
         maxima = shard.maxima(np.arange(params.num_rows))
@@ -222,7 +235,7 @@ class Sampler:
         valid = np.abs(maxima) <= MAX_LOGIT  # NaN if any rank's is, and then not
         truncated = (valid & params.truncates).nonzero()[0]
         whole = (valid & ~params.truncates).nonzero()[0]
-        return _Edited(params, logits, edits, shard, maxima, whole, truncated)
+        return _Edited(params, logits, masked, edits, shard, maxima, whole, truncated)
 
     def _shard(self, logits: torch.Tensor) -> Shard:
         if self._kernels.sample_shard:

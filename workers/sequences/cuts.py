@@ -123,6 +123,22 @@ class Survivors:
         )
 
 
+def path_products(factors: Floats, above: Ints, max_depth: int) -> Floats:
+    """Of every node the product of the factors on its path, those of the node and of its root included.
+
+    By doubling: each time a node's product takes in that of the node above its upper end.
+
+    Args:
+        factors: float64 [B, N], 1 at roots.
+        above: int64 [B, N], each node's parent as an index into the flattened factors; a root is its own.
+        max_depth: of the nodes, at most.
+    """
+    for _ in range(max_depth.bit_length()):
+        factors = factors * factors.reshape(-1)[above]
+        above = above.reshape(-1)[above]
+    return factors
+
+
 def best_path_first(window: Window, nodes: Ints, parents: Ints, exists: Bools) -> Ints:
     """Nodes of growing trees ([B, K], root first, by value) in a topological order that starts with the best path.
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from outrider.workers.sequences.grammar import ANYTHING, Grammar
+
 MAX_LOGIT_BIAS = 300  # entries of a request; the OpenAI API allows as many
 MAX_TOP_LOGPROBS = 20
 MIN_TEMPERATURE = 0.01  # below it logits / T leave the range where float32 still tells candidates apart
@@ -16,8 +18,8 @@ MIN_REPETITION_PENALTY = 0.01  # edits must leave finite float32 of any logits a
 class SamplingParams:
     """Sampling of one request. The defaults are the model's own law: temperature 1 and nothing removed.
 
-    The order is that of transformers: logit bias, repetition penalty, presence and frequency penalties,
-    temperature, top-k, top-p, min-p.
+    The order is that of transformers: what grammar and least length forbid, logit bias, repetition penalty, presence
+    and frequency penalties, temperature, top-k, top-p, min-p.
     """
 
     temperature: float = 1.0
@@ -40,6 +42,9 @@ class SamplingParams:
     """Key of the noise: same seed, prompt and parameters, same text."""
     max_tokens: int = 256
     """Tokens to generate at most."""
+    min_tokens: int = 0
+    """Until the text has so many, the tokens that would end it are removed, and stop strings do not end it; where a
+    grammar leaves nothing but the end, it ends."""
     stop_token_ids: tuple[int, ...] = ()
     """Generation ends with any of these tokens, as with the model's own end-of-text tokens."""
     stop: tuple[str, ...] = ()
@@ -50,6 +55,8 @@ class SamplingParams:
     """Report the log-probability of each token under the model's own law (before any of the above)."""
     top_logprobs: int = 0
     """With logprobs: also the likeliest tokens at each place, this many."""
+    grammar: Grammar = ANYTHING
+    """Tokens that the text cannot go on with in this language are removed, first of all."""
 
     @property
     def is_greedy(self) -> bool:
@@ -74,6 +81,16 @@ class SamplingParams:
         return tuple(float(number) for number in law)
 
     @cached_property
+    def is_confined(self) -> bool:
+        """Whether the text so far forbids tokens."""
+        return bool(self.grammar.text) or self.min_tokens > 0
+
+    @property
+    def follows_text(self) -> bool:
+        """Whether a law depends on more of the text than the model reads: who samples keeps it, and learns it."""
+        return self.uses_context or self.is_confined
+
+    @cached_property
     def edits_logits(self) -> bool:
         return self.uses_context or bool(self.logit_bias)
 
@@ -92,6 +109,7 @@ class SamplingParams:
         self._check_logit_bias(vocab_size)
         _check_int("seed", self.seed, 0, 2**64 - 1)
         _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
         for token in self.stop_token_ids:
             _check_int("stop_token_ids entries", token, 0, vocab_size - 1)
         for text in self.stop:

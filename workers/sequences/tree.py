@@ -18,6 +18,7 @@ from outrider.workers.sequences.cuts import (
     Survivors,
     Window,
     best_path_first,
+    path_products,
 )
 
 
@@ -140,15 +141,18 @@ class GrowingTrees:
             acceptances: float64 [C, L].
         """
         nodes, at = below.copy(), np.zeros(len(slots), dtype=np.int64)
-        following = (lengths > 0) & (self.child_mass[slots, nodes] > 0.0)
-        while following.any():
-            c = np.flatnonzero(following)
+        followed: list[tuple[Ints, Ints, Ints]] = []
+        c = np.flatnonzero((lengths > 0) & (self.child_mass[slots, nodes] > 0.0))
+        while len(c):
             children, found = self.find_children(slots[c], nodes[c], tokens[c, at[c]])
-            following[c[~found]] = False
             c, children = c[found], children[found]
-            self._raise(slots[c], children, acceptances[c, at[c]], sources[c, at[c]])
+            followed.append((c, at[c], children))
             nodes[c], at[c] = children, at[c] + 1
-            following[c] = (at[c] < lengths[c]) & (self.child_mass[slots[c], children] > 0.0)
+            c = c[(at[c] < lengths[c]) & (self.child_mass[slots[c], children] > 0.0)]
+        if followed:
+            # All at once: what hangs below a node is worth something else each time.
+            of, at_link, met = (np.concatenate(parts) for parts in zip(*followed, strict=True))
+            self._raise(slots[of], met, acceptances[of, at_link], sources[of, at_link])
         unfinished = np.flatnonzero(at < lengths)
         if not len(unfinished):
             return
@@ -375,24 +379,21 @@ class GrowingTrees:
         return fits
 
     def _raise(self, slots: Ints, nodes: Ints, acceptances: Floats, sources: Ints) -> None:
-        """Where a proposal is trusted more than before, so is all that hangs below it."""
-        old = self.acceptances[slots, nodes]
-        higher = acceptances > old
-        if not higher.any():
+        """Where a proposal is trusted more than before, so is all that hangs below it. Nodes may come repeatedly."""
+        flat, places = self.flat, slots * self.capacity + nodes
+        higher = acceptances > flat.acceptances[places]
+        if not np.count_nonzero(higher):
             return
         self.version += 1
-        slots, nodes, new, old = slots[higher], nodes[higher], acceptances[higher], old[higher]
-        parents = self.parents[slots, nodes]
-        self.acceptances[slots, nodes], self.sources[slots, nodes] = new, sources[higher]
-        np.add.at(self.child_mass, (slots, parents), new - old)
-        changed = np.unique(slots)
-        width = self.width(changed)
-        depths = self.depths[changed, :width]
-        own, above = self.acceptances[changed, :width], self.parents[changed, :width]
-        exists = self.exists(changed, width)
-        values = np.zeros(depths.shape)
-        values[:, 0] = 1.0
-        for depth in range(1, int(depths.max()) + 1):
-            level = (depths == depth) & exists
-            values[level] = (own * np.take_along_axis(values, above, axis=1))[level]
-        self.values[changed, :width] = values
+        places, new, sources = places[higher], acceptances[higher], sources[higher]
+        raised, changed = np.unique(places), np.unique(slots[higher])
+        before = flat.acceptances[raised]
+        # Of several assignments to one place the last holds: that of the highest, the first of equals.
+        order = (-new).argsort(kind="stable")[::-1]
+        flat.acceptances[places[order]], flat.sources[places[order]] = new[order], sources[order]
+        above = raised - raised % self.capacity + flat.parents[raised]
+        np.add.at(flat.child_mass, above, flat.acceptances[raised] - before)
+        window = self.window(changed)
+        own = flat.acceptances[window.places] * self.exists(changed, window.width)
+        above = window.starts[:, None] + flat.parents[window.places]
+        flat.values[window.places] = path_products(own, above, int(flat.depths[window.places].max()))

@@ -94,8 +94,8 @@ class WantedRows:
 
     @property
     def names(self) -> list[str]:
-        """What is computed and kept, each by itself, so that other methods and other heads find what they share."""
-        return [*map(_layer_name, self.taps), _LAST, self.law_name]
+        """What is read, each kept by itself, so that other methods and other heads find what they share."""
+        return [*map(_layer_name, self.taps), *([_LAST] if self.normed else []), self.law_name]
 
     def bytes_per_token(self, hidden_size: int, dtype: torch.dtype) -> int:
         """Of all that is kept, at most."""
@@ -104,7 +104,7 @@ class WantedRows:
 
 
 class FeatureComputer:
-    """Runs the target and keeps what a trainer needs: by name (`WantedRows.names`) tensors by name, [tokens, ...]."""
+    """Runs the target and keeps what a trainer needs, and the last rows: by name tensors by name, [tokens, ...]."""
 
     def __init__(self, target: TargetFeatures, wanted: WantedRows) -> None:
         """`target` gives at least the wanted layers and its last rows."""
@@ -127,7 +127,7 @@ class FeatureComputer:
         parts.append(self._forward(batch))
         return {
             name: {key: torch.cat([part[name][key] for part in parts]) for key in parts[0][name]}
-            for name in self._wanted.names
+            for name in parts[0]
         }
 
     @torch.inference_mode()
@@ -201,7 +201,7 @@ class FeatureFiles:
         """target: what besides texts and layer decides the rows of a layer: model and number format."""
         self._texts = texts
         self._wanted = wanted
-        self._files = {name: row_files(texts, folder, f"{target} {name}") for name in wanted.names}
+        self._files = {name: row_files(texts, folder, f"{target} {name}") for name in {*wanted.names, _LAST}}
 
     @property
     def num_missing(self) -> int:
@@ -212,14 +212,15 @@ class FeatureFiles:
         """Computes what is not in its file yet; `progress` is told how many texts are there."""
         for number, names in self._missing().items():
             progress("features of texts", number * _TEXTS_PER_FILE, len(self._texts))
-            if names == [self._wanted.law_name]:
+            last = self._files[_LAST][number]
+            if names == [self._wanted.law_name] and last.exists():
                 # Another head than that of an earlier run: the layers need not be run again.
-                last = load_file(self._files[_LAST][number])
-                computed = {names[0]: computer.law(last["normed"])}
+                computed = {names[0]: computer.law(load_file(last)["normed"])}
             else:
                 computed = computer.compute(self._group(number))
-            for name in names:
-                _write(self._files[name][number], computed[name])
+            for name, tensors in computed.items():
+                if not self._files[name][number].exists():
+                    _write(self._files[name][number], tensors)
         progress("features of texts", len(self._texts), len(self._texts))
 
     def read(self, indices: Sequence[int]) -> FeatureBatch:
@@ -228,8 +229,8 @@ class FeatureFiles:
 
     def _missing(self) -> dict[int, list[str]]:
         missing: dict[int, list[str]] = {}
-        for name, files in self._files.items():
-            for number, path in enumerate(files):
+        for name in self._wanted.names:
+            for number, path in enumerate(self._files[name]):
                 if not path.exists():
                     missing.setdefault(number, []).append(name)
         return dict(sorted(missing.items()))
@@ -243,8 +244,6 @@ class FeatureFiles:
         rows = slice(sum(lengths[:-1]), sum(lengths))
         found = {}
         for name in self._wanted.names:
-            if name == _LAST and not self._wanted.normed:
-                continue
             with safe_open(self._files[name][number], framework="pt") as file:
                 found[name] = {key: file.get_slice(key)[rows] for key in file.keys()}  # noqa: SIM118
         return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from outrider.workers.draft_heads.lm_head import (
 )
 from outrider.workers.training.metrics import NUM_RANKS, Guesses
 from outrider.workers.training.vocabulary_loss import SoftTargets, vocabulary_loss
+from outrider.workers.weights.resolver import resolve_vocabulary
 from outrider.workers.weights.source import WeightSource
 from outrider.workers.weights.tensors import EMBEDDING, HEAD
 
@@ -30,7 +30,7 @@ def read_ids(config: TrainedHeadConfig, vocab_size: int) -> Tensor:
     """int64 [V'], ascending: the target's token of each logit. Raises ValueError for a bad `head.ids`."""
     if not config.ids:
         return torch.arange(vocab_size)
-    path = Path(config.ids).expanduser()
+    path = resolve_vocabulary(config.ids, "head.ids")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -93,7 +93,13 @@ class HeadLoss(nn.Module):
         return ids[place] == tokens
 
     def forward(
-        self, normed: Tensor, soft: SoftTargets, greedy: Tensor, measure: bool
+        self,
+        normed: Tensor,
+        soft: SoftTargets,
+        greedy: Tensor,
+        measure: bool,
+        pair_rows: Tensor | None = None,
+        successors: Tensor | None = None,
     ) -> tuple[Tensor, Guesses]:
         """The summed loss over those of M labels whose greedy token the head has.
 
@@ -102,6 +108,7 @@ class HeadLoss(nn.Module):
             soft: the target's law of each label, over the head's ids.
             greedy: int64 [M], the target's choice.
             measure: look at ranks, too.
+            pair_rows, successors: [M, rank] and [V', rank], whose products are added to the head's logits.
         """
         learned = self.has(greedy).nonzero().squeeze(1)
         soft = soft.at(learned)
@@ -110,8 +117,13 @@ class HeadLoss(nn.Module):
             rows = self.head.down(rows)
         elif torch.is_autocast_enabled(rows.device.type):
             rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+        num_fixed = 0
+        if pair_rows is not None and successors is not None and pair_rows.shape[1]:
+            num_fixed = 0 if matrix.requires_grad else matrix.shape[1]
+            rows = torch.cat((rows, pair_rows[learned].to(rows.dtype)), dim=1)
+            matrix = torch.cat((matrix, successors), dim=1)
         weights = torch.ones(len(rows), device=rows.device)
-        value, accepted = vocabulary_loss(rows, matrix, soft, weights, self._loss)
+        value, accepted = vocabulary_loss(rows, matrix, soft, weights, self._loss, num_fixed)
         acceptances = torch.zeros(len(normed), device=rows.device)
         acceptances[learned] = accepted
         ranks = None

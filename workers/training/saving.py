@@ -12,9 +12,11 @@ from outrider.workers.draft_heads.checkpoint import (
     read_eagle3,
     read_medusa,
     read_mtp,
+    read_parallel,
     write_eagle3,
     write_medusa,
     write_mtp,
+    write_parallel,
 )
 from outrider.workers.draft_heads.description import (
     HeadDescription,
@@ -24,10 +26,11 @@ from outrider.workers.draft_heads.description import (
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.draft_heads.medusa import MedusaHeads
 from outrider.workers.draft_heads.mtp import MtpDrafter
+from outrider.workers.draft_heads.parallel import ParallelDrafter
 from outrider.workers.training.data import Corpus
 from outrider.workers.weights.source import WeightSource
 
-Drafter = Eagle3Drafter | MedusaHeads | MtpDrafter
+Drafter = Eagle3Drafter | MedusaHeads | MtpDrafter | ParallelDrafter
 
 
 def describe(
@@ -52,13 +55,15 @@ def describe(
 
 
 def save_drafter(folder: Path, drafter: Drafter, description: HeadDescription) -> None:
-    """Writes a checkpoint in bfloat16: in SpecForge's layout, DeepSeek's, or vLLM's of Medusa, which knows heads that
-    share their LM head."""
+    """Writes a checkpoint in bfloat16: in SpecForge's layout, DeepSeek's, our own of parallel drafters, or vLLM's of
+    Medusa, which knows heads that share their LM head."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(drafter, Eagle3Drafter):
         write_eagle3(folder, drafter, description, "specforge", torch.bfloat16)
     elif isinstance(drafter, MtpDrafter):
         write_mtp(folder, drafter, description, "deepseek", torch.bfloat16)
+    elif isinstance(drafter, ParallelDrafter):
+        write_parallel(folder, drafter, description, torch.bfloat16)
     else:
         write_medusa(folder, drafter, description, "vllm", torch.bfloat16)
 
@@ -72,6 +77,9 @@ def start_from(folder: Path, drafter: Drafter) -> None:
     if isinstance(drafter, Eagle3Drafter):
         found, _ = read_eagle3(folder)
         same_ids = torch.equal(found.lm_head.ids, drafter.lm_head.ids)
+    elif isinstance(drafter, ParallelDrafter):
+        found, _ = read_parallel(folder)
+        same_ids = torch.equal(found.lm_head.ids, drafter.lm_head.ids) and not found.shares_lm_head
     elif isinstance(drafter, MtpDrafter):
         found, _ = read_mtp(folder)
         same_ids = torch.equal(found.lm_head.ids, drafter.lm_head.ids) and not found.shares_lm_head

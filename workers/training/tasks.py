@@ -16,6 +16,7 @@ from outrider.configs.training import TrainingConfig
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter, default_taps
 from outrider.workers.draft_heads.medusa import MedusaHeads
 from outrider.workers.draft_heads.mtp import MtpDrafter
+from outrider.workers.draft_heads.parallel import ParallelDrafter
 from outrider.workers.setup import torch_dtype
 from outrider.workers.training.data import Corpus, TrainingText
 from outrider.workers.training.eagle3 import Eagle3Training, drafter_shape, start_from_last_layer
@@ -32,6 +33,12 @@ from outrider.workers.training.heads import head_shape, low_rank_head, read_ids,
 from outrider.workers.training.medusa1 import Medusa1Training, heads_shape, start_heads
 from outrider.workers.training.metrics import StepCounts
 from outrider.workers.training.mtp import MtpTraining, head_shape_for, start_from_layer
+from outrider.workers.training.parallel import (
+    ParallelTraining,
+    check_mask_token,
+    start_from_last_layers,
+)
+from outrider.workers.training.parallel import drafter_shape as parallel_shape
 from outrider.workers.training.saving import Drafter, describe, save_drafter, start_from
 from outrider.workers.weights.progress import Progress, silent
 from outrider.workers.weights.resolver import ResolvedModel, open_source, resolve
@@ -89,13 +96,21 @@ def resolve_target(config: TrainingConfig, progress: Progress) -> ResolvedModel:
 
 
 def wanted_rows(config: TrainingConfig, source: WeightSource) -> WantedRows:
-    """What `config.method`, eagle3, mtp or medusa1, reads of the target."""
+    """What `config.method`, any but medusa2, reads of the target."""
     ids = read_ids(config.head, source.config.vocab_size)
-    eagle3 = config.method == "eagle3"
-    if eagle3 and source.config.num_layers < 4:
-        raise ValueError(f"method eagle3 needs a target of at least 4 layers, got {source.config.num_layers}")
-    taps = default_taps(source.config.num_layers) if eagle3 else ()
-    return WantedRows(taps, not eagle3, ids, config.texts.top_k)
+    taps = _taps(config, source.config.num_layers)
+    return WantedRows(taps, not taps, ids, config.texts.top_k)
+
+
+def _taps(config: TrainingConfig, num_layers: int) -> tuple[int, ...]:
+    """Layers whose inputs `config.method` reads; () where it reads what leaves the last one."""
+    if config.method not in ("eagle3", "parallel"):
+        return ()
+    if config.method == "parallel" and config.parallel.taps:
+        return config.parallel.taps
+    if num_layers < 4:
+        raise ValueError(f"method {config.method} needs a target of at least 4 layers, got {num_layers}")
+    return default_taps(num_layers)
 
 
 def _files(config: TrainingConfig, wanted: WantedRows, texts: Sequence[TrainingText]) -> FeatureFiles:
@@ -187,6 +202,9 @@ def build_task(config: TrainingConfig, corpus: Corpus) -> Task:
         module, drafter = _eagle3(config, source, rows)
     elif config.method == "mtp":
         module, drafter = _mtp(config, source, rows)
+    elif config.method == "parallel":
+        check_mask_token(config.parallel, corpus)
+        module, drafter = _parallel(config, source, rows)
     else:
         module, drafter = _medusa1(config, source, rows)
     if config.start_from:
@@ -234,6 +252,20 @@ def _mtp(config: TrainingConfig, source: WeightSource, rows: WantedRows) -> tupl
         start_from_layer(drafter, source)
     dtype = torch_dtype(config.engine.dtype)
     return MtpTraining(drafter, source.read(EMBEDDING, _ALL, _ALL, dtype), config.mtp, dtype), drafter
+
+
+def _parallel(
+    config: TrainingConfig, source: WeightSource, rows: WantedRows
+) -> tuple[nn.Module, ParallelDrafter]:
+    head = head_shape(config.head, source.config.hidden_size, rows.ids)
+    drafter = ParallelDrafter(parallel_shape(source.config, head, config.parallel), rows.ids)
+    start_head(drafter.lm_head, source, _low_rank_start(config))
+    drafter.shares_lm_head = config.head.kind != "low_rank" and config.head.frozen
+    if config.parallel.start == "target_last_layers":
+        start_from_last_layers(drafter, source)
+    dtype = torch_dtype(config.engine.dtype)
+    embedding = source.read(EMBEDDING, _ALL, _ALL, dtype)
+    return ParallelTraining(drafter, embedding, config.parallel, dtype), drafter
 
 
 def _medusa1(config: TrainingConfig, source: WeightSource, rows: WantedRows) -> tuple[nn.Module, MedusaHeads]:

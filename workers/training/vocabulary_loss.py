@@ -44,7 +44,7 @@ class SoftTargets:
 
 
 def vocabulary_loss(
-    rows: Tensor, matrix: Tensor, targets: SoftTargets, weights: Tensor, loss: str
+    rows: Tensor, matrix: Tensor, targets: SoftTargets, weights: Tensor, loss: str, num_fixed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows of weight * loss of softmax(rows @ matrix.T) against the targets.
 
@@ -53,12 +53,13 @@ def vocabulary_loss(
         matrix: [V', r], cast to it.
         weights: float32 [N].
         loss: a name in `LOSSES`.
+        num_fixed: columns at the front of the matrix that nobody trains; their gradient is zero.
 
     Returns:
         (the loss, float32 scalar with gradients to rows and matrix; acceptance of each row, float32 [N]).
     """
     value, accepted = _VocabularyLoss.apply(
-        rows, matrix.to(rows.dtype), targets.columns, targets.log_probs, weights, loss
+        rows, matrix.to(rows.dtype), targets.columns, targets.log_probs, weights, loss, num_fixed
     )
     return value, accepted
 
@@ -66,7 +67,14 @@ def vocabulary_loss(
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, matrix: Tensor, columns: Tensor, log_p: Tensor, weights: Tensor, loss: str
+        ctx: Any,
+        rows: Tensor,
+        matrix: Tensor,
+        columns: Tensor,
+        log_p: Tensor,
+        weights: Tensor,
+        loss: str,
+        num_fixed: int,
     ) -> tuple[Tensor, Tensor]:
         wants_rows, wants_matrix = ctx.needs_input_grad[:2]
         row_gradient = torch.empty_like(rows) if wants_rows else None
@@ -87,9 +95,10 @@ class _VocabularyLoss(torch.autograd.Function):
                 corrected = corrections[:, None].to(rows.dtype) @ piece.chosen_rows
                 row_gradient[part] = piece.summed[:, : rows.shape[1]] * dense + corrected[:, 0]
             if matrix_gradient is not None:
-                matrix_gradient += piece.exponentials.T @ (rows[part] * dense)
-                terms = corrections[:, :, None] * rows[part].float()[:, None]  # [n, k, r]
-                matrix_gradient.index_add_(0, columns[part].flatten(), terms.flatten(0, 1))
+                trained = rows[part, num_fixed:]
+                matrix_gradient[:, num_fixed:] += piece.exponentials.T @ (trained * dense)
+                terms = corrections[:, :, None] * trained.float()[:, None]  # [n, k, r]
+                matrix_gradient[:, num_fixed:].index_add_(0, columns[part].flatten(), terms.flatten(0, 1))
         ctx.gradients = (row_gradient, matrix_gradient, matrix.dtype)
         ctx.mark_non_differentiable(accepted)
         return total, accepted
@@ -101,6 +110,7 @@ class _VocabularyLoss(torch.autograd.Function):
         return (
             None if row_gradient is None else row_gradient * scale.to(row_gradient.dtype),
             None if matrix_gradient is None else (matrix_gradient * scale).to(dtype),
+            None,
             None,
             None,
             None,

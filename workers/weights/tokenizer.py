@@ -18,6 +18,9 @@ from outrider.workers.weights.safetensors_source import generation_end_ids
 # Tokens that the drafter may have beside the target's (added ones of a later release of the same tokenizer).
 MAX_EXTRA_TOKENS = 512
 MAX_REASON = 300  # characters of another library's message
+ANSWER_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+"""Text of answers even where they are special tokens, as some vocabularies have them: whoever reads an answer goes by
+them."""
 _METASPACE = "\u2581"  # stands for a space
 # A tokenizer is in the first of these; transformers converts the others.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
@@ -121,16 +124,20 @@ def vocabulary_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> tup
 class IncrementalDecoder:
     """Text of a growing token sequence, never half a character.
 
-    What `add` returns, followed by `finish`, is `tokenizer.decode(ids, skip_special_tokens=...)`; but
-    bytes that are no UTF-8 become one U+FFFD for each broken character, also with tokenizers that write one for
-    each byte and lose the good characters beside them (the byte fallback of Llama 2's).
+    What `add` returns, followed by `finish`, is `tokenizer.decode(ids, skip_special_tokens=...)`; but `ANSWER_TAGS`
+    are never skipped, and bytes that are no UTF-8 become one U+FFFD for each broken character, also with tokenizers
+    that write one for each byte and lose the good characters beside them (the byte fallback of Llama 2's).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, skip_special_tokens: bool = True) -> None:
         backend = tokenizer.backend_tokenizer
         self._backend = backend
         added = backend.get_added_tokens_decoder()
-        special = {token_id for token_id, token in added.items() if token.special}
+        special = {
+            token_id
+            for token_id, token in added.items()
+            if token.special and token.content not in ANSWER_TAGS
+        }
         self._skipped = frozenset(special if skip_special_tokens else ())
         self._is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._fallback_bytes = _fallback_bytes(backend)

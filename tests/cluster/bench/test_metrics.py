@@ -76,6 +76,7 @@ def test_acceptance_length_counts_the_targets_own_token() -> None:
     (summary,) = summarise([turn("a", "p0", answer)])
     assert summary.acceptance_length == 3.0
     assert summary.acceptance_rate == 0.8
+    assert summary.nodes_per_step == 2.5
 
 
 def test_acceptance_by_depth_adds_runs_of_different_depth() -> None:

@@ -79,6 +79,16 @@ def test_options_reach_the_request(engines: Engines) -> None:
     assert engines.started[0].config.target.tp_size == 1
 
 
+def test_what_an_answer_must_be_reaches_the_request(engines: Engines, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "integer"}')
+    run("generate", "quickstart", "--prompt", "x", "--json-schema", str(schema), "--min-tokens", "2")
+    run("generate", "quickstart", "--prompt", "x", "--choice", "a", "--choice", "b")
+    schema_asked, choice_asked = (engine.asked[0].sampling for engine in engines.started)
+    assert schema_asked == {"min_tokens": 2, "structured_outputs": {"json": '{"type": "integer"}'}}
+    assert choice_asked == {"structured_outputs": {"choice": ["a", "b"]}}
+
+
 def test_plain_is_a_tree_of_the_root_alone(engines: Engines) -> None:
     run("generate", "quickstart", "--prompt", "x", "--plain")
     assert engines.started[0].asked[0].draft == {"max_nodes": 0}
@@ -172,6 +182,13 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(engines: Engines, arguments
         ("generate", ["--json", "--temperature", "nan"], "sampling.temperature must be 0 (greedy) or in"),
         ("generate", ["--top-k", "-1"], "sampling.top_k must be"),
         ("generate", ["--stop", ""], "sampling.stop entries must be"),
+        ("generate", ["--min-tokens", "999"], "sampling.min_tokens must be"),
+        (
+            "generate",
+            ["--regex", "a", "--choice", "b"],
+            "sampling.structured_outputs must be an object with exactly one of",
+        ),
+        ("generate", ["--grammar", "/nowhere"], "--grammar must be a file of text"),
         ("generate", ["--draft-method", "model"], "draft.methods must be among"),
         ("generate", ["--draft-depth", "0"], "draft.max_depth must be in"),
         ("generate", ["--max-tokens", "5000"], "prompt and sampling.max_tokens must be at most"),

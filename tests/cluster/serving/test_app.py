@@ -29,6 +29,11 @@ CALLING = 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
+def schema_format(schema: object) -> dict[str, Any]:
+    """OpenAI's way to ask for JSON of a kind."""
+    return {"type": "json_schema", "json_schema": {"name": "kind", "schema": schema, "strict": True}}
+
+
 @pytest.fixture(scope="module")
 def engine() -> Iterator[PostedEngine]:
     with posted_engine(str.upper) as engine:
@@ -305,8 +310,6 @@ def test_texts_in_parts_are_one_text(client: TestClient, engine: PostedEngine) -
 
 BAD = [
     ({"nonsense": 1}, "nonsense", "unknown_parameter"),
-    ({"min_tokens": 3}, "min_tokens", "unsupported_parameter"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
     ({"stream_options": {"chunked": True}, "stream": True}, "stream_options.chunked", "unknown_parameter"),
     ({"temperature": "hot"}, "temperature", "invalid_value"),
@@ -321,6 +324,18 @@ BAD = [
     ({"stop": [""]}, "stop", "invalid_value"),
     ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
     ({"logit_bias": {"999": 1}}, "logit_bias", "invalid_value"),
+    ({"min_tokens": 10**6}, "min_tokens", "invalid_value"),
+    ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
+    ({"response_format": {"type": "json_schema"}}, None, "missing_required_parameter"),
+    ({"response_format": schema_format({"type": "thing"})}, "response_format", "invalid_value"),
+    ({"response_format": schema_format({"uniqueItems": True})}, "response_format", "invalid_value"),
+    ({"guided_regex": "("}, "guided_regex", "invalid_value"),
+    ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "invalid_value"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "invalid_value"),
+    ({"structured_outputs": {"grammar": "start: x"}}, "structured_outputs", "invalid_value"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs", "invalid_value"),
+    ({"structured_outputs": {"choice": ["a"]}, "ignore_eos": True}, "ignore_eos", "invalid_value"),
+    ({"structured_outputs": {"structural_tag": "x"}}, None, "unsupported_parameter"),
     ({"speculative": "on"}, "speculative", "invalid_value"),
     ({"speculative": {"method": "magic"}}, "speculative.method", "invalid_value"),
     ({"speculative": {"budget": 1000}}, "speculative.budget", "invalid_value"),
@@ -338,8 +353,20 @@ BAD_CHAT = [
         "unknown_parameter",
     ),
     ({"tools": [{"type": "function"}]}, "tools.0.function", "missing_required_parameter"),
-    ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
     ({"tools": [WEATHER], "parallel_tool_calls": False}, "parallel_tool_calls", "unsupported_parameter"),
+    ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+    (
+        {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+        "tool_choice",
+        None,
+    ),
+    ({"tools": [WEATHER], "tool_choice": "must"}, "tool_choice", "invalid_value"),
+    (
+        {"tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}},
+        "response_format",
+        "invalid_value",
+    ),
+    ({"tools": [{**WEATHER, "function": {"name": "f", "strict": True}}]}, "tools.0.function.strict", None),
     ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "invalid_value"),
     ({"chat_template_kwargs": {"no name": 1}}, "chat_template_kwargs", "invalid_value"),
     ({"chat_template_kwargs": {"documents": [{}]}}, "chat_template_kwargs.documents", "invalid_value"),
@@ -368,12 +395,66 @@ BAD_COMPLETIONS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        ({"response_format": schema_format({"type": "integer"})}, {"json": {"type": "integer"}}),
+        ({"guided_json": {"type": "integer"}}, {"json": {"type": "integer"}}),
+        ({"guided_choice": ["a", "b"]}, {"choice": ["a", "b"]}),
+        ({"structured_outputs": {"regex": "[ab]+"}}, {"regex": "[ab]+"}),
+        ({"structured_outputs": {"json": "{}", "disable_any_whitespace": True}}, ...),
+        ({"structured_outputs": {"grammar": 'root ::= "a"'}}, {"grammar": 'root ::= "a"'}),
+    ],
+)
+def test_what_an_answer_must_be_reaches_the_engine_however_it_is_said(
+    client: TestClient, engine: PostedEngine, asked: dict[str, Any], wanted: Any
+) -> None:
+    if wanted is ...:
+        wanted = asked["structured_outputs"]
+    for route, prompt in ((CHAT, HELLO), (COMPLETIONS, {"prompt": "hi"})):
+        assert client.post(route, json={**prompt, **asked, "min_tokens": 3}).status_code == 200
+        assert engine.posted[-1].sampling.get("structured_outputs") == wanted
+        assert engine.posted[-1].sampling["min_tokens"] == 3
+
+
+def test_a_response_says_which_form_it_was_to_have(client: TestClient, engine: PostedEngine) -> None:
+    form = {"type": "json_schema", "name": "kind", "schema": {"type": "integer"}}
+    body = client.post("/v1/responses", json={"input": "hi", "text": {"format": form}}).json()
+    assert body["text"] == {"format": form}
+    assert engine.posted[-1].sampling["structured_outputs"] == {"json": {"type": "integer"}}
+    refused = client.post(
+        "/v1/responses", json={"input": "hi", "text": {"format": form | {"schema": {"$ref": "#/x"}}}}
+    )
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "text.format")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_model_that_must_call_is_confined_to_calls(
+    client: TestClient, engine: PostedEngine, choice: object
+) -> None:
+    tools = [WEATHER, {"type": "function", "function": {"name": "time", "strict": True}}]
+    asked = {**HELLO, "tools": tools, "tool_choice": choice, "chat_template_kwargs": {}}
+    assert client.post(CHAT, json=asked).status_code in (200, 400)  # the fake's template reads no tools
+    (calls,) = engine.posted[-1].sampling["structured_outputs"].values()
+    names = [function["name"] for function in calls["functions"]]
+    assert (calls["form"], names, calls["parallel"]) == (
+        ("hermes", ["weather", "time"], True) if choice == "required" else ("hermes", ["weather"], False)
+    )
+    named = {"type": "function", "name": "weather"} if isinstance(choice, dict) else choice
+    flat = [{"type": "function", **tool["function"]} for tool in tools]
+    client.post("/v1/responses", json={"input": "hi", "tools": flat, "tool_choice": named})
+    assert engine.posted[-1].sampling["structured_outputs"] == {"calls": calls}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_cannot_be_done_is_refused_by_name_in_openais_shape(client: TestClient, stream: bool) -> None:
     cases = [(CHAT, HELLO | bad, param or "", code) for bad, param, code in BAD + BAD_CHAT]
     cases += [(COMPLETIONS, {"prompt": "x"} | bad, param, code) for bad, param, code in BAD + BAD_COMPLETIONS]
     for route, asked, param, code in cases:
         response = client.post(route, json={"stream": stream and "stream_options" not in asked, **asked})
+        assert response.status_code >= 400, (asked, response.text)
         error = response.json()["error"]
         assert response.status_code == (404 if code == "model_not_found" else 400), (asked, error)
         assert error.keys() == {"message", "type", "param", "code"}
@@ -530,4 +611,4 @@ def test_the_document_describes_every_route(client: TestClient) -> None:
     )
     fields = document["components"]["schemas"]["ChatRequest"]
     assert fields["additionalProperties"] is False
-    assert fields["properties"]["min_tokens"]["enum"] == [None, 0]
+    assert fields["properties"]["use_beam_search"]["enum"] == [None, False]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outrider.cluster.api import CallForm
 from outrider.cluster.serving.parsing import (
     AnswerParser,
     CallArguments,
@@ -42,7 +43,7 @@ def joined(events: Sequence[Event]) -> dict[str, Any]:
 
 
 def parse(
-    parts: Sequence[str], thoughts: bool = True, in_thoughts: bool = False, calls: bool = True
+    parts: Sequence[str], thoughts: bool = True, in_thoughts: bool = False, calls: CallForm = "hermes"
 ) -> list[Event]:
     parser = AnswerParser(thoughts, in_thoughts, calls)
     events = [event for part in parts for event in parser.feed(part)]
@@ -71,6 +72,39 @@ CASES = [
 ]
 
 
+BARE = '{"name": "weather", "parameters": {"city": "Ulm", "days": [{}]}}'
+ULM = ("weather", {"city": "Ulm", "days": [{}]})
+BARE_CASES = [
+    (BARE, "", "", [ULM]),
+    ("<think>x</think>\n\n" + BARE, "x", "", [ULM]),
+    (f"<|python_tag|>{BARE}; {BARE}", "", "", [ULM, ULM]),
+    ('{"type": "function", "name": "time", "parameters": {}}', "", "", [("time", {})]),
+    (f"I call {BARE}", "", f"I call {BARE}", []),
+    ('{"names": ["a"]}', "", '{"names": ["a"]}', []),
+    ('{"name": "a"}', "", '{"name": "a"}', []),
+    (BARE + "\nthere", "", "there", [ULM]),
+    ("", "", "", []),
+]
+
+
+@pytest.mark.parametrize(("text", "thoughts", "content", "calls"), BARE_CASES)
+@given(cuts=st.lists(st.integers(0, 90), max_size=9))
+def test_calls_of_llama_are_read_however_they_are_cut(
+    text: str, thoughts: str, content: str, calls: list[Any], cuts: list[int]
+) -> None:
+    places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    parts = [text[begin:end] for begin, end in pairwise(places)]
+    assert joined(parse(parts, calls="llama3")) == {"thoughts": thoughts, "content": content, "calls": calls}
+
+
+def test_arguments_of_a_llama_are_streamed_as_they_come() -> None:
+    parser = AnswerParser(thoughts=True, in_thoughts=False, calls="llama3")
+    assert parser.feed('{"name": "f", "parameters"') == []
+    assert isinstance(parser.feed(": {")[0], CallBegins)
+    assert parser.feed('"a": "b') == [CallArguments(0, '"a": "b')]
+    assert parser.feed('"}}') == [CallArguments(0, '"}')]
+
+
 @pytest.mark.parametrize(("text", "thoughts", "content", "calls"), CASES)
 @given(cuts=st.lists(st.integers(0, 200), max_size=12))
 def test_the_parts_do_not_depend_on_how_the_text_is_cut(
@@ -83,7 +117,7 @@ def test_the_parts_do_not_depend_on_how_the_text_is_cut(
 
 
 def test_arguments_are_streamed_as_they_come() -> None:
-    parser = AnswerParser(thoughts=False, in_thoughts=False, calls=True)
+    parser = AnswerParser(thoughts=False, in_thoughts=False, calls="hermes")
     assert parser.feed('<tool_call>\n{"name": "f", "arguments": ') == []
     begins, bracket = parser.feed("{")
     assert isinstance(begins, CallBegins)

@@ -11,7 +11,12 @@ import torch
 from outrider.configs import loader
 from outrider.configs.loader import load_config
 from outrider.configs.schema import Config
-from outrider.workers.draft_heads.checkpoint import write_eagle3, write_lm_head, write_medusa
+from outrider.workers.draft_heads.checkpoint import (
+    write_eagle3,
+    write_lm_head,
+    write_medusa,
+    write_parallel,
+)
 from outrider.workers.draft_heads.description import HeadDescription, fingerprint, fingerprint_ids
 from outrider.workers.draft_heads.lm_head import LmHeadShape, make_lm_head
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
@@ -19,6 +24,7 @@ from outrider.workers.drafting.eagle3 import Eagle3Method
 from outrider.workers.drafting.medusa import MedusaMethod, table_of
 from outrider.workers.drafting.method import DraftMethod, MethodContext
 from outrider.workers.drafting.model import ModelMethod
+from outrider.workers.drafting.parallel import ParallelMethod
 from outrider.workers.drafting.registry import METHODS, layers_needed
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.model.embedding import MatrixEmbedding, StoredEmbedding, embedding_of
@@ -27,10 +33,10 @@ from outrider.workers.trace import Tracer
 from outrider.workers.weights import resolver
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.random_source import RandomSource
-from outrider.workers.weights.tensors import EMBEDDING, FINAL_NORM
+from outrider.workers.weights.tensors import EMBEDDING, FINAL_NORM, HEAD
 from support.fake_hub import FakeHub
 from support.models import random_tensors, write_safetensors
-from support.tiny_heads import eagle3_drafter, medusa_heads, read
+from support.tiny_heads import eagle3_drafter, medusa_heads, parallel_drafter, read
 
 TARGET = "num_layers=6&hidden_size=64&vocab_size=320"
 TAPS = (2, 3, 4)
@@ -46,10 +52,13 @@ def description() -> HeadDescription:
 
 @pytest.fixture
 def heads(tmp_path: Path) -> Path:
-    """A folder with `medusa` and `eagle3`."""
+    """A folder with `medusa`, `eagle3` and `parallel`, whose trimmed LM head is the target's."""
     write_medusa(tmp_path / "medusa", medusa_heads(SOURCE), description(), "fasterdecoding", torch.float32)
     drafter = eagle3_drafter(SOURCE, TAPS, num_ids=100)
     write_eagle3(tmp_path / "eagle3", drafter, description(), "specforge", torch.float32)
+    blocks = parallel_drafter(SOURCE, (1, 2, 5), num_ids=100)
+    blocks.shares_lm_head = True
+    write_parallel(tmp_path / "parallel", blocks, description(), torch.float32)
     return tmp_path
 
 
@@ -58,9 +67,10 @@ def config_of(heads: Path, target: str = f"random:llama?{TARGET}", *overrides: s
         "tiny-random",
         [
             f"target.model={target}",
-            "draft.methods=[medusa, eagle3]",
+            "draft.methods=[medusa, eagle3, parallel]",
             f"draft.medusa.model={heads / 'medusa'}",
             f"draft.eagle3.model={heads / 'eagle3'}",
+            f"draft.parallel.model={heads / 'parallel'}",
             *overrides,
         ],
     )
@@ -78,8 +88,8 @@ def built(name: str, config: Config) -> DraftMethod:
 def test_what_the_target_is_asked_for_is_what_the_built_methods_need(heads: Path) -> None:
     config = config_of(heads)
     target = SOURCE.config
-    assert layers_needed(config, target) == (2, 3, 4, 6)
-    for name in ("medusa", "eagle3"):
+    assert layers_needed(config, target) == (1, 2, 3, 4, 5, 6)
+    for name in ("medusa", "eagle3", "parallel"):
         assert built(name, config).needs == METHODS[name].needs_of(config, target)
 
 
@@ -105,7 +115,17 @@ def test_only_the_files_are_fetched_that_hold_what_a_method_reads_of_the_target(
         assert torch.equal(rows, tensors[EMBEDDING][[3, 5]])
 
 
-@pytest.mark.parametrize("name", ["medusa", "eagle3"])
+def test_a_parallel_drafter_takes_the_rows_of_its_ids_from_the_targets_head(heads: Path) -> None:
+    method = built("parallel", config_of(heads, f"random:llama?{TARGET}", "draft.dtype=float32"))
+    assert isinstance(method, ParallelMethod)
+    served = method._drafter
+    rows = torch.randn(3, 64)
+    head = read(SOURCE, HEAD)[served.drafter.lm_head.ids]
+    assert head.shape == (100, 64)
+    torch.testing.assert_close(served.logits(rows), rows @ head.T, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["medusa", "eagle3", "parallel"])
 @pytest.mark.parametrize(
     ("target", "said"),
     [
@@ -128,6 +148,19 @@ def test_an_eagle3_drafter_is_known_by_the_targets_embedding_and_taps(heads: Pat
     for refused in (lambda: built("eagle3", config), lambda: layers_needed(config, SOURCE.config)):
         with pytest.raises(
             ValueError, match=r"^draft\.eagle3\.model: .*must name layers of the target, which has 6"
+        ):
+            refused()
+
+
+def test_a_parallel_drafter_is_known_by_the_targets_embedding_and_taps(heads: Path) -> None:
+    with pytest.raises(ValueError, match=r"^draft\.parallel\.model .*embedding has other values"):
+        built("parallel", config_of(heads, f"random:llama?{TARGET}&seed=1"))
+    unnamed = replace(description(), target_num_layers=0)
+    write_parallel(heads / "parallel", parallel_drafter(SOURCE, (2, 7)), unnamed, torch.float32)
+    config = config_of(heads)
+    for refused in (lambda: built("parallel", config), lambda: layers_needed(config, SOURCE.config)):
+        with pytest.raises(
+            ValueError, match=r"^draft\.parallel\.model must read layers of .*has 6, got inputs of"
         ):
             refused()
 

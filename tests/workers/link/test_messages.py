@@ -1,7 +1,7 @@
 """What goes into a message comes out of it, bit for bit, and a message is as long as what it says."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from outrider.workers.link.link import DraftReceiver, DraftSender
 from outrider.workers.link.messages import (
     Draft,
-    ScoreNeeds,
     Scores,
-    SequenceStart,
     SequenceStep,
     Steps,
     decode_draft,
     encode_draft,
     encode_scores,
 )
+from outrider.workers.link.starts import ScoreNeeds, SequenceStart
+from outrider.workers.sequences.grammar import THOUGHTS, Grammar
 from outrider.workers.sequences.params import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
 from support.local_engine import queue_links
 from support.steps import scores_of, steps_in
@@ -43,6 +43,19 @@ SAMPLING = st.builds(
     seed=st.integers(0, 2**64 - 1),
     logprobs=st.booleans(),
     top_logprobs=st.integers(0, MAX_TOP_LOGPROBS),
+    grammar=st.builds(Grammar, st.text(max_size=9), st.sampled_from(THOUGHTS)),
+)
+# Tokens that end a text travel where there is a least length.
+SAMPLING = SAMPLING.flatmap(
+    lambda sampling: (
+        st.builds(
+            replace,
+            st.just(sampling),
+            min_tokens=st.integers(1, 2**31 - 1),
+            stop_token_ids=st.lists(INT32, max_size=4).map(tuple),
+        )
+        | st.just(sampling)
+    )
 )
 STARTS = st.builds(
     SequenceStart,

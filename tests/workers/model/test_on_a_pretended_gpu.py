@@ -18,7 +18,8 @@ from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.model import ModelMethod
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.link.messages import Draft, SequenceStart, SequenceStep, Steps
+from outrider.workers.link.messages import Draft, SequenceStep, Steps
+from outrider.workers.link.starts import SequenceStart
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan

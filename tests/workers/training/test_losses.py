@@ -42,6 +42,17 @@ def test_pieces_give_the_loss_and_gradients_of_the_whole(loss: str, monkeypatch:
         torch.testing.assert_close(found.double(), wanted, atol=3e-5, rtol=1e-5)
 
 
+def test_columns_that_nobody_trains_get_no_gradient_and_change_no_other() -> None:
+    rows, matrix, soft, weights = case()
+    gradients = []
+    for num_fixed in (0, 7):
+        own = matrix.clone().requires_grad_()
+        value, _ = vocabulary_loss(rows, own, soft, weights, "kl_tv", num_fixed)
+        gradients += torch.autograd.grad(value, own)
+    assert not gradients[1][:, :7].any()
+    torch.testing.assert_close(gradients[1][:, 7:], gradients[0][:, 7:], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_in_bfloat16_the_gradient_points_the_same_way(loss: str) -> None:
     rows, matrix, soft, weights = case()

@@ -18,6 +18,7 @@ from outrider.workers.draft_heads.checkpoint import read_eagle3, read_medusa, wr
 from outrider.workers.draft_heads.description import HeadDescription
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.sequences.sequence import DraftOptions
+from outrider.workers.training.heads import read_ids
 from outrider.workers.training.launch import train
 from outrider.workers.training.log import EvalLine, Line, TrainLine, read_log
 from outrider.workers.training.metrics import Measurement
@@ -198,10 +199,10 @@ def test_a_drafter_is_started_from_another_of_its_shape_only(texts: Path, tmp_pa
 
 
 def test_trimmed_and_frozen_heads(texts: Path, tmp_path: Path) -> None:
-    ids = tmp_path / "ids.json"
-    ids.write_text(json.dumps(list(range(0, 160, 2))))
+    # As `outrider trim` writes them; a file alone does as well.
+    (tmp_path / "ids.json").write_text(json.dumps(list(range(0, 160, 2))))
     config = tiny_run(texts, tmp_path / "run", steps=2)
-    head = replace(config.head, kind="trimmed", ids=str(ids), frozen=True)
+    head = replace(config.head, kind="trimmed", ids=str(tmp_path), frozen=True)
     lines: list[Line] = []
     run(replace(config, head=head), lines.append)
     drafter, _ = read_eagle3(tmp_path / "run" / "drafter")
@@ -212,15 +213,25 @@ def test_trimmed_and_frozen_heads(texts: Path, tmp_path: Path) -> None:
     assert max(sum(ranks) for ranks in measured.measured.accuracies) < 0.9
 
 
+def test_a_trimmed_vocabulary_comes_with_the_package() -> None:
+    recipe = load_training("smollm2-eagle3")
+    assert recipe.head.ids == "shipped:smollm2"
+    assert len(read_ids(recipe.head, 49_152)) == 8192
+    with pytest.raises(
+        ValueError, match=r"head.ids: no vocabularies of that name .* \(there are: shipped:smollm2\)"
+    ):
+        read_ids(replace(recipe.head, ids="shipped:other"), 49_152)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (
             ["method=eagle"],
-            "method must be one of eagle3, medusa1, medusa2, mtp; got 'eagle' (did you mean eagle3?)",
+            "method must be one of eagle3, medusa1, medusa2, mtp, parallel; got 'eagle' (did you mean eagle3?)",
         ),
         (["optimizer.steps=0"], "optimizer.steps must be at least 1, got 0"),
-        (["eagle3.loss=l2"], "eagle3.loss must be one of kl, tv, lk_alpha, lk_lambda; got 'l2'"),
+        (["eagle3.loss=l2"], "eagle3.loss must be one of kl, tv, kl_tv, lk_alpha, lk_lambda; got 'l2'"),
         (["head.kind=trimmed"], "head.ids must be a file for a trimmed head, got ''"),
         (["engine.zero_stage=4"], "engine.zero_stage must be one of 0, 1, 2, 3; got 4"),
         (["texts.directories=[]"], "texts.directories must be at least one folder, got ()"),
