@@ -25,6 +25,9 @@ PLAIN: Mapping[str, object] = {"max_nodes": 0}
 AS_CONFIGURED: Mapping[str, object] = {}
 """What a request says of drafting."""
 
+EXACT: Mapping[str, object] = {}
+"""What a request says of acceptance."""
+
 
 class RunningEngine(Protocol):
     """What a benchmark needs of an `Engine`."""
@@ -39,14 +42,21 @@ class EngineDecoder:
 
     is_concurrent = True
 
-    def __init__(self, mode: str, engine: RunningEngine, draft: Mapping[str, object]) -> None:
-        """draft: fields of `DraftOptions` that differ from the configuration."""
+    def __init__(
+        self,
+        mode: str,
+        engine: RunningEngine,
+        draft: Mapping[str, object],
+        acceptance: Mapping[str, object] = EXACT,
+    ) -> None:
+        """draft, acceptance: fields of a `GenerationRequest`'s options that differ from the configuration."""
         self.mode = mode
         self._engine = engine
         self._draft = draft
+        self._acceptance = acceptance
 
     def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Completion:
-        request = GenerationRequest(prompt_tokens, _fields_of(sampling), self._draft)
+        request = GenerationRequest(prompt_tokens, _fields_of(sampling), self._draft, self._acceptance)
         (answer,) = _complete(self._engine, [request])
         return answer
 
