@@ -228,7 +228,8 @@ class DraftWorker:
         rounds, tree, draft = self.config.rounds, self.config.tree, self.config.draft
         num_recent = max(draft.ngram.max_match, tree.max_depth)
         grammars = target_grammars(self.config, progress)
-        slots = DraftedSlots(rounds.max_sequences, tree.max_nodes, num_recent, grammars=grammars)
+        rules = self.config.acceptance.rules
+        slots = DraftedSlots(rounds.max_sequences, tree.max_nodes, num_recent, rules, grammars)
         drafting = DraftEngine(slots)
         context = MethodContext(
             self.config, target, self._device, slots, drafting.estimator, self._tracer, progress

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any, Protocol
 
 from outrider.cluster.api import GenerationRequest
@@ -25,6 +25,9 @@ PLAIN: Mapping[str, object] = {"max_nodes": 0}
 AS_CONFIGURED: Mapping[str, object] = {}
 """What a request says of drafting."""
 
+EXACT: Mapping[str, object] = {}
+"""What a request says of acceptance."""
+
 
 class RunningEngine(Protocol):
     """What a benchmark needs of an `Engine`."""
@@ -39,14 +42,21 @@ class EngineDecoder:
 
     is_concurrent = True
 
-    def __init__(self, mode: str, engine: RunningEngine, draft: Mapping[str, object]) -> None:
-        """draft: fields of `DraftOptions` that differ from the configuration."""
+    def __init__(
+        self,
+        mode: str,
+        engine: RunningEngine,
+        draft: Mapping[str, object],
+        acceptance: Mapping[str, object] = EXACT,
+    ) -> None:
+        """draft, acceptance: fields of a `GenerationRequest`'s options that differ from the configuration."""
         self.mode = mode
         self._engine = engine
         self._draft = draft
+        self._acceptance = acceptance
 
     def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Completion:
-        request = GenerationRequest(prompt_tokens, asdict(sampling), self._draft)
+        request = GenerationRequest(prompt_tokens, _fields_of(sampling), self._draft, self._acceptance)
         (answer,) = _complete(self._engine, [request])
         return answer
 
@@ -92,7 +102,9 @@ class EngineAnswerer:
 
     def answer(self, questions: Sequence[Question]) -> list[Completion]:
         requests = [
-            GenerationRequest(q.prompt_tokens, asdict(q.sampling), AS_CONFIGURED if q.speculative else PLAIN)
+            GenerationRequest(
+                q.prompt_tokens, _fields_of(q.sampling), AS_CONFIGURED if q.speculative else PLAIN
+            )
             for q in questions
         ]
         return _complete(self._engine, requests)
@@ -104,3 +116,11 @@ def _complete(engine: RunningEngine, requests: Sequence[GenerationRequest]) -> l
         if answer.finish_reason == "error":
             raise ValueError(answer.error)
     return answers
+
+
+def _fields_of(sampling: SamplingParams) -> dict[str, object]:
+    """All of them, so that no default of the configuration gets in; no benchmark asks for a grammar."""
+    assert not sampling.grammar.text
+    return {
+        field.name: getattr(sampling, field.name) for field in fields(sampling) if field.name != "grammar"
+    }

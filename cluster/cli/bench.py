@@ -12,7 +12,21 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Column
 
 from outrider.cluster.cli.inputs import Style, open_model, read_prompts
-from outrider.cluster.cli.options import ConfigName, MaxTokens, Overrides, Seed, Temperature, TopP, given
+from outrider.cluster.cli.options import (
+    ConfigName,
+    Delta,
+    Epsilon,
+    JudgeName,
+    MaxTokens,
+    Overrides,
+    Rule,
+    Seed,
+    Temperature,
+    Threshold,
+    TopP,
+    acceptance_options,
+    given,
+)
 from outrider.cluster.cli.start import running_engine, save_trace, with_trace
 from outrider.cluster.cli.terminal import progress_bars, signs_of_life
 from outrider.configs.loader import load_config
@@ -59,6 +73,11 @@ def bench(
     top_p: TopP = None,
     seed: Seed = None,
     max_tokens: MaxTokens = None,
+    rule: Rule = None,
+    judge: JudgeName = None,
+    threshold: Threshold = None,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
     json: Annotated[str, typer.Option(metavar="FILE", help="Write every figure as JSON.")] = "",
     chart: Annotated[str, typer.Option(metavar="FILE", help="Draw a chart (.png, .svg, .pdf).")] = "",
     trace: Annotated[str, typer.Option(metavar="FILE", help="Write a trace for ui.perfetto.dev.")] = "",
@@ -67,7 +86,10 @@ def bench(
         typer.Option("--host", help="Instead: the host's CPU time per round, over models that cost nothing."),
     ] = False,
 ) -> None:
-    """Measure speed and acceptance. Modes take turns prompt by prompt, on the same prompts and cores."""
+    """Measure speed and acceptance. Modes take turns prompt by prompt, on the same prompts and cores.
+
+    A lossy rule is asked for where drafting is: against plain it shows what it gains and how many texts it changes.
+    """
     if host:
         _check_writable(json)
         _measure_host(load_config(config, overrides), json)
@@ -86,7 +108,8 @@ def bench(
 
     plan = Plan(_concurrencies(concurrency), repeats)
     asked = given({"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens})
-    sampling = check_options(loaded, asked, {})
+    acceptance = acceptance_options(rule, judge, threshold, epsilon, delta)
+    sampling = check_options(loaded, asked, {}, acceptance)
     model = open_model(loaded)
     sampling.validate(model.vocab_size)
     console = wide_console()
@@ -95,7 +118,7 @@ def bench(
     with ExitStack() as stack:
         engine = stack.enter_context(running_engine(loaded))
         baseline = stack.enter_context(_baseline(loaded, modes, threads, model.stop_token_ids))
-        decoders = _decoders(mixes, modes, engine, baseline)
+        decoders = _decoders(mixes, acceptance, modes, engine, baseline)
         turns = _measure(decoders, prompts, sampling, plan)
         peaks = {
             name: s["peak_memory_bytes"] for name, s in engine.stats().items() if "peak_memory_bytes" in s
@@ -105,12 +128,13 @@ def bench(
         if trace:
             save_trace(engine, Path(trace))
     settings = {
-        "title": _title(loaded, data, len(prompts), threads),
+        "title": _title(loaded, acceptance, data, len(prompts), threads),
         "config": asdict(loaded),
         "data": data or "demo.jsonl",
         "style": style,
         "num_prompts": len(prompts),
         "sampling": asdict(sampling),
+        "acceptance": acceptance,
         "repeats": repeats,
         "transformers_threads": threads,
     }
@@ -200,6 +224,7 @@ def _baseline(
 
 def _decoders(
     mixes: dict[str, dict[str, object]],
+    acceptance: dict[str, object],
     modes: Sequence[str],
     engine: "Engine",
     baseline: "BaselineProcess | None",
@@ -210,7 +235,7 @@ def _decoders(
     others: dict[str, Decoder] = {"plain": EngineDecoder("plain", engine, PLAIN)}
     if baseline is not None:
         others |= {mode: BaselineDecoder(mode, baseline) for mode in BASELINE_MODES}
-    speculative = [EngineDecoder(name, engine, draft) for name, draft in mixes.items()]
+    speculative = [EngineDecoder(name, engine, draft, acceptance) for name, draft in mixes.items()]
     return [*speculative, *(others[mode] for mode in modes)]
 
 
@@ -232,12 +257,13 @@ def _measure(
             return run_turns(decoders, prompts, sampling, plan, on_turn=lambda turn: bars.advance(task))
 
 
-def _title(config: Config, data: str, num_prompts: int, threads: int) -> str:
+def _title(config: Config, acceptance: dict[str, object], data: str, num_prompts: int, threads: int) -> str:
     drafter = Path(config.draft.model).name if "model" in config.draft.methods else ""
     parts = [
         Path(config.target.model).name,
         "drafts: " + "+".join(config.draft.methods) + (f" ({drafter})" if drafter else ""),
         config.target.dtype,
+        *([" ".join(map(str, acceptance.values()))] if acceptance else []),
         f"{num_prompts} {'prompt' if num_prompts == 1 else 'prompts'} of {Path(data).name or 'the demo'}",
         f"{threads} threads",
     ]

@@ -13,8 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from outrider.cluster.bench.prompts import Prompt, load_prompts
-from outrider.cluster.cli.options import MaxTokens, Overrides, given
-from outrider.cluster.cli.show import LEGEND, show_stream
+from outrider.cluster.cli.options import (
+    Delta,
+    Epsilon,
+    JudgeName,
+    MaxTokens,
+    Overrides,
+    Rule,
+    Threshold,
+    acceptance_options,
+    given,
+)
+from outrider.cluster.cli.show import legend, show_stream
 from outrider.cluster.cli.start import running_engine
 from outrider.cluster.cli.terminal import progress_bars
 from outrider.cluster.request_options import check_options
@@ -43,8 +53,13 @@ def demo(
     config: Annotated[str, typer.Argument(help="YAML file or preset name.")] = "quickstart",
     overrides: Overrides = [],
     max_tokens: MaxTokens = None,
+    rule: Rule = None,
+    judge: JudgeName = None,
+    threshold: Threshold = None,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
 ) -> None:
-    """Answer the shipped prompts, with drafting and without, and compare."""
+    """Answer the shipped prompts, with drafting and without, and compare. Without drafting no rule has a say."""
     console = Console()
     loaded = load_config(config, overrides)
     prompts = load_prompts(DEMO_PROMPTS)
@@ -53,12 +68,13 @@ def demo(
         f"Starting {loaded.target.model} on {ranks} target ranks, and a DraftWorker.", highlight=False
     )
     sampling = given({"max_tokens": max_tokens})
-    check_options(loaded, sampling, {})
+    acceptance = acceptance_options(rule, judge, threshold, epsilon, delta)
+    check_options(loaded, sampling, {}, acceptance)
     with running_engine(loaded) as engine:
-        console.print(LEGEND)
+        console.print(legend(acceptance))
         _ask(engine, prompts[0], given({"max_tokens": 4}), {})  # the first request of a process is slow
         before, start_s = engine.stats(), time.perf_counter()
-        speculative = [_show(console, engine, prompt, sampling) for prompt in prompts]
+        speculative = [_show(console, engine, prompt, sampling, acceptance) for prompt in prompts]
         busy = busy_shares(before, engine.stats(), time.perf_counter() - start_s)
         console.print()
         with progress_bars(console, TaskProgressColumn(), TimeRemainingColumn()) as bars:
@@ -89,6 +105,7 @@ def speed_table(pairs: Sequence[Comparison]) -> Table:
     table.add_column("prompt")
     for heading in ("tokens", "plain\ntok/s", "speculative\ntok/s", "speed-up", "acceptance\nlength"):
         table.add_column(heading, justify="right")
+    table.add_column("kept", justify="right")
     table.add_column("same\ntext")
     for pair in pairs:
         same = "yes" if pair.speculative.text == pair.plain.text else "NO"
@@ -118,13 +135,19 @@ def _ask(
     return show_stream(Console(quiet=True), engine.stream(messages, sampling, draft), visible=False)
 
 
-def _show(console: Console, engine: "Engine", prompt: Prompt, sampling: Mapping[str, object]) -> "Completion":
+def _show(
+    console: Console,
+    engine: "Engine",
+    prompt: Prompt,
+    sampling: Mapping[str, object],
+    acceptance: Mapping[str, object],
+) -> "Completion":
     console.rule(Text(prompt.id), style="dim")
     shortened = prompt.text if len(prompt.text) <= 400 else f"{prompt.text[:400]} ..."
     console.print(Text(shortened, "dim"), width=_WIDTH)
     console.print()
     messages = [{"role": "user", "content": prompt.text}]
-    return show_stream(console, engine.stream(messages, sampling))
+    return show_stream(console, engine.stream(messages, sampling, acceptance=acceptance))
 
 
 def _speed_cells(pairs: Sequence[Comparison]) -> tuple[str, ...]:
@@ -138,6 +161,7 @@ def _speed_cells(pairs: Sequence[Comparison]) -> tuple[str, ...]:
         f"{speculative:.1f}",
         f"{speculative / plain:.2f}x" if plain else "",
         f"{num_tokens / num_rounds:.2f}" if num_rounds else "",
+        str(sum(pair.speculative.stats.num_kept for pair in pairs)),
     )
 
 

@@ -36,6 +36,7 @@ from outrider.cluster.cli.options import (
     Threshold,
     TopK,
     TopP,
+    acceptance_options,
     draft_options,
     given,
     structured_outputs,
@@ -122,9 +123,7 @@ def generate(
         }
     )
     draft = draft_options(plain, draft_methods, draft_nodes, draft_depth)
-    acceptance = given(
-        {"rule": rule, "judge": judge, "threshold": threshold, "epsilon": epsilon, "delta": delta}
-    )
+    acceptance = acceptance_options(rule, judge, threshold, epsilon, delta)
     arguments = template_arguments(template)
     if raw and arguments:
         raise ValueError("--template must stand without --raw: a text goes through no chat template")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from outrider.cluster.cli.inputs import describe_run, file_digest, open_model
-from outrider.cluster.cli.options import ConfigName, MaxTokens, Overrides
+from outrider.cluster.cli.options import ConfigName, Instruction, MaxTokens, Overrides
 from outrider.cluster.cli.start import running_engine
 from outrider.cluster.cli.terminal import progress_bars, signs_of_life
 from outrider.configs.acceptance import AcceptanceConfig, JudgeConfig, RuleName
@@ -48,6 +48,7 @@ def evaluate(
     epsilons: Annotated[str, typer.Option(help="Of typical acceptance, comma-separated.")] = "0.09,0.3",
     limit: Annotated[int, typer.Option(help="Tasks of each file, spread over it; 0: all.", min=0)] = 0,
     concurrency: Annotated[int, typer.Option(help="Tasks at a time.", min=1)] = 1,
+    instruction: Instruction = "",
     max_tokens: MaxTokens = None,
 ) -> None:
     """Answer tasks under rules of acceptance: accuracy with intervals, acceptance length, speed."""
@@ -65,15 +66,16 @@ def evaluate(
     num_tokens = loaded.sampling.max_tokens if max_tokens is None else max_tokens
     sampling: dict[str, object] = {"max_tokens": num_tokens}
     name = loaded.acceptance.judges[0].name if "judge" in wanted else ""
-    asked = evaluation.modes(wanted, at, eps, name)
+    digest = _judge_digest(loaded)
+    asked = evaluation.modes(wanted, at, eps, name, digest)
     for mode in asked:
         check_options(loaded, sampling, {}, mode.acceptance)
-    found = read_task_files(tasks, limit)
+    found = read_task_files(tasks, limit, instruction)
     model = open_model(loaded)
     settings: dict[str, Any] = {
         "tasks": {Path(path).name: file_digest(path) for path in tasks},
+        "instruction": instruction,
         "sampling": asdict(loaded.sampling) | sampling,
-        "judge": _judge_settings(loaded),
         "draft": asdict(loaded.draft),
         "tree": asdict(loaded.tree),
         "concurrency": concurrency,
@@ -81,10 +83,9 @@ def evaluate(
     directory = Path(out).expanduser()
     described = describe_run(loaded, model, json.loads(json.dumps(settings)))
     with LineWriter(directory, evaluation.ANSWERS, described) as writer:
-        names = {mode.name for mode in asked}
-        ids = {task.id for task in found}
-        done = [o for o in evaluation.read_outcomes(directory) if o.mode in names and o.task in ids]
-        total = len(found) * len(asked)
+        places = {(task.id, mode.name, mode.judge) for task in found for mode in asked}
+        done = [outcome for outcome in evaluation.read_outcomes(directory) if outcome.place in places]
+        total = len(places)
         console = Console(stderr=True)
         if len(done) < total:
             with (
@@ -106,9 +107,9 @@ def evaluate(
                         concurrency,
                         writer,
                         done,
-                        lambda count: bars.advance(bar, count),
+                        lambda: bars.advance(bar),
                     )
-    _report(evaluation.figures(done, asked), settings, directory)
+    _report(evaluation.figures(done, asked), settings | {"judge": digest}, directory)
 
 
 def _report(figures: "list[ModeFigures]", settings: dict[str, Any], directory: Path) -> None:
@@ -167,7 +168,7 @@ def _acceptance(
     )
 
 
-def _judge_settings(config: Config) -> str:
+def _judge_digest(config: Config) -> str:
     """What of a judge decides its answers."""
     if not config.acceptance.judges:
         return ""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from outrider.cluster.cli.inputs import describe_run, file_digest, open_model
-from outrider.cluster.cli.options import ConfigName, MaxTokens, Overrides
+from outrider.cluster.cli.options import ConfigName, Instruction, MaxTokens, Overrides
 from outrider.cluster.cli.start import running_engine
 from outrider.cluster.cli.terminal import progress_bars, signs_of_life
 from outrider.configs.loader import load_config
@@ -45,6 +45,7 @@ def label(
         ),
     ] = [],
     limit: Annotated[int, typer.Option(help="Tasks of each file, spread over it; 0: all.", min=0)] = 0,
+    instruction: Instruction = "",
     max_tokens: MaxTokens = None,
     max_mismatches: Annotated[int, typer.Option(help="Mismatches of a task, at most.", min=1)] = 64,
     concurrency: Annotated[
@@ -75,12 +76,13 @@ def label(
     else:
         settings["tasks"] = {Path(name).name: file_digest(name) for name in tasks}
         settings |= {"draft": loaded.draft.model, "max_tokens": num_tokens, "max_mismatches": max_mismatches}
+        settings["instruction"] = instruction
     directory = Path(out).expanduser()
     with LabelWriter(directory, describe_run(loaded, model, settings)) as writer:
         if records:
             _label_records(records, model.tokenizer, directory, writer)
         else:
-            found = read_task_files(tasks, limit)
+            found = read_task_files(tasks, limit, instruction)
             _mine(loaded, found, model, directory, writer, num_tokens, max_mismatches, concurrency)
 
 
@@ -99,16 +101,17 @@ def _label_records(files: list[str], tokenizer: Any, directory: Path, writer: "L
     typer.echo(f"{directory}: {len(texts)} texts, {good} good and {bad} bad tokens")
 
 
-def read_task_files(files: list[str], limit: int) -> "list[Task]":
-    """Tasks of several files; with a sandbox where they have code."""
+def read_task_files(files: list[str], limit: int, instruction: str) -> "list[Task]":
+    """Tasks of several files; with a sandbox where they have code. instruction: empty: the usual one."""
     from outrider.workers.training.judges.sandbox import Limits, Sandbox
-    from outrider.workers.training.judges.tasks import has_code, read_tasks, spread
+    from outrider.workers.training.judges.tasks import INSTRUCTION, has_code, read_tasks, spread
 
     paths = [Path(name).expanduser() for name in files]
     sandbox = Sandbox.open(Limits()) if any(map(has_code, paths)) else None
     if sandbox is not None:
         typer.echo(f"programs run in a sandbox of the kind {sandbox.way}", err=True)
-    return [task for path in paths for task in spread(read_tasks(path, sandbox), limit)]
+    below = instruction or INSTRUCTION
+    return [task for path in paths for task in spread(read_tasks(path, sandbox, below), limit)]
 
 
 def _mine(

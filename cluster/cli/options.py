@@ -71,6 +71,13 @@ Threshold = Annotated[
 Epsilon = Annotated[float | None, typer.Option(help="With --rule typical.", show_default=False)]
 Delta = Annotated[float | None, typer.Option(help="With --rule typical.", show_default=False)]
 
+Instruction = Annotated[
+    str,
+    typer.Option(
+        help="Below each word problem; default: to think step by step and name the answer last.",
+        show_default=False,
+    ),
+]
 
 TemplateArguments = Annotated[
     list[str],
@@ -127,3 +134,10 @@ def draft_options(plain: bool, methods: list[str], nodes: int | None, depth: int
     if plain and (methods or nodes is not None or depth is not None):
         raise ValueError("--plain must stand alone: without drafting there is no method, size or depth")
     return given({"methods": methods, "max_nodes": 0 if plain else nodes, "max_depth": depth})
+
+
+def acceptance_options(
+    rule: str | None, judge: str | None, threshold: float | None, epsilon: float | None, delta: float | None
+) -> dict[str, object]:
+    """The `acceptance` part of a GenerationRequest."""
+    return given({"rule": rule, "judge": judge, "threshold": threshold, "epsilon": epsilon, "delta": delta})

@@ -22,7 +22,7 @@ ANSWERS = Layout("eval.json", "answers", "outrider judge eval")
 class AnsweringEngine(Protocol):
     """What of an `Engine` is used."""
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]: ...
+    def completions(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]: ...
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,28 @@ class Mode:
         name: with its setting, unique.
         setting: the threshold or epsilon, in words; empty for exact.
         acceptance: as in `GenerationRequest`.
+        judge: digest of the judge that is asked; empty for other rules.
     """
 
     rule: str
     name: str
     setting: str
     acceptance: Mapping[str, object]
+    judge: str = ""
 
 
 EXACT = Mode("exact", "exact", "", {})
 
 
 def modes(
-    rules: Sequence[str], thresholds: Sequence[float], epsilons: Sequence[float], judge: str
+    rules: Sequence[str], thresholds: Sequence[float], epsilons: Sequence[float], judge: str, digest: str
 ) -> list[Mode]:
     """`exact` first, whether asked for or not: everything is compared with it.
 
     Of typical acceptance delta is the square root of epsilon, as in Medusa (arXiv 2401.10774).
+
+    Args:
+        judge: its name; digest: what tells it from others.
     """
     found = [EXACT]
     if "typical" in rules:
@@ -61,7 +66,7 @@ def modes(
     if "judge" in rules:
         for threshold in thresholds:
             acceptance = {"rule": "judge", "judge": judge, "threshold": threshold}
-            found.append(Mode("judge", f"judge {threshold:g}", f"{threshold:g}", acceptance))
+            found.append(Mode("judge", f"judge {threshold:g}", f"{threshold:g}", acceptance, digest))
     return found
 
 
@@ -70,16 +75,18 @@ class Outcome:
     """One task answered in one mode.
 
     Attributes:
-        task, mode: which.
+        task, mode, judge: which; judge as in `Mode`.
         is_right: whether the answer stands the check.
         num_tokens, num_rounds, num_drafted, num_kept: of the answer.
         worst_gap: nats, of kept tokens; see `KeptAccount`.
-        wall_s: time of the block of answers that this one was in, divided by their number.
+        wall_s: from the answer before it, or the block's begin, until this one was read: the sum is the block's time.
+        text, tokens: the answer itself; finish_reason: how it ended.
         error: why there is no answer; empty where there is.
     """
 
     task: str
     mode: str
+    judge: str
     is_right: bool
     num_tokens: int
     num_rounds: int
@@ -87,7 +94,15 @@ class Outcome:
     num_kept: int
     worst_gap: float
     wall_s: float
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
     error: str = ""
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """What there is one answer for."""
+        return self.task, self.mode, self.judge
 
 
 def read_outcomes(directory: Path) -> list[Outcome]:
@@ -96,8 +111,8 @@ def read_outcomes(directory: Path) -> list[Outcome]:
     for path in ANSWERS.files(directory):
         for number, fields in read_objects(path):
             try:
-                found.append(Outcome(**fields))
-            except TypeError as error:
+                found.append(Outcome(**fields | {"tokens": tuple(fields["tokens"])}))
+            except (KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: no answer of format {FORMAT} ({error})") from error
     return found
 
@@ -111,32 +126,32 @@ def evaluate(
     concurrency: int,
     writer: LineWriter,
     done: Sequence[Outcome],
-    on_answer: Callable[[int], None],
+    on_answer: Callable[[], None],
 ) -> list[Outcome]:
     """All tasks in all modes, which take turns after every `concurrency` tasks; another one begins each time.
 
     Args:
         done: answers that are there; they are not asked for again.
-        on_answer: told how many came.
+        on_answer: called after each answer; what was written by then is kept when the run is cut off.
     """
     found = list(done)
-    there = {(outcome.task, outcome.mode) for outcome in done}
+    there = {outcome.place for outcome in done}
     for mode, block in _turns(tasks, asked, concurrency):
-        missing = [task for task in block if (task.id, mode.name) not in there]
+        missing = [task for task in block if (task.id, mode.name, mode.judge) not in there]
         if not missing:
             continue
         requests = [
             GenerationRequest(prompt_of(task.messages, tokenizer), sampling, acceptance=mode.acceptance)
             for task in missing
         ]
-        begin = time.perf_counter()
-        answers = engine.generate(requests)
-        wall_s = (time.perf_counter() - begin) / len(missing)
-        for task, answer in zip(missing, answers, strict=True):
-            outcome = _outcome(task, mode, answer, wall_s)
+        before = time.perf_counter()
+        for task, answer in zip(missing, engine.completions(requests), strict=True):
+            now = time.perf_counter()
+            outcome = _outcome(task, mode, answer, now - before)
+            before = now
             writer.append(asdict(outcome))
             found.append(outcome)
-        on_answer(len(missing))
+            on_answer()
     return found
 
 
@@ -153,6 +168,7 @@ def _outcome(task: Task, mode: Mode, answer: Completion, wall_s: float) -> Outco
     return Outcome(
         task=task.id,
         mode=mode.name,
+        judge=mode.judge,
         is_right=not answer.error and task.is_right(task.outcome(answer.text)),
         num_tokens=len(answer.tokens),
         num_rounds=stats.num_rounds,
@@ -160,6 +176,9 @@ def _outcome(task: Task, mode: Mode, answer: Completion, wall_s: float) -> Outco
         num_kept=stats.num_kept,
         worst_gap=stats.kept.worst_gap,
         wall_s=wall_s,
+        text=answer.text,
+        tokens=answer.tokens,
+        finish_reason=answer.finish_reason,
         error=answer.error,
     )
 

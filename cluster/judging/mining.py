@@ -78,15 +78,6 @@ class DraftModelChooser:
 
 
 @dataclass(frozen=True)
-class Mined:
-    """What came of a task: labelled texts, the last of which is the text that was read, or why there are none."""
-
-    task: str
-    texts: tuple[LabelledText, ...] = ()
-    dropped: str = ""
-
-
-@dataclass(frozen=True)
 class Miner:
     """From tasks to labels; `mine` may be called from many threads at once.
 
@@ -104,22 +95,27 @@ class Miner:
     max_tokens: int
     max_mismatches: int
 
-    def mine(self, task: Task) -> Mined:
-        """All mismatches of one task, one after the other. Raises EngineError."""
+    def mine(self, task: Task, note: Callable[[LabelledText], None]) -> str:
+        """All mismatches of one task, one after the other. Raises EngineError.
+
+        Args:
+            note: gets each labelled text when it is known, the text that was read last.
+
+        Returns why the task has none; empty where it has.
+        """
         prompt = prompt_of(task.messages, self.tokenizer)
         first = self._ask(prompt, self.max_tokens)
         if first.error:
-            return Mined(task.id, dropped=f"refused: {first.error}")
+            return f"refused: {first.error}"
         if first.finish_reason != "stop":
-            return Mined(task.id, dropped="answer without an end")
+            return "answer without an end"
         wanted = self._outcome(task, first.tokens)
         if not wanted or (isinstance(task, Coding) and not task.is_right(wanted)):
             # What is wrong anyhow, any change of leaves wrong.
-            return Mined(task.id, dropped="answer without a result")
+            return "answer without a result"
         current, begin = tuple(first.tokens), 0
         choices = self.chooser.choices(prompt, current)
-        texts: list[LabelledText] = []
-        while len(texts) < self.max_mismatches:
+        for number in range(self.max_mismatches):
             place = _next_mismatch(current, choices, begin)
             if place == len(current):
                 begin = place
@@ -127,16 +123,15 @@ class Miner:
             swapped = (*current[:place], choices[place])
             whole = self._finished(prompt, swapped)
             is_harmless = self._outcome(task, whole) == wanted
-            texts.append(self._text(task, MINED, prompt, swapped, len(texts), GOOD if is_harmless else BAD))
+            labels = UNUSED * place + (GOOD if is_harmless else BAD)
+            note(_text(task, str(number), MINED, prompt, swapped, labels))
             begin = place + 1
             if is_harmless:
                 current = whole
                 choices = self.chooser.choices(prompt, current) if begin < len(current) else ()
         read = current[:begin]
-        end = LabelledText(
-            f"{task.id}/read", f"{task.domain}/{task.id}", task.domain, READ, prompt, read, GOOD * len(read)
-        )
-        return Mined(task.id, (*texts, end))
+        note(_text(task, "read", READ, prompt, read, GOOD * len(read)))
+        return ""
 
     def _finished(self, prompt: tuple[int, ...], beginning: tuple[int, ...]) -> tuple[int, ...]:
         """The target's text from a beginning on."""
@@ -155,13 +150,12 @@ class Miner:
         (completion,) = self.engine.completions([GenerationRequest(prompt, sampling)])
         return completion
 
-    @staticmethod
-    def _text(
-        task: Task, kind: str, prompt: tuple[int, ...], tokens: tuple[int, ...], number: int, label: str
-    ) -> LabelledText:
-        labels = UNUSED * (len(tokens) - 1) + label
-        problem = f"{task.domain}/{task.id}"
-        return LabelledText(f"{task.id}/{number}", problem, task.domain, kind, prompt, tokens, labels)
+
+def _text(
+    task: Task, name: str, kind: str, prompt: tuple[int, ...], tokens: tuple[int, ...], labels: str
+) -> LabelledText:
+    problem = f"{task.domain}/{task.id}"
+    return LabelledText(f"{task.id}/{name}", problem, task.domain, kind, prompt, tokens, labels)
 
 
 def _next_mismatch(current: Sequence[int], choices: Sequence[int], begin: int) -> int:
@@ -212,8 +206,7 @@ def recall(directory: Path, found: Yield) -> set[str]:
         by_task.setdefault(text.id.rpartition("/")[0], []).append(text)
     done = set()
     for task, texts in by_task.items():
-        # A task whose last text is missing was cut off as it was written: it is mined again, and texts that stand
-        # there twice are one.
+        # A task whose last text is missing was cut off: it is mined again, and texts that stand there twice are one.
         if texts[-1].kind == READ:
             done.add(task)
             for text in {text.id: text for text in texts}.values():
@@ -226,18 +219,31 @@ def recall(directory: Path, found: Yield) -> set[str]:
 
 def mine(
     tasks: Iterable[Task],
-    work: Callable[[Task], Mined],
+    work: Callable[[Task, Callable[[LabelledText], None]], str],
     writer: LabelWriter,
     found: Yield,
     concurrency: int,
     on_task: Callable[[], None],
 ) -> None:
-    """Works through the tasks, `concurrency` at a time. Leaving early keeps what was written."""
-    for mined in in_flight(tasks, work, concurrency):
-        if mined.dropped:
-            writer.drop(mined.task, mined.dropped)
-            found.num_dropped[mined.dropped.split(":")[0]] += 1
-        for text in mined.texts:
+    """Works through the tasks, `concurrency` at a time. Leaving early keeps what is known by then.
+
+    Args:
+        work: `Miner.mine`.
+        on_task: called after each.
+    """
+    lock = threading.Lock()
+
+    def note(text: LabelledText) -> None:
+        with lock:
             writer.write(text)
             found.note(text)
+
+    def outcome(task: Task) -> tuple[Task, str]:
+        return task, work(task, note)
+
+    for task, reason in in_flight(tasks, outcome, concurrency):
+        if reason:
+            with lock:
+                writer.drop(task.id, reason)
+                found.num_dropped[reason.split(":")[0]] += 1
         on_task()

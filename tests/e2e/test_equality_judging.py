@@ -16,7 +16,7 @@ from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.rules import RULES, NodeScores, RuleMaker, Verdicts
 from outrider.workers.sequences.sequence import AcceptanceOptions, Request, TokenEvent
-from outrider.workers.sequences.tree import DraftTrees
+from outrider.workers.sequences.tree import DraftTrees, Floats
 from outrider.workers.weights.resolver import open_source
 from outrider.workers.weights.source import WeightSource
 from support.equality import Case, Reference, assert_same_tokens
@@ -97,9 +97,42 @@ def known_texts(
 def test_a_judge_made_by_hand_keeps_exactly_the_tokens_that_it_should(
     target: WeightSource, drafter: WeightSource, reference: Reference, tp_size: int
 ) -> None:
+    check_judging(judge_of(target, probe_for(reference, GOOD)), target, drafter, reference, tp_size)
+
+
+class JudgeOfParents(Judge):
+    """Its rows are those of the tokens before, off by one."""
+
+    def scores(self, trees: DraftTrees, scores: NodeScores) -> Floats:
+        rows = scores.hidden[NUM_LAYERS]
+        places = torch.from_numpy(trees.parents)[:, :, None].expand_as(rows)
+        return super().scores(trees, replace(scores, hidden={NUM_LAYERS: rows.gather(1, places)}))
+
+
+class JudgeOfNormedRows(Judge):
+    """Its rows have been through a norm."""
+
+    def scores(self, trees: DraftTrees, scores: NodeScores) -> Floats:
+        rows = scores.hidden[NUM_LAYERS]
+        normed = torch.nn.functional.rms_norm(rows, rows.shape[-1:])
+        return super().scores(trees, replace(scores, hidden={NUM_LAYERS: normed}))
+
+
+@pytest.mark.parametrize("wrong", [JudgeOfParents, JudgeOfNormedRows])
+def test_a_judge_of_other_rows_does_not_pass(
+    target: WeightSource, drafter: WeightSource, reference: Reference, wrong: type[Judge]
+) -> None:
+    """The check above finds rows that are off by one or taken behind the norm."""
+    judge = judge_of(target, probe_for(reference, GOOD))
+    with pytest.raises(AssertionError):
+        check_judging(wrong(judge.name, judge.head, judge.description), target, drafter, reference, 1)
+
+
+def check_judging(
+    judge: Judge, target: WeightSource, drafter: WeightSource, reference: Reference, tp_size: int
+) -> None:
     """Its row is that of the token itself, before the final norm: every score is computed again from there."""
-    head = probe_for(reference, GOOD)
-    rule, rules = seen_rule(judge_of(target, head), 0.5)
+    rule, rules = seen_rule(judge, 0.5)
     case = Case("judged", tuple(FEW * 3), replace(BIASED, max_tokens=40))
     with LocalEngine(
         target,
@@ -121,7 +154,7 @@ def test_a_judge_made_by_hand_keeps_exactly_the_tokens_that_it_should(
         assert (judged > 0.5).tolist() == np.isin(drafted, GOOD).tolist()
         if len(texts) > 1:
             rows = torch.stack([own[-1, 0] for own, _ in reference.rows(texts[1:], (NUM_LAYERS,))])
-            np.testing.assert_allclose(judged, torch.sigmoid(head(rows)), atol=1e-3)
+            np.testing.assert_allclose(judged, torch.sigmoid(judge.head(rows)), atol=1e-3)
         # No good token stands below the last one that came out.
         last = verdicts.paths[0, verdicts.num_accepted[0]]
         below = trees.tokens[0, exists][trees.parents[0, exists] == last]

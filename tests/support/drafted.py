@@ -11,7 +11,7 @@ from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.method import Verified, VerifiedStep
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.rules import EXACT
-from outrider.workers.sequences.sequence import AcceptanceOptions, DraftOptions, Request, Sequence
+from outrider.workers.sequences.sequence import EXACTLY, AcceptanceOptions, DraftOptions, Request, Sequence
 from outrider.workers.sequences.tree import DraftTrees, GrowingTrees, Offers
 from support.steps import node_scores
 
@@ -25,11 +25,11 @@ def sequence_of(
     max_nodes: int = 8,
     max_depth: int = 4,
     sampling: SamplingParams = GREEDY,
-    rule: str = "exact",
+    acceptance: AcceptanceOptions = EXACTLY,
 ) -> Sequence:
     """A sequence that is about to run in its slot; its id is the slot's number."""
     draft = DraftOptions(methods, max_nodes, max_depth)
-    request = Request(str(slot), tuple(prompt), sampling, draft, AcceptanceOptions(rule))
+    request = Request(str(slot), tuple(prompt), sampling, draft, acceptance)
     return Sequence(request, list(prompt), slot=slot)
 
 

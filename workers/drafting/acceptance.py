@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from outrider.workers.sequences.rules import RULE_NAMES
 from outrider.workers.sequences.tree import Bools, Floats, Ints
 
 _PRIOR_WEIGHT = 6.0  # observations a prior is worth
@@ -25,13 +24,13 @@ NUM_SAMPLED_KINDS = 2 * _NUM_RANKS * (_NUM_EDGES + 1)
 
 class AcceptanceEstimator:
     """Accepted fraction per kind of proposal (method, rank among siblings, confidence) and rule, with a prior for the
-    unseen. Rules are indices of `RULE_NAMES`: what one refuses another may keep.
+    unseen. Rules are those of `DraftedSlots.rules`: what one refuses another may keep.
 
     A proposal's key is stored in its tree node as `source`; once the target has sampled after the node's parent,
     `observe` counts whether the proposal was it. Proposals below a rejected parent teach nothing.
     """
 
-    def __init__(self, num_rules: int = len(RULE_NAMES)) -> None:
+    def __init__(self, num_rules: int = 1) -> None:
         self._accepted = np.zeros((num_rules, 1))  # key 0 is the roots'
         self._seen = np.zeros((num_rules, 1))
 

@@ -27,7 +27,7 @@ class DraftEngine:
     def __init__(self, slots: DraftedSlots) -> None:
         self.slots = slots
         self.trees = slots.trees
-        self.estimator = AcceptanceEstimator(len(slots.rule_names))
+        self.estimator = AcceptanceEstimator(slots.num_rules)
         self.methods: list[DraftMethod] = []
         self._uses: dict[str, Bools] = {}  # by method, [S]: whether the slot's request names it
 

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import numpy as np
 
 from outrider.workers.drafting.confined_trees import ConfinedTrees
 from outrider.workers.sampling.confinement import Confinement
 from outrider.workers.sampling.grammars import NO_GRAMMARS, Grammars
 from outrider.workers.sequences.rules import RULE_NAMES
-from outrider.workers.sequences.sequence import Sequence
+from outrider.workers.sequences.sequence import AcceptanceOptions, Sequence
 from outrider.workers.sequences.tree import Bools, Ints
 
 _NODES_PER_SENT_NODE = 8  # a tree grows on while a cut of it is verified, and has more than is worth sending
 _MIN_NODES = 64
+_TYPICAL_EDGES = (0.1, 0.2, 0.4)  # of epsilon
+_JUDGE_EDGES = (0.6, 0.8, 0.9, 0.97)  # of the threshold
+
+
+class Loosenesses:
+    """How loosely requests have their drafts accepted, in a few kinds: by rule, a lossy one by its own measure, too.
+
+    What is seen of one kind says little of another: a judge keeps far more above 0.5 than above 0.97.
+    """
+
+    def __init__(self, rule_names: tuple[str, ...]) -> None:
+        """rule_names: of the rules that requests may ask for."""
+        edges = {"typical": _TYPICAL_EDGES, "judge": _JUDGE_EDGES}
+        self._edges = [edges.get(name, ()) for name in rule_names]
+        self._places = {name: place for place, name in enumerate(rule_names)}
+        counts = [len(found) + 1 for found in self._edges]
+        self._firsts = [sum(counts[:place]) for place in range(len(counts))]
+        self._num = sum(counts)
+
+    def __len__(self) -> int:
+        return self._num
+
+    def kind_of(self, acceptance: AcceptanceOptions) -> int:
+        """From 0 to `len(self)` - 1."""
+        place = self._places[acceptance.rule]
+        measure = acceptance.epsilon if acceptance.rule == "typical" else acceptance.threshold
+        return self._firsts[place] + bisect_right(self._edges[place], measure)
 
 
 class DraftedSlots:
@@ -22,9 +51,9 @@ class DraftedSlots:
         trees: where methods put their proposals.
         sequences: by slot; what is left of an ended sequence means nothing.
         is_greedy: bool [S], temperature 0.
-        rules: int64 [S], by which rule drafted tokens are accepted: its place in `rule_names`.
-        laws: int64 [S], rule and temperature in one: what is seen of one law says little of another. 2 * rule, and 1
-            more of greedy requests.
+        rules: int64 [S], by which rule, and how loosely, drafted tokens are accepted: a kind of `Loosenesses`.
+        laws: int64 [S], that and the temperature in one: what is seen of one law says little of another. 2 * rule,
+            and 1 more of greedy requests.
         max_nodes, max_depth: int64 [S], of the request: drafted nodes in a round, and on one path.
         num_remaining: int64 [S], tokens that may still be emitted.
         recent: int64 [S, T], the last tokens, the newest last; zeros before the text begins.
@@ -39,11 +68,12 @@ class DraftedSlots:
         rule_names: tuple[str, ...] = RULE_NAMES,
         grammars: Grammars = NO_GRAMMARS,
     ) -> None:
-        """max_nodes: drafted nodes of a sequence in a round, at most; num_recent: T; grammars: over the target's
-        tokens."""
+        """max_nodes: drafted nodes of a sequence in a round, at most; num_recent: T; rule_names: of the rules that
+        requests may ask for; grammars: over the target's tokens."""
         self._grammars = grammars
-        self.rule_names = rule_names
-        self.num_laws = 2 * len(rule_names)
+        self._loosenesses = Loosenesses(rule_names)
+        self.num_rules = len(self._loosenesses)
+        self.num_laws = 2 * self.num_rules
         self.rules, self.laws = (np.zeros(num_slots, dtype=np.int64) for _ in range(2))
         capacity = max(_MIN_NODES, _NODES_PER_SENT_NODE * max_nodes)
         self.trees = ConfinedTrees(num_slots, capacity)
@@ -88,7 +118,7 @@ class DraftedSlots:
     def law_of(self, sequence: Sequence) -> int:
         """See `laws`."""
         request = sequence.request
-        return 2 * self.rule_names.index(request.acceptance.rule) + request.sampling.is_greedy
+        return 2 * self._loosenesses.kind_of(request.acceptance) + request.sampling.is_greedy
 
     def sequence(self, slot: int) -> Sequence:
         """Who runs in this slot."""

@@ -90,6 +90,20 @@ def test_bench_compares_mixes_of_methods(engine: AnsweringEngine) -> None:
     assert drafts == [{"methods": ["ngram"]}, {"methods": ["model", "ngram"]}, {"max_nodes": 0}]
 
 
+def test_bench_asks_for_a_lossy_rule_where_it_drafts(engine: AnsweringEngine, tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    result = outrider(
+        *["bench", "tiny-random", "acceptance.rules=[exact,typical]", "--limit", "1", "--max-tokens", "4"],
+        *["--rule", "typical", "--delta", "0.5", "--json", str(path)],
+    )
+    assert result.exit_code == 0, result.output
+    lossy = {"rule": "typical", "delta": 0.5}
+    assert [dict(request.acceptance) for request in engine.requests[-2:]] == [lossy, {}]
+    settings = json.loads(path.read_text())["settings"]
+    assert settings["acceptance"] == lossy
+    assert "typical 0.5" in settings["title"]
+
+
 def test_prompts_that_do_not_fit_are_left_out_and_counted(engine: AnsweringEngine, tmp_path: Path) -> None:
     data = tmp_path / "mine.txt"
     data.write_text("short\n" + "long " * 500 + "\n")
@@ -108,6 +122,7 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(engine: AnsweringEngin
         (["--json", "nowhere/bench.json"], "must be in a folder that exists"),
         (["--chart", "bench.doc"], "--chart must end with"),
         (["--top-p", "2"], "sampling.top_p must be"),
+        (["--rule", "typical"], "acceptance.rule must be among the deployment's acceptance.rules (exact)"),
         (["--category", "poetry"], "--category must be one of"),
         (
             ["--against", "transformers-assisted", "draft.methods=[ngram]", "draft.model="],

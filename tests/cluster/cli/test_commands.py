@@ -243,6 +243,18 @@ def test_demo_compares_every_prompt_and_shows_how_busy_the_workers_were(engines:
     assert plain == [False] * 6 + [True] * 5
 
 
+def test_demo_shows_what_a_lossy_rule_kept(engines: Engines) -> None:
+    lossy = ["acceptance.rules=[exact,typical]", "--rule", "typical", "--epsilon", "0.2"]
+    result = run("demo", "quickstart", "--max-tokens", "10", *lossy)
+    assert result.exit_code == 0
+    assert "kept against the target" in result.stdout
+    first, *shown = engines.started[0].asked
+    asked = [dict(request.acceptance) for request in shown]
+    assert (first.acceptance, asked) == ({}, [{"rule": "typical", "epsilon": 0.2}] * 5 + [{}] * 5)
+    (total,) = re.findall(r"│ all .*│ +(\d+) │ +│", result.stdout)
+    assert int(total) > 0
+
+
 def documented_commands() -> list[tuple[str, str]]:
     """(file, command line) of every `outrider ...` line in the documents and presets."""
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "configs").glob("*.yaml"))]

@@ -1,7 +1,7 @@
 """`outrider judge` on a tiny target: records, labels, a judge, and what it is worth on an engine that is a fake."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 from outrider.cluster.api import EngineError, GenerationRequest
 from outrider.cluster.cli.main import app
 from outrider.cluster.engine import Engine
+from outrider.cluster.judging.evaluation import read_outcomes
 from outrider.configs.schema import Config
 from outrider.workers.answer import Completion
-from outrider.workers.judging.head import read_judge
+from outrider.workers.judging.head import JudgeHead, read_judge, write_judge
 from outrider.workers.sequences.sequence import KeptAccount, RequestStats
 from outrider.workers.training.judges.labels import iter_labels
 from outrider.workers.training.judges.records import SpanRecord, read_records, write_records
@@ -134,12 +135,13 @@ class RulesEngine:
         self.num_left = num_answers
         self.asked: list[GenerationRequest] = []
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
-        self.asked += requests
-        self.num_left -= len(requests)
-        if self.num_left < 0:
-            raise EngineError("target 0 died")
-        return [self._answer(asked) for asked in requests]
+    def completions(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
+        for asked in requests:
+            self.num_left -= 1
+            if self.num_left < 0:
+                raise EngineError("target 0 died")
+            self.asked.append(asked)
+            yield self._answer(asked)
 
     def _answer(self, asked: GenerationRequest) -> Completion:
         prompt = TOKENIZER.decode([token for token in asked.prompt if isinstance(token, int)])
@@ -181,14 +183,14 @@ def test_rules_are_measured_on_the_same_tasks_in_turns(
     words = ("--tasks", tasks, "--thresholds", "0.5,0.9", "--epsilons", "0.16")
     judge = ("--judge", str(trained / "run" / "judge"))
     out = tmp_path / "out"
-    engines.num_answers = 10  # then it dies
+    engines.num_answers = 9  # then it dies, in the middle of a block
     cut = invoke("eval", "tiny-random", "--out", str(out), *words, *judge, "--concurrency", "2")
     assert (cut.exit_code, cut.stderr.splitlines()[-1]) == (1, "Error: target 0 died")
     engines.num_answers = 10_000
     done = invoke("eval", "tiny-random", "--out", str(out), *words, *judge, "--concurrency", "2")
     assert done.exit_code == 0, done.output
     first, second = engines.started
-    assert len(first.asked) + len(second.asked) - 2 == 4 * NUM_TASKS
+    assert (len(first.asked), len(second.asked)) == (9, 4 * NUM_TASKS - 9)
     rules = {json.dumps(dict(asked.acceptance)) for asked in (*first.asked, *second.asked)}
     assert rules == {
         "{}",
@@ -210,11 +212,25 @@ def test_rules_are_measured_on_the_same_tasks_in_turns(
     assert "| judge 0.9 | 66.7 % of 6 |" in table
     assert table in done.output
     assert (out / "trade-off.png").stat().st_size > 10_000
+    answers = read_outcomes(out)
+    assert len({answer.place for answer in answers}) == len(answers) == 4 * NUM_TASKS
+    assert {(answer.text, answer.tokens) for answer in answers if answer.mode == "exact"} == {
+        (f"The answer is {number + (number == NUM_TASKS - 1)}.", tuple(range(8)))
+        for number in range(NUM_TASKS)
+    }
     # All answers are there: the report alone is made again.
     assert (
         invoke("eval", "tiny-random", "--out", str(out), *words, *judge, "--concurrency", "2").exit_code == 0
     )
     assert len(engines.started) == 2
+    # Another judge: what it has no part in stands.
+    other = tmp_path / "other"
+    write_judge(other, JudgeHead(64), read_judge(trained / "run" / "judge")[1])
+    done = invoke(
+        "eval", "tiny-random", "--out", str(out), *words, "--judge", str(other), "--concurrency", "2"
+    )
+    assert done.exit_code == 0, done.output
+    assert {asked.acceptance["rule"] for asked in engines.started[2].asked} == {"judge"}
 
 
 def test_records_are_made_of_solutions_and_of_programs(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Mining with tiny models: each mismatch is tried, and what does no harm stays in the text."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +9,19 @@ import pytest
 import torch
 
 from outrider.cluster.api import EngineError, GenerationRequest
-from outrider.cluster.judging.mining import DraftModelChooser, Mined, Miner, Yield, mine, recall
+from outrider.cluster.judging.mining import DraftModelChooser, Miner, Yield, mine, recall
 from outrider.workers.answer import Completion
 from outrider.workers.training.features import TargetFeatures
-from outrider.workers.training.judges.labels import MINED, READ, LabelWriter, iter_labels, match_rate
-from outrider.workers.training.judges.tasks import Task
+from outrider.workers.training.judges.labels import (
+    MINED,
+    READ,
+    LabelledText,
+    LabelWriter,
+    iter_labels,
+    match_rate,
+)
+from outrider.workers.training.judges.sandbox import Limits, Sandbox
+from outrider.workers.training.judges.tasks import Coding, Task, WordProblem
 from outrider.workers.training.lines import Description, read_dropped
 from outrider.workers.weights.random_tokenizer import tokenizer_of_size
 from outrider.workers.weights.resolver import open_source
@@ -96,12 +104,18 @@ def miner(engine: GreedyEngine, chooser: DraftModelChooser, most: int = 64) -> M
     return Miner(engine, chooser, TOKENIZER, frozenset({END}), 100, most)
 
 
+def mined(of: Miner, task: Task) -> list[LabelledText]:
+    texts: list[LabelledText] = []
+    assert of.mine(task, texts.append) == ""
+    return texts
+
+
 def test_each_mismatch_is_tried_behind_those_that_did_no_harm(
     engine: GreedyEngine, chooser: DraftModelChooser
 ) -> None:
     (task,) = tasks("a question of some length")
-    found = miner(engine, chooser).mine(task)
-    *mismatches, read = found.texts
+    found = mined(miner(engine, chooser), task)
+    *mismatches, read = found
     assert (read.kind, {text.kind for text in mismatches}) == (READ, {MINED})
     assert {text.labels[-1] for text in mismatches} == {"g", "b"}
     prompt = read.prompt_tokens
@@ -120,20 +134,22 @@ def test_each_mismatch_is_tried_behind_those_that_did_no_harm(
         begin = place + 1
         current = whole if is_harmless else current
     assert list(read.output_tokens) == current
-    assert match_rate(found.texts) == 1 - len(mismatches) / len(current)
+    assert match_rate(found) == 1 - len(mismatches) / len(current)
 
 
 def test_only_so_many_are_tried_and_only_what_was_read_counts(
     engine: GreedyEngine, chooser: DraftModelChooser
 ) -> None:
     (task,) = tasks("a question of some length")
-    one, read = miner(engine, chooser, 1).mine(task).texts
+    one, read = mined(miner(engine, chooser, 1), task)
     assert len(read.output_tokens) == len(one.output_tokens)
 
 
 def test_what_comes_to_nothing_is_dropped(engine: GreedyEngine, chooser: DraftModelChooser) -> None:
     (task,) = tasks("LOST")
-    assert miner(engine, chooser).mine(task) == Mined("t/0", dropped="answer without a result")
+    texts: list[LabelledText] = []
+    assert miner(engine, chooser).mine(task, texts.append) == "answer without a result"
+    assert texts == []
 
 
 def test_mining_that_died_goes_on_and_finds_the_same(
@@ -175,3 +191,67 @@ def test_mining_that_died_goes_on_and_finds_the_same(
     asked = len(engine.prompts)
     run(tmp_path / "cut")
     assert len(engine.prompts) == asked
+
+
+def token_of(letter: str) -> int:
+    (token,) = TOKENIZER.encode(letter, add_special_tokens=False)
+    return int(token)
+
+
+class ToldEngine:
+    """Goes on as it is told: answers by the text so far, each with its end."""
+
+    def __init__(self, answers: Mapping[str, str]) -> None:
+        self.answers = answers
+
+    def completions(self, requests: Sequence[GenerationRequest]) -> Iterator[Completion]:
+        for asked in requests:
+            prompt = [token for token in asked.prompt if isinstance(token, int)]
+            said = TOKENIZER.decode(prompt[prompt_length(prompt) :], skip_special_tokens=True)
+            tokens = TOKENIZER.encode(self.answers[said], add_special_tokens=False)
+            yield Completion(tokens=(*tokens, END), finish_reason="stop")
+
+
+class ToldChooser:
+    """Says what the target said but at one place."""
+
+    def __init__(self, place: int, token: int) -> None:
+        self.place, self.token = place, token
+
+    def choices(self, prompt: Sequence[int], output: Sequence[int]) -> Sequence[int]:
+        return [self.token if place == self.place else token for place, token in enumerate(output)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "place", "says", "goes_on", "label"),
+    [
+        ("ab 7", 2, "", {}, "b"),  # ends before the result
+        ("is 7.", 4, "", {}, "g"),  # ends without the full stop
+        ("is 7", 4, "0", {"is 70": "!"}, "b"),  # goes on where the target ends: another number
+        ("is 7", 4, ".", {"is 7.": " So."}, "g"),  # says more, which changes nothing
+    ],
+)
+def test_a_text_that_ends_sooner_or_later_is_a_mismatch_as_any_other(
+    answer: str, place: int, says: str, goes_on: dict[str, str], label: str
+) -> None:
+    task = WordProblem("t", "gsm8k", "how many", "7")
+    engine = ToldEngine({"": answer, **goes_on})
+    token = token_of(says) if says else END
+    own = Miner(engine, ToldChooser(place, token), TOKENIZER, frozenset({END}), 100, 1)
+    mismatch, _ = mined(own, task)
+    assert (len(mismatch.output_tokens), mismatch.output_tokens[-1]) == (place + 1, token)
+    assert mismatch.labels[-1] == label
+
+
+def test_labels_of_programs_come_from_their_tests_in_the_sandbox() -> None:
+    """Twice x: a sum instead of the product does no harm, a difference does."""
+    sandbox = Sandbox.open(Limits())
+    code = "def twice(x):\n    return x * 2"
+    task = Coding("t", "code", "double it", "twice", "", "assert twice(3) == 6", code, sandbox)
+    beginning = code[: code.index("*")]
+    place = len(TOKENIZER.encode(beginning, add_special_tokens=False))
+    for sign, rest, label in (("+", " x", "g"), ("-", " 2", "b")):
+        engine = ToldEngine({"": code, beginning + sign: rest})
+        own = Miner(engine, ToldChooser(place, token_of(sign)), TOKENIZER, frozenset({END}), 100, 1)
+        mismatch, _ = mined(own, task)
+        assert mismatch.labels[-1] == label

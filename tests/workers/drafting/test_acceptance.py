@@ -19,7 +19,7 @@ def estimate(estimator: AcceptanceEstimator, source: int, prior: float) -> float
 @pytest.fixture
 def estimator() -> AcceptanceEstimator:
     """With room for two methods: keys 1 to 5, and 6 to 8."""
-    made = AcceptanceEstimator()
+    made = AcceptanceEstimator(3)
     assert (made.reserve(5), made.reserve(3)) == (1, 6)
     return made
 

@@ -8,9 +8,9 @@ import pytest
 from outrider.configs.schema import NgramConfig
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.ngram import NgramMethod
-from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.drafting.slots import DraftedSlots, Loosenesses
 from outrider.workers.rounds.budget import CostModel, PassProfile
-from outrider.workers.sequences.sequence import Sequence
+from outrider.workers.sequences.sequence import AcceptanceOptions, Sequence
 from support.drafted import GREEDY, answer, cut_of, node_at, paths_of, sequence_of
 
 TWO = NgramConfig(min_match=2, max_match=4, max_candidates=2)
@@ -126,23 +126,34 @@ def test_estimates_learn_from_what_comes_out() -> None:
 
 
 def test_drafts_are_as_deep_as_the_rule_of_their_request_lets_them_pay() -> None:
-    """The same text under two rules, drafted wrong every time: a judge that keeps it all sees longer drafts."""
-    texts = [
-        sequence_of(PROMPT, slot, max_depth=4, rule=rule) for slot, rule in enumerate(("exact", "judge"))
-    ]
+    """The same text, drafted wrong every time: a judge with a low threshold keeps it all and sees longer drafts."""
+    asked = (AcceptanceOptions(), *(AcceptanceOptions("judge", threshold=at) for at in (0.95, 0.5)))
+    texts = [sequence_of(PROMPT, slot, max_depth=4, acceptance=options) for slot, options in enumerate(asked)]
     engine = engine_with(*texts)
-    assert looked_up(engine, 0)[0] == looked_up(engine, 1)[0]
-    sources = engine.trees.sources[1, 1:5]
+    whole = [[3], [3, 4], [3, 4, 5], [3, 4, 5, 6]]
+    assert looked_up(engine, 0, 1, 2) == [whole] * 3
+    sources = engine.trees.sources[2, 1:5]
     for _ in range(20):
-        engine.estimator.observe(sources, np.zeros(4, dtype=np.bool_), engine.slots.rules[[0] * 4])
-        engine.estimator.observe(sources, np.ones(4, dtype=np.bool_), engine.slots.rules[[1] * 4])
+        for slot, is_kept in enumerate((False, False, True)):
+            engine.estimator.observe(sources, np.full(4, is_kept), engine.slots.rules[[slot] * 4])
     for sequence in texts:
         engine.finish(sequence)
         engine.start(sequence)
-    assert looked_up(engine, 0)[0] == looked_up(engine, 1)[0] == [[3], [3, 4], [3, 4, 5], [3, 4, 5, 6]]
+    assert looked_up(engine, 0, 1, 2) == [whole] * 3
     cost = CostModel(PassProfile((1, 5), (1.0, 1.4)))
-    depths = [cost.best_num_nodes(engine.trees.values[slot, 1:5], 1, 1, 0.0) for slot in (0, 1)]
-    assert depths == [0, 4]
+    depths = [cost.best_num_nodes(engine.trees.values[slot, 1:5], 1, 1, 0.0) for slot in range(3)]
+    assert depths == [0, 0, 4]
+
+
+def test_how_loosely_drafts_are_accepted_is_told_by_rule_and_measure() -> None:
+    kinds = Loosenesses(("exact", "typical", "judge"))
+    asked = [
+        AcceptanceOptions(),
+        *(AcceptanceOptions("typical", epsilon=epsilon) for epsilon in (0.09, 0.1, 0.3, 0.5)),
+        *(AcceptanceOptions("judge", threshold=threshold) for threshold in (0.5, 0.7, 0.85, 0.9, 1.0)),
+    ]
+    assert [kinds.kind_of(options) for options in asked] == list(range(len(kinds))) == list(range(10))
+    assert len(Loosenesses(("exact",))) == 1
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3])

@@ -185,9 +185,14 @@ def _text_of(fields: Mapping[str, Any]) -> LabelledText:
 
 
 def match_rate(texts: Iterable[LabelledText]) -> float:
-    """Fraction of the read tokens at which drafter and target agreed; 0 where nothing was mined."""
-    num_read = num_mismatches = 0
+    """Fraction of the read tokens at which drafter and target agreed; 0 where nothing was mined. Of tasks that were
+    read to their ends: mining may have been cut off in others."""
+    num_read: dict[str, int] = {}
+    mismatches: dict[str, set[str]] = {}
     for text in texts:
-        num_read += len(text.output_tokens) if text.kind == READ else 0
-        num_mismatches += text.kind == MINED
-    return 1 - num_mismatches / num_read if num_read else 0.0
+        if text.kind == READ:
+            num_read[text.problem] = len(text.output_tokens)
+        elif text.kind == MINED:
+            mismatches.setdefault(text.problem, set()).add(text.id)
+    num_mismatches = sum(len(mismatches.get(problem, ())) for problem in num_read)
+    return 1 - num_mismatches / sum(num_read.values()) if num_read else 0.0

@@ -14,12 +14,13 @@ from outrider.workers.training.lines import read_objects
 
 Item = TypeVar("Item")
 PASSED, FAILED = "passed", "failed"
+INSTRUCTION = "Think step by step. End with: The answer is N."
+"""What stands below the question of a word problem, unless another text is given."""
 
 _ANSWER = re.compile(r"(?:answer is|answer:|####)\D{0,20}?(-?\d[\d,]*(?:\.\d+)?)", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\{\D{0,10}?(-?\d[\d,]*(?:\.\d+)?)")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _BLOCK = re.compile(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_WORD_PROBLEM = "{question}\nThink step by step. End with: The answer is N."
 _COMPLETE = "Complete this Python function. Answer with the complete function.\n```python\n{code}```"
 _WRITE = "{text}\nAnswer with a complete Python program that passes this test:\n```python\n{test}\n```"
 
@@ -124,12 +125,13 @@ def code_of(answer: str, entry: str) -> str:
     return blocks[-1] if blocks else answer
 
 
-def read_tasks(path: Path, sandbox: Sandbox | None) -> list[Task]:
+def read_tasks(path: Path, sandbox: Sandbox | None, instruction: str = INSTRUCTION) -> list[Task]:
     """Tasks of a .jsonl file in the form of GSM8K (`question`, `answer`), HumanEval (`prompt`, `entry_point`, `test`)
     or MBPP (`text`, `code`, `test_list`).
 
     Args:
         sandbox: needed for code.
+        instruction: below the question of a word problem.
 
     Raises:
         ValueError: naming file, line and field.
@@ -137,7 +139,7 @@ def read_tasks(path: Path, sandbox: Sandbox | None) -> list[Task]:
     if not path.is_file():
         raise ValueError(f"--tasks must be a .jsonl file, got {str(path)!r} (no such file)")
     tasks = [
-        _task(row, f"{path}, line {number}", f"{path.stem}/{number}", sandbox)
+        _task(row, f"{path}, line {number}", f"{path.stem}/{number}", sandbox, instruction)
         for number, row in read_objects(path)
     ]
     if not tasks:
@@ -157,7 +159,7 @@ def has_code(path: Path) -> bool:
     return path.is_file() and any("question" not in row for _, row in read_objects(path))
 
 
-def _task(row: Mapping[str, Any], where: str, name: str, sandbox: Sandbox | None) -> Task:
+def _task(row: Mapping[str, Any], where: str, name: str, sandbox: Sandbox | None, instruction: str) -> Task:
     def text(field: str) -> str:
         if not isinstance(row.get(field), str):
             raise ValueError(f"{where}: {field} must be a text, got {row.get(field)!r}")
@@ -167,8 +169,8 @@ def _task(row: Mapping[str, Any], where: str, name: str, sandbox: Sandbox | None
         answer = text("answer")
         if "####" not in answer:
             raise ValueError(f"{where}: answer must end with #### and a number, got {answer[-40:]!r}")
-        prompt = _WORD_PROBLEM.format(question=text("question"))
-        return WordProblem(name, "gsm8k", prompt, number_of(answer[answer.rindex("####") :]))
+        result = number_of(answer[answer.rindex("####") :])
+        return WordProblem(name, "gsm8k", f"{text('question')}\n{instruction}", result)
     assert sandbox is not None, "a file with code comes with a sandbox"
     if "entry_point" in row:
         code, entry = text("prompt"), text("entry_point")

@@ -71,6 +71,8 @@ def test_tasks_of_all_forms_know_right_answers(tmp_path: Path) -> None:
     assert has_code(path)
     words, human, mbpp = read_tasks(path, sandbox)
     assert (words.id, words.domain) == ("tasks/1", "gsm8k")
+    assert words.prompt.endswith("The answer is N.")
+    assert read_tasks(path, sandbox, "Be brief.")[0].prompt.endswith("\nBe brief.")
     assert words.is_right(words.outcome("The answer is 1012."))
     assert not words.is_right(words.outcome("The answer is 1013."))
     for task in (human, mbpp):
