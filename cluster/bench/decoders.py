@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any, Protocol
 
 from outrider.cluster.api import GenerationRequest
@@ -56,7 +55,7 @@ class EngineDecoder:
         self._acceptance = acceptance
 
     def generate(self, prompt_tokens: tuple[int, ...], sampling: SamplingParams) -> Completion:
-        request = GenerationRequest(prompt_tokens, _fields_of(sampling), self._draft, self._acceptance)
+        request = GenerationRequest(prompt_tokens, sampling.request_fields(), self._draft, self._acceptance)
         (answer,) = _complete(self._engine, [request])
         return answer
 
@@ -103,7 +102,7 @@ class EngineAnswerer:
     def answer(self, questions: Sequence[Question]) -> list[Completion]:
         requests = [
             GenerationRequest(
-                q.prompt_tokens, _fields_of(q.sampling), AS_CONFIGURED if q.speculative else PLAIN
+                q.prompt_tokens, q.sampling.request_fields(), AS_CONFIGURED if q.speculative else PLAIN
             )
             for q in questions
         ]
@@ -116,11 +115,3 @@ def _complete(engine: RunningEngine, requests: Sequence[GenerationRequest]) -> l
         if answer.finish_reason == "error":
             raise ValueError(answer.error)
     return answers
-
-
-def _fields_of(sampling: SamplingParams) -> dict[str, object]:
-    """All of them, so that no default of the configuration gets in; no benchmark asks for a grammar."""
-    assert not sampling.grammar.text
-    return {
-        field.name: getattr(sampling, field.name) for field in fields(sampling) if field.name != "grammar"
-    }

@@ -124,7 +124,7 @@ def ask(engine: Engine, cases: list[Case], draft: DraftOptions) -> Mapping[str, 
         [
             GenerationRequest(
                 case.prompt,
-                {**asdict(case.sampling), "ignore_eos": True},
+                {**case.sampling.request_fields(), "ignore_eos": True},
                 {"max_nodes": 0} if draft == PLAIN else asdict(draft),
             )
             for case in cases

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 from outrider.workers.sequences.grammar import ANYTHING, Grammar
@@ -57,6 +57,11 @@ class SamplingParams:
     """With logprobs: also the likeliest tokens at each place, this many."""
     grammar: Grammar = ANYTHING
     """Tokens that the text cannot go on with in this language are removed, first of all."""
+
+    def request_fields(self) -> dict[str, object]:
+        """As a request names them, all but the grammar, so that no default of a configuration gets in."""
+        assert not self.grammar.text, "a request says `structured_outputs`"
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "grammar"}
 
     @property
     def is_greedy(self) -> bool:
