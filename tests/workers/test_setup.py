@@ -88,14 +88,18 @@ def test_every_thread_of_a_worker_computes_on_the_workers_gpu(monkeypatch: pytes
     config = load_config("tiny-random", ["target.tp_size=2"])
     target, draft = TargetWorker(config, 1, (1,)), DraftWorker(config, (1,))
     target._weights = SimpleNamespace(device=GPU)  # type: ignore[assignment]
-    target._rank = SimpleNamespace(step=never)  # type: ignore[assignment]
     draft._device = GPU
     draft._loop = draft._link = SimpleNamespace(run=never, close=lambda: None, send=never)  # type: ignore[assignment]
     monkeypatch.setattr(draft, "_time_target", never)
     target._communicator = SimpleNamespace(rank=1, broadcast=never, abort=lambda: None, close=lambda: None)  # type: ignore[assignment]
+
+    def run_target() -> None:
+        target._rank = SimpleNamespace(step=never)  # type: ignore[assignment]
+        target.run()
+
     for call in (
         partial(target.connect, "host", 1, 1),
-        target.run,
+        run_target,
         partial(draft.profile, silent),
         draft.run,
     ):
