@@ -22,7 +22,7 @@ MIN_ROWS = 4
 # oneDNN makes code for every number of rows that a matrix is multiplied with, some 0.6 MB each, of which half stays
 # for ever whatever its cache may hold: 256 numbers of rows and the four matrices of a layer are 600 MB. So every
 # number up to this, which single trees have, is computed as it is; above it those 8 apart, since a prompt's time goes
-# by its rows, and from 256 on, which only several texts have together, eight of each doubling: 68 up to 512.
+# by its rows, and from 256 on, which only several texts have together, eight of each doubling: 65 up to 512.
 EXACT_ROWS = 32
 _STEP, _STEP_UP_TO = 8, 256
 # A float32 sum over all columns in one accumulator is twice as far off as MKL's, which transformers uses; sums
