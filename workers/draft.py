@@ -227,7 +227,7 @@ class DraftWorker:
     def _build_drafting(self, target: ModelConfig, progress: Progress) -> DraftEngine:
         rounds, tree, draft = self.config.rounds, self.config.tree, self.config.draft
         num_recent = max(draft.ngram.max_match, tree.max_depth)
-        grammars = target_grammars(self.config, progress)
+        grammars = target_grammars(self.config, target, progress)
         rules = self.config.acceptance.rules
         slots = DraftedSlots(rounds.max_sequences, tree.max_nodes, num_recent, rules, grammars)
         drafting = DraftEngine(slots)

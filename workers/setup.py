@@ -143,18 +143,20 @@ def read_model_config(config: Config, role: Literal["target", "draft"], progress
     return read_config(resolve_description(model, cache_dir, progress, f"{role}.model"))
 
 
-def target_grammars(config: Config, progress: Progress) -> Grammars:
+def target_grammars(config: Config, model: ModelConfig, progress: Progress) -> Grammars:
     """Over the target's tokens; what they say is read when the first grammar comes.
+
+    Args:
+        model: the target.
 
     Raises:
         ValueError: names `target.model` or `target.tokenizer` and what was tried.
     """
     cache_dir = Path(config.cluster.model_cache_dir).expanduser()
-    described = resolve_description(config.target.model, cache_dir, progress, "target.model")
-    speaks = described
     if config.target.tokenizer:
         speaks = resolve_tokenizer(config.target.tokenizer, cache_dir, progress, "target.tokenizer")
-    model = read_config(described)
+    else:
+        speaks = resolve_description(config.target.model, cache_dir, progress, "target.model")
     return Grammars(model.vocab_size, partial(_read_texts, model, speaks))
 
 

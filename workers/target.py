@@ -172,7 +172,7 @@ class TargetWorker:
         use_device(device)
         self._transport = transport_for(target.all_reduce, device, target.tp_size)
         source = load_model(self.config, "target", progress)
-        self._grammars = target_grammars(self.config, progress)
+        self._grammars = target_grammars(self.config, source.config, progress)
         plan = ShardPlan(source.config, self.rank, target.tp_size)
         counted = counting(progress, source.total_bytes(dtype) // target.tp_size)
         self._kernels = kernels_for(self.config, source.config, device, dtype)

@@ -8,7 +8,7 @@ from outrider.configs.schema import Config
 from outrider.workers.draft_heads.checkpoint import read_eagle3
 from outrider.workers.draft_heads.layouts.eagle3 import read_eagle3_config
 from outrider.workers.drafting.feature_levels import FeatureMethod
-from outrider.workers.drafting.heads import check_fingerprint, check_target
+from outrider.workers.drafting.heads import check_fingerprint, check_target, read_for
 from outrider.workers.drafting.method import MethodContext
 from outrider.workers.model.draft_heads import for_serving, vocabulary_of
 from outrider.workers.model.embedding import embedding_of
@@ -33,10 +33,7 @@ class Eagle3Method(FeatureMethod):
         """Load `draft.eagle3.model` and the target's embedding, and lay out its cache."""
         config, target, device = context.config, context.target, context.device
         folder = resolve_head(config.draft.eagle3.model, context.progress, _FIELD)
-        try:
-            drafter, description = read_eagle3(folder, target.num_layers)
-        except ValueError as error:
-            raise ValueError(f"{_FIELD}: {error}") from error
+        drafter, description = read_for(_FIELD, lambda: read_eagle3(folder, target.num_layers))
         shape = drafter.shape
         check_target(_FIELD, description, shape.target_hidden_size, shape.vocab_size, target)
         check_target(_FIELD, description, shape.hidden_size, shape.vocab_size, target)
@@ -52,8 +49,8 @@ class Eagle3Method(FeatureMethod):
     def needs_of(cls, config: Config, target: ModelConfig) -> HiddenNeeds:
         """The taps that the checkpoint names; its weights are not looked at."""
         folder = resolve_head(config.draft.eagle3.model, silent, _FIELD, description_only=True)
-        try:
-            taps = read_eagle3_config(read_json(folder / "config.json"), target.num_layers).shape.taps
-        except ValueError as error:
-            raise ValueError(f"{_FIELD}: {error}") from error
+        taps = read_for(
+            _FIELD,
+            lambda: read_eagle3_config(read_json(folder / "config.json"), target.num_layers).shape.taps,
+        )
         return HiddenNeeds(taps, of_context=True)

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from outrider.workers.draft_heads.description import HeadDescription, source_fingerprint
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.source import WeightSource
+
+T = TypeVar("T")
+
+
+def read_for(field: str, read: Callable[[], T]) -> T:
+    """What `read` gives of a checkpoint; its ValueErrors begin with the key that names the heads."""
+    try:
+        return read()
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
 
 
 def check_target(

@@ -24,7 +24,7 @@ from outrider.workers.drafting.acceptance import (
     AcceptanceEstimator,
     priors_and_kinds,
 )
-from outrider.workers.drafting.heads import check_target
+from outrider.workers.drafting.heads import check_target, read_for
 from outrider.workers.drafting.laws import SlotLaws
 from outrider.workers.drafting.medusa_tree import best_trees
 from outrider.workers.drafting.method import DraftMethod, Forecast, MethodContext, Verified
@@ -109,10 +109,7 @@ class MedusaMethod(DraftMethod):
         config, target, progress = context.config, context.target, context.progress
         draft, field = config.draft, "draft.medusa.model"
         folder = resolve_head(draft.medusa.model, progress, field)
-        try:
-            heads, description = read_medusa(folder)
-        except ValueError as error:
-            raise ValueError(f"{field}: {error}") from error
+        heads, description = read_for(field, lambda: read_medusa(folder))
         shape = heads.shape
         check_target(field, description, shape.hidden_size, shape.vocab_size, target)
         source = load_target_tensors(config, [FINAL_NORM], progress)

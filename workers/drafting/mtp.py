@@ -11,7 +11,7 @@ from outrider.configs.schema import Config
 from outrider.workers.draft_heads.checkpoint import read_mtp
 from outrider.workers.draft_heads.layouts.mtp import read_mtp_config
 from outrider.workers.drafting.feature_levels import FeatureMethod
-from outrider.workers.drafting.heads import check_fingerprint, check_target
+from outrider.workers.drafting.heads import check_fingerprint, check_target, read_for
 from outrider.workers.drafting.method import MethodContext
 from outrider.workers.model.draft_heads import for_serving, vocabulary_of
 from outrider.workers.model.embedding import embedding_of
@@ -37,10 +37,7 @@ class MtpMethod(FeatureMethod):
         """Load `draft.mtp.model` and what it shares with the target, and lay out its cache."""
         config, target, device = context.config, context.target, context.device
         folder = resolve_head(config.draft.mtp.model, context.progress, _FIELD)
-        try:
-            drafter, description = read_mtp(folder)
-        except ValueError as error:
-            raise ValueError(f"{_FIELD}: {error}") from error
+        drafter, description = read_for(_FIELD, lambda: read_mtp(folder))
         made_for = drafter.shape.target
         check_target(_FIELD, description, made_for.hidden_size, made_for.vocab_size, target)
         head = EMBEDDING if target.tied_embeddings else HEAD
@@ -61,8 +58,5 @@ class MtpMethod(FeatureMethod):
     def needs_of(cls, config: Config, target: ModelConfig) -> HiddenNeeds:
         """What leaves the target's last layer; the checkpoint's weights are not looked at."""
         folder = resolve_head(config.draft.mtp.model, silent, _FIELD, description_only=True)
-        try:
-            taps = read_mtp_config(read_json(folder / "config.json")).shape.taps
-        except ValueError as error:
-            raise ValueError(f"{_FIELD}: {error}") from error
+        taps = read_for(_FIELD, lambda: read_mtp_config(read_json(folder / "config.json")).shape.taps)
         return HiddenNeeds(taps, of_context=True)

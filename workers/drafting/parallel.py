@@ -21,7 +21,7 @@ from outrider.workers.draft_heads.checkpoint import read_parallel
 from outrider.workers.draft_heads.layouts.parallel import read_parallel_config
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.features import FeatureStore
-from outrider.workers.drafting.heads import check_fingerprint, check_target
+from outrider.workers.drafting.heads import check_fingerprint, check_target, read_for
 from outrider.workers.drafting.laws import SlotLaws
 from outrider.workers.drafting.levels import MAX_LAG, LevelLimits
 from outrider.workers.drafting.medusa_tree import best_trees
@@ -110,10 +110,7 @@ class ParallelMethod(DraftMethod):
         """Load `draft.parallel.model` and what it shares with the target, and lay out its cache."""
         config, target, device = context.config, context.target, context.device
         folder = resolve_head(config.draft.parallel.model, context.progress, _FIELD)
-        try:
-            drafter, description = read_parallel(folder)
-        except ValueError as error:
-            raise ValueError(f"{_FIELD}: {error}") from error
+        drafter, description = read_for(_FIELD, lambda: read_parallel(folder))
         shape = drafter.shape
         check_target(_FIELD, description, shape.target_hidden_size, shape.vocab_size, target)
         check_target(_FIELD, description, shape.hidden_size, shape.vocab_size, target)
@@ -152,10 +149,7 @@ class ParallelMethod(DraftMethod):
     def needs_of(cls, config: Config, target: ModelConfig) -> HiddenNeeds:
         """The taps that the checkpoint names; its weights are not looked at."""
         folder = resolve_head(config.draft.parallel.model, silent, _FIELD, description_only=True)
-        try:
-            taps = read_parallel_config(read_json(folder / "config.json")).shape.taps
-        except ValueError as error:
-            raise ValueError(f"{_FIELD}: {error}") from error
+        taps = read_for(_FIELD, lambda: read_parallel_config(read_json(folder / "config.json")).shape.taps)
         _check_taps(taps, target)
         return HiddenNeeds(taps, of_context=True)
 

@@ -2,92 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence as SequenceABC
-
 import numpy as np
 import pytest
 import torch
 
 from outrider.workers.drafting.eagle3 import Eagle3Method
-from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.drafting.method import Verified, VerifiedStep
 from outrider.workers.drafting.row_cache import Expansion
-from outrider.workers.drafting.slots import DraftedSlots
-from outrider.workers.sequences.hidden import HiddenRows
-from outrider.workers.sequences.sequence import Sequence
-from outrider.workers.weights.random_source import RandomSource
 from outrider.workers.weights.tensors import EMBEDDING
-from support.drafted import answer, children_of, cut_of, node_at, path_of, sequence_of
+from support.drafted import children_of, node_at, path_of, sequence_of
 from support.eagle3_reference import logits_along
+from support.tapped_target import PROMPT, TAPS, TARGET, TappedDrafting, tap_rows
 from support.tiny_heads import eagle3_drafter, eagle3_method, read
 
-VOCAB, HIDDEN, TAPS = 96, 32, (1, 2, 4)
-TARGET = RandomSource(
-    f"random:llama?hidden_size={HIDDEN}&num_layers=4&num_heads=4&num_kv_heads=2&vocab_size={VOCAB}"
-)
 DRAFTER = eagle3_drafter(TARGET, TAPS)
-PROMPT = [5, 6, 7, 8, 9, 10]
 
 
-def tap_rows(tokens: SequenceABC[int]) -> torch.Tensor:
-    """[len(tokens), 3, HIDDEN]: what this target has for each token, which depends on all up to it."""
-    rows = []
-    for end in range(1, len(tokens) + 1):
-        seed = int.from_bytes(hashlib.blake2b(bytes(tokens[:end]), digest_size=6).digest(), "big")
-        rows.append(torch.randn(len(TAPS), HIDDEN, generator=torch.Generator().manual_seed(seed)))
-    return torch.stack(rows)
+class Drafting(TappedDrafting):
+    """Every expansion is checked."""
 
-
-class Drafting:
-    """The method alone; rows of the target are given when it would have them. Every expansion is checked."""
+    method: Eagle3Method
 
     def __init__(self, num_pages: int = 64) -> None:
-        self.engine = DraftEngine(DraftedSlots(4, 8, 16))
-        self.trees = self.engine.trees
-        self.eagle: Eagle3Method = eagle3_method(
+        super().__init__(max_nodes=8)
+        self.method = eagle3_method(
             self.engine.slots, self.engine.estimator, TARGET, DRAFTER, num_pages, page_size=4, packed=False
         )
-        self.engine.add(self.eagle)
+        self.engine.add(self.method)
         self.num_checked = 0
-        self._logits, self.eagle._logits = self.eagle._logits, self._checked  # type: ignore[method-assign]
-
-    def start(self, prompt: SequenceABC[int] = PROMPT, slot: int = 0, num_shared: int = 0) -> Sequence:
-        sequence = sequence_of(prompt, slot, ("eagle3",), 8, 4)
-        sequence.num_committed = num_shared
-        self.engine.start(sequence)
-        return sequence
-
-    def target_reads(self, sequence: Sequence, count: int) -> None:
-        """The target computes so many known tokens; a prompt's, or those that a verdict brought."""
-        known = sequence.num_committed
-        rows = tap_rows(sequence.tokens)[known : known + count]
-        hidden = HiddenRows(
-            {layer: rows[:, i] for i, layer in enumerate(TAPS)}, np.zeros(1, np.int64), np.zeros(1, np.int64)
-        )
-        step = VerifiedStep(sequence, 0, known, np.arange(count), count, np.zeros(0, dtype=np.int64))
-        self.engine.observe(Verified((step,), hidden))
-        sequence.num_committed += count
-
-    def verdict(self, sequence: Sequence, chosen: list[int], said: dict[int, int]) -> None:
-        """As the engine's own order: tokens are known, their rows are observed, the tree is re-rooted."""
-        slot, trees = sequence.slot, self.trees
-        reroot = trees.reroot
-
-        def observed_first(*of):  # type: ignore[no-untyped-def]
-            self.target_reads(sequence, len(sequence.tokens) - 1 - sequence.num_committed)
-            return reroot(*of)
-
-        trees.reroot = observed_first  # type: ignore[method-assign]
-        answer(self.engine, [slot], cut_of(trees, {slot: chosen}), [said])
-        trees.reroot = reroot  # type: ignore[method-assign]
-
-    def expand(self, *slots: int) -> bool:
-        return self.engine.expand(self.eagle, np.array(slots or (0,)))
-
-    def forecast(self, slot: int = 0) -> tuple[int, float]:
-        found = self.eagle.forecast(np.array([slot]))
-        return found.num_rows, float(found.gains.sum())
+        self._logits, self.method._logits = self.method._logits, self._checked  # type: ignore[method-assign]
 
     def _checked(self, expansion: Expansion) -> torch.Tensor:
         logits = self._logits(expansion)
@@ -139,16 +81,16 @@ def test_a_verdict_keeps_proposals_and_computes_the_known_rows_again() -> None:
     assert sequence.tokens[-2:] == [first, second]
     assert children_of(drafting.trees, 0) == kept
     assert drafting.trees.num_nodes[0] < before
-    assert not drafting.eagle._rows.has_row[0].any()
+    assert not drafting.method._rows.has_row[0].any()
     # The old root's row is one of known text; what came out below it is computed with the target's features.
-    assert drafting.eagle._rows.context_lens[0] == len(PROMPT) - 1
+    assert drafting.method._rows.context_lens[0] == len(PROMPT) - 1
     num_checked = drafting.num_checked
     rows, gains = drafting.forecast()
     assert rows == 2
     assert gains > 0.0
     assert drafting.expand()
     assert drafting.num_checked > num_checked
-    assert drafting.eagle._rows.context_lens[0] == len(sequence.tokens) - 2
+    assert drafting.method._rows.context_lens[0] == len(sequence.tokens) - 2
 
 
 def test_what_hangs_deep_is_reached_step_by_step_and_promises_a_share_of_each() -> None:
@@ -160,7 +102,7 @@ def test_what_hangs_deep_is_reached_step_by_step_and_promises_a_share_of_each() 
     drafting.trees.add_chains(
         np.array([0]), np.array([0]), chain, np.array([3]), np.full(chain.shape, 0.995), np.zeros_like(chain)
     )
-    whole = drafting.eagle._yields[1].sum() * 0.995**3
+    whole = drafting.method._yields[1].sum() * 0.995**3
     rows, gains = drafting.forecast()
     assert rows == len(PROMPT) - 1  # the root, and what has to be read before it
     np.testing.assert_allclose(gains, whole / 4, rtol=1e-6)
@@ -175,14 +117,14 @@ def test_prompts_are_read_in_chunks_as_far_as_the_target_has_read_them() -> None
     prompt = [1 + i % 90 for i in range(150)]
     sequence, slots = drafting.start(prompt), np.array([0])
     drafting.target_reads(sequence, 40)
-    assert drafting.engine.unread(drafting.eagle, slots).tolist() == [40]
-    assert drafting.engine.read(drafting.eagle, slots) == 40
+    assert drafting.engine.unread(drafting.method, slots).tolist() == [40]
+    assert drafting.engine.read(drafting.method, slots) == 40
     drafting.target_reads(sequence, 109)
-    assert drafting.engine.unread(drafting.eagle, slots).tolist() == [108]
+    assert drafting.engine.unread(drafting.method, slots).tolist() == [108]
     assert not drafting.expand()
-    assert drafting.engine.read(drafting.eagle, slots) == 64
-    assert drafting.engine.read(drafting.eagle, slots) == 44
-    assert drafting.engine.read(drafting.eagle, slots) == 0
+    assert drafting.engine.read(drafting.method, slots) == 64
+    assert drafting.engine.read(drafting.method, slots) == 44
+    assert drafting.engine.read(drafting.method, slots) == 0
     assert drafting.expand()
     assert drafting.num_checked == 1
 
@@ -219,11 +161,11 @@ def test_without_pages_or_features_nothing_is_proposed_and_nobody_fails() -> Non
     drafting.target_reads(again, 9)
     assert drafting.expand(1)
     drafting.engine.finish(again)
-    pool = drafting.eagle._rows.pool
+    pool = drafting.method._rows.pool
     assert pool.num_available == pool.num_pages
 
 
 def test_a_step_can_be_timed_before_anybody_runs() -> None:
     drafting = Drafting(num_pages=4)
-    assert drafting.eagle.time_step(4) > 0.0
-    assert drafting.eagle.time_step(50) > 0.0  # as many as there are pages for
+    assert drafting.method.time_step(4) > 0.0
+    assert drafting.method.time_step(50) > 0.0  # as many as there are pages for

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence as SequenceABC
-from functools import cache
 
 import numpy as np
 import pytest
@@ -13,26 +11,17 @@ import torch
 from outrider.workers.draft_heads.convolutions import ConvolutionShape
 from outrider.workers.draft_heads.pairs import PairShape
 from outrider.workers.draft_heads.parallel import BlockLayer, ParallelDrafter
-from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.drafting.method import Verified, VerifiedStep
 from outrider.workers.drafting.parallel import ParallelMethod
-from outrider.workers.drafting.slots import DraftedSlots
-from outrider.workers.sequences.hidden import HiddenRows
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Sequence
-from outrider.workers.weights.random_source import RandomSource
 from outrider.workers.weights.tensors import EMBEDDING
-from support.drafted import GREEDY, answer, children_of, cut_of, node_at, path_of, sequence_of
+from support.drafted import children_of, node_at, path_of, sequence_of
 from support.parallel_reference import block_output, logits_after, visible
+from support.tapped_target import PROMPT, TAPS, TARGET, TappedDrafting, tap_rows
 from support.tiny_heads import parallel_drafter, parallel_method, read
 
-VOCAB, HIDDEN, TAPS = 96, 32, (1, 2, 4)
-TARGET = RandomSource(
-    f"random:llama?hidden_size={HIDDEN}&num_layers=4&num_heads=4&num_kv_heads=2&vocab_size={VOCAB}"
-)
 EMBEDDED = read(TARGET, EMBEDDING)
 CAUSAL, FULL = BlockLayer(is_causal=True), BlockLayer(is_causal=False)
-PROMPT = [5, 6, 7, 8, 9, 10]
 KINDS = {
     "causal, Markov": parallel_drafter(TARGET, TAPS, pair=PairShape("markov", 8), num_ids=80),
     "causal, gated": parallel_drafter(TARGET, TAPS, pair=PairShape("gated", 8)),
@@ -59,79 +48,25 @@ KINDS = {
 MARKOV = KINDS["causal, Markov"]
 
 
-def tap_rows(tokens: SequenceABC[int]) -> torch.Tensor:
-    """[len(tokens), 3, HIDDEN]: what this target has for each token, which depends on all up to it."""
-    return torch.stack([_tap_row(bytes(tokens[:end])) for end in range(1, len(tokens) + 1)])
+class Drafting(TappedDrafting):
+    """Every row of logits is checked."""
 
-
-@cache
-def _tap_row(tokens: bytes) -> torch.Tensor:
-    seed = int.from_bytes(hashlib.blake2b(tokens, digest_size=6).digest(), "big")
-    return torch.randn(len(TAPS), HIDDEN, generator=torch.Generator().manual_seed(seed))
-
-
-class Drafting:
-    """The method alone; rows of the target are given when it would have them. Every row of logits is checked."""
+    method: ParallelMethod
 
     def __init__(self, drafter: ParallelDrafter = MARKOV, num_pages: int = 64, max_nodes: int = 8) -> None:
-        self.engine = DraftEngine(DraftedSlots(4, max_nodes, 16))
-        self.trees = self.engine.trees
+        super().__init__(max_nodes)
         self.drafter = drafter
-        self.method: ParallelMethod = parallel_method(
+        self.method = parallel_method(
             self.engine.slots, self.engine.estimator, TARGET, drafter, num_pages, page_size=4, packed=False
         )
         self.engine.add(self.method)
         self.num_checked = 0
         self._after, self.method._candidates_of = self.method._candidates_of, self._checked  # type: ignore[method-assign]
 
-    def start(
-        self,
-        prompt: SequenceABC[int] = PROMPT,
-        slot: int = 0,
-        num_shared: int = 0,
-        sampling: SamplingParams = GREEDY,
-        max_depth: int = 4,
-    ) -> Sequence:
-        sequence = sequence_of(prompt, slot, ("parallel",), 8, max_depth, sampling)
-        sequence.num_committed = num_shared
-        self.engine.start(sequence)
-        return sequence
-
-    def target_reads(self, sequence: Sequence, count: int) -> None:
-        """The target computes so many known tokens; a prompt's, or those that a verdict brought."""
-        known = sequence.num_committed
-        rows = tap_rows(sequence.tokens)[known : known + count]
-        hidden = HiddenRows(
-            {layer: rows[:, i] for i, layer in enumerate(TAPS)}, np.zeros(1, np.int64), np.zeros(1, np.int64)
-        )
-        step = VerifiedStep(sequence, 0, known, np.arange(count), count, np.zeros(0, dtype=np.int64))
-        self.engine.observe(Verified((step,), hidden))
-        sequence.num_committed += count
-
     def ready(self, prompt: SequenceABC[int] = PROMPT, slot: int = 0, **how) -> Sequence:  # type: ignore[no-untyped-def]
         sequence = self.start(prompt, slot, **how)
         self.target_reads(sequence, len(prompt) - 1)
         return sequence
-
-    def verdict(self, sequence: Sequence, chosen: list[int], said: dict[int, int]) -> None:
-        """As the engine's own order: tokens are known, their rows are observed, the tree is re-rooted."""
-        slot, trees = sequence.slot, self.trees
-        reroot = trees.reroot
-
-        def observed_first(*of):  # type: ignore[no-untyped-def]
-            self.target_reads(sequence, len(sequence.tokens) - 1 - sequence.num_committed)
-            return reroot(*of)
-
-        trees.reroot = observed_first  # type: ignore[method-assign]
-        answer(self.engine, [slot], cut_of(trees, {slot: chosen}), [said])
-        trees.reroot = reroot  # type: ignore[method-assign]
-
-    def expand(self, *slots: int) -> bool:
-        return self.engine.expand(self.method, np.array(slots or (0,)))
-
-    def forecast(self, slot: int = 0) -> tuple[int, float]:
-        found = self.method.forecast(np.array([slot]))
-        return found.num_rows, float(found.gains.sum())
 
     def _checked(self, slots, owners, nodes, level, rows):  # type: ignore[no-untyped-def]
         for owner, node, row in zip(owners, nodes, rows, strict=True):
