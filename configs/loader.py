@@ -78,7 +78,7 @@ def load_training(config: str, overrides: Sequence[str] = ()) -> TrainingConfig:
 def build_config(kind: type[T], path: Path, overrides: Sequence[str]) -> T:
     """A YAML file with `a.b=c` overrides as a dataclass of this kind."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config {str(path)!r} cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -123,7 +123,7 @@ def _apply_override(tree: dict[str, Any], override: str, kind: Any) -> None:
     if not separator or not all(names):
         raise ValueError(f"an override must look like a.b=c, got {override!r}")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         value = text
     section = tree
