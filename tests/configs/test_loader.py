@@ -181,7 +181,9 @@ def test_overrides_reach_their_fields() -> None:
     assert type(config.sampling.temperature) is float
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("2E3", 2e3), ("+1.e+1", 10.0), ("3.5e-1", 0.35)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("2E3", 2e3), ("+1.e+1", 10.0), ("3.5e-1", 0.35)]
+)
 def test_a_number_may_have_an_exponent(text: str, value: float, tmp_path: Path) -> None:
     assert load_config("quickstart", [f"sampling.temperature={text}"]).sampling.temperature == value
     file = tmp_path / "run.yaml"

@@ -182,8 +182,8 @@ class FakeRank0(FakeTarget):
 
 
 class FakeDraft(FakeTarget):
-    """Gives each request the text that `answer(prompt)` says, three tokens a round, the first two "drafted"; their
-    tree offered another token after the second."""
+    """Gives each request the text that `answer(prompt)` says, three tokens a round, the first two "drafted"; a
+    lossy rule kept the second. Their tree offered another token after the second."""
 
     def __init__(self, crew: "FakeCrew") -> None:
         super().__init__()
@@ -265,7 +265,8 @@ class FakeDraft(FakeTarget):
         count = len(tokens)
         logprobs = tuple(_logprobs(token, request.sampling) for token in tokens)
         stats = RequestStats(num_rounds=-(-self._emitted[request.id] // 3))
-        origins = (Origin.DRAFT, Origin.DRAFT, Origin.TARGET)[:count]
+        second = Origin.DRAFT if request.acceptance.rule == "exact" else Origin.KEPT
+        origins = (Origin.DRAFT, second, Origin.TARGET)[:count]
         logprobs = logprobs if request.sampling.logprobs else ()
         tree = _tree_of(tokens[:2]) if request.draft.tree else NO_TREE
         return TokenEvent(request.id, tuple(tokens), origins, logprobs, reason, "", stats, tree)

@@ -291,6 +291,8 @@ def test_what_the_fields_say_is_asked_of_the_engine(tab: Tab, url: str, engine: 
     }
     assert asked.draft == {"methods": ["ngram"], "max_nodes": 4, "max_depth": 3, "tree": True}
     assert asked.acceptance == {"rule": "typical", "epsilon": 0.2}
+    assert (count(tab, ".answer .token.kept"), count(tab, "#tree .kept")) == (3, 1)
+    tab.picture(PICTURES / "kept.png")
     tab.click("#methods input")
     tab.click("#told")
     ask(tab, ASKED)
