@@ -1,5 +1,5 @@
-"""Training on a device that is not the CPU: the target's rows and the losses never mix the two, and
-the numbers are those of the CPU."""
+"""Training on a device that is not the CPU: the target's rows, the losses and what is saved never mix the
+two, and the numbers are those of the CPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from outrider.configs.training import ParallelConfig, TrainedHeadConfig, TrainingConfig, TrainingMethod
 from outrider.kernels.selection import REFERENCES
@@ -26,8 +27,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.no_grad()
-def losses(config: TrainingConfig, device: torch.device) -> tuple[float, list[float]]:
-    """Of three texts: the loss, and the sums that are counted of it."""
+def losses(config: TrainingConfig, device: torch.device, saved: Path) -> tuple[float, list[float]]:
+    """Of three texts: the loss, and the sums that are counted of it. Then saves the drafter."""
     task = build_task(config, read_corpus(config.texts, None), device)
     batch = task.training.read([0, 1, 2])
     module = task.module
@@ -36,6 +37,7 @@ def losses(config: TrainingConfig, device: torch.device) -> tuple[float, list[fl
             own.update({name: value.to(device) for name, value in own.items() if value is not None})
     totals = module.count_labels(batch)
     loss, counts = module(batch.to(device), totals.to(device), True)
+    task.save(saved, ())
     return loss.cpu().item(), counts.sums.cpu().flatten().tolist()
 
 
@@ -54,8 +56,11 @@ def test_the_loss_is_that_of_the_cpu(
         head=TrainedHeadConfig("trimmed", str(ids), frozen=True),
         parallel=ParallelConfig(block_size=3, mask_token_id=1, anchors=4),
     )
-    expected = losses(config, torch.device("cpu"))
+    expected = losses(config, torch.device("cpu"), tmp_path / "cpu")
     with pretend_gpu() as device:
-        found = losses(config, device)
+        found = losses(config, device, tmp_path / "gpu")
     assert found[0] == pytest.approx(expected[0])
     assert found[1] == pytest.approx(expected[1])
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("gpu", "cpu"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
