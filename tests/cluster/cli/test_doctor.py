@@ -27,7 +27,10 @@ def with_reports(monkeypatch: pytest.MonkeyPatch, *reports: GpuReport) -> None:
 @pytest.mark.parametrize(
     ("said", "version"),
     [
-        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024", "550.54.15"),
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024",
+            "550.54.15",
+        ),
         ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build", "580.159.04"),
         ("NVRM version: something else", "unknown"),
     ],
