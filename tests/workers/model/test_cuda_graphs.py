@@ -70,12 +70,10 @@ def test_padding_writes_and_attends_to_nothing() -> None:
 def test_attention_of_a_padded_batch_is_that_of_the_batch(num_sms: int) -> None:
     static, q, k_pages, v_pages = filled(CASE)
     tree = static.batch.tree
-    shape = attention_shape(
-        max(tree.host_query_lens), CAPACITY.max_keys, CAPACITY.num_sequences, 8, 2, num_sms
-    )
-    assert (shape.num_splits > 1) == (num_sms > 1)
+    heads = {"num_queries": CAPACITY.num_rows, "num_heads": 8, "num_kv_heads": 2, "num_sms": num_sms}
+    shape = attention_shape(max(tree.host_query_lens), CAPACITY.max_keys, CAPACITY.num_sequences, **heads)
     out = torch.full(q.shape, float("nan")).to(q.dtype)
-    partial = torch.full((shape.num_splits, *q.shape), float("nan"))
+    partial = torch.full((shape.num_slots, shape.tile_rows, q.shape[2]), float("nan"))
     plans = plan_tree_attention(
         q, k_pages, v_pages, tree, CASE.scale, 0, 0.0, shape, out, partial, partial[..., 0].contiguous()
     )
