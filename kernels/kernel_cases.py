@@ -17,6 +17,7 @@ from outrider.kernels.attention_cases import (
     attention_in_float64,
     build_attention_inputs,
 )
+from outrider.kernels.attention_work import AttentionShape, shape_of_tiles
 from outrider.kernels.gather_rows import plan_gather_rows
 from outrider.kernels.kv_commit import plan_kv_commit
 from outrider.kernels.launch_plans import LaunchPlan
@@ -24,7 +25,7 @@ from outrider.kernels.noise import noise_key
 from outrider.kernels.rope_append import plan_rope_append
 from outrider.kernels.sample_shard import plan_sample_shard, sample_shard
 from outrider.kernels.shard_ids import ShardIds
-from outrider.kernels.tree_attention import AttentionShape, plan_tree_attention, shape_of_tiles
+from outrider.kernels.tree_attention import plan_tree_attention
 from outrider.kernels.tree_batch import TreeBatch
 
 GUARD_BYTES = 256

@@ -7,17 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider.kernels.attention_cases import AttentionCase
+from outrider.kernels.attention_work import KEYS_PER_TILE, attention_shape, shape_of_tiles
 from outrider.kernels.gather_rows import plan_gather_rows
 from outrider.kernels.kernel_cases import case_shape, prepare_attention
 from outrider.kernels.kv_commit import plan_kv_commit
 from outrider.kernels.launch_plans import COMMIT_SHARED_BYTES, MAX_COMMIT_ROWS
-from outrider.kernels.tree_attention import (
-    HEAD_DIMS,
-    KEYS_PER_TILE,
-    attention_shape,
-    shape_of_tiles,
-    shared_bytes,
-)
+from outrider.kernels.tree_attention import HEAD_DIMS, shared_bytes
 from support.cuda_on_cpu.kernels import source_kernels
 from support.kernel_table import SHARED_BYTES
 

@@ -10,16 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from outrider.kernels.roofline import least_time_s, roofline_of
-from outrider.kernels.tree_attention import (
+from outrider.kernels.attention_work import (
     BLOCKS_PER_SM,
     MIN_KEYS_PER_SPLIT,
     AttentionShape,
     attention_shape,
-    plan_tree_attention,
     shape_of_tiles,
-    tree_attention,
 )
+from outrider.kernels.roofline import least_time_s, roofline_of
+from outrider.kernels.tree_attention import plan_tree_attention, tree_attention
 from outrider.workers.first_gpu.expected import Figure
 from outrider.workers.first_gpu.report import Row, milliseconds, not_run
 from outrider.workers.first_gpu.setting import Setting

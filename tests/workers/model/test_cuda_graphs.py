@@ -15,9 +15,10 @@ from outrider.kernels.attention_cases import (
     attention_in_float64,
     build_attention_inputs,
 )
+from outrider.kernels.attention_work import attention_shape
 from outrider.kernels.rope_append import plan_rope_append
 from outrider.kernels.selection import REFERENCES
-from outrider.kernels.tree_attention import attention_shape, plan_tree_attention
+from outrider.kernels.tree_attention import plan_tree_attention
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model import cuda_graphs
 from outrider.workers.model.batch import ForwardBatch
