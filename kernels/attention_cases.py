@@ -22,7 +22,7 @@ class AttentionCase:
         query_lens: nodes per request.
         cached_lens: tree rows in the cache before the queries, per request (a drafter that grows its tree).
         num_heads, num_kv_heads, head_dim, page_size, dtype, window, soft_cap: as in `tree_attention`.
-        num_splits: parts the keys are divided into.
+        num_splits: parts the keys of a request of mean length are divided into.
         query_scale: factor on the queries; 60 makes the softmax choose single keys, and a lost maximum overflow.
         chain: every node is the next one's parent, as in a prompt chunk.
     """
@@ -193,6 +193,14 @@ ATTENTION_CASES = (
     AttentionCase("growing tree, window", (40, 5), (6, 2), cached_lens=(30, 70), window=6),
     AttentionCase("9 of 3 heads, pages of 7", (50, 20), (5, 11), num_heads=9, num_kv_heads=3, page_size=7),
     AttentionCase("14 of 2 heads, pages of 1", (33,), (9,), num_heads=14, num_kv_heads=2, page_size=1),
+    AttentionCase(
+        "more requests than a warp has lanes",
+        (9,) * 30 + (300, 3, 0, 150, 20, 31),
+        (1,) * 32 + (2, 9, 1, 3),
+        num_heads=2,
+        num_kv_heads=1,
+        num_splits=2,
+    ),
     AttentionCase("f16", (75, 130), (24, 7), dtype=torch.float16, num_splits=2),
     AttentionCase("f16, decode", (75, 130), (1, 2), dtype=torch.float16),
     AttentionCase("f16, rows of 64", (75, 3), (12, 16), dtype=torch.float16, window=9),

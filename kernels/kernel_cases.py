@@ -17,6 +17,7 @@ from outrider.kernels.attention_cases import (
     attention_in_float64,
     build_attention_inputs,
 )
+from outrider.kernels.attention_work import AttentionShape, shape_of_tiles
 from outrider.kernels.gather_rows import plan_gather_rows
 from outrider.kernels.kv_commit import plan_kv_commit
 from outrider.kernels.launch_plans import LaunchPlan
@@ -24,7 +25,7 @@ from outrider.kernels.noise import noise_key
 from outrider.kernels.rope_append import plan_rope_append
 from outrider.kernels.sample_shard import plan_sample_shard, sample_shard
 from outrider.kernels.shard_ids import ShardIds
-from outrider.kernels.tree_attention import AttentionShape, plan_tree_attention
+from outrider.kernels.tree_attention import plan_tree_attention
 from outrider.kernels.tree_batch import TreeBatch
 
 GUARD_BYTES = 256
@@ -110,9 +111,7 @@ def prepare_attention(case: AttentionCase, device: torch.device) -> PreparedCase
     inputs = build_attention_inputs(case)
     guards = Guards(device)
     num_queries, num_heads, head_dim = inputs.q.shape
-    rows = max(case.query_lens) * (num_heads // case.num_kv_heads)
-    tile_rows = 16 if rows <= 16 else 64 if rows <= 64 else 128
-    shape = AttentionShape(tile_rows, -(-rows // tile_rows), case.num_splits)
+    shape = case_shape(case)
     out = guards.empty((num_queries, num_heads, head_dim), case.dtype)
     plans = plan_tree_attention(
         inputs.q.to(device),
@@ -124,8 +123,8 @@ def prepare_attention(case: AttentionCase, device: torch.device) -> PreparedCase
         case.soft_cap,
         shape,
         out,
-        guards.empty((case.num_splits, num_queries, num_heads, head_dim), torch.float32),
-        guards.empty((case.num_splits, num_queries, num_heads), torch.float32),
+        guards.empty((shape.num_slots, shape.tile_rows, head_dim), torch.float32),
+        guards.empty((shape.num_slots, shape.tile_rows), torch.float32),
     )
     check = Check("out", out, _in_float64(case), ATTENTION_TOLERANCE[case.dtype])
     num_keys = [c + t for c, t in zip(case.context_lens, case.tree_lens, strict=True)]
@@ -139,6 +138,26 @@ def prepare_attention(case: AttentionCase, device: torch.device) -> PreparedCase
         tuple(guards.buffers),
         kv_bytes + 4 * out.numel(),
         flops,
+    )
+
+
+def case_shape(case: AttentionCase) -> AttentionShape:
+    """Tiles that the rows nearly fill, and a wave so large that the keys are split as the case says."""
+    group = case.num_heads // case.num_kv_heads
+    rows = max(case.query_lens) * group
+    tile_rows = 16 if rows <= 16 else 64 if rows <= 64 else 128
+    num_units = sum(-(-n * group // tile_rows) for n in case.query_lens) * case.num_kv_heads
+    num_keys = max(c + t for c, t in zip(case.context_lens, case.tree_lens, strict=True))
+    min_split_keys = num_keys if case.num_splits == 1 else 1
+    return shape_of_tiles(
+        tile_rows,
+        num_units * (case.num_splits + 1),
+        min_split_keys,
+        num_keys,
+        len(case.query_lens),
+        sum(case.query_lens),
+        case.num_heads,
+        case.num_kv_heads,
     )
 
 

@@ -5,31 +5,30 @@
 // queries are the last rows of the tree. Rows of the score matrix are (node, query head of one KV head) pairs, so
 // that K and V are read once for all heads that share them. Online softmax as in FlashAttention-2 (Dao 2023),
 // base 2; keys are split over blocks (Flash-Decoding) and, where rows are few, over the warps of a block.
-#include "device.cuh"
+#include "attention_work.cuh"
 
-// Which of the 32 keys from `first_key` on a node sees: bit i is key first_key + i. Parents come before children,
+// Which of the 64 keys from `first_key` on a node sees: bit i is key first_key + i. Parents come before children,
 // so a node's ancestors in row order are in depth order, and the last `window` of them are the ones in its window.
-DEVICE u32 visible_keys(const u64* ancestors, int mask_words, int depth, int context_len, int first_key, int window) {
+DEVICE u64 visible_keys(const u64* ancestors, int mask_words, int depth, int context_len, int first_key, int window) {
   int row = first_key - context_len;  // tree row of bit 0; negative inside the context
-  u32 committed = row >= 0 ? 0u : row <= -32 ? ~0u : (1u << -row) - 1u;
-  u32 tree = 0u;
-  int num_after = 0;                  // ancestors in rows beyond these 32
-  if (row > -32) {
+  u64 committed = row >= 0 ? 0ull : row <= -64 ? ~0ull : (1ull << -row) - 1ull;
+  u64 tree = 0ull;
+  int num_after = 0;                  // ancestors in rows beyond these 64
+  if (row > -64) {
     for (int w = 0; w < mask_words; w++) {
       u64 word = ancestors[w];
       int shift = 64 * w - row;       // where bit 0 of this word lands
       if (shift <= -64) continue;
       u64 bits = shift >= 64 ? 0ull : shift >= 0 ? word << shift : word >> -shift;
-      u64 after = shift >= 32 ? word : shift > -32 ? word >> (32 - shift) : 0ull;
-      tree |= (u32)bits;
+      tree |= bits;
       if (window == 0 && shift > 0) break;
-      num_after += __popcll(after);
+      num_after += __popcll(shift >= 64 ? word : shift > 0 ? word >> (64 - shift) : 0ull);
     }
   }
   if (window > 0) {
     int first_committed = context_len + depth - window + 1 - first_key;  // bit of the first key in the window
-    if (first_committed > 0) committed &= first_committed >= 32 ? 0u : ~0u << first_committed;
-    for (int surplus = num_after + __popc(tree) - window; surplus > 0 && tree != 0u; surplus--) tree &= tree - 1u;
+    if (first_committed > 0) committed &= first_committed >= 64 ? 0ull : ~0ull << first_committed;
+    for (int surplus = num_after + __popcll(tree) - window; surplus > 0 && tree != 0ull; surplus--) tree &= tree - 1ull;
   }
   return committed | tree;
 }
@@ -38,31 +37,77 @@ template <typename T, int D, int ROW_WARPS, int KEY_WARPS, int WARP_KEYS>
 DEVICE void tree_attention(
     const T* queries, const T* k_pages, const T* v_pages, const int* page_table, const int* context_lens,
     const int* tree_lens, const int* query_indptr, const u64* ancestors, const int* depths, T* out, float* partial_out,
-    float* partial_lse, int num_queries, int num_heads, int num_kv_heads, int page_size, int max_pages, int mask_words,
-    int num_splits, int window, float scale, float soft_cap, i64 query_stride, i64 head_stride, i64 page_stride,
-    i64 row_stride, i64 kv_head_stride) {
+    float* partial_lse, int num_requests, int num_heads, int num_kv_heads, int page_size, int max_pages, int mask_words,
+    int wave, int min_split_tiles, int max_splits, int window, float scale, float soft_cap, i64 query_stride,
+    i64 head_stride, i64 page_stride, i64 row_stride, i64 kv_head_stride) {
   constexpr int NUM_WARPS = ROW_WARPS * KEY_WARPS, NUM_THREADS = 32 * NUM_WARPS;
-  constexpr int TILE_ROWS = 16 * ROW_WARPS, TILE_KEYS = WARP_KEYS * KEY_WARPS;
+  constexpr int TILE_ROWS = 16 * ROW_WARPS;
   constexpr int LINE = D + 8;  // elements per key in shared memory: 16 bytes of padding against bank conflicts
   constexpr float LOG2_E = 1.4426950408889634f;
-  static_assert(WARP_KEYS == 16 || WARP_KEYS == 32, "visible_keys answers for 32 keys");
+  static_assert(WARP_KEYS * KEY_WARPS == TILE_KEYS && TILE_KEYS <= 64, "visible_keys answers for 64 keys");
+  static_assert(TILE_KEYS <= NUM_THREADS, "a thread looks up one key of a tile");
 
   DYNAMIC_SHARED(shared);
   T* shared_k = reinterpret_cast<T*>(shared);     // [2][TILE_KEYS][LINE]
   T* shared_v = shared_k + 2 * TILE_KEYS * LINE;  // [2][TILE_KEYS][LINE]
+  i64* shared_offsets = reinterpret_cast<i64*>(shared_v + 2 * TILE_KEYS * LINE);  // [2][TILE_KEYS], of keys in the cache
 
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, group = lane >> 2, quad = lane & 3;
   const int row_warp = warp % ROW_WARPS, key_warp = warp / ROW_WARPS;
-  const int request = blockIdx.z, kv_head = blockIdx.y / num_splits, split = blockIdx.y % num_splits;
   const int heads_per_kv = num_heads / num_kv_heads;
+  const BatchWork work = {query_indptr, context_lens, tree_lens, num_requests, heads_per_kv, num_kv_heads, window,
+                          TILE_ROWS, wave, min_split_tiles, max_splits};
+  const Place place = place_of_block(work, blockIdx.x);
+  const int request = place.request, num_splits = place.num_splits;
+  if (request < 0) return;
+  const int row_tiles = num_row_tiles(work, request), row_tile = place.block % row_tiles;
+  const int kv_head = place.block / row_tiles % num_kv_heads, split = place.block / row_tiles / num_kv_heads;
   const int first_query = query_indptr[request], num_nodes = query_indptr[request + 1] - first_query;
-  const int num_rows = num_nodes * heads_per_kv, tile_row = blockIdx.x * TILE_ROWS;
-  if (tile_row >= num_rows) return;
+  const int num_rows = num_nodes * heads_per_kv, tile_row = row_tile * TILE_ROWS;
   const int context_len = context_lens[request];
   const int first_tree_row = tree_lens[request] - num_nodes;
   // No node of this tile has an ancestor behind the last node of the tile.
   const int last_node = (min(tile_row + TILE_ROWS, num_rows) - 1) / heads_per_kv;
   const int num_keys = context_len + first_tree_row + last_node + 1;
+
+  const int first_key = first_key_of(work, request), tile_begin = first_key / TILE_KEYS;
+  const int request_tiles = num_key_tiles(work, request);  // no split is empty, but for rows that see less than others
+  const int my_begin = tile_begin + request_tiles * split / num_splits;
+  const int my_end = min(tile_begin + request_tiles * (split + 1) / num_splits, (num_keys + TILE_KEYS - 1) / TILE_KEYS);
+
+  // A tile is looked up in the page table one iteration before it is loaded, by one thread a key, so that nobody waits
+  // for the table.
+  auto page_of = [&](int tile) {
+    const int key = tile * TILE_KEYS + thread;
+    const bool valid = thread < TILE_KEYS && tile < my_end && key >= first_key && key < num_keys;
+    return valid ? page_table[(i64)request * max_pages + key / page_size] : -1;
+  };
+  auto keep_offset = [&](int tile, int page) {  // -1: the key may lie in a page that holds anything, or nowhere
+    const int key = tile * TILE_KEYS + thread;
+    const i64 offset = page < 0 ? -1 : page * page_stride + (key % page_size) * row_stride + kv_head * kv_head_stride;
+    if (thread < TILE_KEYS) shared_offsets[((tile - my_begin) & 1) * TILE_KEYS + thread] = offset;
+  };
+  constexpr int CHUNKS = D / 8, LOAD_ROWS = NUM_THREADS / CHUNKS;  // 16 bytes each, in a row; rows loaded at a time
+  const T *my_k = k_pages + thread % CHUNKS * 8, *my_v = v_pages + thread % CHUNKS * 8;
+  auto load_rows = [&](int stage, bool all_valid) {
+    const int first_row = stage * TILE_KEYS + thread / CHUNKS, target = first_row * LINE + thread % CHUNKS * 8;
+    const i64* offsets = shared_offsets + first_row;
+    T *to_k = shared_k + target, *to_v = shared_v + target;
+#pragma unroll
+    for (int i = 0; i < TILE_KEYS / LOAD_ROWS; i++) {
+      const i64 offset = offsets[i * LOAD_ROWS];
+      const bool valid = all_valid || offset >= 0;
+      copy_async_16(to_k + i * LOAD_ROWS * LINE, valid ? my_k + offset : my_k, valid);
+      copy_async_16(to_v + i * LOAD_ROWS * LINE, valid ? my_v + offset : my_v, valid);
+    }
+  };
+  auto load_tile = [&](int tile) {
+    const int stage = (tile - my_begin) & 1, key = tile * TILE_KEYS;
+    if (key >= first_key && key + TILE_KEYS <= num_keys) load_rows(stage, true);
+    else load_rows(stage, false);
+  };
+
+  const int first_page = page_of(my_begin), second_page = page_of(my_begin + 1);
 
   // A thread works on two rows of the score matrix, `group` and `group + 8` of its warp's sixteen.
   int node[2], head[2], depth[2];
@@ -85,99 +130,96 @@ DEVICE void tree_attention(
       query[k][i] = live[r] ? *reinterpret_cast<const u32*>(source) : 0u;
     }
 
-  const int first_key = window > 0 ? max(0, context_len - window + 1) : 0;
-  const int tile_begin = first_key / TILE_KEYS, tile_end = (num_keys + TILE_KEYS - 1) / TILE_KEYS;
-  const int tiles_per_split = (tile_end - tile_begin + num_splits - 1) / num_splits;
-  const int my_begin = tile_begin + split * tiles_per_split, my_end = min(my_begin + tiles_per_split, tile_end);
-
-  auto load_tile = [&](int tile, int stage) {
-    constexpr int CHUNKS = D / 8;  // of 16 bytes, in a row
-    for (int i = thread; i < TILE_KEYS * CHUNKS; i += NUM_THREADS) {
-      int row = i / CHUNKS, column = (i % CHUNKS) * 8, key = tile * TILE_KEYS + row;
-      bool valid = key >= first_key && key < num_keys;  // others may lie in pages that hold anything, or nowhere
-      i64 offset = 0;
-      if (valid) {
-        int page = page_table[(i64)request * max_pages + key / page_size];
-        offset = page * page_stride + (key % page_size) * row_stride + kv_head * kv_head_stride + column;
-      }
-      int target = (stage * TILE_KEYS + row) * LINE + column;
-      copy_async_16(shared_k + target, k_pages + offset, valid);
-      copy_async_16(shared_v + target, v_pages + offset, valid);
-    }
-  };
-
   const float scale_log2 = (soft_cap > 0.f ? soft_cap : scale) * LOG2_E;
   const float cap_factor = soft_cap > 0.f ? scale / soft_cap * (2.f * LOG2_E) : 0.f;
+  const bool idle = tile_row + row_warp * 16 >= num_rows;  // a warp without rows only loads
   float acc[D / 8][4], row_max[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}, row_sum[2] = {0.f, 0.f};
 #pragma unroll
   for (int i = 0; i < D / 8; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0.f;
 
-  if (my_begin < my_end) load_tile(my_begin, 0);
+  keep_offset(my_begin, first_page);
+  keep_offset(my_begin + 1, second_page);
+  __syncthreads();
+  if (my_begin < my_end) load_tile(my_begin);
   copy_async_commit();
   for (int tile = my_begin; tile < my_end; tile++) {
     const int stage = (tile - my_begin) & 1;
-    if (tile + 1 < my_end) load_tile(tile + 1, stage ^ 1);
+    copy_async_wait<0>();
+    __syncthreads();  // the tile is there, and nobody reads the one before any longer
+    if (tile + 1 < my_end) load_tile(tile + 1);
     copy_async_commit();
-    copy_async_wait<1>();
-    __syncthreads();
+    const int page = page_of(tile + 2);
+    if (!idle) {
 
     // Scores of this warp's 16 rows and WARP_KEYS keys.
     const int warp_row = stage * TILE_KEYS + key_warp * WARP_KEYS;  // of its first key, in shared memory
+    const int matrix = lane >> 3, matrix_row = lane & 7;
+    const T* my_keys = shared_k + (warp_row + (matrix >> 1) * 8 + matrix_row) * LINE + (matrix & 1) * 8;
+    const T* my_values = shared_v + (warp_row + (matrix & 1) * 8 + matrix_row) * LINE + (matrix >> 1) * 8;
     const int warp_key = tile * TILE_KEYS + key_warp * WARP_KEYS;
     float score[WARP_KEYS / 8][4];
 #pragma unroll
     for (int j = 0; j < WARP_KEYS / 8; j++) score[j][0] = score[j][1] = score[j][2] = score[j][3] = 0.f;
-    const int matrix = lane >> 3, matrix_row = lane & 7;
 #pragma unroll
     for (int k = 0; k < D / 16; k++)
 #pragma unroll
       for (int j = 0; j < WARP_KEYS / 8; j += 2) {
         u32 keys[4];
-        int row = warp_row + (j + (matrix >> 1)) * 8 + matrix_row, column = k * 16 + (matrix & 1) * 8;
-        load_matrices(keys, shared_k + row * LINE + column);
+        load_matrices(keys, my_keys + j * 8 * LINE + k * 16);
         multiply_accumulate((T*)0, score[j], query[k], keys[0], keys[1]);
         multiply_accumulate((T*)0, score[j + 1], query[k], keys[2], keys[3]);
       }
 
-    // Scale (to base 2), cap, mask.
-    const bool all_visible = warp_key + WARP_KEYS <= context_len && window == 0;
-    u32 visible[2] = {~0u, ~0u};
-    if (!all_visible) {
+    // Cap and mask; most tiles need neither.
+    if (soft_cap > 0.f) {
 #pragma unroll
-      for (int r = 0; r < 2; r++)
-        visible[r] = visible_keys(ancestors + (i64)node[r] * mask_words, mask_words, depth[r], context_len, warp_key, window);
+      for (int j = 0; j < WARP_KEYS / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)  // tanh(y) = 1 - 2 / (1 + e^2y), which is right at both infinities
+          score[j][e] = 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(score[j][e] * cap_factor));
     }
+    if (warp_key + WARP_KEYS > context_len || window > 0) {
 #pragma unroll
-    for (int j = 0; j < WARP_KEYS / 8; j++)
+      for (int r = 0; r < 2; r++) {
+        const u64 visible =
+            visible_keys(ancestors + (i64)node[r] * mask_words, mask_words, depth[r], context_len, warp_key, window);
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        float x = score[j][e];
-        // tanh(y) = 1 - 2 / (1 + e^2y), which is right at both infinities
-        if (soft_cap > 0.f) x = 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(x * cap_factor));
-        bool seen = visible[e >> 1] >> (j * 8 + quad * 2 + (e & 1)) & 1u;
-        score[j][e] = seen ? x * scale_log2 : NEGATIVE_INFINITY;
+        for (int j = 0; j < WARP_KEYS / 8; j++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const bool seen = visible >> (j * 8 + quad * 2 + e) & 1ull;
+            if (!seen) score[j][2 * r + e] = NEGATIVE_INFINITY;
+          }
       }
+    }
 
-    // Online softmax; the four lanes of a quad share a row.
+    // Online softmax, in base 2; the four lanes of a quad share a row.
+    float rescale[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      float new_max = row_max[r];
+      float largest = NEGATIVE_INFINITY;
 #pragma unroll
-      for (int j = 0; j < WARP_KEYS / 8; j++) new_max = fmaxf(new_max, fmaxf(score[j][2 * r], score[j][2 * r + 1]));
-      new_max = fmaxf(new_max, __shfl_xor_sync(ALL_LANES, new_max, 1));
-      new_max = fmaxf(new_max, __shfl_xor_sync(ALL_LANES, new_max, 2));
-      float origin = new_max == NEGATIVE_INFINITY ? 0.f : new_max;  // nothing seen yet: avoid inf - inf
-      float rescale = exp2_approx(row_max[r] - origin), sum = 0.f;
+      for (int j = 0; j < WARP_KEYS / 8; j++) largest = fmaxf(largest, fmaxf(score[j][2 * r], score[j][2 * r + 1]));
+      largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
+      const float new_max = fmaxf(row_max[r], largest * scale_log2);
+      const float origin = new_max == NEGATIVE_INFINITY ? 0.f : new_max;  // nothing seen yet: avoid inf - inf
+      float sum = 0.f;
 #pragma unroll
       for (int j = 0; j < WARP_KEYS / 8; j++) {
-        score[j][2 * r] = exp2_approx(score[j][2 * r] - origin);
-        score[j][2 * r + 1] = exp2_approx(score[j][2 * r + 1] - origin);
+        score[j][2 * r] = exp2_approx(fmaf(score[j][2 * r], scale_log2, -origin));
+        score[j][2 * r + 1] = exp2_approx(fmaf(score[j][2 * r + 1], scale_log2, -origin));
         sum += score[j][2 * r] + score[j][2 * r + 1];
       }
-      row_sum[r] = row_sum[r] * rescale + sum;
+      rescale[r] = exp2_approx(row_max[r] - origin);
+      row_sum[r] = row_sum[r] * rescale[r] + sum;
       row_max[r] = new_max;
+    }
+    if (__any_sync(ALL_LANES, rescale[0] != 1.f || rescale[1] != 1.f)) {  // rare behind the first tiles
 #pragma unroll
-      for (int i = 0; i < D / 8; i++) { acc[i][2 * r] *= rescale; acc[i][2 * r + 1] *= rescale; }
+      for (int i = 0; i < D / 8; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) acc[i][e] *= rescale[e >> 1];
     }
 
     // acc += P V. A pair of score fragments (D layout) is a P fragment (A layout).
@@ -189,13 +231,13 @@ DEVICE void tree_attention(
 #pragma unroll
       for (int i = 0; i < D / 8; i += 2) {
         u32 values[4];
-        int row = warp_row + k * 16 + (matrix & 1) * 8 + matrix_row, column = (i + (matrix >> 1)) * 8;
-        load_matrices_transposed(values, shared_v + row * LINE + column);
+        load_matrices_transposed(values, my_values + k * 16 * LINE + i * 8);
         multiply_accumulate((T*)0, acc[i], p, values[0], values[1]);
         multiply_accumulate((T*)0, acc[i + 1], p, values[2], values[3]);
       }
     }
-    __syncthreads();  // the next load overwrites the stage that was just read
+    }
+    keep_offset(tile + 2, page);
   }
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -204,6 +246,7 @@ DEVICE void tree_attention(
   }
 
   if (KEY_WARPS > 1) {
+    __syncthreads();  // the tiles are read, their place is taken for sums
     // Bring the warps' rows to a common maximum and add them up; every warp ends with a share of the columns.
     float* shared_max = reinterpret_cast<float*>(shared);     // [KEY_WARPS][16]
     float* shared_sum = shared_max + KEY_WARPS * 16;          // [KEY_WARPS][16]
@@ -257,7 +300,7 @@ DEVICE void tree_attention(
         *reinterpret_cast<u32*>(out + row * D + i * 8 + quad * 2) =
             pack2((T*)0, acc[i][2 * r] * inverse, acc[i][2 * r + 1] * inverse);
     } else {
-      row += (i64)split * num_queries * num_heads;
+      row = (i64)(place.first_slot + place.block) * TILE_ROWS + row_warp * 16 + group + 8 * r;
       if (quad == 0) partial_lse[row] = row_sum[r] > 0.f ? row_max[r] + log2f(row_sum[r]) : NEGATIVE_INFINITY;
 #pragma unroll
       for (int i = 0; i < D / 8; i++) {
@@ -274,23 +317,24 @@ DEVICE void tree_attention(
   KERNEL(32 * ROW_WARPS * KEY_WARPS, BLOCKS_PER_SM)                                                                    \
   NAME(const T* queries, const T* k_pages, const T* v_pages, const int* page_table, const int* context_lens,           \
        const int* tree_lens, const int* query_indptr, const u64* ancestors, const int* depths, T* out,                 \
-       float* partial_out, float* partial_lse, int num_queries, int num_heads, int num_kv_heads, int page_size,        \
-       int max_pages, int mask_words, int num_splits, int window, float scale, float soft_cap, i64 query_stride,       \
-       i64 head_stride, i64 page_stride, i64 row_stride, i64 kv_head_stride) {                                        \
+       float* partial_out, float* partial_lse, int num_requests, int num_heads, int num_kv_heads, int page_size,       \
+       int max_pages, int mask_words, int wave, int min_split_tiles, int max_splits, int window, float scale,          \
+       float soft_cap, i64 query_stride, i64 head_stride, i64 page_stride, i64 row_stride, i64 kv_head_stride) {       \
     tree_attention<T, D, ROW_WARPS, KEY_WARPS, WARP_KEYS>(                                                             \
         queries, k_pages, v_pages, page_table, context_lens, tree_lens, query_indptr, ancestors, depths, out,          \
-        partial_out, partial_lse, num_queries, num_heads, num_kv_heads, page_size, max_pages, mask_words, num_splits,  \
-        window, scale, soft_cap, query_stride, head_stride, page_stride, row_stride, kv_head_stride);                 \
+        partial_out, partial_lse, num_requests, num_heads, num_kv_heads, page_size, max_pages, mask_words, wave,       \
+        min_split_tiles, max_splits, window, scale, soft_cap, query_stride, head_stride, page_stride, row_stride,      \
+        kv_head_stride);                                                                                               \
   }
 TREE_ATTENTION(tree_attention_bf16_d64_rows16, bf16, 64, 1, 4, 16, 2)
-TREE_ATTENTION(tree_attention_bf16_d64_rows64, bf16, 64, 4, 1, 32, 2)
-TREE_ATTENTION(tree_attention_bf16_d64_rows128, bf16, 64, 8, 1, 32, 1)
+TREE_ATTENTION(tree_attention_bf16_d64_rows64, bf16, 64, 4, 1, 64, 2)
+TREE_ATTENTION(tree_attention_bf16_d64_rows128, bf16, 64, 8, 1, 64, 1)
 TREE_ATTENTION(tree_attention_bf16_d128_rows16, bf16, 128, 1, 4, 16, 2)
-TREE_ATTENTION(tree_attention_bf16_d128_rows64, bf16, 128, 4, 1, 32, 2)
-TREE_ATTENTION(tree_attention_bf16_d128_rows128, bf16, 128, 8, 1, 32, 1)
+TREE_ATTENTION(tree_attention_bf16_d128_rows64, bf16, 128, 4, 1, 64, 2)
+TREE_ATTENTION(tree_attention_bf16_d128_rows128, bf16, 128, 8, 1, 64, 1)
 TREE_ATTENTION(tree_attention_f16_d64_rows16, f16, 64, 1, 4, 16, 2)
-TREE_ATTENTION(tree_attention_f16_d64_rows64, f16, 64, 4, 1, 32, 2)
-TREE_ATTENTION(tree_attention_f16_d64_rows128, f16, 64, 8, 1, 32, 1)
+TREE_ATTENTION(tree_attention_f16_d64_rows64, f16, 64, 4, 1, 64, 2)
+TREE_ATTENTION(tree_attention_f16_d64_rows128, f16, 64, 8, 1, 64, 1)
 TREE_ATTENTION(tree_attention_f16_d128_rows16, f16, 128, 1, 4, 16, 2)
-TREE_ATTENTION(tree_attention_f16_d128_rows64, f16, 128, 4, 1, 32, 2)
-TREE_ATTENTION(tree_attention_f16_d128_rows128, f16, 128, 8, 1, 32, 1)
+TREE_ATTENTION(tree_attention_f16_d128_rows64, f16, 128, 4, 1, 64, 2)
+TREE_ATTENTION(tree_attention_f16_d128_rows128, f16, 128, 8, 1, 64, 1)

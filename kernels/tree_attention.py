@@ -1,6 +1,5 @@
 """Tree attention over a paged KV cache."""
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,15 +10,14 @@ from torch import Tensor
 from torch.library import custom_op
 
 from outrider.kernels.attention_plan import AttentionGroup
+from outrider.kernels.attention_work import KEYS_PER_TILE, AttentionShape, attention_shape
 from outrider.kernels.launch_plans import TYPE_NAMES, LaunchPlan, launch
 from outrider.kernels.shapes import check_kernel_arguments, check_shapes
 from outrider.kernels.tree_batch import TreeBatch
 
 HEAD_DIMS = (64, 128)
-KEYS_PER_TILE = {16: 64, 64: 32, 128: 32}  # by rows per tile; the entries of tree_attention.cu
-THREADS = {16: 128, 64: 128, 128: 256}
-MAX_SPLITS = 32
-MIN_KEYS_PER_SPLIT = 256
+THREADS = {16: 128, 64: 128, 128: 256}  # by rows per tile; the entries of tree_attention.cu
+MERGE_BLOCKS_PER_WAVE = 8  # of four warps; more rows than these are taken in turns
 
 
 def tree_attention(
@@ -209,12 +207,12 @@ def tree_attention_on_gpu(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: An
         max(batch.host_query_lens),
         max(num_keys),
         batch.num_sequences,
+        num_queries,
         num_heads,
         k_pages.shape[2],
         _num_sms(q.device),
     )
-    num_partial = shape.num_splits if shape.num_splits > 1 else 0
-    partial_lse = q.new_empty((num_partial, num_queries, num_heads), dtype=torch.float32)
+    partial_lse = q.new_empty((shape.num_slots, shape.tile_rows), dtype=torch.float32)
     partial_out = q.new_empty((*partial_lse.shape, head_dim), dtype=torch.float32)
     plans = plan_tree_attention(
         q,
@@ -257,34 +255,9 @@ def _tree_batch(k_pages: Tensor, *rest: Any) -> TreeBatch:
     )
 
 
-@dataclass(frozen=True)
-class AttentionShape:
-    """The choices of tree_attention that depend on the batch. For a captured CUDA graph they are made once, for
-    the capacity: surplus blocks return at once.
-
-    Attributes:
-        tile_rows: 16, 64 or 128 (node, head) pairs in a block.
-        num_row_tiles: blocks over the rows of the largest request.
-        num_splits: parts the keys are divided into; with 1 the result is written directly.
-    """
-
-    tile_rows: int
-    num_row_tiles: int
-    num_splits: int
-
-
-def attention_shape(
-    max_query_len: int, max_keys: int, batch_size: int, num_heads: int, num_kv_heads: int, num_sms: int
-) -> AttentionShape:
-    """Tiles by rows; splits until the GPU has two blocks per multiprocessor, but few: a split's partial results
-    in f32 are written and read once more, and must not cost more than the keys and values themselves."""
-    rows = max_query_len * (num_heads // num_kv_heads)
-    tile_rows = 16 if rows <= 16 else 64 if rows <= 64 else 128
-    num_row_tiles = -(-rows // tile_rows)
-    blocks = max(1, num_row_tiles * num_kv_heads * batch_size)
-    wanted = -(-2 * num_sms // blocks)
-    affordable = min(max_keys // MIN_KEYS_PER_SPLIT, max_keys // (2 * max(rows, 1)))
-    return AttentionShape(tile_rows, num_row_tiles, max(1, min(wanted, affordable, MAX_SPLITS)))
+def shared_bytes(head_dim: int) -> int:
+    """Of a block: keys and values of two tiles in 16 bits, and where they lie in the cache."""
+    return 2 * KEYS_PER_TILE * (2 * (head_dim + 8) * 2 + 8)
 
 
 def plan_tree_attention(
@@ -300,23 +273,23 @@ def plan_tree_attention(
     partial_out: Tensor,
     partial_lse: Tensor,
 ) -> tuple[LaunchPlan, ...]:
-    """One launch, or two when the keys are split.
+    """One launch, or two when keys may be split.
 
     Args:
         q, k_pages, v_pages, batch, scale, window, soft_cap: as in `tree_attention`.
         out: [NQ, HQ, D] like q, contiguous.
-        partial_out: float32 [num_splits, NQ, HQ, D]; partial_lse: float32 [num_splits, NQ, HQ]. Unused, and may be
-            empty, with one split.
+        partial_out: float32 [num_slots, tile_rows, D]; partial_lse: float32 [num_slots, tile_rows].
     """
     num_queries, num_heads, head_dim = q.shape
-    num_kv_heads = k_pages.shape[2]
+    num_requests, num_kv_heads = batch.page_table.shape[0], k_pages.shape[2]
+    splitting = (np.int32(shape.wave), np.int32(shape.min_split_tiles), np.int32(shape.max_splits))
     name = f"{TYPE_NAMES[q.dtype]}_d{head_dim}_rows{shape.tile_rows}"
     attention = LaunchPlan(
         source="tree_attention",
         kernel=f"tree_attention_{name}",
-        grid=(shape.num_row_tiles, num_kv_heads * shape.num_splits, batch.page_table.shape[0]),
+        grid=(shape.num_blocks, 1, 1),
         block=THREADS[shape.tile_rows],
-        shared_bytes=2 * 2 * KEYS_PER_TILE[shape.tile_rows] * (head_dim + 8) * q.element_size(),
+        shared_bytes=shared_bytes(head_dim),
         arguments=(
             q,
             k_pages,
@@ -330,13 +303,13 @@ def plan_tree_attention(
             out,
             partial_out,
             partial_lse,
-            np.int32(num_queries),
+            np.int32(num_requests),
             np.int32(num_heads),
             np.int32(num_kv_heads),
             np.int32(batch.page_size),
             np.int32(batch.page_table.shape[1]),
             np.int32(batch.ancestors.shape[1]),
-            np.int32(shape.num_splits),
+            *splitting,
             np.int32(window),
             np.float32(scale),
             np.float32(soft_cap),
@@ -347,22 +320,28 @@ def plan_tree_attention(
             np.int64(k_pages.stride(2)),
         ),
     )
-    if shape.num_splits == 1:
+    if shape.num_slots == 0:
         return (attention,)
-    num_rows = num_queries * num_heads
     merge = LaunchPlan(
         source="merge_splits",
         kernel=f"merge_splits_{TYPE_NAMES[q.dtype]}",
-        grid=(-(-num_rows // 4), 1, 1),  # a warp per row
+        grid=(min(-(-num_queries * num_heads // 4), MERGE_BLOCKS_PER_WAVE * shape.wave), 1, 1),
         block=128,
         shared_bytes=0,
         arguments=(
             partial_out,
             partial_lse,
+            batch.context_lens,
+            batch.tree_lens,
+            batch.query_indptr,
             out,
-            np.int32(num_rows),
+            np.int32(num_requests),
+            np.int32(num_heads),
+            np.int32(num_kv_heads),
             np.int32(head_dim),
-            np.int32(shape.num_splits),
+            np.int32(shape.tile_rows),
+            *splitting,
+            np.int32(window),
         ),
     )
     return attention, merge

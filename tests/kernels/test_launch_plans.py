@@ -6,72 +6,108 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outrider.kernels.attention_cases import AttentionCase
+from outrider.kernels.attention_work import KEYS_PER_TILE, attention_shape, shape_of_tiles
 from outrider.kernels.gather_rows import plan_gather_rows
+from outrider.kernels.kernel_cases import case_shape, prepare_attention
 from outrider.kernels.kv_commit import plan_kv_commit
 from outrider.kernels.launch_plans import COMMIT_SHARED_BYTES, MAX_COMMIT_ROWS
-from outrider.kernels.tree_attention import HEAD_DIMS, KEYS_PER_TILE, attention_shape
+from outrider.kernels.tree_attention import HEAD_DIMS, shared_bytes
+from support.cuda_on_cpu.kernels import source_kernels
 from support.kernel_table import SHARED_BYTES
 
 H100_SMS = 132
 
 
 @pytest.mark.parametrize(
-    ("nodes", "heads_per_kv", "tile_rows", "num_row_tiles"),
-    [
-        (1, 8, 16, 1),
-        (2, 8, 16, 1),
-        (3, 8, 64, 1),
-        (8, 8, 64, 1),
-        (9, 8, 128, 1),
-        (64, 8, 128, 4),
-        (5, 3, 16, 1),
-    ],
+    ("nodes", "heads_per_kv", "tile_rows"),
+    [(1, 8, 16), (2, 8, 16), (3, 8, 64), (9, 8, 64), (256, 8, 64), (257, 8, 128), (5, 3, 16)],
 )
-def test_tiles_follow_the_rows(nodes, heads_per_kv, tile_rows, num_row_tiles):
-    shape = attention_shape(nodes, 8192, 1, heads_per_kv, 1, H100_SMS)
-    assert (shape.tile_rows, shape.num_row_tiles) == (tile_rows, num_row_tiles)
+def test_tiles_follow_the_rows(nodes, heads_per_kv, tile_rows):
+    assert attention_shape(nodes, 8192, 1, nodes, heads_per_kv, 1, H100_SMS).tile_rows == tile_rows
+
+
+def test_short_contexts_are_not_split_and_have_no_partial_results():
+    assert attention_shape(64, 128, 8, 64, 16, 2, H100_SMS).num_slots == 0
+    assert attention_shape(64, 129, 8, 64, 16, 2, H100_SMS).num_slots > 0
+
+
+def splits_of(shape, query_lens, num_keys, group, num_kv_heads):
+    """(units, splits) of every request, as `attention_work.cuh` defines them."""
+    units = [-(-n * group // shape.tile_rows) * num_kv_heads for n in query_lens]
+    tiles = [-(-n // KEYS_PER_TILE) for n in num_keys]
+    total = sum(u * n for u, n in zip(units, tiles, strict=True))
+    budget = max(shape.wave - sum(units), shape.wave // 2, 1)
+    low, high = (max(-(-total // n), shape.min_split_tiles) for n in (shape.wave, budget))
+    for _ in range(3):
+        middle = (low + high) // 2
+        if low < high and sum(u * -(-n // middle) for u, n in zip(units, tiles, strict=True)) <= shape.wave:
+            high = middle
+        elif low < high:
+            low = middle + 1
+    return [(u, min(max(-(-n // high), 1), shape.max_splits)) for u, n in zip(units, tiles, strict=True)]
 
 
 @pytest.mark.parametrize(
-    ("nodes", "keys", "batch", "num_splits"),
+    ("query_lens", "context", "capacity", "num_blocks", "num_splits"),
     [
-        (1, 8192, 1, 32),  # decoding alone: as many as there may be
-        (1, 8192, 32, 9),  # 32 blocks already: up to two per multiprocessor
-        (1, 8192, 300, 1),
-        (1, 300, 1, 1),  # too short to divide
-        (64, 8192, 1, 8),  # 512 rows: more partial results would cost more than the keys
-        (512, 512, 1, 1),  # a prompt chunk
+        ((33,), 8192, 64, 260, 26),  # all multiprocessors, twice
+        ((33,), 1024, 64, 90, 9),  # as short as splits may be
+        ((64,), 8192, 64, 240, 15),
+        ((8,), 8192, 8, 128, 64),
+        ((8,) * 32, 2048, 256, 256, 4),
+        ((1,) * 64, 8192, 64, 256, 2),
     ],
 )
-def test_splits_fill_the_gpu_and_stay_cheap(nodes, keys, batch, num_splits):
-    assert attention_shape(nodes, keys, batch, 8, 1, H100_SMS).num_splits == num_splits
+def test_the_work_that_is_there_fills_the_gpu_whatever_was_captured(
+    query_lens, context, capacity, num_blocks, num_splits
+):
+    """Rank 0 of a 70B over 7, from graphs of a capacity of 32k tokens."""
+    shape = attention_shape(capacity, 33_280, min(capacity, 64), capacity, 16, 2, H100_SMS)
+    found = splits_of(shape, query_lens, [context + n for n in query_lens], 8, 2)
+    assert {splits for _, splits in found} == {num_splits}
+    assert sum(units * splits for units, splits in found) == num_blocks
+    assert shape.num_blocks <= 460  # blocks that return at once are few
 
 
 @given(
-    nodes=st.integers(1, 600),
-    keys=st.integers(1, 130_000),
-    batch=st.integers(1, 64),
+    requests=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 130_000)), min_size=1, max_size=70),
+    padding=st.integers(0, 64),
     kv_heads=st.integers(1, 8),
     group=st.integers(1, 12),
+    wave=st.integers(1, 300),
+    tile_rows=st.sampled_from((16, 64, 128)),
+    min_split_keys=st.integers(1, 300),
 )
-def test_every_shape_covers_the_rows_and_partial_results_cost_no_more_than_the_keys(
-    nodes, keys, batch, kv_heads, group
+def test_no_batch_has_more_blocks_or_partial_results_than_its_bounds_allow(
+    requests, padding, kv_heads, group, wave, tile_rows, min_split_keys
 ):
-    shape = attention_shape(nodes, max(keys, nodes), batch, kv_heads * group, kv_heads, H100_SMS)
-    rows = nodes * group
-    assert shape.tile_rows * shape.num_row_tiles >= rows
-    assert shape.tile_rows * (shape.num_row_tiles - 1) < rows
-    assert shape.num_splits == 1 or 2 * 4 * shape.num_splits * rows <= 4 * max(keys, nodes)
+    query_lens, contexts = zip(*requests, strict=True)
+    num_keys = [c + n for c, n in zip(contexts, query_lens, strict=True)]
+    bounds = (max(num_keys) + padding, len(requests) + padding, sum(query_lens) + padding)
+    shape = shape_of_tiles(tile_rows, wave, min_split_keys, *bounds, kv_heads * group, kv_heads)
+    found = splits_of(shape, query_lens, num_keys, group, kv_heads)
+    assert sum(units * splits for units, splits in found) <= shape.num_blocks
+    assert sum(units * splits for units, splits in found if splits > 1) <= shape.num_slots
+
+
+def test_the_device_splits_as_the_definition_says():
+    """Which slots of partial results are written tells which requests were split into how many parts."""
+    case = AttentionCase("mixed", (300, 40, 0, 640), (5, 1, 20, 17), num_splits=3)
+    prepared, shape = prepare_attention(case, torch.device("cpu")), case_shape(case)
+    source_kernels().launch(prepared.plans[:1])
+    num_keys = [c + n for c, n in zip(case.context_lens, case.query_lens, strict=True)]
+    found = splits_of(shape, case.query_lens, num_keys, 4, 2)
+    assert [splits for _, splits in found] == [3, 1, 1, 6]
+    written = ~prepared.plans[0].arguments[11].isnan().all(dim=1)  # partial_lse
+    expected = sum(units * splits for units, splits in found if splits > 1)
+    assert written.nonzero().flatten().tolist() == list(range(expected))
 
 
 def test_attention_fits_the_shared_memory_of_every_target():
-    for tile_rows, keys in KEYS_PER_TILE.items():
-        for head_dim in HEAD_DIMS:
-            needed = 2 * 2 * keys * (head_dim + 8) * 2
-            combined = (
-                4 * 16 * (2 * 4 + head_dim) if tile_rows == 16 else 0
-            )  # the warps' maxima, sums and rows
-            assert combined <= needed <= min(SHARED_BYTES.values())
+    for head_dim in HEAD_DIMS:
+        combined = 4 * 16 * (2 * 4 + head_dim)  # with 16 rows: the warps' maxima, sums and rows
+        assert combined <= shared_bytes(head_dim) <= min(SHARED_BYTES.values())
 
 
 @pytest.mark.parametrize(

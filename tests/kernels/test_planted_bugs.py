@@ -5,7 +5,7 @@ import pytest
 from support.cuda_on_cpu.planted_bugs import DEVICE_BUGS, SOURCE_BUGS, PlantedBug, hunt
 
 ALWAYS = {
-    "no barrier before the next load",
+    "no barrier after the copies",
     "window by row instead of depth",
     "keys before the window are read",
     "mma: b registers swapped",
@@ -13,7 +13,7 @@ ALWAYS = {
 }
 
 
-SOUND = PlantedBug("none", "tree_attention", "tree_attention.cu", "stage ^ 1", "stage ^ 1")
+SOUND = PlantedBug("none", "tree_attention", "tree_attention.cu", "LINE = D + 8;", "LINE = D + 8;")
 
 
 def some_slow(bugs):
@@ -38,7 +38,7 @@ def test_a_fault_in_an_instruction_is_found_by_running_the_ptx(bug):
 @pytest.mark.parametrize(
     ("name", "sanitizer", "finding"),
     [
-        ("no barrier before the next load", "thread", "race"),
+        ("no barrier after the copies", "thread", "race"),
         ("splits write the same place", "thread", "race"),
         ("more shared memory than planned", "address", "address"),
     ],

@@ -51,7 +51,7 @@ PARTS = (
     Part("replays of rank 0 of a 70B over 7", "large_model.replays", ("psutil",)),
     Part("matrix products and sampling of that rank", "large_model.products", ("psutil",)),
     Part("end to end, with trace and profile", "deployments.end_to_end", WORKERS),
-    Part("ncu on attention", "ncu.attention_by_ncu"),
+    Part("attention alone: times, ncu", "ncu.attention_alone", ("psutil",)),
 )
 TITLES = tuple(part.title for part in PARTS)
 

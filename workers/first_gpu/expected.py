@@ -18,7 +18,7 @@ class Figure:
 UNKNOWN = Figure()
 ONE = {
     "matrix products": Figure(8.0, 6.0),
-    "attention": Figure(2.4, 0.2),
+    "attention": Figure(0.8, 0.2),
     "all-reduces": Figure(3.2, 1.5),
     "norms, adds, SiLU": Figure(1.8, 0.7),
     "host before the replay": Figure(0.5, 0.05),
@@ -27,15 +27,16 @@ ONE = {
 }
 MANY = {
     "matrix products": Figure(9.5, 7.0),
-    "attention": Figure(4.6, 1.8),
+    "attention": Figure(2.4, 1.8),
     "all-reduces": Figure(8.0, 5.0),
     "norms, adds, SiLU": Figure(2.0, 0.7),
     "host before the replay": Figure(2.5, 0.05),
     "sampling, greedy": Figure(1.0, 0.1),
     "sampling, top-p": Figure(26.0, 0.1),
 }
-# One sequence of 33 to 64 rows gets 6 blocks on 132 multiprocessors; the rest of its round is that of `ONE`.
-ONE_LONG = {**ONE, "attention": Figure(18.0)}
+# Five or six tiles of 64 keys for each of 260 blocks, two on a multiprocessor, at a microsecond or two a tile; start
+# and merge cost as much again. The rest of the round is that of `ONE`.
+ONE_LONG = {**ONE, "attention": Figure(1.2, 0.2)}
 
 OUT_OF_REACH = (
     (

@@ -1,4 +1,4 @@
-"""Part 10: what Nsight Compute says of attention at 64 rows behind 8k tokens."""
+"""Part 10: attention alone: its times, and what Nsight Compute says of it at 64 rows behind 8k tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 from outrider.kernels.roofline import least_time_s, roofline_of
 from outrider.workers.first_gpu.machine import find_tool, run_tool
+from outrider.workers.first_gpu.one_attention import attention_times
 from outrider.workers.first_gpu.report import Row, not_run, passed_or_failed
 from outrider.workers.first_gpu.setting import Setting
 
@@ -25,6 +26,10 @@ METRICS = (
 # Keys and values of 8192 + 64 tokens, two heads of 128 in bfloat16; products of 64 rows of 16 heads with them.
 KV_BYTES = 2 * (8192 + 64) * 2 * 128 * 2
 FLOPS = 4 * 64 * 16 * 128 * (8192 + 64)
+
+
+def attention_alone(setting: Setting) -> list[Row]:
+    return attention_times(setting) + attention_by_ncu(setting)
 
 
 def attention_by_ncu(setting: Setting) -> list[Row]:

@@ -45,6 +45,8 @@ class Sizes:
         rows, contexts: query rows and cached tokens of the timed batches.
         rows_per_sequence: of the batches of many sequences.
         one, many, one_long: the rounds of `expected.py`: rows, sequences, context.
+        attended: rows, sequences and contexts of attention alone.
+        attended_bytes: keys and values that it walks through: more than a GPU's cache.
         cache_bytes: of the timed rank's KV cache; batches that it cannot hold are left out.
         small: model of the comparisons, see `random_source`; drafter: the same with noise.
         trees: query rows at which graphs are compared with the forward without.
@@ -62,6 +64,8 @@ class Sizes:
     one: tuple[int, int, int]
     many: tuple[int, int, int]
     one_long: tuple[int, int, int]
+    attended: tuple[tuple[int, int, int], ...]
+    attended_bytes: int
     cache_bytes: int
     small: str
     trees: tuple[int, ...]
@@ -81,6 +85,16 @@ FULL = Sizes(
     one=(33, 1, 1024),
     many=(256, 32, 2048),
     one_long=(33, 1, 8192),
+    attended=(
+        (8, 1, 8192),
+        (8, 8, 8192),
+        (33, 1, 1024),
+        (33, 1, 8192),
+        (64, 1, 8192),
+        (64, 1, 32_768),
+        (256, 32, 2048),
+    ),
+    attended_bytes=200 << 20,
     cache_bytes=40 * GIB,
     small="hidden_size=512&intermediate_size=1408&num_layers=4&num_heads=8&num_kv_heads=2&vocab_size=4096",
     trees=(1, 8, 33, 64, 256),
@@ -98,6 +112,8 @@ TINY = Sizes(
     one=(3, 1, 20),
     many=(8, 4, 30),
     one_long=(3, 1, 50),
+    attended=((3, 1, 50), (8, 4, 30)),
+    attended_bytes=1 << 10,
     cache_bytes=1 << 20,
     small="hidden_size=64&num_layers=2&num_heads=4&num_kv_heads=2",
     trees=(1, 8),

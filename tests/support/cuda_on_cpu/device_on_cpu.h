@@ -25,6 +25,10 @@ struct alignas(16) uint4 { u32 x, y, z, w; };
 #define __syncthreads() cuda_on_cpu::block_barrier(__LINE__)
 #define __syncwarp() cuda_on_cpu::warp_barrier(cuda_on_cpu::FULL_WARP, __LINE__)
 #define __shfl_xor_sync(mask, value, step) shuffle_value(mask, value, cuda_on_cpu::lane_number() ^ (step), __LINE__)
+#define __shfl_up_sync(mask, value, step) shuffle_value(mask, value, cuda_on_cpu::lane_number() - (step), __LINE__)
+#define __shfl_sync(mask, value, source) shuffle_value(mask, value, source, __LINE__)
+#define __any_sync(mask, predicate) (cuda_on_cpu::ballot(mask, predicate, __LINE__) != 0u)
+#define __ballot_sync(mask, predicate) cuda_on_cpu::ballot(mask, predicate, __LINE__)
 
 template <typename V>
 static inline V shuffle_value(u32 mask, V value, int source_lane, int line) {

@@ -118,10 +118,19 @@ def test_what_ncu_measures_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert read_metrics(NCU) == {"Duration": "212.3 us", "DRAM Throughput": "7.5 %", "Grid Size": "6"}
     install_tool(tmp_path, "ncu", f"cat <<'END'\n{NCU}\nEND", monkeypatch)
     report = run_part(10, Setting(CPU, TINY, tmp_path))
-    assert [row.measured for row in report.rows] == ["212.3 us", "7.5 %", "6"]
+    assert [row.measured for row in report.rows] == ["needs a GPU", "212.3 us", "7.5 %", "6"]
     install_tool(tmp_path, "ncu", "echo '==ERROR== no permission'; exit 1", monkeypatch)
-    (row,) = run_part(10, Setting(CPU, TINY, tmp_path)).rows
+    _, row = run_part(10, Setting(CPU, TINY, tmp_path)).rows
     assert (row.verdict, row.measured) == ("FAILED", "exit code 1: ==ERROR== no permission")
+
+
+def test_attention_alone_is_timed_with_what_is_chosen_and_what_could_be(tmp_path: Path) -> None:
+    rows = one_attention.attention_times(Setting(CPU, TINY, tmp_path, StandInGpu))
+    assert len(rows) == 7 * len(TINY.attended)
+    assert [row.what for row in rows if "chosen" in row.what] == [
+        "3 rows, 1 sequences, context 50, all layers: chosen (64 rows a tile, wave of 4, 128 keys)",
+        "8 rows, 4 sequences, context 30, all layers: chosen (64 rows a tile, wave of 4, 128 keys)",
+    ]
 
 
 def test_the_launch_that_ncu_looks_at_can_be_made() -> None:
@@ -216,7 +225,7 @@ def test_a_part_of_one_process_runs_on_a_gpu(
     if number == 7:
         beside = {row.what: row.beside for row in report.rows}
         assert beside["matrix products: 3 rows, 1 sequences, context 20"] == "planned 8 ms, least 6 ms"
-        assert beside["attention: 3 rows, 1 sequences, context 50"] == "planned 18 ms"
+        assert beside["attention: 3 rows, 1 sequences, context 50"] == "planned 1.2 ms, least 0.2 ms"
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available, disabling CUDA profiling")
@@ -261,4 +270,4 @@ def test_the_summary_puts_the_parts_together(tmp_path: Path, capsys: pytest.Capt
     assert whole["parts"][0]["rows"][0]["values"] == [["time_ms", 1.0]]
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "10  ncu on attention" in capsys.readouterr().out
+    assert "10  attention alone: times, ncu" in capsys.readouterr().out

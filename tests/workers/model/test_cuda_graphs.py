@@ -15,9 +15,10 @@ from outrider.kernels.attention_cases import (
     attention_in_float64,
     build_attention_inputs,
 )
+from outrider.kernels.attention_work import attention_shape
 from outrider.kernels.rope_append import plan_rope_append
 from outrider.kernels.selection import REFERENCES
-from outrider.kernels.tree_attention import attention_shape, plan_tree_attention
+from outrider.kernels.tree_attention import plan_tree_attention
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model import cuda_graphs
 from outrider.workers.model.batch import ForwardBatch
@@ -70,12 +71,10 @@ def test_padding_writes_and_attends_to_nothing() -> None:
 def test_attention_of_a_padded_batch_is_that_of_the_batch(num_sms: int) -> None:
     static, q, k_pages, v_pages = filled(CASE)
     tree = static.batch.tree
-    shape = attention_shape(
-        max(tree.host_query_lens), CAPACITY.max_keys, CAPACITY.num_sequences, 8, 2, num_sms
-    )
-    assert (shape.num_splits > 1) == (num_sms > 1)
+    heads = {"num_queries": CAPACITY.num_rows, "num_heads": 8, "num_kv_heads": 2, "num_sms": num_sms}
+    shape = attention_shape(max(tree.host_query_lens), CAPACITY.max_keys, CAPACITY.num_sequences, **heads)
     out = torch.full(q.shape, float("nan")).to(q.dtype)
-    partial = torch.full((shape.num_splits, *q.shape), float("nan"))
+    partial = torch.full((shape.num_slots, shape.tile_rows, q.shape[2]), float("nan"))
     plans = plan_tree_attention(
         q, k_pages, v_pages, tree, CASE.scale, 0, 0.0, shape, out, partial, partial[..., 0].contiguous()
     )
