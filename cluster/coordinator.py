@@ -192,7 +192,7 @@ class Coordinator:
         while not self._may_send:
             if broken is not BACK:
                 if not self._restarts.is_allowed:
-                    self._fail(self._last_words(broken))
+                    self._fail(self._restarts.last_words(broken.reason))
                     crew.abandon()
                     return
                 self._set_restarting(broken.reason)
@@ -215,14 +215,6 @@ class Coordinator:
             await self._send(batch)
             for request in batch:
                 self._table.note_sent(request.id)
-
-    def _last_words(self, broken: Break) -> str:
-        most = self._config.cluster.max_restarts
-        return (
-            f"{broken.reason}; given up after cluster.max_restarts = {most} in vain"
-            if most
-            else broken.reason
-        )
 
     def _set_restarting(self, reason: str) -> None:
         self._restarting = reason

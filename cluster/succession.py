@@ -1,0 +1,117 @@
+"""The Coordinators of a deployment, one after the other: where one is lost, the next takes its place."""
+
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from outrider.cluster.actors import ActorSpawner
+from outrider.cluster.api import EngineError, Progress
+from outrider.cluster.calls import CLOSED, Calls, result_of_call
+from outrider.cluster.client.ray_address import COORDINATOR_PREFIX
+from outrider.cluster.coordinator import Coordinator
+from outrider.cluster.placement import COORDINATOR_BUNDLE
+from outrider.cluster.restarts import Restarts
+from outrider.configs.schema import Config
+
+_POLL_S = 0.2
+_STOP_S = 12.0  # longer than the Coordinator waits for a worker
+
+
+class Succession:
+    """Starts a Coordinator, and another one in place of each that is lost, as often as `cluster.max_restarts` lets
+    it. Belongs to the client's process, which is what they all end with.
+
+    calls: of the present one.
+    """
+
+    def __init__(self, config: Config, group: PlacementGroup) -> None:
+        self._config = config
+        self._group = group
+        self._restarts = Restarts(config.cluster.max_restarts, config.cluster.restart_window_s)
+        self._starting = threading.Lock()
+        self._closed = threading.Event()
+        self._server_url = ""
+        self.calls = self._create()
+
+    @property
+    def num_restarts(self) -> int:
+        """How many Coordinators came after the first."""
+        return self._restarts.num
+
+    def start(self, progress: Callable[[Sequence[Progress]], None]) -> list[str]:
+        """Brings the deployment up; returns what the user should be told about it. Raises EngineError and
+        ValueError."""
+        limit_s = self._config.cluster.start_timeout_s
+        started = self.calls.begin("start")
+        while not ray.wait([started], timeout=_POLL_S)[0]:
+            if self._closed.is_set():
+                raise EngineError(CLOSED)
+            progress(self.calls("progress", timeout_s=limit_s))
+        warnings: list[str] = result_of_call(started)
+        return warnings
+
+    def successor(self, reason: str, answered: bool) -> Calls:
+        """Calls of another Coordinator, in place of the one that was lost for this reason.
+
+        answered: whether a token came from that one. Raises EngineError where there may be no other one.
+        """
+        with self._starting:
+            self._restarts.lost()
+            if answered:
+                self._restarts.note_tokens()
+            while True:
+                if not self._restarts.is_allowed:
+                    raise EngineError(self._restarts.last_words(reason))
+                with suppress(RayError):  # one that is silent may come back
+                    self.calls.kill()
+                self._closed.wait(self._restarts.begin())
+                if self._closed.is_set():
+                    raise EngineError(CLOSED)
+                try:
+                    return self._follow()
+                except (EngineError, ValueError) as error:
+                    reason = str(error)
+
+    def announce(self, url: str) -> None:
+        """A server stands at `url`; every Coordinator will know it."""
+        self._server_url = url
+        self.calls("announce", url)
+
+    def close(self) -> None:
+        """Ends the Coordinator in order, and all calls."""
+        self._closed.set()
+        while not self._starting.acquire(timeout=_POLL_S):
+            self.calls.close()
+        try:
+            # Loops that end in order leave no complaints about lost peers.
+            self.calls("stop", timeout_s=_STOP_S)
+        except EngineError:
+            pass  # the Coordinator or a worker is gone or hangs; their place goes, and they with it
+        finally:
+            self.calls.close()
+            self._starting.release()
+
+    def _follow(self) -> Calls:
+        self.calls = self._create()
+        self.start(lambda stages: None)
+        if self._server_url:
+            self.calls("announce", self._server_url)
+        self._restarts.stands()
+        return self.calls
+
+    def _create(self) -> Calls:
+        actor: Any = ray.remote(Coordinator)
+        coordinator = actor.options(
+            name=COORDINATOR_PREFIX + uuid.uuid4().hex,
+            num_cpus=self._config.cluster.num_cpus_for_coordinator,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, COORDINATOR_BUNDLE),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
+        ).remote(self._config, ActorSpawner(self._config, self._group))
+        return Calls(coordinator)
