@@ -170,3 +170,4 @@ class Delivery:
     answers: tuple[tuple[str, Answer], ...]  # with request ids, in order
     failure: str  # why the deployment is unusable; empty while it works
     restarting: str = ""  # why nothing comes for now: workers that were lost are started again
+    wanted: tuple[str, ...] = ()  # names of workers that the client shall create

@@ -73,7 +73,7 @@ class Engine:
             for warning in succession.start(progress):
                 _log.warning(warning)
             progress(succession.calls("progress"))
-            engine._inbox = Inbox(succession.calls, succession.successor)
+            engine._inbox = Inbox(succession.calls, succession)
         except BaseException:
             engine.close()
             raise

@@ -5,7 +5,7 @@ import logging
 import pickle
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -33,14 +33,15 @@ Call = Callable[..., Any]
 """`call(method, *args)`: a method of the Coordinator; raises ValueError and EngineError."""
 
 
-Successor = Callable[[str, bool], Call]
-"""`successor(reason, answered)`: calls another Coordinator from now on, in place of one that was lost for this reason
-and had answered something, or nothing. Raises EngineError where there is none."""
+class Household(Protocol):
+    """What the client's process does for the Coordinator."""
 
+    def successor(self, reason: str, answered: bool) -> Call:
+        """Calls another Coordinator from now on, in place of one that was lost for this reason and had answered
+        something, or nothing. Raises EngineError where there is none."""
 
-def no_successor(reason: str, answered: bool) -> Call:
-    """A lost Coordinator is the end."""
-    raise EngineError(reason)
+    def provide(self, names: Sequence[str]) -> Mapping[str, Any]:
+        """Creates workers of these names."""
 
 
 class _Resume:
@@ -60,13 +61,13 @@ class Inbox:
     answers go on.
     """
 
-    def __init__(self, call: Call, successor: Successor = no_successor) -> None:
+    def __init__(self, call: Call, household: Household) -> None:
         self.failure = ""  # why nothing comes any longer
         self.restarting = ""  # why nothing comes for now
         self._journal = Journal()
         self._lock = threading.Lock()
         self._call, self._number = call, 0  # of the Coordinator; under the lock, both together
-        self._successor = successor
+        self._household = household
         self._answered = False
         self._boxes: dict[str, Box] = {}
         # Tickets to send and ids to cancel, in order. All that a finalizer may touch: putting never blocks.
@@ -172,6 +173,8 @@ class Inbox:
         while not self._closed:
             try:
                 delivery: Delivery = self._call("take", _TAKE_S)
+                if delivery.wanted:
+                    self._call("give", self._household.provide(delivery.wanted))
             except CoordinatorLostError as error:
                 if self._succeed(str(error)):
                     continue
@@ -200,7 +203,7 @@ class Inbox:
         """Another Coordinator goes on, or this is the end."""
         self._note_restarting(reason)
         try:
-            call = self._successor(reason, self._answered)
+            call = self._household.successor(reason, self._answered)
         except Exception as error:
             # Whatever keeps it from coming, those who wait get to know.
             self._break(str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}")

@@ -4,21 +4,25 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from outrider.cluster.actors import ActorSpawner
+from outrider.cluster.actors import ActorSpawner, worker_names
 from outrider.cluster.api import EngineError, Progress
 from outrider.cluster.calls import CLOSED, Calls, result_of_call
 from outrider.cluster.client.ray_address import COORDINATOR_PREFIX
 from outrider.cluster.coordinator import Coordinator
+from outrider.cluster.orders import Orders
 from outrider.cluster.placement import COORDINATOR_BUNDLE
 from outrider.cluster.restarts import Restarts
 from outrider.configs.schema import Config
+
+if TYPE_CHECKING:
+    from outrider.workers.rounds.budget import Profiles
 
 _POLL_S = 0.2
 _STOP_S = 12.0  # longer than the Coordinator waits for a worker
@@ -26,7 +30,7 @@ _STOP_S = 12.0  # longer than the Coordinator waits for a worker
 
 class Succession:
     """Starts a Coordinator, and another one in place of each that is lost, as often as `cluster.max_restarts` lets
-    it. Belongs to the client's process, which is what they all end with.
+    it. The workers stay: they belong to this, the client's process, and so does every further one (`orders.py`).
 
     calls: of the present one.
     """
@@ -34,6 +38,9 @@ class Succession:
     def __init__(self, config: Config, group: PlacementGroup) -> None:
         self._config = config
         self._group = group
+        self._spawner = ActorSpawner(config, group)
+        self._workers: dict[str, Any] = {}  # the newest of each name
+        self._measured: Profiles
         self._restarts = Restarts(config.cluster.max_restarts, config.cluster.restart_window_s)
         self._starting = threading.Lock()
         self._closed = threading.Event()
@@ -48,14 +55,19 @@ class Succession:
     def start(self, progress: Callable[[Sequence[Progress]], None]) -> list[str]:
         """Brings the deployment up; returns what the user should be told about it. Raises EngineError and
         ValueError."""
-        limit_s = self._config.cluster.start_timeout_s
-        started = self.calls.begin("start")
-        while not ray.wait([started], timeout=_POLL_S)[0]:
-            if self._closed.is_set():
-                raise EngineError(CLOSED)
-            progress(self.calls("progress", timeout_s=limit_s))
-        warnings: list[str] = result_of_call(started)
+        self.provide(worker_names(self._config))
+        warnings: list[str] = self._wait(self.calls.begin("start", self._workers), progress)
+        self._measured = self.calls("measured")
         return warnings
+
+    def provide(self, names: Sequence[str]) -> dict[str, Any]:
+        """Creates workers."""
+        with self._starting:
+            if self._closed.is_set():  # and perhaps Ray with it, which would be started again
+                raise EngineError(CLOSED)
+            created = {name: self._spawner.spawn(name) for name in names}
+            self._workers |= created
+            return created
 
     def successor(self, reason: str, answered: bool) -> Calls:
         """Calls of another Coordinator, in place of the one that was lost for this reason.
@@ -75,7 +87,7 @@ class Succession:
                 if self._closed.is_set():
                     raise EngineError(CLOSED)
                 try:
-                    return self._follow()
+                    return self._follow(reason)
                 except (EngineError, ValueError) as error:
                     reason = str(error)
 
@@ -98,9 +110,18 @@ class Succession:
             self.calls.close()
             self._starting.release()
 
-    def _follow(self) -> Calls:
+    def _wait(self, started: Any, progress: Callable[[Sequence[Progress]], None]) -> Any:
+        """The result of a call that takes long, unless the Coordinator falls silent."""
+        limit_s = self._config.cluster.start_timeout_s
+        while not ray.wait([started], timeout=_POLL_S)[0]:
+            if self._closed.is_set():
+                raise EngineError(CLOSED)
+            progress(self.calls("progress", timeout_s=limit_s))
+        return result_of_call(started)
+
+    def _follow(self, reason: str) -> Calls:
         self.calls = self._create()
-        self.start(lambda stages: None)
+        self._wait(self.calls.begin("take_over", self._workers, self._measured, reason), lambda stages: None)
         if self._server_url:
             self.calls("announce", self._server_url)
         self._restarts.stands()
@@ -113,5 +134,5 @@ class Succession:
             num_cpus=self._config.cluster.num_cpus_for_coordinator,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, COORDINATOR_BUNDLE),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
-        ).remote(self._config, ActorSpawner(self._config, self._group))
+        ).remote(self._config, Orders())
         return Calls(coordinator)

@@ -259,7 +259,7 @@ def test_a_worker_that_cannot_load_stops_the_start_with_one_line() -> None:
             crew.prepare_next["target 0"] = fail
             message = r"^target 0 failed during load: RuntimeError: no space left \(\S+, line \d+\)$"
             with pytest.raises(EngineError, match=message):
-                await Coordinator(FAKE_CONFIG, crew, char_admission).start()
+                await Coordinator(FAKE_CONFIG, crew, char_admission).start(crew.make_all())
 
     asyncio.run(scenario())
 

@@ -12,9 +12,11 @@ from typing import Any
 
 from ray.exceptions import ActorDiedError
 
+from outrider.cluster.actors import worker_names
 from outrider.cluster.admission import Admission
 from outrider.cluster.api import ServedModel
 from outrider.cluster.coordinator import Coordinator
+from outrider.cluster.orders import Orders
 from outrider.cluster.text import Decoder
 from outrider.cluster.text_bound import TextBound
 from outrider.configs.schema import Config, SamplingConfig, TargetConfig, TreeConfig
@@ -260,10 +262,11 @@ class FakeDraft(FakeTarget):
         return TokenEvent(request.id, tuple(tokens), origins, logprobs, reason, "", stats)
 
 
-class FakeCrew:
-    """Spawns fakes, as `ActorSpawner` does actors; the newest of each name are at hand."""
+class FakeCrew(Orders):
+    """Spawns fakes, as a client does actors; the newest of each name are at hand."""
 
     def __init__(self, answer: Callable[[str], str], threads: ThreadPoolExecutor) -> None:
+        super().__init__()
         self.answer = answer
         self.workers: dict[str, Any] = {}
         self.spawned: list[str] = []
@@ -273,7 +276,14 @@ class FakeCrew:
         ] = {}  # by name, for the next that is spawned
         self._threads = threads
 
-    def spawn(self, name: str) -> "LocalHandle":
+    async def spawn(self, name: str) -> "LocalHandle":
+        return self.make(name)
+
+    def make_all(self) -> dict[str, "LocalHandle"]:
+        """A new worker of each name."""
+        return {name: self.make(name) for name in worker_names(FAKE_CONFIG)}
+
+    def make(self, name: str) -> "LocalHandle":
         rank = FakeRank0(self) if name == "target 0" else FakeTarget()
         worker = FakeDraft(self) if name == "draft" else rank
         self.prepare_next.pop(name, lambda _: None)(worker)
@@ -351,7 +361,7 @@ async def fake_deployment(
         crew = FakeCrew(answer, threads)
         coordinator = Coordinator(config, crew, char_admission)
         try:
-            warnings = await coordinator.start()
+            warnings = await coordinator.start(crew.make_all())
             yield FakeDeployment(coordinator, crew, warnings)
         finally:
             for worker in crew.made:
