@@ -262,9 +262,9 @@ def test_where_there_is_no_other_coordinator_all_who_wait_read_why() -> None:
     with inbox_of(script) as inbox:
         stream = PieceStream(inbox, inbox.send([HELLO], whole=False)[0])
         script.deliveries.put(CoordinatorLostError("died"))
-        with pytest.raises(EngineError, match="^died; no other one$"):
+        with pytest.raises(EngineError, match=r"^died; no other one$"):
             next(stream)
-        with pytest.raises(EngineError, match="^died; no other one$"):
+        with pytest.raises(EngineError, match=r"^died; no other one$"):
             inbox.send([HELLO], whole=False)
 
 

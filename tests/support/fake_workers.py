@@ -7,12 +7,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.exceptions import ActorDiedError
 
-from outrider.cluster.actors import worker_names
+from outrider.cluster.actors import Standing, worker_names
 from outrider.cluster.admission import Admission
 from outrider.cluster.api import ServedModel
 from outrider.cluster.coordinator import Coordinator
@@ -102,7 +102,9 @@ class FakeTarget:
         self.was_killed = False
         self.calls: list[tuple[object, ...]] = []
         self.hangs = threading.Event()
+        self.where = Standing(-1)
         self._stop = threading.Event()
+        self._runs = threading.Lock()
         self._error: BaseException | None = None
 
     def abort(self) -> None:
@@ -119,16 +121,30 @@ class FakeTarget:
 
     def connect(self, host: str, port: int, epoch: int) -> None:
         self.calls.append(("connect", epoch))
+        self.where = Standing(epoch, host, port)
 
     def relink(self, epoch: int) -> None:
         self.calls.append(("relink", epoch))
+        self.where = replace(self.where, epoch=epoch)
+
+    def standing(self) -> Standing:
+        return self.where
 
     def run(self) -> None:
-        self._stop.clear()
-        self._error = None
+        with self._runs:
+            self._stop.clear()
+            self._error = None
+            self.serve()
+            if self._error is not None:
+                raise self._error
+
+    def rest(self) -> None:
+        with self._runs:
+            if self._error is not None:
+                raise self._error
+
+    def serve(self) -> None:
         self._stop.wait()
-        if self._error is not None:
-            raise self._error
 
     def progress(self) -> list[Any]:
         while self.hangs.is_set() and not self.was_killed:
@@ -166,6 +182,9 @@ class FakeRank0(FakeTarget):
     def __init__(self, crew: "FakeCrew") -> None:
         super().__init__()
         self.inner = FakeDraft(crew)
+
+    def standing(self) -> Standing:
+        return replace(self.where, stand_in_epoch=self.inner.where.epoch)
 
     def stand_in(self, method: str, *arguments: object) -> Any:
         return getattr(self.inner, method)(*arguments)
@@ -224,9 +243,7 @@ class FakeDraft(FakeTarget):
         except queue.Empty:
             return []
 
-    def run(self) -> None:
-        self._stop.clear()
-        self._error = None
+    def serve(self) -> None:
         while not self._stop.wait(ROUND_S):
             for request in () if self.silent.is_set() else list(self.submitted):
                 if request.id in self._left:
@@ -238,8 +255,6 @@ class FakeDraft(FakeTarget):
                 target.die_of(LinkLostError("link: closed by the other end"))
             else:  # they pause
                 target.stop()
-        if self._error is not None:
-            raise self._error
 
     def _round(self, request: Request) -> TokenEvent:
         room = request.sampling.max_tokens - self._emitted[request.id]
@@ -282,6 +297,10 @@ class FakeCrew(Orders):
     def make_all(self) -> dict[str, "LocalHandle"]:
         """A new worker of each name."""
         return {name: self.make(name) for name in worker_names(FAKE_CONFIG)}
+
+    def handles(self) -> dict[str, "LocalHandle"]:
+        """Of the newest workers."""
+        return {name: LocalHandle(worker, self._threads) for name, worker in self.workers.items()}
 
     def make(self, name: str) -> "LocalHandle":
         rank = FakeRank0(self) if name == "target 0" else FakeTarget()
@@ -368,6 +387,16 @@ async def fake_deployment(
                 worker.was_killed = True
                 worker.stop()
             await coordinator.stop()
+
+
+async def another_coordinator(fake: FakeDeployment, config: Config) -> FakeDeployment:
+    """In place of one that is lost, which takes nothing with it."""
+    for task in list(fake.coordinator._tasks):
+        task.cancel()
+    await asyncio.sleep(0)
+    coordinator = Coordinator(config, fake.crew, char_admission)
+    await coordinator.take_over(fake.crew.handles(), "measured", "the Coordinator died")  # type: ignore[arg-type]
+    return FakeDeployment(coordinator, fake.crew, [])
 
 
 def endless(prompt: str) -> str:
