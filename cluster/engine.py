@@ -177,7 +177,8 @@ class Engine:
             try:
                 self._succession.close()
             finally:
-                remove_placement_group(self._group)
+                if not self._succession.complaint():  # nobody would hear it, nor answer
+                    remove_placement_group(self._group)
                 self._session.close(failed)
 
     def _open_inbox(self) -> Inbox:

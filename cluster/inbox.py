@@ -36,6 +36,9 @@ Call = Callable[..., Any]
 class Household(Protocol):
     """What the client's process does for the Coordinator."""
 
+    def complaint(self) -> str:
+        """Why nothing can come any longer, whatever the Coordinator says; empty where all is well."""
+
     def successor(self, reason: str, answered: bool) -> Call:
         """Calls another Coordinator from now on, in place of one that was lost for this reason and had answered
         something, or nothing. Raises EngineError where there is none."""
@@ -171,6 +174,9 @@ class Inbox:
 
     def _fetch(self) -> None:
         while not self._closed:
+            if complaint := self._household.complaint():
+                self._break(complaint)
+                return
             try:
                 delivery: Delivery = self._call("take", _TAKE_S)
                 if delivery.wanted:

@@ -1,6 +1,7 @@
 """The Coordinators of a deployment, one after the other: where one is lost, the next takes its place."""
 
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,6 +19,7 @@ from outrider.cluster.client.ray_address import COORDINATOR_PREFIX
 from outrider.cluster.coordinator import Coordinator
 from outrider.cluster.orders import Orders
 from outrider.cluster.placement import COORDINATOR_BUNDLE
+from outrider.cluster.ray_watch import watch_ray
 from outrider.cluster.restarts import Restarts
 from outrider.configs.schema import Config
 
@@ -45,6 +47,7 @@ class Succession:
         self._starting = threading.Lock()
         self._closed = threading.Event()
         self._server_url = ""
+        self._watch = watch_ray()
         self.calls = self._create()
 
     @property
@@ -79,6 +82,8 @@ class Succession:
             if answered:
                 self._restarts.note_tokens()
             while True:
+                if complaint := self.complaint():
+                    raise EngineError(complaint)
                 if not self._restarts.is_allowed:
                     raise EngineError(self._restarts.last_words(reason))
                 with suppress(RayError):  # one that is silent may come back
@@ -86,10 +91,18 @@ class Succession:
                 self._closed.wait(self._restarts.begin())
                 if self._closed.is_set():
                     raise EngineError(CLOSED)
+                begun_s = time.monotonic()
                 try:
                     return self._follow(reason)
                 except (EngineError, ValueError) as error:
+                    if time.monotonic() - begun_s >= self._config.cluster.start_timeout_s:
+                        # It has no place, or nothing starts any longer: further ones would wait as long.
+                        raise EngineError(f"{reason}; nor could another one start: {error}") from error
                     reason = str(error)
+
+    def complaint(self) -> str:
+        """What is wrong with Ray itself; empty where nothing is."""
+        return self._watch.complaint()
 
     def announce(self, url: str) -> None:
         """A server stands at `url`; every Coordinator will know it."""
@@ -116,6 +129,8 @@ class Succession:
         while not ray.wait([started], timeout=_POLL_S)[0]:
             if self._closed.is_set():
                 raise EngineError(CLOSED)
+            if complaint := self.complaint():
+                raise EngineError(complaint)
             progress(self.calls("progress", timeout_s=limit_s))
         return result_of_call(started)
 

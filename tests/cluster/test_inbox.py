@@ -38,6 +38,7 @@ class Script:
 
     def __init__(self) -> None:
         self.next: list[Script] = []
+        self.wrong = ""
         self.losses: list[tuple[str, bool]] = []
         self.given: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.deliveries: queue.SimpleQueue[Delivery | EngineError] = queue.SimpleQueue()
@@ -60,6 +61,9 @@ class Script:
         if isinstance(delivery, EngineError):
             raise delivery
         return delivery
+
+    def complaint(self) -> str:
+        return self.wrong
 
     def successor(self, reason: str, answered: bool) -> Call:
         self.losses.append((reason, answered))
@@ -266,6 +270,16 @@ def test_where_there_is_no_other_coordinator_all_who_wait_read_why() -> None:
             next(stream)
         with pytest.raises(EngineError, match=r"^died; no other one$"):
             inbox.send([HELLO], whole=False)
+
+
+def test_what_is_wrong_with_ray_itself_ends_every_wait() -> None:
+    script = Script()
+    with inbox_of(script) as inbox:
+        stream = PieceStream(inbox, inbox.send([HELLO], whole=False)[0])
+        script.wrong = "Ray's head has ended"
+        script.say()
+        with pytest.raises(EngineError, match="Ray's head has ended"):
+            next(stream)
 
 
 def test_workers_that_are_wanted_are_created_and_given() -> None:

@@ -50,6 +50,9 @@ class PostedEngine:
     def close(self) -> None:
         """`posted_engine` ends it."""
 
+    def complaint(self) -> str:
+        return ""
+
     def successor(self, reason: str, answered: bool) -> Call:
         raise AssertionError(reason)
 
