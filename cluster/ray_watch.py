@@ -45,8 +45,10 @@ class RayWatch:
                 return (
                     f"Ray's {name}, which was started for this, has ended; its logs in /tmp/ray may say why"
                 )
+        if not self._head:
+            return ""
         now_s = time.monotonic()
-        if self._head and now_s - self._asked_s > _PROBE_S:
+        if now_s - self._asked_s > _PROBE_S:
             self._asked_s = now_s
             host, _, port = self._head.rpartition(":")
             with contextlib.suppress(OSError):

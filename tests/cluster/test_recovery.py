@@ -1,88 +1,32 @@
 """What is lost when workers are: nothing. The Coordinator on fake workers, which die, hang and fail at will."""
 
 import asyncio
-import pickle
 import random
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from outrider.cluster import health, restarts
-from outrider.cluster.actors import Standing
-from outrider.cluster.api import EngineError, GenerationRequest, Piece, Ticket
-from outrider.cluster.coordinator import Coordinator
-from outrider.cluster.journal import Journal
+from outrider.cluster.api import EngineError, GenerationRequest, Piece
 from outrider.cluster.restarts import Restarts
-from outrider.configs.schema import ClusterConfig, Config
-from outrider.workers.answer import Completion
-from outrider.workers.sequences.origin import Origin
+from outrider.configs.schema import ClusterConfig
 from support import fake_workers
-from support.fake_workers import (
-    FAKE_CONFIG,
-    FakeDeployment,
-    FakeTarget,
-    another_coordinator,
-    fake_deployment,
+from support.fake_workers import FAKE_CONFIG, FakeDeployment, FakeTarget
+from support.stories import (
+    ALL,
+    STORY,
+    die,
+    fail,
+    hang,
+    some_pieces,
+    text_of,
+    ticket,
+    with_deployment,
 )
 from support.waiting import until
-
-STORY = "a story of which every letter counts, " * 3
-ASKED = GenerationRequest("x", {"max_tokens": 100, "logprobs": True})
-ALL = ["draft", "target 0", "target 1"]
-
-
-def story(prompt: str) -> str:
-    return STORY
-
-
-def ticket(name: str, asked: GenerationRequest = ASKED, whole: bool = False) -> Ticket:
-    return Ticket(name, pickle.dumps(asked), whole)
-
-
-async def text_of(coordinator: Coordinator, pieces: list[Piece], number: int = 1) -> dict[str, Any]:
-    """Takes answers until so many have ended; pieces are collected, by name all of an answer is returned."""
-    ended: dict[str, Any] = {}
-    while len(ended) < number:
-        for name, answer in (await coordinator.take(1.0)).answers:
-            if isinstance(answer, Piece):
-                pieces.append(answer)
-            if isinstance(answer, Completion) or (isinstance(answer, Piece) and answer.finish_reason):
-                ended[name] = answer
-    return ended
-
-
-def with_deployment(
-    scenario: Callable[[FakeDeployment], Awaitable[None]], config: Config = FAKE_CONFIG
-) -> None:
-    async def run() -> None:
-        async with asyncio.timeout(30.0), fake_deployment(story, config) as fake:
-            await scenario(fake)
-
-    asyncio.run(run())
-
-
-async def some_pieces(coordinator: Coordinator) -> list[Piece]:
-    """The first ones of a request named `a`, which goes on."""
-    await coordinator.submit([ticket("a")])
-    pieces: list[Piece] = []
-    while len(pieces) < 3:
-        pieces += [piece for _, piece in (await coordinator.take(1.0)).answers if isinstance(piece, Piece)]
-    return pieces
-
-
-def die(worker: Any) -> None:
-    worker.kill()
-
-
-def fail(worker: Any) -> None:
-    worker.die("out of memory")
-
-
-def hang(worker: Any) -> None:
-    worker.hangs.set()
 
 
 @pytest.mark.parametrize("harm", [die, fail, hang])
@@ -315,75 +259,6 @@ def test_sixteen_texts_are_right_whoever_is_harmed_and_when(
         assert set(texts.values()) == {STORY[:100]}
 
     with_deployment(scenario, replace(FAKE_CONFIG, cluster=cluster))
-
-
-def between_two(worker: Any) -> None:
-    """In the middle of joining."""
-    worker.where = Standing(-1)
-
-
-def stands_in(worker: Any) -> None:
-    worker.inner.where = worker.where
-
-
-@pytest.mark.parametrize(
-    ("name", "harm", "spawned", "met_again"),
-    [
-        ("draft", None, [], ("relink", 1)),
-        ("draft", die, ["draft"], ("relink", 1)),
-        ("draft", between_two, ["draft"], ("relink", 1)),
-        ("target 1", die, ["target 1"], ("connect", 1)),
-        ("target 1", hang, ["target 1"], ("connect", 1)),
-        ("target 0", stands_in, ["draft", "target 0"], ("connect", 1)),
-    ],
-)
-def test_another_coordinator_goes_on_with_the_workers_that_stand(
-    name: str, harm: Callable[[Any], None] | None, spawned: list[str], met_again: tuple[str, int]
-) -> None:
-    config = replace(FAKE_CONFIG, cluster=ClusterConfig(heartbeat_timeout_s=0.5))
-
-    async def scenario(fake: FakeDeployment) -> None:
-        journal = Journal()
-        stopped = ticket("stopped", GenerationRequest("x", {"max_tokens": 100, "stop": ["story"]}))
-        journal.enter([ticket("a"), ticket("b", whole=True), stopped], coordinator=0)
-        said = Piece(tokens=tuple(map(ord, "a story")), origins=(Origin.TARGET,) * 7)
-        journal.note("stopped", said)  # all but its last piece
-        pieces = await some_pieces(fake.coordinator)
-        for piece in pieces:
-            journal.note("a", piece)
-        if harm is not None:
-            harm(fake.crew.workers[name])
-        other = await another_coordinator(fake, config)
-        assert (await other.coordinator.take(0.0)).restarting in ("", "the Coordinator died")
-        left = journal.left_by_others(1)
-        assert [ticket.request_id for ticket in left] == ["a", "b", "stopped"]
-        await other.coordinator.submit(left)
-        ended = await text_of(other.coordinator, pieces, 3)
-        assert "".join(piece.text for piece in pieces) == STORY[:100]
-        assert sum(len(piece.tokens) for piece in pieces) == 100
-        assert (ended["a"].finish_reason, ended["a"].stats.num_rounds) == ("length", 34)
-        assert ended["b"].text == STORY[:100]
-        assert (ended["stopped"].finish_reason, ended["stopped"].text) == ("stop", "")
-        assert sorted(fake.crew.spawned[3:]) == spawned
-        for survivor in set(ALL) - {"draft", *spawned}:
-            worker = fake.crew.workers[survivor]
-            assert met_again in worker.calls
-            assert worker.calls.count(("load",)) == 1
-        assert journal.left_by_others(1) == []
-
-    with_deployment(scenario, config)
-
-
-def test_where_nobody_had_joined_another_coordinator_starts_all() -> None:
-    async def scenario(fake: FakeDeployment) -> None:
-        for name in ALL:
-            between_two(fake.crew.workers[name])
-        other = await another_coordinator(fake, FAKE_CONFIG)
-        await other.coordinator.submit([ticket("a")])
-        await text_of(other.coordinator, [])
-        assert sorted(fake.crew.spawned[3:]) == ALL
-
-    with_deployment(scenario)
 
 
 def test_restarts_in_vain_are_counted_and_wait_longer_and_longer() -> None:

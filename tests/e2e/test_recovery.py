@@ -125,6 +125,24 @@ def test_of_a_program_that_is_killed_nothing_stays() -> None:
     assert not any(path.exists() for path in memory)
 
 
+def test_a_program_whose_ray_has_lost_its_head_ends_with_the_reason_and_leaves_nothing() -> None:
+    command = [sys.executable, "-m", "support.left_alone"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=TESTS, stdout=pipe, stderr=pipe, text=True) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        assert program.stdout.readline() == "streams\n"
+        started = psutil.Process(program.pid).children(recursive=True)
+        (head,) = [process for process in started if "gcs_server" in process.name()]
+        head.kill()
+        last = program.stderr.read().splitlines()[-1]
+    assert program.returncode == 1
+    assert last.endswith(
+        "EngineError: Ray's gcs_server, which was started for this, has ended; its logs in /tmp/ray may say why"
+    )
+    wait_until(lambda: not any(is_alive(process) for process in started), LONG_S)
+
+
 @pytest.mark.slow
 def test_a_soak_of_kills_spoils_no_answer(ray_with_room: None) -> None:
     with Engine.start(load_config("tiny-random", [*TWO_RANKS, "cluster.max_restarts=100"])) as engine:

@@ -389,16 +389,6 @@ async def fake_deployment(
             await coordinator.stop()
 
 
-async def another_coordinator(fake: FakeDeployment, config: Config) -> FakeDeployment:
-    """In place of one that is lost, which takes nothing with it."""
-    for task in list(fake.coordinator._tasks):
-        task.cancel()
-    await asyncio.sleep(0)
-    coordinator = Coordinator(config, fake.crew, char_admission)
-    await coordinator.take_over(fake.crew.handles(), "measured", "the Coordinator died")  # type: ignore[arg-type]
-    return FakeDeployment(coordinator, fake.crew, [])
-
-
 def endless(prompt: str) -> str:
     """An answer that does not end within a test."""
     return "and so on " * 100_000
