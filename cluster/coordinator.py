@@ -80,7 +80,7 @@ class Coordinator:
         return self._warnings
 
     async def take_over(self, workers: Mapping[str, Any], measured: "Profiles", reason: str) -> None:
-        """Lets the workers of another Coordinator go on, which was lost for this reason. Afterwards requests are taken.
+        """Lets the workers of another Coordinator, which was lost for this reason, go on. Then requests are taken.
 
         measured: what that one said. Raises ValueError and EngineError as `start`.
         """

@@ -60,8 +60,8 @@ class Crew:
         own_stages: Callable[[], list[Progress]],
         workers: Mapping[str, Any],
     ) -> None:
-        """own_stages: of the process that this belongs to. workers: by name, new ones for `bring_up`, those of another
-        Coordinator for `take_over`."""
+        """own_stages: of the process that this belongs to.
+        workers: by name, new ones for `bring_up`, another Coordinator's for `take_over`."""
         self._config = config
         self._spawner = spawner
         self._own_stages = own_stages

@@ -82,6 +82,19 @@ def test_another_coordinator_goes_on_with_the_workers_that_stand(
     with_deployment(scenario, config)
 
 
+def test_on_gpus_a_whole_group_stays_with_another_coordinator() -> None:
+    config = replace(FAKE_CONFIG, cluster=ClusterConfig(num_gpus_per_target=1.0, num_gpus_per_draft=1.0))
+
+    async def scenario(fake: FakeDeployment) -> None:
+        other = await another_coordinator(fake, config)
+        await other.coordinator.submit([ticket("a")])
+        await text_of(other.coordinator, [])
+        assert fake.crew.spawned == ALL
+        assert all(("relink", 1) in target.calls for target in fake.targets)
+
+    with_deployment(scenario, config)
+
+
 def test_where_nobody_had_joined_another_coordinator_starts_all() -> None:
     async def scenario(fake: FakeDeployment) -> None:
         for name in ALL:
