@@ -47,7 +47,7 @@ class _Loop:
 
     def join(self, joining: Callable[[], None], standing: Standing) -> None:
         """Calls `joining`, which brings the worker there."""
-        self.standing = Standing(-1)
+        self.standing = replace(standing, epoch=-1)
         joining()
         self.standing = standing
 

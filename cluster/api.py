@@ -171,3 +171,4 @@ class Delivery:
     failure: str  # why the deployment is unusable; empty while it works
     restarting: str = ""  # why nothing comes for now: workers that were lost are started again
     wanted: tuple[str, ...] = ()  # names of workers that the client shall create
+    num_restarts: int = 0  # so far, of workers and of Coordinators

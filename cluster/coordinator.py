@@ -79,11 +79,15 @@ class Coordinator:
         self._spawn_task(crew.prepare_stand_in())
         return self._warnings
 
-    async def take_over(self, workers: Mapping[str, Any], measured: "Profiles", reason: str) -> None:
+    async def take_over(
+        self, workers: Mapping[str, Any], measured: "Profiles", reason: str, num_restarts: int
+    ) -> None:
         """Lets the workers of another Coordinator, which was lost for this reason, go on. Then requests are taken.
 
-        measured: what that one said. Raises ValueError and EngineError as `start`.
+        measured: what that one said. num_restarts: so far, this one included. Raises ValueError and EngineError as
+        `start`.
         """
+        self._restarts.num = num_restarts
         self._crew = crew = Crew(self._config, self._orders, self._board.read, workers)
         self._may_send = False
         self._set_restarting(reason)
@@ -114,7 +118,8 @@ class Coordinator:
     async def take(self, timeout_s: float) -> Delivery:
         """Answers to all requests since the last call; waits up to `timeout_s` for the first."""
         answers = await self._mailbox.take(timeout_s)
-        return Delivery(answers, self._failure, self._restarting, self._orders.wanted())
+        wanted, num_restarts = self._orders.wanted(), self._restarts.num
+        return Delivery(answers, self._failure, self._restarting, wanted, num_restarts)
 
     async def cancel(self, request_ids: Sequence[str]) -> None:
         """Ends requests early: their last answers say "cancelled". Unknown ids are ignored."""

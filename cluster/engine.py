@@ -154,7 +154,6 @@ class Engine:
     def stats(self) -> dict[str, dict[str, Any]]:
         """Counters of every process, by name ("draft", "target 0", ..., "coordinator")."""
         stats: dict[str, dict[str, Any]] = self._succession.calls("stats", timeout_s=_STATS_S)
-        stats["coordinator"]["num_restarts"] += self._succession.num_restarts
         return stats
 
     def trace(self) -> dict[str, list[dict[str, Any]]]:

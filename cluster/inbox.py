@@ -39,9 +39,12 @@ class Household(Protocol):
     def complaint(self) -> str:
         """Why nothing can come any longer, whatever the Coordinator says; empty where all is well."""
 
-    def successor(self, reason: str, answered: bool) -> Call:
-        """Calls another Coordinator from now on, in place of one that was lost for this reason and had answered
-        something, or nothing. Raises EngineError where there is none."""
+    def successor(self, reason: str, answered: bool, num_restarts: int) -> Call:
+        """Calls another Coordinator from now on, in place of one that was lost for this reason.
+
+        answered: whether a token came from that one. num_restarts: of workers and Coordinators before. Raises
+        EngineError where there is none.
+        """
 
     def provide(self, names: Sequence[str]) -> Mapping[str, Any]:
         """Creates workers of these names."""
@@ -72,6 +75,7 @@ class Inbox:
         self._call, self._number = call, 0  # of the Coordinator; under the lock, both together
         self._household = household
         self._answered = False
+        self._num_restarts = 0
         self._boxes: dict[str, Box] = {}
         # Tickets to send and ids to cancel, in order. All that a finalizer may touch: putting never blocks.
         self._outgoing: SimpleQueue[Ticket | str | _Resume | None] = SimpleQueue()
@@ -191,6 +195,7 @@ class Inbox:
                     str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
                 )
                 return
+            self._num_restarts = delivery.num_restarts
             self.failure = self.failure or delivery.failure
             self._note_restarting(delivery.restarting)
             for request_id, answer in delivery.answers:
@@ -209,16 +214,15 @@ class Inbox:
         """Another Coordinator goes on, or this is the end."""
         self._note_restarting(reason)
         try:
-            call = self._household.successor(reason, self._answered)
+            call = self._household.successor(reason, self._answered, self._num_restarts)
         except Exception as error:
             # Whatever keeps it from coming, those who wait get to know.
             self._break(str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}")
             return False
         with self._lock:
             self._call, self._number = call, self._number + 1
-        self._answered = False
+        self._answered, self._num_restarts = False, self._num_restarts + 1
         self._outgoing.put(_Resume())
-        self._note_restarting("")
         return True
 
     def _note_restarting(self, restarting: str) -> None:

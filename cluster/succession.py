@@ -50,11 +50,6 @@ class Succession:
         self._watch = watch_ray()
         self.calls = self._create()
 
-    @property
-    def num_restarts(self) -> int:
-        """How many Coordinators came after the first."""
-        return self._restarts.num
-
     def start(self, progress: Callable[[Sequence[Progress]], None]) -> list[str]:
         """Brings the deployment up; returns what the user should be told about it. Raises EngineError and
         ValueError."""
@@ -72,10 +67,11 @@ class Succession:
             self._workers |= created
             return created
 
-    def successor(self, reason: str, answered: bool) -> Calls:
+    def successor(self, reason: str, answered: bool, num_restarts: int) -> Calls:
         """Calls of another Coordinator, in place of the one that was lost for this reason.
 
-        answered: whether a token came from that one. Raises EngineError where there may be no other one.
+        answered: whether a token came from that one. num_restarts: of workers and Coordinators before. Raises
+        EngineError where there may be no other one.
         """
         with self._starting:
             self._restarts.lost()
@@ -93,7 +89,7 @@ class Succession:
                     raise EngineError(CLOSED)
                 begun_s = time.monotonic()
                 try:
-                    return self._follow(reason)
+                    return self._follow(reason, num_restarts + 1)
                 except (EngineError, ValueError) as error:
                     if time.monotonic() - begun_s >= self._config.cluster.start_timeout_s:
                         # It has no place, or nothing starts any longer: further ones would wait as long.
@@ -134,9 +130,10 @@ class Succession:
             progress(self.calls("progress", timeout_s=limit_s))
         return result_of_call(started)
 
-    def _follow(self, reason: str) -> Calls:
+    def _follow(self, reason: str, num_restarts: int) -> Calls:
         self.calls = self._create()
-        self._wait(self.calls.begin("take_over", self._workers, self._measured, reason), lambda stages: None)
+        taking_over = self.calls.begin("take_over", self._workers, self._measured, reason, num_restarts)
+        self._wait(taking_over, lambda stages: None)
         if self._server_url:
             self.calls("announce", self._server_url)
         self._restarts.stands()

@@ -39,7 +39,7 @@ class Script:
     def __init__(self) -> None:
         self.next: list[Script] = []
         self.wrong = ""
-        self.losses: list[tuple[str, bool]] = []
+        self.losses: list[tuple[str, bool, int]] = []
         self.given: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.deliveries: queue.SimpleQueue[Delivery | EngineError] = queue.SimpleQueue()
         self.submitted: list[Ticket] = []
@@ -65,8 +65,8 @@ class Script:
     def complaint(self) -> str:
         return self.wrong
 
-    def successor(self, reason: str, answered: bool) -> Call:
-        self.losses.append((reason, answered))
+    def successor(self, reason: str, answered: bool, num_restarts: int) -> Call:
+        self.losses.append((reason, answered, num_restarts))
         if not self.next:
             raise EngineError(f"{reason}; no other one")
         return self.next.pop(0)
@@ -223,13 +223,14 @@ def test_another_coordinator_gets_what_is_left_with_what_was_delivered_and_nobod
         assert [next(streams[cut]).tokens, next(streams[cut]).tokens] == [(97,), (98,)]
         streams[cancelled_id].close()
         assert cancelled(script, 1) == {cancelled_id}
+        script.deliveries.put(Delivery((), "", num_restarts=2))
         script.deliveries.put(CoordinatorLostError("died"))
         wait_until(lambda: len(other.submitted) == 2)
         assert [ticket.request_id for ticket in other.submitted] == [cut, whole]
         assert all(ticket.again for ticket in other.submitted)
         said = Delivered((97, 98), (Origin.TARGET,) * 2, account)
         assert [ticket.delivered for ticket in other.submitted] == [said, Delivered()]
-        assert script.losses == [("died", True)]
+        assert script.losses == [("died", True, 2)]
         (late,) = inbox.send([HELLO], whole=False)
         assert (other.submitted[-1].request_id, other.submitted[-1].again) == (late, False)
         other.say((cut, piece("c", "stop")), (whole, failed("x")))
@@ -254,7 +255,7 @@ def test_a_request_that_comes_while_there_is_no_coordinator_waits_for_the_next()
     inbox = Inbox(call, script)
     stream = PieceStream(inbox, inbox.send([HELLO], whole=False)[0])
     wait_until(lambda: len(other.submitted) == 1)
-    assert script.losses == [("died", False)]
+    assert script.losses == [("died", False, 0)]
     other.say((other.submitted[0].request_id, piece("x", "stop")))
     assert [p.tokens for p in stream] == [(120,)]
     inbox.close("over")

@@ -78,6 +78,7 @@ def test_another_coordinator_goes_on_with_the_workers_that_stand(
             assert met_again in worker.calls
             assert worker.calls.count(("load",)) == 1
         assert journal.left_by_others(1) == []
+        assert (await other.coordinator.take(0.0)).num_restarts == 1
 
     with_deployment(scenario, config)
 

@@ -128,6 +128,7 @@ class FakeTarget:
         self.where = replace(self.where, epoch=epoch)
 
     def standing(self) -> Standing:
+        self.progress()  # which hangs where it does
         return self.where
 
     def run(self) -> None:

@@ -53,7 +53,7 @@ class PostedEngine:
     def complaint(self) -> str:
         return ""
 
-    def successor(self, reason: str, answered: bool) -> Call:
+    def successor(self, reason: str, answered: bool, num_restarts: int) -> Call:
         raise AssertionError(reason)
 
     def provide(self, names: Sequence[str]) -> dict[str, Any]:

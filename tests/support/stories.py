@@ -73,5 +73,5 @@ async def another_coordinator(fake: FakeDeployment, config: Config) -> FakeDeplo
         task.cancel()
     await asyncio.sleep(0)
     coordinator = Coordinator(config, fake.crew, char_admission)
-    await coordinator.take_over(fake.crew.handles(), "measured", "the Coordinator died")  # type: ignore[arg-type]
+    await coordinator.take_over(fake.crew.handles(), "measured", "the Coordinator died", 1)  # type: ignore[arg-type]
     return FakeDeployment(coordinator, fake.crew, [])
