@@ -30,12 +30,14 @@ class Daemon(Protocol):
 class RayWatch:
     """Looks at the processes of a Ray that was started here, and at the head of another one.
 
-    daemons: by name. head: host and port of the GCS; empty where nobody here has to do with it.
+    daemons: by name. head: host and port of the GCS; empty where nobody here has to do with it. node: id of the one
+    that this process is on; empty likewise.
     """
 
-    def __init__(self, daemons: Mapping[str, Daemon], head: str) -> None:
+    def __init__(self, daemons: Mapping[str, Daemon], head: str, node: str) -> None:
         self._daemons = daemons
         self._head = head
+        self._node = node
         self._asked_s = self._heard_s = time.monotonic()
 
     def complaint(self) -> str:
@@ -58,12 +60,21 @@ class RayWatch:
             return f"Ray's head at {self._head} did not answer for {_SILENT_S:g} s: it is gone"
         return ""
 
+    def complaint_after_loss(self) -> str:
+        """As `complaint`; asks the head, too, whether it takes this node for dead, which it never takes back."""
+        if complaint := self.complaint():
+            return complaint
+        if any(node["NodeID"] == self._node and not node["Alive"] for node in ray.nodes()):
+            return "Ray takes this machine for dead: its raylet was stopped, or kept from answering, for too long"
+        return ""
+
 
 def watch_ray() -> RayWatch:
     """Over the Ray that this process is connected to."""
     if ray_client.is_connected():  # by a server of Ray's, which watches itself
-        return RayWatch({}, "")
+        return RayWatch({}, "", "")
     node: Any = ray_worker._global_node
     started = {} if node is None else node.all_processes
     daemons = {name: started[name][0].process for name in _VITAL if started.get(name)}
-    return RayWatch(daemons, "" if daemons else ray.get_runtime_context().gcs_address)
+    context = ray.get_runtime_context()
+    return RayWatch(daemons, "" if daemons else context.gcs_address, context.get_node_id())

@@ -78,7 +78,7 @@ class Succession:
             if answered:
                 self._restarts.note_tokens()
             while True:
-                if complaint := self.complaint():
+                if complaint := self._watch.complaint_after_loss():
                     raise EngineError(complaint)
                 if not self._restarts.is_allowed:
                     raise EngineError(self._restarts.last_words(reason))
