@@ -98,7 +98,7 @@ class Crew:
     async def take_over(self, measured: "Profiles", reason: str) -> Break:
         """Another Coordinator had these workers, and was lost for this reason: what `rebuild` has to do.
 
-        Whoever is not where most are was lost, too, or in the middle of joining. Where a stand-in worked it goes with
+        Whoever is not where the latest joining was is lost, too, or was in the middle of it. Where a stand-in worked it goes with
         rank 0: nobody here knows how far it was.
         """
         self.measured = measured
