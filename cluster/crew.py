@@ -98,8 +98,8 @@ class Crew:
     async def take_over(self, measured: "Profiles", reason: str) -> Break:
         """Another Coordinator had these workers, and was lost for this reason: what `rebuild` has to do.
 
-        Whoever is not where the latest joining was is lost, too, or was in the middle of it. Where a stand-in worked it goes with
-        rank 0: nobody here knows how far it was.
+        Whoever is not where the latest joining was is lost, too, or was in the middle of it. Where a stand-in worked
+        it goes with rank 0: nobody here knows how far it was.
         """
         self.measured = measured
         standings = await self._standings()
