@@ -22,12 +22,11 @@ from outrider.cluster.coordinator import Coordinator
 from outrider.configs.schema import ClusterConfig
 from outrider.workers.answer import Completion
 from outrider.workers.sequences.origin import Origin
+from support.char_admission import EOS_TOKEN_IDS, char_admission
 from support.fake_workers import (
-    EOS_TOKEN_IDS,
     FAKE_CONFIG,
     FakeCrew,
     FakeTarget,
-    char_admission,
     endless,
     fake_deployment,
 )
@@ -94,11 +93,11 @@ def test_streams_text_tokens_and_origins_as_rounds_give_them() -> None:
             pieces = await pieces_of(fake.coordinator, GenerationRequest("hello"))
             assert [piece.text for piece in pieces] == ["HEL", "LO"]
             assert pieces[0].tokens == tuple(map(ord, "HEL"))
-            assert pieces[0].origins == (Origin.TARGET, Origin.DRAFT, Origin.DRAFT)
+            assert pieces[0].origins == (Origin.DRAFT, Origin.DRAFT, Origin.TARGET)
             assert [(s.text, s.origin) for s in pieces[0].segments] == [
-                ("H", Origin.TARGET),
+                ("H", Origin.DRAFT),
                 ("E", Origin.DRAFT),
-                ("L", Origin.DRAFT),
+                ("L", Origin.TARGET),
             ]
             assert [piece.finish_reason for piece in pieces] == ["", "stop"]
             assert pieces[-1].stats.num_rounds == 2

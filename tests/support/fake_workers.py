@@ -4,7 +4,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -13,18 +13,21 @@ from typing import Any
 from ray.exceptions import ActorDiedError
 
 from outrider.cluster.actors import Standing, worker_names
-from outrider.cluster.admission import Admission
-from outrider.cluster.api import ServedModel
 from outrider.cluster.coordinator import Coordinator
 from outrider.cluster.orders import Orders
-from outrider.cluster.text import Decoder
-from outrider.cluster.text_bound import TextBound
 from outrider.configs.schema import Config, SamplingConfig, TargetConfig, TreeConfig
 from outrider.workers.link.lost import LinkLostError
-from outrider.workers.sampling.grammars import Grammars
 from outrider.workers.sequences.origin import Origin
-from outrider.workers.sequences.sequence import Request, RequestStats, TokenEvent, TokenLogprobs
-from outrider.workers.weights.token_texts import TokenTexts
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import (
+    NO_TREE,
+    Request,
+    RequestStats,
+    RoundTree,
+    TokenEvent,
+    TokenLogprobs,
+)
+from support.char_admission import char_admission
 
 FAKE_CONFIG = Config(
     target=TargetConfig(model="random:fake", tp_size=2, max_context=200),
@@ -32,65 +35,6 @@ FAKE_CONFIG = Config(
     sampling=SamplingConfig(max_tokens=50),
 )
 ROUND_S = 0.002
-EOS_TOKEN_IDS = (0,)
-
-
-class CharTokenizer:
-    """A token is a character."""
-
-    chat_template = "fake, reads tools"
-    bos_token_id = None
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(char) for char in text]
-
-    def convert_ids_to_tokens(self, token: int) -> str:
-        return chr(token)
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        add_generation_prompt: bool,
-        tokenize: bool,
-        **arguments: object,
-    ) -> str:
-        assert add_generation_prompt
-        assert not tokenize
-        told = [f"[{name}={value}]" for name, value in arguments.items()]
-        return "".join([*told, *(f"<{message['role']}>{message['content']}" for message in messages)])
-
-
-class CharDecoder:
-    def add(self, token: int) -> str:
-        return chr(token)
-
-    def finish(self) -> str:
-        return ""
-
-
-class CharBound(TextBound):
-    def __init__(self) -> None: ...
-
-    def exceeds(self, text: str, max_tokens: int) -> bool:
-        return len(text) > 10 * max_tokens
-
-
-@dataclass(frozen=True)
-class CharAdmission(Admission):
-    def decoder(self) -> Decoder:
-        return CharDecoder()
-
-    def describe(self) -> ServedModel:
-        return ServedModel(self.max_context, tuple(bytes([code]) for code in range(self.vocab_size)))
-
-
-def char_admission(config: Config, report: Callable[[str, int, int], None]) -> CharAdmission:
-    """What `prepare_admission` gives, for texts of ASCII."""
-    report("download", 1, 1)
-    tokenizer: Any = CharTokenizer()
-    texts = TokenTexts(tuple(bytes([code]) for code in range(128)), EOS_TOKEN_IDS, EOS_TOKEN_IDS)
-    limit, grammars = config.target.max_context, Grammars(128, lambda: texts)
-    return CharAdmission(config, tokenizer, CharBound(), 128, limit, EOS_TOKEN_IDS, grammars)
 
 
 class FakeTarget:
@@ -196,7 +140,8 @@ class FakeRank0(FakeTarget):
 
 
 class FakeDraft(FakeTarget):
-    """Gives each request the text that `answer(prompt)` says, three tokens a round, the last two "drafted"."""
+    """Gives each request the text that `answer(prompt)` says, three tokens a round, the first two "drafted"; a
+    lossy rule kept the second. Their tree offered another token after the second."""
 
     def __init__(self, crew: "FakeCrew") -> None:
         super().__init__()
@@ -272,10 +217,25 @@ class FakeDraft(FakeTarget):
         if reason:
             del self._left[request.id]
         count = len(tokens)
-        logprobs = (TokenLogprobs(-0.5, ()),) * count if request.sampling.logprobs else ()
+        logprobs = tuple(_logprobs(token, request.sampling) for token in tokens)
         stats = RequestStats(num_rounds=-(-self._emitted[request.id] // 3))
-        origins = (Origin.TARGET, Origin.DRAFT, Origin.DRAFT)[:count]
-        return TokenEvent(request.id, tuple(tokens), origins, logprobs, reason, "", stats)
+        second = Origin.DRAFT if request.acceptance.rule == "exact" else Origin.KEPT
+        origins = (Origin.DRAFT, second, Origin.TARGET)[:count]
+        logprobs = logprobs if request.sampling.logprobs else ()
+        tree = _tree_of(tokens[:2]) if request.draft.tree else NO_TREE
+        return TokenEvent(request.id, tuple(tokens), origins, logprobs, reason, "", stats, tree)
+
+
+def _logprobs(token: int, sampling: SamplingParams) -> TokenLogprobs:
+    """Of a token that is likelier than its neighbours."""
+    likeliest = ((token, -0.5), (token - 1, -1.5), (token + 1, -2.5))
+    return TokenLogprobs(-0.5, likeliest[: sampling.top_logprobs])
+
+
+def _tree_of(accepted: Sequence[int]) -> RoundTree:
+    """Its root is a "."; one more node hangs below the accepted ones."""
+    nodes = range(len(accepted) + 1)
+    return RoundTree((ord("."), *accepted, ord("?")), (0, *nodes), tuple(nodes[1:]))
 
 
 class FakeCrew(Orders):

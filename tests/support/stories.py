@@ -9,7 +9,8 @@ from outrider.cluster.api import GenerationRequest, Piece, Ticket
 from outrider.cluster.coordinator import Coordinator
 from outrider.configs.schema import Config
 from outrider.workers.answer import Completion
-from support.fake_workers import FAKE_CONFIG, FakeDeployment, char_admission, fake_deployment
+from support.char_admission import char_admission
+from support.fake_workers import FAKE_CONFIG, FakeDeployment, fake_deployment
 
 STORY = "a story of which every letter counts, " * 3
 ASKED = GenerationRequest("x", {"max_tokens": 100, "logprobs": True})
