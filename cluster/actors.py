@@ -6,9 +6,10 @@ A worker's module, and torch with it, is imported in the worker's process only.
 
 import os
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -24,6 +25,44 @@ if TYPE_CHECKING:
 
 # Ray's `max_restarts` is 0 by default: a rank that it restarted on its own would have no group. See `crew.py`.
 _CONCURRENCY_GROUPS = {"loop": 1, "control": 4, "stand-in": 6}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a worker has joined the others, for a Coordinator that did not see it."""
+
+    epoch: int  # -1: nowhere, or only just
+    host: str = ""
+    port: int = 0  # of the store where all met
+    stand_in_epoch: int = -1  # of the stand-in in this process
+
+
+class _Loop:
+    """A worker's `run`, and how it has ended."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._error: BaseException | None = None
+        self.standing = Standing(-1)
+
+    def join(self, joining: Callable[[], None], standing: Standing) -> None:
+        """Calls `joining`, which brings the worker there."""
+        self.standing = replace(standing, epoch=-1)
+        joining()
+        self.standing = standing
+
+    def run(self) -> None:
+        self._error = None
+        try:
+            self._worker.run()
+        except BaseException as error:
+            self._error = error
+            raise
+
+    def rest(self) -> None:
+        """Raises what the last `run` raised."""
+        if self._error is not None:
+            raise self._error
 
 
 class ProgressBoard:
@@ -51,6 +90,7 @@ class TargetActor:
 
         self._config = config
         self._worker = TargetWorker(config, rank, _given_gpus())
+        self._loop = _Loop(self._worker)
         self._board = ProgressBoard(f"target {rank}")
 
     def load(self) -> None:
@@ -60,14 +100,27 @@ class TargetActor:
         return self._worker.open_store(ray.util.get_node_ip_address())
 
     def connect(self, host: str, port: int, epoch: int) -> None:
-        self._worker.connect(host, port, epoch)
+        self._loop.join(lambda: self._worker.connect(host, port, epoch), Standing(epoch, host, port))
 
     def relink(self, epoch: int) -> None:
-        self._worker.relink(epoch)
+        standing = replace(self._loop.standing, epoch=epoch)
+        self._loop.join(lambda: self._worker.relink(epoch), standing)
 
     @ray.method(concurrency_group="loop")
     def run(self) -> None:
-        self._worker.run()
+        self._loop.run()
+
+    @ray.method(concurrency_group="loop")
+    def rest(self) -> None:
+        """Ends with the `run` that another Coordinator began, and as that did."""
+        self._loop.rest()
+
+    @ray.method(concurrency_group="control")
+    def standing(self) -> Standing:
+        stand_in = self.__dict__.get("_stand_in")  # without making one
+        return replace(
+            self._loop.standing, stand_in_epoch=-1 if stand_in is None else stand_in.standing().epoch
+        )
 
     @ray.method(concurrency_group="control")
     def abort(self) -> None:
@@ -102,13 +155,14 @@ class DraftActor:
         from outrider.workers.draft import DraftWorker
 
         self._worker = DraftWorker(config, _given_gpus())
+        self._loop = _Loop(self._worker)
         self._board = ProgressBoard("draft")
 
     def load(self) -> None:
         self._worker.load(self._board.report)
 
     def connect(self, host: str, port: int, epoch: int) -> None:
-        self._worker.connect(host, port, epoch)
+        self._loop.join(lambda: self._worker.connect(host, port, epoch), Standing(epoch, host, port))
 
     def profile(self) -> "Profiles":
         return self._worker.profile(self._board.report)
@@ -121,7 +175,16 @@ class DraftActor:
 
     @ray.method(concurrency_group="loop")
     def run(self) -> None:
-        self._worker.run()
+        self._loop.run()
+
+    @ray.method(concurrency_group="loop")
+    def rest(self) -> None:
+        """Ends with the `run` that another Coordinator began, and as that did."""
+        self._loop.rest()
+
+    @ray.method(concurrency_group="control")
+    def standing(self) -> Standing:
+        return self._loop.standing
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
@@ -163,17 +226,8 @@ class StandInActor(DraftActor):
         from outrider.workers.stand_in import StandIn
 
         self._worker = StandIn(config)
+        self._loop = _Loop(self._worker)
         self._board = ProgressBoard("draft")
-
-
-class Spawner(Protocol):
-    """Creates and ends the workers of a deployment; in tests those are fakes with the same `.method.remote(...)`."""
-
-    def spawn(self, name: str) -> Any:
-        """A new process for a worker, one of `worker_names`; does not wait for it."""
-
-    def kill(self, worker: Any) -> None:
-        """Ends its process, whatever it does."""
 
 
 def worker_names(config: Config) -> list[str]:
@@ -189,6 +243,7 @@ class ActorSpawner:
     group: PlacementGroup
 
     def spawn(self, name: str) -> Any:
+        """A new process for a worker, one of `worker_names`; does not wait for it."""
         remote: Any = ray.remote  # its types do not know concurrency_groups
         config, cluster = self.config, self.config.cluster
         if name == "draft":
@@ -208,9 +263,6 @@ class ActorSpawner:
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, bundle),
             runtime_env={"env_vars": _thread_variables(config.target.num_threads)},
         ).remote(config, rank)
-
-    def kill(self, worker: Any) -> None:
-        ray.kill(worker)
 
 
 def _given_gpus() -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from outrider.workers.answer import PER_TOKEN, Completion, Output, output_fields
 from outrider.workers.sequences.origin import Origin
+from outrider.workers.sequences.sequence import RequestStats
 
 CallForm = Literal["none", "hermes", "llama3"]
 """How a model writes calls of tools, see `serving/parsing.py`."""
@@ -18,6 +19,10 @@ go through the model's chat template; or token ids."""
 
 class EngineError(RuntimeError):
     """The deployment as a whole is unusable: a worker died or could not start."""
+
+
+class CoordinatorLostError(EngineError):
+    """The Coordinator died or is silent."""
 
 
 class OverloadedError(ValueError):
@@ -139,12 +144,23 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
+class Delivered:
+    """What had come of an answer when its Coordinator was lost."""
+
+    tokens: tuple[int, ...] = ()
+    origins: tuple[Origin, ...] = ()  # per token
+    stats: RequestStats = field(default_factory=RequestStats)
+
+
+@dataclass(frozen=True)
 class Ticket:
     """A request on its way to the door: its turn is taken, its contents are not looked at yet."""
 
     request_id: str
     contents: bytes  # a pickled GenerationRequest
     whole: bool  # one Completion at the end, instead of Pieces as they come
+    again: bool = False  # a Coordinator that was lost had it: no limit at the door keeps it out
+    delivered: Delivered = field(default_factory=Delivered)  # by that one; the answer goes on from there
 
 
 @dataclass(frozen=True)
@@ -154,3 +170,5 @@ class Delivery:
     answers: tuple[tuple[str, Answer], ...]  # with request ids, in order
     failure: str  # why the deployment is unusable; empty while it works
     restarting: str = ""  # why nothing comes for now: workers that were lost are started again
+    wanted: tuple[str, ...] = ()  # names of workers that the client shall create
+    num_restarts: int = 0  # so far, of workers and of Coordinators

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from outrider.cluster.api import EngineError
+from outrider.cluster.api import CoordinatorLostError, EngineError
 
 CLOSED = "the engine was closed"
 FORKED = "an engine answers in the process that started it alone: this one was forked from it"
@@ -52,6 +52,14 @@ class Calls:
         """Whether this process was forked from the one that is connected: what it asks Ray is never answered."""
         return os.getpid() != self._process
 
+    def begin(self, method: str, *args: object) -> Any:
+        """A call without waiting for its result."""
+        return getattr(self._actor, method).remote(*args)
+
+    def kill(self) -> None:
+        """Ends the actor's process, whatever it does."""
+        ray.kill(self._actor)
+
     def close(self) -> None:
         """Ends calls under way with an error, and refuses further ones."""
         with self._changed:
@@ -64,7 +72,7 @@ class Calls:
             if self._closed:
                 raise EngineError(CLOSED)
             if time.monotonic() > limit_s:
-                raise EngineError(
+                raise CoordinatorLostError(
                     f"the Coordinator did not answer for {timeout_s:g} s: its process is stopped"
                 )
         return result_of_call(ref)
@@ -80,7 +88,7 @@ def result_of_call(ref: Any) -> Any:
             raise cause from None
         raise EngineError(f"the Coordinator failed: {type(cause).__name__}: {cause}") from error
     except RayActorError as error:
-        raise EngineError("the Coordinator died: its process is gone") from error
+        raise CoordinatorLostError("the Coordinator died: its process is gone") from error
     except RayError as error:
         reason = (str(error).splitlines() or ["no message"])[0]
         raise EngineError(f"the Coordinator cannot be reached: {type(error).__name__}: {reason}") from error

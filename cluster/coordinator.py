@@ -6,22 +6,26 @@ call of a client waits for a request: answers are fetched from a mailbox, by one
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayActorError, RayError
 
-from outrider.cluster.actors import ProgressBoard, Spawner
+from outrider.cluster.actors import ProgressBoard
 from outrider.cluster.admission import Admission, prepare_admission
 from outrider.cluster.api import Delivery, EngineError, Progress, Prompt, ServedModel, Ticket
-from outrider.cluster.crew import BACK, Crew
+from outrider.cluster.crew import Crew
 from outrider.cluster.door import Door
 from outrider.cluster.health import Break, WorkerLostError, answers_of, result_of
 from outrider.cluster.mailbox import Mailbox
+from outrider.cluster.orders import Orders
 from outrider.cluster.request_table import RequestTable
 from outrider.cluster.restarts import Restarts
 from outrider.configs.schema import Config
 from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.weights.progress import Progress as Report
+
+if TYPE_CHECKING:
+    from outrider.workers.rounds.budget import Profiles
 
 _EVENTS_TIMEOUT_S = 1.0  # how long one call waits for tokens
 _RESUMED_AT_ONCE = 64  # requests in one call
@@ -31,7 +35,7 @@ class Coordinator:
     """Starts the workers, admits requests, hands out what they give; starts lost workers again, and lets every
     request go on from what was handed out.
 
-    spawner: creates the workers.
+    orders: for new workers.
     prepare: fetches the models and gives what is needed at the door.
     Methods raise ValueError for what the user can change, EngineError when a worker is gone.
     """
@@ -39,14 +43,15 @@ class Coordinator:
     def __init__(
         self,
         config: Config,
-        spawner: Spawner,
+        orders: Orders,
         prepare: Callable[[Config, Report], Admission] = prepare_admission,
     ) -> None:
         self._config = config
-        self._spawner = spawner
+        self._orders = orders
         self._prepare = prepare
         self._board = ProgressBoard("coordinator")
         self._mailbox = Mailbox()
+        orders.attach(self._mailbox.wake)
         self._table = RequestTable(self._mailbox.put, self._cancel_later)
         self._restarts = Restarts(config.cluster.max_restarts, config.cluster.restart_window_s)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -59,20 +64,45 @@ class Coordinator:
         self._server_url = ""
         self._stopping = False
 
-    async def start(self) -> list[str]:
-        """Brings up the workers, connects and times them. Afterwards requests are taken.
+    async def start(self, workers: Mapping[str, Any]) -> list[str]:
+        """Brings up the workers, new ones by name, connects and times them. Afterwards requests are taken.
 
         Returns what the user should be told about the deployment.
 
         Raises EngineError, too, when nothing moves for `cluster.start_timeout_s`.
         """
-        self._crew = crew = Crew(self._config, self._spawner, self._board.read)
+        self._crew = crew = Crew(self._config, self._orders, self._board.read, workers)
         await crew.watch.through(self._bring_up(crew))
         self._spawn_task(self._door.serve())
         self._pumping = self._spawn_task(self._pump(crew))
         self._spawn_task(self._keep_up(crew))
         self._spawn_task(crew.prepare_stand_in())
         return self._warnings
+
+    async def take_over(
+        self, workers: Mapping[str, Any], measured: "Profiles", reason: str, num_restarts: int
+    ) -> None:
+        """Lets the workers of another Coordinator, which was lost for this reason, go on. Then requests are taken.
+
+        measured: what that one said. num_restarts: so far, this one included. Raises ValueError and EngineError as
+        `start`.
+        """
+        self._restarts.num = num_restarts
+        self._crew = crew = Crew(self._config, self._orders, self._board.read, workers)
+        self._may_send = False
+        self._set_restarting(reason)
+        broken = await crew.take_over(measured, reason)
+        self._spawn_task(self._go_on(crew, broken))
+        self._open_door(await self._prepared())
+        self._spawn_task(self._door.serve())
+
+    async def measured(self) -> "Profiles":
+        """What rounds cost here, for another Coordinator."""
+        return self._standing.measured
+
+    async def give(self, workers: Mapping[str, Any]) -> None:
+        """Workers that the client has created, as `take` said."""
+        self._orders.give(workers)
 
     async def progress(self) -> list[Progress]:
         """The stages of the start so far, of all processes."""
@@ -88,7 +118,8 @@ class Coordinator:
     async def take(self, timeout_s: float) -> Delivery:
         """Answers to all requests since the last call; waits up to `timeout_s` for the first."""
         answers = await self._mailbox.take(timeout_s)
-        return Delivery(answers, self._failure, self._restarting)
+        wanted, num_restarts = self._orders.wanted(), self._restarts.num
+        return Delivery(answers, self._failure, self._restarting, wanted, num_restarts)
 
     async def cancel(self, request_ids: Sequence[str]) -> None:
         """Ends requests early: their last answers say "cancelled". Unknown ids are ignored."""
@@ -141,11 +172,17 @@ class Coordinator:
 
     async def _bring_up(self, crew: Crew) -> None:
         # Models are fetched once, here, before every rank of this node asks for the same files.
-        preparing = asyncio.to_thread(self._prepare, self._config, self._board.report)
-        self._admission = admission = await crew.watch.step("coordinator", "preparing", preparing)
+        admission = await crew.watch.step("coordinator", "preparing", self._prepared())
+        self._open_door(admission)
+        self._warnings = await crew.bring_up(admission.calibration())
+
+    async def _prepared(self) -> Admission:
+        return await asyncio.to_thread(self._prepare, self._config, self._board.report)
+
+    def _open_door(self, admission: Admission) -> None:
+        self._admission = admission
         max_open = self._config.cluster.max_open_requests
         self._door = Door(admission, self._table, self._send, self._mailbox.put, max_open)
-        self._warnings = await crew.bring_up(admission.calibration())
 
     async def _send(self, requests: Sequence[Request]) -> None:
         if not self._may_send:
@@ -187,12 +224,16 @@ class Coordinator:
             self._restarts.lost()
             await self._restart(crew, broken)
 
+    async def _go_on(self, crew: Crew, broken: Break) -> None:
+        await self._restart(crew, broken)
+        await self._keep_up(crew)
+
     async def _restart(self, crew: Crew, broken: Break) -> None:
         """Until all workers stand, or the deployment has ended."""
         while not self._may_send:
-            if broken is not BACK:
+            if broken.counts:
                 if not self._restarts.is_allowed:
-                    self._fail(self._last_words(broken))
+                    self._fail(self._restarts.last_words(broken.reason))
                     crew.abandon()
                     return
                 self._set_restarting(broken.reason)
@@ -215,14 +256,6 @@ class Coordinator:
             await self._send(batch)
             for request in batch:
                 self._table.note_sent(request.id)
-
-    def _last_words(self, broken: Break) -> str:
-        most = self._config.cluster.max_restarts
-        return (
-            f"{broken.reason}; given up after cluster.max_restarts = {most} in vain"
-            if most
-            else broken.reason
-        )
 
     def _set_restarting(self, reason: str) -> None:
         self._restarting = reason

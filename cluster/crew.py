@@ -15,11 +15,11 @@ Every joining has a number, the epoch: what belongs to an earlier one is not lis
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ray.exceptions import RayError
 
-from outrider.cluster.actors import Spawner, worker_names
+from outrider.cluster.actors import Standing, worker_names
 from outrider.cluster.api import EngineError, Progress
 from outrider.cluster.health import Break, LinkComplaintError, blame, result_of, silence
 from outrider.cluster.stand_in import StandInHandle
@@ -37,19 +37,36 @@ _END_S = 5.0  # for a loop that was told of a loss; one that computes ends it wi
 _QUIET_S = 5.0  # after a start, in which first requests want the machine
 _STOP_TIMEOUT_S = 5.0
 _DRAFT = "draft"
-BACK = Break("the DraftWorker is there again", frozenset())
+BACK = Break("the DraftWorker is there again", frozenset(), counts=False)
+
+
+class Spawner(Protocol):
+    """Creates and ends workers; in tests those are fakes with the same `.method.remote(...)`."""
+
+    async def spawn(self, name: str) -> Any:
+        """A new process for a worker, one of `worker_names`."""
+
+    def kill(self, worker: Any) -> None:
+        """Ends its process, whatever it does."""
 
 
 class Crew:
     """All workers by name, their loops, and how far a start of them is. Belongs to one event loop."""
 
-    def __init__(self, config: Config, spawner: Spawner, own_stages: Callable[[], list[Progress]]) -> None:
-        """own_stages: of the process that this belongs to."""
+    def __init__(
+        self,
+        config: Config,
+        spawner: Spawner,
+        own_stages: Callable[[], list[Progress]],
+        workers: Mapping[str, Any],
+    ) -> None:
+        """own_stages: of the process that this belongs to.
+        workers: by name, new ones for `bring_up`, another Coordinator's for `take_over`."""
         self._config = config
         self._spawner = spawner
         self._own_stages = own_stages
         self._targets = worker_names(config)[1:]
-        self._workers = {name: spawner.spawn(name) for name in worker_names(config)}
+        self._workers = dict(workers)
         self.watch = self._new_watch(self._workers)
         self.epoch = 0
         self.drafting = self._workers[_DRAFT]  # who drives the loop: the DraftWorker or its stand-in
@@ -57,7 +74,7 @@ class Crew:
         self._address = ("", 0)  # of the store where all meet
         self._group_stands = False
         self._runs: dict[str, asyncio.Task[None]] = {}
-        self._measured: Profiles
+        self.measured: Profiles  # what rounds cost
         self._unsure: set[str] = set()  # those that a joining has left in the middle of something
 
     @property
@@ -72,11 +89,34 @@ class Crew:
         for name in self._targets:
             self._run(name)
         step, draft = self.watch.step, self._workers[_DRAFT]
-        self._measured = await self._unless_one_dies(step(_DRAFT, "profile", draft.profile.remote()))
+        self.measured = await self._unless_one_dies(step(_DRAFT, "profile", draft.profile.remote()))
         calibrating = step(_DRAFT, "calibrate", draft.calibrate.remote(calibration))
         warnings = await self._unless_one_dies(calibrating)
         self._run(_DRAFT)
         return warnings
+
+    async def take_over(self, measured: "Profiles", reason: str) -> Break:
+        """Another Coordinator had these workers, and was lost for this reason: what `rebuild` has to do.
+
+        Whoever is not where the latest joining was is lost, too, or was in the middle of it. Where a stand-in worked
+        it goes with rank 0: nobody here knows how far it was.
+        """
+        self.measured = measured
+        standings = await self._standings()
+        self.epoch = epoch = max((standing.epoch for standing in standings.values()), default=-1)
+        here = {name: standing for name, standing in standings.items() if standing.epoch == epoch}
+        lost = set(self._workers) - set(here)
+        rank_0 = self._targets[0]
+        if rank_0 in here and here[rank_0].stand_in_epoch == epoch:
+            lost |= {rank_0, _DRAFT}
+        if epoch < 0:
+            lost = set(self._workers)
+        if not lost.intersection(self._targets):
+            self._address = (here[rank_0].host, here[rank_0].port)
+            self._group_stands = True
+        for name in set(self._workers) - lost:
+            self._follow(name, self._workers[name].rest.remote())
+        return Break(reason, frozenset(lost), counts=False)
 
     async def broken(self) -> Break:
         """Waits until all have to join again: a loop has ended, a worker does not answer any longer, or a DraftWorker
@@ -103,9 +143,9 @@ class Crew:
         """Lets all go on together. Raises EngineError and ValueError; then `lost_in_rebuild` says who is to blame."""
         lost = await self._parted(broken.lost)
         for name in lost - {_DRAFT}:
-            self._workers[name] = self._spawner.spawn(name)
+            self._workers[name] = await self._spawner.spawn(name)
         if _DRAFT in lost:
-            self._begin_draft()
+            await self._begin_draft()
         self._unsure.clear()
         self.watch = self._new_watch(self._present())
         await self.watch.through(self._join(lost - {_DRAFT}))
@@ -152,9 +192,22 @@ class Crew:
         """The processes that stand, without a DraftWorker that loads."""
         return {name: w for name, w in self._workers.items() if name != _DRAFT or self._loading is None}
 
-    def _begin_draft(self) -> None:
+    async def _standings(self) -> dict[str, Standing]:
+        """Of the workers that answer, by name."""
+        timeout_s = self._config.cluster.heartbeat_timeout_s
+        calls = {
+            name: asyncio.ensure_future(result_of(name, "standing", worker.standing.remote()))
+            for name, worker in self._workers.items()
+        }
+        await asyncio.wait(calls.values(), timeout=timeout_s)
+        answered = {name: call for name, call in calls.items() if call.done() and not _failed(call)}
+        for call in calls.values():
+            call.cancel()
+        return {name: call.result() for name, call in answered.items()}
+
+    async def _begin_draft(self) -> None:
         """A DraftWorker that nobody waits for: a stand-in works until it has loaded."""
-        self._workers[_DRAFT] = self.drafting = self._spawner.spawn(_DRAFT)
+        self._workers[_DRAFT] = self.drafting = await self._spawner.spawn(_DRAFT)
         self._loading = asyncio.create_task(self._load_draft(self.drafting))
 
     async def _load_draft(self, draft: Any) -> None:
@@ -221,7 +274,7 @@ class Crew:
         if self._loading is not None and self._loading.done():
             if _failed(self._loading):
                 self._kill({_DRAFT})
-                self._begin_draft()
+                await self._begin_draft()
             else:
                 self._loading = None
         if self._loading is not None:
@@ -238,7 +291,7 @@ class Crew:
             await self._connect()
         for name in self._targets:
             self._run(name)
-        await self._all("take over", {_DRAFT: self.drafting.take_over.remote(self._measured)})
+        await self._all("take over", {_DRAFT: self.drafting.take_over.remote(self.measured)})
         self._run(_DRAFT)
 
     async def _load(self, names: Collection[str]) -> None:
@@ -289,7 +342,10 @@ class Crew:
             raise
 
     def _run(self, name: str) -> None:
-        run = asyncio.create_task(result_of(name, "run", self.workers[name].run.remote()))
+        self._follow(name, self.workers[name].run.remote())
+
+    def _follow(self, name: str, loop: Awaitable[None]) -> None:
+        run = asyncio.create_task(result_of(name, "run", loop))
         run.add_done_callback(_failed)  # not all are asked why they ended
         self._runs[name] = run
 

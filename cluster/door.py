@@ -8,7 +8,7 @@ import asyncio
 import pickle
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from outrider.cluster.admission import Admission
 from outrider.cluster.api import GenerationRequest, Notice, Refusal, Ticket
@@ -57,7 +57,9 @@ class Door:
     def arrive(self, ticket: Ticket) -> None:
         """Takes a request in, or refuses it where too many are open."""
         num_bytes = len(ticket.contents)
-        if self._table.num_open >= self._max_open:
+        if ticket.again:
+            self._take_in(ticket)
+        elif self._table.num_open >= self._max_open:
             self._refuse_for_now(
                 ticket,
                 f"cluster.max_open_requests = {self._max_open} requests are open already: wait until some have "
@@ -69,9 +71,13 @@ class Door:
                 f"more than {_MAX_WAITING_BYTES // 2**20} MiB of prompts wait to be read: wait until some are",
             )
         else:
-            self._num_waiting_bytes += num_bytes
-            self._table.arrive(ticket)
-            (self._long if num_bytes > _LONG_BYTES else self._short).put_nowait(ticket)
+            self._take_in(ticket)
+
+    def _take_in(self, ticket: Ticket) -> None:
+        num_bytes = len(ticket.contents)
+        self._num_waiting_bytes += num_bytes
+        self._table.arrive(ticket)
+        (self._long if num_bytes > _LONG_BYTES else self._short).put_nowait(ticket)
 
     def _refuse_for_now(self, ticket: Ticket, error: str) -> None:
         self._table.refuse(ticket, Refusal(error, overloaded=True))
@@ -100,9 +106,9 @@ class Door:
             if isinstance(outcome, str):
                 self._table.refuse(ticket, Refusal(outcome))
                 continue
-            self._table.admit(outcome.request, outcome.text)
-            requests.append(outcome.request)
-            if outcome.warning:
+            if self._table.admit(outcome.request, outcome.text):
+                requests.append(outcome.request)
+            if outcome.warning and not ticket.again:
                 self._notify(ticket.request_id, Notice(outcome.warning))
         if not requests:
             return
@@ -123,8 +129,11 @@ class Door:
         try:
             asked = _unpacked(ticket.contents)
             request = self._admission.admit(ticket.request_id, asked)
-            sampling = request.sampling
+            sampling, delivered = request.sampling, ticket.delivered
+            request = replace(request, output_tokens=delivered.tokens, stats=delivered.stats)
             text = TextAssembler(self._admission.decoder(), sampling.stop, sampling.min_tokens)
+            for token, origin in zip(delivered.tokens, delivered.origins, strict=True):
+                text.add(token, origin)  # what can be shown of it was shown
             return _Admitted(request, text, self._admission.warning(request))
         except ValueError as error:
             return _cut(str(error))

@@ -7,7 +7,6 @@ with Engine.start(load_config("quickstart")) as engine:
 
 import logging
 import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +15,14 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from outrider.cluster.actors import ActorSpawner
 from outrider.cluster.api import EngineError, GenerationRequest, Progress, Prompt, ServedModel
-from outrider.cluster.calls import CLOSED, FORKED, Calls, result_of_call
-from outrider.cluster.client.ray_address import COORDINATOR_PREFIX
-from outrider.cluster.coordinator import Coordinator
+from outrider.cluster.calls import CLOSED, FORKED
 from outrider.cluster.inbox import Box, CompletionStream, Inbox, PieceStream
 from outrider.cluster.interrupts import interrupts_deferred
-from outrider.cluster.placement import COORDINATOR_BUNDLE, check_cpus, reserve
+from outrider.cluster.placement import check_cpus, reserve
 from outrider.cluster.session import RaySession
+from outrider.cluster.succession import Succession
 from outrider.configs.schema import Config, Eagle3Config, MedusaConfig, MtpConfig, ParallelConfig
 from outrider.workers.answer import Completion
 
@@ -34,9 +30,7 @@ NOTHING_SPECIAL: Mapping[str, object] = MappingProxyType({})
 
 _log = logging.getLogger("outrider")
 
-_POLL_S = 0.2
 _STATS_S = 30.0  # longer than the Coordinator waits for a worker
-_STOP_S = 12.0  # likewise
 _TRACE_S = 60.0  # spans of a long run are many megabytes
 
 
@@ -51,11 +45,11 @@ class Engine:
     ValueError: the user can change something; the text is one line. EngineError: a worker died.
     """
 
-    def __init__(self, session: RaySession, group: PlacementGroup, calls: Calls) -> None:
+    def __init__(self, session: RaySession, group: PlacementGroup, succession: Succession) -> None:
         """Use `Engine.start`."""
         self._session = session
         self._group = group
-        self._calls = calls
+        self._succession = succession
         self._inbox: Inbox | None = None
         self._closed = False
         self._num_entered = 0
@@ -73,23 +67,13 @@ class Engine:
         except BaseException:
             session.close()
             raise
-        actor: Any = ray.remote(Coordinator)
-        coordinator = actor.options(
-            name=COORDINATOR_PREFIX + uuid.uuid4().hex,
-            num_cpus=config.cluster.num_cpus_for_coordinator,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, COORDINATOR_BUNDLE),
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
-        ).remote(config, ActorSpawner(config, group))
-        calls = Calls(coordinator)
-        engine = cls(session, group, calls)
+        succession = Succession(config, group)
+        engine = cls(session, group, succession)
         try:
-            started = coordinator.start.remote()
-            while not ray.wait([started], timeout=_POLL_S)[0]:
-                progress(calls("progress", timeout_s=config.cluster.start_timeout_s))
-            for warning in result_of_call(started):
+            for warning in succession.start(progress):
                 _log.warning(warning)
-            progress(calls("progress"))
-            engine._inbox = Inbox(calls)
+            progress(succession.calls("progress"))
+            engine._inbox = Inbox(succession.calls, succession)
         except BaseException:
             engine.close()
             raise
@@ -155,26 +139,26 @@ class Engine:
 
     def describe(self) -> ServedModel:
         """What there is to know of the target without looking into its weights."""
-        described: ServedModel = self._calls("describe")
+        described: ServedModel = self._succession.calls("describe")
         return described
 
     def tokenize(self, prompt: Prompt, template: Mapping[str, object] = NOTHING_SPECIAL) -> tuple[int, ...]:
         """The tokens that a request with this prompt would begin with. Raises ValueError as such a request would."""
-        tokens: tuple[int, ...] = self._calls("tokenize", prompt, dict(template))
+        tokens: tuple[int, ...] = self._succession.calls("tokenize", prompt, dict(template))
         return tokens
 
     def announce(self, url: str) -> None:
         """Lets clients that know Ray's address find the server at `url`."""
-        self._calls("announce", url)
+        self._succession.announce(url)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Counters of every process, by name ("draft", "target 0", ..., "coordinator")."""
-        stats: dict[str, dict[str, Any]] = self._calls("stats", timeout_s=_STATS_S)
+        stats: dict[str, dict[str, Any]] = self._succession.calls("stats", timeout_s=_STATS_S)
         return stats
 
     def trace(self) -> dict[str, list[dict[str, Any]]]:
         """Spans of every worker for `write_chrome_trace`; empty lists unless `rounds.trace` is set."""
-        trace: dict[str, list[dict[str, Any]]] = self._calls("trace", timeout_s=_TRACE_S)
+        trace: dict[str, list[dict[str, Any]]] = self._succession.calls("trace", timeout_s=_TRACE_S)
         return trace
 
     def close(self) -> None:
@@ -182,7 +166,7 @@ class Engine:
 
         Afterwards every other call, and every stream that is open, raises EngineError.
         """
-        if self._closed or self._calls.forked:
+        if self._closed or self._succession.calls.forked:
             return
         self._closed = True
         failed = self._inbox is None or bool(self._inbox.failure)
@@ -190,17 +174,14 @@ class Engine:
             if self._inbox is not None:
                 self._inbox.close(CLOSED)
             try:
-                # Loops that end in order leave no complaints about lost peers.
-                self._calls("stop", timeout_s=_STOP_S)
-            except EngineError:
-                pass  # the Coordinator or a worker is gone or hangs; their place goes, and they with it
+                self._succession.close()
             finally:
-                self._calls.close()
-                remove_placement_group(self._group)
+                if not self._succession.complaint():  # nobody would hear it, nor answer
+                    remove_placement_group(self._group)
                 self._session.close(failed)
 
     def _open_inbox(self) -> Inbox:
-        if self._calls.forked:
+        if self._succession.calls.forked:
             raise EngineError(FORKED)
         if self._closed or self._inbox is None:
             raise EngineError(CLOSED)

@@ -31,6 +31,12 @@ class Guard:
         self._process.kill()
         self._process.wait()
 
+    def finish(self) -> None:
+        """The processes should have ended: those that have not in two seconds are killed."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
 
 def main(pids: Sequence[int]) -> None:
     """Waits until standard input ends, which is when nobody can write to it any longer."""

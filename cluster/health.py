@@ -64,6 +64,7 @@ class Break:
 
     reason: str
     lost: frozenset[str]  # the workers that caused it and cannot stay; empty: they lost each other
+    counts: bool = True  # among the restarts in a row that may be in vain
 
 
 async def blame(runs: Mapping[str, "asyncio.Task[None]"], handles: Mapping[str, Any]) -> Break:

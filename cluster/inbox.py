@@ -5,12 +5,13 @@ import logging
 import pickle
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from outrider.cluster.api import (
     Answer,
+    CoordinatorLostError,
     Delivery,
     EngineError,
     GenerationRequest,
@@ -19,6 +20,7 @@ from outrider.cluster.api import (
     Refusal,
     Ticket,
 )
+from outrider.cluster.journal import Journal
 from outrider.workers.answer import Completion
 
 MAX_REQUEST_BYTES = 32 * 2**20  # pickled; a million token ids are 5 MB
@@ -31,6 +33,27 @@ Call = Callable[..., Any]
 """`call(method, *args)`: a method of the Coordinator; raises ValueError and EngineError."""
 
 
+class Household(Protocol):
+    """What the client's process does for the Coordinator."""
+
+    def complaint(self) -> str:
+        """Why nothing can come any longer, whatever the Coordinator says; empty where all is well."""
+
+    def successor(self, reason: str, answered: bool, num_restarts: int) -> Call:
+        """Calls another Coordinator from now on, in place of one that was lost for this reason.
+
+        answered: whether a token came from that one. num_restarts: of workers and Coordinators before. Raises
+        EngineError where there is none.
+        """
+
+    def provide(self, names: Sequence[str]) -> Mapping[str, Any]:
+        """Creates workers of these names."""
+
+
+class _Resume:
+    """Among what is to be sent: all that another Coordinator left."""
+
+
 class Box(Protocol):
     """Where the answers to one request go. `put` is called in another thread, and must not block."""
 
@@ -38,15 +61,24 @@ class Box(Protocol):
 
 
 class Inbox:
-    """Sends requests and receives their answers. Its methods may be called from any thread."""
+    """Sends requests and receives their answers. Its methods may be called from any thread.
 
-    def __init__(self, call: Call) -> None:
+    A Coordinator that is lost has a successor, who gets what the other one left with what was delivered of it: the
+    answers go on.
+    """
+
+    def __init__(self, call: Call, household: Household) -> None:
         self.failure = ""  # why nothing comes any longer
         self.restarting = ""  # why nothing comes for now
-        self._call = call
+        self._journal = Journal()
+        self._lock = threading.Lock()
+        self._call, self._number = call, 0  # of the Coordinator; under the lock, both together
+        self._household = household
+        self._answered = False
+        self._num_restarts = 0
         self._boxes: dict[str, Box] = {}
         # Tickets to send and ids to cancel, in order. All that a finalizer may touch: putting never blocks.
-        self._outgoing: SimpleQueue[Ticket | str | None] = SimpleQueue()
+        self._outgoing: SimpleQueue[Ticket | str | _Resume | None] = SimpleQueue()
         self._closed = False
         self._threads = [threading.Thread(target=f, daemon=True) for f in (self._fetch, self._send_later)]
         for thread in self._threads:
@@ -119,8 +151,25 @@ class Inbox:
     def _submit(self, batch: list[Ticket]) -> None:
         if self.failure:
             raise EngineError(self.failure)
-        if batch:
-            self._call("submit", batch)
+        if not batch:
+            return
+        with self._lock:
+            self._journal.enter(batch, self._number)
+            call = self._call
+        # One that is lost has a successor, who gets these too; where there is none, all who wait are told.
+        with contextlib.suppress(CoordinatorLostError):
+            call("submit", batch)
+
+    def _resume(self) -> None:
+        with self._lock:
+            call, left = self._call, self._journal.left_by_others(self._number)
+        with contextlib.suppress(EngineError):  # which all who wait get to know from `take`
+            while left:
+                num_bytes, num = 0, 0
+                while num < len(left) and num_bytes <= _BATCH_BYTES:
+                    num_bytes, num = num_bytes + len(left[num].contents), num + 1
+                call("submit", left[:num])
+                left = left[num:]
 
     def _break(self, reason: str) -> None:
         self.failure = self.failure or reason
@@ -129,17 +178,29 @@ class Inbox:
 
     def _fetch(self) -> None:
         while not self._closed:
+            if complaint := self._household.complaint():
+                self._break(complaint)
+                return
             try:
                 delivery: Delivery = self._call("take", _TAKE_S)
+                if delivery.wanted:
+                    self._call("give", self._household.provide(delivery.wanted))
+            except CoordinatorLostError as error:
+                if self._succeed(str(error)):
+                    continue
+                return
             except Exception as error:
                 # Whatever ended this thread, those who wait get to know.
                 self._break(
                     str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
                 )
                 return
+            self._num_restarts = delivery.num_restarts
             self.failure = self.failure or delivery.failure
             self._note_restarting(delivery.restarting)
             for request_id, answer in delivery.answers:
+                self._journal.note(request_id, answer)
+                self._answered |= isinstance(answer, Piece | Completion) and bool(answer.tokens)
                 if isinstance(answer, Notice):
                     _log.warning(answer.text)
                 elif (box := self._boxes.get(request_id)) is not None:
@@ -148,6 +209,21 @@ class Inbox:
                 # Each request has had its last answer; this is for those that come now.
                 self._break(delivery.failure)
                 return
+
+    def _succeed(self, reason: str) -> bool:
+        """Another Coordinator goes on, or this is the end."""
+        self._note_restarting(reason)
+        try:
+            call = self._household.successor(reason, self._answered, self._num_restarts)
+        except Exception as error:
+            # Whatever keeps it from coming, those who wait get to know.
+            self._break(str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}")
+            return False
+        with self._lock:
+            self._call, self._number = call, self._number + 1
+        self._answered, self._num_restarts = False, self._num_restarts + 1
+        self._outgoing.put(_Resume())
+        return True
 
     def _note_restarting(self, restarting: str) -> None:
         if restarting and restarting != self.restarting:
@@ -166,6 +242,8 @@ class Inbox:
                         return
                     waiting.append(further)
                     num_bytes += _size(further)
+            if any(isinstance(item, _Resume) for item in waiting):
+                self._resume()
             # A request is cancelled after it was sent, never before.
             tickets = [item for item in waiting if isinstance(item, Ticket)]
             try:
@@ -176,6 +254,7 @@ class Inbox:
                         box.put(EngineError(str(error)))
             cancelled = [item for item in waiting if isinstance(item, str)]
             if cancelled:
+                self._journal.strike(cancelled)
                 with contextlib.suppress(EngineError, ValueError):  # nothing runs any longer
                     self._call("cancel", cancelled)
 
@@ -255,7 +334,7 @@ class CompletionStream(Iterator[Completion]):
         self.close()
 
 
-def _size(outgoing: Ticket | str) -> int:
+def _size(outgoing: Ticket | str | _Resume) -> int:
     """In bytes, as far as it counts."""
     return len(outgoing.contents) if isinstance(outgoing, Ticket) else 0
 

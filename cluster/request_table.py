@@ -21,7 +21,7 @@ class OpenRequest:
         self.cancelled = False
         self.stats = request.stats
         self._request = request
-        self._tokens: list[int] = []
+        self._tokens = list(request.output_tokens)
 
     def note(self, event: TokenEvent) -> None:
         """This came out of the DraftWorker."""
@@ -67,10 +67,14 @@ class RequestTable:
         failed = Completion(finish_reason="error", error=refusal.error)
         self._put(ticket.request_id, failed if ticket.whole else refusal)
 
-    def admit(self, request: Request, text: TextAssembler) -> None:
-        """A waiting request is about to be sent to the DraftWorker."""
+    def admit(self, request: Request, text: TextAssembler) -> bool:
+        """A waiting request is about to be sent to the DraftWorker. False where there is no need: it goes on from
+        where its text had stopped already, and ends here."""
         ticket = self._waiting.pop(request.id)
-        self._open[request.id] = OpenRequest(request, text, ticket.whole)
+        self._open[request.id] = entry = OpenRequest(request, text, ticket.whole)
+        if text.stopped:
+            self._add(entry, _last_piece(entry, "stop"))
+        return not text.stopped
 
     def note_sent(self, request_id: str) -> None:
         """The DraftWorker has it, and can be told to cancel it."""

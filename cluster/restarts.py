@@ -32,6 +32,12 @@ class Restarts:
         """Whether there may be another one."""
         return self._num_in_vain < self._most
 
+    def last_words(self, reason: str) -> str:
+        """Why there is no other one, after a loss for this reason."""
+        return (
+            f"{reason}; given up after cluster.max_restarts = {self._most} in vain" if self._most else reason
+        )
+
     def begin(self) -> float:
         """There will be another one: after so many seconds, none the first time, then longer and longer."""
         num_before = self._num_in_vain

@@ -22,12 +22,11 @@ from outrider.cluster.coordinator import Coordinator
 from outrider.configs.schema import ClusterConfig
 from outrider.workers.answer import Completion
 from outrider.workers.sequences.origin import Origin
+from support.char_admission import EOS_TOKEN_IDS, char_admission
 from support.fake_workers import (
-    EOS_TOKEN_IDS,
     FAKE_CONFIG,
     FakeCrew,
     FakeTarget,
-    char_admission,
     endless,
     fake_deployment,
 )
@@ -259,7 +258,7 @@ def test_a_worker_that_cannot_load_stops_the_start_with_one_line() -> None:
             crew.prepare_next["target 0"] = fail
             message = r"^target 0 failed during load: RuntimeError: no space left \(\S+, line \d+\)$"
             with pytest.raises(EngineError, match=message):
-                await Coordinator(FAKE_CONFIG, crew, char_admission).start()
+                await Coordinator(FAKE_CONFIG, crew, char_admission).start(crew.make_all())
 
     asyncio.run(scenario())
 

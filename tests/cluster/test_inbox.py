@@ -2,14 +2,18 @@
 
 import gc
 import queue
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from outrider.cluster.api import (
     Answer,
+    CoordinatorLostError,
+    Delivered,
     Delivery,
     EngineError,
     GenerationRequest,
@@ -18,17 +22,25 @@ from outrider.cluster.api import (
     Refusal,
     Ticket,
 )
-from outrider.cluster.inbox import CompletionStream, Inbox, PieceStream
+from outrider.cluster.inbox import Call, CompletionStream, Inbox, PieceStream
 from outrider.workers.answer import Completion
+from outrider.workers.sequences.origin import Origin
+from outrider.workers.sequences.sequence import RequestStats
+from support.waiting import wait_until
 
 LIMIT_S = 20.0
 HELLO = GenerationRequest("hello")
 
 
 class Script:
-    """A Coordinator: what is put into `deliveries` is what it says."""
+    """A Coordinator: what is put into `deliveries` is what it says. And the client's process beside it, which has the
+    `next` in place of a lost one, if there is one."""
 
     def __init__(self) -> None:
+        self.next: list[Script] = []
+        self.wrong = ""
+        self.losses: list[tuple[str, bool, int]] = []
+        self.given: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.deliveries: queue.SimpleQueue[Delivery | EngineError] = queue.SimpleQueue()
         self.submitted: list[Ticket] = []
         self.cancelled: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -41,11 +53,26 @@ class Script:
             for request_id in args[0]:
                 self.cancelled.put(request_id)
             return None
+        if method == "give":
+            self.given.put(args[0])
+            return None
         assert method == "take"
         delivery = self.deliveries.get()
         if isinstance(delivery, EngineError):
             raise delivery
         return delivery
+
+    def complaint(self) -> str:
+        return self.wrong
+
+    def successor(self, reason: str, answered: bool, num_restarts: int) -> Call:
+        self.losses.append((reason, answered, num_restarts))
+        if not self.next:
+            raise EngineError(f"{reason}; no other one")
+        return self.next.pop(0)
+
+    def provide(self, names: Sequence[str]) -> dict[str, str]:
+        return {name: f"a new {name}" for name in names}
 
     def say(self, *answers: tuple[str, Answer], failure: str = "") -> None:
         self.deliveries.put(Delivery(answers, failure))
@@ -53,10 +80,10 @@ class Script:
 
 @contextmanager
 def inbox_of(script: Script) -> Iterator[Inbox]:
-    inbox = Inbox(script)
+    inbox, last = Inbox(script, script), [script, *script.next][-1]
     yield inbox
     inbox.close("over")
-    script.deliveries.put(EngineError("over"))
+    last.deliveries.put(EngineError("over"))
 
 
 def failed(error: str) -> Completion:
@@ -64,7 +91,8 @@ def failed(error: str) -> Completion:
 
 
 def piece(text: str, reason: str = "", error: str = "") -> Piece:
-    return Piece(tokens=tuple(map(ord, text)), finish_reason=reason, error=error)
+    origins = (Origin.TARGET,) * len(text)
+    return Piece(tokens=tuple(map(ord, text)), origins=origins, finish_reason=reason, error=error)
 
 
 def cancelled(script: Script, number: int) -> set[str]:
@@ -178,3 +206,85 @@ def test_what_is_posted_is_sent_by_another_thread_and_cancelled_after_it_was_sen
         late = Answers()
         inbox.post(HELLO, late)
         assert str(late.get(timeout=LIMIT_S)) == "target 0 died"
+
+
+def test_another_coordinator_gets_what_is_left_with_what_was_delivered_and_nobody_hears_anything_twice() -> (
+    None
+):
+    script, other = Script(), Script()
+    script.next.append(other)
+    with inbox_of(script) as inbox:
+        ids = inbox.send([HELLO] * 3, whole=False)
+        done, cancelled_id, cut = ids
+        (whole,) = inbox.send([HELLO], whole=True)
+        streams = {name: PieceStream(inbox, name) for name in ids}
+        account = RequestStats(num_rounds=7)
+        script.say((done, piece("all", "stop")), (cut, piece("a")), (cut, replace(piece("b"), stats=account)))
+        assert [next(streams[cut]).tokens, next(streams[cut]).tokens] == [(97,), (98,)]
+        streams[cancelled_id].close()
+        assert cancelled(script, 1) == {cancelled_id}
+        script.deliveries.put(Delivery((), "", num_restarts=2))
+        script.deliveries.put(CoordinatorLostError("died"))
+        wait_until(lambda: len(other.submitted) == 2)
+        assert [ticket.request_id for ticket in other.submitted] == [cut, whole]
+        assert all(ticket.again for ticket in other.submitted)
+        said = Delivered((97, 98), (Origin.TARGET,) * 2, account)
+        assert [ticket.delivered for ticket in other.submitted] == [said, Delivered()]
+        assert script.losses == [("died", True, 2)]
+        (late,) = inbox.send([HELLO], whole=False)
+        assert (other.submitted[-1].request_id, other.submitted[-1].again) == (late, False)
+        other.say((cut, piece("c", "stop")), (whole, failed("x")))
+        assert [p.tokens for p in streams[cut]] == [(99,)]
+        assert next(CompletionStream(inbox, [whole])) == failed("x")
+        assert [p.tokens for p in streams[done]] == [tuple(map(ord, "all"))]
+
+
+def test_a_request_that_comes_while_there_is_no_coordinator_waits_for_the_next() -> None:
+    script, other = Script(), Script()
+    script.next.append(other)
+    lost = threading.Event()
+
+    def call(method: str, *args: Any) -> Any:
+        if method == "submit":  # the first that notices
+            lost.set()
+            raise CoordinatorLostError("died")
+        if method == "take":
+            assert lost.wait(LIMIT_S)
+            raise CoordinatorLostError("died")
+
+    inbox = Inbox(call, script)
+    stream = PieceStream(inbox, inbox.send([HELLO], whole=False)[0])
+    wait_until(lambda: len(other.submitted) == 1)
+    assert script.losses == [("died", False, 0)]
+    other.say((other.submitted[0].request_id, piece("x", "stop")))
+    assert [p.tokens for p in stream] == [(120,)]
+    inbox.close("over")
+    other.deliveries.put(EngineError("over"))
+
+
+def test_where_there_is_no_other_coordinator_all_who_wait_read_why() -> None:
+    script = Script()
+    with inbox_of(script) as inbox:
+        stream = PieceStream(inbox, inbox.send([HELLO], whole=False)[0])
+        script.deliveries.put(CoordinatorLostError("died"))
+        with pytest.raises(EngineError, match=r"^died; no other one$"):
+            next(stream)
+        with pytest.raises(EngineError, match=r"^died; no other one$"):
+            inbox.send([HELLO], whole=False)
+
+
+def test_what_is_wrong_with_ray_itself_ends_every_wait() -> None:
+    script = Script()
+    with inbox_of(script) as inbox:
+        stream = PieceStream(inbox, inbox.send([HELLO], whole=False)[0])
+        script.wrong = "Ray's head has ended"
+        script.say()
+        with pytest.raises(EngineError, match="Ray's head has ended"):
+            next(stream)
+
+
+def test_workers_that_are_wanted_are_created_and_given() -> None:
+    script = Script()
+    with inbox_of(script):
+        script.deliveries.put(Delivery((), "", wanted=("draft", "target 1")))
+        assert script.given.get(timeout=LIMIT_S) == {"draft": "a new draft", "target 1": "a new target 1"}

@@ -4,7 +4,7 @@ import pytest
 
 from outrider.cluster.text import TextAssembler
 from outrider.workers.sequences.origin import Origin
-from support.fake_workers import CharDecoder
+from support.char_admission import CharDecoder
 
 
 def shown(stop: tuple[str, ...], text: str) -> tuple[list[str], bool]:

@@ -10,12 +10,21 @@ from pathlib import Path
 import psutil
 import pytest
 
-from outrider.cluster.api import GenerationRequest
+from outrider.cluster.api import EngineError, GenerationRequest
 from outrider.cluster.engine import Engine
 from outrider.cluster.session import RaySession
 from outrider.configs.loader import load_config
 from outrider.configs.schema import ClusterConfig
-from support.harm import PLAIN, Listener, all_stand, asked, kill, shared_memory, worker_pids
+from support.harm import (
+    PLAIN,
+    Listener,
+    all_stand,
+    asked,
+    coordinator_pids,
+    kill,
+    shared_memory,
+    worker_pids,
+)
 from support.soak import soak
 from support.waiting import wait_until
 
@@ -59,6 +68,44 @@ def test_texts_are_those_of_plain_decoding_whoever_is_killed_meanwhile(ray_with_
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), LONG_S)
 
 
+def test_another_coordinator_goes_on_with_the_same_workers_until_too_many_were_lost(
+    ray_with_room: None,
+) -> None:
+    with Engine.start(load_config("tiny-random", [*TWO_RANKS, "cluster.max_restarts=1"])) as engine:
+        requests = [asked(number, 400) for number in range(5)]
+        texts = [answer.text for answer in engine.generate(requests[:1])]
+        stop = texts[0][len(texts[0]) * 3 // 4 :][:3]
+        requests[0] = GenerationRequest(requests[0].prompt, {**requests[0].sampling, "stop": [stop]})
+        plain = engine.generate([GenerationRequest(r.prompt, r.sampling, PLAIN) for r in requests])
+        pids = worker_pids(engine)
+        streams = [Listener(engine, request) for request in requests[:4]]
+        left = engine.stream(requests[4].prompt, requests[4].sampling)
+        whole = engine.completions(requests)
+        next(left)
+        wait_until(lambda: all(stream.tokens for stream in streams), LONG_S)
+        kill(*coordinator_pids())
+        wait_until(lambda: bool(engine.restarting), LONG_S)
+        left.close()  # while there is no Coordinator
+        late = Listener(engine, requests[1])
+        for stream in [*streams, late]:
+            stream.join(LONG_S)
+        answers = [plain[0], plain[1], plain[2], plain[3], plain[1]]
+        assert [stream.end for stream in [*streams, late]] == [answer.finish_reason for answer in answers]
+        assert [tuple(stream.tokens) for stream in [*streams, late]] == [answer.tokens for answer in answers]
+        assert [stream.text for stream in [*streams, late]] == [answer.text for answer in answers]
+        assert [(answer.tokens, answer.text) for answer in whole] == [(a.tokens, a.text) for a in plain]
+        assert worker_pids(engine) == pids
+        said = engine.stats()["coordinator"]
+        assert (said["num_open_requests"], said["num_restarts"]) == (0, 1)
+        (second,) = coordinator_pids()
+        kill(second)
+        wait_until(lambda: bool(coordinator_pids()) and coordinator_pids() != [second], LONG_S)
+        kill(*coordinator_pids())  # before it has done anything
+        with pytest.raises(EngineError, match=r"^the Coordinator died: .*max_restarts = 1 in vain$"):
+            list(engine.stream("x", {"max_tokens": 400, "ignore_eos": True}))
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids.values()), LONG_S)
+
+
 def test_of_a_program_that_is_killed_nothing_stays() -> None:
     """No process of its Ray, no worker, no shared memory."""
     command = [sys.executable, "-m", "support.left_alone"]
@@ -76,6 +123,24 @@ def test_of_a_program_that_is_killed_nothing_stays() -> None:
     wait_until(lambda: not any(is_alive(process) for process in started), LONG_S)
     assert time.monotonic() - begun_s < 45.0  # Ray's agents alone would take a minute
     assert not any(path.exists() for path in memory)
+
+
+def test_a_program_whose_ray_has_lost_its_head_ends_with_the_reason_and_leaves_nothing() -> None:
+    command = [sys.executable, "-m", "support.left_alone"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=TESTS, stdout=pipe, stderr=pipe, text=True) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        assert program.stdout.readline() == "streams\n"
+        started = psutil.Process(program.pid).children(recursive=True)
+        (head,) = [process for process in started if "gcs_server" in process.name()]
+        head.kill()
+        last = program.stderr.read().splitlines()[-1]
+    assert program.returncode == 1
+    assert last.endswith(
+        "EngineError: Ray's gcs_server, which was started for this, has ended; its logs in /tmp/ray may say why"
+    )
+    wait_until(lambda: not any(is_alive(process) for process in started), LONG_S)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from outrider.configs.schema import Config
 from outrider.workers.answer import Completion
 from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.sequence import NONE_KEPT, KeptAccount, RequestStats
-from support.fake_workers import char_admission
+from support.char_admission import char_admission
 
 
 class CharEngine:

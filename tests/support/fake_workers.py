@@ -4,22 +4,19 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.exceptions import ActorDiedError
 
-from outrider.cluster.admission import Admission
-from outrider.cluster.api import ServedModel
+from outrider.cluster.actors import Standing, worker_names
 from outrider.cluster.coordinator import Coordinator
-from outrider.cluster.text import Decoder
-from outrider.cluster.text_bound import TextBound
+from outrider.cluster.orders import Orders
 from outrider.configs.schema import Config, SamplingConfig, TargetConfig, TreeConfig
 from outrider.workers.link.lost import LinkLostError
-from outrider.workers.sampling.grammars import Grammars
 from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import (
@@ -30,7 +27,7 @@ from outrider.workers.sequences.sequence import (
     TokenEvent,
     TokenLogprobs,
 )
-from outrider.workers.weights.token_texts import TokenTexts
+from support.char_admission import char_admission
 
 FAKE_CONFIG = Config(
     target=TargetConfig(model="random:fake", tp_size=2, max_context=200),
@@ -38,65 +35,6 @@ FAKE_CONFIG = Config(
     sampling=SamplingConfig(max_tokens=50),
 )
 ROUND_S = 0.002
-EOS_TOKEN_IDS = (0,)
-
-
-class CharTokenizer:
-    """A token is a character."""
-
-    chat_template = "fake, reads tools"
-    bos_token_id = None
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(char) for char in text]
-
-    def convert_ids_to_tokens(self, token: int) -> str:
-        return chr(token)
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        add_generation_prompt: bool,
-        tokenize: bool,
-        **arguments: object,
-    ) -> str:
-        assert add_generation_prompt
-        assert not tokenize
-        told = [f"[{name}={value}]" for name, value in arguments.items()]
-        return "".join([*told, *(f"<{message['role']}>{message['content']}" for message in messages)])
-
-
-class CharDecoder:
-    def add(self, token: int) -> str:
-        return chr(token)
-
-    def finish(self) -> str:
-        return ""
-
-
-class CharBound(TextBound):
-    def __init__(self) -> None: ...
-
-    def exceeds(self, text: str, max_tokens: int) -> bool:
-        return len(text) > 10 * max_tokens
-
-
-@dataclass(frozen=True)
-class CharAdmission(Admission):
-    def decoder(self) -> Decoder:
-        return CharDecoder()
-
-    def describe(self) -> ServedModel:
-        return ServedModel(self.max_context, tuple(bytes([code]) for code in range(self.vocab_size)))
-
-
-def char_admission(config: Config, report: Callable[[str, int, int], None]) -> CharAdmission:
-    """What `prepare_admission` gives, for texts of ASCII."""
-    report("download", 1, 1)
-    tokenizer: Any = CharTokenizer()
-    texts = TokenTexts(tuple(bytes([code]) for code in range(128)), EOS_TOKEN_IDS, EOS_TOKEN_IDS)
-    limit, grammars = config.target.max_context, Grammars(128, lambda: texts)
-    return CharAdmission(config, tokenizer, CharBound(), 128, limit, EOS_TOKEN_IDS, grammars)
 
 
 class FakeTarget:
@@ -108,7 +46,9 @@ class FakeTarget:
         self.was_killed = False
         self.calls: list[tuple[object, ...]] = []
         self.hangs = threading.Event()
+        self.where = Standing(-1)
         self._stop = threading.Event()
+        self._runs = threading.Lock()
         self._error: BaseException | None = None
 
     def abort(self) -> None:
@@ -125,16 +65,31 @@ class FakeTarget:
 
     def connect(self, host: str, port: int, epoch: int) -> None:
         self.calls.append(("connect", epoch))
+        self.where = Standing(epoch, host, port)
 
     def relink(self, epoch: int) -> None:
         self.calls.append(("relink", epoch))
+        self.where = replace(self.where, epoch=epoch)
+
+    def standing(self) -> Standing:
+        self.progress()  # which hangs where it does
+        return self.where
 
     def run(self) -> None:
-        self._stop.clear()
-        self._error = None
+        with self._runs:
+            self._stop.clear()
+            self._error = None
+            self.serve()
+            if self._error is not None:
+                raise self._error
+
+    def rest(self) -> None:
+        with self._runs:
+            if self._error is not None:
+                raise self._error
+
+    def serve(self) -> None:
         self._stop.wait()
-        if self._error is not None:
-            raise self._error
 
     def progress(self) -> list[Any]:
         while self.hangs.is_set() and not self.was_killed:
@@ -172,6 +127,9 @@ class FakeRank0(FakeTarget):
     def __init__(self, crew: "FakeCrew") -> None:
         super().__init__()
         self.inner = FakeDraft(crew)
+
+    def standing(self) -> Standing:
+        return replace(self.where, stand_in_epoch=self.inner.where.epoch)
 
     def stand_in(self, method: str, *arguments: object) -> Any:
         return getattr(self.inner, method)(*arguments)
@@ -231,9 +189,7 @@ class FakeDraft(FakeTarget):
         except queue.Empty:
             return []
 
-    def run(self) -> None:
-        self._stop.clear()
-        self._error = None
+    def serve(self) -> None:
         while not self._stop.wait(ROUND_S):
             for request in () if self.silent.is_set() else list(self.submitted):
                 if request.id in self._left:
@@ -245,8 +201,6 @@ class FakeDraft(FakeTarget):
                 target.die_of(LinkLostError("link: closed by the other end"))
             else:  # they pause
                 target.stop()
-        if self._error is not None:
-            raise self._error
 
     def _round(self, request: Request) -> TokenEvent:
         room = request.sampling.max_tokens - self._emitted[request.id]
@@ -284,10 +238,11 @@ def _tree_of(accepted: Sequence[int]) -> RoundTree:
     return RoundTree((ord("."), *accepted, ord("?")), (0, *nodes), tuple(nodes[1:]))
 
 
-class FakeCrew:
-    """Spawns fakes, as `ActorSpawner` does actors; the newest of each name are at hand."""
+class FakeCrew(Orders):
+    """Spawns fakes, as a client does actors; the newest of each name are at hand."""
 
     def __init__(self, answer: Callable[[str], str], threads: ThreadPoolExecutor) -> None:
+        super().__init__()
         self.answer = answer
         self.workers: dict[str, Any] = {}
         self.spawned: list[str] = []
@@ -297,7 +252,18 @@ class FakeCrew:
         ] = {}  # by name, for the next that is spawned
         self._threads = threads
 
-    def spawn(self, name: str) -> "LocalHandle":
+    async def spawn(self, name: str) -> "LocalHandle":
+        return self.make(name)
+
+    def make_all(self) -> dict[str, "LocalHandle"]:
+        """A new worker of each name."""
+        return {name: self.make(name) for name in worker_names(FAKE_CONFIG)}
+
+    def handles(self) -> dict[str, "LocalHandle"]:
+        """Of the newest workers."""
+        return {name: LocalHandle(worker, self._threads) for name, worker in self.workers.items()}
+
+    def make(self, name: str) -> "LocalHandle":
         rank = FakeRank0(self) if name == "target 0" else FakeTarget()
         worker = FakeDraft(self) if name == "draft" else rank
         self.prepare_next.pop(name, lambda _: None)(worker)
@@ -375,7 +341,7 @@ async def fake_deployment(
         crew = FakeCrew(answer, threads)
         coordinator = Coordinator(config, crew, char_admission)
         try:
-            warnings = await coordinator.start()
+            warnings = await coordinator.start(crew.make_all())
             yield FakeDeployment(coordinator, crew, warnings)
         finally:
             for worker in crew.made:

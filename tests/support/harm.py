@@ -56,6 +56,20 @@ def worker_pids(engine: Engine) -> dict[str, int]:
     return {name: said["pid"] for name, said in stats.items() if "pid" in said}
 
 
+def coordinator_pids() -> list[int]:
+    """Of the Coordinators that this process's Ray runs: one, or none for a moment."""
+    started = psutil.Process().children(recursive=True)
+    return [process.pid for process in started if "ray::Coordinator" in name_of(process)]
+
+
+def name_of(process: psutil.Process) -> str:
+    """As the process calls itself; empty where it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def all_stand(engine: Engine) -> bool:
     """Whether each worker of two ranks has a process of its own: no stand-in works for the DraftWorker."""
     try:

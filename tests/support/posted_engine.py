@@ -2,12 +2,12 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from outrider.cluster.api import GenerationRequest, Prompt, ServedModel
-from outrider.cluster.inbox import Box, Inbox
+from outrider.cluster.inbox import Box, Call, Inbox
 from outrider.configs.schema import Config
 from support.fake_workers import FAKE_CONFIG, FakeDeployment, fake_deployment
 
@@ -21,7 +21,7 @@ class PostedEngine:
         self.fake = fake
         self.posted: list[GenerationRequest] = []
         self._loop = loop
-        self.inbox = Inbox(self._call)
+        self.inbox = Inbox(self._call, self)
 
     @property
     def failure(self) -> str:
@@ -49,6 +49,15 @@ class PostedEngine:
 
     def close(self) -> None:
         """`posted_engine` ends it."""
+
+    def complaint(self) -> str:
+        return ""
+
+    def successor(self, reason: str, answered: bool, num_restarts: int) -> Call:
+        raise AssertionError(reason)
+
+    def provide(self, names: Sequence[str]) -> dict[str, Any]:
+        raise AssertionError(names)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         own = {"coordinator": {"num_open_requests": 3, "num_restarts": 2}}

@@ -1,4 +1,4 @@
-"""Kills a random worker again and again while many streams run, and says how long nothing came.
+"""Kills a random worker, or the Coordinator, again and again while many streams run, and says how long nothing came.
 
 PYTHONPATH=src:tests python -m support.soak --seconds 60 --every 5 --streams 16 [a.b=c ...]
 """
@@ -19,7 +19,7 @@ from outrider.cluster.engine import Engine
 from outrider.configs.loader import load_config
 from support.harm import PLAIN, Listener, all_stand, asked, kill
 
-ACTORS = ("ray::TargetActor", "ray::DraftActor")
+ACTORS = ("ray::TargetActor", "ray::DraftActor", "ray::Coordinator")
 NUM_TEXTS = 8  # different ones; each is asked for by several streams
 _SOON_S = 2.0  # tokens of before a kill may come for a moment
 

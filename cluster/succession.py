@@ -1,0 +1,150 @@
+"""The Coordinators of a deployment, one after the other: where one is lost, the next takes its place."""
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from outrider.cluster.actors import ActorSpawner, worker_names
+from outrider.cluster.api import EngineError, Progress
+from outrider.cluster.calls import CLOSED, Calls, result_of_call
+from outrider.cluster.client.ray_address import COORDINATOR_PREFIX
+from outrider.cluster.coordinator import Coordinator
+from outrider.cluster.orders import Orders
+from outrider.cluster.placement import COORDINATOR_BUNDLE
+from outrider.cluster.ray_watch import watch_ray
+from outrider.cluster.restarts import Restarts
+from outrider.configs.schema import Config
+
+if TYPE_CHECKING:
+    from outrider.workers.rounds.budget import Profiles
+
+_POLL_S = 0.2
+_STOP_S = 12.0  # longer than the Coordinator waits for a worker
+
+
+class Succession:
+    """Starts a Coordinator, and another one in place of each that is lost, as often as `cluster.max_restarts` lets
+    it. The workers stay: they belong to this, the client's process, and so does every further one (`orders.py`).
+
+    calls: of the present one.
+    """
+
+    def __init__(self, config: Config, group: PlacementGroup) -> None:
+        self._config = config
+        self._group = group
+        self._spawner = ActorSpawner(config, group)
+        self._workers: dict[str, Any] = {}  # the newest of each name
+        self._measured: Profiles
+        self._restarts = Restarts(config.cluster.max_restarts, config.cluster.restart_window_s)
+        self._starting = threading.Lock()
+        self._closed = threading.Event()
+        self._server_url = ""
+        self._watch = watch_ray()
+        self.calls = self._create()
+
+    def start(self, progress: Callable[[Sequence[Progress]], None]) -> list[str]:
+        """Brings the deployment up; returns what the user should be told about it. Raises EngineError and
+        ValueError."""
+        self.provide(worker_names(self._config))
+        warnings: list[str] = self._wait(self.calls.begin("start", self._workers), progress)
+        self._measured = self.calls("measured")
+        return warnings
+
+    def provide(self, names: Sequence[str]) -> dict[str, Any]:
+        """Creates workers."""
+        with self._starting:
+            if self._closed.is_set():  # and perhaps Ray with it, which would be started again
+                raise EngineError(CLOSED)
+            created = {name: self._spawner.spawn(name) for name in names}
+            self._workers |= created
+            return created
+
+    def successor(self, reason: str, answered: bool, num_restarts: int) -> Calls:
+        """Calls of another Coordinator, in place of the one that was lost for this reason.
+
+        answered: whether a token came from that one. num_restarts: of workers and Coordinators before. Raises
+        EngineError where there may be no other one.
+        """
+        with self._starting:
+            self._restarts.lost()
+            if answered:
+                self._restarts.note_tokens()
+            while True:
+                if complaint := self._watch.complaint_after_loss():
+                    raise EngineError(complaint)
+                if not self._restarts.is_allowed:
+                    raise EngineError(self._restarts.last_words(reason))
+                with suppress(RayError):  # one that is silent may come back
+                    self.calls.kill()
+                self._closed.wait(self._restarts.begin())
+                if self._closed.is_set():
+                    raise EngineError(CLOSED)
+                begun_s = time.monotonic()
+                try:
+                    return self._follow(reason, num_restarts + 1)
+                except (EngineError, ValueError) as error:
+                    if time.monotonic() - begun_s >= self._config.cluster.start_timeout_s:
+                        # It has no place, or nothing starts any longer: further ones would wait as long.
+                        raise EngineError(f"{reason}; nor could another one start: {error}") from error
+                    reason = str(error)
+
+    def complaint(self) -> str:
+        """What is wrong with Ray itself; empty where nothing is."""
+        return self._watch.complaint()
+
+    def announce(self, url: str) -> None:
+        """A server stands at `url`; every Coordinator will know it."""
+        self._server_url = url
+        self.calls("announce", url)
+
+    def close(self) -> None:
+        """Ends the Coordinator in order, and all calls."""
+        self._closed.set()
+        while not self._starting.acquire(timeout=_POLL_S):
+            self.calls.close()
+        try:
+            # Loops that end in order leave no complaints about lost peers.
+            self.calls("stop", timeout_s=_STOP_S)
+        except EngineError:
+            pass  # the Coordinator or a worker is gone or hangs; their place goes, and they with it
+        finally:
+            self.calls.close()
+            self._starting.release()
+
+    def _wait(self, started: Any, progress: Callable[[Sequence[Progress]], None]) -> Any:
+        """The result of a call that takes long, unless the Coordinator falls silent."""
+        limit_s = self._config.cluster.start_timeout_s
+        while not ray.wait([started], timeout=_POLL_S)[0]:
+            if self._closed.is_set():
+                raise EngineError(CLOSED)
+            if complaint := self.complaint():
+                raise EngineError(complaint)
+            progress(self.calls("progress", timeout_s=limit_s))
+        return result_of_call(started)
+
+    def _follow(self, reason: str, num_restarts: int) -> Calls:
+        self.calls = self._create()
+        taking_over = self.calls.begin("take_over", self._workers, self._measured, reason, num_restarts)
+        self._wait(taking_over, lambda stages: None)
+        if self._server_url:
+            self.calls("announce", self._server_url)
+        self._restarts.stands()
+        return self.calls
+
+    def _create(self) -> Calls:
+        actor: Any = ray.remote(Coordinator)
+        coordinator = actor.options(
+            name=COORDINATOR_PREFIX + uuid.uuid4().hex,
+            num_cpus=self._config.cluster.num_cpus_for_coordinator,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, COORDINATOR_BUNDLE),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
+        ).remote(self._config, Orders())
+        return Calls(coordinator)
