@@ -32,8 +32,9 @@ def application(arguments: dict[str, str]) -> "Application":
     places = config.server.max_concurrent + _SPARE_PLACES
     # All requests have ended by then: none takes longer.
     drained_s = config.server.max_request_s + _END_S
+    router_class: Any = PrefixRouter
     router = RequestRouterConfig(
-        request_router_class=PrefixRouter,
+        request_router_class=router_class,
         request_router_kwargs={
             "queue_lead": config.replicas.queue_lead,
             "prefix_blocks": config.replicas.prefix_blocks,

@@ -3,11 +3,11 @@ passes on what the replica answers."""
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, Sequence
 from typing import Any
 
 from ray.exceptions import RayActorError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 from starlette.responses import Response
 from starlette.routing import Router
 
@@ -86,7 +86,7 @@ class _Forward:
 
     async def _run(self, request: Forwarded, relay: "_Relay") -> None:
         while True:
-            answer = self._streaming.answer.remote(request)
+            answer: Any = self._streaming.answer.remote(request)
             try:
                 await relay.run(answer)
                 return
@@ -113,7 +113,7 @@ class _Relay:
         self.started = False
         self.replica = ""
 
-    async def run(self, answer: "DeploymentResponseGenerator[list[Message]]") -> None:
+    async def run(self, answer: AsyncIterable[list[Message]]) -> None:
         """Until the replica has said all."""
         async for messages in answer:
             for message in messages:

@@ -45,8 +45,9 @@ def _in_order(path: str, asked: dict[str, Any]) -> list[Any]:
             return [asked.get("tools"), *_as_list(asked.get("messages"))]
         case "/v1/completions":
             prompt = asked.get("prompt")
-            several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
-            return [prompt[0] if several else prompt]
+            if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+                return [prompt[0]]
+            return [prompt]
         case "/v1/responses":
             return [asked.get("tools"), asked.get("instructions"), *_as_list(asked.get("input"))]
     return []

@@ -9,7 +9,7 @@ from ray import serve
 from outrider.cluster.api import EngineError
 from outrider.cluster.engine import Engine
 from outrider.cluster.serving.app import create_app
-from outrider.cluster.serving.gate import App, Message
+from outrider.cluster.serving.gate import Message
 from outrider.cluster.serving.limits import ApiKeys
 from outrider.cluster.serving.replicas.forwarded import REPLICA_HEADER, Forwarded
 from outrider.cluster.serving.server import log_to_stderr
