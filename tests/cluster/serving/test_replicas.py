@@ -63,7 +63,7 @@ class _Answer:
         return self._messages
 
     def cancel(self) -> None:
-        asyncio.ensure_future(self._messages.aclose())  # type: ignore[attr-defined]
+        self._closing = asyncio.ensure_future(self._messages.aclose())  # type: ignore[attr-defined]
 
 
 @pytest.fixture
