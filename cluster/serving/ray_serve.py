@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
+from outrider.cluster.placement import CPUS_IN_SERVE
 from outrider.cluster.serving.replicas.front import Front
 from outrider.cluster.serving.replicas.replica import Replica
 from outrider.cluster.serving.replicas.router import PrefixRouter
@@ -14,7 +15,6 @@ from outrider.configs.schema import Config
 if TYPE_CHECKING:
     from ray.serve import Application
 
-_NUM_CPUS = 0.1  # bookkeeping: Serve would reserve a whole one
 _HEALTH_PERIOD_S = 5.0
 _SPARE_PLACES = 64  # beyond server.max_concurrent: probes, and requests that are told to come again
 _END_S = 30.0  # for the end of a deployment whose requests have ended
@@ -43,7 +43,7 @@ def application(arguments: dict[str, str]) -> "Application":
     replica = serve.deployment(
         name="Replica",
         max_ongoing_requests=places,
-        ray_actor_options={"num_cpus": _NUM_CPUS},
+        ray_actor_options={"num_cpus": CPUS_IN_SERVE},
         health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_wait_loop_s=_DRAIN_PERIOD_S,
         graceful_shutdown_timeout_s=drained_s,
@@ -55,7 +55,7 @@ def application(arguments: dict[str, str]) -> "Application":
         name="Front",
         num_replicas=1,
         max_ongoing_requests=places * config.replicas.max_replicas,
-        ray_actor_options={"num_cpus": _NUM_CPUS},
+        ray_actor_options={"num_cpus": CPUS_IN_SERVE},
         graceful_shutdown_wait_loop_s=_DRAIN_PERIOD_S,
         graceful_shutdown_timeout_s=drained_s,
     )

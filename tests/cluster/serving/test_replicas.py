@@ -14,8 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.exceptions import ActorDiedError
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
 from outrider.cluster.api import EngineError
+from outrider.cluster.cli.main import app as cli
 from outrider.cluster.engine import Engine
 from outrider.cluster.serving.ray_serve import application
 from outrider.cluster.serving.replicas.forwarded import Forwarded
@@ -356,3 +358,9 @@ def test_replicas_come_and_go_as_the_configuration_says(tmp_path: Path) -> None:
 def test_replicas_that_cannot_be_are_refused(section: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_from_dict({"target": {"model": "m"}, **section})
+
+
+def test_the_command_serves_one_deployment() -> None:
+    result = CliRunner().invoke(cli, ["serve", "tiny-random", "replicas.max_replicas=2"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: replicas.max_replicas must be 1 with `outrider serve`, got 2")
