@@ -37,7 +37,8 @@ def deploy_command(
         )
     if kind != "RayService" and loaded.replicas.max_replicas > 1:
         raise ValueError(
-            f"replicas.max_replicas must be 1 unless --to kuberay --kind RayService, got {loaded.replicas.max_replicas}"
+            "replicas.max_replicas must be 1 unless --to kuberay --kind RayService, got "
+            f"{loaded.replicas.max_replicas}"
         )
 
     from outrider.cluster.deploying.kuberay import manifests, to_yaml
