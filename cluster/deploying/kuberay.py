@@ -20,6 +20,7 @@ from outrider.cluster.deploying.layout import (
     image,
     in_containers,
 )
+from outrider.cluster.serving.replicas.number import DEPLOYMENT, number_of_replicas
 from outrider.configs.loader import config_to_yaml
 from outrider.configs.schema import Config
 
@@ -92,6 +93,8 @@ def manifests(config: Config, kind: Kind, command: Sequence[str]) -> list[Manife
                         "import_path": "outrider.cluster.serving.ray_serve:application",
                         "route_prefix": "/",
                         "args": {"config": CONFIG_PATH},
+                        # As the configuration says; but changed here they are added or ended, and none is replaced.
+                        "deployments": [{"name": DEPLOYMENT, **number_of_replicas(config)}],
                     }
                 ],
             }

@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.config import RequestRouterConfig
 
 from outrider.cluster.placement import CPUS_IN_SERVE
 from outrider.cluster.serving.replicas.front import Front
+from outrider.cluster.serving.replicas.number import DEPLOYMENT, number_of_replicas
 from outrider.cluster.serving.replicas.replica import Replica
 from outrider.cluster.serving.replicas.router import PrefixRouter
 from outrider.configs.loader import load_config
-from outrider.configs.schema import Config
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -41,14 +41,14 @@ def application(arguments: dict[str, str]) -> "Application":
         },
     )
     replica = serve.deployment(
-        name="Replica",
+        name=DEPLOYMENT,
         max_ongoing_requests=places,
         ray_actor_options={"num_cpus": CPUS_IN_SERVE},
         health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_wait_loop_s=_DRAIN_PERIOD_S,
         graceful_shutdown_timeout_s=drained_s,
         request_router_config=router,
-        **_number(config),
+        **number_of_replicas(config),
     )
     # One front: it knows what all replicas were sent.
     front = serve.deployment(
@@ -61,16 +61,3 @@ def application(arguments: dict[str, str]) -> "Application":
     )
     replicas = replica(Replica).bind(arguments["config"])
     return front(serve.ingress()(Front)).bind(arguments["config"], replicas)
-
-
-def _number(config: Config) -> dict[str, Any]:
-    """Of replicas, as Serve is told."""
-    least, most = config.replicas.min_replicas, config.replicas.max_replicas
-    if least == most:
-        return {"num_replicas": least}
-    scaling = AutoscalingConfig(
-        min_replicas=least,
-        max_replicas=most,
-        target_ongoing_requests=config.replicas.requests_per_replica,
-    )
-    return {"autoscaling_config": scaling}

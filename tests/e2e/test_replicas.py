@@ -10,10 +10,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 
 from outrider import Client
-from outrider.cluster.serving.ray_serve import application
+from outrider.cluster.deploying.kuberay import manifests
 from outrider.cluster.session import RaySession
 from outrider.configs.loader import config_to_yaml, load_config
 from outrider.configs.schema import ClusterConfig
@@ -26,7 +29,7 @@ BEGINNINGS = [
     "a lighthouse at the end of the world is kept by " * 2,
     "of all the ships that sailed that year only " * 2,
 ]
-LONG = {"max_tokens": 600, "ignore_eos": True}
+LONG = {"max_tokens": 1000, "ignore_eos": True}
 ENDLESS = {"max_tokens": 1800, "ignore_eos": True, "speculative": "off"}
 LIMIT_S = 120.0
 LEAD = 2
@@ -40,7 +43,7 @@ class Served:
     url: str
 
     def scale(self, num_replicas: int) -> None:
-        """Writes the configuration anew and gives it to Serve."""
+        """Gives Serve what a RayService gives it, which is what `serve deploy` does."""
         overrides = [
             "server.model_name=tiny",
             "cluster.start_timeout_s=240",
@@ -51,9 +54,17 @@ class Served:
             f"replicas.min_replicas={num_replicas}",
             f"replicas.max_replicas={num_replicas}",
             f"replicas.queue_lead={LEAD}",
+            "deploy.image=none",
         ]
-        self.path.write_text(config_to_yaml(load_config("tiny-random", overrides)))
-        serve.run(application({"config": str(self.path)}))
+        config = load_config("tiny-random", overrides)
+        self.path.write_text(config_to_yaml(config))
+        _, manifest = manifests(config, "RayService", ())
+        told = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+        del told["http_options"]
+        told["applications"][0]["args"] = {"config": str(self.path)}
+        client = _get_global_client()
+        assert client is not None
+        client.deploy_apps(ServeDeploySchema(**told), _blocking=True)
 
     def stopping(self) -> bool:
         """Whether a replica was told to end and has not yet."""
@@ -123,26 +134,23 @@ def test_prompts_that_begin_alike_go_to_one_replica_until_its_queue_is_long(
 def test_a_replica_that_is_no_longer_wanted_loses_no_stream(served: Served) -> None:
     with Client(served.url, max_retries=0) as client, ThreadPoolExecutor(32) as pool:
         prompts = [f"{BEGINNINGS[number % 2]}{number}" for number in range(16)]
-        streams = [client.stream(prompt, LONG) for prompt in prompts]
-        firsts = list(pool.map(next, streams))
-        before = served.gauge("vllm:num_requests_running")
-        assert all(before.values()), before
-        rests = [pool.submit(list, stream) for stream in streams]
+        answers = [pool.submit(list, client.stream(prompt, LONG)) for prompt in prompts]
+        # Both have streams under way, and some that wait.
+        wait_until(lambda: min(served.gauge("vllm:num_requests_waiting").values()) > 0, LIMIT_S)
+        before = served.gauge("outrider_up").keys()
 
         def num_while_one_stops() -> int:
             """How many streams go on then."""
             wait_until(served.stopping, LIMIT_S)
-            return sum(not rest.done() for rest in rests)
+            return sum(not answer.done() for answer in answers)
 
         unfinished = pool.submit(num_while_one_stops)
         served.scale(1)
         assert unfinished.result(LIMIT_S) > 0
         later = [pool.submit(client.generate, prompt, LONG) for prompt in prompts[:4]]
-        texts = [
-            "".join(part.text for part in [first, *rest.result(LIMIT_S)])
-            for first, rest in zip(firsts, rests, strict=True)
-        ]
+        texts = ["".join(part.text for part in answer.result(LIMIT_S)) for answer in answers]
         wait_until(lambda: len(served.gauge("outrider_up")) == 1, LIMIT_S)
+        assert served.gauge("outrider_up").keys() < before  # the other was left alone
         plain = pool.map(
             lambda prompt: client.generate(prompt, {**LONG, "speculative": {"budget": 0}}).text, prompts
         )

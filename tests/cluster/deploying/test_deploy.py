@@ -50,6 +50,12 @@ def cluster_of(manifest: Manifest) -> Manifest:
     return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
 
 
+def application_of(service: Manifest) -> Manifest:
+    """What Ray Serve is told of."""
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    return application
+
+
 def containers(manifest: Manifest) -> dict[str, Manifest]:
     """By group."""
     cluster = cluster_of(manifest)
@@ -165,8 +171,11 @@ def test_replicas_have_nodes_of_their_own_and_outlive_what_they_took(tmp_path: P
     assert [workers[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [4, 4, 8]
     assert cluster_of(service)["enableInTreeAutoscaling"]
     assert service["spec"]["rayClusterDeletionDelaySeconds"] > 600
+    (deployment,) = application_of(service)["deployments"]
+    assert (deployment["name"], deployment["autoscaling_config"]["max_replicas"]) == ("Replica", 4)
     _, fixed = kuberay(tmp_path, "RayService", LARGE, *nodes, "replicas.max_replicas=2")
     assert "enableInTreeAutoscaling" not in cluster_of(fixed)
+    assert application_of(fixed)["deployments"] == [{"name": "Replica", "num_replicas": 2}]
 
 
 @pytest.mark.parametrize(
