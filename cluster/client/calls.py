@@ -124,8 +124,8 @@ def generation(prompt: Prompt, options: Options, model: str, stream: bool) -> Ca
         allowed = ", ".join(Options.__annotations__)
         raise ValueError(f"options must be among {allowed}, got {', '.join(sorted(unknown))}")
     body: dict[str, Any] = {name: value for name, value in options.items() if name != "top_logprobs"}
-    asked = options.get("speculative", {})
-    drafting: Speculation = {"budget": 0} if asked == "off" else asked
+    asked: Speculation | str = options.get("speculative", {})
+    drafting: Speculation = {"budget": 0} if isinstance(asked, str) else asked
     body["speculative"] = {**drafting, "origins": True}
     if "logit_bias" in options:
         body["logit_bias"] = {str(token): value for token, value in options["logit_bias"].items()}

@@ -68,7 +68,7 @@ class Served:
 
     def stopping(self) -> bool:
         """Whether a replica was told to end and has not yet."""
-        states = serve.status().applications["default"].deployments["Replica"].replica_states
+        states = serve.status().applications["outrider"].deployments["Replica"].replica_states
         return bool(states.get("STOPPING"))
 
     def gauge(self, name: str) -> dict[str, float]:
@@ -106,6 +106,7 @@ def test_prompts_that_begin_alike_go_to_one_replica_until_its_queue_is_long(
     def replica_of(prompt: str) -> str:
         answer = http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 4})
         assert answer.status_code == 200
+        assert len(answer.headers.get_list("x-request-id")) == 1
         return answer.headers["x-outrider-replica"]
 
     homes = [replica_of(beginning) for beginning in BEGINNINGS]
@@ -133,7 +134,7 @@ def test_prompts_that_begin_alike_go_to_one_replica_until_its_queue_is_long(
 
 def test_a_replica_that_is_no_longer_wanted_loses_no_stream(served: Served) -> None:
     with Client(served.url, max_retries=0) as client, ThreadPoolExecutor(32) as pool:
-        prompts = [f"{BEGINNINGS[number % 2]}{number}" for number in range(16)]
+        prompts = [f"{BEGINNINGS[number % 2]}{number}" for number in range(12)]
         answers = [pool.submit(list, client.stream(prompt, LONG)) for prompt in prompts]
         # Both have streams under way, and some that wait.
         wait_until(lambda: min(served.gauge("vllm:num_requests_waiting").values()) > 0, LIMIT_S)

@@ -47,7 +47,7 @@ class Front:
         forward = _Forward(self._replicas, self._config.server, metrics)
         keys = ApiKeys(self._config.server.api_keys_file)
         # Starlette's router answers what else a server asks of an application: its lifespan.
-        return Gate(Router(default=forward), self._config.server, keys, metrics)
+        return _unnamed(Gate(Router(default=forward), self._config.server, keys, metrics))
 
 
 class _Forward:
@@ -105,6 +105,20 @@ class _Forward:
         return Response(content, headers={"content-type": CONTENT_TYPE})
 
 
+def _unnamed(app: App) -> App:
+    """An application whose answers do not say the request's id: Serve's proxy, which gave it, does."""
+
+    async def unnamed(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_unnamed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
+            await send(message)
+
+        await app(scope, receive, send_unnamed)
+
+    return unnamed
+
+
 class _Relay:
     """What a replica says, to the client."""
 
@@ -120,8 +134,6 @@ class _Relay:
                 if message["type"] == "http.response.start":
                     self.started = True
                     self.replica = _header(message, REPLICA_HEADER)
-                    # The Gate puts the id there.
-                    message["headers"] = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
                 await self._send(message)
 
     def fail(self, error: ApiError) -> None:
