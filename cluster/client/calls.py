@@ -124,7 +124,7 @@ def generation(prompt: Prompt, options: Options, model: str, stream: bool) -> Ca
         allowed = ", ".join(Options.__annotations__)
         raise ValueError(f"options must be among {allowed}, got {', '.join(sorted(unknown))}")
     body: dict[str, Any] = {name: value for name, value in options.items() if name != "top_logprobs"}
-    asked: Speculation | str = options.get("speculative", {})
+    asked = options.get("speculative", Speculation())
     drafting: Speculation = {"budget": 0} if isinstance(asked, str) else asked
     body["speculative"] = {**drafting, "origins": True}
     if "logit_bias" in options:
