@@ -95,9 +95,7 @@ class Options(TypedDict, total=False):
     top_logprobs: int
     """Report each token's log-probability, and the likeliest tokens at its place, this many."""
     speculative: Speculation | Literal["off"]
-    """`off`: plain decoding."""
-
-    """How the answer is drafted."""
+    """How the answer is drafted; `off`: not at all."""
 
 
 class BatchEntry(TypedDict, total=False):

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterable, Sequence
 from typing import Any
 
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.responses import Response
 from starlette.routing import Router
@@ -78,28 +79,31 @@ class _Forward:
                 await while_there(receive, self._run(request, relay))
         except TimeoutError:
             relay.fail(ApiError(503, "no replica answered in time (server.max_request_s)", code="timeout"))
-        except RayActorError as error:
+        except (RayActorError, DeploymentUnavailableError) as error:
             _log.warning("%s: a replica was lost: %s", visit.id, error)
             relay.fail(ApiError(503, "a replica was lost: send the request again", code="engine_unavailable"))
         finally:
             visit.noted["replica"] = relay.replica
 
     async def _run(self, request: Forwarded, relay: "_Relay") -> None:
-        while True:
+        for is_last in (False, True):
             answer: Any = self._streaming.answer.remote(request)
             try:
                 await relay.run(answer)
                 return
             except RayActorError:
-                # Nothing was delivered, and any replica gives the same answer.
-                if relay.started:
+                # Nothing was delivered, and any replica gives the same answer; but what ends them must not end all.
+                if relay.started or is_last:
                     raise
             finally:
                 answer.cancel()
 
     async def _all_metrics(self, request: Forwarded) -> Response:
         asked = self._replicas.broadcast("whole", request)
-        answers = await asked.results_async(timeout_s=_METRICS_S, return_exceptions=True)
+        try:
+            answers = await asked.results_async(timeout_s=_METRICS_S, return_exceptions=True)
+        except (TimeoutError, DeploymentUnavailableError) as error:
+            raise ApiError(503, f"replicas do not answer: {error}", code="engine_unavailable") from error
         pages = [page for page in map(_page, answers) if page is not None]
         content = merged(pages, self._metrics.render({}).decode())
         return Response(content, headers={"content-type": CONTENT_TYPE})

@@ -300,6 +300,9 @@ def test_what_a_lost_replica_did_not_begin_another_answers(app: Any, replicas: L
     answer = TestClient(app).post("/v1/completions", json=ASKED)
     assert answer.json()["choices"][0]["text"] == "ONE TWO THREE"[:5]
     assert answer.headers["x-outrider-replica"] == "r1"
+    replicas.replicas[1].answer = died()  # type: ignore[method-assign]
+    lost = TestClient(app).post("/v1/completions", json=ASKED)
+    assert (lost.status_code, lost.json()["error"]["code"]) == (503, "engine_unavailable")
 
 
 def test_a_stream_that_a_lost_replica_began_breaks_off(app: Any, replicas: LocalReplicas) -> None:
