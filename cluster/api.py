@@ -36,8 +36,8 @@ class GenerationRequest:
     `grammar` (Lark or GBNF), as vLLM has it."""
 
     draft: Mapping[str, object] = field(default_factory=dict)
-    """Fields of `DraftOptions` that differ from the config: `methods`, `max_nodes` (0: plain) and
-    `max_depth`."""
+    """Fields of `DraftOptions` that differ from the config: `methods`, `max_nodes` (0: plain), `max_depth`, and
+    `tree`."""
 
     acceptance: Mapping[str, object] = field(default_factory=dict)
     """Fields of `AcceptanceOptions`: `rule`; with `typical` also `epsilon` and `delta`, with `judge` also `judge`

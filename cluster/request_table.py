@@ -121,7 +121,8 @@ class RequestTable:
         if not (num_kept or segments or reason):
             return
         kept = {name: getattr(event, name)[:num_kept] for name in PER_TOKEN}
-        said = output_fields(event) | kept | {"finish_reason": reason}
+        tree = replace(event.tree, accepted=event.tree.accepted[:num_kept])
+        said = output_fields(event) | kept | {"tree": tree, "finish_reason": reason}
         self._add(entry, Piece(**said, segments=tuple(segments), num_prompt_tokens=entry.num_prompt_tokens))
 
     def fail(self, request_id: str, reason: str) -> None:

@@ -25,6 +25,15 @@ _SIZE_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SCALAR_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as the number that it is in YAML 1.2 and in everybody's mind; in YAML 1.1 it is a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def preset_names() -> list[str]:
     """Names of the configs that ship with the package."""
     return _names_in(PRESETS_DIR)
@@ -69,7 +78,7 @@ def load_training(config: str, overrides: Sequence[str] = ()) -> TrainingConfig:
 def build_config(kind: type[T], path: Path, overrides: Sequence[str]) -> T:
     """A YAML file with `a.b=c` overrides as a dataclass of this kind."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config {str(path)!r} cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -114,7 +123,7 @@ def _apply_override(tree: dict[str, Any], override: str, kind: Any) -> None:
     if not separator or not all(names):
         raise ValueError(f"an override must look like a.b=c, got {override!r}")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         value = text
     section = tree

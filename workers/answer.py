@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from outrider.workers.sequences.origin import Origin
-from outrider.workers.sequences.sequence import RequestStats, TokenEvent, TokenLogprobs
+from outrider.workers.sequences.sequence import NO_TREE, RequestStats, RoundTree, TokenEvent, TokenLogprobs
 
 PER_TOKEN = ("tokens", "origins", "logprobs")
 """Fields of `Output` with an entry per token."""
@@ -22,6 +22,7 @@ class Output:
     finish_reason: str = ""  # "" while running, then "stop", "length", "cancelled" or "error"
     error: str = ""
     stats: RequestStats = field(default_factory=RequestStats)
+    tree: RoundTree = NO_TREE  # of the last round of this, where the request asked for it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,9 +103,13 @@ def _gpus() -> list[Fact]:
 
 def _driver() -> str:
     path = Path("/proc/driver/nvidia/version")
-    return (
-        path.read_text().splitlines()[0].split("Kernel Module")[-1].split()[0] if path.exists() else "unknown"
-    )
+    return driver_version(path.read_text()) if path.exists() else "unknown"
+
+
+def driver_version(text: str) -> str:
+    """Of what NVIDIA's kernel module says of itself; the open one names the processor before the version."""
+    found = re.search(r"\d+\.\d+(\.\d+)?", text)
+    return found[0] if found else "unknown"
 
 
 def _nvrtc() -> str:

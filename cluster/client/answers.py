@@ -46,12 +46,28 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Tree:
+    """What one round verified: drafted tokens below the text's last one, which is node 0."""
+
+    token_ids: tuple[int, ...] = ()
+    tokens: tuple[str, ...] = ()
+    """Their texts."""
+
+    parents: tuple[int, ...] = ()
+    """Of each node an earlier one; 0 of node 0 itself."""
+
+    accepted: tuple[int, ...] = ()
+    """The nodes that came out, in the order of the text."""
+
+
+@dataclass(frozen=True)
 class Part:
     """What came at a time."""
 
     segments: tuple[Segment, ...] = ()
     tokens: tuple[Token, ...] = ()
     finish_reason: str = ""  # of the last part: "stop" or "length"
+    tree: Tree = field(default_factory=Tree)  # empty unless `speculative.tree` was asked for
 
     @property
     def text(self) -> str:
@@ -114,7 +130,8 @@ def read_part(choice: Mapping[str, Any]) -> Part:
         for token, origin, (logprob, top) in zip(ids, origins, reported, strict=True)
     )
     segments = tuple(Segment(part["text"], part["origin"]) for part in said.get("segments", ()))
-    return Part(segments, tokens, choice.get("finish_reason") or "")
+    tree = Tree(**{name: tuple(values) for name, values in said.get("tree", {}).items()})
+    return Part(segments, tokens, choice.get("finish_reason") or "", tree)
 
 
 def _logprobs(said: Mapping[str, Any] | None, count: int) -> list[tuple[float | None, dict[str, float]]]:

@@ -5,7 +5,7 @@ import random
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict
 
 from outrider.cluster.client.answers import (
@@ -50,6 +50,9 @@ class Speculation(TypedDict, total=False):
     judge: str
     threshold: float
     """Of rule `judge`."""
+
+    tree: bool
+    """Whether each part of a stream says which tree its round verified."""
 
 
 class StructuredOutputs(TypedDict, total=False):
@@ -260,7 +263,8 @@ class StreamReader:
         hidden = min(max(self._num_given - self._num_characters, 0), len(part.text))
         self._num_tokens += len(part.tokens)
         self._num_characters += len(part.text)
-        return Part(_without(part.segments, hidden), part.tokens[len(known) :], part.finish_reason)
+        segments = _without(part.segments, hidden)
+        return replace(part, segments=segments, tokens=part.tokens[len(known) :])
 
 
 def _without(segments: Sequence[Segment], hidden: int) -> tuple[Segment, ...]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -25,6 +25,7 @@ from outrider.cluster.serving.jobs import (
 )
 from outrider.cluster.serving.limits import ApiKeys, choice_places
 from outrider.cluster.serving.metrics import ServerMetrics, Stats
+from outrider.cluster.serving.page import playground
 from outrider.cluster.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from outrider.cluster.serving.response import AnswerResponse
 from outrider.cluster.serving.responses import ResponsesWriter
@@ -76,6 +77,7 @@ def create_app(engine: "Engine", config: Config) -> App:
     _add_generation(app, service)
     _add_models(app, service)
     _add_probes(app, service)
+    _add_page(app)
     _add_error_handlers(app, config.server.retry_after_s)
     return Gate(app, config.server, keys, metrics)
 
@@ -157,6 +159,7 @@ def _add_models(app: FastAPI, service: _Service) -> None:
         "created": service.started,
         "owned_by": "outrider",
         "max_model_len": service.model.max_context,
+        "speculative": _speculation(service.config),
     }
 
     @app.get("/v1/models", responses=_ERRORS)
@@ -205,6 +208,30 @@ def _add_probes(app: FastAPI, service: _Service) -> None:
         """For Prometheus."""
         content = service.metrics.render(await service.stats())
         return Response(content, headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+def _add_page(app: FastAPI) -> None:
+    page = playground()
+
+    @app.get("/", response_class=HTMLResponse)
+    async def root() -> Response:
+        """A page to try the model on."""
+        return HTMLResponse(page.content, headers=page.headers)
+
+
+def _speculation(config: Config) -> dict[str, Any]:
+    """What requests may say in `speculative`: the methods and rules that there are, and the bounds of numbers."""
+    bounds = config.acceptance
+    return {
+        "methods": config.draft.methods,
+        "max_budget": config.tree.max_nodes,
+        "max_depth": config.tree.max_depth,
+        "rules": bounds.rules,
+        "judges": [judge.name for judge in bounds.judges],
+        "min_epsilon": bounds.min_epsilon,
+        "min_delta": bounds.min_delta,
+        "min_threshold": bounds.min_threshold,
+    }
 
 
 def _require_whole(service: _Service) -> None:

@@ -19,7 +19,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-WITHOUT_KEY = ("/health", "/ready")
+WITHOUT_KEY = ("/", "/health", "/ready")
 _MAX_ID = 128  # characters of a request's id that a client chose
 
 _log = logging.getLogger("outrider.server")

@@ -246,7 +246,7 @@ def _with_seed_of(choice: int, sampling: Mapping[str, object], config: Config) -
 def _draft(asked: Speculative) -> dict[str, object]:
     """The `draft` part of a GenerationRequest."""
     methods = [asked.method] if isinstance(asked.method, str) else asked.method
-    draft = {"methods": methods, "max_nodes": asked.budget, "max_depth": asked.depth}
+    draft = {"methods": methods, "max_nodes": asked.budget, "max_depth": asked.depth, "tree": asked.tree}
     return {name: value for name, value in draft.items() if value is not None}
 
 

@@ -147,6 +147,9 @@ class Speculative(Wire):
     origins: bool | None = None
     """Whether the answer says of each token who chose it, and of each text who completed it."""
 
+    tree: bool | None = None
+    """Whether the answer says which tree its last round verified, and a stream that of every round."""
+
 
 class TextFormat(Wire):
     """Any answer."""

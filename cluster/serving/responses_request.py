@@ -130,6 +130,13 @@ class TextOptions(Wire):
 InputItem = InputMessage | CallItem | CallOutput | ThoughtsItem
 
 
+class ResponsesSpeculative(Speculative):
+    """As elsewhere, but that OpenAI's answer has no place for what `origins` and `tree` tell."""
+
+    origins: Annotated[Any, Only(False)] = None
+    tree: Annotated[Any, Only(False)] = None
+
+
 class ResponsesRequest(Wire):
     """Body of /v1/responses."""
 
@@ -144,7 +151,7 @@ class ResponsesRequest(Wire):
     metadata: dict[str, str] | None = None
     """Comes back in the answer."""
     seed: int | None = None
-    speculative: Literal["off"] | Speculative | None = None
+    speculative: Literal["off"] | ResponsesSpeculative | None = None
 
     store: Annotated[Any, Only(False)] = None
     previous_response_id: Annotated[Any, Only()] = None

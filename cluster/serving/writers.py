@@ -19,7 +19,7 @@ from outrider.cluster.serving.parsing import (
     Thought,
 )
 from outrider.cluster.serving.usage import Tally
-from outrider.workers.sequences.sequence import TokenLogprobs
+from outrider.workers.sequences.sequence import RoundTree, TokenLogprobs
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM writes the same
 
@@ -130,22 +130,40 @@ class _Answer(ABC):
     def _has_news(self, piece: Piece) -> bool:
         """Whether a stream must say something of it: text may be held back, and be said later."""
         return bool(
-            piece.text or piece.finish_reason or piece.logprobs or (piece.tokens and self._job.origins)
+            piece.text
+            or piece.finish_reason
+            or piece.logprobs
+            or piece.tree.tokens
+            or (piece.tokens and self._job.origins)
         )
 
+    def _speculative(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Who chose what, and the tree of the last round, as far as that is wanted."""
+        said = self._origins(pieces) | self._tree(pieces[-1].tree)
+        return {"speculative": said} if said else {}
+
+    def _tree(self, tree: RoundTree) -> dict[str, Any]:
+        if not tree.tokens:
+            return {}
+        return {
+            "tree": {
+                "token_ids": tree.tokens,
+                "tokens": [self._names.name(token) for token in tree.tokens],
+                "parents": tree.parents,
+                "accepted": tree.accepted,
+            }
+        }
+
     def _origins(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """Who chose what, if that is wanted."""
         if not self._job.origins:
             return {}
         segments = [
             {"text": part.text, "origin": part.origin.label} for piece in pieces for part in piece.segments
         ]
         return {
-            "speculative": {
-                "segments": segments,
-                "token_ids": [token for piece in pieces for token in piece.tokens],
-                "token_origins": [origin.label for piece in pieces for origin in piece.origins],
-            }
+            "segments": segments,
+            "token_ids": [token for piece in pieces for token in piece.tokens],
+            "token_origins": [origin.label for piece in pieces for origin in piece.origins],
         }
 
 
@@ -174,7 +192,7 @@ class ChatWriter(_Answer):
             "delta": _delta(events, begins),
             "logprobs": self._logprobs([piece]),
             "finish_reason": self._reason(index, piece),
-            **self._origins([piece]),
+            **self._speculative([piece]),
         }
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -184,7 +202,7 @@ class ChatWriter(_Answer):
             "message": _message(events),
             "logprobs": self._logprobs(pieces),
             "finish_reason": self._reason(index, pieces[-1]),
-            **self._origins(pieces),
+            **self._speculative(pieces),
         }
 
     def _read(self, index: int, piece: Piece) -> list[Event]:
@@ -233,7 +251,7 @@ class CompletionWriter(_Answer):
             "text": text,
             "logprobs": self._logprobs(index, pieces),
             "finish_reason": pieces[-1].finish_reason or None,
-            **self._origins(pieces),
+            **self._speculative(pieces),
         }
 
     def _logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:

@@ -94,11 +94,11 @@ def test_streams_text_tokens_and_origins_as_rounds_give_them() -> None:
             pieces = await pieces_of(fake.coordinator, GenerationRequest("hello"))
             assert [piece.text for piece in pieces] == ["HEL", "LO"]
             assert pieces[0].tokens == tuple(map(ord, "HEL"))
-            assert pieces[0].origins == (Origin.TARGET, Origin.DRAFT, Origin.DRAFT)
+            assert pieces[0].origins == (Origin.DRAFT, Origin.DRAFT, Origin.TARGET)
             assert [(s.text, s.origin) for s in pieces[0].segments] == [
-                ("H", Origin.TARGET),
+                ("H", Origin.DRAFT),
                 ("E", Origin.DRAFT),
-                ("L", Origin.DRAFT),
+                ("L", Origin.TARGET),
             ]
             assert [piece.finish_reason for piece in pieces] == ["", "stop"]
             assert pieces[-1].stats.num_rounds == 2

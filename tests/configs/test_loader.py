@@ -181,6 +181,17 @@ def test_overrides_reach_their_fields() -> None:
     assert type(config.sampling.temperature) is float
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("2E3", 2e3), ("+1.e+1", 10.0), ("3.5e-1", 0.35)]
+)
+def test_a_number_may_have_an_exponent(text: str, value: float, tmp_path: Path) -> None:
+    assert load_config("quickstart", [f"sampling.temperature={text}"]).sampling.temperature == value
+    file = tmp_path / "run.yaml"
+    file.write_text(f"target: {{model: some}}\nsampling: {{temperature: {text}}}\n")
+    assert load_config(str(file)).sampling.temperature == value
+    assert load_config("quickstart", ["draft.model=1e5"]).draft.model == "1e5"
+
+
 def test_an_override_can_empty_a_text_and_a_list() -> None:
     config = load_config("tiny-random", ["draft.methods=[]", "draft.model="])
     assert config.draft.methods == ()

@@ -13,6 +13,7 @@ import pytest
 
 from outrider import AsyncClient, Client
 from outrider.cluster.client.answers import RefusedError
+from outrider.cluster.client.calls import Options
 from support.serving import Server, running_server
 from support.waiting import wait_until
 
@@ -109,6 +110,27 @@ def test_openais_client_streams_what_plain_decoding_says(theirs: openai.OpenAI) 
         assert usage.speculative["accepted"] > 0
         assert plain.usage.speculative["drafted"] == 0
         assert usage.prompt_tokens == plain.usage.prompt_tokens
+
+
+def test_a_stream_tells_the_tree_of_every_round_and_is_no_other_for_it(ours: Client) -> None:
+    options: Options = {"max_tokens": 40, "temperature": 0.8, "seed": 3}
+    untold = ours.generate(PROMPTS[1], options)
+    told = ours.stream(PROMPTS[1], {**options, "speculative": {"tree": True}})
+    parts = list(told)
+    assert "".join(part.text for part in parts) == untold.text
+    before, drafted, accepted = ours.tokenize(PROMPTS[1])[-1], 0, 0
+    for part in parts:
+        tree, ids = part.tree, [token.id for token in part.tokens]
+        path = list(tree.accepted)
+        assert (tree.token_ids[0], tree.parents[0]) == (before, 0)
+        assert all(parent < node for node, parent in enumerate(tree.parents[1:], start=1))
+        assert [tree.parents[node] for node in path] == [0, *path][: len(path)]
+        assert [tree.token_ids[node] for node in path] == ids[: len(path)]
+        assert len(ids) - len(path) <= 1
+        before, drafted, accepted = ids[-1], drafted + len(tree.tokens) - 1, accepted + len(path)
+    usage = told.answer().usage
+    assert drafted == usage.drafted
+    assert 0 < accepted <= usage.accepted
 
 
 def test_openais_client_streams_responses(theirs: openai.OpenAI) -> None:

@@ -21,7 +21,15 @@ from outrider.configs.schema import Config, SamplingConfig, TargetConfig, TreeCo
 from outrider.workers.link.lost import LinkLostError
 from outrider.workers.sampling.grammars import Grammars
 from outrider.workers.sequences.origin import Origin
-from outrider.workers.sequences.sequence import Request, RequestStats, TokenEvent, TokenLogprobs
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import (
+    NO_TREE,
+    Request,
+    RequestStats,
+    RoundTree,
+    TokenEvent,
+    TokenLogprobs,
+)
 from outrider.workers.weights.token_texts import TokenTexts
 
 FAKE_CONFIG = Config(
@@ -174,7 +182,8 @@ class FakeRank0(FakeTarget):
 
 
 class FakeDraft(FakeTarget):
-    """Gives each request the text that `answer(prompt)` says, three tokens a round, the last two "drafted"."""
+    """Gives each request the text that `answer(prompt)` says, three tokens a round, the first two "drafted"; a
+    lossy rule kept the second. Their tree offered another token after the second."""
 
     def __init__(self, crew: "FakeCrew") -> None:
         super().__init__()
@@ -254,10 +263,25 @@ class FakeDraft(FakeTarget):
         if reason:
             del self._left[request.id]
         count = len(tokens)
-        logprobs = (TokenLogprobs(-0.5, ()),) * count if request.sampling.logprobs else ()
+        logprobs = tuple(_logprobs(token, request.sampling) for token in tokens)
         stats = RequestStats(num_rounds=-(-self._emitted[request.id] // 3))
-        origins = (Origin.TARGET, Origin.DRAFT, Origin.DRAFT)[:count]
-        return TokenEvent(request.id, tuple(tokens), origins, logprobs, reason, "", stats)
+        second = Origin.DRAFT if request.acceptance.rule == "exact" else Origin.KEPT
+        origins = (Origin.DRAFT, second, Origin.TARGET)[:count]
+        logprobs = logprobs if request.sampling.logprobs else ()
+        tree = _tree_of(tokens[:2]) if request.draft.tree else NO_TREE
+        return TokenEvent(request.id, tuple(tokens), origins, logprobs, reason, "", stats, tree)
+
+
+def _logprobs(token: int, sampling: SamplingParams) -> TokenLogprobs:
+    """Of a token that is likelier than its neighbours."""
+    likeliest = ((token, -0.5), (token - 1, -1.5), (token + 1, -2.5))
+    return TokenLogprobs(-0.5, likeliest[: sampling.top_logprobs])
+
+
+def _tree_of(accepted: Sequence[int]) -> RoundTree:
+    """Its root is a "."; one more node hangs below the accepted ones."""
+    nodes = range(len(accepted) + 1)
+    return RoundTree((ord("."), *accepted, ord("?")), (0, *nodes), tuple(nodes[1:]))
 
 
 class FakeCrew:

@@ -1,4 +1,4 @@
-"""`outrider serve` as a process of its own."""
+"""`outrider serve` as a process of its own; the server alone in a thread of this one."""
 
 import re
 import signal
@@ -8,6 +8,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+import uvicorn
+
+from outrider.cluster.serving.gate import App
+from outrider.cluster.serving.server import address_of, bind, listen
+from outrider.configs.schema import ServerConfig
 
 START_S = 120.0
 END_S = 30.0
@@ -52,3 +58,21 @@ def running_server(config: str, overrides: Sequence[str]) -> Iterator[Server]:
         finally:
             process.kill()
             listener.join()
+
+
+@contextmanager
+def served(app: App) -> Iterator[str]:
+    """The URL of an application, which real sockets reach."""
+    with bind(ServerConfig(port=0)) as listener:
+        listen(listener)
+        settings = uvicorn.Config(
+            app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1
+        )
+        server = uvicorn.Server(settings)
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield address_of(listener)
+        finally:
+            server.should_exit = True
+            thread.join(END_S)

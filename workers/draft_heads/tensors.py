@@ -124,7 +124,7 @@ def row_names(names: Mapping[str, str]) -> list[str]:
 
 def offsets_of(head: LmHead, vocab_size: int) -> dict[str, Tensor]:
     """The two tables of a trimmed head: d2t int64 [V'], id minus place, and t2d bool [V]; {} for all tokens."""
-    ids = head.ids
+    ids = head.ids.cpu()
     if len(ids) == vocab_size:
         return {}
     member = torch.zeros(vocab_size, dtype=torch.bool)

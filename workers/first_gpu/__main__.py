@@ -23,7 +23,7 @@ from outrider.workers.first_gpu.setting import FULL, TINY, Setting
 
 # By module, the wheel that brings it.
 WHEELS = {"cuda.core": "cuda-core", "cuda.bindings": "cuda-bindings", "yaml": "pyyaml"}
-WORKERS = ("psutil", "yaml", "gguf", "transformers")
+WORKERS = ("psutil", "yaml", "gguf", "transformers", "llguidance")
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.rules import NodeScores, Rule, Verdicts
 from outrider.workers.sequences.segments import starts_of
 from outrider.workers.sequences.sequence import (
+    NO_TREE,
     NONE_KEPT,
     KeptAccount,
     RequestStats,
+    RoundTree,
     Sequence,
     TokenEvent,
     TokenLogprobs,
@@ -141,6 +143,15 @@ class _Verdicts:
             found.append(TokenLogprobs(logprob, tuple(top)))
         return tuple(found)
 
+    def tree(self, index: int, count: int) -> RoundTree:
+        """Of a step, and which of its nodes are among the first `count` tokens that came out."""
+        num_nodes, num_accepted = int(self.trees.counts[index]), min(count, self.num_accepted[index])
+        return RoundTree(
+            tuple(self.trees.tokens[index, :num_nodes].tolist()),
+            tuple(self.trees.parents[index, :num_nodes].tolist()),
+            tuple(self.paths[index][1 : num_accepted + 1]),
+        )
+
     def kept(self, index: int, count: int) -> KeptAccount:
         """Of the first `count` tokens that came out of a step: what those cost that the target did not say."""
         account, path, first = NONE_KEPT, self.paths[index], self._logprob_rows[index]
@@ -170,7 +181,10 @@ def _emit(sequence: Sequence, verdicts: _Verdicts, index: int) -> TokenEvent:
     if sampling.logprobs:
         logprobs = verdicts.logprobs(index, len(tokens), sampling.top_logprobs)
     origins = tuple(map(_ORIGINS.__getitem__, verdicts.origins[index][: len(tokens)]))
-    return TokenEvent(sequence.id, tuple(tokens), origins, logprobs, finish_reason, error, sequence.stats)
+    tree = verdicts.tree(index, len(tokens)) if sequence.request.draft.tree else NO_TREE
+    return TokenEvent(
+        sequence.id, tuple(tokens), origins, logprobs, finish_reason, error, sequence.stats, tree
+    )
 
 
 _ORIGINS = tuple(Origin)

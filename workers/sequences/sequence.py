@@ -16,6 +16,7 @@ class DraftOptions:
     methods: tuple[str, ...]
     max_nodes: int  # draft tokens per round, at most
     max_depth: int  # draft tokens on one path, at most
+    tree: bool = False  # whether every event tells the tree of its round
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,24 @@ class Request:
 
 
 @dataclass(frozen=True)
+class RoundTree:
+    """The tree of one request that one round verified. Node 0 is the text's last token before the round.
+
+    Attributes:
+        tokens: of every node.
+        parents: of every node, an earlier one; 0 of node 0 itself.
+        accepted: the drafted nodes that came out, in the order of the text.
+    """
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+
+
+NO_TREE = RoundTree()
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """Tokens of one request that one round settled; the last event of a request has a finish reason."""
 
@@ -138,6 +157,7 @@ class TokenEvent:
     finish_reason: str  # "" while running, then "stop", "length", "cancelled" or "error"
     error: str
     stats: RequestStats
+    tree: RoundTree = NO_TREE  # where the request asked for it and the round verified one
 
 
 @dataclass

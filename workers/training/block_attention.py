@@ -86,8 +86,8 @@ def block_attention(
         if not num_blocks:
             continue
         own = slice(first_block, first_block + num_blocks)
+        length = min(length, int(blocks.places[own].max()))  # what nobody sees
         places = blocks.places[own].to(q.device)
-        length = min(length, int(places.max()))  # what nobody sees
         rows = slice(first, first + length)
         queries = q[own].permute(2, 0, 1, 3, 4)  # [HK, A, S, G, D]
         far = queries.reshape(HK, -1, D) @ context_k[rows].permute(1, 2, 0)  # [HK, A * S * G, T]

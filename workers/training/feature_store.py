@@ -23,7 +23,6 @@ from outrider.workers.training.vocabulary_loss import SoftTargets
 from outrider.workers.weights.progress import Progress
 
 _TEXTS_PER_FILE = 256
-_FORWARD_TOKENS = 4096
 _LOGIT_ROWS = 256
 _LAST = "last"
 
@@ -104,7 +103,8 @@ class WantedRows:
 
 
 class FeatureComputer:
-    """Runs the target and keeps what a trainer needs, and the last rows: by name tensors by name, [tokens, ...]."""
+    """Runs the target and keeps what a trainer needs, and the last rows, on the target's device: by name tensors by
+    name, [tokens, ...]."""
 
     def __init__(self, target: TargetFeatures, wanted: WantedRows) -> None:
         """`target` gives at least the wanted layers and its last rows."""
@@ -112,14 +112,15 @@ class FeatureComputer:
         self._wanted = wanted
         self._top_k = min(wanted.top_k, len(wanted.ids))
         self._has_all_ids = len(wanted.ids) == target.model.config.vocab_size
+        self._ids = wanted.ids.to(target.model.device)
 
     def compute(self, texts: Sequence[TrainingText]) -> dict[str, dict[str, Tensor]]:
-        """Of texts back to back; in forwards over some thousand tokens."""
+        """Of texts back to back, in as many forwards as they need."""
         parts: list[dict[str, dict[str, Tensor]]] = []
         batch: list[TrainingText] = []
         num_tokens = 0
         for text in texts:
-            if batch and num_tokens + len(text.tokens) > _FORWARD_TOKENS:
+            if batch and num_tokens + len(text.tokens) > self._target.max_rows:
                 parts.append(self._forward(batch))
                 batch, num_tokens = [], 0
             batch.append(text)
@@ -132,7 +133,8 @@ class FeatureComputer:
 
     @torch.inference_mode()
     def law(self, normed: Tensor) -> dict[str, Tensor]:
-        """Of rows after the final norm."""
+        """Of rows after the final norm, on any device; the law is on the target's."""
+        normed = normed.to(self._target.model.device)
         parts = [
             self._law(normed[start : start + _LOGIT_ROWS]) for start in range(0, len(normed), _LOGIT_ROWS)
         ]
@@ -153,7 +155,7 @@ class FeatureComputer:
         logits = self._target.model.weights.head(normed)
         greedy = logits.argmax(-1)
         if not self._has_all_ids:
-            logits = logits.index_select(1, self._wanted.ids)
+            logits = logits.index_select(1, self._ids)
         top, columns = logits.topk(self._top_k, dim=-1)
         log_probs = top - logits.logsumexp(-1, keepdim=True)
         return {
@@ -303,7 +305,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A file that is there is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    save_file({name: values.contiguous() for name, values in tensors.items()}, unfinished)
+    save_file({name: values.cpu().contiguous() for name, values in tensors.items()}, unfinished)
     unfinished.replace(path)
 
 

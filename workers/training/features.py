@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.workers.draft_heads.eagle3 import default_taps
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import TreeRows, ancestor_masks, build_batch, depths_of, num_mask_words
@@ -34,8 +35,9 @@ from outrider.workers.weights.source import WeightSource
 Item = TypeVar("Item")
 CPU = torch.device("cpu")
 _PAGE = 16
-# Rows of one forward: enough that a pass over the weights is cheap beside the products; more only cost memory.
-_MAX_ROWS = 2048
+# Rows of one forward: enough that a pass over the weights, or on a GPU the launches of its kernels, are cheap beside
+# the products; more only cost memory.
+_MAX_ROWS = {"cpu": 2048, "cuda": 16_384}
 _SHARD_BYTES = 64 << 20  # what a pass that is cut off loses, and what a trainer waits for
 
 
@@ -64,6 +66,7 @@ class TargetFeatures:
         layers: whose rows are given, numbered as in `Hidden`: the rows that ENTER them; the number of layers stands
             for those that leave the last one, before the final norm.
         model: the target.
+        max_rows: of one forward, about.
     """
 
     def __init__(
@@ -73,11 +76,13 @@ class TargetFeatures:
         dtype: torch.dtype,
         threads: int,
         device: torch.device = CPU,
+        kernels: KernelSelection = REFERENCES,
     ) -> None:
         """Loads the whole target in `dtype`.
 
         Args:
             threads: torch's CPU threads in this process from now on.
+            kernels: which CUDA kernels to run, see `select_kernels`.
 
         Raises:
             ValueError: a layer that the target does not have.
@@ -90,8 +95,9 @@ class TargetFeatures:
         self._plan = ShardPlan(config, 0, 1)
         weights = load_weights(self._plan, source, dtype, device, packed=device.type == "cpu")
         self.layers = tuple(layers)
-        self.model = Transformer(weights, SoloCommunicator())
-        self._cache = self._cache_of(_MAX_ROWS // _PAGE)
+        self.max_rows = _MAX_ROWS[device.type]
+        self.model = Transformer(weights, SoloCommunicator(), kernels)
+        self._cache = self._cache_of(self.max_rows // _PAGE)
 
     def rows(self, texts: Sequence[Sequence[int]]) -> list[dict[int, Tensor]]:
         """Of each text, at least one token long, its rows by layer: [tokens, hidden] in the target's dtype.
@@ -103,7 +109,7 @@ class TargetFeatures:
     def tree_rows(self, trees: Sequence[TokenTree]) -> list[dict[int, Tensor]]:
         """Of each tree of texts its rows by layer: [nodes, hidden], as `rows` gives them."""
         found: list[dict[int, Tensor]] = []
-        for packed in _groups(trees, lambda tree: len(tree.tokens), _MAX_ROWS):
+        for packed in _groups(trees, lambda tree: len(tree.tokens), self.max_rows):
             found += self._forward(packed)
         return found
 

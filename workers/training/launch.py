@@ -12,7 +12,7 @@ from outrider.configs.training import TrainingConfig
 from outrider.workers.training.data import Corpus, Manifest, read_corpus
 from outrider.workers.training.log import Line
 from outrider.workers.training.metrics import Measurement
-from outrider.workers.training.tasks import build_task, prepare_head, prepare_rows
+from outrider.workers.training.tasks import build_task, prepare_head, prepare_rows, training_device
 from outrider.workers.training.trainer import Trainer
 from outrider.workers.weights.progress import Progress
 
@@ -68,7 +68,8 @@ def open_corpus(config: TrainingConfig) -> Corpus:
 def _run_rank(
     config: TrainingConfig, corpus: Corpus, rank: int, rendezvous: Path, tell: Callable[[Line], None]
 ) -> Measurement:
-    trainer = Trainer(config, corpus, build_task(config, corpus), rank, rendezvous)
+    task = build_task(config, corpus, training_device(config, rank))
+    trainer = Trainer(config, corpus, task, rank, rendezvous)
     try:
         return trainer.run(tell)
     finally:

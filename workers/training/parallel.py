@@ -143,10 +143,11 @@ class ParallelTraining(nn.Module):
     def count_labels(self, batch: FeatureBatch) -> Tensor:
         """float32 [K]: of a batch, how many labels each level's loss is the mean over."""
         blocks = self._blocks(batch)
+        within = self.head_loss.has(self._labels(batch)).cpu()
         counts = []
         for level in range(self.num_guesses):
             laws = blocks.anchors[blocks.learned[:, level]] + level
-            counts.append(float(self.head_loss.has(self._labels(batch)[laws]).sum()))
+            counts.append(float(within[laws].sum()))
         return torch.tensor(counts)
 
     def forward(self, batch: FeatureBatch, totals: Tensor, measure: bool) -> tuple[Tensor, StepCounts]:

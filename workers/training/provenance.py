@@ -12,6 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
+CPU = torch.device("cpu")
 _PACKAGES = ("outrider", "torch", "deepspeed", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -31,7 +34,7 @@ class Provenance:
         step: optimizer steps done.
         passes: times that the texts were read.
         hours: of training, interruptions not counted.
-        machine: processor and threads.
+        machine: GPU if there is one, processor and threads.
         measured: on the held-out texts.
     """
 
@@ -85,11 +88,12 @@ def command() -> tuple[str, ...]:
     return (Path(sys.argv[0]).name, *sys.argv[1:])
 
 
-def machine(num_threads: int) -> str:
-    """Processor and threads of a rank."""
+def machine(num_threads: int, device: torch.device = CPU) -> str:
+    """Processor and threads of a rank, and its GPU where it has one."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {num_threads} threads a rank"
+    gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
+    return f"{gpu}{name}, {num_threads} threads a rank"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from outrider.configs.training import TrainingConfig
+from outrider.kernels.selection import DEFAULT_MEMORY, select_kernels
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter, default_taps
 from outrider.workers.draft_heads.medusa import MedusaHeads
 from outrider.workers.draft_heads.mtp import MtpDrafter
@@ -148,7 +149,7 @@ def prepare_rows(
         raise ValueError(
             f"texts.features must be computed: {size / 1e9:.2f} GB do not fit on the disk of {folder}"
         )
-    computer = _computer(config, source, wanted)
+    computer = _computer(config, source, wanted, training_device(config, 0))
     for files in parts:
         files.keep(computer, progress)
 
@@ -163,7 +164,7 @@ def prepare_head(config: TrainingConfig, corpus: Corpus, say: Callable[[str], No
     source = open_source(resolve_target(config, silent))
     ids = read_ids(config.head, source.config.vocab_size)
     last = source.config.num_layers
-    target = TargetFeatures(source, (last,), torch_dtype(config.target.dtype), config.engine.num_threads)
+    target = _target(config, source, (last,), training_device(config, 0))
     texts: list[TrainingText] = []
     for text in corpus.training[:: max(1, len(corpus.training) // _START_TEXTS)]:
         if sum(len(chosen.tokens) for chosen in texts) < _START_TOKENS:
@@ -172,7 +173,7 @@ def prepare_head(config: TrainingConfig, corpus: Corpus, say: Callable[[str], No
     # Those before labels: what the head will be asked about.
     read = [by[last][max(1, text.num_unlearned) - 1 : -1] for text, by in zip(texts, rows, strict=True)]
     rank = head_shape(config.head, source.config.hidden_size, ids).rank
-    weights = low_rank_head(source, ids, rank, target.model.normed(torch.cat(read)))
+    weights = low_rank_head(source, ids, rank, target.model.normed(torch.cat(read)).cpu())
     unfinished = path.with_suffix(".tmp")
     save_file(weights, unfinished)
     unfinished.replace(path)
@@ -186,8 +187,13 @@ def _low_rank_start(config: TrainingConfig) -> dict[str, Tensor]:
     return load_file(_low_rank_path(config)) if config.head.kind == "low_rank" else {}
 
 
-def build_task(config: TrainingConfig, corpus: Corpus) -> Task:
-    """What a rank trains. Random starts are those of `config.seed`: the same on every rank."""
+def training_device(config: TrainingConfig, rank: int) -> torch.device:
+    """Where a rank computes."""
+    return torch.device(config.engine.device, *([rank] if config.engine.device == "cuda" else []))
+
+
+def build_task(config: TrainingConfig, corpus: Corpus, device: torch.device) -> Task:
+    """What a rank trains on `device`. Random starts are those of `config.seed`: the same on every rank."""
     torch.manual_seed(config.seed)
     resolved = resolve_target(config, silent)
     source = open_source(resolved)
@@ -199,12 +205,12 @@ def build_task(config: TrainingConfig, corpus: Corpus) -> Task:
     module: nn.Module
     drafter: Drafter
     if config.method == "eagle3":
-        module, drafter = _eagle3(config, source, rows)
+        module, drafter = _eagle3(config, source, rows, device)
     elif config.method == "mtp":
-        module, drafter = _mtp(config, source, rows)
+        module, drafter = _mtp(config, source, rows, device)
     elif config.method == "parallel":
         check_mask_token(config.parallel, corpus)
-        module, drafter = _parallel(config, source, rows)
+        module, drafter = _parallel(config, source, rows, device)
     else:
         module, drafter = _medusa1(config, source, rows)
     if config.start_from:
@@ -219,7 +225,7 @@ def build_task(config: TrainingConfig, corpus: Corpus) -> Task:
     def reader(texts: list[TrainingText]) -> BatchReader:
         if config.texts.features == "cached":
             return _files(config, rows, texts)
-        return ComputedRows(texts, rows, _computer(config, source, rows))
+        return ComputedRows(texts, rows, _computer(config, source, rows, device))
 
     return Task(
         module,
@@ -231,19 +237,21 @@ def build_task(config: TrainingConfig, corpus: Corpus) -> Task:
 
 
 def _eagle3(
-    config: TrainingConfig, source: WeightSource, rows: WantedRows
+    config: TrainingConfig, source: WeightSource, rows: WantedRows, device: torch.device
 ) -> tuple[nn.Module, Eagle3Drafter]:
     shape = head_shape(config.head, source.config.hidden_size, rows.ids)
     drafter = Eagle3Drafter(drafter_shape(source.config, shape, config.eagle3.norm_before_residual), rows.ids)
     start_head(drafter.lm_head, source, _low_rank_start(config))
     if config.eagle3.start == "target_last_layer":
         start_from_last_layer(drafter, source)
-    embedding = source.read(EMBEDDING, _ALL, _ALL, torch_dtype(config.engine.dtype))
     dtype = torch_dtype(config.engine.dtype)
+    embedding = source.read(EMBEDDING, _ALL, _ALL, dtype).to(device)
     return Eagle3Training(drafter, embedding, config.eagle3, dtype), drafter
 
 
-def _mtp(config: TrainingConfig, source: WeightSource, rows: WantedRows) -> tuple[nn.Module, MtpDrafter]:
+def _mtp(
+    config: TrainingConfig, source: WeightSource, rows: WantedRows, device: torch.device
+) -> tuple[nn.Module, MtpDrafter]:
     shape = head_shape(config.head, source.config.hidden_size, rows.ids)
     drafter = MtpDrafter(head_shape_for(source.config, shape), rows.ids)
     start_head(drafter.lm_head, source, _low_rank_start(config))
@@ -251,11 +259,12 @@ def _mtp(config: TrainingConfig, source: WeightSource, rows: WantedRows) -> tupl
     if config.mtp.start == "target_last_layer":
         start_from_layer(drafter, source)
     dtype = torch_dtype(config.engine.dtype)
-    return MtpTraining(drafter, source.read(EMBEDDING, _ALL, _ALL, dtype), config.mtp, dtype), drafter
+    embedding = source.read(EMBEDDING, _ALL, _ALL, dtype).to(device)
+    return MtpTraining(drafter, embedding, config.mtp, dtype), drafter
 
 
 def _parallel(
-    config: TrainingConfig, source: WeightSource, rows: WantedRows
+    config: TrainingConfig, source: WeightSource, rows: WantedRows, device: torch.device
 ) -> tuple[nn.Module, ParallelDrafter]:
     head = head_shape(config.head, source.config.hidden_size, rows.ids)
     drafter = ParallelDrafter(parallel_shape(source.config, head, config.parallel), rows.ids)
@@ -264,7 +273,7 @@ def _parallel(
     if config.parallel.start == "target_last_layers":
         start_from_last_layers(drafter, source)
     dtype = torch_dtype(config.engine.dtype)
-    embedding = source.read(EMBEDDING, _ALL, _ALL, dtype)
+    embedding = source.read(EMBEDDING, _ALL, _ALL, dtype).to(device)
     return ParallelTraining(drafter, embedding, config.parallel, dtype), drafter
 
 
@@ -275,7 +284,16 @@ def _medusa1(config: TrainingConfig, source: WeightSource, rows: WantedRows) -> 
     return Medusa1Training(heads, config.medusa, torch_dtype(config.engine.dtype)), heads
 
 
-def _computer(config: TrainingConfig, source: WeightSource, wanted: WantedRows) -> FeatureComputer:
+def _computer(
+    config: TrainingConfig, source: WeightSource, wanted: WantedRows, device: torch.device
+) -> FeatureComputer:
     layers = tuple(dict.fromkeys((*wanted.taps, source.config.num_layers)))
+    return FeatureComputer(_target(config, source, layers, device), wanted)
+
+
+def _target(
+    config: TrainingConfig, source: WeightSource, layers: Sequence[int], device: torch.device
+) -> TargetFeatures:
     dtype = torch_dtype(config.target.dtype)
-    return FeatureComputer(TargetFeatures(source, layers, dtype, config.engine.num_threads), wanted)
+    kernels = select_kernels("auto", device, dtype, source.config.head_dim, DEFAULT_MEMORY)
+    return TargetFeatures(source, layers, dtype, config.engine.num_threads, device, kernels)

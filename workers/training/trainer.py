@@ -22,7 +22,7 @@ from outrider.workers.training.data import BatchPlan, Corpus
 from outrider.workers.training.feature_store import BatchReader, FeatureBatch
 from outrider.workers.training.log import EvalLine, Line, RunLog, TrainLine
 from outrider.workers.training.metrics import Measurement, measurement
-from outrider.workers.training.tasks import Task
+from outrider.workers.training.tasks import Task, training_device
 
 _KEPT_CHECKPOINTS = 2
 
@@ -55,7 +55,7 @@ class Trainer:
         self._task = task
         self._rank = rank
         self._out = Path(config.out).expanduser()
-        self._device = torch.device(config.engine.device, *([rank] if config.engine.device == "cuda" else []))
+        self._device = training_device(config, rank)
         torch.set_num_threads(config.engine.num_threads)
         self._deepspeed = _deepspeed()
         os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed reads it nowhere else
@@ -279,7 +279,7 @@ class Trainer:
             step=self._step,
             passes=self._plan.passes(self._step),
             hours=self._trained_s / 3600,
-            machine=provenance.machine(config.engine.num_threads),
+            machine=provenance.machine(config.engine.num_threads, self._device),
             measured=asdict(self._measured) if self._measured is not None else {},
         )
 

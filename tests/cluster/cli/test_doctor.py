@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from outrider.cluster.cli import doctor
 from outrider.cluster.cli.main import app
 from outrider.kernels.gpu_check import CaseReport, GpuReport
+from outrider.workers.doctor import driver_version
 
 CASE = CaseReport("gather_rows: x", "gather_rows", (), {"out": 0.0}, 100, 0, 2e-6, 1e-6)
 
@@ -21,6 +22,21 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def with_reports(monkeypatch: pytest.MonkeyPatch, *reports: GpuReport) -> None:
     monkeypatch.setattr(doctor, "num_gpus", lambda: len(reports))
     monkeypatch.setattr(doctor, "check_gpus", lambda: list(reports))
+
+
+@pytest.mark.parametrize(
+    ("said", "version"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024",
+            "550.54.15",
+        ),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build", "580.159.04"),
+        ("NVRM version: something else", "unknown"),
+    ],
+)
+def test_the_drivers_version_is_read(said: str, version: str) -> None:
+    assert driver_version(said) == version
 
 
 def test_without_a_gpu_it_says_so_and_is_content(no_gpu: None) -> None:

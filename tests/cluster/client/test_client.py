@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from outrider.cluster.client import async_client, client
-from outrider.cluster.client.answers import RefusedError, UnavailableError
+from outrider.cluster.client.answers import RefusedError, Tree, UnavailableError, read_part
 from outrider.cluster.client.async_client import AsyncClient
 from outrider.cluster.client.client import Client
 
@@ -25,6 +25,7 @@ ANSWER = {
                 "segments": [{"text": "Hi", "origin": "draft"}],
                 "token_ids": [7],
                 "token_origins": ["draft"],
+                "tree": {"token_ids": [3, 7], "tokens": ["!", "Hi"], "parents": [0, 0], "accepted": [1]},
             },
         }
     ],
@@ -145,6 +146,11 @@ def test_options_are_sent_as_the_server_reads_them(ask: Ask) -> None:
     assert json.loads(plain.requests[0].content)["speculative"] == {"budget": 0, "origins": True}
     with pytest.raises(ValueError, match=r"options must be among max_tokens, .* got heat"):
         ask(script, lambda c: c.generate("x", {"heat": 1}))
+
+
+def test_the_tree_of_a_round_is_read_where_it_is_told() -> None:
+    assert read_part(ANSWER["choices"][0]).tree == Tree((3, 7), ("!", "Hi"), (0, 0), (1,))
+    assert read_part(chunk("x", [1])["choices"][0]).tree == Tree()
 
 
 def test_what_may_go_better_is_tried_again_under_the_same_key(ask: Ask) -> None:

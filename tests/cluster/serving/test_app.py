@@ -295,8 +295,8 @@ def test_origins_are_told_if_asked_for(client: TestClient) -> None:
     asked = {"prompt": "abcd", "speculative": {"origins": True}}
     said = client.post(COMPLETIONS, json=asked).json()["choices"][0]["speculative"]
     assert said["token_ids"] == [65, 66, 67, 68]
-    assert said["token_origins"] == ["target", "draft", "draft", "target"]
-    assert said["segments"][0] == {"text": "A", "origin": "target"}
+    assert said["token_origins"] == ["draft", "draft", "target", "draft"]
+    assert said["segments"][0] == {"text": "A", "origin": "draft"}
 
 
 def test_texts_in_parts_are_one_text(client: TestClient, engine: PostedEngine) -> None:

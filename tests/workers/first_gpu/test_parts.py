@@ -110,7 +110,7 @@ def test_what_the_sanitizer_says_counts(
     found = verdicts(run_part(3, Setting(CPU, TINY, tmp_path)))
     assert found == {f"memcheck: {', '.join(ENTRIES)}": verdict, "racecheck: tree_attention": verdict}
     said = (tmp_path / "racecheck.txt").read_text()
-    assert "--tool racecheck --error-exitcode 9" in said
+    assert "--tool racecheck --report-api-errors no --error-exitcode 9" in said
     assert "-m outrider.kernels.self_test 0 tree_attention" in said
 
 

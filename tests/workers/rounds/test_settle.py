@@ -21,7 +21,15 @@ from outrider.workers.rounds.settle import settle_round
 from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.rules import EXACT, Rule
-from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence, TokenEvent, TokenLogprobs
+from outrider.workers.sequences.sequence import (
+    NO_TREE,
+    DraftOptions,
+    Request,
+    RoundTree,
+    Sequence,
+    TokenEvent,
+    TokenLogprobs,
+)
 from outrider.workers.sequences.tree import DraftTrees, Ints
 from support.steps import scores_of
 from support.toy_rules import EverySecond
@@ -124,6 +132,24 @@ def test_accepted_tokens_join_the_text_and_their_rows_are_kept() -> None:
     assert sequence.num_committed == 5
     assert sequence.num_uncommitted == 1  # the target's own token has no row yet
     assert deciding.tree() == [(0, 20)]
+
+
+def test_an_event_tells_the_tree_of_its_round_if_the_request_asked() -> None:
+    plain, asked, short = SamplingParams(), SamplingParams(), SamplingParams(max_tokens=1)
+    deciding = Deciding(plain, asked, short)
+    for sequence in deciding.sequences[1:]:
+        sequence.request = replace(sequence.request, draft=replace(sequence.request.draft, tree=True))
+    untold, whole, cut = deciding.settle(scores_of(1, [11, 13, 20, 99] * 3))
+    assert untold.tree == NO_TREE
+    assert whole.tree == RoundTree((10, 11, 13, 12), (0, 0, 1, 0), (1, 2))
+    assert (cut.tokens, cut.tree) == ((11,), replace(whole.tree, accepted=(1,)))
+
+
+def test_a_tree_of_its_root_alone_is_told_as_such() -> None:
+    deciding = Deciding()
+    request = deciding.sequence.request
+    deciding.sequence.request = replace(request, draft=replace(request.draft, tree=True))
+    assert settled(deciding, 11, num_nodes=1).tree == RoundTree((10,), (0,), ())
 
 
 def test_rows_of_a_second_branch_are_named_as_they_were_sent() -> None:
