@@ -11,6 +11,10 @@ COORDINATOR_BUNDLE = 0
 DRAFT_BUNDLE = 1
 FIRST_TARGET_BUNDLE = 2
 
+CPUS_IN_SERVE = 0.1
+"""CPUs that Ray Serve reserves for each replica, beside its deployment's processes, and for the front before them:
+bookkeeping, of which it would take a whole one."""
+
 
 def bundles(config: Config) -> list[dict[str, float]]:
     """What each process reserves: the Coordinator, the DraftWorker, then the target ranks."""

@@ -20,7 +20,7 @@ class DeployConfig:
     """The container image, as one of the repository's Dockerfile; `outrider deploy` wants one."""
 
     num_nodes: int = 1
-    """Nodes for workers."""
+    """Nodes for workers; with several `replicas`, for those of each."""
 
     gpus_per_node: int = 0
     """GPUs of each."""

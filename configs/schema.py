@@ -14,6 +14,7 @@ from outrider.configs.checks import require as _require
 from outrider.configs.checks import require_at_least as _require_at_least
 from outrider.configs.cluster import ClusterConfig
 from outrider.configs.deploy import DeployConfig
+from outrider.configs.replicas import ReplicasConfig
 from outrider.configs.server import ServerConfig
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -326,6 +327,9 @@ class Config:
     server: ServerConfig = field(default_factory=ServerConfig)
     """The HTTP server of `outrider serve`."""
 
+    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
+    """Several deployments behind one address."""
+
     deploy: DeployConfig = field(default_factory=DeployConfig)
     """The machines of `outrider deploy`."""
 
@@ -344,3 +348,11 @@ class Config:
                 cluster.num_gpus_per_target,
                 "at least 1, because nccl wants a GPU for each rank (target.all_reduce gloo does not)",
             )
+        if self.replicas.max_replicas > 1:
+            # Ray fills a GPU with fractions of whoever comes.
+            for name in ("num_gpus_per_target", "num_gpus_per_draft"):
+                given = getattr(cluster, name)
+                allowed = (
+                    "a whole number, because replicas.max_replicas is more than 1 and replicas share no GPU"
+                )
+                _require(given == int(given), f"cluster.{name}", given, allowed)

@@ -35,6 +35,11 @@ def deploy_command(
         raise ValueError(
             "--kind and -- COMMAND must be left out with --to ray, whose jobs `outrider submit` sends"
         )
+    if kind != "RayService" and loaded.replicas.max_replicas > 1:
+        raise ValueError(
+            "replicas.max_replicas must be 1 unless --to kuberay --kind RayService, got "
+            f"{loaded.replicas.max_replicas}"
+        )
 
     from outrider.cluster.deploying.kuberay import manifests, to_yaml
     from outrider.cluster.deploying.launcher import launcher_file

@@ -10,6 +10,11 @@ from outrider.configs.loader import load_config
 def serve(config: ConfigName, overrides: Overrides = []) -> None:
     """Serve the target to OpenAI's clients; server.host=... server.port=... say where."""
     loaded = load_config(config, overrides)
+    if loaded.replicas.max_replicas > 1:
+        raise ValueError(
+            f"replicas.max_replicas must be 1 with `outrider serve`, got {loaded.replicas.max_replicas}: several run "
+            "in Ray Serve, by `serve run outrider.cluster.serving.ray_serve:application config=FILE`"
+        )
 
     from outrider.cluster.serving.app import create_app
     from outrider.cluster.serving.limits import ApiKeys

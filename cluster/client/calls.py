@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from outrider.cluster.client.answers import (
     Answer,
@@ -97,8 +97,8 @@ class Options(TypedDict, total=False):
     """The same as OpenAI has it."""
     top_logprobs: int
     """Report each token's log-probability, and the likeliest tokens at its place, this many."""
-    speculative: Speculation
-    """How the answer is drafted."""
+    speculative: Speculation | Literal["off"]
+    """How the answer is drafted; `off`: not at all."""
 
 
 class BatchEntry(TypedDict, total=False):
@@ -125,7 +125,9 @@ def generation(prompt: Prompt, options: Options, model: str, stream: bool) -> Ca
         allowed = ", ".join(Options.__annotations__)
         raise ValueError(f"options must be among {allowed}, got {', '.join(sorted(unknown))}")
     body: dict[str, Any] = {name: value for name, value in options.items() if name != "top_logprobs"}
-    body["speculative"] = {**options.get("speculative", {}), "origins": True}
+    asked = options.get("speculative", Speculation())
+    drafting: Speculation = {"budget": 0} if isinstance(asked, str) else asked
+    body["speculative"] = {**drafting, "origins": True}
     if "logit_bias" in options:
         body["logit_bias"] = {str(token): value for token, value in options["logit_bias"].items()}
     for name in ("stop", "stop_token_ids"):

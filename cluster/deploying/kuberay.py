@@ -20,6 +20,7 @@ from outrider.cluster.deploying.layout import (
     image,
     in_containers,
 )
+from outrider.cluster.serving.replicas.number import DEPLOYMENT, number_of_replicas
 from outrider.configs.loader import config_to_yaml
 from outrider.configs.schema import Config
 
@@ -54,7 +55,8 @@ def manifests(config: Config, kind: Kind, command: Sequence[str]) -> list[Manife
 
     command: of a RayJob, whose configuration is `/etc/outrider/outrider.yaml`. Raises ValueError naming the key.
     """
-    check_layout(config)
+    served = kind == "RayService"
+    check_layout(config, num_in_serve=2 if served else 0)
     if (kind == "RayJob") != bool(command):
         raise ValueError("-- COMMAND must stand at the end with --kind RayJob, and with no other kind")
     if config.server.api_keys_file and not config.deploy.api_keys_secret:
@@ -83,7 +85,7 @@ def manifests(config: Config, kind: Kind, command: Sequence[str]) -> list[Manife
             }
             return [settings, _custom(kind, name, job, {})]
         case "RayService":
-            served = {
+            application = {
                 "http_options": {"host": "0.0.0.0", "port": config.server.port},
                 "applications": [
                     {
@@ -91,11 +93,15 @@ def manifests(config: Config, kind: Kind, command: Sequence[str]) -> list[Manife
                         "import_path": "outrider.cluster.serving.ray_serve:application",
                         "route_prefix": "/",
                         "args": {"config": CONFIG_PATH},
+                        # As the configuration says; but changed here they are added or ended, and none is replaced.
+                        "deployments": [{"name": DEPLOYMENT, **number_of_replicas(config)}],
                     }
                 ],
             }
             service = {
-                "serveConfigV2": to_yaml([served]),
+                "serveConfigV2": to_yaml([application]),
+                # After an upgrade the old cluster still answers what it has taken.
+                "rayClusterDeletionDelaySeconds": math.ceil(config.server.max_request_s) + _GRACE_S,
                 "rayClusterConfig": _cluster(config, kind),
             }
             return [settings, _custom(kind, name, service, {})]
@@ -139,11 +145,15 @@ def _cluster(config: Config, kind: Kind) -> Manifest:
     head = _pod(config, "ray-head", small, ports, {}, commanded)
     workers = _pod(config, "ray-worker", large, http, {_WORKERS_OF: deploy.name}, commanded)
     workers["spec"] |= _placed(config)
-    groups = [_group("workers", deploy.num_nodes, workers, {})]
+    replicas = config.replicas
+    least, most = (number * deploy.num_nodes for number in (replicas.min_replicas, replicas.max_replicas))
+    groups = [_group("workers", (least, most), workers, {})]
     if kind == "RayCluster":
-        groups.append(_group("server", 1, _server_pod(config, small), {"num-cpus": "0"}))
+        groups.append(_group("server", (1, 1), _server_pod(config, small), {"num-cpus": "0"}))
     return {
         "rayVersion": ray.__version__,
+        # Replicas that Ray Serve adds wait for nodes, which Ray adds.
+        **({"enableInTreeAutoscaling": True} if most > least else {}),
         "authOptions": {"mode": config.cluster.ray_auth},
         "headGroupSpec": {"rayStartParams": {"num-cpus": "0", **_object_store()}, "template": head},
         "workerGroupSpecs": groups,
@@ -159,12 +169,14 @@ def _server_pod(config: Config, size: "_Size") -> Manifest:
     return pod
 
 
-def _group(name: str, num_nodes: int, pod: Manifest, parameters: dict[str, str]) -> Manifest:
+def _group(name: str, num_nodes: tuple[int, int], pod: Manifest, parameters: dict[str, str]) -> Manifest:
+    """num_nodes: least and most."""
+    least, most = num_nodes
     return {
         "groupName": name,
-        "replicas": num_nodes,
-        "minReplicas": num_nodes,
-        "maxReplicas": num_nodes,
+        "replicas": least,
+        "minReplicas": least,
+        "maxReplicas": most,
         "rayStartParams": {**parameters, **_object_store()},
         "template": pod,
     }

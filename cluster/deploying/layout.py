@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from outrider.cluster.placement import bundles
+from outrider.cluster.placement import CPUS_IN_SERVE, bundles
 from outrider.configs.schema import Config
 
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -29,13 +29,17 @@ class Capacity:
         return Capacity(self.num_cpus - other.num_cpus, self.num_gpus - other.num_gpus)
 
 
-def check_layout(config: Config) -> None:
-    """Refuses a deployment whose processes find no place on `deploy.num_nodes` nodes (ValueError)."""
+def check_layout(config: Config, num_in_serve: int = 0) -> None:
+    """Refuses a deployment whose processes find no place on `deploy.num_nodes` nodes (ValueError).
+
+    num_in_serve: processes of Ray Serve beside them.
+    """
     deploy, strategy = config.deploy, config.cluster.placement
     node = Capacity(deploy.cpus_per_node, deploy.gpus_per_node)
     wanted = [Capacity(bundle["CPU"], bundle.get("GPU", 0.0)) for bundle in bundles(config)]
     if strategy == "STRICT_PACK":
         wanted = [_sum(wanted)]
+    served = [Capacity(CPUS_IN_SERVE, 0.0)] * num_in_serve
     for one in wanted:
         what = "all processes of a STRICT_PACK" if strategy == "STRICT_PACK" else "each process"
         for key, has, needs in (
@@ -46,9 +50,11 @@ def check_layout(config: Config) -> None:
                 raise ValueError(
                     f"deploy.{key} must be at least {math.ceil(needs)}, because a node holds {what}; got {has}"
                 )
-    needed = len(wanted) if strategy == "STRICT_SPREAD" else _num_nodes(wanted, node)
+    needed = _num_nodes([*wanted, *served], node)
+    if strategy == "STRICT_SPREAD":
+        needed = max(needed, len(wanted))
     if needed > deploy.num_nodes:
-        total = _sum(wanted)
+        total = _sum([*wanted, *served])
         raise ValueError(
             f"deploy.num_nodes must be at least {needed}: {total.num_gpus:g} GPUs and {total.num_cpus:g} CPUs are "
             f"needed (cluster.placement = {strategy}), and a node has {node.num_gpus:g} and {node.num_cpus:g}; "

@@ -57,7 +57,7 @@ class AnswerResponse(Response):
         write = self._write_events if self._job.stream else self._write_whole
         try:
             async with asyncio.timeout_at(visit.limit_s(self._max_request_s)):
-                await _while_there(receive, self._run(write, send))
+                await while_there(receive, self._run(write, send))
         except TimeoutError:
             message = f"the answer took longer than {self._max_request_s:g} s (server.max_request_s)"
             await self._fail(ApiError(408, message, code="timeout"), send)
@@ -123,7 +123,7 @@ class _GoneError(Exception):
     """The client has left."""
 
 
-async def _while_there(receive: Receive, work: Awaitable[None]) -> None:
+async def while_there(receive: Receive, work: Awaitable[None]) -> None:
     """Runs `work` to its end, or until the client leaves."""
 
     async def watch() -> None:

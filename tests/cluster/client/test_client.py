@@ -141,6 +141,9 @@ def test_options_are_sent_as_the_server_reads_them(ask: Ask) -> None:
         "speculative": {"budget": 0, "origins": True},
     }
     assert (answer.text, answer.tokens[0].origin, answer.usage.acceptance_rate) == ("Hi", "draft", 0.25)
+    plain = Script(httpx.Response(200, json=ANSWER))
+    ask(plain, lambda c: c.generate("x", {"speculative": "off"}))
+    assert json.loads(plain.requests[0].content)["speculative"] == {"budget": 0, "origins": True}
     with pytest.raises(ValueError, match=r"options must be among max_tokens, .* got heat"):
         ask(script, lambda c: c.generate("x", {"heat": 1}))
 

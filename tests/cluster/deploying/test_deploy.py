@@ -50,6 +50,12 @@ def cluster_of(manifest: Manifest) -> Manifest:
     return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
 
 
+def application_of(service: Manifest) -> Manifest:
+    """What Ray Serve is told of."""
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    return application
+
+
 def containers(manifest: Manifest) -> dict[str, Manifest]:
     """By group."""
     cluster = cluster_of(manifest)
@@ -158,6 +164,20 @@ def test_a_job_runs_its_command_and_a_service_its_application(tmp_path: Path) ->
         assert all("command" not in container for container in containers(manifest).values())
 
 
+def test_replicas_have_nodes_of_their_own_and_outlive_what_they_took(tmp_path: Path) -> None:
+    nodes = ["deploy.num_nodes=2", "replicas.min_replicas=2"]
+    _, service = kuberay(tmp_path, "RayService", LARGE, *nodes, "replicas.max_replicas=4")
+    (workers,) = cluster_of(service)["workerGroupSpecs"]
+    assert [workers[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [4, 4, 8]
+    assert cluster_of(service)["enableInTreeAutoscaling"]
+    assert service["spec"]["rayClusterDeletionDelaySeconds"] > 600
+    (deployment,) = application_of(service)["deployments"]
+    assert (deployment["name"], deployment["autoscaling_config"]["max_replicas"]) == ("Replica", 4)
+    _, fixed = kuberay(tmp_path, "RayService", LARGE, *nodes, "replicas.max_replicas=2")
+    assert "enableInTreeAutoscaling" not in cluster_of(fixed)
+    assert application_of(fixed)["deployments"] == [{"name": "Replica", "num_replicas": 2}]
+
+
 @pytest.mark.parametrize(
     ("placement", "rule"),
     [
@@ -195,6 +215,14 @@ def test_machines_that_are_there_are_launched_with_the_first_as_head(tmp_path: P
         (["server.api_keys_file=/keys"], "deploy.api_keys_secret must name a Secret"),
         (["--kind", "RayJob"], "-- COMMAND must stand at the end with --kind RayJob"),
         (["--", "sleep", "1"], "-- COMMAND must stand at the end with --kind RayJob"),
+        (
+            ["replicas.max_replicas=2"],
+            "replicas.max_replicas must be 1 unless --to kuberay --kind RayService",
+        ),
+        (
+            ["--kind", "RayService", "deploy.cpus_per_node=8", "cluster.num_cpus_for_coordinator=0.4"],
+            "deploy.num_nodes must be at least 2: 8 GPUs and 8.1 CPUs are needed",
+        ),
         (["--to", "ray", "--kind", "RayJob"], "--kind and -- COMMAND must be left out with --to ray"),
     ],
 )
