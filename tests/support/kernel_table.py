@@ -3,6 +3,7 @@
 `python tests/support/kernel_table.py` writes the file, and the README's table, anew.
 """
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from outrider.kernels.attention_cases import ATTENTION_CASES
-from outrider.kernels.compiler import SOURCES, TARGETS, CompiledKernels, nvrtc_version
+from outrider.kernels.compiler import SOURCES, TARGETS, CompiledKernels, load_sources, nvrtc_version
 from outrider.kernels.kernel_cases import kernel_cases
 from support.cuda_on_cpu.kernels import compiled
 
@@ -26,8 +27,15 @@ REGISTERS = 65536
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
 TENSOR_CORE, MATRIX_LOAD, ASYNC_COPY = "HMMA", "LDSM", "LDGSTS"
 LOCAL_MEMORY = ("STL", "LDL")
-# Kernels that ran on a GPU as they are now, and on which.
-RAN = dict.fromkeys(("rope_append", "kv_commit", "sample_shard", "gather_rows"), "H200")
+# The form of each kernel that ran on a GPU, see `form_of`; docs/gpu-report.md.
+RAN_ON_H200 = {
+    "tree_attention": "0bc17fbb5776",
+    "merge_splits": "fc30b7b8ec35",
+    "rope_append": "7db64908601f",
+    "kv_commit": "e5169d34ae09",
+    "sample_shard": "ed40da9830b6",
+    "gather_rows": "50416a878f6b",
+}
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,17 @@ def all_reports() -> list[KernelReport]:
     return [r for target in TARGETS for stem in SOURCES for r in reports(compiled(target)[stem], launches)]
 
 
+def form_of(stem: str) -> str:
+    """Twelve hex digits over a kernel's sources."""
+    parts = [part for item in sorted(load_sources(stem).items()) for part in item]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def ran_on(stem: str) -> str:
+    """Where a kernel ran, as it is now or before it was changed."""
+    return "H200" if RAN_ON_H200[stem] == form_of(stem) else "a former form on an H200"
+
+
 def status_table() -> str:
     """Which step each kernel has reached; the README shows it too."""
     lines = [
@@ -126,7 +145,7 @@ def status_table() -> str:
     ]
     for stem in SOURCES:
         for target in TARGETS:
-            on_gpu = RAN.get(stem, "its former form on an H200") if target == "sm_90a" else ""
+            on_gpu = ran_on(stem) if target == "sm_90a" else ""
             lines.append(f"| `{stem}` | {target} | yes | yes | yes | {on_gpu} |")
     return "\n".join(lines)
 
