@@ -67,7 +67,8 @@ def _write_case(path: Path, plans: Sequence[LaunchPlan]) -> list[Tensor]:
                 storage = argument.untyped_storage()
                 data = torch.empty(0, dtype=torch.uint8).set_(storage)
                 number, _ = buffers.setdefault(storage.data_ptr(), (len(buffers), data))
-                arguments.append((1, number << 32 | argument.data_ptr() - storage.data_ptr()))
+                offset = argument.storage_offset() * argument.element_size()  # an empty tensor has no address
+                arguments.append((1, number << 32 | offset))
             else:
                 scalar = np.asarray(argument).tobytes().ljust(8, b"\0")
                 arguments.append((0, int.from_bytes(scalar, "little", signed=True)))
