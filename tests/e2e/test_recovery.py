@@ -125,6 +125,7 @@ def test_of_a_program_that_is_killed_nothing_stays() -> None:
     assert not any(path.exists() for path in memory)
 
 
+@pytest.mark.slow  # a Ray of its own, for what test_ray_watch.py shows in parts
 def test_a_program_whose_ray_has_lost_its_head_ends_with_the_reason_and_leaves_nothing() -> None:
     command = [sys.executable, "-m", "support.left_alone"]
     pipe = subprocess.PIPE
