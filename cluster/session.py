@@ -90,12 +90,11 @@ class RaySession:
         """failed: Ray's logs may say why, so they are kept for a day."""
         if self._owned and ray.is_initialized():
             ray.shutdown()
-        if (
-            self._guard is not None and failed
-        ):  # Ray may be what failed: its agents look for its head for a minute
-            self._guard.finish()
-        elif self._guard is not None:
-            self._guard.release()
+        if self._guard is not None:
+            if failed:  # Ray may be what failed: its agents look for its head for a minute
+                self._guard.finish()
+            else:
+                self._guard.release()
         if self._keeper is not None:
             self._keeper.release()
         if self._folder is not None:

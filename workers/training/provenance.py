@@ -12,9 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-CPU = torch.device("cpu")
 _PACKAGES = ("outrider", "torch", "deepspeed", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -88,12 +85,11 @@ def command() -> tuple[str, ...]:
     return (Path(sys.argv[0]).name, *sys.argv[1:])
 
 
-def machine(num_threads: int, device: torch.device = CPU) -> str:
-    """Processor and threads of a rank, and its GPU where it has one."""
+def machine(num_threads: int, gpu: str = "") -> str:
+    """Processor and threads of a rank, and the name of its GPU where it has one."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
-    return f"{gpu}{name}, {num_threads} threads a rank"
+    return f"{f'{gpu}, ' if gpu else ''}{name}, {num_threads} threads a rank"

@@ -266,6 +266,7 @@ class Trainer:
 
     def _provenance(self) -> provenance.Provenance:
         config, corpus = self._config, self._corpus
+        gpu = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else ""
         return provenance.Provenance(
             command=provenance.command(),
             commit=provenance.commit(),
@@ -279,7 +280,7 @@ class Trainer:
             step=self._step,
             passes=self._plan.passes(self._step),
             hours=self._trained_s / 3600,
-            machine=provenance.machine(config.engine.num_threads, self._device),
+            machine=provenance.machine(config.engine.num_threads, gpu),
             measured=asdict(self._measured) if self._measured is not None else {},
         )
 
