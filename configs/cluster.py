@@ -8,7 +8,7 @@ from outrider.configs.checks import require, require_at_least
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Where the processes run. One placement group holds them all: a bundle per worker."""
+    """Where the processes run. One placement group holds them all: a bundle per process, or per GPU that two share."""
 
     ray_address: str = "local"
     """`local` starts Ray in this machine for this run; `auto` joins the one that runs here; or host:port,
@@ -24,10 +24,12 @@ class ClusterConfig:
     """GPUs that Ray reserves for each target rank."""
 
     num_cpus_per_draft: float = 0.5
-    """CPUs that Ray reserves for the DraftWorker."""
+    """CPUs that Ray reserves for each rank of the drafter; the DraftWorker is the first."""
 
     num_gpus_per_draft: float = 0.0
-    """GPUs that Ray reserves for the DraftWorker."""
+    """GPUs that Ray reserves for each rank of the drafter. With `draft.placement: shared` it is a part of the GPU of a
+    target rank, less than `num_gpus_per_target`: what the two processes are booked with. Ray limits neither's memory
+    or time."""
 
     num_cpus_for_coordinator: float = 0.1
     """CPUs that Ray reserves for the Coordinator."""

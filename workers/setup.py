@@ -13,7 +13,7 @@ import torch
 
 from outrider.configs.schema import Config
 from outrider.kernels.selection import DEFAULT_MEMORY, ENTRIES, KernelSelection, select_kernels
-from outrider.workers.link.communicator import Communicator, agreed
+from outrider.workers.link.communicator import Communicator, Role, agreed
 from outrider.workers.model.cache import bytes_per_page
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.sampling.grammars import Grammars
@@ -73,8 +73,8 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def transport_for(all_reduce: str, device: torch.device, tp_size: int) -> str:
-    """`target.all_reduce` as `join_group` takes it: `auto` becomes `nccl` on GPUs.
+def transport_for(all_reduce: str, device: torch.device, tp_size: int, role: Role = "target") -> str:
+    """`target.all_reduce` or `draft.all_reduce` as `join_group` takes it: `auto` becomes `nccl` on GPUs.
 
     Raises:
         ValueError: ranks cannot sum in this way what is on their devices.
@@ -85,7 +85,7 @@ def transport_for(all_reduce: str, device: torch.device, tp_size: int) -> str:
     if tp_size > 1 and all_reduce == ("shm" if on_gpu else "nccl"):
         allowed, where = ("nccl or gloo", "GPUs") if on_gpu else ("gloo or shm", "the CPU")
         raise ValueError(
-            f"target.all_reduce must be auto, {allowed} where ranks compute on {where}, got {all_reduce!r}"
+            f"{role}.all_reduce must be auto, {allowed} where ranks compute on {where}, got {all_reduce!r}"
         )
     return all_reduce
 
@@ -181,16 +181,16 @@ def num_target_pages(config: Config, model: ModelConfig) -> int:
     return _num_pages("target", target.kv_cache_bytes, per_page)
 
 
-def num_draft_pages(config: Config, model: ModelConfig) -> int:
-    """KV pages of the draft model.
+def num_draft_pages(config: Config, model: ModelConfig, tp_size: int = 1) -> int:
+    """KV pages of a drafter, `draft.model` on its `draft.tp_size` ranks or draft heads on one; the same on each.
 
     Raises:
         ValueError: `draft.kv_cache_bytes` does not hold one page.
     """
     draft = config.draft
-    per_page = bytes_per_page(
-        model, ShardPlan(model, 0, 1), torch_dtype(draft.dtype), config.target.page_size
-    )
+    dtype, page_size = torch_dtype(draft.dtype), config.target.page_size
+    plans = [ShardPlan(model, rank, tp_size, "draft") for rank in range(tp_size)]
+    per_page = max(bytes_per_page(model, plan, dtype, page_size) for plan in plans)
     return _num_pages("draft", draft.kv_cache_bytes, per_page)
 
 

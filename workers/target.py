@@ -10,7 +10,7 @@ import torch
 
 from outrider.configs.schema import Config
 from outrider.workers.drafting.registry import layers_needed
-from outrider.workers.last_resort import Interruptible
+from outrider.workers.last_resort import ABORT_GRACE_S, Interruptible
 from outrider.workers.link.communicator import (
     Communicator,
     SoloCommunicator,
@@ -47,9 +47,6 @@ from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 
 PAUSE = Draft(0, (), (), Steps.of([]), pause=True)
-
-# A rank that is woken needs milliseconds; one that waits for a round hears of a lost peer with the next.
-ABORT_GRACE_S = 10.0
 
 
 class TargetRank:

@@ -132,7 +132,7 @@ class Drafting:
             prefill_chunk=24,
             tracer=Tracer("draft", False),
         )
-        self.forward = self.model._run = InOneBuffer(self.model._run)
+        self.forward = self.model._rank.run = InOneBuffer(self.model._rank.run)
         ngram = NgramMethod(self.engine.slots, self.engine.estimator, NgramConfig(min_match=1))
         for method in (ngram, self.model):
             self.engine.add(method)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from outrider.workers.weights.config import DenseMlp, ModelConfig, RoutedMlp
 
@@ -30,6 +31,7 @@ class ShardPlan:
     config: ModelConfig
     rank: int
     size: int
+    role: Literal["target", "draft"] = "target"  # whose ranks, for the error
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.size, (self.rank, self.size)
@@ -37,7 +39,7 @@ class ShardPlan:
         limit = min(self.config.num_heads, narrowest, self.config.vocab_size)
         if self.size > limit:
             raise ValueError(
-                f"target.tp_size must be at most {limit} for this model (its query heads), got {self.size}"
+                f"{self.role}.tp_size must be at most {limit} for this model (its query heads), got {self.size}"
             )
 
     @cached_property
