@@ -29,8 +29,10 @@ class Place:
 
 
 def bundles(config: Config) -> list[dict[str, float]]:
-    """What processes reserve: the Coordinator, the drafter's ranks, then the target's. Ranks of the drafter on GPUs of
-    the target have no bundles of their own: they are in the first ones of the target's."""
+    """What processes reserve: the Coordinator, the drafter's ranks, then the target's.
+
+    Ranks of the drafter on GPUs of the target have no bundles of their own: they are in the first of the target's.
+    """
     cluster, num_drafts = config.cluster, config.draft.tp_size
     coordinator = _bundle(cluster.num_cpus_for_coordinator, 0.0)
     draft = _bundle(cluster.num_cpus_per_draft, cluster.num_gpus_per_draft)
@@ -137,6 +139,6 @@ def _what_is_missing(config: Config, wanted: list[dict[str, float]]) -> str:
     if not shortages:
         shortages = [f"the free resources do not satisfy cluster.placement = {config.cluster.placement}"]
     return (
-        f"target.tp_size = {config.target.tp_size} and draft.tp_size = {config.draft.tp_size} found no place within cluster.start_timeout_s = "
-        f"{config.cluster.start_timeout_s:g} s: {'; '.join(shortages)}"
+        f"target.tp_size = {config.target.tp_size} and draft.tp_size = {config.draft.tp_size} found no place within "
+        f"cluster.start_timeout_s = {config.cluster.start_timeout_s:g} s: {'; '.join(shortages)}"
     )

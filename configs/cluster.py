@@ -8,7 +8,7 @@ from outrider.configs.checks import require, require_at_least
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Where the processes run. One placement group holds them all: a bundle per process, or per GPU that two share."""
+    """Where the processes run. One placement group holds them all: a bundle per process, or for two on one GPU."""
 
     ray_address: str = "local"
     """`local` starts Ray in this machine for this run; `auto` joins the one that runs here; or host:port,
@@ -27,9 +27,9 @@ class ClusterConfig:
     """CPUs that Ray reserves for each rank of the drafter; the DraftWorker is the first."""
 
     num_gpus_per_draft: float = 0.0
-    """GPUs that Ray reserves for each rank of the drafter. With `draft.placement: shared` it is a part of the GPU of a
-    target rank, less than `num_gpus_per_target`: what the two processes are booked with. Ray limits neither's memory
-    or time."""
+    """GPUs that Ray reserves for each rank of the drafter. With `draft.placement: shared` it is the part of a target
+    rank's `num_gpus_per_target` that is booked to the drafter, less than all of it: bookkeeping, which limits neither
+    process's memory or time."""
 
     num_cpus_for_coordinator: float = 0.1
     """CPUs that Ray reserves for the Coordinator."""

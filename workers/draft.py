@@ -80,7 +80,9 @@ class DraftWorker:
         self._lost_rank = ""  # why the drafter's ranks cannot go on
 
     def load(self, progress: Callable[[str, int, int], None]) -> None:
-        """Read the draft model, where there is one, and meet its other ranks. `progress(what, done_bytes, total_bytes)`.
+        """Read the draft model, where there is one, and meet its other ranks.
+
+        `progress(what, done_bytes, total_bytes)`.
 
         Raises:
             ValueError: a checkpoint is missing or does not fit the configuration.
@@ -264,7 +266,7 @@ class DraftWorker:
                 raise RankLostError(self._lost_rank)
             try:
                 yield
-            except PeerLostError as error:
+            except (PeerLostError, RankLostError) as error:
                 if self._lost_rank:
                     raise RankLostError(self._lost_rank) from error
                 raise

@@ -23,12 +23,12 @@ _PATIENCE_S = (
 
 
 class OtherRanks(Protocol):
-    """The further ranks of a drafter, as its DraftWorker sees them; whoever starts them stands behind it.
+    """The further ranks of a drafter, as its DraftWorker sees them; whoever starts them stands behind it."""
 
-    host: an address of this machine at which they find it.
-    """
-
-    host: str
+    @property
+    def host(self) -> str:
+        """An address of this machine at which they find rank 0."""
+        ...
 
     def wait_until_loaded(self) -> None:
         """Until all have returned from `DraftRank.load`. Raises what one raised, or RankLostError."""
