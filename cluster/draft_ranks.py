@@ -123,7 +123,7 @@ class DraftRanks:
                         raise RankLostError(
                             f"{name} did not answer for {self._patience_s:g} s: stopped, or on a node that is gone"
                         )
-        except RankLostError as error:
+        except (RankLostError, ValueError) as error:
             lose(str(error))
 
     def _have_ended(self) -> bool:

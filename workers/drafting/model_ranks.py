@@ -116,6 +116,7 @@ class ModelRank:
 
     def gathered_logits(self, hidden: Tensor, wanted: Int64Array) -> Tensor:
         """`logits` over the whole vocabulary, of which each rank has a part; every rank calls it."""
+        assert len(wanted), "the others would not come"
         logits, sizes = self.model.logits_of(hidden, wanted), self._shard_sizes
         parts = self.model.communicator.all_gather(F.pad(logits, (0, max(sizes) - logits.shape[1])))
         return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
