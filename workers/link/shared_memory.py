@@ -199,7 +199,8 @@ class ShmCommunicator:
                 self._views.clear()
             num_bytes = part.numel() * part.element_size()
             starts = [(parity * self.size + rank) * SLOT_BYTES for rank in range(self.size)]
-            slots = [self._bytes[start : start + num_bytes].view(part.dtype) for start in starts]
+            with torch.inference_mode(False):  # who comes next with this shape may be outside of it
+                slots = [self._bytes[start : start + num_bytes].view(part.dtype) for start in starts]
             self._views[key] = slots
         return slots
 
