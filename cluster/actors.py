@@ -138,15 +138,16 @@ class DraftActor:
 
     def __init__(self, config: Config, group: PlacementGroup, others: Sequence[Place]) -> None:
         """others: where the further ranks go."""
+        self._ranks = DraftRanks(config, group, others)  # first: they import torch at the same time
+
         from outrider.workers.draft import DraftWorker
 
-        self._ranks = DraftRanks(config, group, others)
         self._worker = DraftWorker(config, own_gpus(), self._ranks)
         self._loop = _Loop(self._worker)
         self._board = ProgressBoard("draft")
 
     def load(self) -> None:
-        self._ranks.start(self._worker.lose_rank)
+        self._ranks.load(self._worker.lose_rank)
         self._worker.load(self._board.report)
         self._ranks.are_up()
 

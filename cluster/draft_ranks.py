@@ -53,14 +53,17 @@ class DraftRankActor:
 
 
 class DraftRanks:
-    """`OtherRanks` of a DraftWorker, in its process. They are watched from `start` on, by a thread."""
+    """`OtherRanks` of a DraftWorker, in its process. They are watched from `load` on, by a thread."""
 
     def __init__(self, config: Config, group: PlacementGroup, places: Sequence[Place]) -> None:
-        """places: of the ranks from 1 on, in the group."""
+        """Creates them. places: of the ranks from 1 on, in the group."""
         self._config = config
-        self._group = group
-        self._places = tuple(places)
+        remote: Any = ray.remote  # its types do not know concurrency_groups
+        rank_actor = remote(concurrency_groups=CONCURRENCY_GROUPS)(DraftRankActor)
         self._ranks: dict[str, Any] = {}  # by name
+        for rank, place in enumerate(places, start=1):
+            options = in_place(group, place, config.draft.num_threads)
+            self._ranks[f"draft {rank}"] = rank_actor.options(**options).remote(config, rank)
         self._loads: list[Any] = []
         self._following: dict[str, Any] = {}
         self._stages: dict[str, list[Progress]] = {}
@@ -72,13 +75,8 @@ class DraftRanks:
         """An address of this node."""
         return ray.util.get_node_ip_address()
 
-    def start(self, lose: Callable[[str], None]) -> None:
-        """Create them, and let them load. lose: told why one of them is lost."""
-        remote: Any = ray.remote  # its types do not know concurrency_groups
-        rank_actor = remote(concurrency_groups=CONCURRENCY_GROUPS)(DraftRankActor)
-        for rank, place in enumerate(self._places, start=1):
-            options = in_place(self._group, place, self._config.draft.num_threads)
-            self._ranks[f"draft {rank}"] = rank_actor.options(**options).remote(self._config, rank)
+    def load(self, lose: Callable[[str], None]) -> None:
+        """Lets them load; does not wait. lose: told why one of them is lost."""
         self._loads = [rank.load.remote() for rank in self._ranks.values()]
         if self._ranks:
             watch = threading.Thread(target=self._watch, args=(lose,), name="draft ranks", daemon=True)
