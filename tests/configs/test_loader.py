@@ -37,6 +37,9 @@ def test_presets_for_gpus_wait_for_compilers_and_captures() -> None:
             assert config.cluster.group_timeout_s >= 300.0, preset
 
 
+SHARED = ["draft.placement=shared"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -66,6 +69,50 @@ def test_presets_for_gpus_wait_for_compilers_and_captures() -> None:
             ],
             "cluster.num_gpus_per_target must be at least 1, because nccl wants a GPU for each rank",
         ),
+        (
+            ["draft.tp_size=2", "draft.device=cuda", "cluster.num_gpus_per_draft=0.5"],
+            "cluster.num_gpus_per_draft must be at least 1, because nccl wants a GPU for each rank "
+            "(draft.all_reduce gloo does not), got 0.5",
+        ),
+        (
+            [
+                "draft.tp_size=2",
+                "draft.device=cuda",
+                "cluster.num_gpus_per_draft=1",
+                "draft.all_reduce=shm",
+            ],
+            "draft.all_reduce must be auto, nccl or gloo, because ranks compute on GPUs, got 'shm'",
+        ),
+        (
+            [*SHARED, "cluster.num_gpus_per_target=1", "cluster.num_gpus_per_draft=1"],
+            "cluster.num_gpus_per_draft must be below cluster.num_gpus_per_target (1), of which it is a part: "
+            "draft.placement is shared, got 1.0",
+        ),
+        (
+            [*SHARED, "cluster.num_gpus_per_target=2", "cluster.num_gpus_per_draft=0.5"],
+            "cluster.num_gpus_per_target must be above 0 and at most 1, because draft.placement is shared, got 2",
+        ),
+        (
+            [*SHARED, "draft.tp_size=2"],
+            "draft.tp_size must be at most target.tp_size (1), because draft.placement is shared, got 2",
+        ),
+        (
+            [
+                *SHARED,
+                "target.tp_size=2",
+                "draft.tp_size=2",
+                "target.all_reduce=gloo",
+                "draft.device=cuda",
+                "cluster.num_gpus_per_target=0.5",
+                "cluster.num_gpus_per_draft=0.2",
+            ],
+            "cluster.num_gpus_per_target must be at least 1, because nccl wants a GPU for each rank "
+            "(draft.all_reduce gloo does not), got 0.5",
+        ),
+        (
+            ["draft.tp_size=2", "draft.methods=[ngram]"],
+            "draft.tp_size must be 1, because draft.methods has no `model`, got 2",
+        ),
     ],
 )
 def test_gpus_that_are_not_there_and_sums_that_they_cannot_make_are_refused(
@@ -83,6 +130,13 @@ def test_ranks_may_share_a_gpu_with_gloo() -> None:
         "target.tp_size=2",
     ]
     assert load_config("tiny-random", half).cluster.num_gpus_per_target == 0.5
+
+
+def test_replicas_may_have_drafters_that_share_their_gpus() -> None:
+    replicas = ["replicas.max_replicas=2", "cluster.num_gpus_per_target=1", "cluster.num_gpus_per_draft=0.3"]
+    load_config("tiny-random", [*SHARED, *replicas])
+    with pytest.raises(ValueError, match=r"cluster\.num_gpus_per_draft must be a whole number"):
+        load_config("tiny-random", replicas)
 
 
 def test_the_documented_presets_ship() -> None:
