@@ -23,14 +23,31 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from outrider.kernels import gather_rows, kv_commit, launch_plans, rope_append, sample_shard, tree_attention
+from outrider.kernels import (
+    add_rms_norm,
+    gather_rows,
+    kv_commit,
+    launch_plans,
+    rope_append,
+    sample_shard,
+    silu_mul,
+    tree_attention,
+)
 from outrider.kernels.launch_plans import LaunchPlan
 from support import pretend_gpu as pretended
 from support.cuda_on_cpu.kernels import source_kernels
 from support.pretend_gpu import PretendTensor, device_in, is_gpu, pretend_gpu
 from support.stand_in_cuda import StandInCuda
 
-KERNEL_MODULES = (tree_attention, rope_append, kv_commit, gather_rows, sample_shard)
+KERNEL_MODULES = (
+    tree_attention,
+    rope_append,
+    kv_commit,
+    gather_rows,
+    sample_shard,
+    add_rms_norm,
+    silu_mul,
+)
 # What torch has one CUDA kernel for, and takes apart on a CPU.
 _ONE_KERNEL = ("rms_norm", "linear", "scaled_dot_product_attention", "softmax", "log_softmax")
 _FROM_VALUES = ("as_tensor", "tensor")  # of what is no tensor
