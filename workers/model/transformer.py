@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -123,10 +121,9 @@ class Transformer:
         return self.weights.head(self.normed(hidden))
 
     @torch.inference_mode()
-    def logits_of(self, hidden: Tensor, rows: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
-        """`logits` of these rows of a forward's [N, hidden]: float32 [len(rows), vocab_shard]."""
-        index = torch.as_tensor(rows, dtype=torch.int64, device=hidden.device)
-        return self.logits(gather_rows(hidden, index, self.kernels.gather_rows))
+    def logits_of(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """`logits` of these rows, int64, of a forward's [N, hidden]: float32 [len(rows), vocab_shard]."""
+        return self.logits(gather_rows(hidden, rows, self.kernels.gather_rows))
 
     def _attention(
         self,

@@ -72,7 +72,7 @@ def generate(kernels: KernelSelection) -> list[torch.Tensor]:
 
     def logits(*sequences: SequenceRows) -> torch.Tensor:
         hidden = model.forward(batch_of(sequences, PAGE, CPU), cache).last
-        return model.logits_of(hidden, range(len(hidden)))
+        return model.logits_of(hidden, torch.arange(len(hidden)))
 
     tree = [0, 0, 0, 1, 1, 2]
     found = [
