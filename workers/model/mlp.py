@@ -85,7 +85,7 @@ class ExpertLoop:
             if end > begin:
                 visits = order[begin:end]
                 rows = visits // routes.experts.shape[1]
-                out = expert(normed[rows], use_kernel).float() * routes.weights.flatten()[visits, None]
+                out = expert(normed[rows]).float() * routes.weights.flatten()[visits, None]
                 total.index_add_(0, rows, out)
             begin = end
         return total.to(normed.dtype)
