@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _ALIGNMENT = 16  # bytes; what kernels read at once
@@ -39,9 +38,13 @@ def download(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors of one device, on the host."""
     if not tensors or tensors[0].device.type == "cpu":
         return [tensor.cpu() for tensor in tensors]
-    flat = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
-    together = torch.cat([F.pad(part, (0, _aligned(len(part)) - len(part))) for part in flat]).cpu()
-    return views_of(together, [Part(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
+    # Back to back, those of wide elements first: then each begins where its elements may.
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].itemsize)
+    flat = [tensors[i].contiguous().view(-1).view(torch.uint8) for i in order]
+    found = list(tensors)
+    for i, part in zip(order, torch.cat(flat).cpu().split([len(x) for x in flat]), strict=True):
+        found[i] = part.view(tensors[i].dtype).view(tensors[i].shape)
+    return found
 
 
 def stage(num_bytes: int, device: torch.device) -> Tensor:

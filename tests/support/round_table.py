@@ -62,6 +62,12 @@ accepted paths that move in the cache; a model without other ranks.
 |---|---|--:|--:|--:|--:|--:|
 {chr(10).join(rows_of(found))}
 
+A wait is left for what sampling brings back, and one for the round's times. Logits stay on the device: bias and
+penalties, the noise and the best tokens of rows that nothing truncates, and the sums of top-p are computed there. Of
+rows with top-k, top-p or min-p the likeliest (128, or top-k and one, up to 1,025) come along with these, and the host
+cuts and samples them as it does without a GPU; a nucleus wider than that takes further looks, and so do
+log-probabilities. The head and sampling are not part of the graph, and a drafter's steps are a graph each.
+
 Within a replay: {PER_LAYER_BEFORE} → {found.per_layer} launches a layer (besides sums over ranks), and {before} → \
 {replayed} before, between and behind the layers.
 """

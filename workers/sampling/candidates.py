@@ -104,7 +104,8 @@ def foresee(params: RowParameters, vocab_size: int, num: int) -> Foreseen:
     return Foreseen(
         temperatures=params.temperatures,
         keys=params.keys if is_noisy else np.zeros((len(rows), 2), dtype=np.uint32),
-        whole=whole if num == 1 else _NO_ROWS,
+        whole=whole,
+        num_best=num,
         truncated=truncated,
         num_likeliest=counted if counted <= _MOST_FORESEEN else 0,
         summed=needs_sum,

@@ -98,7 +98,8 @@ class Foreseen(NamedTuple):
 
     temperatures: Float32Array  # [num_rows]
     keys: UInt32Array  # [num_rows, 2]
-    whole: Int64Array  # rows whose best token will be asked for
+    whole: Int64Array  # rows whose best tokens will be asked for
+    num_best: int  # how many of these
     truncated: Int64Array  # rows whose likeliest tokens will be
     num_likeliest: int  # how many of these; 0: not known
     summed: Int64Array  # rows whose `exp_sums` will be, with these temperatures (1 for 0)
@@ -106,7 +107,7 @@ class Foreseen(NamedTuple):
 
 _NO_ROWS = np.zeros(0, dtype=np.int64)
 NOTHING_FORESEEN = Foreseen(
-    np.zeros(0, dtype=np.float32), np.zeros((0, 2), dtype=np.uint32), _NO_ROWS, _NO_ROWS, 0, _NO_ROWS
+    np.zeros(0, dtype=np.float32), np.zeros((0, 2), dtype=np.uint32), _NO_ROWS, 0, _NO_ROWS, 0, _NO_ROWS
 )
 
 
@@ -114,7 +115,8 @@ class _Seen(NamedTuple):
     """Of all rows of a shard, answers that came to the host together."""
 
     maxima: Float32Array  # [num_rows]
-    best: UInt64Array  # [num_whole, 1], packed
+    best: UInt64Array  # [num_whole, num_best], packed
+    best_logits: Float32Array  # [num_whole, num_best]
     top: UInt64Array  # [num_truncated, num_likeliest], packed
     sums: npt.NDArray[np.float64]  # [num_summed], of exp((logit - own maximum) / temperature)
 
@@ -150,8 +152,7 @@ class DeviceShard:
         found = [self._logits.amax(dim=1)]
         if len(whole):
             part = self._some(wanted.whole, whole)
-            sample = sample_shard(part, temperatures, keys, self._ids, use_kernel=True)
-            found += [sample.values, sample.ids]
+            found += self._winners(part, temperatures, keys, wanted.num_best)
         if len(truncated) and wanted.num_likeliest:
             found.append(self._packed(self._some(wanted.truncated, truncated), wanted.num_likeliest))
         if len(summed):
@@ -162,23 +163,41 @@ class DeviceShard:
             found.append((x * factors[:, None]).exp_().sum(dim=1, dtype=torch.float64))
         arrays = iter([tensor.numpy() for tensor in download(found)])
         maxima = next(arrays)
-        best, top = np.zeros((0, 1), dtype=np.uint64), np.zeros((0, 0), dtype=np.uint64)
+        best, top = np.zeros((0, 0), dtype=np.uint64), np.zeros((0, 0), dtype=np.uint64)
+        best_logits = np.zeros((0, 0), dtype=np.float32)
         sums = np.zeros(0)
         if len(whole):
-            # Where nothing is left, or no law, there is no best token, and its id is none.
-            scores, tokens = next(arrays), next(arrays)
-            packed = pack_tokens(scores, tokens.clip(self._ids.all[0], self._ids.all[-1]))
-            best = removed_by_id(packed[:, None], self._ids.all)
+            best = self._ranked(next(arrays), next(arrays))
+            best_logits = next(arrays)
         if len(truncated) and wanted.num_likeliest:
             top = self._unpacked(next(arrays))
         if len(summed):
             sums = next(arrays)
-        return _Seen(maxima, best, top, sums)
+        return _Seen(maxima, best, best_logits, top, sums)
 
     def logits(self, rows: Int64Array, ids: Int64Array) -> Float32Array:
+        if len(self._foreseen.temperatures):
+            found, are_known = self._seen_logits(rows, ids)
+            if are_known:
+                return found
         indices = (torch.from_numpy(rows), torch.from_numpy(self._ids.columns(ids)))
         rows_there, columns = upload(indices, self._logits.device)
         return self._logits[rows_there, columns].cpu().numpy()
+
+    def _seen_logits(self, rows: Int64Array, ids: Int64Array) -> tuple[Float32Array, bool]:
+        """`logits` of tokens that were seen, and whether all were."""
+        found = np.full(len(rows), np.nan, dtype=np.float32)
+        top_logits, _ = unpack_tokens(self._seen.top)
+        for known, packed, logits in (
+            (self._foreseen.whole, self._seen.best, self._seen.best_logits),
+            (self._foreseen.truncated, self._seen.top, top_logits),
+        ):
+            if packed.size:
+                at = np.minimum(known.searchsorted(rows), len(known) - 1)
+                is_it = (ids_of(packed[at]) == ids[:, None]) & (known[at] == rows)[:, None]
+                here = is_it.any(axis=1).nonzero()[0]
+                found[here] = logits[at[here], is_it[here].argmax(axis=1)]
+        return found, not np.count_nonzero(np.isnan(found))
 
     def maxima(self, rows: Int64Array) -> Float32Array:
         if len(self._foreseen.temperatures):
@@ -245,10 +264,10 @@ class DeviceShard:
         self, rows: Int64Array, temperatures: Float32Array, keys: UInt32Array, count: int
     ) -> UInt64Array:
         at, are_seen = _places(self._foreseen.whole, rows)
-        if are_seen and count == 1:
+        if are_seen and count == self._foreseen.num_best:
             return self._seen.best[at]
         part = self._rows(rows)
-        return self._best(part.clone() if count > 1 else part, temperatures, keys, count)
+        return self._best(part, temperatures, keys, count)
 
     def best_kept(
         self,
@@ -295,17 +314,32 @@ class DeviceShard:
     def _best(
         self, part: torch.Tensor, temperatures: Float32Array, keys: UInt32Array, count: int
     ) -> UInt64Array:
-        """The best of all rows of `part`, which for more than one winner is used up."""
-        values, columns = [], []
+        """The best of all rows of `part`."""
+        settings = (torch.from_numpy(temperatures), torch.from_numpy(keys.astype(np.int64)))
+        divisors, noise = upload(settings, part.device)
+        scores, columns, _ = (x.numpy() for x in download(self._winners(part, divisors, noise, count)))
+        return self._ranked(scores, columns)
+
+    def _ranked(self, scores: Float32Array, columns: Int64Array) -> UInt64Array:
+        return removed_by_id(pack_tokens(scores, self._ids.of(columns)), self._ids.all)
+
+    def _winners(
+        self, part: torch.Tensor, temperatures: torch.Tensor, keys: torch.Tensor, count: int
+    ) -> list[torch.Tensor]:
+        """Scores, columns and logits of the best of all rows of `part`, [n, count] each."""
+        scores, columns = [], []
+        left = part.clone() if count > 1 else part
         for remaining in reversed(range(count)):
-            sample = sample_shard(part, temperatures, keys, self._ids, use_kernel=True)
-            values.append(sample.values)
-            # Where nothing is left there is no best token; it must not make the device write out of bounds.
-            columns.append(self._columns(sample.ids).clamp_(0, part.shape[1] - 1))
+            sample = sample_shard(left, temperatures, keys, self._ids, use_kernel=True)
+            scores.append(sample.values[:, None])
+            # Where nothing is left, or no law, there is no best token; it must not make the device go out of bounds.
+            columns.append(self._columns(sample.ids).clamp_(0, part.shape[1] - 1)[:, None])
             if remaining:  # the winner leaves, the next one is sought
-                part.scatter_(1, columns[-1][:, None], -torch.inf)
-        scores, places = (x.numpy() for x in download([torch.stack(values, 1), torch.stack(columns, 1)]))
-        return removed_by_id(pack_tokens(scores, self._ids.of(places)), self._ids.all)
+                left.scatter_(1, columns[-1], -torch.inf)
+        if count == 1:
+            return [*scores, *columns, part.gather(1, columns[0])]
+        places = torch.cat(columns, 1)
+        return [torch.cat(scores, 1), places, part.gather(1, places)]
 
     def _columns(self, ids: torch.Tensor) -> torch.Tensor:
         table = self._ids.table
