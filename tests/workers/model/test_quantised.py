@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,12 +23,15 @@ from outrider.workers.model.quantized import (
 )
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
+from outrider.workers.weights.reference import load_transformers
+from outrider.workers.weights.resolver import ResolvedModel
 from outrider.workers.weights.safetensors_source import SafetensorsSource
 from outrider.workers.weights.scaled import DynamicInputs, ScaledMatrix, StaticInputs, round_inputs
+from support.models import write_safetensors
 from support.pretend_gpu import pretend_gpu
 from support.quantised import BLOCK, Written, blocks, compressed_tensors, fbgemm, fp8
 from support.rows import SequenceRows, batch_of, chain
-from support.tensor_source import tiny_config
+from support.tensor_source import reference_model, tiny_config, tiny_mellum
 
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
@@ -88,6 +92,39 @@ def assert_rows_agree(got: torch.Tensor, want: torch.Tensor) -> None:
     difference = (got - want).abs().amax(1)
     assert (difference > 1e-4).sum() <= 2
     assert difference.max() < 1e-2
+
+
+@pytest.mark.parametrize("router", ["plain", "quantised"])
+def test_experts_are_quantised_one_by_one(router: str, tmp_path: Path) -> None:
+    config = tiny_mellum()
+    unquantised = reference_model(config)[1]
+    every = slice(None)
+    tensors = {name: unquantised.read(name, every, every, torch.float32) for name in unquantised.names()}
+    plain = ["lm_head", *(["re:.*mlp.gate$"] if router == "plain" else [])]
+    ends = ("_proj.weight", *(("mlp.gate.weight",) if router == "quantised" else ()))
+    for name in [name for name in tensors if name.endswith(ends)]:
+        scales = tensors[name].abs().amax(1, keepdim=True) / 448
+        tensors[name], tensors[name + "_scale"] = (tensors[name] / scales).to(FP8), scales
+    write_safetensors(tmp_path, config, tensors)
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+    described = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": plain,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": described}))
+    tokens = torch.randint(0, 300, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    reference = load_transformers(ResolvedModel(str(tmp_path), "safetensors", tmp_path), torch.float32)
+    want = Written(tmp_path, reference).logits(tokens)
+    source = SafetensorsSource(tmp_path)
+    plan = ShardPlan(source.config, 0, 1)
+    model = Transformer(load_weights(plan, source, torch.float32, CPU, False), SoloCommunicator())
+    cache = PagedCache(source.config, plan, 8, PAGE, torch.float32, CPU)
+    rows = SequenceRows(list(range(8)), 0, chain(60), 0, tokens)
+    got = model.logits(model.forward(batch_of([rows], PAGE, CPU), cache).last)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
