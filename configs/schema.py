@@ -64,6 +64,10 @@ class TargetConfig:
     kv_cache_bytes: int = 256 * 2**20
     """KV cache of each rank, in bytes. YAML may say `256MiB`."""
 
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto"
+    """Number format of the KV cache. `fp8` is `fp8_e4m3`: half the bytes, with the scales that the checkpoint has for
+    it, else 1. `auto` is FP8 where the checkpoint was made for it (`kv_cache_scheme`), else `dtype`."""
+
     page_size: int = 16
     """Tokens per KV page."""
 
@@ -152,7 +156,7 @@ class DraftConfig:
 
     placement: Literal["separate", "shared"] = "separate"
     """Whether the drafter has a processor of its own, or shares the target's: then drafting while the target
-    works is not free, and counts as time when trees are sized and lanes are chosen."""
+    works is not free: it counts as time when trees are sized and lanes are chosen, and none is drafted ahead."""
 
     num_threads: int = 1
     """CPU threads of the DraftWorker."""
@@ -228,7 +232,8 @@ class RoundsConfig:
     """Put all sequences in one lane where the measured times say that this is faster."""
 
     draft_ahead: bool = True
-    """Keep growing a sequence's tree while the target verifies it."""
+    """Keep growing a sequence's tree while the target verifies it, where the drafter has a processor of its own
+    (`draft.placement: separate`)."""
 
     max_sequences: int = 16
     """Most sequences that run at once; further requests wait."""
