@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from outrider.kernels.transfers import upload
 from outrider.workers.draft_heads.checkpoint import read_lm_head
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.levels import ROWS_PER_STEP, LevelLimits, LevelMethod
@@ -115,8 +116,8 @@ class ModelMethod(LevelMethod):
             firsts = (survivors.slots * self.trees.capacity)[:, None]
             before = torch.from_numpy((firsts + survivors.old_nodes)[survivors.exists])
             after = torch.from_numpy((firsts + np.arange(survivors.old_nodes.shape[1]))[survivors.exists])
-            device = self._node_rows.device
-            self._node_rows[after.to(device)] = self._node_rows[before.to(device)]
+            before, after = upload((before, after), self._node_rows.device)
+            self._node_rows[after] = self._node_rows[before]
         if len(sources):
             self._rank.commit(sources, targets)
         self._laws.rerooted(survivors)
@@ -134,17 +135,16 @@ class ModelMethod(LevelMethod):
         batch = self._rank.batch(self._rows.tables, expansion.rows, expansion.node_rows)
         self._stretches.begin()
         hidden = self._rank.forward(batch)
+        indices = (torch.from_numpy(expansion.node_rows), torch.from_numpy(expansion.places))
+        node_rows, places = upload(indices, self._model.device)
         if len(self._node_rows):
-            device = hidden.device
-            places = torch.from_numpy(expansion.places).to(device)
-            self._node_rows[places] = hidden[torch.from_numpy(expansion.node_rows).to(device)]
-        return self._rank.logits(hidden, expansion.node_rows)
+            self._node_rows[places] = hidden[node_rows]
+        return self._rank.logits(hidden, node_rows)
 
     def _timed_logits(self, rows: TreeRows) -> Tensor:
         wanted = np.arange(len(rows.tokens))
-        return self._rank.logits(
-            self._rank.forward(self._rank.batch(self._rows.tables, rows, wanted)), wanted
-        )
+        hidden = self._rank.forward(self._rank.batch(self._rows.tables, rows, wanted))
+        return self._rank.logits(hidden, *upload((torch.from_numpy(wanted),), self._model.device))
 
 
 def _load_head(context: MethodContext) -> Head:

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from outrider.configs.schema import Config
 from outrider.kernels.selection import KernelSelection
+from outrider.kernels.transfers import upload
 from outrider.workers.drafting.rank_messages import PageNews, RankCommit, RankForward, RankStop, decode
 from outrider.workers.link.communicator import Communicator, broadcast_message
 from outrider.workers.link.lost import PeerLostError, RankLostError
-from outrider.workers.model.batch import ForwardBatch, TreeRows, build_batch
+from outrider.workers.model.batch import ForwardBatch, TreeRows, lay_out
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import draft_capacities, forward_of
 from outrider.workers.model.head import Head
@@ -62,7 +63,7 @@ class LoadedRank:
         weights, page_size = self.weights, config.target.page_size
         kernels = agreed_kernels(self.kernels, communicator)
         num_pages = num_draft_pages(config, weights.plan.config, config.draft.tp_size)
-        cache = PagedCache(
+        return Transformer(weights, communicator, kernels), PagedCache(
             weights.plan.config,
             weights.plan,
             num_pages,
@@ -71,7 +72,6 @@ class LoadedRank:
             weights.device,
             kernels.kv_commit,
         )
-        return Transformer(weights, communicator, kernels), cache
 
 
 def load_rank(
@@ -104,17 +104,17 @@ class ModelRank:
 
     def batch(self, tables: PageTables, rows: TreeRows, wanted: Int64Array = _NO_ROWS) -> ForwardBatch:
         """Rows for one `forward`; `wanted`: those of which `logits` are asked after it."""
-        return build_batch(tables, rows, self.model.device)
+        return lay_out(tables, rows)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """[num_rows, hidden], valid until the next call."""
         return self.run(batch).last
 
-    def logits(self, hidden: Tensor, wanted: Int64Array) -> Tensor:
-        """Of the rows `wanted` of a forward: float32 [len(wanted), V'] over the vocabulary of the head."""
+    def logits(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """Of the rows `wanted` (int64 [M], on the device) of a forward: float32 [M, V'] over the head's vocabulary."""
         return self.model.logits_of(hidden, wanted)
 
-    def gathered_logits(self, hidden: Tensor, wanted: Int64Array) -> Tensor:
+    def gathered_logits(self, hidden: Tensor, wanted: Tensor) -> Tensor:
         """`logits` over the whole vocabulary, of which each rank has a part; every rank calls it."""
         assert len(wanted), "the others would not come"
         logits, sizes = self.model.logits_of(hidden, wanted), self._shard_sizes
@@ -123,8 +123,8 @@ class ModelRank:
 
     def commit(self, sources: Int64Array, targets: Int64Array) -> None:
         """Move cache rows (int64 [M] each)."""
-        device = self.model.device
-        self._cache.commit(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device))
+        moving = (torch.from_numpy(sources), torch.from_numpy(targets))
+        self._cache.commit(*upload(moving, self.model.device))
 
     def close(self) -> None:
         """There will be no further call."""
@@ -151,7 +151,7 @@ class LeadingRank(ModelRank):
         with _in_company():
             return super().forward(batch)
 
-    def logits(self, hidden: Tensor, wanted: Int64Array) -> Tensor:
+    def logits(self, hidden: Tensor, wanted: Tensor) -> Tensor:
         if not self._gathers:
             return super().logits(hidden, wanted)
         with _in_company():
@@ -192,7 +192,7 @@ def follow(rank: ModelRank, num_slots: int, page_size: int, stretches: Stretches
                 stretches.begin()
                 hidden = rank.forward(batch)
                 if len(wanted):
-                    rank.gathered_logits(hidden, wanted)
+                    rank.gathered_logits(hidden, *upload((torch.from_numpy(wanted),), rank.model.device))
                 stretches.end("forward", len(rows.tokens))
                 stretches.settle()
             case RankCommit(sources, targets):

@@ -3,16 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from outrider.kernels.add_rms_norm import add_rms_norm
 from outrider.kernels.gather_rows import gather_rows
-from outrider.kernels.rope_append import rope_append
 from outrider.kernels.selection import REFERENCES, KernelSelection
-from outrider.kernels.tree_attention import tree_attention
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
@@ -92,14 +89,20 @@ class Transformer:
         rotations = [rope(batch.positions) for rope in self._ropes]
         eps, width = self.config.rms_norm_eps, (self.config.hidden_size,)
         tapped: dict[int, Tensor] = {}
-        for index, layer in enumerate(self.weights.layers):
+        layers = self.weights.layers
+        normed = F.rms_norm(hidden, width, layers[0].attention_norm, eps)
+        for index, layer in enumerate(layers):
             if index in taps:
                 tapped[index] = hidden
-            normed = F.rms_norm(hidden, width, layer.attention_norm, eps)
             attended = self._attention(index, normed, rotations[self._rope_of_layer[index]], batch, cache)
-            hidden = hidden + self.communicator.all_reduce(attended)
-            normed = F.rms_norm(hidden, width, layer.mlp_norm, eps)
-            hidden = hidden + self.communicator.all_reduce(layer.mlp(normed))
+            attended = self.communicator.all_reduce(attended)
+            hidden, normed = add_rms_norm(hidden, attended, layer.mlp_norm, eps, self.kernels.add_rms_norm)
+            added = self.communicator.all_reduce(layer.mlp(normed, self.kernels.silu_mul))
+            if index + 1 < len(layers):
+                next_norm = layers[index + 1].attention_norm
+                hidden, normed = add_rms_norm(hidden, added, next_norm, eps, self.kernels.add_rms_norm)
+            else:
+                hidden = hidden + added  # only rows that are asked for get the last norm, see `normed`
         if self.config.num_layers in taps:
             tapped[self.config.num_layers] = hidden
         return Hidden(hidden, tapped).first(batch.tokens.shape[0])
@@ -116,10 +119,9 @@ class Transformer:
         return self.weights.head(self.normed(hidden))
 
     @torch.inference_mode()
-    def logits_of(self, hidden: Tensor, rows: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
-        """`logits` of these rows of a forward's [N, hidden]: float32 [len(rows), vocab_shard]."""
-        index = torch.as_tensor(rows, dtype=torch.int64, device=hidden.device)
-        return self.logits(gather_rows(hidden, index, self.kernels.gather_rows))
+    def logits_of(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """`logits` of these rows, int64, of a forward's [N, hidden]: float32 [len(rows), vocab_shard]."""
+        return self.logits(gather_rows(hidden, rows, self.kernels.gather_rows))
 
     def _attention(
         self,
@@ -130,23 +132,15 @@ class Transformer:
         cache: PagedCache,
     ) -> Tensor:
         layer, described = self.weights.layers[index], self.config.layers[index]
-        k_pages, v_pages = cache.keys(index), cache.values(index)
         HQ, HK, D = self.plan.num_query_places, self.plan.num_kv_heads, self.config.head_dim
         heads = layer.qkv(normed).view(-1, HQ + 2 * HK, D)[: batch.tree.num_queries]
         q, k, v = heads.split((HQ, HK, HK), dim=1)
         if self.config.qk_norm:
             q = F.rms_norm(q, (D,), layer.q_norm, self.config.rms_norm_eps)
             k = F.rms_norm(k, (D,), layer.k_norm, self.config.rms_norm_eps)
-        q = rope_append(q, k, v, *rotation, batch.kv_rows, k_pages, v_pages, self.kernels.rope_append)
-        out = tree_attention(  # [N, HQ, D]
-            q,
-            k_pages,
-            v_pages,
-            batch.tree,
-            self.scale,
-            described.window,
-            use_kernel=self.kernels.tree_attention,
-        )
+        q = cache.append(index, q, k, v, rotation, batch.kv_rows, self.kernels.rope_append)
+        use_kernel = self.kernels.tree_attention
+        out = cache.attend(index, q, batch.tree, self.scale, described.window, use_kernel)  # [N, HQ, D]
         return layer.attention_output(self._padded(out.flatten(1)))
 
     def _padded(self, rows: Tensor) -> Tensor:

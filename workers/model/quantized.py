@@ -1,0 +1,190 @@
+"""Products with matrices of narrow numbers.
+
+Not run on a GPU by the maintainers: `ScaledMmLinear` runs in tests as far as torch has it for a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import ScalingType
+
+from outrider.workers.model.linear import DenseLinear, Linear, make_linear, pad_rows
+from outrider.workers.weights.scaled import (
+    FP8,
+    DynamicInputs,
+    Inputs,
+    ScaledMatrix,
+    StaticInputs,
+    round_inputs,
+    rounded_inputs,
+)
+
+# Columns that share a scale where torch multiplies groups: `ScalingType.BlockWise1x128`, on Hopper.
+GROUP = 128
+_ROWS_OF_GROUPS = (
+    4  # rows with scales by group come in as many: these lie column by column, 16 bytes at a time
+)
+_ALIGNED = 16  # rows and columns of an FP8 matrix come in as many, or torch does not multiply with it
+
+
+def make_scaled_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, packed: bool) -> Linear:
+    """Keeps a matrix in the way that this machine multiplies with it fastest.
+
+    Args:
+        matrix: where products are made.
+        bias: [out], or no elements for none.
+        dtype: of the rows that go in and come out.
+        packed: on a CPU, dequantise it once, into the layout of `PackedLinear`. The numbers are the same; what it
+            saved in memory is gone.
+    """
+    device = matrix.values.device
+    inputs = matrix.inputs
+    if (
+        device.type == "cuda"
+        and multiplies_fp8(matrix, dtype, torch.cuda.get_device_capability(device))
+        and scaled_mm_works(device, in_groups=matrix.scales.shape[1] > 1)
+    ):
+        return ScaledMmLinear(matrix, bias, dtype)
+    if packed and device.type == "cpu":
+        inner: Linear = make_linear(matrix.dequantised(dtype), bias, packed)
+    else:
+        inner = DequantisingLinear(matrix, bias, dtype)
+    return inner if inputs is None else RoundedLinear(inner, inputs, matrix.group)
+
+
+def multiplies_fp8(matrix: ScaledMatrix, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether torch multiplies this matrix with rows of `dtype` in FP8 on a GPU of this compute capability.
+
+    Scales by row on 8.9, 9 and 10 (on 12.0 cuBLAS has none: pytorch issue 192707); groups of 128 columns on 9.0,
+    where alone cuBLASLt has them (pytorch pull request 166639).
+    """
+    rows, columns = matrix.values.shape
+    fits = (
+        matrix.values.dtype == FP8
+        and dtype == torch.bfloat16
+        and (rows % _ALIGNED, columns % _ALIGNED) == (0, 0)
+    )
+    if not fits or matrix.inputs is None or matrix.shifts is not None:
+        return False
+    if matrix.scales.shape[1] == 1:
+        return capability == (8, 9) or capability[0] in (9, 10)
+    by_group = not isinstance(matrix.inputs, StaticInputs) and matrix.inputs.by_group
+    return by_group and matrix.group == GROUP and columns % GROUP == 0 and capability == (9, 0)
+
+
+@functools.cache
+def scaled_mm_works(device: torch.device, in_groups: bool) -> bool:
+    """Whether `ScaledMmLinear` gives on a device what the product of the dequantised numbers gives, with scales by
+    row or by group; a warning where it does not."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns, group = 32, 2 * GROUP, GROUP if in_groups else 2 * GROUP
+    values = torch.randn(rows, columns, generator=generator).to(FP8)
+    scales = torch.rand(rows, columns // group, generator=generator) + 0.5
+    matrix = ScaledMatrix(values, scales, group, inputs=DynamicInputs(by_group=in_groups))
+    x, no_bias = torch.randn(5, columns, generator=generator).bfloat16(), torch.empty(0)
+    want = make_scaled_linear(matrix, no_bias, torch.float32, packed=False)(x.float())
+    try:
+        got = ScaledMmLinear(matrix.to(device), no_bias, torch.bfloat16)(x.to(device)).cpu().float()
+    except (RuntimeError, ValueError) as error:  # torch's NotImplementedError is a RuntimeError
+        problem = str(error).splitlines()[0]
+    else:
+        # bfloat16 rounds values up to some 60 to 2^-9.
+        problem = "" if (got - want).abs().max() <= 0.25 else "its products are wrong"
+    if problem:
+        warnings.warn(f"FP8 is not multiplied on {device}, but dequantised: {problem}", stacklevel=2)
+    return not problem
+
+
+class DequantisingLinear:
+    """Keeps the narrow numbers, and makes of them a matrix of the rows' type for each product."""
+
+    def __init__(self, matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype) -> None:
+        """`bias` [out], or no elements for none."""
+        self.out_features, self.in_features = matrix.values.shape
+        self.pads = matrix.values.device.type == "cpu" and dtype != torch.float32
+        self._matrix = matrix
+        self._bias = bias
+        self._dtype = dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return DenseLinear(self._matrix.dequantised(self._dtype), self._bias)(x)
+
+
+class RoundedLinear:
+    """Rounds rows to FP8 and back before a product: what a product of FP8 numbers comes to."""
+
+    def __init__(self, inner: Linear, inputs: Inputs, group: int) -> None:
+        """`inner` multiplies; `inputs` and `group` as in `round_inputs`."""
+        self.out_features, self.in_features, self.pads = inner.out_features, inner.in_features, inner.pads
+        self._inner = inner
+        self._inputs = inputs
+        self._group = group
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._inner(rounded_inputs(x, self._inputs, self._group))
+
+
+class ScaledMmLinear:
+    """FP8 times FP8 on the GPU's tensor cores, accumulated in float32, see `multiplies_fp8`."""
+
+    pads = False
+
+    def __init__(self, matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype) -> None:
+        """`bias` [out], or no elements for none."""
+        assert matrix.inputs is not None
+        self.out_features, self.in_features = matrix.values.shape
+        self._inputs = matrix.inputs
+        self._group = matrix.group
+        self._values = matrix.values.t()  # [in, out], which torch wants column by column
+        self._bias = bias if bias.numel() else None
+        self._dtype = dtype
+        if matrix.scales.shape[1] == 1:
+            self._recipe = ScalingType.RowWise
+            self._scales = matrix.scales.t().contiguous()  # [1, out]
+        else:
+            self._recipe = ScalingType.BlockWise1x128
+            self._scales = _column_by_column(matrix.scales)  # [out, G]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        num_rows = len(x)
+        if self._recipe == ScalingType.BlockWise1x128:
+            x = F.pad(x, (0, 0, 0, -num_rows % _ROWS_OF_GROUPS))
+        values, scales = round_inputs(x, self._inputs, self._group)
+        if self._recipe == ScalingType.BlockWise1x128:
+            scales = _column_by_column(scales)
+        out = F.scaled_mm(
+            values,
+            self._values,
+            scales,
+            self._recipe,
+            self._scales,
+            self._recipe,
+            output_dtype=self._dtype,
+        )
+        out = out[:num_rows]
+        return out if self._bias is None else out + self._bias
+
+
+class JoinedLinear:
+    """Several products of the same rows side by side: matrices that are not stored alike, in place of one."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        """All with the same `in_features`."""
+        self.in_features = parts[0].in_features
+        self.out_features = sum(part.out_features for part in parts)
+        self.pads = any(part.pads for part in parts)
+        self._parts = parts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        padded = pad_rows(x) if self.pads else x
+        return torch.cat([part(padded) for part in self._parts], dim=1)[: len(x)]
+
+
+def _column_by_column(scales: Tensor) -> Tensor:
+    return scales.t().contiguous().t()
