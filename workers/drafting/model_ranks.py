@@ -111,7 +111,7 @@ class ModelRank:
         return self.run(batch).last
 
     def logits(self, hidden: Tensor, wanted: Tensor) -> Tensor:
-        """Of the rows `wanted` (int64 [M], on the device) of a forward: float32 [M, V'] over the head's vocabulary."""
+        """Of the rows `wanted` (int64 [M], on the device) of a forward: float32 [M, V'], V' the head's tokens."""
         return self.model.logits_of(hidden, wanted)
 
     def gathered_logits(self, hidden: Tensor, wanted: Tensor) -> Tensor:
