@@ -136,9 +136,9 @@ class TargetActor:
 class DraftActor:
     """The DraftWorker: requests go in here and tokens come out. The drafter's further ranks belong to its process."""
 
-    def __init__(self, config: Config, group: PlacementGroup, others: Sequence[Place]) -> None:
+    def __init__(self, config: Config, others: Sequence[Place]) -> None:
         """others: where the further ranks go."""
-        self._ranks = DraftRanks(config, group, others)  # first: they import torch at the same time
+        self._ranks = DraftRanks(config, others)  # first: they import torch at the same time
 
         from outrider.workers.draft import DraftWorker
 
@@ -220,7 +220,7 @@ class StandInActor(DraftActor):
     def __init__(self, config: Config) -> None:
         from outrider.workers.stand_in import StandIn
 
-        self._ranks = DraftRanks(config, PlacementGroup.empty(), ())
+        self._ranks = DraftRanks(config, ())
         self._worker = StandIn(config)
         self._loop = _Loop(self._worker)
         self._board = ProgressBoard("draft")
@@ -246,7 +246,7 @@ class ActorSpawner:
         if name == "draft":
             drafter = remote(concurrency_groups=CONCURRENCY_GROUPS)(DraftActor)
             options = in_place(self.group, drafts[0], config.draft.num_threads)
-            return drafter.options(**options).remote(config, self.group, drafts[1:])
+            return drafter.options(**options).remote(config, drafts[1:])
         rank = worker_names(config).index(name) - 1
         target = remote(concurrency_groups=CONCURRENCY_GROUPS)(TargetActor)
         options = in_place(self.group, targets[rank], config.target.num_threads)

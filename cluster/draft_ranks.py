@@ -7,11 +7,11 @@ of them; a rank that is lost is the DraftWorker's loss.
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from outrider.cluster.actor_process import CONCURRENCY_GROUPS, ProgressBoard, in_place, own_gpus, whereabouts
 from outrider.cluster.api import Progress
@@ -55,9 +55,10 @@ class DraftRankActor:
 class DraftRanks:
     """`OtherRanks` of a DraftWorker, in its process. They are watched from `load` on, by a thread."""
 
-    def __init__(self, config: Config, group: PlacementGroup, places: Sequence[Place]) -> None:
-        """Creates them. places: of the ranks from 1 on, in the group."""
+    def __init__(self, config: Config, places: Sequence[Place]) -> None:
+        """Creates them. places: of the ranks from 1 on, in the group that this process is in."""
         self._config = config
+        group: Any = ray.util.get_current_placement_group()
         remote: Any = ray.remote  # its types do not know concurrency_groups
         rank_actor = remote(concurrency_groups=CONCURRENCY_GROUPS)(DraftRankActor)
         self._ranks: dict[str, Any] = {}  # by name
@@ -104,7 +105,12 @@ class DraftRanks:
         calls = {name: getattr(rank, method).remote() for name, rank in self._ranks.items()}
         if calls:
             ray.wait(list(calls.values()), num_returns=len(calls), timeout=_ANSWER_S)
-        return {name: ray.get(call) for name, call in calls.items() if _has_come(call)}
+        answers = {}
+        for name, call in calls.items():
+            with suppress(RayError):  # the watch says what became of it
+                if _has_come(call):
+                    answers[name] = ray.get(call)
+        return answers
 
     def _watch(self, lose: Callable[[str], None]) -> None:
         """Until one is lost, or all have ended in order."""

@@ -31,13 +31,10 @@ def check_processors(
         require(draft.tp_size <= target.tp_size, "draft.tp_size", draft.tp_size, allowed)
     if shares:
         given, whole = cluster.num_gpus_per_draft, cluster.num_gpus_per_target
-        allowed = (
-            "above 0 and at most 1, because draft.placement is shared"  # Ray gives parts of one GPU only
-        )
+        # Ray gives out parts of one GPU, not of several.
+        allowed = "above 0 and at most 1, because draft.placement is shared"
         require(0 < whole <= 1, "cluster.num_gpus_per_target", whole, allowed)
-        allowed = (
-            f"below cluster.num_gpus_per_target ({whole:g}), of which it is a part: draft.placement is shared"
-        )
+        allowed = f"below cluster.num_gpus_per_target ({whole:g}), of which it is a part"
         require(given < whole, "cluster.num_gpus_per_draft", given, allowed)
     for role, model in (("target", target), ("draft", draft)):
         on_gpu = model.device != "cpu" and getattr(cluster, f"num_gpus_per_{role}") > 0

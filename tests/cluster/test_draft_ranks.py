@@ -2,13 +2,12 @@
 
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import ray
 from ray.exceptions import ActorDiedError, RayTaskError
-from ray.util.placement_group import PlacementGroup
 
 from outrider.cluster import draft_ranks
 from outrider.cluster.draft_ranks import DraftRanks
@@ -54,9 +53,10 @@ class Played:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ray, "wait", wait)
         monkeypatch.setattr(ray, "get", get)
+        monkeypatch.setattr(ray.util, "get_current_placement_group", lambda: None)
         monkeypatch.setattr(draft_ranks, "_PERIOD_S", 0.01)
         config = load_config("tiny-random", ["draft.tp_size=3", "cluster.heartbeat_timeout_s=0.1"])
-        self.ranks = DraftRanks(replace(config), PlacementGroup.empty(), ())
+        self.ranks = DraftRanks(config, ())
         self.one, self.two = Rank(), Rank()
         self.ranks._ranks = {"draft 1": self.one, "draft 2": self.two}
         self.losses: list[str] = []

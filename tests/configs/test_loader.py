@@ -85,8 +85,8 @@ SHARED = ["draft.placement=shared"]
         ),
         (
             [*SHARED, "cluster.num_gpus_per_target=1", "cluster.num_gpus_per_draft=1"],
-            "cluster.num_gpus_per_draft must be below cluster.num_gpus_per_target (1), of which it is a part: "
-            "draft.placement is shared, got 1.0",
+            "cluster.num_gpus_per_draft must be below cluster.num_gpus_per_target (1), of which it is a part, "
+            "got 1.0",
         ),
         (
             [*SHARED, "cluster.num_gpus_per_target=2", "cluster.num_gpus_per_draft=0.5"],
