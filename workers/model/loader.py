@@ -32,13 +32,13 @@ NO_BIAS = torch.empty(0)
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer on one rank. HQ query places and HK KV heads of size D.
+    """One layer on one rank. Q query heads and HK KV heads of size D.
 
     Attributes:
         attention_norm, mlp_norm: [hidden].
-        qkv: hidden -> (HQ + 2 HK) * D.
+        qkv: hidden -> (Q + 2 HK) * D.
         q_norm, k_norm: [D]; empty when the model has none.
-        attention_output: HQ * D -> hidden, a partial sum over ranks.
+        attention_output: Q * D -> hidden, a partial sum over ranks.
         mlp: hidden -> hidden, a partial sum over ranks.
     """
 
@@ -195,33 +195,25 @@ class WeightLoader:
 
     def _qkv(self, prefix: str) -> Linear:
         config, plan = self.plan.config, self.plan
-        D, HQ, HK = config.head_dim, plan.num_query_places, plan.num_kv_heads
-        weight = torch.zeros(HQ + 2 * HK, D, config.hidden_size, dtype=self.dtype, device=self._host)
-        bias = torch.zeros(HQ + 2 * HK, D, dtype=self.dtype, device=self._host)
-        places = {
-            "q_proj": (plan.query_heads, list(plan.query_places)),
-            "k_proj": (plan.kv_heads, list(range(HQ, HQ + HK))),
-            "v_proj": (plan.kv_heads, list(range(HQ + HK, HQ + 2 * HK))),
-        }
-        for name, (heads, into) in places.items():
-            rows = slice(heads.start * D, heads.stop * D)
-            read = self.source.read(f"{prefix}{name}.weight", rows, ALL, self.dtype)
-            weight[into] = read.view(len(heads), D, -1)
-            self.progress(read.nbytes)
+        D = config.head_dim
+        parts = (("q_proj", plan.query_heads), ("k_proj", plan.kv_heads), ("v_proj", plan.kv_heads))
+        num_rows = sum(len(heads) for _, heads in parts) * D
+        weight = torch.empty(num_rows, config.hidden_size, dtype=self.dtype, device=self._host)
+        bias = torch.empty(num_rows if config.qkv_bias else 0, dtype=self.dtype, device=self._host)
+        start = 0
+        for name, heads in parts:
+            into, rows = slice(start, start + len(heads) * D), range(heads.start * D, heads.stop * D)
+            self._read_rows_into(weight[into], f"{prefix}{name}.weight", rows)
             if config.qkv_bias:
-                bias[into] = self.vector(f"{prefix}{name}.bias", rows).to(self._host).view(len(heads), D)
-        bias = bias.view(-1) if config.qkv_bias else NO_BIAS
-        return self.linear(weight.view(-1, config.hidden_size), bias)
+                bias[into] = self.vector(f"{prefix}{name}.bias", slice(rows.start, rows.stop)).to(self._host)
+            start = into.stop
+        return self.linear(weight, bias)
 
     def _attention_output(self, name: str) -> Linear:
-        config, plan = self.plan.config, self.plan
-        D, heads = config.head_dim, plan.query_heads
-        sizes = (config.hidden_size, plan.num_query_places, D)
-        weight = torch.zeros(sizes, dtype=self.dtype, device=self._host)
-        read = self.source.read(name, ALL, slice(heads.start * D, heads.stop * D), self.dtype)
-        weight[:, list(plan.query_places)] = read.view(config.hidden_size, len(heads), D)
-        self.progress(read.nbytes)
-        return self.linear(weight.view(config.hidden_size, -1), NO_BIAS)
+        heads, D = self.plan.query_heads, self.plan.config.head_dim
+        weight = self.source.read(name, ALL, slice(heads.start * D, heads.stop * D), self.dtype)
+        self.progress(weight.nbytes)
+        return self.linear(weight, NO_BIAS)
 
     def _mlp(self, prefix: str, described: DenseMlp | RoutedMlp) -> Mlp:
         if isinstance(described, DenseMlp):

@@ -67,6 +67,9 @@ class Transformer:
         kinds = list(dict.fromkeys(layer.rope for layer in self.config.layers))
         self._ropes = [RotaryEmbedding(self.config, rope, self.dtype, self.device) for rope in kinds]
         self._rope_of_layer = [kinds.index(layer.rope) for layer in self.config.layers]
+        # Where a rank has only some of a KV head's query heads, attention has places for all.
+        places = torch.tensor(self.plan.query_places, device=self.device)
+        self._query_places = places if self.plan.has_empty_places else None
         layer = weights.layers[0]
         # Rows that are added would be sent to experts, too.
         is_routed = any(isinstance(layer.mlp, RoutedMlp) for layer in self.config.layers)
@@ -131,13 +134,16 @@ class Transformer:
     ) -> Tensor:
         layer, described = self.weights.layers[index], self.config.layers[index]
         k_pages, v_pages = cache.keys(index), cache.values(index)
-        HQ, HK, D = self.plan.num_query_places, self.plan.num_kv_heads, self.config.head_dim
-        heads = layer.qkv(normed).view(-1, HQ + 2 * HK, D)[: batch.tree.num_queries]
-        q, k, v = heads.split((HQ, HK, HK), dim=1)
+        Q, HK, D = len(self.plan.query_heads), self.plan.num_kv_heads, self.config.head_dim
+        heads = layer.qkv(normed).view(-1, Q + 2 * HK, D)[: batch.tree.num_queries]
+        q, k, v = heads.split((Q, HK, HK), dim=1)
         if self.config.qk_norm:
             q = F.rms_norm(q, (D,), layer.q_norm, self.config.rms_norm_eps)
             k = F.rms_norm(k, (D,), layer.k_norm, self.config.rms_norm_eps)
         q = rope_append(q, k, v, *rotation, batch.kv_rows, k_pages, v_pages, self.kernels.rope_append)
+        if self._query_places is not None:
+            places = q.new_zeros(len(q), self.plan.num_query_places, D)
+            q = places.index_copy_(1, self._query_places, q)
         out = tree_attention(  # [N, HQ, D]
             q,
             k_pages,
@@ -147,6 +153,8 @@ class Transformer:
             described.window,
             use_kernel=self.kernels.tree_attention,
         )
+        if self._query_places is not None:
+            out = out.index_select(1, self._query_places)
         return layer.attention_output(self._padded(out.flatten(1)))
 
     def _padded(self, rows: Tensor) -> Tensor:
