@@ -2,10 +2,10 @@
 
 import heapq
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 from outrider.workers.weights.config import DenseMlp, ModelConfig, RoutedMlp
-from outrider.workers.weights.sizes import attention_bytes, bytes_per_column
+from outrider.workers.weights.sizes import PLAIN_BYTES, attention_bytes, mlp_bytes
 
 MLP_BLOCK = 128
 VOCAB_BLOCK = 64
@@ -96,13 +96,9 @@ class ShardPlan:
 
     def mlp_columns(self, intermediate_size: int) -> range:
         """Columns of this rank of an MLP that has `intermediate_size` of them."""
-        if self.size == 1:
-            return range(intermediate_size)
-        block = _block_for(intermediate_size, MLP_BLOCK, self.size)
-        num_blocks = -(-intermediate_size // block)
-        counts = _levelled(num_blocks, block * bytes_per_column(self.config), self._attention_bytes)
-        start = sum(counts[: self.rank])
-        return range(start * block, min((start + counts[self.rank]) * block, intermediate_size))
+        if intermediate_size not in self._columns:
+            self._columns[intermediate_size] = self._share_columns(intermediate_size)
+        return self._columns[intermediate_size]
 
     @cached_property
     def vocab(self) -> range:
@@ -110,11 +106,42 @@ class ShardPlan:
         return _share_blocks(self.config.vocab_size, VOCAB_BLOCK, self.rank, self.size)
 
     @cached_property
+    def _columns(self) -> dict[int, range]:
+        """What `mlp_columns` has worked out, which every layer asks for."""
+        return {}
+
+    def _share_columns(self, intermediate_size: int) -> range:
+        if self.size == 1:
+            return range(intermediate_size)
+        block = _block_for(intermediate_size, MLP_BLOCK, self.size)
+        num_blocks = -(-intermediate_size // block)
+        counts = _levelled(num_blocks, self._mlp_bytes(block), self._attention_bytes)
+        start = sum(counts[: self.rank])
+        return range(start * block, min((start + counts[self.rank]) * block, intermediate_size))
+
+    @cached_property
     def _attention_bytes(self) -> tuple[int, ...]:
         """Of the attention matrices of all layers, for each rank."""
-        ranks = (ShardPlan(self.config, rank, self.size) for rank in range(self.size))
+        ranks = [ShardPlan(self.config, rank, self.size) for rank in range(self.size)]
         return tuple(
-            attention_bytes(self.config, len(plan.query_heads), len(plan.kv_heads)) for plan in ranks
+            sum(
+                attention_bytes(self.config, layer, len(plan.query_heads), plan.num_kv_heads, PLAIN_BYTES)
+                for layer in range(self.config.num_layers)
+            )
+            for plan in ranks
+        )
+
+    def _mlp_bytes(self, num_columns: int) -> int:
+        """Of so many columns of the MLPs of all layers, all experts."""
+        return sum(
+            mlp_bytes(
+                self.config,
+                index,
+                layer.mlp.num_experts if isinstance(layer.mlp, RoutedMlp) else 1,
+                num_columns,
+                PLAIN_BYTES,
+            )
+            for index, layer in enumerate(self.config.layers)
         )
 
     def _splits_by_expert(self, mlp: RoutedMlp) -> bool:
@@ -155,7 +182,6 @@ def _block_for(total: int, block: int, size: int) -> int:
     return block
 
 
-@cache
 def _levelled(num_blocks: int, bytes_per_block: int, taken: tuple[int, ...]) -> tuple[int, ...]:
     """Blocks for each rank, at least one, so that the fullest has as little as it can: each goes to who has least.
 

@@ -1,0 +1,135 @@
+"""What would fit in place of what does not: changes of the configuration, each planned before it is said."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from outrider.configs.schema import Config
+from outrider.workers.planning.deployment import MemoryPlan, Models, on_gpu, plan_memory
+
+STEP_BYTES = 256 << 20  # caches are proposed in steps of this
+FP8_SUFFIX = "-FP8"
+MOST_PROPOSALS = 4
+
+Change = Mapping[str, object]  # of the configuration, by keys as `target.tp_size`
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A change with which a deployment fits: `a.b=c`, as a command line takes them."""
+
+    overrides: tuple[str, ...]
+
+
+def proposals(
+    config: Config, plan: MemoryPlan, gpu_memory_bytes: int, fp8_of: Callable[[str], Models | None]
+) -> list[Proposal]:
+    """Changes that make a plan fit, the smallest first: of one thing, else of two.
+
+    fp8_of: the models of a deployment whose target is the FP8 checkpoint of this id, where one is known.
+    """
+    singles = list(_changes(config, plan))
+    quantised = fp8_of(config.target.model)
+    fitting: list[Change] = []
+
+    def attempt(change: Change, models: Models) -> bool:
+        try:
+            changed = with_changes(config, change)
+            found = plan_memory(changed, models, gpu_memory_bytes)
+        except ValueError:  # the configuration or the model does not go with it
+            return False
+        if found.fits:
+            fitting.append(change)
+            return True
+        for smaller in _smaller_caches(changed, found):
+            both = {**change, **smaller}
+            if plan_memory(with_changes(config, both), models, gpu_memory_bytes).fits:
+                fitting.append(both)
+                return True
+        return False
+
+    for change in singles:
+        attempt(change, plan.models)
+    if quantised is not None:
+        to_fp8: Change = {"target.model": config.target.model + FP8_SUFFIX}
+        if not attempt(to_fp8, quantised):
+            any(attempt({**to_fp8, **change}, quantised) for change in singles)
+    return [
+        Proposal(tuple(f"{key}={_as_text(key, value)}" for key, value in change.items()))
+        for change in fitting[:MOST_PROPOSALS]
+    ]
+
+
+def with_changes(config: Config, change: Change) -> Config:
+    """The configuration with some keys changed. Raises ValueError as the configuration itself does."""
+    sections: dict[str, dict[str, object]] = {}
+    for key, value in change.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    changed: Config = replace(
+        config, **{name: replace(getattr(config, name), **values) for name, values in sections.items()}
+    )
+    return changed
+
+
+def _as_text(key: str, value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
+    return f"{value >> 20}MiB" if isinstance(value, int) and key.endswith("_bytes") else str(value)
+
+
+def _changes(config: Config, plan: MemoryPlan) -> Iterator[Change]:
+    return chain(
+        _smaller_caches(config, plan), _narrower_cache(config), _drafter(config), _more_ranks(config)
+    )
+
+
+def _smaller_caches(config: Config, plan: MemoryPlan) -> Iterator[Change]:
+    """Caches smaller by what is missing where most is; a sequence of the longest context has a place in the target's."""
+    missing = -min((device.free_bytes for device in plan.devices), default=0)
+    if missing <= 0:
+        return
+    target, draft = config.target, config.draft
+    left = (target.kv_cache_bytes - missing) // STEP_BYTES * STEP_BYTES
+    ranks = [process for process in plan.processes if process.name != "draft"]
+    per_token = math.ceil(target.kv_cache_bytes / max(1, min(process.kv_tokens for process in ranks)))
+    context = min(target.max_context, plan.models.target.max_context)
+    if left >= max(1, per_token * context):
+        yield {"target.kv_cache_bytes": left}
+    left = (draft.kv_cache_bytes - missing) // STEP_BYTES * STEP_BYTES
+    if left > 0 and plan.models.draft is not None:
+        yield {"draft.kv_cache_bytes": left}
+
+
+def _narrower_cache(config: Config) -> Iterator[Change]:
+    return iter(())
+
+
+def _drafter(config: Config) -> Iterator[Change]:
+    """A drafter with a GPU of its own, or none."""
+    if config.draft.placement == "shared" and on_gpu(config, "draft"):
+        yield {
+            "draft.placement": "separate",
+            "cluster.num_gpus_per_target": 1.0,
+            "cluster.num_gpus_per_draft": 1.0,
+        }
+    if "model" in config.draft.methods:
+        kept = tuple(method for method in config.draft.methods if method != "model")
+        yield {"draft.methods": kept or ("ngram",)}
+
+
+def _more_ranks(config: Config) -> Iterator[Change]:
+    """Ranks for all GPUs of the nodes that there are, or of twice as many; the drafter's left out."""
+    deploy, given = config.deploy, config.cluster.num_gpus_per_target
+    if not on_gpu(config, "target"):
+        return
+    per_node = deploy.gpus_per_node or 8
+    for num_nodes in (deploy.num_nodes, 2 * deploy.num_nodes, 4 * deploy.num_nodes):
+        own = 1 if on_gpu(config, "draft") and config.draft.placement == "separate" else 0
+        size = int((num_nodes * per_node - own) / given)
+        if size > config.target.tp_size:
+            change: dict[str, object] = {"target.tp_size": size}
+            if num_nodes > deploy.num_nodes:
+                change["deploy.num_nodes"] = num_nodes
+            yield change
