@@ -22,7 +22,7 @@ from outrider.workers.model.mlp import (
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.weights.config import DenseMlp, RoutedMlp
-from outrider.workers.weights.source import WeightSource
+from outrider.workers.weights.source import WeightSource, read_into
 from outrider.workers.weights.tensors import EMBEDDING, FINAL_NORM, HEAD, ROUTER, expert_prefix
 
 ALL = slice(None)
@@ -185,9 +185,8 @@ class WeightLoader:
         step = max(1, READ_CHUNK_BYTES // (out.shape[1] * out.itemsize))
         for start in range(0, len(rows), step):
             piece = rows[start : start + step]
-            out[start : start + len(piece)] = self.source.read(
-                name, slice(piece.start, piece.stop), ALL, self.dtype
-            )
+            into = out[start : start + len(piece)]
+            read_into(self.source, name, slice(piece.start, piece.stop), ALL, into)
         self.progress(out.nbytes)
 
     def _head_norm(self, name: str) -> Tensor:

@@ -11,7 +11,12 @@ import torch
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.fields import Fields, read_json
 from outrider.workers.weights.hf_config import model_config_from_hf
-from outrider.workers.weights.safetensors_files import Entry, SafetensorsFiles, weight_files
+from outrider.workers.weights.safetensors_files import (
+    Entry,
+    SafetensorsFiles,
+    check_index,
+    weight_files,
+)
 from outrider.workers.weights.source import CHUNK_ELEMENTS, Stored, bounds, unknown_tensor
 from outrider.workers.weights.tensors import (
     EMBEDDING,
@@ -37,6 +42,7 @@ class SafetensorsSource:
         self.directory = directory
         self._config = read_hf_config(directory)
         self._files = SafetensorsFiles(weight_files(directory, names_to_fetch(directory, names)))
+        check_index(directory, self._files.entries)
         found = {name for name in self._files.entries if not is_harmless(name)}
         tied = self._config.tied_embeddings
         expected = tensor_shapes(replace(self._config, tied_embeddings=tied and HEAD not in found))
@@ -74,12 +80,22 @@ class SafetensorsSource:
         start, stop = bounds(rows, entry.shape[0])
         left, right = bounds(columns, entry.shape[1]) if len(entry.shape) > 1 else (0, 1)
         out = torch.empty(stop - start, right - left, dtype=dtype)
-        step = max(1, CHUNK_ELEMENTS // max(1, right - left))
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            stored = self._files.read_stored(self._stored_as[name], (first, last), (left, right))
-            out[first - start : last - start] = stored.data
+        self.read_into(name, slice(start, stop), slice(left, right), out)
         return out if len(entry.shape) > 1 else out[:, 0]
+
+    def read_into(self, name: str, rows: slice, columns: slice, out: torch.Tensor) -> None:
+        entry, stored_as = self._entry(name), self._stored_as[name]
+        start, stop = bounds(rows, entry.shape[0])
+        span = bounds(columns, entry.shape[1]) if len(entry.shape) > 1 else (0, 1)
+        out = out.view(stop - start, span[1] - span[0])
+        if entry.dtype == out.dtype:
+            self._files.read_into(stored_as, (start, stop), span, out)
+            return
+
+        def read(first: int, last: int) -> None:
+            out[first:last] = self._files.read_stored(stored_as, (start + first, start + last), span).data
+
+        self._files.reader.each(stop - start, max(1, CHUNK_ELEMENTS // max(1, out.shape[1])), read)
 
     def read_stored(self, name: str, rows: slice, columns: slice) -> Stored:
         num_rows, num_columns = self._entry(name).shape
