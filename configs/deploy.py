@@ -26,7 +26,7 @@ class DeployConfig:
     """GPUs of each."""
 
     gpu_memory_bytes: int = 80 * 10**9
-    """Memory of each GPU, in bytes, as torch counts it; what `outrider plan` plans for. An H100 of 80 GB has 79 GiB."""
+    """Memory of each GPU, in bytes, as torch counts it, for `outrider plan`. An H100 with 80 GB has 79 GiB."""
 
     cpus_per_node: int = 4
     """CPUs of each."""

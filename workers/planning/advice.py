@@ -86,7 +86,7 @@ def _changes(config: Config, plan: MemoryPlan) -> Iterator[Change]:
 
 
 def _smaller_caches(config: Config, plan: MemoryPlan) -> Iterator[Change]:
-    """Caches smaller by what is missing where most is; a sequence of the longest context has a place in the target's."""
+    """Caches smaller by what is missing where most is; the target's still has room for the longest context."""
     missing = -min((device.free_bytes for device in plan.devices), default=0)
     if missing <= 0:
         return

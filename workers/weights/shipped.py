@@ -15,7 +15,7 @@ CONFIG = "config.json"
 
 
 def shipped_models() -> Mapping[str, Path]:
-    """The file of each Hugging Face id whose sizes are here: `{"ids", "source", "config"}`, the last as config.json."""
+    """The file of each Hugging Face id whose sizes are known: `{"ids", "source", "config"}`."""
     return {model: path for path in sorted(MODELS_DIR.glob("*.json")) for model in read_json(path)["ids"]}
 
 

@@ -1,6 +1,7 @@
 """Bytes that parts of a model's matrices take once they are loaded, from its configuration alone."""
 
 from outrider.workers.weights.config import ModelConfig, RoutedMlp
+from outrider.workers.weights.quantization import format_of
 from outrider.workers.weights.tensors import expert_prefix
 
 # Of an element that is stored plainly, where ranks are weighed against each other before anybody has said how they
@@ -14,7 +15,8 @@ def matrix_bytes(config: ModelConfig, name: str, rows: int, columns: int, plain_
 
     plain_bytes: of an element that is stored plainly.
     """
-    return rows * columns * plain_bytes
+    form = format_of(config.quantization, name)
+    return rows * columns * plain_bytes if form is None else form.loaded_bytes(rows, columns)
 
 
 def attention_bytes(

@@ -1,17 +1,13 @@
-import json
 from collections.abc import Iterator
 from dataclasses import is_dataclass
-from math import prod
 from typing import Any
 
 import pytest
 import torch
 
-from outrider.workers.model.cache import PagedCache, bytes_per_page
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.sizes import weight_bytes
-from outrider.workers.weights.shipped import shipped_config, shipped_models
 from outrider.workers.weights.tensors import tensor_shapes
 from support.tensor_source import TensorSource, tiny_config
 
