@@ -11,6 +11,7 @@ from outrider.workers.planning.deployment import MemoryPlan, Models, on_gpu, pla
 STEP_BYTES = 256 << 20  # caches are proposed in steps of this
 FP8_SUFFIX = "-FP8"
 MOST_PROPOSALS = 4
+_COUNTED = ("target.tp_size", "deploy.num_nodes")
 
 Change = Mapping[str, object]  # of the configuration, by keys as `target.tp_size`
 
@@ -29,36 +30,55 @@ def proposals(
 
     fp8_of: the models of a deployment whose target is the FP8 checkpoint of this id, where one is known.
     """
-    singles = list(_changes(config, plan))
+    search = _Search(config, gpu_memory_bytes)
     quantised = fp8_of(config.target.model)
-    fitting: list[Change] = []
-
-    def attempt(change: Change, models: Models) -> bool:
-        try:
-            changed = with_changes(config, change)
-            found = plan_memory(changed, models, gpu_memory_bytes)
-        except ValueError:  # the configuration or the model does not go with it
-            return False
-        if found.fits:
-            fitting.append(change)
-            return True
-        for smaller in _smaller_caches(changed, found):
-            both = {**change, **smaller}
-            if plan_memory(with_changes(config, both), models, gpu_memory_bytes).fits:
-                fitting.append(both)
-                return True
-        return False
-
-    for change in singles:
-        attempt(change, plan.models)
     if quantised is not None:
         to_fp8: Change = {"target.model": config.target.model + FP8_SUFFIX}
-        if not attempt(to_fp8, quantised):
-            any(attempt({**to_fp8, **change}, quantised) for change in singles)
+        if not search.attempt(to_fp8, quantised):
+            for change in _changes(config, plan):
+                search.attempt({**to_fp8, **change}, quantised)
+    for change in _changes(config, plan):
+        search.attempt(change, plan.models)
     return [
         Proposal(tuple(f"{key}={_as_text(key, value)}" for key, value in change.items()))
-        for change in fitting[:MOST_PROPOSALS]
+        for change in search.fitting[:MOST_PROPOSALS]
     ]
+
+
+class _Search:
+    """Changes that make a configuration fit, in the order in which they are tried."""
+
+    def __init__(self, config: Config, gpu_memory_bytes: int) -> None:
+        self.fitting: list[Change] = []
+        self._config = config
+        self._gpu_memory_bytes = gpu_memory_bytes
+
+    def attempt(self, change: Change, models: Models) -> bool:
+        """Whether it fits with this change, or with smaller caches besides. What holds a smaller change that fits, or
+        more of the same, is not tried."""
+        if any(_goes_further(change, found) for found in self.fitting):
+            return False
+        try:
+            changed = with_changes(self._config, change)
+            planned = plan_memory(changed, models, self._gpu_memory_bytes)
+        except ValueError:  # the configuration or the model does not go with it
+            return False
+        if planned.fits:
+            self.fitting.append(change)
+            return True
+        return any(
+            self.attempt({**change, **smaller}, models)
+            for smaller in _smaller_caches(changed, planned)
+            if not smaller.keys() & change.keys()
+        )
+
+
+def _goes_further(change: Change, found: Change) -> bool:
+    """Whether a change has all the keys of another: the same values, or more of what is counted."""
+    return all(
+        key in change and (change[key] == value or (key in _COUNTED and change[key] > value))  # type: ignore[operator]
+        for key, value in found.items()
+    )
 
 
 def with_changes(config: Config, change: Change) -> Config:

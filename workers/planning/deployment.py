@@ -142,13 +142,16 @@ def _problems(config: Config, devices: Sequence[Device]) -> list[str]:
             "draft.placement is shared, but no GPU of a target rank has room for the drafter: "
             "cluster.num_gpus_per_target and cluster.num_gpus_per_draft must be at most 1 together"
         )
-    for device in devices:
-        if device.free_bytes < 0:
-            names = ", ".join(process.name for process in device.processes)
-            problems.append(
-                f"{device.name} ({names}) would take {gib(device.used_bytes)} of {gib(device.memory_bytes)}, "
-                f"of which {MARGIN_FRACTION:.0%} stay free"
-            )
+    full = sorted(
+        (device for device in devices if device.free_bytes < 0), key=lambda device: device.free_bytes
+    )
+    if full:
+        names = ", ".join(process.name for process in full[0].processes)
+        others = f", and {len(full) - 1} more are too full" if len(full) > 1 else ""
+        problems.append(
+            f"{full[0].name} ({names}) would take {gib(full[0].used_bytes)} of {gib(full[0].memory_bytes)}, of which "
+            f"{MARGIN_FRACTION:.0%} stay free{others}"
+        )
     return problems
 
 
