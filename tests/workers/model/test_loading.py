@@ -155,7 +155,7 @@ def test_the_405b_is_opened_and_a_rank_reads_its_part_of_a_layer(tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", range(8))
+@pytest.mark.parametrize("rank", [0, 3, 7])
 def test_a_rank_of_a_wide_405b_takes_its_share_and_little_more(rank: int, tmp_path: Path) -> None:
     """Of four layers as wide as the 405B's: 22 GB, of which a rank keeps 2.8. The largest matrix is put together
     beside what is there."""
