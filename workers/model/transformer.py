@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.kernels.gather_rows import gather_rows
-from outrider.kernels.rope_append import rope_append
 from outrider.kernels.selection import REFERENCES, KernelSelection
-from outrider.kernels.tree_attention import tree_attention
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
@@ -133,26 +131,18 @@ class Transformer:
         cache: PagedCache,
     ) -> Tensor:
         layer, described = self.weights.layers[index], self.config.layers[index]
-        k_pages, v_pages = cache.keys(index), cache.values(index)
         Q, HK, D = len(self.plan.query_heads), self.plan.num_kv_heads, self.config.head_dim
         heads = layer.qkv(normed).view(-1, Q + 2 * HK, D)[: batch.tree.num_queries]
         q, k, v = heads.split((Q, HK, HK), dim=1)
         if self.config.qk_norm:
             q = F.rms_norm(q, (D,), layer.q_norm, self.config.rms_norm_eps)
             k = F.rms_norm(k, (D,), layer.k_norm, self.config.rms_norm_eps)
-        q = rope_append(q, k, v, *rotation, batch.kv_rows, k_pages, v_pages, self.kernels.rope_append)
+        q = cache.append(index, q, k, v, rotation, batch.kv_rows, self.kernels.rope_append)
         if self._query_places is not None:
             places = q.new_zeros(len(q), self.plan.num_query_places, D)
             q = places.index_copy_(1, self._query_places, q)
-        out = tree_attention(  # [N, HQ, D]
-            q,
-            k_pages,
-            v_pages,
-            batch.tree,
-            self.scale,
-            described.window,
-            use_kernel=self.kernels.tree_attention,
-        )
+        use_kernel = self.kernels.tree_attention
+        out = cache.attend(index, q, batch.tree, self.scale, described.window, use_kernel)  # [N, HQ, D]
         if self._query_places is not None:
             out = out.index_select(1, self._query_places)
         return layer.attention_output(self._padded(out.flatten(1)))

@@ -26,6 +26,15 @@ def forward_bytes(plan: ShardPlan, num_rows: int, dtype: torch.dtype, num_taps: 
     return (3 + num_taps) * hidden + max(attention, mlp)
 
 
+def gathered_bytes(
+    plan: ShardPlan, num_rows: int, num_keys: int, dtype: torch.dtype, cache: torch.dtype
+) -> int:
+    """Of attention by torch's SDPA: the keys and values of all sequences together, out of their pages and in the
+    queries' dtype, and a mask of each row."""
+    keys = 2 * num_keys * plan.num_kv_heads * plan.config.head_dim
+    return keys * (cache.itemsize + dtype.itemsize) + num_rows * num_keys * dtype.itemsize
+
+
 def logits_bytes(plan: ShardPlan, num_sampled: int, dtype: torch.dtype) -> int:
     """Of the logits of so many rows of a forward, which go from the model's dtype to float32."""
     rows = 2 * num_sampled * plan.config.hidden_size * dtype.itemsize

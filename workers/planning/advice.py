@@ -7,6 +7,8 @@ from itertools import chain
 
 from outrider.configs.schema import Config
 from outrider.workers.planning.deployment import MemoryPlan, Models, on_gpu, plan_memory
+from outrider.workers.setup import torch_dtype
+from outrider.workers.weights.scaled import FP8
 
 STEP_BYTES = 256 << 20  # caches are proposed in steps of this
 FP8_SUFFIX = "-FP8"
@@ -123,7 +125,10 @@ def _smaller_caches(config: Config, plan: MemoryPlan) -> Iterator[Change]:
 
 
 def _narrower_cache(config: Config) -> Iterator[Change]:
-    return iter(())
+    """The same tokens in FP8."""
+    if config.target.kv_cache_dtype == "auto":
+        halved = config.target.kv_cache_bytes * FP8.itemsize // torch_dtype(config.target.dtype).itemsize
+        yield {"target.kv_cache_dtype": "fp8", "target.kv_cache_bytes": halved}
 
 
 def _drafter(config: Config) -> Iterator[Change]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 import torch
 
 from outrider.configs.schema import Config
+from outrider.kernels.launch_plans import TYPE_NAMES
+from outrider.kernels.tree_attention import HEAD_DIMS
 from outrider.workers.model.cache import bytes_per_page
 from outrider.workers.model.cuda_graphs import (
     GraphCapacity,
@@ -15,8 +17,8 @@ from outrider.workers.model.cuda_graphs import (
 )
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.sizes import WeightBytes, weight_bytes
-from outrider.workers.planning.activations import forward_bytes, logits_bytes
-from outrider.workers.setup import num_draft_pages, num_target_pages, torch_dtype
+from outrider.workers.planning.activations import forward_bytes, gathered_bytes, logits_bytes
+from outrider.workers.setup import cache_dtype, num_draft_pages, num_target_pages, torch_dtype
 from outrider.workers.weights.config import ModelConfig
 
 # What is not ours to count, on GPUs; estimates, each from who has measured it:
@@ -90,10 +92,15 @@ def target_memory(config: Config, model: ModelConfig, rank: int, num_taps: int) 
     target, rounds = config.target, config.rounds
     plan, dtype = ShardPlan(model, rank, target.tp_size), torch_dtype(target.dtype)
     on_gpu = config.cluster.num_gpus_per_target > 0 and target.device != "cpu"
-    num_pages = num_target_pages(config, model)
+    num_pages, cache = num_target_pages(config, model), cache_dtype(config, model)
+    by_kernel = on_gpu and target.attention != "sdpa" and attention_kernel_fits(model, dtype, cache)
     capacities = target_capacities(plan, _Pages(num_pages, target.page_size))
     nodes = rounds.max_sequences * (config.tree.max_nodes + 1)
     activations = forward_bytes(plan, rounds.max_round_tokens, dtype, num_taps)
+    if not by_kernel:
+        # A sequence of the longest context and as many rows of it as a round has; many are grouped, and padded less.
+        context = min(target.max_context, model.max_context, num_pages * target.page_size)
+        activations += gathered_bytes(plan, rounds.max_round_tokens, context, dtype, cache)
     logits = logits_bytes(plan, min(nodes, rounds.max_round_tokens), dtype)
     communication = RANKS_BYTES if target.tp_size > 1 else 0
     if rank == 0 and num_taps and config.cluster.num_gpus_per_draft > 0:
@@ -102,9 +109,9 @@ def target_memory(config: Config, model: ModelConfig, rank: int, num_taps: int) 
         name=f"target {rank}",
         weights=weight_bytes(plan, dtype),
         heads=0,
-        kv_cache=num_pages * bytes_per_page(model, plan, dtype, target.page_size),
+        kv_cache=num_pages * bytes_per_page(model, plan, cache, target.page_size),
         kv_tokens=num_pages * target.page_size,
-        graphs=graph_bytes(plan, capacities, target.page_size, dtype, num_taps) if on_gpu else 0,
+        graphs=graph_bytes(plan, capacities, target.page_size, dtype, num_taps) if by_kernel else 0,
         activations=activations + logits,
         communication=communication if on_gpu else 0,
         context=context_bytes(on_gpu),
@@ -133,7 +140,7 @@ def draft_memory(
         # Prompts come in chunks, of which one sequence after the other is read; logits are those of a step.
         activations = forward_bytes(plan, rounds.prefill_chunk, dtype, 0)
         activations += logits_bytes(plan, rounds.max_sequences, dtype)
-        if on_gpu:
+        if on_gpu and config.target.attention != "sdpa" and attention_kernel_fits(model, dtype, dtype):
             capacities = draft_capacities(plan, _Pages(num_pages, page_size))
             graphs = graph_bytes(plan, capacities, page_size, dtype, 0)
     return ProcessMemory(
@@ -147,6 +154,11 @@ def draft_memory(
         communication=LINK_BYTES if on_gpu and num_taps else 0,
         context=context_bytes(on_gpu),
     )
+
+
+def attention_kernel_fits(model: ModelConfig, dtype: torch.dtype, cache: torch.dtype) -> bool:
+    """Whether there is an attention kernel for a model and its cache, without which there are no CUDA graphs."""
+    return cache == dtype and dtype in TYPE_NAMES and model.head_dim in HEAD_DIMS
 
 
 def graph_bytes(
