@@ -80,11 +80,12 @@ def _fp8_models(config: "Config", planned: "MemoryPlan", model: str) -> "Models 
 
 def _gpu_memory(config: "Config") -> tuple[int, str]:
     """Of each GPU, and who says so: this machine, where the deployment will be here, else the configuration."""
-    import torch
+    from outrider.workers.planning.gpus import smallest_gpu
 
-    if config.cluster.ray_address == "local" and torch.cuda.is_available():
-        sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-        return min(sizes), torch.cuda.get_device_name(sizes.index(min(sizes)))
+    if config.cluster.ray_address == "local":
+        here = smallest_gpu()
+        if here[0]:
+            return here
     return config.deploy.gpu_memory_bytes, "deploy.gpu_memory_bytes"
 
 

@@ -271,7 +271,7 @@ class WeightLoader:
             return self._gated(prefix + "mlp.", self.plan.mlp_columns(described.intermediate_size))
         columns = self.plan.expert_columns(described)
         router = self.source.read(prefix + ROUTER, ALL, ALL, torch.float32)
-        self.progress(router.numel() * self.dtype.itemsize)
+        self.progress(router.nbytes)
         numbers = self.plan.experts(described)
         prefixes = [prefix + expert_prefix(i) for i in numbers]
         experts: Experts

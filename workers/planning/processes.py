@@ -18,7 +18,13 @@ from outrider.workers.model.cuda_graphs import (
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.sizes import WeightBytes, weight_bytes
 from outrider.workers.planning.activations import forward_bytes, gathered_bytes, logits_bytes
-from outrider.workers.setup import cache_dtype, num_draft_pages, num_target_pages, torch_dtype
+from outrider.workers.setup import (
+    cache_dtype,
+    num_draft_pages,
+    num_target_pages,
+    target_cache_bytes,
+    torch_dtype,
+)
 from outrider.workers.weights.config import ModelConfig
 
 # What is not ours to count, on GPUs; estimates, each from who has measured it:
@@ -109,7 +115,7 @@ def target_memory(config: Config, model: ModelConfig, rank: int, num_taps: int) 
         name=f"target {rank}",
         weights=weight_bytes(plan, dtype),
         heads=0,
-        kv_cache=num_pages * bytes_per_page(model, plan, cache, target.page_size),
+        kv_cache=target_cache_bytes(config, plan),
         kv_tokens=num_pages * target.page_size,
         graphs=graph_bytes(plan, capacities, target.page_size, dtype, num_taps) if by_kernel else 0,
         activations=activations + logits,
