@@ -122,14 +122,16 @@ class ShardPlan:
     @cached_property
     def _attention_bytes(self) -> tuple[int, ...]:
         """Of the attention matrices of all layers, for each rank."""
-        ranks = [ShardPlan(self.config, rank, self.size) for rank in range(self.size)]
-        return tuple(
-            sum(
-                attention_bytes(self.config, layer, len(plan.query_heads), plan.num_kv_heads, PLAIN_BYTES)
+        ranks = (ShardPlan(self.config, rank, self.size) for rank in range(self.size))
+        heads = [(len(plan.query_heads), plan.num_kv_heads) for plan in ranks]
+        by_heads = {
+            counts: sum(
+                attention_bytes(self.config, layer, *counts, PLAIN_BYTES)
                 for layer in range(self.config.num_layers)
             )
-            for plan in ranks
-        )
+            for counts in set(heads)
+        }
+        return tuple(by_heads[counts] for counts in heads)
 
     def _mlp_bytes(self, num_columns: int) -> int:
         """Of so many columns of the MLPs of all layers, all experts."""

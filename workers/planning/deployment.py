@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from outrider.configs.schema import Config
-from outrider.workers.drafting.registry import layers_needed
-from outrider.workers.planning.heads import heads_of, is_here
+from outrider.workers.planning.heads import heads_of, num_taps_of
 from outrider.workers.planning.processes import ProcessMemory, draft_memory, target_memory
 from outrider.workers.weights.config import ModelConfig
 
@@ -85,9 +84,7 @@ def plan_memory(config: Config, models: Models, gpu_memory_bytes: int) -> Memory
         ValueError: a cache does not hold a page, or the target's ranks cannot share the model.
     """
     heads = heads_of(config, models.target)
-    num_taps = 0
-    if is_here(config):
-        num_taps = len(layers_needed(config, models.target))
+    num_taps = num_taps_of(config, models.target)
     ranks = [target_memory(config, models.target, rank, num_taps) for rank in range(config.target.tp_size)]
     drafter = draft_memory(config, models.draft, heads.num_bytes, heads.num_caches, num_taps)
     devices = _places(config, ranks, drafter, gpu_memory_bytes)

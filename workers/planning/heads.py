@@ -47,9 +47,14 @@ def heads_of(config: Config, target: ModelConfig) -> Heads:
     return Heads(num_bytes, sum(method in _WITH_A_CACHE for method in methods), tuple(unknown))
 
 
-def is_here(config: Config) -> bool:
-    """Whether all heads of `draft.methods` are on this machine, so that it is known which rows they read."""
-    return all(_folder(config, method) is not None for method in config.draft.methods if method in _TRAINED)
+def num_taps_of(config: Config, target: ModelConfig) -> int:
+    """Layers of the target whose rows the draft methods read; 0 where one's heads are not here."""
+    methods = [method for method in config.draft.methods if method in _TRAINED]
+    if not methods or any(_folder(config, method) is None for method in methods):
+        return 0
+    from outrider.workers.drafting.registry import layers_needed  # takes a second to import
+
+    return len(layers_needed(config, target))
 
 
 def _folder(config: Config, method: str) -> Path | None:

@@ -171,8 +171,8 @@ def graph_bytes(
     plan: ShardPlan, capacities: list[GraphCapacity], page_size: int, dtype: torch.dtype, num_taps: int
 ) -> int:
     """Of CUDA graphs that share one pool of memory, which the largest fills."""
-    meta = torch.device("meta")
-    inputs = sum(_batch_bytes(StaticBatch(capacity, page_size, meta)) for capacity in capacities)
+    cpu = torch.device("cpu")  # a few MB; on the meta device torch takes a second to find out what zeros are
+    inputs = sum(_batch_bytes(StaticBatch(capacity, page_size, cpu)) for capacity in capacities)
     largest = max(capacity.num_rows for capacity in capacities)
     pool = forward_bytes(plan, largest, dtype, num_taps)
     return inputs + pool + len(capacities) * plan.config.num_layers * GRAPH_BYTES_PER_LAYER
