@@ -156,7 +156,7 @@ class DraftConfig:
 
     placement: Literal["separate", "shared"] = "separate"
     """Whether the drafter has a processor of its own, or shares the target's: then drafting while the target
-    works is not free, and counts as time when trees are sized and lanes are chosen."""
+    works is not free: it counts as time when trees are sized and lanes are chosen, and none is drafted ahead."""
 
     num_threads: int = 1
     """CPU threads of the DraftWorker."""
@@ -232,7 +232,8 @@ class RoundsConfig:
     """Put all sequences in one lane where the measured times say that this is faster."""
 
     draft_ahead: bool = True
-    """Keep growing a sequence's tree while the target verifies it."""
+    """Keep growing a sequence's tree while the target verifies it, where the drafter has a processor of its own
+    (`draft.placement: separate`)."""
 
     max_sequences: int = 16
     """Most sequences that run at once; further requests wait."""

@@ -87,10 +87,13 @@ class TreeGrower:
         """Grow the trees that the target is verifying, until the scores come (`poll`).
 
         A step that makes the scores wait costs that wait, and saves a whole step if it survives the verdict:
-        it is begun only where that pays, so nothing is lost when the drafts are always wrong.
+        it is begun only where that pays, so nothing is lost when the drafts are always wrong. On the target's own
+        processors each makes the scores wait for as long as it takes, and never pays.
         """
+        if not self._options.draft_ahead or self._options.draft_costs:
+            return
         drafted = self._drafted(steps)
-        if not self._options.draft_ahead or not len(drafted.slots):
+        if not len(drafted.slots):
             return
         sent = sent.rows(np.array(drafted.indices))
         while not poll():
