@@ -37,8 +37,8 @@ from outrider.workers.weights.random_source import RandomSource
 CPU = torch.device("cpu")
 CALLED = {
     "gather_rows": transformer_module,
-    "rope_append": transformer_module,
-    "tree_attention": transformer_module,
+    "rope_append": cache_module,
+    "tree_attention": cache_module,
     "kv_commit": cache_module,
     "sample_shard": shards,
 }
