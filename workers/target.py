@@ -180,7 +180,7 @@ class TargetWorker:
         source = load_model(self.config, "target", progress)
         self._grammars = target_grammars(self.config, source.config, progress)
         plan = ShardPlan(source.config, self.rank, target.tp_size)
-        share = weight_bytes(plan, dtype).total
+        share = weight_bytes(plan, dtype, device.type == "cuda").total
         require_memory(device, share + target_cache_bytes(self.config, plan), self.rank)
         counted = counting(progress, share)
         kernels = kernels_for(self.config, source.config, device, dtype)

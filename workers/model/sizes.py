@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from outrider.workers.model.mlp import aligned_columns
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.config import RoutedMlp
 from outrider.workers.weights.sizes import ROUTER_BYTES, attention_bytes, matrix_bytes, mlp_bytes
@@ -25,8 +26,13 @@ class WeightBytes:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
-def weight_bytes(plan: ShardPlan, dtype: torch.dtype) -> WeightBytes:
-    """What one rank's weights take, the head its own. dtype: of what is stored plainly."""
+def weight_bytes(plan: ShardPlan, dtype: torch.dtype, on_gpu: bool = False) -> WeightBytes:
+    """What one rank's weights take, the head its own.
+
+    Args:
+        dtype: of what is stored plainly.
+        on_gpu: experts are computed in groups there, from plain matrices with aligned columns.
+    """
     config, size = plan.config, dtype.itemsize
     vocabulary, hidden = len(plan.vocab), config.hidden_size
     attention = mlp = 0
@@ -35,6 +41,9 @@ def weight_bytes(plan: ShardPlan, dtype: torch.dtype) -> WeightBytes:
         if isinstance(layer.mlp, RoutedMlp):
             num_experts, columns = len(plan.experts(layer.mlp)), len(plan.expert_columns(layer.mlp))
             mlp += layer.mlp.num_experts * hidden * ROUTER_BYTES
+            if on_gpu:
+                mlp += num_experts * 3 * aligned_columns(columns) * hidden * size
+                continue
         else:
             num_experts, columns = 1, len(plan.mlp_columns(layer.mlp.intermediate_size))
         mlp += mlp_bytes(config, index, num_experts, columns, size)

@@ -113,7 +113,7 @@ def target_memory(config: Config, model: ModelConfig, rank: int, num_taps: int) 
         communication += LINK_BYTES
     return ProcessMemory(
         name=f"target {rank}",
-        weights=weight_bytes(plan, dtype),
+        weights=weight_bytes(plan, dtype, on_gpu),
         heads=0,
         kv_cache=target_cache_bytes(config, plan),
         kv_tokens=num_pages * target.page_size,
@@ -141,7 +141,7 @@ def draft_memory(
     weights, cache, tokens, graphs, activations = WeightBytes(0, 0, 0, 0, 0), 0, 0, 0, 0
     if model is not None:
         plan, num_pages = ShardPlan(model, 0, 1), num_draft_pages(config, model)
-        weights, tokens = weight_bytes(plan, dtype), num_pages * page_size
+        weights, tokens = weight_bytes(plan, dtype, on_gpu), num_pages * page_size
         cache = num_pages * bytes_per_page(model, plan, dtype, page_size)
         # Prompts come in chunks, of which one sequence after the other is read; logits are those of a step.
         activations = forward_bytes(plan, rounds.prefill_chunk, dtype, 0)

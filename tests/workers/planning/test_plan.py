@@ -25,6 +25,7 @@ from outrider.workers.model.fp8_cache import CacheScales
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
+from outrider.workers.planning import gpus
 from outrider.workers.planning.activations import forward_bytes, gathered_bytes, logits_bytes
 from outrider.workers.planning.deployment import Models, plan_memory
 from outrider.workers.planning.heads import heads_of
@@ -33,9 +34,16 @@ from outrider.workers.setup import cache_dtype, target_cache, torch_dtype
 from outrider.workers.weights import resolver
 from outrider.workers.weights.random_source import RandomSource
 from outrider.workers.weights.shipped import describe_model, shipped_config, shipped_models
+from support.plan_tables import PAGE, with_tables
 
 GIB = 1 << 30
 runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are for the GPUs of the configuration."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def models_of(config: Config) -> Models:
@@ -199,6 +207,19 @@ def test_what_does_not_fit_is_refused_with_what_would(arguments: list[str], woul
     assert all(text in line for text in would)
     for changes in line.partition("; what would fit: ")[2].split(", or "):
         assert plan_of(arguments[0], *arguments[1:], *changes.split()).fits, changes
+
+
+def test_the_document_has_what_the_command_prints() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_tables(page), "run: python tests/support/plan_tables.py"
+
+
+def test_the_gpu_of_this_machine_counts_where_the_deployment_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "smallest_gpu", lambda: (24 << 30, "RTX 4090"))
+    here = run("llama3-70b-h100x8")
+    assert "A GPU has 24.0 GiB (RTX 4090)." in here.stdout
+    assert here.exit_code == 2
+    assert run("llama3-70b-h100x8", "cluster.ray_address=auto").exit_code == 0
 
 
 def test_gpus_that_are_not_there_are_missed() -> None:
