@@ -84,6 +84,9 @@ def test_logits_equal_those_of_the_format_s_library(write: Callable[[Path], Writ
         rows = SequenceRows(list(range(16)), 0, chain(120), 0, tokens)
         got = model.logits(model.forward(batch_of([rows], PAGE, CPU), cache).last)
         assert_rows_agree(got, want)
+    # What `outrider check` and `bench` compare with.
+    reference = load_transformers(ResolvedModel(str(tmp_path), "safetensors", tmp_path), torch.float32)
+    assert_rows_agree(Written(tmp_path, reference).logits(tokens), want)
 
 
 def assert_rows_agree(got: torch.Tensor, want: torch.Tensor) -> None:
