@@ -348,10 +348,10 @@ class Config:
             allowed = "auto, nccl or gloo, because ranks compute on GPUs"
             _require(target.all_reduce != "shm", "target.all_reduce", target.all_reduce, allowed)
             _require(
-                target.all_reduce == "gloo" or cluster.num_gpus_per_target >= 1,
+                target.all_reduce == "gloo" or cluster.num_gpus_per_target > 0.5,
                 "cluster.num_gpus_per_target",
                 cluster.num_gpus_per_target,
-                "at least 1, because nccl wants a GPU for each rank (target.all_reduce gloo does not)",
+                "more than 0.5, because nccl wants a GPU for each rank (target.all_reduce gloo does not)",
             )
         if self.replicas.max_replicas > 1:
             # Ray fills a GPU with fractions of whoever comes.

@@ -69,7 +69,7 @@ FLOORS = (
     {"setup", "target_state"},
     {"drafting", "training"},
     {"rounds", "target"},
-    {"draft", "doctor", "baselines"},
+    {"draft", "doctor", "baselines", "planning"},
     {"first_gpu", "host_time", "stand_in"},
 )
 

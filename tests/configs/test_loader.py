@@ -64,7 +64,7 @@ def test_presets_for_gpus_wait_for_compilers_and_captures() -> None:
                 "target.all_reduce=auto",
                 "target.tp_size=2",
             ],
-            "cluster.num_gpus_per_target must be at least 1, because nccl wants a GPU for each rank",
+            "cluster.num_gpus_per_target must be more than 0.5, because nccl wants a GPU for each rank",
         ),
     ],
 )
@@ -91,6 +91,7 @@ def test_the_documented_presets_ship() -> None:
         "qwen-coder-cpu",
         "llama3-70b-h100x8",
         "llama3-405b-h100x8",
+        "llama3-405b-h100x8-shared",
         "mellum2-12b",
         "mellum2-12b-tp2",
         "tiny-random",
