@@ -43,8 +43,10 @@ def check_processors(
             require(model.all_reduce != "shm", f"{role}.all_reduce", model.all_reduce, allowed)
             key = "num_gpus_per_target" if shares else f"num_gpus_per_{role}"
             given = getattr(cluster, key)
-            allowed = f"at least 1, because nccl wants a GPU for each rank ({role}.all_reduce gloo does not)"
-            require(model.all_reduce == "gloo" or given >= 1, f"cluster.{key}", given, allowed)
+            allowed = (
+                f"more than 0.5, because nccl wants a GPU for each rank ({role}.all_reduce gloo does not)"
+            )
+            require(model.all_reduce == "gloo" or given > 0.5, f"cluster.{key}", given, allowed)
     if replicas.max_replicas > 1:
         # Ray fills a GPU with fractions of whoever comes.
         for key in ("num_gpus_per_target", *(() if shares else ("num_gpus_per_draft",))):

@@ -75,6 +75,25 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def require_memory(device: torch.device, num_bytes: int, rank: int) -> None:
+    """Before a rank of the target reads weights that would not fit.
+
+    Args:
+        num_bytes: of its weights and its KV cache.
+
+    Raises:
+        ValueError: the GPU has less.
+    """
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    if num_bytes > free:
+        raise ValueError(
+            f"target.kv_cache_bytes and the weights of rank {rank} take {num_bytes / 2**30:.1f} GiB, {device} has "
+            f"{free / 2**30:.1f} GiB free; `outrider plan` says what would fit"
+        )
+
+
 def transport_for(all_reduce: str, device: torch.device, tp_size: int, role: Role = "target") -> str:
     """`target.all_reduce` or `draft.all_reduce` as `join_group` takes it: `auto` becomes `nccl` on GPUs.
 
@@ -207,6 +226,13 @@ def target_cache(
     if dtype == FP8:
         return Fp8PagedCache(plan.config, plan, num_pages, page_size, device, scales, kernels.kv_commit)
     return PagedCache(plan.config, plan, num_pages, page_size, dtype, device, kernels.kv_commit)
+
+
+def target_cache_bytes(config: Config, plan: ShardPlan) -> int:
+    """What `target_cache` takes on a rank."""
+    dtype = cache_dtype(config, plan.config)
+    per_page = bytes_per_page(plan.config, plan, dtype, config.target.page_size)
+    return num_target_pages(config, plan.config) * per_page
 
 
 def num_target_pages(config: Config, model: ModelConfig) -> int:

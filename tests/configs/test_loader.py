@@ -67,11 +67,11 @@ SHARED = ["draft.placement=shared"]
                 "target.all_reduce=auto",
                 "target.tp_size=2",
             ],
-            "cluster.num_gpus_per_target must be at least 1, because nccl wants a GPU for each rank",
+            "cluster.num_gpus_per_target must be more than 0.5, because nccl wants a GPU for each rank",
         ),
         (
             ["draft.tp_size=2", "draft.device=cuda", "cluster.num_gpus_per_draft=0.5"],
-            "cluster.num_gpus_per_draft must be at least 1, because nccl wants a GPU for each rank "
+            "cluster.num_gpus_per_draft must be more than 0.5, because nccl wants a GPU for each rank "
             "(draft.all_reduce gloo does not), got 0.5",
         ),
         (
@@ -106,7 +106,7 @@ SHARED = ["draft.placement=shared"]
                 "cluster.num_gpus_per_target=0.5",
                 "cluster.num_gpus_per_draft=0.2",
             ],
-            "cluster.num_gpus_per_target must be at least 1, because nccl wants a GPU for each rank "
+            "cluster.num_gpus_per_target must be more than 0.5, because nccl wants a GPU for each rank "
             "(draft.all_reduce gloo does not), got 0.5",
         ),
         (
@@ -145,6 +145,7 @@ def test_the_documented_presets_ship() -> None:
         "qwen-coder-cpu",
         "llama3-70b-h100x8",
         "llama3-405b-h100x8",
+        "llama3-405b-h100x8-shared",
         "mellum2-12b",
         "mellum2-12b-tp2",
         "tiny-random",
