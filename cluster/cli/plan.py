@@ -136,11 +136,12 @@ def _described(config: "Config", planned: "MemoryPlan", gpu_memory_bytes: int, s
         f"{max(weights) / (sum(weights) / len(ranks)):.3f} of the mean. Its KV cache holds "
         f"{min(process.kv_tokens for process in ranks):,} tokens."
     )
-    drafter = planned.processes[-1]
+    drafters = planned.processes[len(ranks) :]
     if models.draft is not None:
+        over = f" over {len(drafters)} ranks" if len(drafters) > 1 else ""
         lines.append(
-            f"Drafter: {models.draft_from}, {drafter.weights.total / 1e9:.1f} GB of weights; its KV cache holds "
-            f"{drafter.kv_tokens:,} tokens."
+            f"Drafter: {models.draft_from}, {sum(one.weights.total for one in drafters) / 1e9:.1f} GB of weights{over}; "
+            f"its KV cache holds {drafters[0].kv_tokens:,} tokens."
         )
     if any(device.name != "CPU" for device in planned.devices):
         lines.append(
