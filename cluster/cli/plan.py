@@ -140,8 +140,8 @@ def _described(config: "Config", planned: "MemoryPlan", gpu_memory_bytes: int, s
     if models.draft is not None:
         over = f" over {len(drafters)} ranks" if len(drafters) > 1 else ""
         lines.append(
-            f"Drafter: {models.draft_from}, {sum(one.weights.total for one in drafters) / 1e9:.1f} GB of weights{over}; "
-            f"its KV cache holds {drafters[0].kv_tokens:,} tokens."
+            f"Drafter: {models.draft_from}, {sum(one.weights.total for one in drafters) / 1e9:.1f} GB of "
+            f"weights{over}; its KV cache holds {drafters[0].kv_tokens:,} tokens."
         )
     if any(device.name != "CPU" for device in planned.devices):
         lines.append(
