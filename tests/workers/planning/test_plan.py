@@ -151,7 +151,7 @@ def test_a_forward_holds_no_more_than_planned_and_not_much_less(spec: str, size:
     planned = forward_bytes(plan, num_rows, dtype, 0) + gathered_bytes(plan, num_rows, 272, dtype, dtype)
     assert planned / 3 < live.peak <= planned  # experts are computed one by one here, together on a GPU
     with LiveBytes() as live, torch.inference_mode():
-        model.logits_of(hidden.last, range(100))
+        model.logits_of(hidden.last, torch.arange(100))
     assert live.peak <= logits_bytes(plan, 100, dtype)
 
 
