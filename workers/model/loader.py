@@ -1,7 +1,8 @@
 """Reads a rank's part of every weight, fused the way the forward uses it, one matrix at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -19,10 +20,13 @@ from outrider.workers.model.mlp import (
     RoutedExperts,
     aligned_columns,
 )
+from outrider.workers.model.quantized import JoinedLinear, make_scaled_linear
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.weights.config import DenseMlp, RoutedMlp
-from outrider.workers.weights.source import WeightSource
+from outrider.workers.weights.quantization import format_of
+from outrider.workers.weights.scaled import ScaledMatrix, joined
+from outrider.workers.weights.source import WeightSource, read_scaled
 from outrider.workers.weights.tensors import EMBEDDING, FINAL_NORM, HEAD, ROUTER, expert_prefix
 
 ALL = slice(None)
@@ -102,16 +106,14 @@ def load_weights(
     loader = WeightLoader(plan, source, dtype, device, packed, progress)
     tied = plan.config.tied_embeddings
     ids = VocabularyRange(plan.vocab.start, plan.vocab.stop)
+    linear: Linear | None = None
+    if head is None and not tied:
+        # It may be as large as all layers together: not beside the embedding.
+        head = LinearHead(loader.head(), ids)
+    matrix = loader.vocabulary_matrix(EMBEDDING)
     if head is None:
-        matrix = loader.vocabulary_matrix(EMBEDDING if tied else HEAD)
         linear = loader.linear(matrix, NO_BIAS)
         head = LinearHead(linear, ids)
-        if not tied:
-            del matrix  # it may be as large as all layers together: not beside the next one
-            matrix = loader.vocabulary_matrix(EMBEDDING)
-    else:
-        matrix = loader.vocabulary_matrix(EMBEDDING)
-        linear = None
     embedding: Embedding = MatrixEmbedding(matrix, ids)
     if tied and isinstance(linear, PackedLinear):
         embedding = StoredEmbedding(source, EMBEDDING, ids, dtype)
@@ -177,9 +179,42 @@ class WeightLoader:
         self._read_rows_into(matrix, name, ids)
         return matrix.to(self.device)
 
+    def head(self) -> Linear:
+        """This rank's rows of a head that is not the embedding."""
+        ids = self.plan.vocab
+        scaled = self.scaled(HEAD, slice(ids.start, ids.stop), ALL)
+        if scaled is not None:
+            return self.scaled_linear(scaled, NO_BIAS)
+        return self.linear(self.vocabulary_matrix(HEAD), NO_BIAS)
+
     def linear(self, weight: Tensor, bias: Tensor) -> Linear:
         """A matrix in the layout asked for; a bias of no elements means none."""
         return make_linear(weight.to(self.device), bias.to(self.device), self.packed)
+
+    def scaled(self, name: str, rows: slice, columns: slice) -> ScaledMatrix | None:
+        """A part of a matrix that is stored as narrow numbers; None for others."""
+        matrix = read_scaled(self.source, name, rows, columns)
+        if matrix is not None:
+            self.progress(matrix.num_bytes)
+        return matrix
+
+    def scaled_linear(self, matrix: ScaledMatrix, bias: Tensor) -> Linear:
+        """As `linear`, of narrow numbers."""
+        return make_scaled_linear(matrix.to(self.device), bias.to(self.device), self.dtype, self.packed)
+
+    def _joined(self, parts: Sequence[tuple[ScaledMatrix | Tensor, Tensor]]) -> Linear:
+        """Matrices [out, in] with their biases as one product; as several, where they are not stored alike."""
+        linears: list[Linear] = []
+        for _, run in groupby(parts, key=lambda part: _kind(part[0])):
+            matrices, biases = zip(*run, strict=True)
+            bias = torch.cat(biases)
+            first = matrices[0]
+            linears.append(
+                self.linear(torch.cat(matrices), bias)
+                if isinstance(first, Tensor)
+                else self.scaled_linear(joined(matrices), bias)
+            )
+        return linears[0] if len(linears) == 1 else JoinedLinear(linears)
 
     def _read_rows_into(self, out: Tensor, name: str, rows: range) -> None:
         step = max(1, READ_CHUNK_BYTES // (out.shape[1] * out.itemsize))
@@ -198,6 +233,8 @@ class WeightLoader:
         D, HQ, HK = config.head_dim, plan.num_query_places, plan.num_kv_heads
         weight = torch.zeros(HQ + 2 * HK, D, config.hidden_size, dtype=self.dtype, device=self._host)
         bias = torch.zeros(HQ + 2 * HK, D, dtype=self.dtype, device=self._host)
+        if any(self._is_scaled(f"{prefix}{name}.weight") for name in ("q_proj", "k_proj", "v_proj")):
+            return self._qkv_in_parts(prefix)
         places = {
             "q_proj": (plan.query_heads, list(plan.query_places)),
             "k_proj": (plan.kv_heads, list(range(HQ, HQ + HK))),
@@ -213,9 +250,44 @@ class WeightLoader:
         bias = bias.view(-1) if config.qkv_bias else NO_BIAS
         return self.linear(weight.view(-1, config.hidden_size), bias)
 
+    def _qkv_in_parts(self, prefix: str) -> Linear:
+        config, plan = self.plan.config, self.plan
+        D, HK = config.head_dim, plan.num_kv_heads
+        sections = {
+            "q_proj": (plan.query_heads, plan.query_places, plan.num_query_places),
+            "k_proj": (plan.kv_heads, range(HK), HK),
+            "v_proj": (plan.kv_heads, range(HK), HK),
+        }
+        parts: list[tuple[ScaledMatrix | Tensor, Tensor]] = []
+        for name, (heads, places, num_places) in sections.items():
+            rows = slice(heads.start * D, heads.stop * D)
+            bias = NO_BIAS
+            if config.qkv_bias:
+                bias = torch.zeros(num_places, D, dtype=self.dtype, device=self._host)
+                read = self.vector(f"{prefix}{name}.bias", rows)
+                bias[list(places)] = read.to(self._host).view(len(heads), D)
+            matrix: ScaledMatrix | Tensor | None = self.scaled(f"{prefix}{name}.weight", rows, ALL)
+            if isinstance(matrix, ScaledMatrix):
+                matrix = matrix.spread_rows(D, places, num_places)
+            else:
+                weight = self.source.read(f"{prefix}{name}.weight", rows, ALL, self.dtype)
+                self.progress(weight.nbytes)
+                matrix = torch.zeros(num_places, D, config.hidden_size, dtype=self.dtype, device=self._host)
+                matrix[list(places)] = weight.view(len(heads), D, -1)
+                matrix = matrix.view(-1, config.hidden_size)
+            parts.append((matrix, bias.view(-1)))
+        return self._joined(parts)
+
+    def _is_scaled(self, name: str) -> bool:
+        return format_of(self.plan.config.quantization, name) is not None
+
     def _attention_output(self, name: str) -> Linear:
         config, plan = self.plan.config, self.plan
         D, heads = config.head_dim, plan.query_heads
+        scaled = self.scaled(name, ALL, slice(heads.start * D, heads.stop * D))
+        if scaled is not None:
+            spread = scaled.spread_columns(D, plan.query_places, plan.num_query_places)
+            return self.scaled_linear(spread, NO_BIAS)
         sizes = (config.hidden_size, plan.num_query_places, D)
         weight = torch.zeros(sizes, dtype=self.dtype, device=self._host)
         read = self.source.read(name, ALL, slice(heads.start * D, heads.stop * D), self.dtype)
@@ -242,12 +314,33 @@ class WeightLoader:
 
     def _gated(self, prefix: str, columns: range) -> GatedMlp:
         hidden = self.plan.config.hidden_size
+        names = [f"{prefix}{name}.weight" for name in ("gate_proj", "up_proj")]
+        if any(map(self._is_scaled, names)):
+            return GatedMlp(
+                self._joined([self._rows(name, columns) for name in names]),
+                self._down_linear(prefix, columns),
+            )
         gate_up = torch.empty(2, len(columns), hidden, dtype=self.dtype, device=self._host)
         self._read_rows_into(gate_up[0], prefix + "gate_proj.weight", columns)
         self._read_rows_into(gate_up[1], prefix + "up_proj.weight", columns)
         fused = self.linear(gate_up.view(-1, hidden), NO_BIAS)
         del gate_up
-        return GatedMlp(fused, self.linear(self._down(prefix, columns), NO_BIAS))
+        return GatedMlp(fused, self._down_linear(prefix, columns))
+
+    def _rows(self, name: str, rows: range) -> tuple[ScaledMatrix | Tensor, Tensor]:
+        """Some rows of a matrix, and no bias."""
+        scaled = self.scaled(name, slice(rows.start, rows.stop), ALL)
+        if scaled is not None:
+            return scaled, NO_BIAS
+        weight = torch.empty(len(rows), self.plan.config.hidden_size, dtype=self.dtype, device=self._host)
+        self._read_rows_into(weight, name, rows)
+        return weight, NO_BIAS
+
+    def _down_linear(self, prefix: str, columns: range) -> Linear:
+        scaled = self.scaled(prefix + "down_proj.weight", ALL, slice(columns.start, columns.stop))
+        if scaled is not None:
+            return self.scaled_linear(scaled, NO_BIAS)
+        return self.linear(self._down(prefix, columns), NO_BIAS)
 
     def _grouped(self, first: int, prefixes: list[str], columns: range) -> GroupedExperts:
         hidden, width = self.plan.config.hidden_size, aligned_columns(len(columns))
@@ -267,3 +360,8 @@ class WeightLoader:
         down = self.source.read(prefix + "down_proj.weight", ALL, part, self.dtype)
         self.progress(down.nbytes)
         return down
+
+
+def _kind(matrix: ScaledMatrix | Tensor) -> object:
+    """Equal for matrices whose rows can be those of one."""
+    return matrix.dtype if isinstance(matrix, Tensor) else matrix.kind

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from outrider.workers.weights.families import FAMILIES
+from outrider.workers.weights.quantization import Quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -86,6 +87,7 @@ class ModelConfig:
         qkv_bias: q, k and v projections have a bias.
         qk_norm: RMS norm on each query and key head before rotary embedding.
         bos_token_ids, eos_token_ids: may be empty.
+        quantization: which matrices are stored as narrow numbers; None: none.
     """
 
     architecture: str
@@ -102,6 +104,7 @@ class ModelConfig:
     qk_norm: bool
     bos_token_ids: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    quantization: Quantization | None = None
 
     @property
     def num_layers(self) -> int:

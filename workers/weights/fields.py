@@ -25,6 +25,11 @@ class Fields:
         self._prefix = prefix
         self._unread = set(raw)
 
+    @property
+    def prefix(self) -> str:
+        """What stands before every key in messages."""
+        return self._prefix
+
     def has(self, key: str) -> bool:
         """Whether the field is there, null included."""
         return key in self._raw

@@ -20,6 +20,7 @@ from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.families import FAMILIES
 from outrider.workers.weights.gguf_config import ROPE_FACTORS, model_config_from_gguf
 from outrider.workers.weights.gguf_header import GgufTensor, read_gguf_header
+from outrider.workers.weights.quantization import StoredTensor
 from outrider.workers.weights.source import (
     CHUNK_ELEMENTS,
     DataFile,
@@ -79,7 +80,7 @@ class GgufSource:
         try:
             check_tensors(
                 self._config.architecture,
-                tensor_shapes(self._config),
+                {name: StoredTensor((shape,), None) for name, shape in tensor_shapes(self._config).items()},
                 {
                     name: FoundTensor(tensor.name, tensor.shape, tensor.type.name, readable[tensor.type])
                     for name, tensor in self._tensors.items()

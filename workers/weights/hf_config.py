@@ -16,6 +16,7 @@ from outrider.workers.weights.config import (
 )
 from outrider.workers.weights.families import Family, family_named
 from outrider.workers.weights.fields import Fields
+from outrider.workers.weights.quantization_config import read_quantization
 
 MAX_LAYERS = 10000  # of a file that is not damaged
 
@@ -108,7 +109,7 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     family = family_named(raw.get("model_type"), "model_type")
     fields = Fields({**family.defaults, **raw})
     fields.ignore(("model_type",))
-    refuse_quantisation(fields)
+    quantization = read_quantization(fields)
     if fields.given("architectures") and fields.texts("architectures") != [family.causal_lm]:
         raise fields.wrong("architectures", f"['{family.causal_lm}']")
     if fields.has("hidden_act"):
@@ -157,27 +158,11 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         qk_norm=family.qk_norm,
         bos_token_ids=fields.token_ids("bos_token_id", vocab_size),
         eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
+        quantization=quantization,
     )
     fields.ignore(HARMLESS_FIELDS)
     fields.refuse_unread()
     return config
-
-
-def refuse_quantisation(fields: Fields) -> None:
-    """Scales that nobody applies give a model that runs and is wrong."""
-    for key in ("quantization_config", "compression_config", "quantization"):
-        if not fields.given(key):
-            continue
-        described = fields.value(key)
-        method = described.get("quant_method") if isinstance(described, dict) else None
-        if method is None:
-            names = described if isinstance(described, dict) else {}
-            on = [name for name in ("load_in_8bit", "load_in_4bit") if names.get(name)]
-            method = f"bitsandbytes ({on[0]})" if on else "without a name"
-        raise ValueError(
-            f"{key}: weights quantised by the method {method} cannot be read; use float32, float16 or bfloat16 "
-            "weights, or GGUF"
-        )
 
 
 def read_rope(fields: Fields, max_context: int) -> Rope:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from outrider.workers.weights.fields import Fields, read_json
-from outrider.workers.weights.source import DataFile, Stored, read_rectangle
+from outrider.workers.weights.source import DataFile, read_rectangle
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,8 +35,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# What stands behind the stem of a matrix ("….down_proj.") in the names of the scales of its values.
-_SCALES = ("weight_scale", "weight_scale_inv", "input_scale")
 _MAX_HEADER_BYTES = 100 << 20
 
 
@@ -69,24 +67,15 @@ class SafetensorsFiles:
                     raise ValueError(f"tensor {name} is in {self.entries[name].file.path} and in {path}")
                 self.entries[name] = entry
 
-    def read_stored(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> Stored:
-        """Rows and columns of a matrix as they are stored, with its scales; a vector is one column."""
+    def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
+        """Rows and columns of a matrix as they are stored; a vector is one column, and a number one of one row."""
         entry = self.entries[name]
         data = torch.empty(rows[1] - rows[0], columns[1] - columns[0], dtype=entry.dtype)
         size = entry.dtype.itemsize
         row_bytes = math.prod(entry.shape[1:]) * size
         window = (columns[0] * size, columns[1] * size)
         read_rectangle(entry.file, entry.offset, row_bytes, rows, window, data.view(torch.uint8))
-        stem = name.removesuffix("weight")
-        names = [stem + suffix for suffix in _SCALES if stem + suffix in self.entries]
-        return Stored(data, entry.format, {scale.removeprefix(stem): self._whole(scale) for scale in names})
-
-    def _whole(self, name: str) -> torch.Tensor:
-        entry = self.entries[name]
-        values = torch.empty(entry.shape, dtype=entry.dtype)
-        flat = values.view(-1).view(torch.uint8).numpy()
-        entry.file.read_into(flat.data, entry.offset)
-        return values
+        return data
 
 
 def weight_files(directory: Path, names: Collection[str]) -> list[Path]:

@@ -1,6 +1,5 @@
 """Safetensors checkpoints: a directory with config.json and one file, or several with an index."""
 
-import math
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
@@ -11,14 +10,17 @@ import torch
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.fields import Fields, read_json
 from outrider.workers.weights.hf_config import model_config_from_hf
-from outrider.workers.weights.safetensors_files import Entry, SafetensorsFiles, weight_files
-from outrider.workers.weights.source import CHUNK_ELEMENTS, Stored, bounds, unknown_tensor
+from outrider.workers.weights.quantization import format_of, stem
+from outrider.workers.weights.safetensors_files import SafetensorsFiles, weight_files
+from outrider.workers.weights.source import CHUNK_ELEMENTS, Stored, bounds, read_scaled, unknown_tensor
 from outrider.workers.weights.tensors import (
     EMBEDDING,
     HEAD,
     FoundTensor,
     check_tensors,
     is_harmless,
+    loaded_bytes,
+    stored_tensors,
     tensor_shapes,
 )
 
@@ -39,24 +41,33 @@ class SafetensorsSource:
         self._files = SafetensorsFiles(weight_files(directory, names_to_fetch(directory, names)))
         found = {name for name in self._files.entries if not is_harmless(name)}
         tied = self._config.tied_embeddings
-        expected = tensor_shapes(replace(self._config, tied_embeddings=tied and HEAD not in found))
+        whole = tensor_shapes(replace(self._config, tied_embeddings=tied and HEAD not in found))
+        shapes = {name: shape for name, shape in whole.items() if not names or name in names}
         # Names in the files by the names that they are asked for.
-        self._stored_as = {name: name for name in found if not names or name in names}
+        self._stored_as: dict[str, str] = {}
         if tied and HEAD in names and HEAD not in found and EMBEDDING in found:
+            shapes[HEAD] = whole[EMBEDDING]
             self._stored_as[HEAD] = EMBEDDING
-            expected[HEAD] = expected[EMBEDDING]
         if tied and not names and EMBEDDING not in found and HEAD in found:
-            self._stored_as[EMBEDDING] = self._stored_as.pop(HEAD)
-            del expected[HEAD]
+            del shapes[HEAD]
+            self._stored_as[EMBEDDING] = HEAD
+        expected = {
+            stored_name: stored
+            for name, shape in shapes.items()
+            for stored_name, stored in stored_tensors(
+                self._config, self._stored_as.get(name, name), shape
+            ).items()
+        }
         try:
             check_tensors(
                 self._config.architecture,
-                {name: shape for name, shape in expected.items() if not names or name in names},
-                {name: self._found(stored) for name, stored in self._stored_as.items()},
+                expected,
+                {name: self._found(name) for name in found if not names or name in {*names, *expected}},
             )
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
-        if tied and not names and HEAD in self._stored_as:
+        self._shapes = shapes
+        if tied and not names and HEAD in shapes:
             self._settle_tied_head()
 
     @property
@@ -64,32 +75,47 @@ class SafetensorsSource:
         return self._config
 
     def names(self) -> set[str]:
-        return set(self._stored_as)
+        return set(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._entry(name).shape
+        if name not in self._shapes:
+            raise unknown_tensor(name, self.directory)
+        return self._shapes[name]
 
     def read(self, name: str, rows: slice, columns: slice, dtype: torch.dtype) -> torch.Tensor:
-        entry = self._entry(name)
-        start, stop = bounds(rows, entry.shape[0])
-        left, right = bounds(columns, entry.shape[1]) if len(entry.shape) > 1 else (0, 1)
+        shape = self.shape(name)
+        start, stop = bounds(rows, shape[0])
+        left, right = bounds(columns, shape[1]) if len(shape) > 1 else (0, 1)
         out = torch.empty(stop - start, right - left, dtype=dtype)
         step = max(1, CHUNK_ELEMENTS // max(1, right - left))
         for first in range(start, stop, step):
             last = min(first + step, stop)
-            stored = self._files.read_stored(self._stored_as[name], (first, last), (left, right))
-            out[first - start : last - start] = stored.data
-        return out if len(entry.shape) > 1 else out[:, 0]
+            part = read_scaled(self, name, slice(first, last), slice(left, right))
+            out[first - start : last - start] = (
+                self._files.read(self._stored_name(name), (first, last), (left, right))
+                if part is None
+                else part.dequantised(dtype)
+            )
+        return out if len(shape) > 1 else out[:, 0]
 
     def read_stored(self, name: str, rows: slice, columns: slice) -> Stored:
-        num_rows, num_columns = self._entry(name).shape
-        return self._files.read_stored(
-            self._stored_as[name], bounds(rows, num_rows), bounds(columns, num_columns)
-        )
+        num_rows, num_columns = self.shape(name)
+        part = bounds(rows, num_rows), bounds(columns, num_columns)
+        stored_name = self._stored_name(name)
+        form = format_of(self._config.quantization, stored_name)
+        if form is None:
+            return Stored(self._files.read(stored_name, *part), self._files.entries[stored_name].format, {})
+        parts = {end: (stem(stored_name) + end, where) for end, where in form.parts(*part).items()}
+        values, *scales = (self._files.read(tensor, *where) for tensor, where in parts.values())
+        first, *rest = parts
+        format_name = self._files.entries[parts[first][0]].format
+        return Stored(values, format_name, dict(zip(rest, scales, strict=True)))
 
     def read_rows(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        entry = self._entry(name)
-        num_rows, num_columns = entry.shape
+        num_rows, num_columns = self.shape(name)
+        if format_of(self._config.quantization, self._stored_name(name)) is not None:
+            return torch.cat([self.read(name, slice(i, i + 1), slice(None), dtype) for i in ids.tolist()])
+        entry = self._files.entries[self._stored_name(name)]
         row_bytes = num_columns * entry.dtype.itemsize
         stored = torch.empty(len(ids), num_columns, dtype=entry.dtype)
         view = stored.view(torch.uint8).numpy().reshape(-1).data
@@ -99,12 +125,10 @@ class SafetensorsSource:
         return stored.to(dtype)
 
     def total_bytes(self, dtype: torch.dtype) -> int:
-        return sum(math.prod(self.shape(name)) for name in self._stored_as) * dtype.itemsize
+        return sum(loaded_bytes(self._config, name, shape, dtype) for name, shape in self._shapes.items())
 
-    def _entry(self, name: str) -> Entry:
-        if name not in self._stored_as:
-            raise unknown_tensor(name, self.directory)
-        return self._files.entries[self._stored_as[name]]
+    def _stored_name(self, name: str) -> str:
+        return self._stored_as.get(name, name)
 
     def _found(self, stored: str) -> FoundTensor:
         entry = self._files.entries[stored]
@@ -113,7 +137,7 @@ class SafetensorsSource:
     def _settle_tied_head(self) -> None:
         """A second copy of the embedding is left out; a head of its own counts, as in transformers 5."""
         if self._are_equal(HEAD, EMBEDDING):
-            del self._stored_as[HEAD]
+            del self._shapes[HEAD]
             return
         self._config = replace(self._config, tied_embeddings=False)
         warnings.warn(
@@ -133,8 +157,18 @@ class SafetensorsSource:
 
 
 def names_to_fetch(directory: Path, names: Collection[str]) -> Collection[str]:
-    """The tensors in whose files some tensors are: a tied head is in the embedding, if it is nowhere else."""
-    return {*names, EMBEDDING} if HEAD in names and read_hf_config(directory).tied_embeddings else names
+    """The tensors in whose files some tensors are: a tied head is in the embedding, if it is nowhere else, and
+    narrow numbers have their scales beside them."""
+    if not names:
+        return names
+    config = read_hf_config(directory)
+    wanted = {*names, EMBEDDING} if HEAD in names and config.tied_embeddings else set(names)
+    shapes = tensor_shapes(config)
+    return {
+        stored
+        for name in wanted
+        for stored in (stored_tensors(config, name, shapes[name]) if name in shapes else (name,))
+    }
 
 
 def read_hf_config(directory: Path) -> ModelConfig:

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 
 from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.quantization import format_of
+from outrider.workers.weights.scaled import ScaledMatrix
 
 # Elements read and converted at a time: little memory beside the matrix, and intermediates stay in cache
 # (dequantising Q4_K/Q5_0/Q6_K: 231 M elements/s against 144 M with 4 M elements at a time).
@@ -26,8 +28,8 @@ class Stored:
     Attributes:
         data: [rows, columns] in the file's own dtype, or the quantisation blocks of GGUF as u8 [rows, bytes].
         format: how the file names that, e.g. "BF16", "F8_E4M3", "Q4_K".
-        scales: the tensors beside the matrix without which its values mean nothing, whole, by the end of their
-            names ("weight_scale"); empty where the values mean themselves.
+        scales: what belongs to the part of the tensors beside the matrix without which its values mean nothing, each
+            of two dimensions, by the ends of their names ("weight_scale"); empty where the values mean themselves.
     """
 
     data: torch.Tensor
@@ -70,6 +72,19 @@ class WeightSource(Protocol):
     def total_bytes(self, dtype: torch.dtype) -> int:
         """Bytes that all tensors take once loaded in `dtype`."""
         ...
+
+
+def read_scaled(source: WeightSource, name: str, rows: slice, columns: slice) -> ScaledMatrix | None:
+    """`matrix[rows, columns]` as narrow numbers with their scales; None where it is not stored so."""
+    form = format_of(source.config.quantization, name)
+    if form is None:
+        return None
+    num_rows, num_columns = source.shape(name)
+    stored = source.read_stored(name, rows, columns)
+    values, *_ = form.tensors(num_rows, num_columns)
+    return form.scaled(
+        {values: stored.data, **stored.scales}, bounds(rows, num_rows), bounds(columns, num_columns)
+    )
 
 
 class DataFile:

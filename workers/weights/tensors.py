@@ -1,15 +1,21 @@
 """Which tensors a model has, and that a checkpoint has these and no others."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from outrider.workers.weights.config import DenseMlp, ModelConfig, RoutedMlp
+from outrider.workers.weights.quantization import StoredTensor, format_of, stem
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 ROUTER = "mlp.gate.weight"  # in a layer
+# Of the rows of an FP8 cache, in a layer.
+CACHE_SCALES = ("self_attn.k_scale", "self_attn.v_scale")
 
 # Derived from the configuration, which old checkpoints carry; a head for multi-token prediction beside its model,
 # which a draft method reads. transformers leaves both out of the model as well.
@@ -52,7 +58,8 @@ def mlp_prefixes(mlp: DenseMlp | RoutedMlp) -> list[str]:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face names and shapes of all tensors of a model."""
+    """Hugging Face names and shapes of all tensors of a model; in which tensors a file keeps a quantised one is said
+    by `stored_tensors`."""
     hidden = config.hidden_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
@@ -82,18 +89,35 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if config.qk_norm:
             shapes[prefix + "self_attn.q_norm.weight"] = (config.head_dim,)
             shapes[prefix + "self_attn.k_norm.weight"] = (config.head_dim,)
+        if config.quantization is not None and config.quantization.cache_is_fp8:
+            shapes |= {prefix + name: (1,) for name in CACHE_SCALES}
     return shapes
 
 
+def stored_tensors(config: ModelConfig, name: str, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
+    """The tensors that a file has for one of a model's, by their names."""
+    form = format_of(config.quantization, name)
+    if form is None:
+        shapes = (shape, ()) if name.endswith(CACHE_SCALES) else (shape,)
+        return {name: StoredTensor(shapes, None)}
+    return {stem(name) + end: stored for end, stored in form.tensors(*shape).items()}
+
+
+def loaded_bytes(config: ModelConfig, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """What a tensor of a model takes in memory where plain ones are kept in `dtype`."""
+    form = format_of(config.quantization, name)
+    return math.prod(shape) * dtype.itemsize if form is None else form.loaded_bytes(*shape)
+
+
 def check_tensors(
-    architecture: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, FoundTensor]
+    architecture: str, expected: Mapping[str, StoredTensor], found: Mapping[str, FoundTensor]
 ) -> None:
     """Compares a checkpoint with its configuration before anything is cut out of it.
 
     Args:
         architecture: what the checkpoint says it is, for messages.
-        expected: shapes by Hugging Face name, see `tensor_shapes`.
-        found: its tensors by Hugging Face name, harmless ones left out.
+        expected: by name, see `stored_tensors`.
+        found: its tensors by name, harmless ones left out.
 
     Raises:
         ValueError: one line that names a tensor that nobody would read, that is missing, that is stored in a way
@@ -103,7 +127,7 @@ def check_tensors(
     if left_over:
         name = next((name for name in left_over if _OF_QUANTISATION.search(name)), left_over[0])
         reason = (
-            "quantised weights can be read from GGUF only"
+            "no quantization_config says what quantised weights they are"
             if _OF_QUANTISATION.search(name)
             else f"a {architecture} of this configuration has none of that name"
         )
@@ -111,16 +135,23 @@ def check_tensors(
     missing = sorted(expected.keys() - found.keys())
     if missing:
         raise ValueError(f"has no tensor {missing[0]}{_more(len(missing))}")
-    for _, tensor in sorted(found.items()):
-        if not tensor.is_readable:
+    for name, tensor in sorted(found.items()):
+        formats = expected[name].formats
+        if formats is None and not tensor.is_readable:
             raise ValueError(
                 f"tensor {tensor.stored_as} is stored as {tensor.format}, which cannot be read; "
-                "readable: F64, F32, F16, BF16, and the types of GGUF that the gguf package converts"
+                "readable: F64, F32, F16, BF16, what quantization_config describes, and the types of GGUF that the "
+                "gguf package converts"
+            )
+        if formats is not None and tensor.format not in formats:
+            raise ValueError(
+                f"tensor {tensor.stored_as} is stored as {tensor.format}, quantization_config says "
+                f"{' or '.join(formats)}"
             )
     wrong = [
-        (t.stored_as, t.shape, expected[name])
+        (t.stored_as, t.shape, expected[name].shapes[0])
         for name, t in sorted(found.items())
-        if t.shape != expected[name]
+        if t.shape not in expected[name].shapes
     ]
     if wrong:
         name, got, want = wrong[0]

@@ -254,10 +254,10 @@ def test_windows_are_those_of_transformers() -> None:
         ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping must be null"),
         ({"attention_multiplier": 0.5}, "attention_multiplier is not known here"),
         ({"per_layer_config": {"0": {"num_attention_heads": 2}}}, "per_layer_config must be {} or null"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantised by the method fp8 cannot be read"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantised by the method hqq cannot be read"),
         ({"quantization_config": {"load_in_8bit": True}}, r"bitsandbytes \(load_in_8bit\)"),
         ({"quantization_config": {}}, "the method without a name cannot be read"),
-        ({"compression_config": {"quant_method": "compressed-tensors"}}, "method compressed-tensors"),
+        ({"compression_config": {"quant_method": "quark"}}, "method quark"),
     ],
     ids=str,
 )

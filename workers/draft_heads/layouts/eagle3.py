@@ -28,7 +28,8 @@ from outrider.workers.draft_heads.layouts.heads import (
 from outrider.workers.draft_heads.lm_head import LmHeadShape
 from outrider.workers.weights.config import Rope
 from outrider.workers.weights.fields import Fields
-from outrider.workers.weights.hf_config import HARMLESS_FIELDS, read_rope, refuse_quantisation
+from outrider.workers.weights.hf_config import HARMLESS_FIELDS, read_rope
+from outrider.workers.weights.quantization_config import refuse_quantization
 
 Eagle3Layout = Literal["specforge", "speculators"]
 
@@ -154,7 +155,7 @@ def _read_layer(
 ) -> Eagle3Shape:
     """`layer`: of the decoder layer, which for some are all fields; `num_ids` 0: the whole vocabulary."""
     for part in {id(fields): fields, id(layer): layer}.values():
-        refuse_quantisation(part)
+        refuse_quantization(part)
         part.require_off(_OFF)
         part.ignore(_HARMLESS)
     layer.text("model_type", ("llama",))

@@ -30,7 +30,8 @@ from outrider.workers.draft_heads.layouts.heads import (
 from outrider.workers.draft_heads.lm_head import LmHeadShape
 from outrider.workers.draft_heads.medusa import MedusaShape
 from outrider.workers.weights.fields import Fields
-from outrider.workers.weights.hf_config import HARMLESS_FIELDS, refuse_quantisation
+from outrider.workers.weights.hf_config import HARMLESS_FIELDS
+from outrider.workers.weights.quantization_config import refuse_quantization
 
 MedusaLayout = Literal["fasterdecoding", "vllm"]
 
@@ -96,7 +97,7 @@ def layout_prefix(layout: MedusaLayout) -> str:
 def read_medusa_config(raw: Mapping[str, Any], stored: Mapping[str, Tensor]) -> MedusaFile:
     """Both layouts; `stored`: the tensors of the file. Raises ValueError for heads of another kind."""
     fields = Fields(raw)
-    refuse_quantisation(fields)
+    refuse_quantization(fields)
     fields.require_off({"logit_scale": (1,)})
     is_vllm = any(name.removeprefix(_VLLM).startswith(("blocks.", "lm_heads.")) for name in stored)
     read = _read_vllm if is_vllm else _read_fasterdecoding

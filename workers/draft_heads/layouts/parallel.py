@@ -37,7 +37,8 @@ from outrider.workers.draft_heads.pairs import NO_PAIR, PairShape
 from outrider.workers.draft_heads.parallel import MAX_BLOCK, BlockLayer, ConfidenceKind, ParallelShape
 from outrider.workers.weights.config import hf_rope_parameters
 from outrider.workers.weights.fields import Fields
-from outrider.workers.weights.hf_config import HARMLESS_FIELDS, MAX_LAYERS, read_rope, refuse_quantisation
+from outrider.workers.weights.hf_config import HARMLESS_FIELDS, MAX_LAYERS, read_rope
+from outrider.workers.weights.quantization_config import refuse_quantization
 
 ParallelLayout = Literal["zlab", "deepspec", "speculators"]
 SpeculatorsType = Literal["dflash", "dspark", "dflash2"]
@@ -225,7 +226,7 @@ def _read_shape(
         plain: a layer without a window; windowed: one whose `sliding_window` has so many tokens.
     """
     for part in {id(sizes): sizes, id(said): said, id(head): head}.values():
-        refuse_quantisation(part)
+        refuse_quantization(part)
         part.require_off(_OFF)
     sizes.text("model_type", ("qwen3",))
     if sizes.has("hidden_act"):

@@ -1,0 +1,177 @@
+"""Products with matrices of narrow numbers.
+
+Not run on a GPU by the maintainers: `ScaledMmLinear` runs in tests as far as torch has it for a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import ScalingType
+
+from outrider.workers.model.linear import DenseLinear, Linear, make_linear, pad_rows
+from outrider.workers.weights.scaled import Inputs, ScaledMatrix, StaticInputs
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+# Columns that share a scale where torch multiplies groups: `ScalingType.BlockWise1x128`, on Hopper.
+GROUP = 128
+_ALIGNED = 16  # rows and columns of an FP8 matrix come in as many, or torch does not multiply with it
+
+
+def make_scaled_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, packed: bool) -> Linear:
+    """Keeps a matrix in the way that this machine multiplies with it fastest.
+
+    Args:
+        matrix: where products are made.
+        bias: [out], or no elements for none.
+        dtype: of the rows that go in and come out.
+        packed: on a CPU, dequantise it once, into the layout of `PackedLinear`. The numbers are the same; what it
+            saved in memory is gone.
+    """
+    device = matrix.values.device
+    inputs = matrix.inputs
+    if device.type == "cuda" and multiplies_fp8(matrix, dtype, torch.cuda.get_device_capability(device)):
+        return ScaledMmLinear(matrix, bias, dtype)
+    if packed and device.type == "cpu":
+        inner: Linear = make_linear(matrix.dequantised(dtype), bias, packed)
+    else:
+        inner = DequantisingLinear(matrix, bias, dtype)
+    return inner if inputs is None else RoundedLinear(inner, inputs, matrix.group)
+
+
+def multiplies_fp8(matrix: ScaledMatrix, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether torch multiplies this matrix with rows of `dtype` in FP8 on a GPU of this compute capability.
+
+    Scales by row from 8.9 on; groups of 128 columns on 9.0 alone, where cuBLASLt has them.
+    """
+    rows, columns = matrix.values.shape
+    fits = (
+        matrix.values.dtype == FP8
+        and dtype == torch.bfloat16
+        and (rows % _ALIGNED, columns % _ALIGNED) == (0, 0)
+    )
+    if not fits or matrix.inputs is None or matrix.shifts is not None:
+        return False
+    if matrix.scales.shape[1] == 1:
+        return capability >= (8, 9)
+    by_group = not isinstance(matrix.inputs, StaticInputs) and matrix.inputs.by_group
+    return by_group and matrix.group == GROUP and columns % GROUP == 0 and capability == (9, 0)
+
+
+def round_inputs(x: Tensor, inputs: Inputs, group: int) -> tuple[Tensor, Tensor]:
+    """Rows as FP8 with their scales, computed in float32.
+
+    A row's numbers depend on nothing but the row, so that they are the same alone and among others.
+
+    Args:
+        x: [N, columns].
+        group: columns that share a scale in the matrix.
+
+    Returns:
+        FP8 [N, columns]; float32 [N, G], with G = 1 or a scale for each group.
+    """
+    values = x.float()
+    columns = x.shape[1]
+    if isinstance(inputs, StaticInputs):
+        scales = values.new_full((len(x), 1), inputs.scale)
+        width = columns
+    else:
+        width = min(group, columns) if inputs.by_group else columns
+        # Columns of zeros fill the last group up.
+        values = F.pad(values, (0, -columns % width))
+        largest = values.unflatten(1, (-1, width)).abs().amax(-1)
+        scales = (largest.clamp(max=inputs.bound) / FP8_MAX).clamp(min=inputs.least_scale)
+    scaled = values.unflatten(1, (-1, width)) / scales[:, :, None]
+    return scaled.clamp(-FP8_MAX, FP8_MAX).flatten(1)[:, :columns].to(FP8), scales
+
+
+class DequantisingLinear:
+    """Keeps the narrow numbers, and makes of them a matrix of the rows' type for each product."""
+
+    def __init__(self, matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype) -> None:
+        """`bias` [out], or no elements for none."""
+        self.out_features, self.in_features = matrix.values.shape
+        self.pads = matrix.values.device.type == "cpu" and dtype != torch.float32
+        self._matrix = matrix
+        self._bias = bias
+        self._dtype = dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return DenseLinear(self._matrix.dequantised(self._dtype), self._bias)(x)
+
+
+class RoundedLinear:
+    """Rounds rows to FP8 and back before a product: what a product of FP8 numbers comes to."""
+
+    def __init__(self, inner: Linear, inputs: Inputs, group: int) -> None:
+        """`inner` multiplies; `inputs` and `group` as in `round_inputs`."""
+        self.out_features, self.in_features, self.pads = inner.out_features, inner.in_features, inner.pads
+        self._inner = inner
+        self._inputs = inputs
+        self._group = group
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values, scales = round_inputs(x, self._inputs, self._group)
+        # The form of a matrix with scales, whose rows these are.
+        group = self._group if scales.shape[1] > 1 else x.shape[1]
+        return self._inner(ScaledMatrix(values, scales, group).dequantised(x.dtype))
+
+
+class ScaledMmLinear:
+    """FP8 times FP8 on the GPU's tensor cores, accumulated in float32, see `multiplies_fp8`."""
+
+    pads = False
+
+    def __init__(self, matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype) -> None:
+        """`bias` [out], or no elements for none."""
+        assert matrix.inputs is not None
+        self.out_features, self.in_features = matrix.values.shape
+        self._inputs = matrix.inputs
+        self._group = matrix.group
+        self._values = matrix.values.t()  # [in, out], which torch wants column by column
+        self._bias = bias if bias.numel() else None
+        self._dtype = dtype
+        if matrix.scales.shape[1] == 1:
+            self._recipe = ScalingType.RowWise
+            self._scales = matrix.scales.t().contiguous()  # [1, out]
+        else:
+            self._recipe = ScalingType.BlockWise1x128
+            self._scales = _column_by_column(matrix.scales)  # [out, G]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values, scales = round_inputs(x, self._inputs, self._group)
+        if self._recipe == ScalingType.BlockWise1x128:
+            scales = _column_by_column(scales)
+        out = F.scaled_mm(
+            values,
+            self._values,
+            scales,
+            self._recipe,
+            self._scales,
+            self._recipe,
+            output_dtype=self._dtype,
+        )
+        return out if self._bias is None else out + self._bias
+
+
+class JoinedLinear:
+    """Several products of the same rows side by side: matrices that are not stored alike, in place of one."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        """All with the same `in_features`."""
+        self.in_features = parts[0].in_features
+        self.out_features = sum(part.out_features for part in parts)
+        self.pads = any(part.pads for part in parts)
+        self._parts = parts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        padded = pad_rows(x) if self.pads else x
+        return torch.cat([part(padded) for part in self._parts], dim=1)[: len(x)]
+
+
+def _column_by_column(scales: Tensor) -> Tensor:
+    return scales.t().contiguous().t()

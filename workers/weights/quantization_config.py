@@ -1,0 +1,141 @@
+"""`quantization_config` of Hugging Face to a `Quantization`: read field by field, refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from outrider.workers.weights.compressed_tensors_config import read_compressed_tensors
+from outrider.workers.weights.fields import Fields
+from outrider.workers.weights.fp8_format import Fp8Format, block_fp8, fbgemm_fp8
+from outrider.workers.weights.quantization import (
+    FormatRule,
+    ModuleNames,
+    Quantization,
+    check_expressions,
+)
+from outrider.workers.weights.scaled import DynamicInputs
+
+_KEYS = ("quantization_config", "compression_config", "quantization")
+_METHOD = "quant_method"
+# Where a key of `modules_to_not_convert` may end in a name: transformers' `should_convert_module`.
+_BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
+_EVERY = ModuleNames(every=True)
+
+
+def read_quantization(fields: Fields) -> Quantization | None:
+    """What a model's configuration says of how its weights are stored; None: plainly.
+
+    Raises:
+        ValueError: a method, or a part of one, that is not supported; names the field and what is.
+    """
+    keys = [key for key in _KEYS if fields.given(key)]
+    if not keys:
+        return None
+    if len(keys) > 1:
+        raise ValueError(f"{keys[0]} and {keys[1]} must not both be given")
+    described = Fields(fields.object(keys[0]), f"{keys[0]}.")
+    if not described.given(_METHOD):
+        raise ValueError(f"{keys[0]}: {_unsupported(fields.object(keys[0]))}")
+    method = described.string(_METHOD)
+    if method not in _READERS:
+        raise ValueError(
+            f"{keys[0]}: weights quantised by the method {method} cannot be read; readable: "
+            f"{', '.join(_READERS)}, float32, float16, bfloat16, and GGUF"
+        )
+    quantization = _READERS[method](described)
+    described.refuse_unread()
+    return quantization
+
+
+def refuse_quantization(fields: Fields) -> None:
+    """For who has no use for scales, as a draft head: without them a model runs and is wrong."""
+    for key in _KEYS:
+        if fields.given(key):
+            described = fields.value(key)
+            names = described if isinstance(described, dict) else {}
+            raise ValueError(f"{key}: {_unsupported(names)}")
+
+
+def _unsupported(described: Mapping[str, Any]) -> str:
+    method = described.get(_METHOD)
+    if method is None:
+        on = [name for name in ("load_in_8bit", "load_in_4bit") if described.get(name)]
+        method = f"bitsandbytes ({on[0]})" if on else "without a name"
+    return (
+        f"weights quantised by the method {method} cannot be read; use float32, float16 or bfloat16 "
+        "weights, or GGUF"
+    )
+
+
+def _fbgemm_fp8(fields: Fields) -> Quantization:
+    bound = 1200.0
+    if fields.has("activation_scale_ub"):
+        bound = fields.number("activation_scale_ub", "a number above 0", lambda value: value > 0)
+    return Quantization(
+        "fbgemm_fp8",
+        (FormatRule(_EVERY, fbgemm_fp8(bound)),),
+        _not_converted(fields, "modules_to_not_convert"),
+    )
+
+
+def _fp8(fields: Fields) -> Quantization:
+    """DeepSeek's and Qwen's, in blocks; AutoFP8's, whose matrices have a scale each, names no block."""
+    if fields.has("fmt"):
+        fields.text("fmt", ("e4m3",))
+    scheme = (
+        fields.text("activation_scheme", ("dynamic", "static"))
+        if fields.has("activation_scheme")
+        else "dynamic"
+    )
+    fields.require_off(
+        {
+            "dequantize": (False,),
+            "scale_fmt": ("float",),
+            "expert_dtype": ("fp8",),
+            "modules_to_convert": ([],),
+            "kv_cache_scheme": (),
+        }
+    )
+    keys = [key for key in ("modules_to_not_convert", "ignored_layers") if fields.given(key)]
+    if len(keys) > 1:
+        raise ValueError("modules_to_not_convert and ignored_layers must not both be given")
+    plain = _not_converted(fields, keys[0] if keys else "modules_to_not_convert")
+    if fields.given("weight_block_size"):
+        sizes = fields.integers("weight_block_size")
+        if len(sizes) != 2 or min(sizes) < 1:
+            raise fields.wrong("weight_block_size", "two integers of at least 1")
+        if scheme != "dynamic":
+            raise fields.wrong("activation_scheme", "dynamic where weights have blocks")
+        form = block_fp8(sizes[0], sizes[1])
+    else:
+        form = _fp8_without_blocks(fields.has("weight_block_size"), scheme == "static")
+    return Quantization("fp8", (FormatRule(_EVERY, form),), plain)
+
+
+def _fp8_without_blocks(by_transformers: bool, is_static: bool) -> Fp8Format:
+    """transformers says that there are no blocks and has names of its own."""
+    scale, input_scale = (
+        ("weight_scale_inv", "activation_scale") if by_transformers else ("weight_scale", "input_scale")
+    )
+    if is_static:
+        return Fp8Format("tensor", scale_name=scale, input_scale_name=input_scale)
+    # One dynamic scale for all rows would make each depend on those computed with it: one per row is finer.
+    return Fp8Format("tensor", scale_name=scale, inputs=DynamicInputs())
+
+
+def _not_converted(fields: Fields, key: str) -> ModuleNames:
+    """Keys as transformers understands them; without any, the head is left out."""
+    if not fields.given(key):
+        fields.ignore((key,))
+        return ModuleNames(ending=("lm_head",))
+    names = fields.texts(key)
+    check_expressions(key, names)
+    return ModuleNames(starting=tuple(f"(?:{name}){_BOUNDARY}" for name in names), ending=tuple(names))
+
+
+_READERS: Mapping[str, Callable[[Fields], Quantization]] = {
+    "fbgemm_fp8": _fbgemm_fp8,
+    "fp8": _fp8,
+    "compressed-tensors": read_compressed_tensors,
+}

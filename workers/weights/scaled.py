@@ -1,0 +1,156 @@
+"""A matrix of narrow numbers with scales, in the one form that every format is read into.
+
+Whoever computes with it need not know how its file keeps it, nor which part of a whole it is: cutting, reordering and
+joining are done here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DynamicInputs:
+    """Rows are rounded to FP8 before they are multiplied; their scales follow from the rows themselves.
+
+    Attributes:
+        by_group: a scale for each group of columns that share one in the matrix; else one for the row.
+        bound: greatest magnitude that a scale covers; what is above it is cut to it.
+        least_scale: smallest scale.
+    """
+
+    by_group: bool = False
+    bound: float = math.inf
+    least_scale: float = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class StaticInputs:
+    """Rows are rounded to FP8 before they are multiplied, all with one scale that was calibrated."""
+
+    scale: float
+
+
+Inputs = DynamicInputs | StaticInputs
+_Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledMatrix:
+    """value[i, j] = values[i, j] * scales[i, j // group] + shifts[i, j // group].
+
+    Attributes:
+        values: [rows, columns], which are [out, in]; float8_e4m3fn or a type of integers.
+        scales: float32 [rows, G], G = ceil(columns / group).
+        group: columns that share a scale; the last ones of a row may be fewer.
+        shifts: float32 [rows, G], or None for none.
+        inputs: how the rows that it is multiplied with are rounded; None: they are not.
+    """
+
+    values: Tensor
+    scales: Tensor
+    group: int
+    shifts: Tensor | None = None
+    inputs: Inputs | None = None
+
+    def __post_init__(self) -> None:
+        rows, columns = self.values.shape
+        assert self.scales.shape == (rows, -(-columns // self.group)), (self.scales.shape, self.group)
+        assert self.shifts is None or self.shifts.shape == self.scales.shape
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory."""
+        shifts = 0 if self.shifts is None else self.shifts.nbytes
+        return self.values.nbytes + self.scales.nbytes + shifts
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """[rows, columns] in `dtype`, computed in float32."""
+        values = self.values.float()
+        # Group by group, a view of the columns: the scales of all columns would be as large as the matrix.
+        for number in range(self.scales.shape[1]):
+            part = values[:, number * self.group : (number + 1) * self.group]
+            part *= self.scales[:, number, None]
+            if self.shifts is not None:
+                part += self.shifts[:, number, None]
+        return values.to(dtype)
+
+    def in_groups_of(self, width: int) -> ScaledMatrix:
+        """The same values; every group in several of `width` columns, which divides it."""
+        if width == self.group:
+            return self
+        assert self.group % width == 0, (self.group, width)
+        num_groups = -(-self.values.shape[1] // width)
+
+        def split(of_groups: Tensor) -> Tensor:
+            return of_groups.repeat_interleave(self.group // width, dim=1)[:, :num_groups].contiguous()
+
+        shifts = None if self.shifts is None else split(self.shifts)
+        return replace(self, scales=split(self.scales), shifts=shifts, group=width)
+
+    def spread_rows(self, unit: int, places: Sequence[int], num_places: int) -> ScaledMatrix:
+        """Its rows, `unit` at a time, at some of `num_places` places; the rows at the others are zero."""
+        if list(places) == list(range(num_places)):
+            return self
+        return self._each(lambda part: _spread(part, 0, unit, places, num_places))
+
+    def spread_columns(self, unit: int, places: Sequence[int], num_places: int) -> ScaledMatrix:
+        """As `spread_rows`; a group whose columns do not stay together becomes smaller ones with its scale."""
+        if list(places) == list(range(num_places)):
+            return self
+        columns = self.values.shape[1]
+        values = _spread(self.values, 1, unit, places, num_places)
+        if self.scales.shape[1] == 1 and self.shifts is None:
+            return replace(self, values=values, group=unit * num_places)
+        whole = self if self.scales.shape[1] > 1 else replace(self, group=columns)
+        fine = whole.in_groups_of(math.gcd(whole.group, unit))
+        per_unit = unit // fine.group
+
+        def spread(of_groups: Tensor) -> Tensor:
+            return _spread(of_groups, 1, per_unit, places, num_places)
+
+        shifts = None if fine.shifts is None else spread(fine.shifts)
+        return replace(fine, values=values, scales=spread(fine.scales), shifts=shifts)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for matrices whose rows can be those of one."""
+        return self.values.dtype, self.values.shape[1], self.group, self.inputs, self.shifts is None
+
+    def to(self, device: torch.device) -> ScaledMatrix:
+        """On another device."""
+        return self._each(lambda part: part.to(device))
+
+    def _each(self, change: _Change) -> ScaledMatrix:
+        shifts = None if self.shifts is None else change(self.shifts)
+        return replace(self, values=change(self.values), scales=change(self.scales), shifts=shifts)
+
+
+def joined(parts: Sequence[ScaledMatrix]) -> ScaledMatrix:
+    """The rows of all of them, one behind the other; all of one `kind`."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    assert all(part.kind == first.kind for part in parts)
+    shifts = None if first.shifts is None else torch.cat([p.shifts for p in parts if p.shifts is not None])
+    values = torch.cat([_bytes(part.values) for part in parts]).view(first.values.dtype)
+    return replace(first, values=values, scales=torch.cat([part.scales for part in parts]), shifts=shifts)
+
+
+def _spread(part: Tensor, dim: int, unit: int, places: Sequence[int], num_places: int) -> Tensor:
+    units = _bytes(part).unflatten(dim, (-1, unit))
+    sizes = list(units.shape)
+    sizes[dim] = num_places
+    out = units.new_zeros(sizes)
+    out.index_copy_(dim, torch.tensor(places, device=part.device), units)
+    return out.flatten(dim, dim + 1).view(part.dtype)
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """torch moves what it cannot compute with (FP8 on a CPU) as bytes."""
+    return values.view(torch.uint8) if values.itemsize == 1 else values
