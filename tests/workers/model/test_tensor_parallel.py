@@ -1,17 +1,22 @@
 """Ranks together compute what one rank computes, whether or not anything divides."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.weights.config import ModelConfig, RoutedMlp
+from outrider.workers.weights.safetensors_source import SafetensorsSource
+from outrider.workers.weights.source import WeightSource
+from support.quantised import compressed_tensors, fp8
 from support.rows import SequenceRows, batch_of, chain
-from support.tensor_source import TensorSource, reference_model, tiny_config, tiny_mellum
+from support.tensor_source import reference_model, tiny_config, tiny_mellum
 from support.thread_group import ThreadCommunicator, thread_group
 
 CPU = torch.device("cpu")
@@ -36,7 +41,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def logits_on(size: int, config: ModelConfig, source: TensorSource, packed: bool) -> torch.Tensor:
+def logits_on(size: int, config: ModelConfig, source: WeightSource, packed: bool) -> torch.Tensor:
     """A prompt, then a tree behind it, on `size` ranks: [rows, vocab]."""
     tokens = torch.randint(0, config.vocab_size, (76,), generator=torch.Generator().manual_seed(3)).tolist()
 
@@ -79,6 +84,45 @@ def test_ranks_agree_with_one(config: ModelConfig, size: int, packed: bool) -> N
     torch.testing.assert_close(
         logits_on(size, config, source, packed), logits_on(1, config, source, packed), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    ("scales", "heads"),
+    [
+        (fp8("channel"), (9, 3)),
+        (fp8("tensor"), (8, 2)),
+        # Heads of 16 and a rank's part of the MLP begin inside of a block.
+        (fp8("block", block_structure=[4, 12]), (9, 3)),
+        (fp8("block", block_structure=[32, 32]), (8, 2)),
+    ],
+    ids=str,
+)
+def test_ranks_have_the_scales_of_their_rows_and_columns(
+    scales: QuantizationArgs, heads: tuple[int, int], size: int, tmp_path: Path
+) -> None:
+    compressed_tensors(tmp_path, tiny_config("qwen2", *heads), scales)
+    source = SafetensorsSource(tmp_path)
+    torch.testing.assert_close(
+        logits_on(size, source.config, source, True),
+        logits_on(1, source.config, source, False),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_scales_of_activations_are_those_of_a_rank_s_own_columns(size: int, tmp_path: Path) -> None:
+    def logits(name: str, inputs: QuantizationArgs | None, num_ranks: int) -> torch.Tensor:
+        compressed_tensors(tmp_path / name, config, fp8("channel"), inputs)
+        source = SafetensorsSource(tmp_path / name)
+        return logits_on(num_ranks, source.config, source, True)
+
+    config, token = tiny_config("llama", 9, 3), fp8("token", dynamic=True)
+    exact = logits("exact", None, 1)
+    alone, together = ((logits("rounded", token, n) - exact).norm() for n in (1, size))
+    # A scale for fewer columns rounds otherwise, not worse.
+    assert 0 < together < 1.1 * alone
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
