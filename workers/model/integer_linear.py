@@ -79,7 +79,7 @@ class Int8Linear:
         if planes == 2:
             whole = torch.addcdiv(values.new_tensor(offset + 0.5), values, steps).to(torch.int32)
         else:
-            whole = values.div_(steps).round_().to(torch.int32).add_(offset)
+            whole = (values / steps).round_().to(torch.int32).add_(offset)
         in_bytes = whole.view(torch.uint8).view(padded, self.in_features, 4)[:, :, :planes]
         stacked = in_bytes.permute(2, 0, 1).reshape(planes * padded, self.in_features)
         sums = _multiply_bytes(stacked, self._packed, self._scales, self._zeros)

@@ -219,7 +219,7 @@ def gguf_in_four_bits(blocks: Tensor, kind: Kind) -> ScaledMatrix:
 
     Layouts: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h
     """
-    rows, bytes_per_row = blocks.shape
+    rows = len(blocks)
     width, size = gguf.GGML_QUANT_SIZES[kind]
     each = blocks.numpy().reshape(-1, size)
     if kind == Kind.Q4_K:
