@@ -70,6 +70,10 @@ class TargetConfig:
     kv_cache_bytes: int = 256 * 2**20
     """KV cache of each rank, in bytes. YAML may say `256MiB`."""
 
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto"
+    """Number format of the KV cache. `fp8` is `fp8_e4m3`: half the bytes, with the scales that the checkpoint has for
+    it, else 1. `auto` is FP8 where the checkpoint was made for it (`kv_cache_scheme`), else `dtype`."""
+
     page_size: int = 16
     """Tokens per KV page."""
 

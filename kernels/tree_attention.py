@@ -35,7 +35,8 @@ def tree_attention(
     Args:
         q: [NQ, HQ, D], queries after rotary embedding.
         k_pages, v_pages: [P, PAGE, HK, D]; the queries' own rows are already written. HQ = G * HK, and query head
-            h reads KV head h // G.
+            h reads KV head h // G. Without the kernel they may be of another dtype than q, whose dtype they are
+            turned into row by row.
         batch: the trees.
         scale: factor on q . k.
         window: a query sees only keys less than `window` positions behind it; 0 = all. Positions go by depth.
@@ -128,8 +129,8 @@ def _attend(
         q = q.index_select(0, group.query_rows)
     elif q.shape[0] != n * T:
         q = q[group.first_query : group.first_query + n * T]
-    keys = _rows_of(k_pages, group).view(n, S, HK, D).transpose(1, 2)  # [n, HK, S, D]
-    values = _rows_of(v_pages, group).view(n, S, HK, D).transpose(1, 2)
+    keys = _rows_of(k_pages, group).to(q.dtype).view(n, S, HK, D).transpose(1, 2)  # [n, HK, S, D]
+    values = _rows_of(v_pages, group).to(q.dtype).view(n, S, HK, D).transpose(1, 2)
     if group.folded:
         # The G query heads of a KV head become rows of one product, so K and V are read once.
         mask = group.mask(window, G, q.dtype)
@@ -154,6 +155,8 @@ def _rows_of(pages: Tensor, group: AttentionGroup) -> Tensor:
     flat = pages.view(pages.shape[0] * pages.shape[1], -1)
     if group.consecutive:
         return flat[group.first_key_row : group.first_key_row + group.num_keys]
+    if flat.itemsize == 1:  # torch need not gather FP8, but bytes
+        return flat.view(torch.uint8).index_select(0, group.key_rows).view(flat.dtype)
     return flat.index_select(0, group.key_rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,9 @@ import torch
 from outrider.configs.schema import Config
 from outrider.kernels.selection import DEFAULT_MEMORY, ENTRIES, KernelSelection, select_kernels
 from outrider.workers.link.communicator import Communicator, agreed
-from outrider.workers.model.cache import bytes_per_page
+from outrider.workers.model.cache import PagedCache, bytes_per_page
+from outrider.workers.model.fp8_cache import CacheScales, Fp8PagedCache
+from outrider.workers.model.loader import ModelWeights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.sampling.grammars import Grammars
 from outrider.workers.weights.config import ModelConfig
@@ -30,6 +32,7 @@ from outrider.workers.weights.resolver import (
     resolve_tensors,
     resolve_tokenizer,
 )
+from outrider.workers.weights.scaled import FP8
 from outrider.workers.weights.source import WeightSource
 from outrider.workers.weights.token_texts import TokenTexts, token_texts
 from outrider.workers.weights.tokenizer import end_token_ids, load_tokenizer
@@ -167,6 +170,46 @@ def _read_texts(model: ModelConfig, speaks: ResolvedModel) -> TokenTexts:
     return token_texts(tokenizer, model.vocab_size, end_token_ids(model, tokenizer, speaks))
 
 
+def cache_dtype(config: Config, model: ModelConfig) -> torch.dtype:
+    """Of the target's KV cache."""
+    is_made_for_fp8 = model.quantization is not None and model.quantization.cache_is_fp8
+    if config.target.kv_cache_dtype != "auto" or is_made_for_fp8:
+        return FP8
+    return torch_dtype(config.target.dtype)
+
+
+def kernels_with_cache(config: Config, kernels: KernelSelection, cache: torch.dtype) -> KernelSelection:
+    """Those that take the rows of a cache: attention's reads none in FP8, and torch's SDPA is used, with a warning.
+
+    Raises:
+        ValueError: that kernel is asked for.
+    """
+    if not kernels.tree_attention or cache != FP8:
+        return kernels
+    if config.target.attention == "kernel":
+        raise ValueError(
+            "target.attention must be auto or sdpa where the KV cache is in FP8 (target.kv_cache_dtype), "
+            "which the kernel does not read"
+        )
+    warnings.warn(
+        "the attention kernel does not read a KV cache in FP8: torch's SDPA is used, without CUDA graphs",
+        stacklevel=2,
+    )
+    return replace(kernels, tree_attention=False)
+
+
+def target_cache(
+    config: Config, weights: ModelWeights, scales: Sequence[CacheScales], kernels: KernelSelection
+) -> PagedCache:
+    """The KV cache of a rank of the target; `scales` of each layer, should it be in FP8."""
+    plan, device, page_size = weights.plan, weights.device, config.target.page_size
+    num_pages = num_target_pages(config, plan.config)
+    dtype = cache_dtype(config, plan.config)
+    if dtype == FP8:
+        return Fp8PagedCache(plan.config, plan, num_pages, page_size, device, scales, kernels.kv_commit)
+    return PagedCache(plan.config, plan, num_pages, page_size, dtype, device, kernels.kv_commit)
+
+
 def num_target_pages(config: Config, model: ModelConfig) -> int:
     """KV pages of the target: the same on every rank, so the rank with the most KV heads decides.
 
@@ -176,7 +219,7 @@ def num_target_pages(config: Config, model: ModelConfig) -> int:
     target = config.target
     per_page = max(
         bytes_per_page(
-            model, ShardPlan(model, rank, target.tp_size), torch_dtype(target.dtype), target.page_size
+            model, ShardPlan(model, rank, target.tp_size), cache_dtype(config, model), target.page_size
         )
         for rank in range(target.tp_size)
     )

@@ -24,6 +24,7 @@ from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.batch import TreeRows, build_batch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import forward_of, target_capacities
+from outrider.workers.model.fp8_cache import read_cache_scales
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Hidden, Transformer
@@ -32,10 +33,12 @@ from outrider.workers.sampling.sampler import NO_SAMPLES, Sampler, Samples
 from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.setup import (
     agreed_kernels,
+    cache_dtype,
     counting,
     kernels_for,
+    kernels_with_cache,
     load_model,
-    num_target_pages,
+    target_cache,
     target_grammars,
     torch_device,
     torch_dtype,
@@ -175,7 +178,9 @@ class TargetWorker:
         self._grammars = target_grammars(self.config, source.config, progress)
         plan = ShardPlan(source.config, self.rank, target.tp_size)
         counted = counting(progress, source.total_bytes(dtype) // target.tp_size)
-        self._kernels = kernels_for(self.config, source.config, device, dtype)
+        kernels = kernels_for(self.config, source.config, device, dtype)
+        self._kernels = kernels_with_cache(self.config, kernels, cache_dtype(self.config, source.config))
+        self._cache_scales = read_cache_scales(source)
         self._weights = load_weights(plan, source, dtype, device, target.packed_weights, counted)
 
     def open_store(self, host: str) -> tuple[str, int]:
@@ -219,15 +224,7 @@ class TargetWorker:
         self._wake = [self._communicator.abort]
         kernels = agreed_kernels(self._kernels, self._communicator)
         weights = self._weights
-        cache = PagedCache(
-            weights.plan.config,
-            weights.plan,
-            num_target_pages(self.config, weights.plan.config),
-            target.page_size,
-            weights.dtype,
-            weights.device,
-            kernels.kv_commit,
-        )
+        cache = target_cache(self.config, weights, self._cache_scales, kernels)
         self._rank = TargetRank(
             Transformer(weights, self._communicator, kernels),
             cache,

@@ -18,6 +18,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
@@ -93,8 +94,9 @@ class Reference:
     On one thread (see conftest.py): two of a busy machine's processors would spend their time waiting.
     """
 
-    def __init__(self, resolved: ResolvedModel) -> None:
-        self._model = load_transformers(resolved, torch.float32)
+    def __init__(self, model: ResolvedModel | PreTrainedModel) -> None:
+        """`model`: a checkpoint, or what transformers makes of it without us."""
+        self._model = load_transformers(model, torch.float32) if isinstance(model, ResolvedModel) else model
         self._texts: dict[Case, tuple[int, ...]] = {}
 
     def text(self, case: Case) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from outrider.workers.link.communicator import Communicator, SoloCommunicator, b
 from outrider.workers.link.link import DraftReceiver, DraftSender, Packet
 from outrider.workers.link.messages import decode_draft
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.fp8_cache import Fp8PagedCache, read_cache_scales
 from outrider.workers.model.head import Head
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
@@ -99,9 +100,10 @@ class LocalEngine:
         rules: Mapping[str, RuleMaker] = RULES,
         taps: tuple[int, ...] = (),
         grammars: Grammars = NO_GRAMMARS,
+        fp8_cache: bool = False,
     ) -> None:
         """`draft_head`: instead of the drafter's own; `methods`: further ones; `rules`: those that requests name;
-        `taps`: layers that rules read."""
+        `taps`: layers that rules read; `fp8_cache`: of the target."""
         draft_end, target_end = queue_links()
         self._target_end = DraftReceiver(target_end)
         ngram = ngram or NgramConfig()
@@ -139,7 +141,12 @@ class LocalEngine:
             plan = ShardPlan(target.config, rank, len(communicators))
             weights = load_weights(plan, target, dtype, torch.device("cpu"), packed=True)
             model = Transformer(weights, communicator)
-            cache = PagedCache(target.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
+            sizes = target.config, plan, num_pages, page_size
+            cache = (
+                Fp8PagedCache(*sizes, torch.device("cpu"), read_cache_scales(target))
+                if fp8_cache
+                else PagedCache(*sizes, dtype, torch.device("cpu"))
+            )
             self.ranks.append(
                 TargetRank(model, cache, max_sequences, Tracer(f"target {rank}", False), layers, grammars)
             )

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from outrider.kernels.kv_commit import kv_commit
 from outrider.kernels.launch_plans import MAX_COMMIT_ROWS
+from outrider.kernels.rope_append import rope_append
+from outrider.kernels.tree_attention import tree_attention
+from outrider.kernels.tree_batch import TreeBatch
 from outrider.workers.model import memory
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.config import ModelConfig
@@ -40,6 +43,7 @@ class PagedCache:
         self.kv = torch.empty(shape, dtype=dtype, device=device)
         memory.prefer(self.kv)
         self.kv.zero_()
+        self._moved = self.kv  # as `commit` moves it
         self._keys = self.kv[:, 0].unbind(0)
         self._values = self.kv[:, 1].unbind(0)
 
@@ -55,6 +59,29 @@ class PagedCache:
         """[P, PAGE, HK, D] of one layer."""
         return self._values[layer]
 
+    def append(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        kv_rows: Tensor,
+        use_kernel: bool,
+    ) -> Tensor:
+        """Turns q [N, HQ, D] and k [N, HK, D] by their positions and writes k and v to the rows int64 [N]; the turned
+        queries. See `rope_append`."""
+        return rope_append(q, k, v, *rotation, kv_rows, self.keys(layer), self.values(layer), use_kernel)
+
+    def attend(
+        self, layer: int, q: Tensor, tree: TreeBatch, scale: float, window: int, use_kernel: bool
+    ) -> Tensor:
+        """[N, HQ, D] of queries [N, HQ, D] whose rows are written. See `tree_attention`."""
+        pages = self.keys(layer), self.values(layer)
+        return tree_attention(q, *pages, tree, scale, window, use_kernel=use_kernel)
+
     def commit(self, source_rows: Tensor, target_rows: Tensor) -> None:
         """Moves accepted rows; int64 [M] each, see `kv_commit`. More than its kernel takes go without it."""
-        kv_commit(self.kv, source_rows, target_rows, self.use_kernel and len(source_rows) <= MAX_COMMIT_ROWS)
+        kv_commit(
+            self._moved, source_rows, target_rows, self.use_kernel and len(source_rows) <= MAX_COMMIT_ROWS
+        )

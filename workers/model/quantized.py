@@ -14,10 +14,15 @@ from torch.nn.functional import ScalingType
 
 from outrider.workers.model.integer_linear import make_integer_linear
 from outrider.workers.model.linear import DenseLinear, Linear, make_linear, pad_rows
-from outrider.workers.weights.scaled import Inputs, ScaledMatrix, StaticInputs
+from outrider.workers.weights.scaled import (
+    FP8,
+    Inputs,
+    ScaledMatrix,
+    StaticInputs,
+    round_inputs,
+    rounded_inputs,
+)
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
 # Columns that share a scale where torch multiplies groups: `ScalingType.BlockWise1x128`, on Hopper.
 GROUP = 128
 _ALIGNED = 16  # rows and columns of an FP8 matrix come in as many, or torch does not multiply with it
@@ -67,33 +72,6 @@ def multiplies_fp8(matrix: ScaledMatrix, dtype: torch.dtype, capability: tuple[i
     return by_group and matrix.group == GROUP and columns % GROUP == 0 and capability == (9, 0)
 
 
-def round_inputs(x: Tensor, inputs: Inputs, group: int) -> tuple[Tensor, Tensor]:
-    """Rows as FP8 with their scales, computed in float32.
-
-    A row's numbers depend on nothing but the row, so that they are the same alone and among others.
-
-    Args:
-        x: [N, columns].
-        group: columns that share a scale in the matrix.
-
-    Returns:
-        FP8 [N, columns]; float32 [N, G], with G = 1 or a scale for each group.
-    """
-    values = x.float()
-    columns = x.shape[1]
-    if isinstance(inputs, StaticInputs):
-        scales = values.new_full((len(x), 1), inputs.scale)
-        width = columns
-    else:
-        width = min(group, columns) if inputs.by_group else columns
-        # Columns of zeros fill the last group up.
-        values = F.pad(values, (0, -columns % width))
-        largest = values.unflatten(1, (-1, width)).abs().amax(-1)
-        scales = (largest.clamp(max=inputs.bound) / FP8_MAX).clamp(min=inputs.least_scale)
-    scaled = values.unflatten(1, (-1, width)) / scales[:, :, None]
-    return scaled.clamp(-FP8_MAX, FP8_MAX).flatten(1)[:, :columns].to(FP8), scales
-
-
 class DequantisingLinear:
     """Keeps the narrow numbers, and makes of them a matrix of the rows' type for each product."""
 
@@ -120,10 +98,7 @@ class RoundedLinear:
         self._group = group
 
     def __call__(self, x: Tensor) -> Tensor:
-        values, scales = round_inputs(x, self._inputs, self._group)
-        # The form of a matrix with scales, whose rows these are.
-        group = self._group if scales.shape[1] > 1 else x.shape[1]
-        return self._inner(ScaledMatrix(values, scales, group).dequantised(x.dtype))
+        return self._inner(rounded_inputs(x, self._inputs, self._group))
 
 
 class ScaledMmLinear:

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.kernels.gather_rows import gather_rows
-from outrider.kernels.rope_append import rope_append
 from outrider.kernels.selection import REFERENCES, KernelSelection
-from outrider.kernels.tree_attention import tree_attention
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
@@ -130,23 +128,15 @@ class Transformer:
         cache: PagedCache,
     ) -> Tensor:
         layer, described = self.weights.layers[index], self.config.layers[index]
-        k_pages, v_pages = cache.keys(index), cache.values(index)
         HQ, HK, D = self.plan.num_query_places, self.plan.num_kv_heads, self.config.head_dim
         heads = layer.qkv(normed).view(-1, HQ + 2 * HK, D)[: batch.tree.num_queries]
         q, k, v = heads.split((HQ, HK, HK), dim=1)
         if self.config.qk_norm:
             q = F.rms_norm(q, (D,), layer.q_norm, self.config.rms_norm_eps)
             k = F.rms_norm(k, (D,), layer.k_norm, self.config.rms_norm_eps)
-        q = rope_append(q, k, v, *rotation, batch.kv_rows, k_pages, v_pages, self.kernels.rope_append)
-        out = tree_attention(  # [N, HQ, D]
-            q,
-            k_pages,
-            v_pages,
-            batch.tree,
-            self.scale,
-            described.window,
-            use_kernel=self.kernels.tree_attention,
-        )
+        q = cache.append(index, q, k, v, rotation, batch.kv_rows, self.kernels.rope_append)
+        use_kernel = self.kernels.tree_attention
+        out = cache.attend(index, q, batch.tree, self.scale, described.window, use_kernel)  # [N, HQ, D]
         return layer.attention_output(self._padded(out.flatten(1)))
 
     def _padded(self, rows: Tensor) -> Tensor:

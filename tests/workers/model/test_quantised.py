@@ -17,12 +17,11 @@ from outrider.workers.model.quantized import (
     ScaledMmLinear,
     make_scaled_linear,
     multiplies_fp8,
-    round_inputs,
 )
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.weights.safetensors_source import SafetensorsSource
-from outrider.workers.weights.scaled import DynamicInputs, ScaledMatrix, StaticInputs
+from outrider.workers.weights.scaled import DynamicInputs, ScaledMatrix, StaticInputs, round_inputs
 from support.quantised import BLOCK, Written, blocks, compressed_tensors, fbgemm, fp8
 from support.rows import SequenceRows, batch_of, chain
 from support.tensor_source import tiny_config
