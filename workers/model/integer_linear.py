@@ -39,10 +39,12 @@ def make_integer_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype) 
         if device == "cpu" and int8_works():
             return Int8Linear(matrix, bias, dtype)
         return None
-    is_int4 = matrix.values.dtype == torch.uint8 and matrix.group in GROUPS and columns % matrix.group == 0
-    if not is_int4 or dtype != torch.bfloat16 or (device == "cuda" and columns % (16 * _INNER_TILES)):
+    if matrix.values.dtype != torch.uint8 or matrix.shifts is None:
         return None
-    return Int4Linear(matrix, bias)
+    widths = [width for width in GROUPS if matrix.group % width == 0 and columns % width == 0]
+    if not widths or dtype != torch.bfloat16 or (device == "cuda" and columns % (16 * _INNER_TILES)):
+        return None
+    return Int4Linear(matrix.in_groups_of(widths[-1]), bias)
 
 
 class Int8Linear:

@@ -33,8 +33,9 @@ def test_eight_bits_give_the_product_with_the_dequantised_matrix(dtype: torch.dt
     got = product(x)
     want = x.double() @ matrix.dequantised(torch.float64).T + bias.to(dtype).double()
     assert got.dtype == dtype
-    # Values up to 15: half a unit in the last place of bfloat16; in float32 the rounding of rows to 24 bits.
-    torch.testing.assert_close(got.double(), want, atol=0.04 if dtype == torch.bfloat16 else 2e-5, rtol=0)
+    # Half a unit in the last place of bfloat16, and rows with an outlier of 200 rounded to 16 or to 24 bits.
+    atol, rtol = (2e-2, 2**-8) if dtype == torch.bfloat16 else (1e-4, 0.0)
+    torch.testing.assert_close(got.double(), want, atol=atol, rtol=rtol)
     if dtype == torch.bfloat16:
         # Rounding rows is little beside rounding what comes out.
         assert (got.double() - want).abs().mean() < 1.1 * (want.bfloat16().double() - want).abs().mean()
@@ -51,8 +52,8 @@ def test_four_bits_give_the_product_with_the_dequantised_matrix(group: int) -> N
     product = make_integer_linear(matrix, bias, torch.bfloat16)
     assert isinstance(product, Int4Linear)
     want = x.double() @ matrix.dequantised(torch.float64).T + bias.double()
-    # The product and the sum with the bias are rounded to bfloat16, up to 15.
-    torch.testing.assert_close(product(x).double(), want, atol=0.08, rtol=0)
+    # The product and the sum with the bias are rounded to bfloat16.
+    torch.testing.assert_close(product(x).double(), want, atol=2e-2, rtol=2**-7)
 
 
 @pytest.mark.parametrize("rounded", [in_eight_bits, in_four_bits])
@@ -79,7 +80,7 @@ def test_what_has_no_fast_product_is_dequantised() -> None:
     assert make_integer_linear(matrix, NO_BIAS, torch.bfloat16) is None
     assert make_integer_linear(in_four_bits(torch.zeros(8, 64)), NO_BIAS, torch.float32) is None
     got = make_scaled_linear(matrix, NO_BIAS, torch.float32, packed=True)(x)
-    torch.testing.assert_close(got, x @ matrix.dequantised(torch.float32).T, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got, x @ matrix.dequantised(torch.float32).T, atol=1e-4, rtol=0)
 
 
 def test_rounding_is_to_the_nearest() -> None:
