@@ -1,4 +1,4 @@
-"""Each layout of integers: logits of transformers' model of the dequantised values, whole, cut and multiplied fast."""
+"""Each layout of integers: logits of transformers' model of the dequantised values, and parts of a matrix."""
 
 from __future__ import annotations
 
