@@ -1,5 +1,5 @@
-"""Integers as weights: speculative text is plain text, and transformers' with the values that they stand for; a drafter
-of integers changes nothing."""
+"""Integers as weights: speculative text is plain text, and transformers' with the values that they stand for. A
+drafter of integers changes nothing."""
 
 import copy
 

@@ -154,7 +154,7 @@ class IntegerSource:
         # Whole groups, and of GGUF whole blocks: what is outside the columns is cut off.
         unit = 256 if form.bits == 4 else 1
         left, right = span[0] // unit * unit, min(width, -(-span[1] // unit) * unit)
-        step = max(1, 4 * CHUNK_ELEMENTS // max(1, right - left))
+        step = max(1, CHUNK_ELEMENTS // max(1, right - left))
         pieces = [
             self._integers(form, name, slice(first, min(first + step, stop)), slice(left, right))
             for first in range(start, stop, step)
@@ -194,8 +194,9 @@ class IntegerSource:
 
 def in_eight_bits(weight: Tensor) -> ScaledMatrix:
     """float32 [rows, columns], to the nearest of 8 bits."""
-    scales = (weight.abs().amax(1, keepdim=True) / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-    values = (weight / scales).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+    largest = torch.linalg.vector_norm(weight, math.inf, dim=1, keepdim=True)
+    scales = (largest / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    values = (weight / scales).round_().to(torch.int8)
     return ScaledMatrix(values, scales, max(1, weight.shape[1]))
 
 

@@ -59,7 +59,7 @@ def test_a_gguf_file_stays_quantised(tmp_path: Path, kind: Kind, exact: bool, ar
     assert source.total_bytes(torch.bfloat16) < plain.total_bytes(torch.bfloat16)
 
 
-@pytest.mark.parametrize(("weights", "tolerance"), [("int8", 0.3), ("int4", 3.0)])
+@pytest.mark.parametrize(("weights", "tolerance"), [("int8", 0.05), ("int4", 0.5)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_are_rounded_when_they_are_read(weights: Weights, tolerance: float, tied: bool) -> None:
     """The logits are those of the rounded values, and near those of the values; the head is in 8 bits."""
@@ -83,7 +83,7 @@ def test_weights_are_rounded_when_they_are_read(weights: Weights, tolerance: flo
     model = Transformer(loaded, SoloCommunicator())
     got = model.logits(model.forward(batch_of([rows], 8, CPU), cache).last)
     assert (got - want).abs().max() < 2e-4
-    assert 1e-3 < (want - unrounded).abs().max() < tolerance
+    assert 1e-3 < (want - unrounded).abs().mean() < tolerance
     if int8_works():
         assert isinstance(loaded.head.linear, Int8Linear)  # type: ignore[attr-defined]
 
