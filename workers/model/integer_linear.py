@@ -74,8 +74,9 @@ class Int8Linear:
         # oneDNN's code for four rows is its fastest, see `padded_rows` for the rest.
         padded = 2 if num_rows <= 2 else padded_rows(num_rows)
         values = F.pad(x, (0, 0, 0, padded - num_rows)).float() if padded > num_rows else x.float()
-        steps = torch.linalg.vector_norm(values, float("inf"), dim=1, keepdim=True)
-        steps = steps.div_(_LARGEST_OF_PLANES[planes]).clamp_(min=torch.finfo(torch.float32).tiny)
+        # `abs().amax()`: `aminmax` and `vector_norm` are several times slower along a row.
+        largest = values.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+        steps = largest / _LARGEST_OF_PLANES[planes]
         # A byte of 128 stands for 0: the operator takes unsigned bytes, and carries are what the offset adds.
         offset = sum(128 << (8 * plane) for plane in range(planes))
         if planes == 2:

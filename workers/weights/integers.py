@@ -154,7 +154,7 @@ class IntegerSource:
         # Whole groups, and of GGUF whole blocks: what is outside the columns is cut off.
         unit = 256 if form.bits == 4 else 1
         left, right = span[0] // unit * unit, min(width, -(-span[1] // unit) * unit)
-        step = max(1, CHUNK_ELEMENTS // max(1, right - left))
+        step = max(1, 16 * CHUNK_ELEMENTS // max(1, right - left))
         pieces = [
             self._integers(form, name, slice(first, min(first + step, stop)), slice(left, right))
             for first in range(start, stop, step)
