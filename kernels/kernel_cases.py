@@ -1,11 +1,10 @@
-"""Checks of every kernel: launches with their inputs, what must come out, and how far off it may be.
+"""Checks of every kernel, see `prepared.py`.
 
 A case is prepared on a device, its plans are launched by whoever can (a CPU executor, the GPU), then `verify` tells
-what is wrong. Outputs lie between guard bytes.
+what is wrong.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -20,91 +19,18 @@ from outrider.kernels.attention_cases import (
 from outrider.kernels.attention_work import AttentionShape, shape_of_tiles
 from outrider.kernels.gather_rows import plan_gather_rows
 from outrider.kernels.kv_commit import plan_kv_commit
-from outrider.kernels.launch_plans import LaunchPlan
 from outrider.kernels.noise import noise_key
+from outrider.kernels.prepared import Check, Guards, PreparedCase
 from outrider.kernels.rope_append import plan_rope_append
+from outrider.kernels.row_cases import prepare_add_rms_norm, prepare_silu_mul
 from outrider.kernels.sample_shard import plan_sample_shard, sample_shard
 from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.tree_attention import plan_tree_attention
 from outrider.kernels.tree_batch import TreeBatch
 
-GUARD_BYTES = 256
-GUARD_VALUE = 0xA5
 # Largest error of a row of the output relative to the row: rounding of the result and of the softmax weights to the
 # element type. Measured on the CPU executors over 400 random cases: see tests/kernels/test_on_cpu.py.
 ATTENTION_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
-
-
-@dataclass(frozen=True)
-class Check:
-    """`actual` must match `expected`: exactly with tolerance 0, else by relative error of its worst row."""
-
-    name: str
-    actual: Tensor
-    expected: Tensor
-    tolerance: float
-
-    def error(self) -> float:
-        actual, expected = self.actual.cpu(), self.expected
-        if self.tolerance == 0:
-            bits = [x.contiguous().view(torch.uint8) for x in (actual, expected)]  # NaN equals itself
-            return 0.0 if torch.equal(*bits) else float("inf")
-        rows = [x.reshape(x.shape[0], -1).double() for x in (actual, expected)]
-        difference = (rows[0] - rows[1]).norm(dim=1) / rows[1].norm(dim=1).clamp_min(1e-30)
-        return float("inf") if difference.isnan().any() else difference.max().item()
-
-
-@dataclass(frozen=True)
-class PreparedCase:
-    """Launches and what they must do.
-
-    Attributes:
-        num_bytes, num_flops: least memory traffic and arithmetic of the launches, for the roofline.
-    """
-
-    name: str
-    kernel: str
-    plans: tuple[LaunchPlan, ...]
-    checks: tuple[Check, ...]
-    guarded: tuple[Tensor, ...]
-    num_bytes: int
-    num_flops: int
-
-    def verify(self) -> list[str]:
-        """What is wrong, one line each; empty when all is well."""
-        problems = [
-            f"{self.name}: {check.name} is off by {check.error():.2e}, allowed {check.tolerance:.0e}"
-            for check in self.checks
-            if not check.error() <= check.tolerance
-        ]
-        for buffer in self.guarded:
-            ends = torch.cat((buffer[:GUARD_BYTES], buffer[-GUARD_BYTES:]))
-            if (ends != GUARD_VALUE).any():
-                problems.append(f"{self.name}: bytes beside an output were overwritten")
-        return problems
-
-    def outputs(self) -> list[Tensor]:
-        return [check.actual for check in self.checks]
-
-
-class Guards:
-    """Makes output tensors that lie between guard bytes; filled with NaN (floats) or -7."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.buffers: list[Tensor] = []
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        num_bytes = torch.Size(shape).numel() * dtype.itemsize
-        buffer = torch.full(
-            (num_bytes + 2 * GUARD_BYTES,), GUARD_VALUE, dtype=torch.uint8, device=self.device
-        )
-        self.buffers.append(buffer)
-        inside = buffer[GUARD_BYTES : GUARD_BYTES + num_bytes].view(dtype).view(shape)
-        return inside.fill_(float("nan") if dtype.is_floating_point else -7)
-
-    def copy(self, source: Tensor) -> Tensor:
-        return self.empty(tuple(source.shape), source.dtype).copy_(source)
 
 
 def prepare_attention(case: AttentionCase, device: torch.device) -> PreparedCase:
@@ -303,6 +229,16 @@ def kernel_cases(attention_cases: Sequence[AttentionCase] = ATTENTION_CASES) -> 
         partial(prepare_gather_rows, (24,), torch.float32),
         partial(prepare_gather_rows, (3, 6), torch.float16),
         partial(prepare_gather_rows, (5,), torch.bfloat16),
+        *(
+            partial(prepare, num_rows, width, dtype)
+            for prepare in (prepare_add_rms_norm, prepare_silu_mul)
+            for num_rows, width, dtype in (
+                (3, 77, torch.bfloat16),
+                (2, 5000, torch.bfloat16),
+                (4, 520, torch.float16),
+                (2, 130, torch.float32),
+            )
+        ),
         *(partial(prepare_sample_shard, size, offset) for size, offset in ((5, 0), (3001, 152_000))),
         partial(prepare_sample_shard, 500, 17, step=5),
     ]

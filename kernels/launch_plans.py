@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 Argument = Tensor | np.int32 | np.int64 | np.float32
 
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+PACKED_TYPES = {
+    **TYPE_NAMES,
+    torch.float32: "f32",
+}  # of the kernels that go through rows in packs of 16 bytes
 COMMIT_SHARED_BYTES = 96 << 10  # what every target can give a block
 MAX_COMMIT_ROWS = COMMIT_SHARED_BYTES // 16
 
@@ -45,6 +49,15 @@ class LaunchPlan:
     block: int
     shared_bytes: int
     arguments: tuple[Argument, ...]
+
+
+def are_packs(*tensors: Tensor) -> bool:
+    """Whether all rows begin where 16 bytes can be read at once."""
+    return not any(
+        address % 16
+        for tensor in tensors
+        for address in (tensor.data_ptr(), *(n * tensor.element_size() for n in tensor.stride()[:-1]))
+    )
 
 
 def launch(device: torch.device, plans: Sequence[LaunchPlan]) -> None:

@@ -29,6 +29,8 @@ class KernelSelection:
     kv_commit: bool
     sample_shard: bool
     gather_rows: bool
+    add_rms_norm: bool
+    silu_mul: bool
 
     @staticmethod
     def of(names: Sequence[str]) -> "KernelSelection":

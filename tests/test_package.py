@@ -124,6 +124,15 @@ def test_importing_the_package_loads_neither_torch_nor_ray() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_workers_start_without_transformers() -> None:
+    """It takes a second of a processor to import, in each of them: grammars and judges bring it when they come."""
+    code = (
+        "import sys, outrider.workers.draft, outrider.workers.target, outrider.workers.stand_in;"
+        "assert not {'transformers', 'tokenizers', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_every_public_name_is_there() -> None:
     for name in outrider.__all__:
         assert getattr(outrider, name)

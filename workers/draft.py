@@ -48,7 +48,6 @@ from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.progress import Progress
 from outrider.workers.weights.resolver import resolve_judge, resolve_tokenizer
 from outrider.workers.weights.tensors import EMBEDDING
-from outrider.workers.weights.tokenizer import load_tokenizer
 
 _PROFILE_REPEATS = 3
 _HEARTBEAT_S = 2.0  # at most: so long after it a lost target is noticed by an idle DraftWorker
@@ -243,6 +242,8 @@ class DraftWorker:
         configured = self.config.acceptance.judges
         if not configured:
             return {}
+        from outrider.workers.weights.tokenizer import load_tokenizer
+
         cache_dir, target = Path(self.config.cluster.model_cache_dir).expanduser(), self.config.target
         speaks = resolve_tokenizer(target.tokenizer or target.model, cache_dir, progress, "target.tokenizer")
         embedding = load_target_tensors(self.config, [EMBEDDING], progress)

@@ -35,7 +35,6 @@ from outrider.workers.weights.resolver import (
 from outrider.workers.weights.scaled import FP8
 from outrider.workers.weights.source import WeightSource
 from outrider.workers.weights.token_texts import TokenTexts, token_texts
-from outrider.workers.weights.tokenizer import end_token_ids, load_tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -166,6 +165,8 @@ def target_grammars(config: Config, model: ModelConfig, progress: Progress) -> G
 
 
 def _read_texts(model: ModelConfig, speaks: ResolvedModel) -> TokenTexts:
+    from outrider.workers.weights.tokenizer import end_token_ids, load_tokenizer
+
     tokenizer = load_tokenizer(speaks)
     return token_texts(tokenizer, model.vocab_size, end_token_ids(model, tokenizer, speaks))
 

@@ -5,6 +5,8 @@ Not run on a GPU by the maintainers: `ScaledMmLinear` runs in tests as far as to
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +18,7 @@ from outrider.workers.model.integer_linear import make_integer_linear
 from outrider.workers.model.linear import DenseLinear, Linear, make_linear, pad_rows
 from outrider.workers.weights.scaled import (
     FP8,
+    DynamicInputs,
     Inputs,
     ScaledMatrix,
     StaticInputs,
@@ -25,6 +28,9 @@ from outrider.workers.weights.scaled import (
 
 # Columns that share a scale where torch multiplies groups: `ScalingType.BlockWise1x128`, on Hopper.
 GROUP = 128
+_ROWS_OF_GROUPS = (
+    4  # rows with scales by group come in as many: these lie column by column, 16 bytes at a time
+)
 _ALIGNED = 16  # rows and columns of an FP8 matrix come in as many, or torch does not multiply with it
 
 
@@ -40,7 +46,11 @@ def make_scaled_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, p
     """
     device = matrix.values.device
     inputs = matrix.inputs
-    if device.type == "cuda" and multiplies_fp8(matrix, dtype, torch.cuda.get_device_capability(device)):
+    if (
+        device.type == "cuda"
+        and multiplies_fp8(matrix, dtype, torch.cuda.get_device_capability(device))
+        and scaled_mm_works(device, in_groups=matrix.scales.shape[1] > 1)
+    ):
         return ScaledMmLinear(matrix, bias, dtype)
     if packed or device.type == "cuda":
         integers = make_integer_linear(matrix, bias, dtype)
@@ -56,7 +66,8 @@ def make_scaled_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, p
 def multiplies_fp8(matrix: ScaledMatrix, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     """Whether torch multiplies this matrix with rows of `dtype` in FP8 on a GPU of this compute capability.
 
-    Scales by row from 8.9 on; groups of 128 columns on 9.0 alone, where cuBLASLt has them.
+    Scales by row on 8.9, 9 and 10 (on 12.0 cuBLAS has none: pytorch issue 192707); groups of 128 columns on 9.0,
+    where alone cuBLASLt has them (pytorch pull request 166639).
     """
     rows, columns = matrix.values.shape
     fits = (
@@ -67,9 +78,32 @@ def multiplies_fp8(matrix: ScaledMatrix, dtype: torch.dtype, capability: tuple[i
     if not fits or matrix.inputs is None or matrix.shifts is not None:
         return False
     if matrix.scales.shape[1] == 1:
-        return capability >= (8, 9)
+        return capability == (8, 9) or capability[0] in (9, 10)
     by_group = not isinstance(matrix.inputs, StaticInputs) and matrix.inputs.by_group
     return by_group and matrix.group == GROUP and columns % GROUP == 0 and capability == (9, 0)
+
+
+@functools.cache
+def scaled_mm_works(device: torch.device, in_groups: bool) -> bool:
+    """Whether `ScaledMmLinear` gives on a device what the product of the dequantised numbers gives, with scales by
+    row or by group; a warning where it does not."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns, group = 32, 2 * GROUP, GROUP if in_groups else 2 * GROUP
+    values = torch.randn(rows, columns, generator=generator).to(FP8)
+    scales = torch.rand(rows, columns // group, generator=generator) + 0.5
+    matrix = ScaledMatrix(values, scales, group, inputs=DynamicInputs(by_group=in_groups))
+    x, no_bias = torch.randn(5, columns, generator=generator).bfloat16(), torch.empty(0)
+    want = make_scaled_linear(matrix, no_bias, torch.float32, packed=False)(x.float())
+    try:
+        got = ScaledMmLinear(matrix.to(device), no_bias, torch.bfloat16)(x.to(device)).cpu().float()
+    except (RuntimeError, ValueError) as error:  # torch's NotImplementedError is a RuntimeError
+        problem = str(error).splitlines()[0]
+    else:
+        # bfloat16 rounds values up to some 60 to 2^-9.
+        problem = "" if (got - want).abs().max() <= 0.25 else "its products are wrong"
+    if problem:
+        warnings.warn(f"FP8 is not multiplied on {device}, but dequantised: {problem}", stacklevel=2)
+    return not problem
 
 
 class DequantisingLinear:
@@ -123,6 +157,9 @@ class ScaledMmLinear:
             self._scales = _column_by_column(matrix.scales)  # [out, G]
 
     def __call__(self, x: Tensor) -> Tensor:
+        num_rows = len(x)
+        if self._recipe == ScalingType.BlockWise1x128:
+            x = F.pad(x, (0, 0, 0, -num_rows % _ROWS_OF_GROUPS))
         values, scales = round_inputs(x, self._inputs, self._group)
         if self._recipe == ScalingType.BlockWise1x128:
             scales = _column_by_column(scales)
@@ -135,6 +172,7 @@ class ScaledMmLinear:
             self._recipe,
             output_dtype=self._dtype,
         )
+        out = out[:num_rows]
         return out if self._bias is None else out + self._bias
 
 

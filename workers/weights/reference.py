@@ -40,10 +40,10 @@ def load_transformers(resolved: ResolvedModel, dtype: torch.dtype) -> PreTrained
         if weight.shape != parameter.shape:
             raise ValueError(f"{resolved.model}: {name} is {list(weight.shape)}, not {list(parameter.shape)}")
         _set_parameter(model, name, weight)
+        if parts == [name]:
+            _round_inputs(model, source, name)
     if left:
         raise ValueError(f"{resolved.model} has tensors that {type(model).__name__} lacks, e.g. {min(left)}")
-        if len(parts) == 1:
-            _round_inputs(model, source, name)
     model.tie_weights()
     # Its frequencies are computed when it is made; on the meta device they came out empty.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerFast
-
-from outrider.workers.weights.tokenizer import ANSWER_TAGS, vocabulary_bytes
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class TokenTexts:
 def token_texts(tokenizer: PreTrainedTokenizerFast, vocab_size: int, ends: tuple[int, ...]) -> TokenTexts:
     """`ends`: as `end_token_ids` gives them. Raises ValueError, one line, where nothing ends a text: what has to
     match must be able to end."""
+    # A second of a processor to import, in every worker, for answers that have to match something.
+    from outrider.workers.weights.tokenizer import ANSWER_TAGS, vocabulary_bytes
+
     if not ends:
         raise ValueError("the model must have an end-of-text token where answers have to match something")
     backend = tokenizer.backend_tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.fp8_cache import Fp8PagedCache, read_cache_scales
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.quantized import (
     JoinedLinear,
@@ -17,14 +19,19 @@ from outrider.workers.model.quantized import (
     ScaledMmLinear,
     make_scaled_linear,
     multiplies_fp8,
+    scaled_mm_works,
 )
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
+from outrider.workers.weights.reference import load_transformers
+from outrider.workers.weights.resolver import ResolvedModel
 from outrider.workers.weights.safetensors_source import SafetensorsSource
 from outrider.workers.weights.scaled import DynamicInputs, ScaledMatrix, StaticInputs, round_inputs
+from support.models import write_safetensors
+from support.pretend_gpu import pretend_gpu
 from support.quantised import BLOCK, Written, blocks, compressed_tensors, fbgemm, fp8
 from support.rows import SequenceRows, batch_of, chain
-from support.tensor_source import tiny_config
+from support.tensor_source import reference_model, tiny_config, tiny_mellum
 
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
@@ -77,6 +84,9 @@ def test_logits_equal_those_of_the_format_s_library(write: Callable[[Path], Writ
         rows = SequenceRows(list(range(16)), 0, chain(120), 0, tokens)
         got = model.logits(model.forward(batch_of([rows], PAGE, CPU), cache).last)
         assert_rows_agree(got, want)
+    # What `outrider check` and `bench` compare with.
+    reference = load_transformers(ResolvedModel(str(tmp_path), "safetensors", tmp_path), torch.float32)
+    assert_rows_agree(Written(tmp_path, reference).logits(tokens), want)
 
 
 def assert_rows_agree(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -85,6 +95,66 @@ def assert_rows_agree(got: torch.Tensor, want: torch.Tensor) -> None:
     difference = (got - want).abs().amax(1)
     assert (difference > 1e-4).sum() <= 2
     assert difference.max() < 1e-2
+
+
+@pytest.mark.parametrize("router", ["plain", "quantised"])
+def test_experts_are_quantised_one_by_one(router: str, tmp_path: Path) -> None:
+    config = tiny_mellum()
+    unquantised = reference_model(config)[1]
+    every = slice(None)
+    tensors = {name: unquantised.read(name, every, every, torch.float32) for name in unquantised.names()}
+    plain = ["lm_head", *(["re:.*mlp.gate$"] if router == "plain" else [])]
+    ends = ("_proj.weight", *(("mlp.gate.weight",) if router == "quantised" else ()))
+    for name in [name for name in tensors if name.endswith(ends)]:
+        scales = tensors[name].abs().amax(1, keepdim=True) / 448
+        tensors[name], tensors[name + "_scale"] = (tensors[name] / scales).to(FP8), scales
+    write_safetensors(tmp_path, config, tensors)
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+    described = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": plain,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": described}))
+    tokens = torch.randint(0, 300, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    reference = load_transformers(ResolvedModel(str(tmp_path), "safetensors", tmp_path), torch.float32)
+    want = Written(tmp_path, reference).logits(tokens)
+    source = SafetensorsSource(tmp_path)
+    plan = ShardPlan(source.config, 0, 1)
+    model = Transformer(load_weights(plan, source, torch.float32, CPU, False), SoloCommunicator())
+    cache = PagedCache(source.config, plan, 8, PAGE, torch.float32, CPU)
+    rows = SequenceRows(list(range(8)), 0, chain(60), 0, tokens)
+    got = model.logits(model.forward(batch_of([rows], PAGE, CPU), cache).last)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_fp8_weights_and_cache_on_a_gpu(
+    capability: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = compressed_tensors(tmp_path, BIASED, fp8("channel"), TOKEN, cache=fp8("tensor"))
+    source = SafetensorsSource(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    tokens = torch.randint(0, 300, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+
+    def logits(device: torch.device) -> torch.Tensor:
+        plan = ShardPlan(source.config, 0, 1)
+        weights = load_weights(plan, source, torch.bfloat16, device, packed=False)
+        model = Transformer(weights, SoloCommunicator())
+        cache = Fp8PagedCache(source.config, plan, 8, PAGE, device, read_cache_scales(source))
+        rows = SequenceRows(list(range(8)), 0, chain(40), 0, tokens)
+        return model.logits(model.forward(batch_of([rows], PAGE, device), cache).last).cpu()
+
+    want = logits(CPU)
+    scaled_mm_works.cache_clear()
+    with pretend_gpu() as device:
+        got = logits(device)
+        assert scaled_mm_works.cache_info().misses == (capability == (9, 0))
+    # bfloat16 on both sides: no further off than the CPU, whose dequantised matrices are rounded to it as well.
+    exact = written.logits(tokens)
+    assert (got - exact).norm() < 1.2 * (want - exact).norm() < 0.25 * exact.norm()
 
 
 def stored_matrix(
@@ -120,12 +190,20 @@ def test_groups_are_laid_out_as_torch_wants_them_on_hopper() -> None:
         )(torch.empty(7, 256, dtype=torch.bfloat16, device="meta"))
 
 
+def test_a_device_that_does_not_multiply_fp8_gets_dequantised_numbers() -> None:
+    scaled_mm_works.cache_clear()
+    assert scaled_mm_works(CPU, in_groups=False)
+    with pytest.warns(UserWarning, match="FP8 is not multiplied on cpu, but dequantised"):
+        assert not scaled_mm_works(CPU, in_groups=True)
+
+
 @pytest.mark.parametrize(
     ("matrix", "capability", "multiplies"),
     [
         (stored_matrix(48, 64, 64, DynamicInputs()), (8, 9), True),
         (stored_matrix(48, 64, 64, StaticInputs(1.0)), (10, 0), True),
         (stored_matrix(48, 64, 64, DynamicInputs()), (8, 6), False),
+        (stored_matrix(48, 64, 64, DynamicInputs()), (12, 0), False),
         (stored_matrix(40, 64, 64, DynamicInputs()), (9, 0), False),
         (stored_matrix(48, 64, 64, None), (9, 0), False),
         (stored_matrix(48, 256, 128, DynamicInputs(by_group=True)), (9, 0), True),
