@@ -1,7 +1,7 @@
 """Products with matrices of 8-bit and 4-bit integers, whose rows' numbers do not depend on how many there are.
 
 On a CPU through operators of torch that `torch.compile` uses: oneDNN's int8 product (VNNI) and tinygemm's int4 one.
-Those for CUDA are written as torchao calls them, and not run on a GPU by the maintainers.
+Tinygemm's for CUDA is called as torchao does, after a check, and was not run on a GPU by the maintainers.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def make_integer_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype) 
     widths = [width for width in GROUPS if matrix.group % width == 0 and columns % width == 0]
     if not widths or dtype != torch.bfloat16 or (device == "cuda" and columns % (16 * _INNER_TILES)):
         return None
+    if not int4_works(matrix.values.device):
+        return None
     return Int4Linear(matrix.in_groups_of(widths[-1]), bias)
 
 
@@ -74,7 +76,7 @@ class Int8Linear:
         # oneDNN's code for four rows is its fastest, see `padded_rows` for the rest.
         padded = 2 if num_rows <= 2 else padded_rows(num_rows)
         values = F.pad(x, (0, 0, 0, padded - num_rows)).float() if padded > num_rows else x.float()
-        # `abs().amax()`: `aminmax` and `vector_norm` are several times slower along a row.
+        # `vector_norm` takes up to ten times as long as `abs().amax()`.
         largest = values.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
         steps = largest / _LARGEST_OF_PLANES[planes]
         # A byte of 128 stands for 0: the operator takes unsigned bytes, and carries are what the offset adds.
@@ -150,6 +152,23 @@ def int8_works() -> bool:
         return False
     want = torch.tensor([[127.0 * 127], [-128.0 * 127]]) * columns
     return torch.equal(got, want.expand(2, 16))
+
+
+@functools.cache
+def int4_works(device: torch.device) -> bool:
+    """Whether torch's int4 product is there, and gives what that of the dequantised numbers gives."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 16, (32, 256), dtype=torch.uint8, generator=generator)
+    scales, shifts = torch.rand(2, 32, 256 // GROUPS[0], generator=generator).bfloat16().float()
+    matrix = ScaledMatrix(values, scales, GROUPS[0], shifts - _CENTRE * scales)
+    x = torch.randn(5, 256, generator=generator).bfloat16()
+    try:
+        got = Int4Linear(matrix.to(device), torch.empty(0))(x.to(device))
+    except (RuntimeError, AttributeError):
+        return False
+    want = x.float() @ matrix.dequantised(torch.float32).T
+    # Values up to 200, rounded to bfloat16.
+    return bool((got.cpu().float() - want).abs().max() <= 1.0)
 
 
 def _multiply_bytes(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
