@@ -21,6 +21,7 @@ from outrider.configs.server import ServerConfig
 DType = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 AllReduce = Literal["auto", "nccl", "gloo", "shm"]
+Weights = Literal["auto", "quantized", "int8", "int4"]
 DraftMethod = Literal["ngram", "model", "medusa", "eagle3", "mtp", "parallel"]
 
 
@@ -37,6 +38,11 @@ class TargetConfig:
 
     dtype: DType = "bfloat16"
     """Number format of weights, activations and KV cache."""
+
+    weights: Weights = "auto"
+    """How matrices are kept. `auto`: in `dtype`, or as `quantization_config` says; `quantized`: those of a GGUF file
+    stay quantised, too (4 bits as they are, others as 8 bits with one scale for a row); `int8`, `int4`: rounded to 8
+    bits, or to 4 with the head in 8, when they are read. docs/quantised-weights.md says what that costs."""
 
     device: Device = "auto"
     """Where the ranks compute; `auto` is `cuda` where Ray gave the rank a GPU, else `cpu`."""
@@ -152,6 +158,9 @@ class DraftConfig:
 
     dtype: DType = "bfloat16"
     """Number format of the drafter's weights, activations and KV cache."""
+
+    weights: Weights = "auto"
+    """As `target.weights`, for `draft.model`. The text is the same with any of them: a drafter only drafts."""
 
     device: Device = "auto"
     """Where the drafter computes; `auto` is `cuda` where Ray gave the DraftWorker a GPU, else `cpu`."""

@@ -20,6 +20,7 @@ from outrider.workers.model.loader import ModelWeights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.sampling.grammars import Grammars
 from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.integers import with_weights
 from outrider.workers.weights.progress import Progress
 from outrider.workers.weights.resolver import (
     ResolvedModel,
@@ -135,11 +136,12 @@ def load_model(config: Config, role: Literal["target", "draft"], progress: Progr
     """Find (or download) the checkpoint of the target or the drafter and open it.
 
     Raises:
-        ValueError: names `target.model` or `draft.model` and what was tried.
+        ValueError: names `target.model` or `draft.model` and what was tried, or `weights` beside it.
     """
-    model = config.target.model if role == "target" else config.draft.model
+    described = config.target if role == "target" else config.draft
     cache_dir = Path(config.cluster.model_cache_dir).expanduser()
-    return open_source(resolve(model, cache_dir, progress, f"{role}.model"))
+    source = open_source(resolve(described.model, cache_dir, progress, f"{role}.model"))
+    return with_weights(source, described.weights, role)
 
 
 def load_target_tensors(config: Config, names: Collection[str], progress: Progress) -> WeightSource:

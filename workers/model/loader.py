@@ -106,18 +106,21 @@ def load_weights(
     loader = WeightLoader(plan, source, dtype, device, packed, progress)
     tied = plan.config.tied_embeddings
     ids = VocabularyRange(plan.vocab.start, plan.vocab.stop)
-    linear: Linear | None = None
-    if head is None and not tied:
+    is_own = head is None and HEAD in source.names()
+    if head is None and is_own:
         # It may be as large as all layers together: not beside the embedding.
         head = LinearHead(loader.head(), ids)
-    matrix = loader.vocabulary_matrix(EMBEDDING)
+    embedding: Embedding = StoredEmbedding(source, EMBEDDING, ids, dtype)
+    # On a CPU an embedding stays in the checkpoint where it was also the head, and cannot be read from that.
     if head is None:
+        matrix = loader.vocabulary_matrix(EMBEDDING)
         linear = loader.linear(matrix, NO_BIAS)
         head = LinearHead(linear, ids)
-    embedding: Embedding = MatrixEmbedding(matrix, ids)
-    if tied and isinstance(linear, PackedLinear):
-        embedding = StoredEmbedding(source, EMBEDDING, ids, dtype)
-    del matrix
+        if not isinstance(linear, PackedLinear):
+            embedding = MatrixEmbedding(matrix, ids)
+        del matrix
+    elif not (tied and is_own and device.type == "cpu"):
+        embedding = MatrixEmbedding(loader.vocabulary_matrix(EMBEDDING), ids)
     return ModelWeights(
         plan=plan,
         dtype=dtype,
