@@ -15,7 +15,7 @@ from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers import target as target_module
 from outrider.workers.draft import DraftWorker
 from outrider.workers.link.communicator import Communicator, SoloCommunicator, agreed
-from outrider.workers.setup import agreed_kernels, torch_device, transport_for
+from outrider.workers.setup import agreed_kernels, require_memory, torch_device, transport_for
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
 from support.thread_group import run_ranks, thread_group
@@ -170,3 +170,11 @@ def test_target_workers_use_what_all_of_them_may(monkeypatch: pytest.MonkeyPatch
     for worker in workers:
         assert worker._rank.model.kernels == KernelSelection.of(["gather_rows"])
         assert not worker._rank._cache.use_kernel
+
+
+def test_a_rank_that_would_not_fit_is_told_so_before_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 << 30, 80 << 30))
+    require_memory(GPU, 60 << 30, 3)
+    require_memory(CPU, 1 << 50, 3)
+    with pytest.raises(ValueError, match=r"the weights of rank 3 take 61\.0 GiB, cuda:1 has 60\.0 GiB free"):
+        require_memory(GPU, 61 << 30, 3)
