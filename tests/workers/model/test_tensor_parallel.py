@@ -6,14 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from gguf import GGMLQuantizationType as Kind
 
+from outrider.configs.schema import Weights
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.weights.config import ModelConfig, RoutedMlp
+from outrider.workers.weights.gguf_source import GgufSource
+from outrider.workers.weights.integers import with_weights
 from outrider.workers.weights.safetensors_source import SafetensorsSource
 from outrider.workers.weights.source import WeightSource
+from support.models import random_tensors, write_gguf
 from support.quantised import compressed_tensors, fp8
 from support.rows import SequenceRows, batch_of, chain
 from support.tensor_source import reference_model, tiny_config, tiny_mellum
@@ -123,6 +128,27 @@ def test_scales_of_activations_are_those_of_a_rank_s_own_columns(size: int, tmp_
     alone, together = ((logits("rounded", token, n) - exact).norm() for n in (1, size))
     # A scale for fewer columns rounds otherwise, not worse.
     assert 0 < together < 1.1 * alone
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("weights", ["quantized", "int8"])
+def test_ranks_have_the_integers_of_their_rows_and_columns(
+    weights: Weights, size: int, tmp_path: Path
+) -> None:
+    """Heads of 16 columns, so that a rank's part begins inside a group; 8 bits have other scales, not worse ones."""
+    config, tensors = random_tensors(
+        "llama", "num_heads=6&num_kv_heads=3&hidden_size=96&intermediate_size=384"
+    )
+    write_gguf(tmp_path / "m.gguf", config, tensors, Kind.Q4_1)
+    source = GgufSource(tmp_path / "m.gguf")
+    integers = with_weights(source, weights, "target")
+    dequantised = logits_on(1, config, source, True)
+    alone, together = (logits_on(n, integers.config, integers, True) for n in (1, size))
+    if weights == "quantized":
+        torch.testing.assert_close(alone, dequantised, atol=1e-4, rtol=0)
+        torch.testing.assert_close(together, dequantised, atol=1e-4, rtol=0)
+    else:
+        assert 0 < (together - dequantised).norm() < 1.2 * (alone - dequantised).norm()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
