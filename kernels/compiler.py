@@ -18,7 +18,16 @@ from cuda.bindings import nvrtc
 FOLDER = Path(__file__).parent
 DEFAULT_CACHE = Path.home() / ".cache" / "outrider" / "kernels"
 # One translation unit each; the stem is also the Python entry's.
-SOURCES = ("tree_attention", "merge_splits", "rope_append", "kv_commit", "sample_shard", "gather_rows")
+SOURCES = (
+    "tree_attention",
+    "merge_splits",
+    "rope_append",
+    "kv_commit",
+    "sample_shard",
+    "gather_rows",
+    "add_rms_norm",
+    "silu_mul",
+)
 _TARGET_OF_MAJOR = {8: "sm_80", 9: "sm_90a", 10: "sm_100", 12: "sm_120"}  # compute capability
 TARGETS = tuple(_TARGET_OF_MAJOR.values())
 FLAGS = ("--std=c++17", "--ptxas-options=-v", "--extra-device-vectorization")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.attention_cases import ATTENTION_CASES, LARGE_ATTENTION_CASES
-from outrider.kernels.kernel_cases import Preparation, PreparedCase, kernel_cases
+from outrider.kernels.kernel_cases import Preparation, kernel_cases
 from outrider.kernels.launch_plans import LaunchPlan
+from outrider.kernels.prepared import PreparedCase
 from outrider.kernels.roofline import Roofline, least_time_s
 
 REPEATS = 100

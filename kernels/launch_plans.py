@@ -23,6 +23,10 @@ Argument = Tensor | np.int32 | np.int64 | np.float32
 
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 FP8 = torch.float8_e4m3fn  # of a KV cache, see fp8.cuh
+PACKED_TYPES = {
+    **TYPE_NAMES,
+    torch.float32: "f32",
+}  # of the kernels that go through rows in packs of 16 bytes
 COMMIT_SHARED_BYTES = 96 << 10  # what every target can give a block
 MAX_COMMIT_ROWS = COMMIT_SHARED_BYTES // 16
 
@@ -51,6 +55,15 @@ class LaunchPlan:
 def kernel_types(dtype: torch.dtype, cache: torch.dtype) -> str:
     """What the names of kernels say of their types, e.g. "bf16_fp8": of the queries, and of a cache that differs."""
     return TYPE_NAMES[dtype] if cache == dtype else f"{TYPE_NAMES[dtype]}_fp8"
+
+
+def are_packs(*tensors: Tensor) -> bool:
+    """Whether all rows begin where 16 bytes can be read at once."""
+    return not any(
+        address % 16
+        for tensor in tensors
+        for address in (tensor.data_ptr(), *(n * tensor.element_size() for n in tensor.stride()[:-1]))
+    )
 
 
 def launch(device: torch.device, plans: Sequence[LaunchPlan]) -> None:

@@ -91,10 +91,14 @@ def rope_append(
 def _write(pages: Tensor, rows: Tensor, scale: float, kv_rows: Tensor) -> None:
     places = pages.view(-1, *pages.shape[2:])
     if pages.dtype == FP8:  # torch need not move FP8, but bytes
-        rounded = (rows.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
-        places.view(torch.uint8).index_copy_(0, kv_rows, rounded.view(torch.uint8))
+        places.view(torch.uint8).index_copy_(0, kv_rows, round_to_fp8(rows, scale).view(torch.uint8))
     else:
         places.index_copy_(0, kv_rows, rows)
+
+
+def round_to_fp8(rows: Tensor, scale: float) -> Tensor:
+    """float8_e4m3fn: rows over a scale, to the nearest, ties to even; what is beyond the largest becomes it."""
+    return (rows.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def _adjacent(q: Tensor, k: Tensor) -> bool:

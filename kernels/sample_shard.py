@@ -17,6 +17,7 @@ from outrider.kernels.shapes import check_kernel_arguments, check_shapes
 from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.shard_logits import ShardLogits
 from outrider.kernels.token_rows import unpack_tokens
+from outrider.kernels.transfers import upload
 
 
 class ShardSample(NamedTuple):
@@ -30,8 +31,8 @@ class ShardSample(NamedTuple):
 
 def sample_shard(
     logits: Tensor,
-    temperatures: Sequence[float] | Float32Array,
-    keys: Sequence[Key] | UInt32Array,
+    temperatures: Sequence[float] | Float32Array | Tensor,
+    keys: Sequence[Key] | UInt32Array | Tensor,
     shard_ids: ShardIds,
     use_kernel: bool = False,
 ) -> ShardSample:
@@ -39,7 +40,8 @@ def sample_shard(
 
     Args:
         logits: float32 [num_rows, shard_size], processed; -inf removes a token.
-        temperatures: one per row; 0 takes the largest logit without noise.
+        temperatures: one per row; 0 takes the largest logit without noise. Of these and keys, tensors are where the
+            logits are: float32 [num_rows] and int64 [num_rows, 2].
         keys: `noise_key` of each row's seed and position.
         shard_ids: the token id of each column.
         use_kernel: run `sample_shard.cu` (logits on a GPU); the result is on that GPU.
@@ -55,12 +57,14 @@ def sample_shard(
     if use_kernel:
         check_shapes((("logits", logits, ("num_rows", "shard_size")),))
         check_kernel_arguments((("logits", logits, torch.float32),))
+        if not (isinstance(temperatures, Tensor) and isinstance(keys, Tensor)):
+            settings = (
+                torch.from_numpy(np.array(temperatures, dtype=np.float32)),
+                torch.from_numpy(np.array(keys, dtype=np.int64).reshape(-1, 2)),
+            )
+            temperatures, keys = upload(settings, logits.device)
         scores, tokens, largest, sums = sample_shard_op(
-            logits,
-            torch.as_tensor(np.asarray(temperatures, dtype=np.float32), device=logits.device),
-            torch.as_tensor(np.asarray(keys, dtype=np.int64).reshape(-1, 2), device=logits.device),
-            shard_ids.first,
-            shard_ids.table.to(logits.device),
+            logits, temperatures, keys, shard_ids.first, shard_ids.table_on(logits.device)
         )
         return ShardSample(scores, tokens, largest, sums.double())
     shard, rows = ShardLogits(logits, shard_ids), np.arange(len(temperatures))

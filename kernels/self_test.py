@@ -17,7 +17,17 @@ import torch
 from outrider.kernels.kernel_cases import Preparation, kernel_cases
 from outrider.kernels.launch_plans import LaunchPlan
 
-ENTRIES = ("tree_attention", "rope_append", "kv_commit", "sample_shard", "gather_rows")
+ENTRIES = (
+    "tree_attention",
+    "tree_attention_fp8",
+    "rope_append",
+    "rope_append_fp8",
+    "kv_commit",
+    "sample_shard",
+    "gather_rows",
+    "add_rms_norm",
+    "silu_mul",
+)
 READY = {"ready": True}  # said once the GPU and the kernels' compiler are there
 LIMIT_S = (
     300.0  # of one process: it compiles, and runs for seconds; a kernel that hangs must not hold up loading

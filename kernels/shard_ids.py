@@ -26,6 +26,12 @@ class ShardIds:
         self.table = ids[:0] if self._is_consecutive else ids
         """int64 [shard_size] where the ids were given; no elements if they are consecutive."""
 
+    def table_on(self, device: torch.device) -> torch.Tensor:
+        """`table` for a kernel there; a copy only where there is something to copy."""
+        if len(self.table):
+            return self.table.to(device)
+        return torch.empty(0, dtype=torch.int64, device=device)
+
     @classmethod
     def from_first(cls, first: int, count: int) -> ShardIds:
         """first, first + 1, ..."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from outrider.configs.schema import Config
+from outrider.kernels.transfers import upload
 from outrider.workers.drafting.registry import layers_needed
 from outrider.workers.last_resort import Interruptible
 from outrider.workers.link.communicator import (
@@ -21,7 +22,7 @@ from outrider.workers.link.link import DraftReceiver
 from outrider.workers.link.lost import LinkLostError, PeerLostError
 from outrider.workers.link.messages import Draft, Scores, Steps, decode_draft, encode_draft
 from outrider.workers.memory import peak_memory_bytes
-from outrider.workers.model.batch import TreeRows, build_batch
+from outrider.workers.model.batch import TreeRows, lay_out
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import forward_of, target_capacities
 from outrider.workers.model.fp8_cache import read_cache_scales
@@ -97,15 +98,17 @@ class TargetRank:
         """One round: keep what was accepted, compute every node, sample after the nodes that ask for it."""
         stretches, steps, sampled = self._stretches, draft.steps, draft.steps.sampled_rows
         stretches.begin()
-        self._cache.commit(*(slots.to(self.model.device) for slots in self._sequences.apply(draft)))
+        on_host = (*self._sequences.apply(draft), *map(torch.from_numpy, (sampled, steps.hidden_rows)))
+        sources, targets, sampled_index, hidden_index = upload(on_host, self.model.device)
+        self._cache.commit(sources, targets)
         stretches.end("commit")
         logits, sent = torch.empty(0, len(self.model.plan.vocab)), None
         if steps.num_rows:
             rows = self._sequences.rows(steps)
-            hidden = self._forward(build_batch(self._sequences.tables, rows, self.model.device))
-            sent = self._hidden_rows(draft, hidden)
+            hidden = self._forward(lay_out(self._sequences.tables, rows))
+            sent = self._hidden_rows(draft, hidden, hidden_index)
             if len(sampled):
-                logits = self.model.logits_of(hidden.last, sampled)
+                logits = self.model.logits_of(hidden.last, sampled_index)
         stretches.end("forward", steps.num_rows)
         samples = NO_SAMPLES
         if len(sampled):
@@ -135,12 +138,10 @@ class TargetRank:
         groups, questions = self._sequences.sampled(steps, rows), self._sequences.questions(steps)
         return self._sampler.sample(logits, groups, questions)
 
-    def _hidden_rows(self, draft: Draft, hidden: Hidden) -> torch.Tensor | None:
-        """[num_layers, num_rows, hidden_size] of the layers and rows that this round asks for, copied."""
-        rows = draft.steps.hidden_rows
-        if not draft.layers or not len(rows):
+    def _hidden_rows(self, draft: Draft, hidden: Hidden, index: torch.Tensor) -> torch.Tensor | None:
+        """[num_layers, num_rows, hidden_size] of the layers and rows (int64) that this round asks for, copied."""
+        if not draft.layers or not len(index):
             return None
-        index = torch.from_numpy(rows).to(self.model.device)
         by_layer = {**hidden.taps, self.model.config.num_layers: hidden.last}
         return torch.stack([by_layer[layer].index_select(0, index) for layer in draft.layers])
 

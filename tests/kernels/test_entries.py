@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from outrider.kernels.add_rms_norm import add_rms_norm, add_rms_norm_op
 from outrider.kernels.attention_cases import (
     ATTENTION_CASES,
     AttentionCase,
@@ -17,6 +18,7 @@ from outrider.kernels.noise import noise_key
 from outrider.kernels.rope_append import rope_append, rope_append_op
 from outrider.kernels.sample_shard import sample_shard, sample_shard_op
 from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.silu_mul import silu_mul, silu_mul_op
 from outrider.kernels.tree_attention import tree_attention, tree_attention_op
 
 CASE = AttentionCase("entry", (21, 3), (5, 2), page_size=4)
@@ -103,6 +105,18 @@ def test_gather_rows_and_sample_shard_name_the_argument_that_disagrees():
         sample_shard(torch.zeros(2, 5), [1.0, 1.0], [(1, 2)], ShardIds.from_first(0, 5))
 
 
+def test_the_kernels_of_rows_name_the_argument_that_disagrees():
+    rows, weight = torch.zeros(3, 4), torch.ones(4)
+    with pytest.raises(ValueError, match=r"added must be \[N, width\], got \[2, 4\]; N is 3 in hidden"):
+        add_rms_norm(rows, rows[:2], weight, 1e-6)
+    with pytest.raises(ValueError, match=r"hidden is torch.float64, the kernel takes torch.bfloat16"):
+        add_rms_norm(*(x.double() for x in (rows, rows, weight)), 1e-6, use_kernel=True)
+    with pytest.raises(ValueError, match=r"weight must be torch.float32, got torch.bfloat16"):
+        add_rms_norm(rows, rows, weight.bfloat16(), 1e-6, use_kernel=True)
+    with pytest.raises(ValueError, match="as many gates as ups, got 3 columns"):
+        silu_mul(rows[:, :3])
+
+
 def test_operators_have_fake_implementations_that_agree(attention, rope):
     batch = attention["batch"]
     tensors = (
@@ -120,6 +134,8 @@ def test_operators_have_fake_implementations_that_agree(attention, rope):
         (tree_attention_op, (attention["q"], *pages, *tensors, *lens, CASE.scale, 0, 0.0)),
         (rope_append_op, tuple(rope.values())),
         (kv_commit_op, (torch.zeros(1, 2, 3, 4, 2, 8), torch.tensor([1, 2]), torch.tensor([0, 1]))),
+        (add_rms_norm_op, (torch.randn(3, 5), torch.randn(3, 5), torch.randn(5), 1e-6)),
+        (silu_mul_op, (torch.randn(3, 8),)),
         (gather_rows_op, (torch.randn(5, 3), torch.tensor([4, 0]))),
         (
             sample_shard_op,

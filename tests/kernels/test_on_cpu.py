@@ -9,9 +9,12 @@ from functools import cache
 import pytest
 import torch
 
+from outrider.kernels.add_rms_norm import plan_add_rms_norm
 from outrider.kernels.attention_cases import LARGE_ATTENTION_CASES, AttentionCase
 from outrider.kernels.compiler import SOURCES, TARGETS, load_sources
-from outrider.kernels.kernel_cases import PreparedCase, kernel_cases, prepare_attention
+from outrider.kernels.kernel_cases import kernel_cases, prepare_attention
+from outrider.kernels.prepared import PreparedCase
+from outrider.kernels.row_cases import prepare_add_rms_norm, prepare_silu_mul
 from support.cuda_on_cpu.executor import SCHEDULES, Executor, Schedule, kernel_names
 from support.cuda_on_cpu.kernels import ptx_kernels, source_kernels
 
@@ -131,6 +134,39 @@ def fuzz(seed: int, num_cases: int, target: str) -> None:
 
 def test_random_batches_of_trees():
     fuzz(seed=0, num_cases=60, target="sm_90a")
+
+
+def test_random_rows():
+    """Of any width, any number of them: and a row's bits are the same alone."""
+    rnd = random.Random(2)
+    for _ in range(30):
+        dtype = rnd.choice((torch.bfloat16, torch.float16, torch.float32))
+        size = rnd.choice((1, 2, 5)), rnd.choice((1, 7, 8, 31, 64, 333, 1000, 4104)), dtype
+        for prepare in (prepare_add_rms_norm, prepare_silu_mul):
+            seed = rnd.randrange(1 << 30)
+            results = [
+                run(executor, prepare(*size, CPU, seed), rnd.choice(SCHEDULES))
+                for executor in (source_kernels(), ptx_kernels("sm_90a"))
+            ]
+            assert disagreements(*results) == [], (prepare, size)
+
+
+def test_a_row_is_the_same_among_any_others():
+    hidden, added = torch.randn(2, 9, 300).bfloat16()
+    weight = torch.randn(300).bfloat16()
+
+    def computed(rows: slice) -> torch.Tensor:
+        outputs = [torch.empty_like(hidden[rows]) for _ in range(2)]
+        plan = plan_add_rms_norm(hidden[rows], added[rows], weight, 1e-6, *outputs)
+        source_kernels().launch([plan])
+        return outputs[1]
+
+    together = computed(slice(0, 9))
+    assert all(torch.equal(computed(slice(n, n + 1))[0], together[n]) for n in range(9))
+    total = hidden + added
+    reference = torch.nn.functional.rms_norm(total, (300,), weight, 1e-6)
+    assert (together != reference).float().mean() < 0.002  # sums in another order: a last bit now and then
+    torch.testing.assert_close(together, reference, rtol=2**-7, atol=0)
 
 
 @pytest.mark.slow

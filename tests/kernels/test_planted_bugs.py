@@ -8,6 +8,7 @@ ALWAYS = {
     "no barrier after the copies",
     "window by row instead of depth",
     "keys before the window are read",
+    "squares of the warps read too early",
     "mma: b registers swapped",
     "cp.async waits for one group too few",
 }

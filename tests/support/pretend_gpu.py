@@ -43,7 +43,7 @@ class PretendTensor(torch.Tensor):
     def __torch_dispatch__(
         cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return _run(function, function.overloadpacket.__name__, args, kwargs or {})
+        return run(function, function.overloadpacket.__name__, args, kwargs or {})
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PretendTensor({self.inner!r})"
@@ -55,13 +55,14 @@ class _Mode(TorchFunctionMode):
     ) -> Any:
         name, kwargs = getattr(function, "__name__", ""), kwargs or {}
         leaves = tree_leaves((args, kwargs))
-        concerned = any(isinstance(leaf, PretendTensor) or _is_gpu(leaf) for leaf in leaves)
+        concerned = any(isinstance(leaf, PretendTensor) or is_gpu(leaf) for leaf in leaves)
+        concerned |= bool(kwargs.get("pin_memory"))
         if not concerned or name in ("__get__", "device", "isinstance") or function is torch.device:
             return function(*args, **kwargs)
-        return _run(function, name, args, kwargs)
+        return run(function, name, args, kwargs)
 
 
-def _run(function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def run(function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Calls the function on the values; what it returns is on the GPU unless it was asked to leave it."""
     leaves = tree_leaves((args, kwargs))
     pretended = {id(leaf.inner): leaf for leaf in leaves if isinstance(leaf, PretendTensor)}
@@ -75,13 +76,14 @@ def _run(function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: M
     if pretended and on_cpu and name not in _COPIES:
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {DEVICE} and cpu")
     devices = [leaf for leaf in leaves if isinstance(leaf, torch.device | str)]
-    leaves_gpu = name == "cpu" or any(torch.device("cpu") == _device(leaf) for leaf in devices)
-    arrives = any(_is_gpu(leaf) for leaf in leaves)
+    leaves_gpu = name == "cpu" or any(torch.device("cpu") == device_in(leaf) for leaf in devices)
+    arrives = any(is_gpu(leaf) for leaf in leaves)
+    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}  # asks for a driver
 
     def inside(leaf: Any) -> Any:
         if isinstance(leaf, PretendTensor):
             return leaf.inner
-        return torch.device("cpu") if _is_gpu(leaf) else leaf
+        return torch.device("cpu") if is_gpu(leaf) else leaf
 
     with torch._C.DisableTorchFunction():
         result = function(*tree_map(inside, tuple(args)), **tree_map(inside, dict(kwargs)))
@@ -101,14 +103,18 @@ def _run(function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: M
     return tree_map(outside, result)
 
 
-def _device(leaf: Any) -> torch.device | None:
+def device_in(leaf: Any) -> torch.device | None:
+    """The device that an argument names."""
     if isinstance(leaf, torch.device):
         return leaf
+    if not isinstance(leaf, str):
+        return None
     return torch.device(leaf) if leaf.split(":")[0] in ("cpu", "cuda") else None
 
 
-def _is_gpu(leaf: Any) -> bool:
-    device = _device(leaf) if isinstance(leaf, torch.device | str) else None
+def is_gpu(leaf: Any) -> bool:
+    """Whether an argument names a GPU."""
+    device = device_in(leaf)
     return device is not None and device.type == "cuda"
 
 

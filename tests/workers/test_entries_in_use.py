@@ -18,6 +18,7 @@ from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.link.messages import Draft, SequenceStep, Steps
 from outrider.workers.link.starts import SequenceStart
 from outrider.workers.model import cache as cache_module
+from outrider.workers.model import mlp as mlp_module
 from outrider.workers.model import transformer as transformer_module
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
@@ -41,6 +42,8 @@ CALLED = {
     "tree_attention": cache_module,
     "kv_commit": cache_module,
     "sample_shard": shards,
+    "add_rms_norm": transformer_module,
+    "silu_mul": mlp_module,
 }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from outrider.kernels.transfers import upload
 from outrider.workers.draft_heads.checkpoint import read_lm_head
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.levels import ROWS_PER_STEP, LevelLimits, LevelMethod
@@ -17,7 +18,7 @@ from outrider.workers.drafting.method import MethodContext
 from outrider.workers.drafting.row_cache import Expansion, RowCache
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.model.batch import TreeRows, build_batch
+from outrider.workers.model.batch import TreeRows, lay_out
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import draft_capacities, forward_of
 from outrider.workers.model.draft_heads import served_head
@@ -120,11 +121,11 @@ class ModelMethod(LevelMethod):
             firsts = (survivors.slots * self.trees.capacity)[:, None]
             before = torch.from_numpy((firsts + survivors.old_nodes)[survivors.exists])
             after = torch.from_numpy((firsts + np.arange(survivors.old_nodes.shape[1]))[survivors.exists])
-            device = self._node_rows.device
-            self._node_rows[after.to(device)] = self._node_rows[before.to(device)]
+            before, after = upload((before, after), self._node_rows.device)
+            self._node_rows[after] = self._node_rows[before]
         if len(sources):
-            device = self._model.device
-            self._cache.commit(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device))
+            moving = (torch.from_numpy(sources), torch.from_numpy(targets))
+            self._cache.commit(*upload(moving, self._model.device))
         self._laws.rerooted(survivors)
 
     def _read_known(self, rows: TreeRows) -> None:
@@ -132,18 +133,18 @@ class ModelMethod(LevelMethod):
 
     def _logits(self, expansion: Expansion) -> Tensor:
         hidden = self._forward(expansion.rows)
+        indices = (torch.from_numpy(expansion.node_rows), torch.from_numpy(expansion.places))
+        node_rows, places = upload(indices, self._model.device)
         if len(self._node_rows):
-            device = hidden.device
-            places = torch.from_numpy(expansion.places).to(device)
-            self._node_rows[places] = hidden[torch.from_numpy(expansion.node_rows).to(device)]
-        return self._model.logits_of(hidden, expansion.node_rows)
+            self._node_rows[places] = hidden[node_rows]
+        return self._model.logits_of(hidden, node_rows)
 
     def _timed_logits(self, rows: TreeRows) -> Tensor:
-        return self._model.logits(self._run(build_batch(self._rows.tables, rows, self._model.device)).last)
+        return self._model.logits(self._run(lay_out(self._rows.tables, rows)).last)
 
     def _forward(self, rows: TreeRows) -> Tensor:
         """[num_rows, hidden], valid until the next call. Its stretch of time begins here."""
-        batch = build_batch(self._rows.tables, rows, self._model.device)
+        batch = lay_out(self._rows.tables, rows)
         self._stretches.begin()
         return self._run(batch).last
 

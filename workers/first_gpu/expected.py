@@ -15,12 +15,13 @@ class Figure:
     least_ms: float = 0.0
 
 
+# Add with norm and SiLU with product in one launch each: three launches of 80 layers less, at 2.5 us each 0.6 ms.
 UNKNOWN = Figure()
 ONE = {
     "matrix products": Figure(8.0, 6.0),
     "attention": Figure(0.8, 0.2),
     "all-reduces": Figure(3.2, 1.5),
-    "norms, adds, SiLU": Figure(1.8, 0.7),
+    "norms, adds, SiLU": Figure(1.2, 0.7),
     "host before the replay": Figure(0.5, 0.05),
     "sampling, greedy": Figure(0.4, 0.05),
     "sampling, top-p": Figure(3.7, 0.05),
@@ -29,7 +30,7 @@ MANY = {
     "matrix products": Figure(9.5, 7.0),
     "attention": Figure(2.4, 1.8),
     "all-reduces": Figure(8.0, 5.0),
-    "norms, adds, SiLU": Figure(2.0, 0.7),
+    "norms, adds, SiLU": Figure(1.4, 0.7),
     "host before the replay": Figure(2.5, 0.05),
     "sampling, greedy": Figure(1.0, 0.1),
     "sampling, top-p": Figure(26.0, 0.1),

@@ -24,7 +24,7 @@ from outrider.workers.first_gpu.setting import Setting
 from outrider.workers.first_gpu.small_model import ALL_KERNELS
 from outrider.workers.first_gpu.trees import PAGE_SIZE, chain, trees_of
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.model.batch import ForwardBatch, TreeRows, build_batch
+from outrider.workers.model.batch import ForwardBatch, TreeRows, lay_out
 from outrider.workers.model.cache import PagedCache, bytes_per_page
 from outrider.workers.model.cuda_graphs import forward_of, target_capacities
 from outrider.workers.model.linear import DenseLinear
@@ -123,7 +123,7 @@ def replays(setting: Setting) -> list[Row]:
                 if sequences is None:
                     rows.append(not_run(name, f"the cache of {sizes.cache_bytes >> 30} GiB does not hold it"))
                     continue
-                batch = build_batch(*sequences, device)
+                batch = lay_out(*sequences)
                 rows.append(milliseconds(name, timed(setting, forward, batch)))
     return rows + breakdown(setting, forward, cache)
 
@@ -141,8 +141,7 @@ def timed(setting: Setting, forward: Callable[[ForwardBatch], Hidden], batch: Fo
 
 def breakdown(setting: Setting, forward: Callable[[ForwardBatch], Hidden], cache: PagedCache) -> list[Row]:
     """The rounds of `expected.py` by kind of kernel, and the host's time until a replay is on its way."""
-    sizes, device = setting.sizes, setting.device
-    rows = []
+    sizes, rows = setting.sizes, []
     for case, figures in ((sizes.one, ONE), (sizes.many, MANY), (sizes.one_long, ONE_LONG)):
         num_rows, num_sequences, context = case
         name = f"{num_rows} rows, {num_sequences} sequences, context {context}"
@@ -150,14 +149,14 @@ def breakdown(setting: Setting, forward: Callable[[ForwardBatch], Hidden], cache
         if sequences is None:
             rows.append(not_run(name, "the cache does not hold it"))
             continue
-        batch = build_batch(*sequences, device)
+        batch = lay_out(*sequences)
         for kind, seconds in seconds_by_kind(setting, forward, batch).items():
             rows.append(milliseconds(f"{kind}: {name}", seconds, setting.figure(figures, kind)))
         host = []
         for _ in range(sizes.replays):
             setting.synchronize()
             begun = time.perf_counter()
-            forward(build_batch(*sequences, device))
+            forward(lay_out(*sequences))
             host.append(time.perf_counter() - begun)
         figure = setting.figure(figures, "host before the replay")
         rows.append(milliseconds(f"host: {name}", median(host), figure))

@@ -23,7 +23,7 @@ from outrider.workers.first_gpu.expected import Figure
 from outrider.workers.first_gpu.report import Row, milliseconds, not_run
 from outrider.workers.first_gpu.setting import Setting
 from outrider.workers.first_gpu.trees import PAGE_SIZE, chain, trees_of
-from outrider.workers.model.batch import build_batch
+from outrider.workers.model.batch import build_batch, lay_out
 from outrider.workers.model.cuda_graphs import (
     MAX_SEQUENCES,
     TARGET_ROWS,
@@ -67,7 +67,7 @@ def _times_of(setting: Setting, num_rows: int, num_sequences: int, context: int)
         rows_captured, sequences_captured, -(-max_keys // PAGE_SIZE), words_for(rows_captured), max_keys
     )
     static = StaticBatch(capacity, PAGE_SIZE, device)
-    static.fill(build_batch(*trees_of(parts, context, chain(each), [1] * each), device))
+    static.fill(lay_out(*trees_of(parts, context, chain(each), [1] * each)))
     # As many layers as are more than a GPU's cache: none is in it when its turn comes.
     layer_bytes = 2 * num_pages * PAGE_SIZE * KV_HEADS * HEAD_DIM * DTYPE.itemsize
     num_layers = min(sizes.large.num_layers, -(-sizes.attended_bytes // layer_bytes))

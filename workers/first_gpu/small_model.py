@@ -11,7 +11,7 @@ from outrider.workers.first_gpu.report import Row, not_run, passed_or_failed
 from outrider.workers.first_gpu.setting import Setting
 from outrider.workers.first_gpu.trees import PAGE_SIZE, chain, trees_of
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
-from outrider.workers.model.batch import ForwardBatch, build_batch
+from outrider.workers.model.batch import ForwardBatch, build_batch, lay_out
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import GraphedForward, forward_of, target_capacities
 from outrider.workers.model.loader import load_weights
@@ -45,12 +45,12 @@ def build(
     return model, cache
 
 
-def tree_batch(num_rows: int, device: torch.device) -> ForwardBatch:
-    """One tree of so many rows behind the prompt; each node has up to three children."""
+def tree_batch(num_rows: int) -> ForwardBatch:
+    """On the host, one tree of so many rows behind the prompt; each node has up to three children."""
     parents = [0, *(row // 3 for row in range(num_rows - 1))]
     tokens = [(7 * row + 3) % 64 for row in range(num_rows)]
     pages = range(-(-(CONTEXT + num_rows) // PAGE_SIZE))
-    return build_batch(*trees_of([pages], CONTEXT, parents, tokens), device)
+    return lay_out(*trees_of([pages], CONTEXT, parents, tokens))
 
 
 def read_prompt(model: Transformer, cache: PagedCache) -> Tensor:
@@ -63,7 +63,11 @@ def read_prompt(model: Transformer, cache: PagedCache) -> Tensor:
 def logits_of(model: Transformer, cache: PagedCache) -> Tensor:
     """Float32 on the CPU: of a prompt, a tree behind it, and a node behind a path that was committed."""
     device = model.device
-    hidden = [read_prompt(model, cache), model.forward(tree_batch(9, device), cache).last.clone()]
+
+    def all_logits(rows: Tensor) -> Tensor:
+        return model.logits_of(rows, torch.arange(len(rows), device=device)).cpu()
+
+    hidden = [read_prompt(model, cache), model.forward(tree_batch(9).to(device), cache).last.clone()]
     # The path root, third child, its first child: rows 0, 3, 8; the first is in place.
     sources, targets = (
         torch.tensor([CONTEXT + row for row in rows], device=device) for rows in ((3, 8), (1, 2))
@@ -71,7 +75,7 @@ def logits_of(model: Transformer, cache: PagedCache) -> Tensor:
     cache.commit(sources, targets)
     last = build_batch(*trees_of([range(4)], CONTEXT + 3, [0], [11]), device)
     hidden.append(model.forward(last, cache).last)
-    return torch.cat([model.logits_of(rows, range(len(rows))).cpu() for rows in hidden])
+    return torch.cat([all_logits(rows) for rows in hidden])
 
 
 def small_model(setting: Setting) -> list[Row]:
@@ -112,8 +116,8 @@ def compare_graphs(setting: Setting, communicator: Communicator) -> list[Row]:
         return [passed_or_failed("graphs", ["none were captured"], "")]
     rows = []
     for num_rows in setting.sizes.trees:
-        batch = tree_batch(num_rows, setting.device)
-        eager = model.forward(batch, cache).last.float()
+        batch = tree_batch(num_rows)
+        eager = model.forward(batch.to(setting.device), cache).last.float()
         replayed = [forward(batch).last.float().clone() for _ in range(3)]
         off = ((replayed[0] - eager).norm() / eager.norm()).item()
         problems = [] if off < 2e-2 else [f"{off:.2e} off the forward without a graph"]

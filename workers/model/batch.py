@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from outrider.kernels.transfers import upload
 from outrider.kernels.tree_batch import MASK_WORD_BITS, TreeBatch
 from outrider.workers.sequences.page_tables import PageTables
 from outrider.workers.sequences.segments import Int64Array
@@ -58,6 +60,32 @@ class ForwardBatch:
     kv_rows: Tensor
     tree: TreeBatch
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them; the page table, which may be the largest, comes last."""
+        tree = self.tree
+        lens = (tree.context_lens, tree.tree_lens, tree.query_indptr)
+        return (
+            self.tokens, self.positions, self.kv_rows, tree.ancestors, tree.depths, *lens, tree.page_table
+        )  # fmt: skip
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> ForwardBatch:
+        """With others in their places."""
+        tokens, positions, kv_rows, ancestors, depths, context_lens, tree_lens, query_indptr, pages = tensors
+        tree = replace(
+            self.tree,
+            ancestors=ancestors,
+            depths=depths,
+            context_lens=context_lens,
+            tree_lens=tree_lens,
+            query_indptr=query_indptr,
+            page_table=pages,
+        )
+        return ForwardBatch(tokens, positions, kv_rows, tree)
+
+    def to(self, device: torch.device) -> ForwardBatch:
+        """A batch of the host on a device, in one copy; itself where that is the host."""
+        return self if device.type == "cpu" else self.with_tensors(upload(self.tensors(), device))
+
 
 def num_mask_words(tree_lens: Int64Array) -> int:
     """Words of an ancestor mask for the longest of these trees."""
@@ -93,7 +121,12 @@ def depths_of(masks: UInt64Array) -> Int64Array:
 
 
 def build_batch(tables: PageTables, rows: TreeRows, device: torch.device) -> ForwardBatch:
-    """Lays the queries of all sequences out for one forward; the tables hold pages for all their rows."""
+    """`lay_out` on a device."""
+    return lay_out(tables, rows).to(device)
+
+
+def lay_out(tables: PageTables, rows: TreeRows) -> ForwardBatch:
+    """The queries of all sequences for one forward, on the host; the tables hold pages for all their rows."""
     contexts_of_rows = rows.context_lens.repeat(rows.query_lens)
     num_pages = tables.num_pages[rows.slots]
     assert not np.count_nonzero(num_pages * tables.page_size < rows.context_lens + rows.tree_lens), (
@@ -102,11 +135,7 @@ def build_batch(tables: PageTables, rows: TreeRows, device: torch.device) -> For
     kv_rows = tables.kv_rows(rows.slots.repeat(rows.query_lens), contexts_of_rows + rows.tree_rows)
     query_indptr = np.zeros(len(rows.slots) + 1, dtype=np.int32)
     rows.query_lens.cumsum(out=query_indptr[1:])
-    on_host = device.type == "cpu"
-
-    def tensor(array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array) if on_host else torch.from_numpy(array).to(device)
-
+    tensor = torch.from_numpy
     tree = TreeBatch(
         page_table=tensor(tables.page_table[rows.slots, : max(num_pages.tolist(), default=0)]),
         context_lens=tensor(rows.context_lens.astype(np.int32)),

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
+from outrider.kernels.transfers import Part, num_bytes_of, stage, views_of
 from outrider.kernels.tree_batch import MASK_WORD_BITS, TreeBatch
 from outrider.workers.link.communicator import Communicator, SoloCommunicator, agreed
 from outrider.workers.link.distributed import GroupCommunicator
@@ -57,27 +57,37 @@ class GraphCapacity:
 
 
 class StaticBatch:
-    """A batch of constant shape and address. Rows and sequences beyond the real ones are padding: their KV rows are
-    negative, so that nothing is written, and their sequences have no queries, so that nothing is attended."""
+    """A batch of constant shape and address, in one buffer. Rows and sequences beyond the real ones are padding:
+    their KV rows are negative, so that nothing is written, and their sequences have no queries, so that nothing is
+    attended."""
 
     def __init__(self, capacity: GraphCapacity, page_size: int, device: torch.device) -> None:
         B, N = capacity.num_sequences, capacity.num_rows
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
+        rows, lens = Part((N,), torch.int64), Part((B,), torch.int32)
+        masks, pages = Part((N, capacity.mask_words), torch.int64), Part((B, capacity.max_pages), torch.int32)
+        depths, indptr = Part((N,), torch.int32), Part((B + 1,), torch.int32)
+        # In the order of `ForwardBatch.tensors`.
+        self._parts = (rows, rows, rows, masks, depths, lens, lens, indptr, pages)
+        self._padding = (0, 0, -1, 0, 0, 0, 0, 0)
+        self._device = device
+        self._buffer = torch.zeros(num_bytes_of(self._parts), dtype=torch.uint8, device=device)
+        tokens, positions, kv_rows, ancestors, tree_depths, *of_sequences, page_table = views_of(
+            self._buffer, self._parts
+        )
+        kv_rows.fill_(-1)
+        context_lens, tree_lens, query_indptr = of_sequences
         self.capacity = capacity
         self.batch = ForwardBatch(
-            tokens=zeros(N, dtype=torch.int64),
-            positions=zeros(N, dtype=torch.int64),
-            kv_rows=zeros(N, dtype=torch.int64) - 1,
+            tokens=tokens,
+            positions=positions,
+            kv_rows=kv_rows,
             tree=TreeBatch(
-                page_table=zeros(B, capacity.max_pages),
-                context_lens=zeros(B),
-                tree_lens=zeros(B),
-                query_indptr=zeros(B + 1),
-                ancestors=zeros(N, capacity.mask_words, dtype=torch.int64),
-                depths=zeros(N),
+                page_table=page_table,
+                context_lens=context_lens,
+                tree_lens=tree_lens,
+                query_indptr=query_indptr,
+                ancestors=ancestors,
+                depths=tree_depths,
                 page_size=page_size,
                 # The launch is planned for the largest: one sequence may bring all rows, and all may be long.
                 host_context_lens=(capacity.max_keys,) * B,
@@ -87,27 +97,19 @@ class StaticBatch:
         )
 
     def fill(self, batch: ForwardBatch) -> None:
-        """Copies a batch that fits, without a wait."""
+        """Takes in a batch of the host that fits, in one copy that is not waited for."""
         assert self.capacity.holds(batch)
-        mine, theirs = self.batch, batch
-        _fill_rows(mine.tokens, theirs.tokens, 0)
-        _fill_rows(mine.positions, theirs.positions, 0)
-        _fill_rows(mine.kv_rows, theirs.kv_rows, -1)
-        _fill_rows(mine.tree.depths, theirs.tree.depths, 0)
-        _fill_rows(mine.tree.context_lens, theirs.tree.context_lens, 0)
-        _fill_rows(mine.tree.tree_lens, theirs.tree.tree_lens, 0)
-        _fill_rows(mine.tree.query_indptr, theirs.tree.query_indptr, theirs.tree.num_queries)
-        for target, source in (
-            (mine.tree.page_table, theirs.tree.page_table),
-            (mine.tree.ancestors, theirs.tree.ancestors),
-        ):
-            target.zero_()
-            target[: source.shape[0], : source.shape[1]].copy_(source, non_blocking=True)
-
-
-def _fill_rows(target: Tensor, source: Tensor, padding: int) -> None:
-    target[: source.shape[0]].copy_(source, non_blocking=True)
-    target[source.shape[0] :].fill_(padding)
+        *tensors, page_table = batch.tensors()
+        # Of the page table, the last part, only rows of real sequences: nothing looks at the others.
+        sent = (*self._parts[:-1], Part((len(page_table), self.capacity.max_pages), torch.int32))
+        staged = stage(num_bytes_of(sent), self._device)
+        *targets, pages = views_of(staged, sent)
+        for target, source, padding in zip(targets, tensors, self._padding, strict=True):
+            target.fill_(padding)
+            target[tuple(slice(size) for size in source.shape)] = source
+        targets[-1][len(tensors[-1]) :] = batch.tree.num_queries  # query_indptr
+        pages[:, : page_table.shape[1]] = page_table
+        self._buffer[: len(staged)].copy_(staged, non_blocking=True)
 
 
 class GraphedForward:
@@ -133,13 +135,13 @@ class GraphedForward:
         self._graphs: list[tuple[StaticBatch, torch.cuda.CUDAGraph, Hidden]] = []
 
     def __call__(self, batch: ForwardBatch) -> Hidden:
-        """Valid until the next call: a graph writes its results where it wrote them before."""
+        """Of a batch of the host. Valid until the next call: a graph writes its results where it did before."""
         for static, graph, hidden in self._graphs:
             if static.capacity.holds(batch):
                 static.fill(batch)
                 graph.replay()
                 return hidden.first(batch.tree.num_queries)
-        return self._model.forward(batch, self._cache, self._taps)
+        return self._model.forward(batch.to(self._model.device), self._cache, self._taps)
 
     def rehearse(self) -> None:
         """What can fail on this rank: memory, compiling and loading kernels. Says nothing to the other ranks.
@@ -196,8 +198,8 @@ def can_be_captured(model: Transformer) -> bool:
 def forward_of(
     model: Transformer, cache: PagedCache, capacities: Sequence[GraphCapacity], taps: Sequence[int] = ()
 ) -> Callable[[ForwardBatch], Hidden]:
-    """The model's forward over a cache, by graphs where every rank can have them; what it returns is valid until the
-    next call. Ranks must call it together.
+    """The model's forward over a cache, of batches that `lay_out` made, by graphs where every rank can have them;
+    what it returns is valid until the next call. Ranks must call it together.
 
     `taps`: layers whose inputs every call returns beside the last hidden rows, see `Hidden`; the same on every rank.
 
@@ -216,7 +218,7 @@ def forward_of(
         graphed.warm_up()
         if _all_manage(graphed.capture, model.communicator):
             return graphed
-    return eager
+    return lambda batch: eager(batch.to(model.device))
 
 
 def _all_manage(prepare: Callable[[], None], communicator: Communicator) -> bool:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from outrider.kernels.silu_mul import silu_mul
 from outrider.workers.model.linear import Linear
 from outrider.workers.routing import Routes, route
 
@@ -15,8 +16,11 @@ from outrider.workers.routing import Routes, route
 class Mlp(Protocol):
     """What follows attention in a layer, one rank's part."""
 
-    def __call__(self, normed: Tensor) -> Tensor:
-        """Rows [N, hidden] after the layer's second norm -> [N, hidden], to be summed over the ranks."""
+    def __call__(self, normed: Tensor, use_kernel: bool = False) -> Tensor:
+        """Rows [N, hidden] after the layer's second norm -> [N, hidden], to be summed over the ranks.
+
+        use_kernel: see `silu_mul`.
+        """
         ...
 
 
@@ -32,15 +36,14 @@ class GatedMlp:
     gate_up: Linear
     down: Linear
 
-    def __call__(self, normed: Tensor) -> Tensor:
-        gate, up = self.gate_up(normed).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+    def __call__(self, normed: Tensor, use_kernel: bool = False) -> Tensor:
+        return self.down(silu_mul(self.gate_up(normed), use_kernel))
 
 
 class Experts(Protocol):
     """The experts of a layer that one rank has, or its part of all."""
 
-    def __call__(self, normed: Tensor, routes: Routes) -> Tensor:
+    def __call__(self, normed: Tensor, routes: Routes, use_kernel: bool = False) -> Tensor:
         """Rows [N, hidden] -> [N, hidden], what this rank's experts add to each."""
         ...
 
@@ -59,9 +62,9 @@ class RoutedExperts:
     renormalised: bool
     experts: Experts
 
-    def __call__(self, normed: Tensor) -> Tensor:
+    def __call__(self, normed: Tensor, use_kernel: bool = False) -> Tensor:
         routes = route(normed, self.router, self.experts_per_token, self.renormalised)
-        return self.experts(normed, routes)
+        return self.experts(normed, routes, use_kernel)
 
 
 class ExpertLoop:
@@ -72,7 +75,7 @@ class ExpertLoop:
         self._first = first
         self._experts = experts
 
-    def __call__(self, normed: Tensor, routes: Routes) -> Tensor:
+    def __call__(self, normed: Tensor, routes: Routes, use_kernel: bool = False) -> Tensor:
         total = torch.zeros(normed.shape, dtype=torch.float32, device=normed.device)
         local = routes.experts.flatten() - self._first
         order = local.argsort(stable=True)
@@ -102,7 +105,7 @@ class GroupedExperts:
         self._gate_up = gate_up.transpose(1, 2)
         self._down = down.transpose(1, 2)
 
-    def __call__(self, normed: Tensor, routes: Routes) -> Tensor:
+    def __call__(self, normed: Tensor, routes: Routes, use_kernel: bool = False) -> Tensor:
         num_experts, per_row = len(self._gate_up), routes.experts.shape[1]
         local = routes.experts.flatten() - self._first
         is_here = (local >= 0) & (local < num_experts)
@@ -110,8 +113,8 @@ class GroupedExperts:
         order = local.argsort(stable=True)
         numbers = torch.arange(num_experts, device=local.device)
         ends = torch.searchsorted(local[order], numbers, right=True).int()
-        gate, up = F.grouped_mm(normed[order // per_row], self._gate_up, offs=ends).chunk(2, dim=-1)
-        out = F.grouped_mm(F.silu(gate) * up, self._down, offs=ends)
+        gate_up = F.grouped_mm(normed[order // per_row], self._gate_up, offs=ends)
+        out = F.grouped_mm(silu_mul(gate_up, use_kernel), self._down, offs=ends)
         # Back to the rows' order and summed there, which unlike adding at an index is the same every time. What
         # stands behind the last group is not computed: it may be anything.
         out = out[order.argsort()].float() * routes.weights.view(-1, 1)

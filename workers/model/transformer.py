@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from outrider.kernels.add_rms_norm import add_rms_norm
 from outrider.kernels.gather_rows import gather_rows
 from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.workers.link.communicator import Communicator
@@ -90,14 +89,20 @@ class Transformer:
         rotations = [rope(batch.positions) for rope in self._ropes]
         eps, width = self.config.rms_norm_eps, (self.config.hidden_size,)
         tapped: dict[int, Tensor] = {}
-        for index, layer in enumerate(self.weights.layers):
+        layers = self.weights.layers
+        normed = F.rms_norm(hidden, width, layers[0].attention_norm, eps)
+        for index, layer in enumerate(layers):
             if index in taps:
                 tapped[index] = hidden
-            normed = F.rms_norm(hidden, width, layer.attention_norm, eps)
             attended = self._attention(index, normed, rotations[self._rope_of_layer[index]], batch, cache)
-            hidden = hidden + self.communicator.all_reduce(attended)
-            normed = F.rms_norm(hidden, width, layer.mlp_norm, eps)
-            hidden = hidden + self.communicator.all_reduce(layer.mlp(normed))
+            attended = self.communicator.all_reduce(attended)
+            hidden, normed = add_rms_norm(hidden, attended, layer.mlp_norm, eps, self.kernels.add_rms_norm)
+            added = self.communicator.all_reduce(layer.mlp(normed, self.kernels.silu_mul))
+            if index + 1 < len(layers):
+                next_norm = layers[index + 1].attention_norm
+                hidden, normed = add_rms_norm(hidden, added, next_norm, eps, self.kernels.add_rms_norm)
+            else:
+                hidden = hidden + added  # only rows that are asked for get the last norm, see `normed`
         if self.config.num_layers in taps:
             tapped[self.config.num_layers] = hidden
         return Hidden(hidden, tapped).first(batch.tokens.shape[0])
@@ -114,10 +119,9 @@ class Transformer:
         return self.weights.head(self.normed(hidden))
 
     @torch.inference_mode()
-    def logits_of(self, hidden: Tensor, rows: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
-        """`logits` of these rows of a forward's [N, hidden]: float32 [len(rows), vocab_shard]."""
-        index = torch.as_tensor(rows, dtype=torch.int64, device=hidden.device)
-        return self.logits(gather_rows(hidden, index, self.kernels.gather_rows))
+    def logits_of(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """`logits` of these rows, int64, of a forward's [N, hidden]: float32 [len(rows), vocab_shard]."""
+        return self.logits(gather_rows(hidden, rows, self.kernels.gather_rows))
 
     def _attention(
         self,

@@ -17,11 +17,15 @@ from outrider.kernels.token_rows import UInt64Array, count_true, ids_of, parts_o
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.context import RowParameters
 from outrider.workers.sampling.law import Nuclei, nuclei
-from outrider.workers.sampling.shards import Shard
+from outrider.workers.sampling.shards import Foreseen, Shard
 
 _FIRST_COUNT = 128  # logits a rank sends per row at first: most nuclei of 0.95 are smaller
 _SMALL_VOCABULARY = 512  # of which a rank sends all it has
 _GROWTH = 8
+_MOST_FORESEEN = (
+    1025  # likeliest tokens of a row that are brought to the host before it is known what is needed
+)
+_NO_ROWS = np.zeros(0, dtype=np.int64)
 _SURE = 1e-4  # distance from the edge of a nucleus, many times the rounding of float32 sums
 
 
@@ -43,15 +47,13 @@ def kept_tokens(
     """
     sends_all = vocab_size <= _SMALL_VOCABULARY
     sums = np.zeros(len(rows))
-    summed = ((params.top_p[rows] < 1.0) & (params.top_k[rows] == 0)).nonzero()[0]
+    summed = _are_summed(params, rows).nonzero()[0]
     if len(summed) and not sends_all:
         chosen = rows[summed]
         sums[summed] = shard.exp_sums(chosen, maxima[summed], params.temperatures[chosen])
     result = Nuclei(np.empty_like(maxima), np.empty(len(rows), dtype=np.int64), np.empty(len(rows)))
     pending = np.arange(len(rows))
-    count = max(_FIRST_COUNT, 1 + int(params.top_k[rows].max(initial=0)))
-    if sends_all:
-        count = vocab_size + 1  # a rank that has sent all it has ends with -inf
+    count = _first_count(params, rows, vocab_size)
     if sends_all and communicator.size == 1:
         # One rank that needs no second look: a few rows at a time, which stay in the processor's cache.
         parts = parts_of_rows(len(rows), vocab_size)
@@ -84,6 +86,41 @@ def kept_tokens(
         pending = np.concatenate(unfinished)
         count *= _GROWTH
     return result
+
+
+def foresee(params: RowParameters, vocab_size: int, num: int) -> Foreseen:
+    """What sampling will ask of the logits of a batch, if all is as it mostly is, to see it at once.
+
+    num: how many tokens will be asked for of each row; of more than one, laws are.
+    """
+    rows = np.arange(params.num_rows)
+    truncated, whole = rows[params.truncates], rows[~params.truncates]
+    counted = _first_count(params, truncated, vocab_size)
+    needs_sum = whole if num > 1 else _NO_ROWS
+    if vocab_size > _SMALL_VOCABULARY:
+        needs_sum = np.union1d(needs_sum, truncated[_are_summed(params, truncated)])
+    # Greedy rows have no noise.
+    is_noisy = np.count_nonzero(params.temperatures) > 0
+    return Foreseen(
+        temperatures=params.temperatures,
+        keys=params.keys if is_noisy else np.zeros((len(rows), 2), dtype=np.uint32),
+        whole=whole,
+        num_best=num,
+        truncated=truncated,
+        num_likeliest=counted if counted <= _MOST_FORESEEN else 0,
+        summed=needs_sum,
+    )
+
+
+def _first_count(params: RowParameters, rows: Int64Array, vocab_size: int) -> int:
+    """How many logits a rank sends at first."""
+    if vocab_size <= _SMALL_VOCABULARY:
+        return vocab_size + 1  # a rank that has sent all it has ends with -inf
+    return max(_FIRST_COUNT, 1 + int(params.top_k[rows].max(initial=0)))
+
+
+def _are_summed(params: RowParameters, rows: Int64Array) -> npt.NDArray[np.bool_]:
+    return (params.top_p[rows] < 1.0) & (params.top_k[rows] == 0)
 
 
 def best_if_kept(

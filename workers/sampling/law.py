@@ -19,8 +19,8 @@ import torch
 from outrider.kernels.noise import Float32Array, Int64Array
 from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.token_rows import count_true, exponentials
+from outrider.kernels.transfers import upload
 from outrider.workers.sampling.context import RowParameters, SampledRows
-from outrider.workers.sequences.params import SamplingParams
 
 MAX_LOGIT = 1e36
 """A row whose largest logit, edited, is not within ±MAX_LOGIT is no law: divided by the lowest temperature it would
@@ -45,7 +45,7 @@ NO_EDITS = Edits(_NO_ROWS, _NO_ROWS, torch.empty(0))
 
 
 def edit_rows(logits: torch.Tensor, groups: Sequence[SampledRows], shard_ids: ShardIds) -> Edits:
-    """Apply logit bias and penalties in place, where the logits are: only what is edited is brought to the host.
+    """Apply logit bias and penalties in place, where the logits are; nothing is brought to the host.
 
     Args:
         logits: float32 [num_rows, shard_size].
@@ -61,19 +61,19 @@ def edit_rows(logits: torch.Tensor, groups: Sequence[SampledRows], shard_ids: Sh
                 editing.append((tokens, first, end))
     if not editing:
         return NO_EDITS
-    rows = torch.from_numpy(
-        np.concatenate([np.repeat(np.arange(a, b), len(t.columns)) for t, a, b in editing])
-    ).to(logits.device)
-    columns = torch.from_numpy(np.concatenate([np.tile(t.columns, b - a) for t, a, b in editing]))
-    columns = columns.to(logits.device)
+    on_host = (
+        np.concatenate([np.repeat(np.arange(a, b), len(t.columns)) for t, a, b in editing]),
+        np.concatenate([np.tile(t.columns, b - a) for t, a, b in editing]),
+        np.concatenate([t.amounts(b - a) for t, a, b in editing], axis=1),
+    )
+    rows, columns, amounts = upload([torch.from_numpy(each) for each in on_host], logits.device)
+    bias, factors, presence, frequency = amounts
     original = logits[rows, columns]
-    edited = original.cpu().numpy().copy()
-    at = 0
-    for tokens, first, end in editing:
-        size = (end - first) * len(tokens.columns)
-        tokens.edit(edited[at : at + size].reshape(end - first, -1))
-        at += size
-    logits[rows, columns] = torch.from_numpy(edited).to(logits.device)
+    edited = original + bias
+    edited = torch.where(edited < 0, edited * factors, edited / factors)
+    edited -= presence
+    edited -= frequency
+    logits[rows, columns] = edited
     return Edits(rows, columns, original)
 
 
@@ -93,26 +93,24 @@ class _EditedTokens:
         if params.uses_context:
             self._counts, self._seen = self._counts[:, local[: len(ids)]], self._seen[:, local[: len(ids)]]
 
-    def edit(self, logits: Float32Array) -> None:
-        """`logits` [num_rows, num_columns], in place."""
-        bias = dict(self._params.logit_bias)
+    def amounts(self, num_rows: int) -> Float32Array:
+        """[4, num_rows * num_columns] what is done to each logit, in this order: bias, which is added; the factor of
+        the repetition penalty; then what presence and frequency take away.
+
+        The counts say how often the output has each: 0 for a token that only the prompt has.
+        """
+        params = self._params
+        found = np.zeros((4, num_rows, len(self.columns)), dtype=np.float32)
+        found[1] = 1.0
+        bias = dict(params.logit_bias)
         if bias:
-            logits += np.array([bias.get(token, 0.0) for token in self._local_ids.tolist()], dtype=np.float32)
-        if self._params.uses_context:
-            context = logits[:, : self._counts.shape[1]]
-            np.copyto(context, _penalised(context, self._counts, self._params), where=self._seen)
-
-
-def _penalised(logits: Float32Array, counts: Int64Array, params: SamplingParams) -> Float32Array:
-    """After repetition, then presence and frequency penalties.
-
-    `counts` says how often the output has each: 0 for a token that only the prompt has.
-    """
-    factor = np.float32(params.repetition_penalty)
-    result = np.where(logits < 0, logits * factor, logits / factor)
-    result -= np.float32(params.presence_penalty) * (counts > 0)
-    result -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
-    return result
+            found[0] = [bias.get(token, 0.0) for token in self._local_ids.tolist()]
+        if params.uses_context:
+            _, factors, presence, frequency = found[:, :, : self._counts.shape[1]]
+            factors[self._seen] = params.repetition_penalty
+            presence[self._seen & (self._counts > 0)] = params.presence_penalty
+            frequency[:] = np.float32(params.frequency_penalty) * self._counts.astype(np.float32)
+        return found.reshape(4, -1)
 
 
 _MOST_NUCLEI = 128

@@ -24,13 +24,13 @@ from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.shard_logits import DENSE, ShardLogits
 from outrider.kernels.token_rows import REMOVED, UInt64Array, ids_of
 from outrider.workers.link.communicator import Communicator
-from outrider.workers.sampling.candidates import best_if_kept, kept_tokens
+from outrider.workers.sampling.candidates import best_if_kept, foresee, kept_tokens
 from outrider.workers.sampling.context import RowParameters, SampledRows
 from outrider.workers.sampling.law import MAX_LOGIT, Edits, edit_rows
 from outrider.workers.sampling.logprobs import NO_QUESTIONS, LawQuestions, raw_logprobs
 from outrider.workers.sampling.masking import Masked, mask_rows
 from outrider.workers.sampling.request_laws import request_laws
-from outrider.workers.sampling.shards import DeviceShard, Shard
+from outrider.workers.sampling.shards import NOTHING_FORESEEN, DeviceShard, Foreseen, Shard
 from outrider.workers.sequences.vocabulary import Vocabulary
 
 
@@ -134,7 +134,7 @@ class Sampler:
             groups: what the rows are to be sampled for, in their order; the same on every rank.
             questions: what else is to be known of the laws; the same on every rank.
         """
-        batch = self._edit(logits, groups)
+        batch = self._edit(logits, groups, 1)
         best = np.zeros(len(batch.maxima), dtype=np.uint64)  # token 0 where a row is invalid
         valid = np.zeros(len(best), dtype=np.bool_)
         if len(batch.whole):
@@ -201,7 +201,7 @@ class Sampler:
         """
         assert self._communicator.size == 1
         assert num <= self._vocab_size
-        batch = self._edit(logits, groups)
+        batch = self._edit(logits, groups, num)
         ids = np.empty((len(batch.maxima), num), dtype=np.int64)
         ids[:] = self._ids.all[:num]
         log_probs = np.full(ids.shape, -np.inf, dtype=np.float32)
@@ -221,14 +221,15 @@ class Sampler:
         batch.undo()
         return torch.from_numpy(ids), torch.from_numpy(log_probs)
 
-    def _edit(self, logits: torch.Tensor, groups: Sequence[SampledRows]) -> _Edited:
+    def _edit(self, logits: torch.Tensor, groups: Sequence[SampledRows], num: int) -> _Edited:
+        """`num`: tokens that will be asked for of each row."""
         params = RowParameters(groups)
         assert logits.shape == (params.num_rows, len(self._ids))
         if not self._kernels.sample_shard:
             logits = logits.cpu().contiguous()
         masked = mask_rows(logits, groups, self._ids)
         edits = edit_rows(logits, groups, self._ids)
-        shard = self._shard(logits)
+        shard = self._shard(logits, foresee(params, self._vocab_size, num))
         maxima = shard.maxima(np.arange(params.num_rows))
         if self._communicator.size > 1:
             maxima = self._communicator.all_gather(torch.from_numpy(maxima)).numpy().max(axis=0)
@@ -237,9 +238,9 @@ class Sampler:
         whole = (valid & ~params.truncates).nonzero()[0]
         return _Edited(params, logits, masked, edits, shard, maxima, whole, truncated)
 
-    def _shard(self, logits: torch.Tensor) -> Shard:
+    def _shard(self, logits: torch.Tensor, foreseen: Foreseen = NOTHING_FORESEEN) -> Shard:
         if self._kernels.sample_shard:
-            return DeviceShard(logits, self._ids, self._kernels)
+            return DeviceShard(logits, self._ids, self._kernels, foreseen)
         return ShardLogits(logits, self._ids)
 
     def _choose_kept(self, batch: _Edited, best: UInt64Array) -> None:

@@ -1,7 +1,7 @@
 """Faults to plant in the kernels, and the hunt for them: a check that never fails proves nothing.
 
 Each fault is a small edit of the source. Those in device.cuh are invisible to the source executor, which replaces
-that file's instructions: only running the PTX shows them.
+that file's instructions, and so are reads that a CPU makes at any address: only running the PTX shows them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,9 @@ import torch
 
 from outrider.kernels.attention_cases import AttentionCase
 from outrider.kernels.compiler import Sources, compile_sources, load_sources
-from outrider.kernels.kernel_cases import (
-    PreparedCase,
-    prepare_attention,
-    prepare_kv_commit,
-    prepare_sample_shard,
-)
+from outrider.kernels.kernel_cases import prepare_attention, prepare_kv_commit, prepare_sample_shard
+from outrider.kernels.prepared import PreparedCase
+from outrider.kernels.row_cases import prepare_add_rms_norm, prepare_silu_mul
 from support.cuda_on_cpu.executor import SCHEDULES, Schedule, build_unit, translation_unit
 from support.cuda_on_cpu.kernels import only, source_kernels
 from support.cuda_on_cpu.ptx.executor import translated_unit
@@ -80,6 +77,15 @@ SOURCE_BUGS = (
     PlantedBug("commit writes before all is read", "kv_commit", "kv_commit.cu", "  __syncthreads();\n", ""),
     PlantedBug("samples of the warps read too early", "sample_shard", "sample_shard.cu", "  __syncthreads();\n", ""),
     PlantedBug("noise of another token", "sample_shard", "sample_shard.cu", "(u32)token)", "(u32)i)"),
+    PlantedBug("squares of the warps read too early", "add_rms_norm", "add_rms_norm.cu", "  __syncthreads();\n", ""),
+    PlantedBug("squares of what was added", "add_rms_norm", "add_rms_norm.cu",
+               "squares += to_float(pack.at[e]) * to_float(pack.at[e]);",
+               "squares += to_float(pack.at[e]) * to_float(other.at[e]);"),
+    PlantedBug("columns behind the last pack are left out of the norm", "add_rms_norm", "add_rms_norm.cu",
+               "squares += add_at(hidden", "add_at(hidden"),
+    PlantedBug("up read as gate", "silu_mul", "silu_mul.cu", "load_pack(up + i, aligned)",
+               "load_pack(gate + i, aligned)"),
+    PlantedBug("rows one pack too long", "silu_mul", "silu_mul.cu", "i < num_packed", "i <= num_packed"),
 )  # fmt: skip
 
 _BF16_MMA = "f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
@@ -93,6 +99,7 @@ DEVICE_BUGS = (
     _device("cp.async waits for one group too few", '"n"(pending)', '"n"(pending + 1)'),
     _device("bf16 halves swapped", '"f"(high), "f"(low)); return y;\n}\nDEVICE u32 pack2(f16*',
             '"f"(low), "f"(high)); return y;\n}\nDEVICE u32 pack2(f16*'),
+    PlantedBug("unaligned rows read as packs", "silu_mul", "packs.cuh", "  if (aligned) return", "  return"),
     _device("ex2 of the wrong operand", "ex2.approx.ftz.f32 %0, %1", "ex2.approx.ftz.f32 %0, %0"),
 )  # fmt: skip
 
@@ -112,6 +119,10 @@ def cases_for(bug: PlantedBug) -> Iterator[PreparedCase]:
         yield from (prepare_attention(case, CPU) for case in attention_cases())
     elif bug.stem == "kv_commit":
         yield prepare_kv_commit(200, CPU)
+    elif bug.stem in ("add_rms_norm", "silu_mul"):
+        prepare = prepare_add_rms_norm if bug.stem == "add_rms_norm" else prepare_silu_mul
+        yield prepare(2, 77, torch.bfloat16, CPU)
+        yield prepare(2, 520, torch.bfloat16, CPU)
     else:
         yield prepare_sample_shard(1001, 5000, CPU)
 

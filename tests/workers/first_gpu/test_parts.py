@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from outrider.kernels import gather_rows, kv_commit, launch_plans, rope_append, sample_shard, tree_attention
 from outrider.kernels.kernel_cases import kernel_cases
 from outrider.kernels.self_test import ENTRIES
 from outrider.workers.first_gpu import __main__ as command
@@ -26,10 +25,8 @@ from outrider.workers.first_gpu.report import PartReport, Row, read_all, summary
 from outrider.workers.first_gpu.setting import FULL, TINY, Setting
 from outrider.workers.model import cuda_graphs
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.transformer import Hidden, Transformer
+from support.counted_gpu import counted_gpu
 from support.cuda_on_cpu.kernels import source_kernels
-from support.pretend_gpu import PretendTensor, pretend_gpu
-from support.stand_in_cuda import StandInCuda
 
 CPU = torch.device("cpu")
 MEMCHECK = "========= ERROR SUMMARY: {} errors"
@@ -153,50 +150,14 @@ def test_the_timed_rank_is_rank_0_of_a_70b_over_7() -> None:
 @contextmanager
 def gpu_with_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A pretended GPU on which kernels run, graphs replay and nothing takes time."""
-    cuda = StandInCuda()
-    cuda.install(monkeypatch)
-    forward = Transformer.forward
-
-    def recorded(model: Transformer, *arguments: Any) -> Hidden:
-        result = forward(model, *arguments)
-        if cuda.recording is not None:
-
-            def again() -> None:
-                with torch.inference_mode():
-                    result.last.copy_(forward(model, *arguments).last)
-
-            cuda.recording.append(again)
-        return result
-
-    def on_values(body: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            values = [x.inner if isinstance(x, PretendTensor) else x for x in arguments]
-            with torch._C.DisableTorchFunction():
-                results = body(*values)
-            wrap = lambda x: PretendTensor(x) if isinstance(x, torch.Tensor) else x  # noqa: E731
-            return tuple(map(wrap, results)) if isinstance(results, tuple) else wrap(results)
-
-        return call
-
-    monkeypatch.setattr(Transformer, "forward", recorded)
-    monkeypatch.setattr(launch_plans, "_launcher", lambda device: source_kernels())
-    monkeypatch.setattr(tree_attention, "_num_sms", lambda device: 132)
-    for module in (tree_attention, rope_append, kv_commit, gather_rows, sample_shard):
-        name = module.__name__.split(".")[-1]
-        monkeypatch.setattr(module, f"{name}_op", on_values(getattr(module, f"{name}_on_gpu")))
-    stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in (
-        ("Stream", lambda device: stream),
-        ("current_stream", lambda: stream),
-        ("stream", lambda stream: pretend_gpu()),
-        ("synchronize", lambda device: None),
         ("get_device_name", lambda device: "NVIDIA H100 80GB HBM3"),
         ("get_device_capability", lambda device: (9, 0)),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(cuda_graphs, "TARGET_ROWS", (8,))
-    with pretend_gpu() as device:
-        yield device
+    with counted_gpu(monkeypatch) as gpu:
+        yield gpu.device
 
 
 # Heads of 64, which the kernels take.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from outrider.kernels import gather_rows, kv_commit, launch_plans, rope_append, sample_shard, tree_attention
+from outrider.kernels import gather_rows, launch_plans, sample_shard, tree_attention
 from outrider.kernels.noise import noise_key, noise_keys
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.kernels.shard_ids import ShardIds
@@ -20,6 +20,7 @@ from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling.shards import DeviceShard
+from support.counted_gpu import KERNEL_MODULES
 from support.cuda_on_cpu.kernels import source_kernels
 from support.rows import SequenceRows, batch_of, chain
 from support.tensor_source import reference_model, tiny_config
@@ -49,7 +50,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> CountingLauncher:
     monkeypatch.setattr(launch_plans, "_launcher", lambda device: counting)
     monkeypatch.setattr(tree_attention, "_num_sms", lambda device: 132)
     # The bodies that run on a GPU; on CPU tensors the operators would choose the references.
-    for module in (tree_attention, rope_append, kv_commit, gather_rows, sample_shard):
+    for module in KERNEL_MODULES:
         name = module.__name__.split(".")[-1]
         monkeypatch.setattr(module, f"{name}_op", getattr(module, f"{name}_on_gpu"))
     return counting
@@ -71,7 +72,7 @@ def generate(kernels: KernelSelection) -> list[torch.Tensor]:
 
     def logits(*sequences: SequenceRows) -> torch.Tensor:
         hidden = model.forward(batch_of(sequences, PAGE, CPU), cache).last
-        return model.logits_of(hidden, range(len(hidden)))
+        return model.logits_of(hidden, torch.arange(len(hidden)))
 
     tree = [0, 0, 0, 1, 1, 2]
     found = [
@@ -96,7 +97,8 @@ def test_the_model_computes_on_kernels_what_it_computes_on_the_references(launch
         # bf16 activations: the references round after every operation, the kernels once. Seen: 1.3e-2.
         error = (logits - reference).norm() / reference.norm()
         assert error < 3e-2
-    assert {"tree_attention", "rope_append", "kv_commit", "gather_rows"} <= set(launcher.kernels)
+    rows = {"gather_rows", "add_rms_norm", "silu_mul"}
+    assert {"tree_attention", "rope_append", "kv_commit", *rows} <= set(launcher.kernels)
 
 
 def test_a_rank_rehearses_its_graphs_alone(launcher: CountingLauncher) -> None:

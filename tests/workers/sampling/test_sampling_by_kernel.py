@@ -126,7 +126,7 @@ def test_rows_that_only_need_their_token_bring_one_number_each(brought: list[int
     assert max(brought) == len(rows)
 
 
-def test_the_kernel_samples_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_samples_the_rows_that_nothing_truncates(monkeypatch: pytest.MonkeyPatch) -> None:
     sampled: list[int] = []
 
     def recording(logits: torch.Tensor, *arguments: Any, **flags: Any) -> Any:
@@ -138,7 +138,34 @@ def test_the_kernel_samples_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(EVERYTHING)
     whole_sampler(KERNELS).sample(logits_for(rows), rows)
     num_truncated = sum(params.truncates for params in EVERYTHING)
-    assert sampled == [len(EVERYTHING) - num_truncated, num_truncated]
+    # Of the truncated rows only those whose nucleus is wider than what was seen at first.
+    assert sampled[0] == len(EVERYTHING) - num_truncated
+    assert sampled[1:] == [2]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_one_look_is_enough_for_most(size: int, brought: list[int]) -> None:
+    """Of several rows, truncated and not: maxima, best tokens, likeliest tokens, sums; then no row is looked at."""
+    params = [
+        PLAIN[0],
+        PLAIN[1],
+        TRUNCATED[0],
+        SamplingParams(temperature=0.6, top_p=0.8, min_p=0.05, seed=2),
+    ]
+    rows = rows_of(params)
+    logits = logits_for(rows) * 2
+    edges = [VOCAB_SIZE * i // size for i in range(size + 1)]
+    expected = whole_sampler(REFERENCES).sample(logits, rows)
+    brought.clear()
+
+    def work(communicator: ThreadCommunicator) -> None:
+        shard = VocabularyRange(edges[communicator.rank], edges[communicator.rank + 1])
+        sampler = Sampler(VOCAB_SIZE, shard, communicator, KERNELS)
+        samples = sampler.sample(logits[:, shard.first : shard.end].contiguous(), rows)
+        assert torch.equal(samples.tokens, expected.tokens)
+
+    run_ranks(size, work)
+    assert len(brought) == 6 * size  # and the logits of the best tokens: each once
 
 
 def test_tokens_run_out() -> None:

@@ -1,0 +1,133 @@
+"""Rounds of a target and steps of a drafter on the GPU that counts (`counted_gpu.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from outrider.kernels.selection import ENTRIES, KernelSelection
+from outrider.workers.drafting.acceptance import AcceptanceEstimator
+from outrider.workers.drafting.engine import DraftEngine
+from outrider.workers.drafting.model import ModelMethod
+from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.link.communicator import SoloCommunicator
+from outrider.workers.link.messages import Draft, SequenceStep, Steps
+from outrider.workers.link.starts import SequenceStart
+from outrider.workers.model import cuda_graphs
+from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.loader import load_weights
+from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.transformer import Transformer
+from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.pages import PagePool
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
+from outrider.workers.sequences.vocabulary import VocabularyRange
+from outrider.workers.target import TargetRank
+from outrider.workers.trace import Tracer
+from outrider.workers.weights.random_source import RandomSource
+from support.counted_gpu import CountedGpu, Counts, counted_gpu
+
+KERNELS = KernelSelection.of(ENTRIES)
+MODEL = (
+    "random:llama?hidden_size=64&intermediate_size=64&num_heads=1&num_kv_heads=1&head_dim=64&vocab_size=1000"
+)
+NUM_SEQUENCES = 2
+GREEDY = SamplingParams(temperature=0.0)
+SAMPLINGS = {
+    "greedy": GREEDY,
+    "temperature": SamplingParams(temperature=0.8, seed=1),
+    "top-k, top-p, min-p": SamplingParams(temperature=0.8, top_k=40, top_p=0.9, min_p=0.01, seed=1),
+    "top-p alone": SamplingParams(temperature=0.8, top_p=0.9, seed=1),
+    "penalties": SamplingParams(temperature=0.8, top_p=0.9, frequency_penalty=0.3, seed=1),
+    "log-probabilities": replace(GREEDY, logprobs=True, top_logprobs=5),
+}
+
+
+def model_and_cache(gpu: CountedGpu, num_layers: int) -> tuple[Transformer, PagedCache]:
+    source = RandomSource(f"{MODEL}&num_layers={num_layers}")
+    plan = ShardPlan(source.config, 0, 1)
+    weights = load_weights(plan, source, torch.bfloat16, gpu.device, packed=False)
+    model = Transformer(weights, SoloCommunicator(), KERNELS)
+    cache = PagedCache(source.config, plan, 24, 4, torch.bfloat16, gpu.device, KERNELS.kv_commit)
+    return model, cache
+
+
+def target_round(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> Counts:
+    """A round of two sequences with trees of three nodes, behind accepted paths that have to move."""
+    model, cache = model_and_cache(gpu, num_layers)
+    rank = TargetRank(model, cache, NUM_SEQUENCES, Tracer("target", False))
+    starts = tuple(SequenceStart(slot, 3, 0, sampling) for slot in range(NUM_SEQUENCES))
+    pages = [tuple(range(12 * slot, 12 * slot + 12)) for slot in range(NUM_SEQUENCES)]
+    prompts = [
+        SequenceStep(s, (), pages[s], (5, 6, 7, 8, 9), (0, 0, 1, 2, 2), 2) for s in range(NUM_SEQUENCES)
+    ]
+    later = [SequenceStep(s, (0, 1, 2, 4), (), (3, 4, 5), (0, 0, 0), 0) for s in range(NUM_SEQUENCES)]
+    rank.step(Draft(1, starts, (), Steps.of(prompts)))
+    with gpu.counted() as counts:
+        rank.step(Draft(2, (), (), Steps.of(later)))
+    return counts
+
+
+def drafter_step(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> Counts:
+    """The second level of two sequences' trees."""
+    model, cache = model_and_cache(gpu, num_layers)
+    slots = DraftedSlots(NUM_SEQUENCES, 8, 4)
+    drafting = DraftEngine(slots)
+    drafter = ModelMethod(
+        slots=slots,
+        estimator=AcceptanceEstimator(),
+        model=model,
+        cache=cache,
+        pool=PagePool(24, 4, True),
+        sampler=Sampler(1000, VocabularyRange(0, 1000), SoloCommunicator(), KERNELS),
+        num_target_tokens=1000,
+        max_children=2,
+        rows_per_sequence=2,
+        max_rows=4,
+        prefill_chunk=8,
+        tracer=Tracer("draft", False),
+    )
+    drafting.add(drafter)
+    for slot in range(NUM_SEQUENCES):
+        prompt = [3, 5, 7 + slot]
+        request = Request(str(slot), tuple(prompt), sampling, DraftOptions(("model",), 8, 4))
+        drafting.start(Sequence(request, prompt, slot=slot))
+    both = np.arange(NUM_SEQUENCES)
+    assert drafter.expand(both)
+    with gpu.counted() as counts:
+        assert drafter.expand(both)
+    return counts
+
+
+WORKS: dict[str, Callable[[CountedGpu, int, SamplingParams], Counts]] = {
+    "target, a round": target_round,
+    "drafter, a step": drafter_step,
+}
+
+
+class RoundCounts(NamedTuple):
+    """What was counted with a model of one layer."""
+
+    by_work: dict[tuple[str, str], Counts]  # by kind of work and sampling
+    per_layer: int  # launches that another layer adds to a replay
+
+
+def counts_of_rounds() -> RoundCounts:
+    """Of all kinds of work and samplings."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(cuda_graphs, "TARGET_ROWS", (8,))
+        monkeypatch.setattr(cuda_graphs, "DRAFT_ROWS", (8,))
+        with counted_gpu(monkeypatch) as gpu:
+            found = {
+                (work, name): count(gpu, 1, sampling)
+                for work, count in WORKS.items()
+                for name, sampling in SAMPLINGS.items()
+            }
+            deeper = target_round(gpu, 2, GREEDY)
+    return RoundCounts(found, deeper.replayed - found["target, a round", "greedy"].replayed)
