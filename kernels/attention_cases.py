@@ -259,9 +259,7 @@ ATTENTION_CASES = (
     *narrowed(
         [
             AttentionCase("head size 128, rows of 64", (70, 5), (9, 4), head_dim=128, num_splits=2),
-            AttentionCase(
-                "f16, rows of 128", (30,), (70,), num_heads=1, num_kv_heads=1, dtype=torch.float16
-            ),
+            AttentionCase("f16, rows of 128", (30,), (70,), num_heads=1, num_kv_heads=1, dtype=torch.float16),
         ]
     ),
 )

@@ -157,7 +157,13 @@ def prepare_rope_append_fp8(dtype: torch.dtype, device: torch.device) -> Prepare
     random = torch.Generator().manual_seed(5)
     N, HQ, HK, D, PAGE = 64, 8, 8, 128, 16
     q, k = (torch.randn(N, HQ, D, generator=random).to(dtype) for _ in range(2))
-    v = torch.arange(1 << 16).to(torch.uint16).view(dtype).nan_to_num(0.0, torch.inf, -torch.inf).view(N, HK, D)
+    v = (
+        torch.arange(1 << 16)
+        .to(torch.uint16)
+        .view(dtype)
+        .nan_to_num(0.0, torch.inf, -torch.inf)
+        .view(N, HK, D)
+    )
     angles = torch.rand(N, D // 2, generator=random) * 100
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     kv_rows = torch.randperm(N, generator=random)

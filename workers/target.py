@@ -180,7 +180,7 @@ class TargetWorker:
         plan = ShardPlan(source.config, self.rank, target.tp_size)
         counted = counting(progress, source.total_bytes(dtype) // target.tp_size)
         kernels = kernels_for(self.config, source.config, device, dtype)
-        self._kernels = kernels_with_cache(self.config, kernels, cache_dtype(self.config, source.config))
+        self._kernels = kernels_with_cache(kernels, cache_dtype(self.config, source.config))
         self._cache_scales = read_cache_scales(source)
         self._weights = load_weights(plan, source, dtype, device, target.packed_weights, counted)
 

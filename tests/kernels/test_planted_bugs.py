@@ -11,6 +11,8 @@ ALWAYS = {
     "squares of the warps read too early",
     "mma: b registers swapped",
     "cp.async waits for one group too few",
+    "FP8 written to the other half",
+    "FP8 subnormals in another unit",
 }
 
 

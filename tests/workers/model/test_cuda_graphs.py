@@ -93,7 +93,9 @@ def test_rope_writes_nothing_for_padding() -> None:
     )
     angles = torch.ones(3, 32).bfloat16()
     pages = torch.zeros(2, 2, 1, 64).bfloat16()
-    plan = plan_rope_append(q, k, v, angles, angles, slots, pages, pages.clone(), 1.0, 1.0, torch.empty_like(q))
+    plan = plan_rope_append(
+        q, k, v, angles, angles, slots, pages, pages.clone(), 1.0, 1.0, torch.empty_like(q)
+    )
     source_kernels().launch([plan])
     assert pages.view(4, 64).abs().sum(dim=1).nonzero().tolist() == [[2]]
 

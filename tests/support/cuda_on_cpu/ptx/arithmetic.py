@@ -58,11 +58,14 @@ def _product(e: Emitter, op: Opcode, a: Operands) -> str:
 
 
 def _of_pairs(kind: str, value: str, pairs: list[str]) -> str:
-    """Of two 16-bit numbers in a register; a float holds what comes of them exactly enough to be rounded once more."""
+    """Of two 16-bit numbers in a register; a float holds enough of the result to round it once more."""
     element = kind.removesuffix("x2")
     halves = []
     for position in (16, 0):
-        held = "; ".join(f"const float {x} = from_{element}((u16)({pair} >> {position}))" for x, pair in zip("xyz", pairs, strict=False))
+        held = "; ".join(
+            f"const float {x} = from_{element}((u16)({pair} >> {position}))"
+            for x, pair in zip("xyz", pairs, strict=False)
+        )
         halves.append(f"[&] {{ {held}; return (uint32_t)to_{element}({value}); }}() << {position}")
     return " | ".join(halves)
 
