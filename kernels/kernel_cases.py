@@ -155,8 +155,8 @@ def prepare_rope_append(dtype: torch.dtype, device: torch.device) -> PreparedCas
 def prepare_rope_append_fp8(dtype: torch.dtype, device: torch.device) -> PreparedCase:
     """A cache in FP8: the values are all that the type has but NaN, and some keys are cut off, too."""
     random = torch.Generator().manual_seed(5)
-    N, HQ, HK, D, PAGE = 64, 8, 8, 128, 16
-    q, k = (torch.randn(N, HQ, D, generator=random).to(dtype) for _ in range(2))
+    N, HQ, HK, D, PAGE = 16, 8, 32, 128, 8
+    q, k = (torch.randn(N, heads, D, generator=random).to(dtype) for heads in (HQ, HK))
     v = (
         torch.arange(1 << 16)
         .to(torch.uint16)
