@@ -174,8 +174,8 @@ def prepare_rope_append_fp8(dtype: torch.dtype, device: torch.device) -> Prepare
     guards = Guards(device)
     q_rotated = guards.empty((N, HQ, D), dtype)
     k_pages, v_pages = (guards.empty((N // PAGE, PAGE, HK, D), FP8) for _ in range(2))
-    moved = [x.to(device) for x in (q, k, v, cos, sin, kv_rows)]
-    plan = plan_rope_append(*moved, k_pages, v_pages, key_scale, value_scale, q_rotated)
+    q, k, v, cos, sin, kv_rows = (x.to(device) for x in (q, k, v, cos, sin, kv_rows))
+    plan = plan_rope_append(q, k, v, cos, sin, kv_rows, k_pages, v_pages, key_scale, value_scale, q_rotated)
     checks = (
         # A key between two numbers may become either: an eighth of one among 128.
         Check("k_pages", k_pages.view(N * HK, D), expected[0].double().view(N * HK, D), 2e-2),

@@ -125,7 +125,8 @@ rope_append_op = operator_of(rope_append, mutates=("k_pages", "v_pages"))
 def rope_append_on_gpu(q: Tensor, *rest: Any) -> Tensor:
     q_rotated = _empty(q)
     if q.shape[0] > 0:
-        launch(q.device, [plan_rope_append(q, *rest, q_rotated)])
+        arguments = (q, *rest, q_rotated)
+        launch(q.device, [plan_rope_append(*arguments)])
     return q_rotated
 
 
