@@ -4,27 +4,29 @@
 A worker's module, and torch with it, is imported in the worker's process only.
 """
 
-import os
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from outrider.cluster.actor_process import (
+    CONCURRENCY_GROUPS,
+    ProgressBoard,
+    in_place,
+    own_gpus,
+    whereabouts,
+)
 from outrider.cluster.api import Progress
-from outrider.cluster.placement import DRAFT_BUNDLE, given_gpus, target_bundles
+from outrider.cluster.draft_ranks import DraftRanks
+from outrider.cluster.placement import Place, places_in
 from outrider.configs.schema import Config
 
 if TYPE_CHECKING:
     from outrider.workers.rounds.budget import Profiles
     from outrider.workers.sequences.sequence import Request, TokenEvent
-
-# Ray's `max_restarts` is 0 by default: a rank that it restarted on its own would have no group. See `crew.py`.
-_CONCURRENCY_GROUPS = {"loop": 1, "control": 4, "stand-in": 6}
 
 
 @dataclass(frozen=True)
@@ -65,23 +67,6 @@ class _Loop:
             raise self._error
 
 
-class ProgressBoard:
-    """What a worker last said about each stage of its start; written and read by different threads."""
-
-    def __init__(self, worker: str) -> None:
-        self._worker = worker
-        self._lock = threading.Lock()
-        self._stages: dict[str, Progress] = {}
-
-    def report(self, stage: str, done: int, total: int) -> None:
-        with self._lock:
-            self._stages[stage] = Progress(self._worker, stage, done, total)
-
-    def read(self) -> list[Progress]:
-        with self._lock:
-            return list(self._stages.values())
-
-
 class TargetActor:
     """One rank of the target; in rank 0's process, where needed, also a stand-in for the DraftWorker."""
 
@@ -89,7 +74,7 @@ class TargetActor:
         from outrider.workers.target import TargetWorker
 
         self._config = config
-        self._worker = TargetWorker(config, rank, _given_gpus())
+        self._worker = TargetWorker(config, rank, own_gpus())
         self._loop = _Loop(self._worker)
         self._board = ProgressBoard(f"target {rank}")
 
@@ -141,7 +126,7 @@ class TargetActor:
 
     @ray.method(concurrency_group="control")
     def stats(self) -> dict[str, Any]:
-        return {**self._worker.stats(), **_whereabouts()}
+        return {**self._worker.stats(), **whereabouts()}
 
     @ray.method(concurrency_group="control")
     def trace_events(self) -> list[dict[str, Any]]:
@@ -149,17 +134,22 @@ class TargetActor:
 
 
 class DraftActor:
-    """The DraftWorker: requests go in here and tokens come out."""
+    """The DraftWorker: requests go in here and tokens come out. The drafter's further ranks belong to its process."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, others: Sequence[Place]) -> None:
+        """others: where the further ranks go."""
+        self._ranks = DraftRanks(config, others)  # first: they import torch at the same time
+
         from outrider.workers.draft import DraftWorker
 
-        self._worker = DraftWorker(config, _given_gpus())
+        self._worker = DraftWorker(config, own_gpus(), self._ranks)
         self._loop = _Loop(self._worker)
         self._board = ProgressBoard("draft")
 
     def load(self) -> None:
+        self._ranks.load(self._worker.lose_rank)
         self._worker.load(self._board.report)
+        self._ranks.are_up()
 
     def connect(self, host: str, port: int, epoch: int) -> None:
         self._loop.join(lambda: self._worker.connect(host, port, epoch), Standing(epoch, host, port))
@@ -208,15 +198,20 @@ class DraftActor:
 
     @ray.method(concurrency_group="control")
     def progress(self) -> list[Progress]:
-        return self._board.read()
+        return [*self._board.read(), *self._ranks.progress()]
 
     @ray.method(concurrency_group="control")
     def stats(self) -> dict[str, Any]:
-        return {**self._worker.stats(), **_whereabouts()}
+        return {**self._worker.stats(), **whereabouts()}
 
     @ray.method(concurrency_group="control")
     def trace_events(self) -> list[dict[str, Any]]:
         return self._worker.trace_events()
+
+    @ray.method(concurrency_group="control")
+    def of_ranks(self, method: str) -> dict[str, Any]:
+        """What the further ranks answer to `stats` or `trace_events`, by name."""
+        return self._ranks.answers(method)
 
 
 class StandInActor(DraftActor):
@@ -225,6 +220,7 @@ class StandInActor(DraftActor):
     def __init__(self, config: Config) -> None:
         from outrider.workers.stand_in import StandIn
 
+        self._ranks = DraftRanks(config, ())
         self._worker = StandIn(config)
         self._loop = _Loop(self._worker)
         self._board = ProgressBoard("draft")
@@ -245,43 +241,13 @@ class ActorSpawner:
     def spawn(self, name: str) -> Any:
         """A new process for a worker, one of `worker_names`; does not wait for it."""
         remote: Any = ray.remote  # its types do not know concurrency_groups
-        config, cluster = self.config, self.config.cluster
+        config = self.config
+        drafts, targets = places_in(self.group, config)
         if name == "draft":
-            drafter = remote(concurrency_groups=_CONCURRENCY_GROUPS)(DraftActor)
-            return drafter.options(
-                num_cpus=cluster.num_cpus_per_draft,
-                num_gpus=cluster.num_gpus_per_draft,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, DRAFT_BUNDLE),
-                runtime_env={"env_vars": _thread_variables(config.draft.num_threads)},
-            ).remote(config)
+            drafter = remote(concurrency_groups=CONCURRENCY_GROUPS)(DraftActor)
+            options = in_place(self.group, drafts[0], config.draft.num_threads)
+            return drafter.options(**options).remote(config, drafts[1:])
         rank = worker_names(config).index(name) - 1
-        bundle = target_bundles(self.group, config.target.tp_size)[rank]
-        target = remote(concurrency_groups=_CONCURRENCY_GROUPS)(TargetActor)
-        return target.options(
-            num_cpus=cluster.num_cpus_per_target,
-            num_gpus=cluster.num_gpus_per_target,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, bundle),
-            runtime_env={"env_vars": _thread_variables(config.target.num_threads)},
-        ).remote(config, rank)
-
-
-def _given_gpus() -> tuple[int, ...]:
-    return given_gpus(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def _whereabouts() -> dict[str, Any]:
-    return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
-
-
-def _thread_variables(num_threads: int) -> dict[str, str]:
-    """OpenMP reads these when torch is imported, which is before a worker could call torch.set_num_threads.
-
-    Threads that wait spin for about a millisecond, then sleep: within a forward the next matrix comes sooner
-    (sleeping at once made a 0.5B forward of 37 ms take 49 ms), between forwards the core may be another's.
-    """
-    return {
-        "OMP_NUM_THREADS": str(num_threads),
-        "MKL_NUM_THREADS": str(num_threads),
-        "GOMP_SPINCOUNT": "30000",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+        target = remote(concurrency_groups=CONCURRENCY_GROUPS)(TargetActor)
+        options = in_place(self.group, targets[rank], config.target.num_threads)
+        return target.options(**options).remote(config, rank)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayActorError, RayError
 
-from outrider.cluster.actors import ProgressBoard
+from outrider.cluster.actor_process import ProgressBoard
 from outrider.cluster.admission import Admission, prepare_admission
 from outrider.cluster.api import Delivery, EngineError, Progress, Prompt, ServedModel, Ticket
 from outrider.cluster.crew import Crew
@@ -148,13 +148,15 @@ class Coordinator:
         stats = {}
         if not self._restarting:
             stats = await answers_of(self._standing.workers, "stats", "stats")
+            stats |= await self._of_draft_ranks("stats")
         return {**stats, "coordinator": own}
 
     async def trace(self) -> dict[str, list[dict[str, Any]]]:
         """Chrome trace events of every worker, by name; empty lists unless `rounds.trace` is set."""
         workers = self._standing.workers
         calls = (result_of(name, "trace", worker.trace_events.remote()) for name, worker in workers.items())
-        return dict(zip(workers, await asyncio.gather(*calls), strict=True))
+        traces = dict(zip(workers, await asyncio.gather(*calls), strict=True))
+        return traces | await self._of_draft_ranks("trace_events")
 
     async def stop(self) -> None:
         """Ends the workers' loops in order. Open requests end with an error."""
@@ -169,6 +171,14 @@ class Coordinator:
     def _standing(self) -> Crew:
         assert self._crew is not None, "`start` comes first"
         return self._crew
+
+    async def _of_draft_ranks(self, method: str) -> dict[str, Any]:
+        """What the drafter's further ranks answer, by name: nobody but the DraftWorker knows them."""
+        if self._config.draft.tp_size == 1:
+            return {}
+        answers = self._standing.drafting.of_ranks.remote(method)
+        said: dict[str, Any] = await result_of("draft", method, answers)
+        return said
 
     async def _bring_up(self, crew: Crew) -> None:
         # Models are fetched once, here, before every rank of this node asks for the same files.

@@ -8,7 +8,7 @@ from outrider.configs.checks import require, require_at_least
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Where the processes run. One placement group holds them all: a bundle per worker."""
+    """Where the processes run. One placement group holds them all: a bundle per process, or for two on one GPU."""
 
     ray_address: str = "local"
     """`local` starts Ray in this machine for this run; `auto` joins the one that runs here; or host:port,
@@ -24,10 +24,12 @@ class ClusterConfig:
     """GPUs that Ray reserves for each target rank."""
 
     num_cpus_per_draft: float = 0.5
-    """CPUs that Ray reserves for the DraftWorker."""
+    """CPUs that Ray reserves for each rank of the drafter; the DraftWorker is the first."""
 
     num_gpus_per_draft: float = 0.0
-    """GPUs that Ray reserves for the DraftWorker."""
+    """GPUs that Ray reserves for each rank of the drafter. With `draft.placement: shared` it is the part of a target
+    rank's `num_gpus_per_target` that is booked to the drafter, less than all of it: bookkeeping, which limits neither
+    process's memory or time."""
 
     num_cpus_for_coordinator: float = 0.1
     """CPUs that Ray reserves for the Coordinator."""

@@ -25,6 +25,9 @@ class DeployConfig:
     gpus_per_node: int = 0
     """GPUs of each."""
 
+    gpu_memory_bytes: int = 80 * 10**9
+    """Memory of each GPU, in bytes, as torch counts it, for `outrider plan`. An H100 with 80 GB has 79 GiB."""
+
     cpus_per_node: int = 4
     """CPUs of each."""
 
@@ -79,6 +82,7 @@ class DeployConfig:
         label = "at most 40 of a-z, 0-9 and -, beginning with a letter"
         require(bool(_LABEL.fullmatch(self.name)), "deploy.name", self.name, label)
         require_at_least(self, "deploy", 1, "num_nodes", "cpus_per_node", "shared_memory_bytes", "head_cpus")
+        require_at_least(self, "deploy", 1, "gpu_memory_bytes")
         require_at_least(self, "deploy", 0, "gpus_per_node")
         require_at_least(self, "deploy", self.shared_memory_bytes + 1, "memory_per_node_bytes")
         require_at_least(self, "deploy", 2 * 2**30, "head_memory_bytes")

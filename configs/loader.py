@@ -18,6 +18,7 @@ T = TypeVar("T", Config, TrainingConfig)
 PRESETS_DIR = Path(__file__).parent
 HEADS_DIR = PRESETS_DIR / "heads"
 JUDGES_DIR = PRESETS_DIR / "judges"
+MODELS_DIR = PRESETS_DIR / "known_models"
 RECIPES_DIR = PRESETS_DIR / "recipes"
 VOCABULARIES_DIR = PRESETS_DIR / "vocabularies"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB)")

@@ -14,11 +14,14 @@ from outrider.configs.checks import require as _require
 from outrider.configs.checks import require_at_least as _require_at_least
 from outrider.configs.cluster import ClusterConfig
 from outrider.configs.deploy import DeployConfig
+from outrider.configs.processors import check_processors
 from outrider.configs.replicas import ReplicasConfig
 from outrider.configs.server import ServerConfig
 
 DType = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+AllReduce = Literal["auto", "nccl", "gloo", "shm"]
+Weights = Literal["auto", "quantized", "int8", "int4"]
 DraftMethod = Literal["ngram", "model", "medusa", "eagle3", "mtp", "parallel"]
 
 
@@ -36,6 +39,11 @@ class TargetConfig:
     dtype: DType = "bfloat16"
     """Number format of weights, activations and KV cache."""
 
+    weights: Weights = "auto"
+    """How matrices are kept. `auto`: in `dtype`, or as `quantization_config` says; `quantized`: those of a GGUF file
+    stay quantised, too (4 bits as they are, others as 8 bits with one scale for a row); `int8`, `int4`: rounded to 8
+    bits, or to 4 with the head in 8, when they are read. docs/quantised-weights.md says what that costs."""
+
     device: Device = "auto"
     """Where the ranks compute; `auto` is `cuda` where Ray gave the rank a GPU, else `cpu`."""
 
@@ -45,7 +53,7 @@ class TargetConfig:
     num_threads: int = 1
     """CPU threads of each rank."""
 
-    all_reduce: Literal["auto", "nccl", "gloo", "shm"] = "auto"
+    all_reduce: AllReduce = "auto"
     """How ranks sum their partial results; `shm` is shared memory of one host. `auto` is `nccl` on GPUs,
     `shm` where all ranks share a host, else `gloo`."""
 
@@ -136,7 +144,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """What proposes tokens: one DraftWorker, its methods and its model."""
+    """What proposes tokens: one DraftWorker, its methods and its model, which may have further ranks."""
 
     methods: tuple[DraftMethod, ...] = ("ngram",)
     """Draft methods whose proposals are merged into one tree; empty: plain decoding."""
@@ -151,21 +159,34 @@ class DraftConfig:
     dtype: DType = "bfloat16"
     """Number format of the drafter's weights, activations and KV cache."""
 
+    weights: Weights = "auto"
+    """As `target.weights`, for `draft.model`. The text is the same with any of them: a drafter only drafts."""
+
     device: Device = "auto"
     """Where the drafter computes; `auto` is `cuda` where Ray gave the DraftWorker a GPU, else `cpu`."""
 
     placement: Literal["separate", "shared"] = "separate"
-    """Whether the drafter has a processor of its own, or shares the target's: then drafting while the target
-    works is not free: it counts as time when trees are sized and lanes are chosen, and none is drafted ahead."""
+    """Whether the drafter has processors of its own, or shares the target's: then drafting while the target
+    works is not free: it counts as time when trees are sized and lanes are chosen, and none is drafted ahead.
+    On GPUs (`cluster.num_gpus_per_draft`) `shared` puts each rank of the drafter on the GPU of a rank of the
+    target, the first on that of rank 0: no further GPU is reserved."""
+
+    tp_size: int = 1
+    """Number of tensor-parallel ranks of `draft.model`. They need not divide its heads. Trained heads, lookup and a
+    `draft.head` are on the first."""
+
+    all_reduce: AllReduce = "auto"
+    """As `target.all_reduce`, among the ranks of the drafter."""
 
     num_threads: int = 1
-    """CPU threads of the DraftWorker."""
+    """CPU threads of each rank."""
 
     packed_weights: bool = True
     """As `target.packed_weights`."""
 
     kv_cache_bytes: int = 128 * 2**20
-    """KV cache of a drafter, `model`, `eagle3`, `mtp` or `parallel`, in bytes. YAML may say `128MiB`."""
+    """KV cache of a drafter, `model` (of each rank), `eagle3`, `mtp` or `parallel`, in bytes. YAML may say
+    `128MiB`."""
 
     ngram: NgramConfig = field(default_factory=NgramConfig)
     """Options of method `ngram`."""
@@ -183,7 +204,9 @@ class DraftConfig:
     """Options of method `parallel`."""
 
     def __post_init__(self) -> None:
-        _require_at_least(self, "draft", 1, "num_threads", "kv_cache_bytes")
+        _require_at_least(self, "draft", 1, "tp_size", "num_threads", "kv_cache_bytes")
+        allowed = "1, because draft.methods has no `model`"
+        _require(self.tp_size == 1 or "model" in self.methods, "draft.tp_size", self.tp_size, allowed)
         distinct = len(set(self.methods)) == len(self.methods)
         _require(distinct, "draft.methods", self.methods, "without repetition")
         for method, key, model in (
@@ -339,25 +362,4 @@ class Config:
     """The machines of `outrider deploy`."""
 
     def __post_init__(self) -> None:
-        target, cluster = self.target, self.cluster
-        for role, device in (("target", target.device), ("draft", self.draft.device)):
-            given = getattr(cluster, f"num_gpus_per_{role}")
-            allowed = f"more than 0, because {role}.device is cuda"
-            _require(device != "cuda" or given > 0, f"cluster.num_gpus_per_{role}", given, allowed)
-        if target.tp_size > 1 and target.device != "cpu" and cluster.num_gpus_per_target > 0:
-            allowed = "auto, nccl or gloo, because ranks compute on GPUs"
-            _require(target.all_reduce != "shm", "target.all_reduce", target.all_reduce, allowed)
-            _require(
-                target.all_reduce == "gloo" or cluster.num_gpus_per_target >= 1,
-                "cluster.num_gpus_per_target",
-                cluster.num_gpus_per_target,
-                "at least 1, because nccl wants a GPU for each rank (target.all_reduce gloo does not)",
-            )
-        if self.replicas.max_replicas > 1:
-            # Ray fills a GPU with fractions of whoever comes.
-            for name in ("num_gpus_per_target", "num_gpus_per_draft"):
-                given = getattr(cluster, name)
-                allowed = (
-                    "a whole number, because replicas.max_replicas is more than 1 and replicas share no GPU"
-                )
-                _require(given == int(given), f"cluster.{name}", given, allowed)
+        check_processors(self.target, self.draft, self.cluster, self.replicas)

@@ -69,7 +69,8 @@ FLOORS = (
     {"setup", "target_state"},
     {"drafting", "training"},
     {"rounds", "target"},
-    {"draft", "doctor", "baselines"},
+    {"draft_rank", "doctor", "baselines", "planning"},
+    {"draft"},
     {"first_gpu", "host_time", "stand_in"},
 )
 

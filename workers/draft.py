@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from outrider.configs.schema import Config
+from outrider.workers.draft_rank import NoOtherRanks, OtherRanks
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.method import MethodContext
 from outrider.workers.drafting.registry import METHODS
@@ -20,8 +22,11 @@ from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.judging.head import check_methods, check_models, judge_field, read_judge
 from outrider.workers.judging.identity import identify
 from outrider.workers.judging.rule import Judge, judge_rules
-from outrider.workers.link.distributed import Link, connect_store
+from outrider.workers.last_resort import ABORT_GRACE_S, Interruptible
+from outrider.workers.link.communicator import Communicator, SoloCommunicator
+from outrider.workers.link.distributed import Link, connect_store, join_group, open_store
 from outrider.workers.link.link import DraftSender
+from outrider.workers.link.lost import PeerLostError, RankLostError
 from outrider.workers.link.messages import Draft, SequenceStep, Steps
 from outrider.workers.link.starts import SequenceStart
 from outrider.workers.memory import peak_memory_bytes
@@ -41,6 +46,7 @@ from outrider.workers.setup import (
     read_model_config,
     target_grammars,
     torch_device,
+    transport_for,
     use_device,
 )
 from outrider.workers.trace import Tracer
@@ -56,18 +62,30 @@ _HEARTBEAT_S = 2.0  # at most: so long after it a lost target is noticed by an i
 class DraftWorker:
     """One process: `load`, `connect`, `profile`, then `run` until `stop`; requests come from other threads."""
 
-    def __init__(self, config: Config, gpus: Sequence[int] = ()) -> None:
-        """`gpus`: CUDA ordinals of the GPUs that this process was given."""
+    def __init__(self, config: Config, gpus: Sequence[int] = (), others: OtherRanks | None = None) -> None:
+        """
+        Args:
+            gpus: CUDA ordinals of the GPUs that this process was given.
+            others: the `draft.tp_size - 1` further ranks of the draft model.
+        """
         self.config = config
         self._gpus = tuple(gpus)
         self._tracer = Tracer("draft", config.rounds.trace)
         self._epoch = -1  # not connected
+        self._others = others or NoOtherRanks()
+        self._ranks: Communicator = SoloCommunicator()
+        self._interruptible = Interruptible()
+        self._wake: list[Callable[[], None]] = []  # what ends a wait for another process
+        self._lost_rank = ""  # why the drafter's ranks cannot go on
 
     def load(self, progress: Callable[[str, int, int], None]) -> None:
-        """Read the draft model, where there is one. `progress(what, done_bytes, total_bytes)`.
+        """Read the draft model, where there is one, and meet its other ranks.
+
+        `progress(what, done_bytes, total_bytes)`.
 
         Raises:
             ValueError: a checkpoint is missing or does not fit the configuration.
+            RankLostError: another rank is gone.
         """
         torch.set_num_threads(self.config.draft.num_threads)
         self._device = torch_device("draft", self.config.draft.device, self._gpus)
@@ -91,6 +109,7 @@ class DraftWorker:
         store = connect_store(host, port, timeout_s)
         link = Link(store, epoch, False, self._device, timeout_s)
         self._link, self._abort_link = DraftSender(link), link.abort
+        self._wake = [self._ranks.abort, link.abort]
         rounds, window = self.config.rounds, self._target.widest_window
         limits = SchedulerLimits(rounds.max_sequences, rounds.max_round_tokens, rounds.prefill_chunk, window)
         pool = PagePool(self._num_pages, self.config.target.page_size, rounds.prefix_sharing)
@@ -102,7 +121,12 @@ class DraftWorker:
         Each count is timed with a chain of rows and no context, all of them sampled or proposing: the median of a
         few runs.
         """
-        use_device(self._device)
+        with self._working():
+            measured = self._measured(progress)
+        self.take_over(measured)
+        return measured
+
+    def _measured(self, progress: Progress) -> Profiles:
         counts = self.config.rounds.profile_node_counts
         target_times: list[float] = []
         step_times: dict[str, list[float]] = {}
@@ -116,9 +140,7 @@ class DraftWorker:
                     step_times.setdefault(method.name, []).append(median(known))
         progress("profile", len(counts), len(counts))
         steps = {name: PassProfile(tuple(counts), tuple(times)) for name, times in step_times.items()}
-        measured = Profiles(PassProfile(tuple(counts), tuple(target_times)), steps)
-        self.take_over(measured)
-        return measured
+        return Profiles(PassProfile(tuple(counts), tuple(target_times)), steps)
 
     def take_over(self, measured: Profiles) -> None:
         """In place of `profile`, where an earlier DraftWorker has measured."""
@@ -135,7 +157,6 @@ class DraftWorker:
 
     def calibrate(self, request: Request, progress: Callable[[str, int, int], None]) -> list[str]:
         """Let draft heads draft a short text each, before `run`; returns what users should be told about them."""
-        use_device(self._device)
         trained = [method.name for method in self._drafting.methods if method.is_trained]
         draft = self.config.draft
         checkpoints = {
@@ -149,17 +170,20 @@ class DraftWorker:
             tokens = request.sampling.max_tokens
             heard = partial(self._report_calibration, progress, index * tokens, len(trained) * tokens)
             cost = CostModel(self._loop.cost.target)
-            stats = draft_alone(request, name, self._link, self._scheduler, self._drafting, cost, heard)
+            with self._working():
+                stats = draft_alone(request, name, self._link, self._scheduler, self._drafting, cost, heard)
             found.append(warning_of(name, checkpoints[name], stats))
         return [warning for warning in found if warning]
 
     def run(self) -> None:
-        """The token loop, until `stop` or until the target is gone (PeerLostError)."""
-        use_device(self._device)
+        """The token loop, until `stop`, until the target is gone (PeerLostError) or another rank of the drafter
+        (RankLostError)."""
         try:
-            self._loop.run()
+            with self._working():
+                self._loop.run()
         finally:
             self._link.close()
+        self._drafting.close()
 
     def stop(self) -> None:
         """End `run` after the rounds under way."""
@@ -168,6 +192,15 @@ class DraftWorker:
     def abort(self) -> None:
         """Another process of the deployment is lost: end `run`, which may wait for it, with PeerLostError."""
         self._abort_link()
+
+    def lose_rank(self, reason: str, grace_s: float = ABORT_GRACE_S) -> None:
+        """Another rank of the drafter is lost: end what waits for it with RankLostError.
+
+        Called by who knows, from another thread. Where the others have not ended after `grace_s` seconds this process
+        ends itself: a sum over ranks may hang in a GPU.
+        """
+        self._lost_rank = reason
+        self._interruptible.end(self._wake, grace_s)
 
     def submit(self, epoch: int, requests: Sequence[Request]) -> None:
         """Queue requests that were checked at the door; their tokens come out of `next_events`.
@@ -223,6 +256,35 @@ class DraftWorker:
         """Spans for a Chrome trace; empty unless `rounds.trace` is on."""
         return self._tracer.events()
 
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """What another rank's loss ends."""
+        use_device(self._device)
+        with self._interruptible.working():
+            if self._lost_rank:
+                raise RankLostError(self._lost_rank)
+            try:
+                yield
+            except (PeerLostError, RankLostError) as error:
+                if self._lost_rank:
+                    raise RankLostError(self._lost_rank) from error
+                raise
+
+    def _join_ranks(self, device: torch.device) -> Communicator:
+        """Once these have read their parts of the draft model, as this one has."""
+        config, size = self.config, self.config.draft.tp_size
+        if size > 1:
+            transport = transport_for(config.draft.all_reduce, device, size, "draft")
+            timeout_s = config.cluster.group_timeout_s
+            self._others.wait_until_loaded()
+            self._store = open_store(self._others.host, timeout_s)
+            self._others.follow(self._others.host, self._store.port)
+            try:
+                self._ranks = join_group(self._store, 0, 0, size, transport, timeout_s, device, "draft")
+            except PeerLostError as error:
+                raise RankLostError(f"the drafter's ranks did not meet: {error}") from error
+        return self._ranks
+
     def _build_drafting(self, target: ModelConfig, progress: Progress) -> DraftEngine:
         rounds, tree, draft = self.config.rounds, self.config.tree, self.config.draft
         num_recent = max(draft.ngram.max_match, tree.max_depth)
@@ -231,7 +293,14 @@ class DraftWorker:
         slots = DraftedSlots(rounds.max_sequences, tree.max_nodes, num_recent, rules, grammars)
         drafting = DraftEngine(slots)
         context = MethodContext(
-            self.config, target, self._device, slots, drafting.estimator, self._tracer, progress
+            self.config,
+            target,
+            self._device,
+            slots,
+            drafting.estimator,
+            self._tracer,
+            progress,
+            self._join_ranks,
         )
         for name in draft.methods:
             drafting.add(METHODS[name].build(context))

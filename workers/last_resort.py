@@ -14,6 +14,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+# A rank that is woken needs milliseconds; one that waits for a round hears of a lost peer with the next.
+ABORT_GRACE_S = 10.0
+
 
 class Interruptible:
     """Work of one thread that another thread can bring to an end."""

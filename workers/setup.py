@@ -13,13 +13,14 @@ import torch
 
 from outrider.configs.schema import Config
 from outrider.kernels.selection import DEFAULT_MEMORY, ENTRIES, KernelSelection, select_kernels
-from outrider.workers.link.communicator import Communicator, agreed
+from outrider.workers.link.communicator import Communicator, Role, agreed
 from outrider.workers.model.cache import PagedCache, bytes_per_page
 from outrider.workers.model.fp8_cache import CacheScales, Fp8PagedCache
 from outrider.workers.model.loader import ModelWeights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.sampling.grammars import Grammars
 from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.integers import with_weights
 from outrider.workers.weights.progress import Progress
 from outrider.workers.weights.resolver import (
     ResolvedModel,
@@ -75,8 +76,27 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def transport_for(all_reduce: str, device: torch.device, tp_size: int) -> str:
-    """`target.all_reduce` as `join_group` takes it: `auto` becomes `nccl` on GPUs.
+def require_memory(device: torch.device, num_bytes: int, rank: int) -> None:
+    """Before a rank of the target reads weights that would not fit.
+
+    Args:
+        num_bytes: of its weights and its KV cache.
+
+    Raises:
+        ValueError: the GPU has less.
+    """
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    if num_bytes > free:
+        raise ValueError(
+            f"target.kv_cache_bytes and the weights of rank {rank} take {num_bytes / 2**30:.1f} GiB, {device} has "
+            f"{free / 2**30:.1f} GiB free; `outrider plan` says what would fit"
+        )
+
+
+def transport_for(all_reduce: str, device: torch.device, tp_size: int, role: Role = "target") -> str:
+    """`target.all_reduce` or `draft.all_reduce` as `join_group` takes it: `auto` becomes `nccl` on GPUs.
 
     Raises:
         ValueError: ranks cannot sum in this way what is on their devices.
@@ -87,7 +107,7 @@ def transport_for(all_reduce: str, device: torch.device, tp_size: int) -> str:
     if tp_size > 1 and all_reduce == ("shm" if on_gpu else "nccl"):
         allowed, where = ("nccl or gloo", "GPUs") if on_gpu else ("gloo or shm", "the CPU")
         raise ValueError(
-            f"target.all_reduce must be auto, {allowed} where ranks compute on {where}, got {all_reduce!r}"
+            f"{role}.all_reduce must be auto, {allowed} where ranks compute on {where}, got {all_reduce!r}"
         )
     return all_reduce
 
@@ -116,11 +136,12 @@ def load_model(config: Config, role: Literal["target", "draft"], progress: Progr
     """Find (or download) the checkpoint of the target or the drafter and open it.
 
     Raises:
-        ValueError: names `target.model` or `draft.model` and what was tried.
+        ValueError: names `target.model` or `draft.model` and what was tried, or `weights` beside it.
     """
-    model = config.target.model if role == "target" else config.draft.model
+    described = config.target if role == "target" else config.draft
     cache_dir = Path(config.cluster.model_cache_dir).expanduser()
-    return open_source(resolve(model, cache_dir, progress, f"{role}.model"))
+    source = open_source(resolve(described.model, cache_dir, progress, f"{role}.model"))
+    return with_weights(source, described.weights, role)
 
 
 def load_target_tensors(config: Config, names: Collection[str], progress: Progress) -> WeightSource:
@@ -194,6 +215,13 @@ def target_cache(
     return PagedCache(plan.config, plan, num_pages, page_size, dtype, device, kernels.kv_commit)
 
 
+def target_cache_bytes(config: Config, plan: ShardPlan) -> int:
+    """What `target_cache` takes on a rank."""
+    dtype = cache_dtype(config, plan.config)
+    per_page = bytes_per_page(plan.config, plan, dtype, config.target.page_size)
+    return num_target_pages(config, plan.config) * per_page
+
+
 def num_target_pages(config: Config, model: ModelConfig) -> int:
     """KV pages of the target: the same on every rank, so the rank with the most KV heads decides.
 
@@ -210,16 +238,16 @@ def num_target_pages(config: Config, model: ModelConfig) -> int:
     return _num_pages("target", target.kv_cache_bytes, per_page)
 
 
-def num_draft_pages(config: Config, model: ModelConfig) -> int:
-    """KV pages of the draft model.
+def num_draft_pages(config: Config, model: ModelConfig, tp_size: int = 1) -> int:
+    """KV pages of a drafter, `draft.model` on its `draft.tp_size` ranks or draft heads on one; the same on each.
 
     Raises:
         ValueError: `draft.kv_cache_bytes` does not hold one page.
     """
     draft = config.draft
-    per_page = bytes_per_page(
-        model, ShardPlan(model, 0, 1), torch_dtype(draft.dtype), config.target.page_size
-    )
+    dtype, page_size = torch_dtype(draft.dtype), config.target.page_size
+    plans = [ShardPlan(model, rank, tp_size, "draft") for rank in range(tp_size)]
+    per_page = max(bytes_per_page(model, plan, dtype, page_size) for plan in plans)
     return _num_pages("draft", draft.kv_cache_bytes, per_page)
 
 

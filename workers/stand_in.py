@@ -18,7 +18,9 @@ class StandIn(DraftWorker):
     """
 
     def __init__(self, config: Config) -> None:
-        draft = replace(config.draft, methods=(), device="cpu", num_threads=config.target.num_threads)
+        draft = replace(
+            config.draft, methods=(), tp_size=1, device="cpu", num_threads=config.target.num_threads
+        )
         super().__init__(replace(config, draft=draft, acceptance=AcceptanceConfig()))
         self._one_loads = threading.Lock()
         self._is_loaded = False

@@ -11,7 +11,7 @@ import torch
 from outrider.configs.schema import Config
 from outrider.kernels.transfers import upload
 from outrider.workers.drafting.registry import layers_needed
-from outrider.workers.last_resort import Interruptible
+from outrider.workers.last_resort import ABORT_GRACE_S, Interruptible
 from outrider.workers.link.communicator import (
     Communicator,
     SoloCommunicator,
@@ -28,6 +28,7 @@ from outrider.workers.model.cuda_graphs import forward_of, target_capacities
 from outrider.workers.model.fp8_cache import read_cache_scales
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.sizes import weight_bytes
 from outrider.workers.model.transformer import Hidden, Transformer
 from outrider.workers.sampling.grammars import NO_GRAMMARS, Grammars
 from outrider.workers.sampling.sampler import NO_SAMPLES, Sampler, Samples
@@ -39,7 +40,9 @@ from outrider.workers.setup import (
     kernels_for,
     kernels_with_cache,
     load_model,
+    require_memory,
     target_cache,
+    target_cache_bytes,
     target_grammars,
     torch_device,
     torch_dtype,
@@ -51,9 +54,6 @@ from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 
 PAUSE = Draft(0, (), (), Steps.of([]), pause=True)
-
-# A rank that is woken needs milliseconds; one that waits for a round hears of a lost peer with the next.
-ABORT_GRACE_S = 10.0
 
 
 class TargetRank:
@@ -178,7 +178,9 @@ class TargetWorker:
         source = load_model(self.config, "target", progress)
         self._grammars = target_grammars(self.config, source.config, progress)
         plan = ShardPlan(source.config, self.rank, target.tp_size)
-        counted = counting(progress, source.total_bytes(dtype) // target.tp_size)
+        share = weight_bytes(plan, dtype, device.type == "cuda").total
+        require_memory(device, share + target_cache_bytes(self.config, plan), self.rank)
+        counted = counting(progress, share)
         kernels = kernels_for(self.config, source.config, device, dtype)
         self._kernels = kernels_with_cache(kernels, cache_dtype(self.config, source.config))
         self._cache_scales = read_cache_scales(source)

@@ -29,6 +29,7 @@ COMMANDS = (
     "job",
     "deploy",
     "config",
+    "plan",
     "demo",
     "doctor",
 )

@@ -37,6 +37,9 @@ def test_presets_for_gpus_wait_for_compilers_and_captures() -> None:
             assert config.cluster.group_timeout_s >= 300.0, preset
 
 
+SHARED = ["draft.placement=shared"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -64,7 +67,51 @@ def test_presets_for_gpus_wait_for_compilers_and_captures() -> None:
                 "target.all_reduce=auto",
                 "target.tp_size=2",
             ],
-            "cluster.num_gpus_per_target must be at least 1, because nccl wants a GPU for each rank",
+            "cluster.num_gpus_per_target must be more than 0.5, because nccl wants a GPU for each rank",
+        ),
+        (
+            ["draft.tp_size=2", "draft.device=cuda", "cluster.num_gpus_per_draft=0.5"],
+            "cluster.num_gpus_per_draft must be more than 0.5, because nccl wants a GPU for each rank "
+            "(draft.all_reduce gloo does not), got 0.5",
+        ),
+        (
+            [
+                "draft.tp_size=2",
+                "draft.device=cuda",
+                "cluster.num_gpus_per_draft=1",
+                "draft.all_reduce=shm",
+            ],
+            "draft.all_reduce must be auto, nccl or gloo, because ranks compute on GPUs, got 'shm'",
+        ),
+        (
+            [*SHARED, "cluster.num_gpus_per_target=1", "cluster.num_gpus_per_draft=1"],
+            "cluster.num_gpus_per_draft must be below cluster.num_gpus_per_target (1), of which it is a part, "
+            "got 1.0",
+        ),
+        (
+            [*SHARED, "cluster.num_gpus_per_target=2", "cluster.num_gpus_per_draft=0.5"],
+            "cluster.num_gpus_per_target must be above 0 and at most 1, because draft.placement is shared, got 2",
+        ),
+        (
+            [*SHARED, "draft.tp_size=2"],
+            "draft.tp_size must be at most target.tp_size (1), because draft.placement is shared, got 2",
+        ),
+        (
+            [
+                *SHARED,
+                "target.tp_size=2",
+                "draft.tp_size=2",
+                "target.all_reduce=gloo",
+                "draft.device=cuda",
+                "cluster.num_gpus_per_target=0.5",
+                "cluster.num_gpus_per_draft=0.2",
+            ],
+            "cluster.num_gpus_per_target must be more than 0.5, because nccl wants a GPU for each rank "
+            "(draft.all_reduce gloo does not), got 0.5",
+        ),
+        (
+            ["draft.tp_size=2", "draft.methods=[ngram]"],
+            "draft.tp_size must be 1, because draft.methods has no `model`, got 2",
         ),
     ],
 )
@@ -85,12 +132,20 @@ def test_ranks_may_share_a_gpu_with_gloo() -> None:
     assert load_config("tiny-random", half).cluster.num_gpus_per_target == 0.5
 
 
+def test_replicas_may_have_drafters_that_share_their_gpus() -> None:
+    replicas = ["replicas.max_replicas=2", "cluster.num_gpus_per_target=1", "cluster.num_gpus_per_draft=0.3"]
+    load_config("tiny-random", [*SHARED, *replicas])
+    with pytest.raises(ValueError, match=r"cluster\.num_gpus_per_draft must be a whole number"):
+        load_config("tiny-random", replicas)
+
+
 def test_the_documented_presets_ship() -> None:
     documented = {
         "quickstart",
         "qwen-coder-cpu",
         "llama3-70b-h100x8",
         "llama3-405b-h100x8",
+        "llama3-405b-h100x8-shared",
         "mellum2-12b",
         "mellum2-12b-tp2",
         "tiny-random",

@@ -68,6 +68,30 @@ def test_texts_are_those_of_plain_decoding_whoever_is_killed_meanwhile(ray_with_
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), LONG_S)
 
 
+def test_a_drafter_of_several_ranks_goes_as_one_and_the_target_stays(ray_with_room: None) -> None:
+    with Engine.start(load_config("tiny-random", [*TWO_RANKS, "draft.tp_size=3"])) as engine:
+        requests = [asked(number, 300) for number in range(4)]
+        plain = engine.generate([GenerationRequest(r.prompt, r.sampling, PLAIN) for r in requests])
+        before = worker_pids(engine)
+        drafters = ("draft", "draft 1", "draft 2")
+        assert sorted(before) == [*drafters, "target 0", "target 1"]
+        streams = [Listener(engine, request) for request in requests]
+        wait_until(lambda: all(stream.tokens for stream in streams), LONG_S)
+        kill(before["draft 1"])
+        for stream in streams:
+            stream.join(LONG_S)
+        assert [tuple(stream.tokens) for stream in streams] == [answer.tokens for answer in plain]
+        wait_until(lambda: all_stand(engine, 5), LONG_S)
+        after = worker_pids(engine)
+        assert not any(psutil.pid_exists(before[name]) for name in drafters)
+        assert [after[name] for name in ("target 0", "target 1")] == [before["target 0"], before["target 1"]]
+        answers = engine.generate(requests)
+        assert [answer.tokens for answer in answers] == [answer.tokens for answer in plain]
+        assert sum(answer.stats.num_accepted for answer in answers) > 0
+        assert engine.stats()["coordinator"]["num_restarts"] == 1
+    wait_until(lambda: not any(map(psutil.pid_exists, after.values())), LONG_S)
+
+
 def test_another_coordinator_goes_on_with_the_same_workers_until_too_many_were_lost(
     ray_with_room: None,
 ) -> None:

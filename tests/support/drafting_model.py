@@ -15,7 +15,7 @@ from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.model import ModelMethod
 from outrider.workers.drafting.ngram import NgramMethod
 from outrider.workers.drafting.slots import DraftedSlots
-from outrider.workers.link.communicator import SoloCommunicator
+from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
@@ -40,16 +40,21 @@ TOLERANCE = 5e-5
 
 @lru_cache
 def draft_model() -> Transformer:
+    return model_on(SoloCommunicator())
+
+
+def model_on(communicator: Communicator) -> Transformer:
+    """The part of one rank."""
     torch.set_num_threads(1)
     spec = f"random:llama?hidden_size=32&intermediate_size=48&num_heads=4&num_kv_heads=2&vocab_size={VOCAB}"
     source = RandomSource(spec)
-    plan, solo = ShardPlan(source.config, 0, 1), SoloCommunicator()
+    plan = ShardPlan(source.config, communicator.rank, communicator.size, "draft")
     weights = load_weights(plan, source, torch.float32, torch.device("cpu"), packed=False)
-    return Transformer(weights, solo)
+    return Transformer(weights, communicator)
 
 
-def cache_of(num_pages: int, page_size: int) -> PagedCache:
-    model = draft_model()
+def cache_of(num_pages: int, page_size: int, model: Transformer | None = None) -> PagedCache:
+    model = model or draft_model()
     return PagedCache(model.config, model.plan, num_pages, page_size, torch.float32, torch.device("cpu"))
 
 
@@ -113,7 +118,10 @@ class Drafting:
         rows_per_sequence: int = 4,
         max_rows: int = 8,
         max_children: int = 3,
+        model: Transformer | None = None,
     ) -> None:
+        """model: of rank 0, where others follow; else there is one rank."""
+        model = model or draft_model()
         self.engine = DraftEngine(DraftedSlots(4, 8, 16))
         self.trees: GrowingTrees = self.engine.trees
         self.pool = PagePool(num_pages, page_size, prefix_sharing=True)
@@ -121,8 +129,8 @@ class Drafting:
         self.model = ModelMethod(
             slots=self.engine.slots,
             estimator=self.engine.estimator,
-            model=draft_model(),
-            cache=cache_of(num_pages, page_size),
+            model=model,
+            cache=cache_of(num_pages, page_size, model),
             pool=self.pool,
             sampler=self.sampler,
             num_target_tokens=num_target_tokens,
@@ -132,7 +140,7 @@ class Drafting:
             prefill_chunk=24,
             tracer=Tracer("draft", False),
         )
-        self.forward = self.model._run = InOneBuffer(self.model._run)
+        self.forward = self.model._rank.run = InOneBuffer(self.model._rank.run)
         ngram = NgramMethod(self.engine.slots, self.engine.estimator, NgramConfig(min_match=1))
         for method in (ngram, self.model):
             self.engine.add(method)

@@ -70,10 +70,10 @@ def name_of(process: psutil.Process) -> str:
         return ""
 
 
-def all_stand(engine: Engine) -> bool:
-    """Whether each worker of two ranks has a process of its own: no stand-in works for the DraftWorker."""
+def all_stand(engine: Engine, num_processes: int = 3) -> bool:
+    """Whether each worker (of two ranks and a drafter) has a process of its own: no stand-in works for a drafter."""
     try:
-        return len(set(worker_pids(engine).values())) == 3
+        return len(set(worker_pids(engine).values())) == num_processes
     except EngineError:  # one was lost just now
         return False
 

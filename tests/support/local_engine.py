@@ -16,6 +16,7 @@ from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.method import DraftMethod
 from outrider.workers.drafting.model import ModelMethod
+from outrider.workers.drafting.model_ranks import ModelRank, NoHead, follow
 from outrider.workers.drafting.ngram import NgramMethod
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import Communicator, SoloCommunicator, broadcast_message
@@ -37,7 +38,9 @@ from outrider.workers.sequences.hidden import HiddenNeeds, all_layers
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.rules import RULES, RuleMaker
 from outrider.workers.sequences.sequence import Request, TokenEvent
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.target import TargetRank
+from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.source import WeightSource
@@ -83,6 +86,7 @@ class LocalEngine:
         draft: WeightSource | None = None,
         *,
         draft_head: Head | None = None,
+        draft_communicators: tuple[Communicator, ...] = (SoloCommunicator(),),
         communicators: tuple[Communicator, ...] = (SoloCommunicator(),),
         options: LoopOptions | None = None,
         num_pages: int = 512,
@@ -102,8 +106,9 @@ class LocalEngine:
         grammars: Grammars = NO_GRAMMARS,
         fp8_cache: bool = False,
     ) -> None:
-        """`draft_head`: instead of the drafter's own; `methods`: further ones; `rules`: those that requests name;
-        `taps`: layers that rules read; `fp8_cache`: of the target."""
+        """`draft_head`: instead of the drafter's own; `communicators`, `draft_communicators`: of the ranks of both
+        models; `methods`: further ones; `rules`: those that requests name; `taps`: layers that rules read;
+        `fp8_cache`: of the target."""
         draft_end, target_end = queue_links()
         self._target_end = DraftReceiver(target_end)
         ngram = ngram or NgramConfig()
@@ -111,12 +116,19 @@ class LocalEngine:
         slots = DraftedSlots(max_sequences, max_nodes, num_recent, tuple(rules), grammars)
         self.drafting = DraftEngine(slots)
         self.drafting.add(NgramMethod(slots, self.drafting.estimator, ngram))
+        self._followers: list[ModelRank] = []
         if draft is not None:
-            plan = ShardPlan(draft.config, 0, 1)
-            weights = load_weights(plan, draft, dtype, torch.device("cpu"), packed=True, head=draft_head)
-            model = Transformer(weights, SoloCommunicator())
-            cache = PagedCache(draft.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
-            vocabulary = weights.head.vocabulary
+            ranks = []
+            for rank, communicator in enumerate(draft_communicators):
+                plan = ShardPlan(draft.config, rank, len(draft_communicators), "draft")
+                head = NoHead() if rank and draft_head else draft_head
+                weights = load_weights(plan, draft, dtype, torch.device("cpu"), packed=True, head=head)
+                model = Transformer(weights, communicator)
+                cache = PagedCache(draft.config, plan, num_pages, page_size, dtype, torch.device("cpu"))
+                ranks.append((model, cache))
+            self._followers = [ModelRank(*parts) for parts in ranks[1:]]
+            model, cache = ranks[0]
+            vocabulary = draft_head.vocabulary if draft_head else VocabularyRange(0, draft.config.vocab_size)
             self.drafting.add(
                 ModelMethod(
                     slots=slots,
@@ -164,7 +176,13 @@ class LocalEngine:
             rules,
         )
         self.errors: list[BaseException] = []
-        self._threads = [threading.Thread(target=self._guard, args=(self.loop.run,), daemon=True)]
+        self._threads = [threading.Thread(target=self._guard, args=(self._draft,), daemon=True)]
+        self._threads += [
+            threading.Thread(
+                target=self._guard, args=(lambda f=f: self._follow(f, max_sequences, page_size),), daemon=True
+            )
+            for f in self._followers
+        ]
         self._threads += [
             threading.Thread(target=self._guard, args=(lambda r=r: self._serve(r),), daemon=True)
             for r in range(len(self.ranks))
@@ -204,6 +222,14 @@ class LocalEngine:
             if event.finish_reason:
                 unfinished.discard(event.request_id)
         return collected
+
+    def _draft(self) -> None:
+        self.loop.run()
+        self.drafting.close()
+
+    def _follow(self, follower: ModelRank, num_slots: int, page_size: int) -> None:
+        stretches = Stretches(torch.device("cpu"), Tracer("draft 1", False))
+        follow(follower, num_slots, page_size, stretches)
 
     def _serve(self, rank: int) -> None:
         communicator = self.ranks[rank].model.communicator

@@ -1,6 +1,7 @@
 """Target and drafter call the kernels' entries with what the selection says, and pick no rows in another way."""
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from outrider.configs.loader import load_config
 from outrider.kernels.selection import ENTRIES, KernelSelection
 from outrider.workers.draft import DraftWorker
 from outrider.workers.drafting import model as method_module
+from outrider.workers.drafting import model_ranks
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.model import ModelMethod
 from outrider.workers.drafting.slots import DraftedSlots
@@ -138,13 +140,13 @@ def test_the_draft_worker_hands_its_selection_to_model_cache_and_sampler(
 ) -> None:
     given: list[KernelSelection | bool] = []
 
-    def recorded(name: str, at: int) -> None:
-        original = getattr(method_module, name)
-        monkeypatch.setattr(method_module, name, lambda *args: given.append(args[at]) or original(*args))
+    def recorded(module: ModuleType, name: str, at: int) -> None:
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: given.append(args[at]) or original(*args))
 
-    monkeypatch.setattr(method_module, "kernels_for", lambda *_: selection)
-    recorded("Transformer", 2)
-    recorded("PagedCache", 6)
-    recorded("Sampler", 3)
+    monkeypatch.setattr(model_ranks, "kernels_for", lambda *_: selection)
+    recorded(model_ranks, "Transformer", 2)
+    recorded(model_ranks, "PagedCache", 6)
+    recorded(method_module, "Sampler", 3)
     DraftWorker(load_config("tiny-random", [])).load(silent)
     assert given == [selection, selection.kv_commit, selection]

@@ -15,7 +15,7 @@ from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers import target as target_module
 from outrider.workers.draft import DraftWorker
 from outrider.workers.link.communicator import Communicator, SoloCommunicator, agreed
-from outrider.workers.setup import agreed_kernels, torch_device, transport_for
+from outrider.workers.setup import agreed_kernels, require_memory, torch_device, transport_for
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
 from support.thread_group import run_ranks, thread_group
@@ -33,15 +33,14 @@ def test_a_yes_is_one_of_every_rank() -> None:
 def test_a_kernel_that_failed_on_one_rank_is_used_by_none() -> None:
     without_two = KernelSelection.of([e for e in ENTRIES if e not in ("tree_attention", "sample_shard")])
     selections = (ALL, without_two, KernelSelection.of([e for e in ENTRIES if e != "kv_commit"]))
-    expected = KernelSelection.of(("rope_append", "gather_rows"))
+    lost = {"tree_attention", "sample_shard", "kv_commit"}
+    expected = KernelSelection.of([e for e in ENTRIES if e not in lost])
     assert run_ranks(3, lambda rank: agreed_kernels(selections[rank.rank], rank)) == [expected] * 3
 
 
 def test_only_a_rank_that_loses_a_kernel_says_so() -> None:
     selections = (ALL, REFERENCES)
-    with pytest.warns(
-        UserWarning, match="tree_attention, .*gather_rows will not be used: not every rank"
-    ) as said:
+    with pytest.warns(UserWarning, match=f"{', '.join(ENTRIES)} will not be used: not every rank") as said:
         run_ranks(2, lambda rank: agreed_kernels(selections[rank.rank], rank))
     assert len(said) == 1
     with warnings.catch_warnings():
@@ -170,3 +169,11 @@ def test_target_workers_use_what_all_of_them_may(monkeypatch: pytest.MonkeyPatch
     for worker in workers:
         assert worker._rank.model.kernels == KernelSelection.of(["gather_rows"])
         assert not worker._rank._cache.use_kernel
+
+
+def test_a_rank_that_would_not_fit_is_told_so_before_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 << 30, 80 << 30))
+    require_memory(GPU, 60 << 30, 3)
+    require_memory(CPU, 1 << 50, 3)
+    with pytest.raises(ValueError, match=r"the weights of rank 3 take 61\.0 GiB, cuda:1 has 60\.0 GiB free"):
+        require_memory(GPU, 61 << 30, 3)

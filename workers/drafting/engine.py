@@ -37,6 +37,11 @@ class DraftEngine:
         self.methods.append(method)
         self._uses[method.name] = np.zeros(len(self.slots), dtype=np.bool_)
 
+    def close(self) -> None:
+        """There will be no further call."""
+        for method in self.methods:
+            method.close()
+
     def prefix_kept(self, sequence: Sequence) -> int:
         """The most tokens that may be taken from shared pages: what every method of the request still has of them."""
         kept = [m.prefix_kept(sequence) for m in self.methods if self._is_asked(m, sequence)]

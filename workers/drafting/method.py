@@ -20,6 +20,7 @@ import torch
 from outrider.configs.schema import Config
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.sequences.hidden import NO_HIDDEN_ROWS, HiddenNeeds, HiddenRows
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints, Survivors
@@ -31,10 +32,19 @@ _NO_INTS = np.zeros(0, dtype=np.int64)
 _NO_FLOATS = np.zeros(0)
 
 
+JoinRanks = Callable[[torch.device], Communicator]
+"""Meets the other ranks of `draft.model`, once this process has read its part of it."""
+
+
+def alone(device: torch.device) -> Communicator:
+    """`JoinRanks` of the only rank."""
+    return SoloCommunicator()
+
+
 @dataclass(frozen=True)
 class MethodContext:
     """What methods are built from. target: the target's shape; device: where models compute; progress: told of what
-    is loaded."""
+    is loaded; join_ranks: for the method that has several."""
 
     config: Config
     target: ModelConfig
@@ -43,6 +53,7 @@ class MethodContext:
     estimator: AcceptanceEstimator
     tracer: Tracer
     progress: Progress
+    join_ranks: JoinRanks = alone
 
 
 class Forecast:
@@ -143,6 +154,9 @@ class DraftMethod(ABC):
 
     def finish(self, sequence: Sequence) -> None:
         """The sequence leaves its slot."""
+
+    def close(self) -> None:
+        """There will be no further call: who works for it may end."""
 
     def forecast(self, slots: Ints) -> Forecast:
         """What the next `expand` over these slots would do; free methods are not asked."""

@@ -15,24 +15,22 @@ from outrider.workers.draft_heads.checkpoint import read_lm_head
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.levels import ROWS_PER_STEP, LevelLimits, LevelMethod
 from outrider.workers.drafting.method import MethodContext
+from outrider.workers.drafting.model_ranks import load_rank, rank_0_of
 from outrider.workers.drafting.row_cache import Expansion, RowCache
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.model.batch import TreeRows, lay_out
+from outrider.workers.model.batch import TreeRows
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.cuda_graphs import draft_capacities, forward_of
 from outrider.workers.model.draft_heads import served_head
 from outrider.workers.model.head import Head
-from outrider.workers.model.loader import load_weights
-from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.tree import Bools, Ints, Survivors
-from outrider.workers.setup import counting, kernels_for, load_model, num_draft_pages, torch_dtype
+from outrider.workers.sequences.vocabulary import VocabularyRange
+from outrider.workers.setup import read_model_config, torch_dtype
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
-from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.resolver import resolve_head
 
 
@@ -57,41 +55,38 @@ class ModelMethod(LevelMethod):
         prefill_chunk: int,
         tracer: Tracer,
     ) -> None:
-        """num_target_tokens: a padded vocabulary may have more ids than the target's; max_rows: of a step's nodes."""
+        """
+        Args:
+            model, cache: of rank 0; ranks that share it `follow`.
+            sampler: over all tokens.
+            num_target_tokens: a padded vocabulary may have more ids than the target's.
+            max_rows: of a step's nodes.
+        """
         limits = LevelLimits(max_children, rows_per_sequence, max_rows, prefill_chunk)
         stretches = Stretches(model.device, tracer)
         rows = RowCache(slots, pool, window=model.config.widest_window)
         super().__init__(slots, estimator, rows, sampler, num_target_tokens, limits, stretches)
         self._model = model
-        self._run = forward_of(model, cache, draft_capacities(model, cache))
-        self._cache = cache
+        self._rank = rank_0_of(model, cache, len(slots))
         # By slot and node, what left the last layer; of no nodes where nobody reads it.
         self._node_rows = torch.empty(0)
 
     @classmethod
     def build(cls, context: MethodContext) -> ModelMethod:
-        """Load `draft.model` and lay out its cache."""
-        config, progress = context.config, context.progress
-        draft, rounds = config.draft, config.rounds
-        device, dtype = context.device, torch_dtype(draft.dtype)
-        source = load_model(config, "draft", progress)
-        plan = ShardPlan(source.config, 0, 1)
-        counted = counting(progress, source.total_bytes(dtype))
-        kernels = kernels_for(config, source.config, device, dtype)
-        solo = SoloCommunicator()
-        head = _load_head(context, source.config) if draft.head else None
-        weights = load_weights(plan, source, dtype, device, draft.packed_weights, counted, head)
-        model = Transformer(weights, solo, kernels)
-        page_size = config.target.page_size
-        num_pages = num_draft_pages(config, source.config)
-        vocabulary = weights.head.vocabulary
+        """Load `draft.model`, meet its other ranks and lay out its cache."""
+        config, device = context.config, context.device
+        rounds = config.rounds
+        head = _load_head(context) if config.draft.head else None
+        loaded = load_rank(config, 0, device, context.progress, head)
+        model, cache = loaded.built(config, context.join_ranks(device))
+        vocabulary = VocabularyRange(0, model.config.vocab_size) if head is None else head.vocabulary
         return cls(
             slots=context.slots,
             estimator=context.estimator,
             model=model,
-            cache=PagedCache(source.config, plan, num_pages, page_size, dtype, device, kernels.kv_commit),
-            pool=PagePool(num_pages, page_size, rounds.prefix_sharing),
-            sampler=Sampler(len(vocabulary), vocabulary, solo, kernels),
+            cache=cache,
+            pool=PagePool(cache.num_pages, cache.page_size, rounds.prefix_sharing),
+            sampler=Sampler(len(vocabulary), vocabulary, SoloCommunicator(), model.kernels),
             num_target_tokens=context.target.vocab_size,
             max_children=config.tree.max_children,
             rows_per_sequence=ROWS_PER_STEP,
@@ -124,34 +119,38 @@ class ModelMethod(LevelMethod):
             before, after = upload((before, after), self._node_rows.device)
             self._node_rows[after] = self._node_rows[before]
         if len(sources):
-            moving = (torch.from_numpy(sources), torch.from_numpy(targets))
-            self._cache.commit(*upload(moving, self._model.device))
+            self._rank.commit(sources, targets)
         self._laws.rerooted(survivors)
 
+    def close(self) -> None:
+        """The other ranks end."""
+        self._rank.close()
+
     def _read_known(self, rows: TreeRows) -> None:
-        self._forward(rows)
+        batch = self._rank.batch(self._rows.tables, rows)
+        self._stretches.begin()
+        self._rank.forward(batch)
 
     def _logits(self, expansion: Expansion) -> Tensor:
-        hidden = self._forward(expansion.rows)
+        batch = self._rank.batch(self._rows.tables, expansion.rows, expansion.node_rows)
+        self._stretches.begin()
+        hidden = self._rank.forward(batch)
         indices = (torch.from_numpy(expansion.node_rows), torch.from_numpy(expansion.places))
         node_rows, places = upload(indices, self._model.device)
         if len(self._node_rows):
             self._node_rows[places] = hidden[node_rows]
-        return self._model.logits_of(hidden, node_rows)
+        return self._rank.logits(hidden, node_rows)
 
     def _timed_logits(self, rows: TreeRows) -> Tensor:
-        return self._model.logits(self._run(lay_out(self._rows.tables, rows)).last)
-
-    def _forward(self, rows: TreeRows) -> Tensor:
-        """[num_rows, hidden], valid until the next call. Its stretch of time begins here."""
-        batch = lay_out(self._rows.tables, rows)
-        self._stretches.begin()
-        return self._run(batch).last
+        wanted = np.arange(len(rows.tokens))
+        hidden = self._rank.forward(self._rank.batch(self._rows.tables, rows, wanted))
+        return self._rank.logits(hidden, *upload((torch.from_numpy(wanted),), self._model.device))
 
 
-def _load_head(context: MethodContext, model: ModelConfig) -> Head:
+def _load_head(context: MethodContext) -> Head:
     """`draft.head`. Raises ValueError, naming it, for one that is not for `draft.model`."""
     draft = context.config.draft
+    model = read_model_config(context.config, "draft", context.progress)
     lm_head, description = read_lm_head(resolve_head(draft.head, context.progress, "draft.head"))
     found = lm_head.shape.hidden_size, description.target_vocab_size
     if found != (model.hidden_size, model.vocab_size):

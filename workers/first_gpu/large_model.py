@@ -182,7 +182,7 @@ def products(setting: Setting) -> list[Row]:
     """Each matrix product of the rank beside its roofline, all of a round beside the plan; then sampling."""
     sizes, device = setting.sizes, setting.device
     plan, config = ShardPlan(sizes.large, 0, sizes.num_ranks), sizes.large
-    heads = plan.num_query_places
+    heads = len(plan.query_heads)
     inner = len(plan.mlp_columns(config.layers[0].mlp.intermediate_size))
     D, hidden = config.head_dim, config.hidden_size
     shapes = {

@@ -14,6 +14,7 @@ from typing import Any
 
 from outrider.configs.schema import Config
 from outrider.workers.draft import DraftWorker
+from outrider.workers.draft_rank import OtherRanks
 from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
@@ -139,16 +140,19 @@ class Deployment:
 
 
 @contextmanager
-def deployed(config: Config, gpus: Sequence[int] = (), limit_s: float = CALL_S) -> Iterator[Deployment]:
+def deployed(
+    config: Config, gpus: Sequence[int] = (), limit_s: float = CALL_S, others: OtherRanks | None = None
+) -> Iterator[Deployment]:
     """Processes of a configuration, ready for requests; they are gone when the block ends.
 
     Args:
         gpus: what every process is given: CUDA ordinals.
         limit_s: seconds for a call of a worker.
+        others: the drafter's further ranks, which stand.
     """
     ranks = range(config.target.tp_size)
     targets = [WorkerProcess(TargetWorker, config, rank, tuple(gpus), limit_s=limit_s) for rank in ranks]
-    draft = WorkerProcess(DraftWorker, config, tuple(gpus), limit_s=limit_s)
+    draft = WorkerProcess(DraftWorker, config, tuple(gpus), others, limit_s=limit_s)
     try:
         for loading in [worker.begin("load", silent) for worker in (*targets, draft)]:
             loading.result(limit_s)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
+
+Role = Literal["target", "draft"]
+"""Of which model the ranks of a group are."""
 
 FIRST_BLOCK_INTS = 1024
 """Messages travel as a first block of this size, and the rest only where they are longer: most are not."""

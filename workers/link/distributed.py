@@ -1,6 +1,7 @@
-"""Everything that touches torch.distributed: the meeting point, the target's group, the link to the DraftWorker.
+"""Everything that touches torch.distributed: the meeting point, groups of ranks, the link to the DraftWorker.
 
-The target's ranks are the default process group, as libraries that know tensor parallelism expect. The link
+The ranks of a model are the default process group of their processes, as libraries that know tensor parallelism
+expect: the target's and the drafter's, which are never in one process. The link
 is a group of two that stands outside of it: either side can die without the other, and comes back under the
 next epoch. No port is fixed: rank 0 of the target opens a store and hands out its address.
 """
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from outrider.workers.link.communicator import (
     FIRST_BLOCK_INTS,
     Communicator,
+    Role,
     SoloCommunicator,
 )
 from outrider.workers.link.link import NO_PAYLOAD, Packet
@@ -32,6 +34,7 @@ from outrider.workers.link.places import (
     gpu_of,
     interface_towards,
     payload_device,
+    refuse_shared_gpus,
 )
 from outrider.workers.link.shared_memory import (
     SharedSegment,
@@ -89,14 +92,16 @@ def join_group(
     transport: str,
     timeout_s: float,
     device: torch.device,
+    role: Role = "target",
 ) -> Communicator:
-    """Join the target's group. All ranks call it with the same arguments but their rank.
+    """Join the group of a model's ranks. All call it with the same arguments but their rank, device and patience.
 
     Args:
         transport: `nccl`, `gloo`, `shm`, or `auto`: shm where all ranks share a host, else gloo. The tensors
             of nccl groups may be on GPU or CPU.
         timeout_s: how long to wait for a rank that does not answer.
         device: where this rank computes.
+        role: whose ranks.
 
     Raises:
         ValueError: `shm` where it cannot work; `nccl` for ranks that share a GPU, on each of them.
@@ -104,15 +109,15 @@ def join_group(
     """
     if size == 1:
         return SoloCommunicator()
-    meeting = dist.PrefixStore(f"epoch{epoch}/target", store)
-    with _peer_errors(f"target rank {rank} did not meet the other ranks"):
+    meeting = dist.PrefixStore(f"epoch{epoch}/{role}", store)
+    with _peer_errors(f"{role} rank {rank} did not meet the other ranks"):
         if transport == "auto":
             transport = "shm" if _share_memory(meeting, rank, size) else "gloo"
         if transport == "shm":
-            return _join_shared_memory(meeting, rank, size, timeout_s)
+            return _join_shared_memory(meeting, rank, size, timeout_s, role)
         if transport == "nccl":
-            _refuse_shared_gpus(meeting, rank, size, gpu_identity(device))
-        return GroupCommunicator(store, meeting, rank, size, transport, timeout_s)
+            refuse_shared_gpus(_of_all(meeting, rank, size, "gpu", gpu_identity(device)), role)
+        return GroupCommunicator(store, meeting, rank, size, transport, timeout_s, role)
 
 
 class GroupCommunicator:
@@ -126,6 +131,7 @@ class GroupCommunicator:
         size: int,
         transport: str,
         timeout_s: float,
+        role: Role = "target",
     ) -> None:
         """Join the default process group; one that is left from an earlier epoch is dropped.
 
@@ -148,6 +154,7 @@ class GroupCommunicator:
         )
         self._store = store  # the group stops working when its store is gone
         self.transport = transport
+        self._role = role
         self.rank = rank
         self.size = size
 
@@ -190,7 +197,7 @@ class GroupCommunicator:
             yield
         except RuntimeError as error:
             self.abort()
-            raise PeerLostError(f"target group: {_first_line(error)}") from error
+            raise PeerLostError(f"{self._role} group: {_first_line(error)}") from error
 
 
 class Link:
@@ -333,34 +340,28 @@ class Link:
         return flag, Packet(message, payload)
 
 
-def _join_shared_memory(meeting: dist.Store, rank: int, size: int, timeout_s: float) -> ShmCommunicator:
+def _join_shared_memory(
+    meeting: dist.Store, rank: int, size: int, timeout_s: float, role: Role
+) -> ShmCommunicator:
     if not shared_memory_supported():
-        raise ValueError("target.all_reduce must be gloo on processors other than x86-64, got 'shm'")
+        raise ValueError(f"{role}.all_reduce must be gloo on processors other than x86-64, got 'shm'")
     if rank == 0:
         segment = SharedSegment.create(size)
         meeting.set("segment", segment.address)
     else:
-        segment = SharedSegment.open(meeting.get("segment").decode())
+        segment = SharedSegment.open(meeting.get("segment").decode(), role)
     return ShmCommunicator(segment, rank, size, timeout_s)
 
 
 def _share_memory(meeting: dist.Store, rank: int, size: int) -> bool:
-    meeting.set(f"host{rank}", host_identity() if shared_memory_supported() else f"rank {rank} alone")
-    return len({meeting.get(f"host{other}") for other in range(size)}) == 1
+    host = host_identity() if shared_memory_supported() else f"rank {rank} alone"
+    return len(set(_of_all(meeting, rank, size, "host", host))) == 1
 
 
-def _refuse_shared_gpus(meeting: dist.Store, rank: int, size: int, mine: str) -> None:
-    """NCCL waits for ever where two ranks are on one GPU, or says "invalid usage"."""
-    meeting.set(f"gpu{rank}", mine)
-    ranks_of: dict[str, list[int]] = {}
-    for other in range(size):
-        ranks_of.setdefault(meeting.get(f"gpu{other}").decode(), []).append(other)
-    for gpu, ranks in ranks_of.items():
-        if len(ranks) > 1:
-            raise ValueError(
-                f"target ranks {' and '.join(map(str, ranks))} are on one GPU ({gpu}), and nccl wants one for each: "
-                "cluster.num_gpus_per_target must be at least 1, or target.all_reduce gloo"
-            )
+def _of_all(meeting: dist.Store, rank: int, size: int, what: str, mine: str) -> list[str]:
+    """By rank, what each says of itself."""
+    meeting.set(f"{what}{rank}", mine)
+    return [meeting.get(f"{what}{other}").decode() for other in range(size)]
 
 
 def _drop_default_group() -> None:

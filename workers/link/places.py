@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 
 import psutil
 import torch
+
+from outrider.workers.link.communicator import Role
 
 
 def gpu_identity(device: torch.device) -> str:
@@ -26,6 +29,20 @@ def payload_device(device: torch.device, own_gpu: str, their_gpu: str) -> torch.
         own_gpu, their_gpu: which GPUs the two ends compute on, "" on the host. NCCL does not connect one to itself.
     """
     return device if own_gpu and their_gpu and own_gpu != their_gpu else torch.device("cpu")
+
+
+def refuse_shared_gpus(gpus: Sequence[str], role: Role) -> None:
+    """NCCL waits for ever where two ranks are on one GPU, or says "invalid usage".
+
+    gpus: by rank, `gpu_identity`. Raises ValueError, naming the ranks.
+    """
+    for gpu in dict.fromkeys(gpus):
+        ranks = [str(rank) for rank, other in enumerate(gpus) if other == gpu]
+        if len(ranks) > 1:
+            raise ValueError(
+                f"{role} ranks {' and '.join(ranks)} are on one GPU ({gpu}), and nccl wants one for each: "
+                f"cluster.num_gpus_per_{role} must be at least 1, or {role}.all_reduce gloo"
+            )
 
 
 def address_towards(host: str, port: int) -> str:

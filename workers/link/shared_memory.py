@@ -19,6 +19,7 @@ import time
 
 import torch
 
+from outrider.workers.link.communicator import Role
 from outrider.workers.link.lost import PeerLostError
 
 SLOT_BYTES = 1 << 20
@@ -55,12 +56,12 @@ class SharedSegment:
         return cls(fd, num_bytes)
 
     @classmethod
-    def open(cls, address: str) -> SharedSegment:
+    def open(cls, address: str, role: Role = "target") -> SharedSegment:
         """The segment that another process created; that process must still have it open."""
         host, pid, fd = address.split()
         if host != _host_id():
             raise ValueError(
-                "target.all_reduce must be gloo or nccl when ranks are on several hosts, got 'shm'"
+                f"{role}.all_reduce must be gloo or nccl when ranks are on several hosts, got 'shm'"
             )
         try:
             own = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
@@ -198,7 +199,8 @@ class ShmCommunicator:
                 self._views.clear()
             num_bytes = part.numel() * part.element_size()
             starts = [(parity * self.size + rank) * SLOT_BYTES for rank in range(self.size)]
-            slots = [self._bytes[start : start + num_bytes].view(part.dtype) for start in starts]
+            with torch.inference_mode(False):  # who comes next with this shape may be outside of it
+                slots = [self._bytes[start : start + num_bytes].view(part.dtype) for start in starts]
             self._views[key] = slots
         return slots
 

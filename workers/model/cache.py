@@ -69,7 +69,7 @@ class PagedCache:
         kv_rows: Tensor,
         use_kernel: bool,
     ) -> Tensor:
-        """Turns q [N, HQ, D] and k [N, HK, D] by their positions and writes k and v to the rows int64 [N]; the turned
+        """Turns q [N, Q, D] and k [N, HK, D] by their positions and writes k and v to the rows int64 [N]; the turned
         queries. See `rope_append`."""
         pages = self.keys(layer), self.values(layer)
         return rope_append(q, k, v, *rotation, kv_rows, *pages, use_kernel=use_kernel)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -17,6 +18,7 @@ from outrider.workers.link.distributed import GroupCommunicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.transformer import Hidden, Transformer
+from outrider.workers.weights.config import ModelConfig
 
 # Rows of the graphs that are captured; larger batches (prompt chunks) run without a graph.
 TARGET_ROWS = (8, 16, 32, 64, 128, 256)
@@ -54,6 +56,23 @@ class GraphCapacity:
             and tree.ancestors.shape[1] <= self.mask_words
             and max(keys, default=0) <= self.max_keys
         )
+
+
+class Described(Protocol):
+    """A model, or who knows its sizes only."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+
+class Pages(Protocol):
+    """A cache, or who knows its sizes only."""
+
+    @property
+    def num_pages(self) -> int: ...
+
+    @property
+    def page_size(self) -> int: ...
 
 
 class StaticBatch:
@@ -235,12 +254,12 @@ def _all_manage(prepare: Callable[[], None], communicator: Communicator) -> bool
     return everywhere
 
 
-def target_capacities(model: Transformer, cache: PagedCache) -> list[GraphCapacity]:
+def target_capacities(model: Described, cache: Pages) -> list[GraphCapacity]:
     """Graphs of a target, which computes whole trees: all rows that a mask tells of are in the batch."""
     return [_capacity(model, cache, rows, words_for(rows)) for rows in TARGET_ROWS]
 
 
-def draft_capacities(model: Transformer, cache: PagedCache) -> list[GraphCapacity]:
+def draft_capacities(model: Described, cache: Pages) -> list[GraphCapacity]:
     """Graphs of a drafter, which adds few rows at a time to trees whose other rows are in its cache."""
     return [_capacity(model, cache, rows, words_for(MAX_DRAFT_TREE_ROWS)) for rows in DRAFT_ROWS]
 
@@ -250,7 +269,7 @@ def words_for(num_tree_rows: int) -> int:
     return -(-num_tree_rows // MASK_WORD_BITS)
 
 
-def _capacity(model: Transformer, cache: PagedCache, num_rows: int, mask_words: int) -> GraphCapacity:
+def _capacity(model: Described, cache: Pages, num_rows: int, mask_words: int) -> GraphCapacity:
     max_context = min(model.config.max_context, cache.num_pages * cache.page_size)
     max_pages = -(-max_context // cache.page_size)
     return GraphCapacity(num_rows, min(num_rows, MAX_SEQUENCES), max_pages, mask_words, max_context)

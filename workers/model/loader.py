@@ -26,7 +26,7 @@ from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.weights.config import DenseMlp, RoutedMlp
 from outrider.workers.weights.quantization import format_of
 from outrider.workers.weights.scaled import ScaledMatrix, joined
-from outrider.workers.weights.source import WeightSource, read_scaled
+from outrider.workers.weights.source import WeightSource, read_into, read_scaled
 from outrider.workers.weights.tensors import EMBEDDING, FINAL_NORM, HEAD, ROUTER, expert_prefix
 
 ALL = slice(None)
@@ -36,13 +36,13 @@ NO_BIAS = torch.empty(0)
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer on one rank. HQ query places and HK KV heads of size D.
+    """One layer on one rank. Q query heads and HK KV heads of size D.
 
     Attributes:
         attention_norm, mlp_norm: [hidden].
-        qkv: hidden -> (HQ + 2 HK) * D.
+        qkv: hidden -> (Q + 2 HK) * D.
         q_norm, k_norm: [D]; empty when the model has none.
-        attention_output: HQ * D -> hidden, a partial sum over ranks.
+        attention_output: Q * D -> hidden, a partial sum over ranks.
         mlp: hidden -> hidden, a partial sum over ranks.
     """
 
@@ -106,18 +106,21 @@ def load_weights(
     loader = WeightLoader(plan, source, dtype, device, packed, progress)
     tied = plan.config.tied_embeddings
     ids = VocabularyRange(plan.vocab.start, plan.vocab.stop)
-    linear: Linear | None = None
-    if head is None and not tied:
+    is_own = head is None and HEAD in source.names()
+    if head is None and is_own:
         # It may be as large as all layers together: not beside the embedding.
         head = LinearHead(loader.head(), ids)
-    matrix = loader.vocabulary_matrix(EMBEDDING)
+    embedding: Embedding = StoredEmbedding(source, EMBEDDING, ids, dtype)
+    # On a CPU an embedding stays in the checkpoint where it was also the head, and cannot be read from that.
     if head is None:
+        matrix = loader.vocabulary_matrix(EMBEDDING)
         linear = loader.linear(matrix, NO_BIAS)
         head = LinearHead(linear, ids)
-    embedding: Embedding = MatrixEmbedding(matrix, ids)
-    if tied and isinstance(linear, PackedLinear):
-        embedding = StoredEmbedding(source, EMBEDDING, ids, dtype)
-    del matrix
+        if not isinstance(linear, PackedLinear):
+            embedding = MatrixEmbedding(matrix, ids)
+        del matrix
+    elif not (tied and is_own and device.type == "cpu"):
+        embedding = MatrixEmbedding(loader.vocabulary_matrix(EMBEDDING), ids)
     return ModelWeights(
         plan=plan,
         dtype=dtype,
@@ -220,9 +223,8 @@ class WeightLoader:
         step = max(1, READ_CHUNK_BYTES // (out.shape[1] * out.itemsize))
         for start in range(0, len(rows), step):
             piece = rows[start : start + step]
-            out[start : start + len(piece)] = self.source.read(
-                name, slice(piece.start, piece.stop), ALL, self.dtype
-            )
+            into = out[start : start + len(piece)]
+            read_into(self.source, name, slice(piece.start, piece.stop), ALL, into)
         self.progress(out.nbytes)
 
     def _head_norm(self, name: str) -> Tensor:
@@ -230,77 +232,49 @@ class WeightLoader:
 
     def _qkv(self, prefix: str) -> Linear:
         config, plan = self.plan.config, self.plan
-        D, HQ, HK = config.head_dim, plan.num_query_places, plan.num_kv_heads
-        weight = torch.zeros(HQ + 2 * HK, D, config.hidden_size, dtype=self.dtype, device=self._host)
-        bias = torch.zeros(HQ + 2 * HK, D, dtype=self.dtype, device=self._host)
-        if any(self._is_scaled(f"{prefix}{name}.weight") for name in ("q_proj", "k_proj", "v_proj")):
-            return self._qkv_in_parts(prefix)
-        places = {
-            "q_proj": (plan.query_heads, list(plan.query_places)),
-            "k_proj": (plan.kv_heads, list(range(HQ, HQ + HK))),
-            "v_proj": (plan.kv_heads, list(range(HQ + HK, HQ + 2 * HK))),
-        }
-        for name, (heads, into) in places.items():
-            rows = slice(heads.start * D, heads.stop * D)
-            read = self.source.read(f"{prefix}{name}.weight", rows, ALL, self.dtype)
-            weight[into] = read.view(len(heads), D, -1)
-            self.progress(read.nbytes)
-            if config.qkv_bias:
-                bias[into] = self.vector(f"{prefix}{name}.bias", rows).to(self._host).view(len(heads), D)
-        bias = bias.view(-1) if config.qkv_bias else NO_BIAS
-        return self.linear(weight.view(-1, config.hidden_size), bias)
-
-    def _qkv_in_parts(self, prefix: str) -> Linear:
-        config, plan = self.plan.config, self.plan
-        D, HK = config.head_dim, plan.num_kv_heads
-        sections = {
-            "q_proj": (plan.query_heads, plan.query_places, plan.num_query_places),
-            "k_proj": (plan.kv_heads, range(HK), HK),
-            "v_proj": (plan.kv_heads, range(HK), HK),
-        }
-        parts: list[tuple[ScaledMatrix | Tensor, Tensor]] = []
-        for name, (heads, places, num_places) in sections.items():
-            rows = slice(heads.start * D, heads.stop * D)
-            bias = NO_BIAS
-            if config.qkv_bias:
-                bias = torch.zeros(num_places, D, dtype=self.dtype, device=self._host)
-                read = self.vector(f"{prefix}{name}.bias", rows)
-                bias[list(places)] = read.to(self._host).view(len(heads), D)
-            matrix: ScaledMatrix | Tensor | None = self.scaled(f"{prefix}{name}.weight", rows, ALL)
-            if isinstance(matrix, ScaledMatrix):
-                matrix = matrix.spread_rows(D, places, num_places)
-            else:
-                weight = self.source.read(f"{prefix}{name}.weight", rows, ALL, self.dtype)
-                self.progress(weight.nbytes)
-                matrix = torch.zeros(num_places, D, config.hidden_size, dtype=self.dtype, device=self._host)
-                matrix[list(places)] = weight.view(len(heads), D, -1)
-                matrix = matrix.view(-1, config.hidden_size)
-            parts.append((matrix, bias.view(-1)))
-        return self._joined(parts)
+        D = config.head_dim
+        parts = [
+            (prefix + name, range(heads.start * D, heads.stop * D))
+            for name, heads in (
+                ("q_proj", plan.query_heads),
+                ("k_proj", plan.kv_heads),
+                ("v_proj", plan.kv_heads),
+            )
+        ]
+        biases = [
+            self.vector(f"{name}.bias", slice(rows.start, rows.stop)) if config.qkv_bias else NO_BIAS
+            for name, rows in parts
+        ]
+        if any(self._is_scaled(f"{name}.weight") for name, _ in parts):
+            matrices = [self._rows(f"{name}.weight", rows) for name, rows in parts]
+            return self._joined(list(zip(matrices, biases, strict=True)))
+        num_rows = sum(len(rows) for _, rows in parts)
+        weight = torch.empty(num_rows, config.hidden_size, dtype=self.dtype, device=self._host)
+        start = 0
+        for name, rows in parts:
+            self._read_rows_into(weight[start : start + len(rows)], f"{name}.weight", rows)
+            start += len(rows)
+        return self.linear(weight, torch.cat(biases))
 
     def _is_scaled(self, name: str) -> bool:
         return format_of(self.plan.config.quantization, name) is not None
 
     def _attention_output(self, name: str) -> Linear:
-        config, plan = self.plan.config, self.plan
-        D, heads = config.head_dim, plan.query_heads
-        scaled = self.scaled(name, ALL, slice(heads.start * D, heads.stop * D))
+        heads, D = self.plan.query_heads, self.plan.config.head_dim
+        part = slice(heads.start * D, heads.stop * D)
+        scaled = self.scaled(name, ALL, part)
         if scaled is not None:
-            spread = scaled.spread_columns(D, plan.query_places, plan.num_query_places)
-            return self.scaled_linear(spread, NO_BIAS)
-        sizes = (config.hidden_size, plan.num_query_places, D)
-        weight = torch.zeros(sizes, dtype=self.dtype, device=self._host)
-        read = self.source.read(name, ALL, slice(heads.start * D, heads.stop * D), self.dtype)
-        weight[:, list(plan.query_places)] = read.view(config.hidden_size, len(heads), D)
-        self.progress(read.nbytes)
-        return self.linear(weight.view(config.hidden_size, -1), NO_BIAS)
+            return self.scaled_linear(scaled, NO_BIAS)
+        weight = self.source.read(name, ALL, part, self.dtype)
+        self.progress(weight.nbytes)
+        return self.linear(weight, NO_BIAS)
 
     def _mlp(self, prefix: str, described: DenseMlp | RoutedMlp) -> Mlp:
         if isinstance(described, DenseMlp):
             return self._gated(prefix + "mlp.", self.plan.mlp_columns(described.intermediate_size))
         columns = self.plan.expert_columns(described)
         router = self.source.read(prefix + ROUTER, ALL, ALL, torch.float32)
-        self.progress(router.numel() * self.dtype.itemsize)
+        self.progress(router.nbytes)
         numbers = self.plan.experts(described)
         prefixes = [prefix + expert_prefix(i) for i in numbers]
         experts: Experts
@@ -317,7 +291,7 @@ class WeightLoader:
         names = [f"{prefix}{name}.weight" for name in ("gate_proj", "up_proj")]
         if any(map(self._is_scaled, names)):
             return GatedMlp(
-                self._joined([self._rows(name, columns) for name in names]),
+                self._joined([(self._rows(name, columns), NO_BIAS) for name in names]),
                 self._down_linear(prefix, columns),
             )
         gate_up = torch.empty(2, len(columns), hidden, dtype=self.dtype, device=self._host)
@@ -327,14 +301,14 @@ class WeightLoader:
         del gate_up
         return GatedMlp(fused, self._down_linear(prefix, columns))
 
-    def _rows(self, name: str, rows: range) -> tuple[ScaledMatrix | Tensor, Tensor]:
-        """Some rows of a matrix, and no bias."""
+    def _rows(self, name: str, rows: range) -> ScaledMatrix | Tensor:
+        """Some rows of a matrix."""
         scaled = self.scaled(name, slice(rows.start, rows.stop), ALL)
         if scaled is not None:
-            return scaled, NO_BIAS
+            return scaled
         weight = torch.empty(len(rows), self.plan.config.hidden_size, dtype=self.dtype, device=self._host)
         self._read_rows_into(weight, name, rows)
-        return weight, NO_BIAS
+        return weight
 
     def _down_linear(self, prefix: str, columns: range) -> Linear:
         scaled = self.scaled(prefix + "down_proj.weight", ALL, slice(columns.start, columns.stop))

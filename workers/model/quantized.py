@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
+from outrider.workers.model.integer_linear import make_integer_linear
 from outrider.workers.model.linear import DenseLinear, Linear, make_linear, pad_rows
 from outrider.workers.weights.scaled import (
     FP8,
@@ -40,8 +41,8 @@ def make_scaled_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, p
         matrix: where products are made.
         bias: [out], or no elements for none.
         dtype: of the rows that go in and come out.
-        packed: on a CPU, dequantise it once, into the layout of `PackedLinear`. The numbers are the same; what it
-            saved in memory is gone.
+        packed: on a CPU, use a layout for fast products: integers', where torch has one, see `make_integer_linear`;
+            else dequantise it once, into that of `PackedLinear`, and what it saved in memory is gone.
     """
     device = matrix.values.device
     inputs = matrix.inputs
@@ -51,6 +52,10 @@ def make_scaled_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, p
         and scaled_mm_works(device, in_groups=matrix.scales.shape[1] > 1)
     ):
         return ScaledMmLinear(matrix, bias, dtype)
+    if packed or device.type == "cuda":
+        integers = make_integer_linear(matrix, bias, dtype)
+        if integers is not None:
+            return integers
     if packed and device.type == "cpu":
         inner: Linear = make_linear(matrix.dequantised(dtype), bias, packed)
     else:

@@ -1,9 +1,12 @@
 """Who holds what: the part of a model that one tensor-parallel rank computes, without asking for divisibility."""
 
+import heapq
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from outrider.workers.weights.config import DenseMlp, ModelConfig, RoutedMlp
+from outrider.workers.weights.sizes import PLAIN_BYTES, attention_bytes, mlp_bytes
 
 MLP_BLOCK = 128
 VOCAB_BLOCK = 64
@@ -15,10 +18,10 @@ class ShardPlan:
 
     Query heads are split contiguously and as evenly as they go. A rank holds every KV head that one of its query
     heads reads, so a KV head may be on two ranks. Kernels want the same number G of query heads for each KV head,
-    so where a rank holds only some of a KV head's query heads the others' places stay empty: their q rows and o
-    columns are zero, which changes nothing. The MLP is split in blocks of 128 columns (smaller ones for small
-    models), the vocabulary in blocks of 64. Experts are split by expert where their number divides, else each of
-    them by columns, as an MLP.
+    so where a rank holds only some of a KV head's query heads the others' places stay empty in attention; no weight
+    belongs to them. The MLP is split in blocks of 128 columns (smaller ones for small models), so that the weights of
+    all ranks take the same number of bytes: who has more heads gets fewer columns. The vocabulary is split in blocks
+    of 64. Experts are split by expert where their number divides, else each of them by columns, as an MLP.
 
     Example: 9 query heads on 3 KV heads, 2 ranks. Rank 0 has heads 0-4, KV heads 0 and 1, G = 3, places
     [0 1 2 | 3 4 .]; rank 1 has heads 5-8, KV heads 1 and 2, places [5 . . | 6 7 8].
@@ -30,6 +33,7 @@ class ShardPlan:
     config: ModelConfig
     rank: int
     size: int
+    role: Literal["target", "draft"] = "target"  # whose ranks, for the error
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.size, (self.rank, self.size)
@@ -37,7 +41,7 @@ class ShardPlan:
         limit = min(self.config.num_heads, narrowest, self.config.vocab_size)
         if self.size > limit:
             raise ValueError(
-                f"target.tp_size must be at most {limit} for this model (its query heads), got {self.size}"
+                f"{self.role}.tp_size must be at most {limit} for this model (its query heads), got {self.size}"
             )
 
     @cached_property
@@ -63,8 +67,13 @@ class ShardPlan:
 
     @property
     def num_query_places(self) -> int:
-        """Local query heads, empty places included: G * num_kv_heads."""
+        """Places for query heads in attention, empty ones included: G * num_kv_heads."""
         return self.queries_per_kv_head * self.num_kv_heads
+
+    @property
+    def has_empty_places(self) -> bool:
+        """Whether attention has more places than this rank has query heads."""
+        return self.num_query_places > len(self.query_heads)
 
     @cached_property
     def query_places(self) -> tuple[int, ...]:
@@ -89,12 +98,55 @@ class ShardPlan:
 
     def mlp_columns(self, intermediate_size: int) -> range:
         """Columns of this rank of an MLP that has `intermediate_size` of them."""
-        return _share_blocks(intermediate_size, MLP_BLOCK, self.rank, self.size)
+        if intermediate_size not in self._columns:
+            self._columns[intermediate_size] = self._share_columns(intermediate_size)
+        return self._columns[intermediate_size]
 
     @cached_property
     def vocab(self) -> range:
         """Token ids whose embedding row and logit this rank holds."""
         return _share_blocks(self.config.vocab_size, VOCAB_BLOCK, self.rank, self.size)
+
+    @cached_property
+    def _columns(self) -> dict[int, range]:
+        """What `mlp_columns` has worked out, which every layer asks for."""
+        return {}
+
+    def _share_columns(self, intermediate_size: int) -> range:
+        if self.size == 1:
+            return range(intermediate_size)
+        block = _block_for(intermediate_size, MLP_BLOCK, self.size)
+        num_blocks = -(-intermediate_size // block)
+        counts = _levelled(num_blocks, self._mlp_bytes(block), self._attention_bytes)
+        start = sum(counts[: self.rank])
+        return range(start * block, min((start + counts[self.rank]) * block, intermediate_size))
+
+    @cached_property
+    def _attention_bytes(self) -> tuple[int, ...]:
+        """Of the attention matrices of all layers, for each rank."""
+        ranks = (ShardPlan(self.config, rank, self.size) for rank in range(self.size))
+        heads = [(len(plan.query_heads), plan.num_kv_heads) for plan in ranks]
+        by_heads = {
+            counts: sum(
+                attention_bytes(self.config, layer, *counts, PLAIN_BYTES)
+                for layer in range(self.config.num_layers)
+            )
+            for counts in set(heads)
+        }
+        return tuple(by_heads[counts] for counts in heads)
+
+    def _mlp_bytes(self, num_columns: int) -> int:
+        """Of so many columns of the MLPs of all layers, all experts."""
+        return sum(
+            mlp_bytes(
+                self.config,
+                index,
+                layer.mlp.num_experts if isinstance(layer.mlp, RoutedMlp) else 1,
+                num_columns,
+                PLAIN_BYTES,
+            )
+            for index, layer in enumerate(self.config.layers)
+        )
 
     def _splits_by_expert(self, mlp: RoutedMlp) -> bool:
         return mlp.num_experts % self.size == 0
@@ -119,10 +171,31 @@ def _share(total: int, rank: int, size: int) -> range:
 
 
 def _share_blocks(total: int, block: int, rank: int, size: int) -> range:
-    """Contiguous shares in whole blocks (the last may be partial), small enough for about four blocks a rank."""
+    """Contiguous shares in whole blocks; the last may be partial."""
     if size == 1:
         return range(total)
-    while block > 1 and -(-total // block) < 4 * size:
-        block //= 2
+    block = _block_for(total, block, size)
     blocks = _share(-(-total // block), rank, size)
     return range(blocks.start * block, min(blocks.stop * block, total))
+
+
+def _block_for(total: int, block: int, size: int) -> int:
+    """A block of this size, or a smaller one where there would be less than about four a rank."""
+    while block > 1 and -(-total // block) < 4 * size:
+        block //= 2
+    return block
+
+
+def _levelled(num_blocks: int, bytes_per_block: int, taken: tuple[int, ...]) -> tuple[int, ...]:
+    """Blocks for each rank, at least one, so that the fullest has as little as it can: each goes to who has least.
+
+    taken: bytes that each rank has besides.
+    """
+    counts = [1] * len(taken)
+    lightest = [(bytes_per_block + num_bytes, rank) for rank, num_bytes in enumerate(taken)]
+    heapq.heapify(lightest)
+    for _ in range(num_blocks - len(taken)):
+        num_bytes, rank = lightest[0]
+        heapq.heapreplace(lightest, (num_bytes + bytes_per_block, rank))
+        counts[rank] += 1
+    return tuple(counts)

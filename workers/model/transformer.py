@@ -64,6 +64,9 @@ class Transformer:
         kinds = list(dict.fromkeys(layer.rope for layer in self.config.layers))
         self._ropes = [RotaryEmbedding(self.config, rope, self.dtype, self.device) for rope in kinds]
         self._rope_of_layer = [kinds.index(layer.rope) for layer in self.config.layers]
+        # Where a rank has only some of a KV head's query heads, attention has places for all.
+        places = torch.tensor(self.plan.query_places, device=self.device)
+        self._query_places = places if self.plan.has_empty_places else None
         layer = weights.layers[0]
         # Rows that are added would be sent to experts, too.
         is_routed = any(isinstance(layer.mlp, RoutedMlp) for layer in self.config.layers)
@@ -132,15 +135,20 @@ class Transformer:
         cache: PagedCache,
     ) -> Tensor:
         layer, described = self.weights.layers[index], self.config.layers[index]
-        HQ, HK, D = self.plan.num_query_places, self.plan.num_kv_heads, self.config.head_dim
-        heads = layer.qkv(normed).view(-1, HQ + 2 * HK, D)[: batch.tree.num_queries]
-        q, k, v = heads.split((HQ, HK, HK), dim=1)
+        Q, HK, D = len(self.plan.query_heads), self.plan.num_kv_heads, self.config.head_dim
+        heads = layer.qkv(normed).view(-1, Q + 2 * HK, D)[: batch.tree.num_queries]
+        q, k, v = heads.split((Q, HK, HK), dim=1)
         if self.config.qk_norm:
             q = F.rms_norm(q, (D,), layer.q_norm, self.config.rms_norm_eps)
             k = F.rms_norm(k, (D,), layer.k_norm, self.config.rms_norm_eps)
         q = cache.append(index, q, k, v, rotation, batch.kv_rows, self.kernels.rope_append)
+        if self._query_places is not None:
+            places = q.new_zeros(len(q), self.plan.num_query_places, D)
+            q = places.index_copy_(1, self._query_places, q)
         use_kernel = self.kernels.tree_attention
         out = cache.attend(index, q, batch.tree, self.scale, described.window, use_kernel)  # [N, HQ, D]
+        if self._query_places is not None:
+            out = out.index_select(1, self._query_places)
         return layer.attention_output(self._padded(out.flatten(1)))
 
     def _padded(self, rows: Tensor) -> Tensor:

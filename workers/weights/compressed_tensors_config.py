@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from outrider.workers.weights.fields import Fields
 from outrider.workers.weights.fp8_format import Fp8Format, Scope
+from outrider.workers.weights.packed_format import Layout, PackedFormat
 from outrider.workers.weights.quantization import (
     FormatRule,
     ModuleNames,
@@ -139,7 +140,35 @@ def _cache_is_fp8(fields: Fields) -> bool:
     return True
 
 
+def _integers(group: Fields, layout: Layout) -> PackedFormat:
+    """Weights alone: with 8-bit activations it would be another product."""
+    weights = _scheme(group, "weights")
+    weights.text("type", ("int",))
+    bits = weights.integer("num_bits")
+    if bits not in ((4, 8) if layout == "packed" else (8,)):
+        raise weights.wrong("num_bits", "4 or 8" if layout == "packed" else "8")
+    weights.require_off({"dynamic": (False,), "block_structure": ()})
+    is_grouped = weights.text("strategy", ("channel", "group")) == "group"
+    size = weights.integer("group_size") if is_grouped else 0
+    if not is_grouped:
+        weights.require_off({"group_size": ()})
+    symmetric = weights.flag("symmetric")
+    weights.refuse_unread()
+    group.require_off({"input_activations": ()})
+    return PackedFormat(layout, 4 if bits == 4 else 8, size, zeros=not symmetric)
+
+
+def _pack_quantized(group: Fields) -> PackedFormat:
+    return _integers(group, "packed")
+
+
+def _int_quantized(group: Fields) -> PackedFormat:
+    return _integers(group, "bytes")
+
+
 _FORMATS: Mapping[str, Callable[[Fields], NumberFormat]] = {
     "float-quantized": _float_quantized,
     "naive-quantized": _float_quantized,
+    "pack-quantized": _pack_quantized,
+    "int-quantized": _int_quantized,
 }

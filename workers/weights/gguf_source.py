@@ -103,6 +103,10 @@ class GgufSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensor(name).shape
 
+    def kind(self, name: str) -> GGMLQuantizationType:
+        """The type that a tensor is stored as."""
+        return self._tensor(name).type
+
     def read(self, name: str, rows: slice, columns: slice, dtype: torch.dtype) -> torch.Tensor:
         tensor = self._tensor(name)
         if len(tensor.shape) == 1:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from outrider.workers.weights.compressed_tensors_config import read_compressed_tensors
 from outrider.workers.weights.fields import Fields
 from outrider.workers.weights.fp8_format import Fp8Format, block_fp8, fbgemm_fp8
+from outrider.workers.weights.packed_format import PackedFormat
 from outrider.workers.weights.quantization import (
     FormatRule,
     ModuleNames,
@@ -113,6 +114,80 @@ def _fp8(fields: Fields) -> Quantization:
     return Quantization("fp8", (FormatRule(_EVERY, form),), plain)
 
 
+# How the integers were found, not what they mean.
+_GPTQ_HARMLESS = (
+    *(
+        "damp_percent",
+        "damp_auto_increment",
+        "static_groups",
+        "true_sequential",
+        "act_group_aware",
+        "mse",
+        "sym",
+    ),
+    *("desc_act", "model_name_or_path", "model_file_base_name", "dataset", "tokenizer", "model_seqlen"),
+    *("block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "pad_token_id", "meta"),
+    *("use_cuda_fp16", "use_exllama", "exllama_config", "max_input_length", "cache_block_outputs", "backend"),
+    *("quantizer", "offload_to_disk", "hyb_act"),
+)
+
+
+def _gptq(fields: Fields) -> Quantization:
+    """`g_idx` says the order of columns, whatever `desc_act` says: it must be theirs."""
+    fields.ignore(_GPTQ_HARMLESS)
+    fields.require_off(
+        {
+            "dynamic": ({},),
+            "is_marlin_format": (False,),
+            "modules_in_block_to_quantize": (),
+            "pack_dtype": ("int32",),
+        }
+    )
+    version = "gptq"
+    for key in ("checkpoint_format", "format"):
+        if fields.has(key):
+            version = fields.text(key, ("gptq", "gptq_v2"))
+    lm_head = fields.flag("lm_head") if fields.has("lm_head") else False
+    form = PackedFormat(
+        "gptq",
+        _bits(fields, (4, 8)),
+        _group_size(fields),
+        zeros=True,
+        zero_offset=1 if version == "gptq" else 0,
+        has_order=True,
+    )
+    return Quantization(
+        "gptq", (FormatRule(_EVERY, form),), ModuleNames(ending=() if lm_head else ("lm_head",))
+    )
+
+
+def _awq(fields: Fields) -> Quantization:
+    fields.ignore(("backend", "do_fuse", "fuse_max_seq_len", "exllama_config", "modules_to_fuse"))
+    if fields.has("version"):
+        fields.text("version", ("gemm", "GEMM"))
+    fields.require_off({"zero_point": (True,)})
+    form = PackedFormat("awq", _bits(fields, (4,)), _group_size(fields), zeros=True)
+    return Quantization("awq", (FormatRule(_EVERY, form),), _not_converted(fields, "modules_to_not_convert"))
+
+
+def _bits(fields: Fields, allowed: tuple[Literal[4, 8], ...]) -> Literal[4, 8]:
+    key = "bits" if fields.has("bits") else "w_bit"
+    given = fields.integer(key)
+    for bits in allowed:
+        if bits == given:
+            return bits
+    raise fields.wrong(key, " or ".join(map(str, allowed)))
+
+
+def _group_size(fields: Fields) -> int:
+    """0 for whole rows, which files say as -1."""
+    key = "group_size" if fields.has("group_size") else "q_group_size"
+    size = fields.integer(key, low=-1)
+    if size == 0:
+        raise fields.wrong(key, "-1 or at least 1")
+    return max(0, size)
+
+
 def _fp8_without_blocks(by_transformers: bool, is_static: bool) -> Fp8Format:
     """transformers says that there are no blocks and has names of its own."""
     scale, input_scale = (
@@ -138,4 +213,6 @@ _READERS: Mapping[str, Callable[[Fields], Quantization]] = {
     "fbgemm_fp8": _fbgemm_fp8,
     "fp8": _fp8,
     "compressed-tensors": read_compressed_tensors,
+    "gptq": _gptq,
+    "awq": _awq,
 }

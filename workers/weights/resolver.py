@@ -91,7 +91,7 @@ def resolve_description(model: str, cache_dir: Path, progress: Progress, field: 
     """
     try:
         path = Path(model).expanduser()
-        if not path.exists() and _is_hub_id(model):
+        if not path.exists() and is_hub_id(model):
             return ResolvedModel(model, "safetensors", _from_hub(model, _DESCRIPTION, progress))
         if path.is_dir() and (path / "config.json").exists() and not any(path.glob("*.gguf")):
             return ResolvedModel(model, "safetensors", path.resolve())
@@ -109,7 +109,7 @@ def resolve_tensors(
     """
     try:
         path = Path(model).expanduser()
-        if path.exists() or not _is_hub_id(model):
+        if path.exists() or not is_hub_id(model):
             return _resolve(model, cache_dir, progress)
         directory = _from_hub(model, _DESCRIPTION, progress)
         return ResolvedModel(
@@ -125,7 +125,7 @@ def resolve_tokenizer(model: str, cache_dir: Path, progress: Progress, field: st
     if path.is_dir() and any((path / name).exists() for name in _TOKENIZER_FILES):
         return ResolvedModel(model, "safetensors", path.resolve())
     try:
-        if not path.exists() and _is_hub_id(model):
+        if not path.exists() and is_hub_id(model):
             return ResolvedModel(model, "safetensors", _from_hub(model, _DESCRIPTION, progress))
         return _resolve(model, cache_dir, progress)
     except ValueError as error:
@@ -189,7 +189,7 @@ def _resolve_folder(
             return path.resolve()
         if path.exists():
             raise ValueError(f"{model} is not a directory with {shipped.marker}")
-        if not _is_hub_id(model):
+        if not is_hub_id(model):
             raise ValueError(f"no directory {model} (and it is not a Hugging Face id or shipped:NAME)")
         return _from_hub(model, patterns, progress)
     except ValueError as error:
@@ -239,13 +239,14 @@ def _resolve(model: str, cache_dir: Path, progress: Progress) -> ResolvedModel:
         return ResolvedModel(model, "gguf", path.resolve())
     if path.is_dir():
         return _in_directory(model, path.resolve())
-    if not _is_hub_id(model):
+    if not is_hub_id(model):
         raise ValueError(f"no file or directory {model} (and it is not a Hugging Face id, pypi: or random:)")
     directory = _from_hub(model, _DESCRIPTION, progress)
     return _in_directory(model, _from_hub(model, _with_weights(directory, ()), progress))
 
 
-def _is_hub_id(model: str) -> bool:
+def is_hub_id(model: str) -> bool:
+    """Whether a model is written as an id of the Hugging Face hub."""
     looks_local = model.startswith((".", "/", "~")) or model.endswith(".gguf")
     return not looks_local and _HUB_ID.fullmatch(model) is not None
 

@@ -8,7 +8,7 @@ Format: https://github.com/huggingface/safetensors#format
 import json
 import math
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from outrider.workers.weights.fields import Fields, read_json
-from outrider.workers.weights.source import DataFile, read_rectangle
+from outrider.workers.weights.reader import Reader
+from outrider.workers.weights.source import DataFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -61,6 +62,7 @@ class SafetensorsFiles:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.entries: dict[str, Entry] = {}
+        self.reader = Reader()
         for path in paths:
             for name, entry in _read_header(path).items():
                 if name in self.entries:
@@ -71,11 +73,19 @@ class SafetensorsFiles:
         """Rows and columns of a matrix as they are stored; a vector is one column, and a number one of one row."""
         entry = self.entries[name]
         data = torch.empty(rows[1] - rows[0], columns[1] - columns[0], dtype=entry.dtype)
+        self.read_into(name, rows, columns, data)
+        return data
+
+    def read_into(
+        self, name: str, rows: tuple[int, int], columns: tuple[int, int], out: torch.Tensor
+    ) -> None:
+        """As `read`, into `out` [rows, columns], contiguous and of the dtype that is stored."""
+        entry = self.entries[name]
         size = entry.dtype.itemsize
+        assert out.dtype == entry.dtype, (name, out.dtype, entry.dtype)
         row_bytes = math.prod(entry.shape[1:]) * size
         window = (columns[0] * size, columns[1] * size)
-        read_rectangle(entry.file, entry.offset, row_bytes, rows, window, data.view(torch.uint8))
-        return data
+        self.reader.rectangle(entry.file, entry.offset, row_bytes, rows, window, out.view(torch.uint8))
 
 
 def weight_files(directory: Path, names: Collection[str]) -> list[Path]:
@@ -97,6 +107,17 @@ def weight_files(directory: Path, names: Collection[str]) -> list[Path]:
     if not paths:
         raise ValueError(f"{directory} has no .safetensors file")
     return paths
+
+
+def check_index(directory: Path, entries: Mapping[str, Entry]) -> None:
+    """Raises ValueError where a file that was opened lacks a tensor that the index says is in it."""
+    if (directory / SINGLE).exists() or not (directory / INDEX).exists():
+        return
+    opened = {entry.file.path.name for entry in entries.values()}
+    weight_map = Fields(read_json(directory / INDEX), f"{directory / INDEX}: ").object("weight_map")
+    for name, file in weight_map.items():
+        if file in opened and name not in entries:
+            raise ValueError(f"{directory / file} lacks tensor {name}, which {INDEX} says is in it")
 
 
 def indexed_files(directory: Path, names: Collection[str]) -> list[Path]:

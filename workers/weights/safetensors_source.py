@@ -11,7 +11,7 @@ from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.fields import Fields, read_json
 from outrider.workers.weights.hf_config import model_config_from_hf
 from outrider.workers.weights.quantization import format_of, stem
-from outrider.workers.weights.safetensors_files import SafetensorsFiles, weight_files
+from outrider.workers.weights.safetensors_files import SafetensorsFiles, check_index, weight_files
 from outrider.workers.weights.source import CHUNK_ELEMENTS, Stored, bounds, read_scaled, unknown_tensor
 from outrider.workers.weights.tensors import (
     EMBEDDING,
@@ -39,6 +39,7 @@ class SafetensorsSource:
         self.directory = directory
         self._config = read_hf_config(directory)
         self._files = SafetensorsFiles(weight_files(directory, names_to_fetch(directory, names)))
+        check_index(directory, self._files.entries)
         found = {name for name in self._files.entries if not is_harmless(name)}
         tied = self._config.tied_embeddings
         whole = tensor_shapes(replace(self._config, tied_embeddings=tied and HEAD not in found))
@@ -87,16 +88,27 @@ class SafetensorsSource:
         start, stop = bounds(rows, shape[0])
         left, right = bounds(columns, shape[1]) if len(shape) > 1 else (0, 1)
         out = torch.empty(stop - start, right - left, dtype=dtype)
-        step = max(1, CHUNK_ELEMENTS // max(1, right - left))
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            part = read_scaled(self, name, slice(first, last), slice(left, right))
-            out[first - start : last - start] = (
-                self._files.read(self._stored_name(name), (first, last), (left, right))
-                if part is None
-                else part.dequantised(dtype)
-            )
+        self.read_into(name, slice(start, stop), slice(left, right), out)
         return out if len(shape) > 1 else out[:, 0]
+
+    def read_into(self, name: str, rows: slice, columns: slice, out: torch.Tensor) -> None:
+        shape, stored_name = self.shape(name), self._stored_name(name)
+        start, stop = bounds(rows, shape[0])
+        span = bounds(columns, shape[1]) if len(shape) > 1 else (0, 1)
+        out = out.view(stop - start, span[1] - span[0])
+        is_plain = format_of(self._config.quantization, stored_name) is None
+        if is_plain and self._files.entries[stored_name].dtype == out.dtype:
+            self._files.read_into(stored_name, (start, stop), span, out)
+            return
+
+        def read(first: int, last: int) -> None:
+            part = (start + first, start + last)
+            scaled = read_scaled(self, name, slice(*part), slice(*span))
+            out[first:last] = (
+                self._files.read(stored_name, part, span) if scaled is None else scaled.dequantised(out.dtype)
+            )
+
+        self._files.reader.each(stop - start, max(1, CHUNK_ELEMENTS // max(1, out.shape[1])), read)
 
     def read_stored(self, name: str, rows: slice, columns: slice) -> Stored:
         num_rows, num_columns = self.shape(name)

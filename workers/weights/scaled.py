@@ -97,30 +97,6 @@ class ScaledMatrix:
         shifts = None if self.shifts is None else split(self.shifts)
         return replace(self, scales=split(self.scales), shifts=shifts, group=width)
 
-    def spread_rows(self, unit: int, places: Sequence[int], num_places: int) -> ScaledMatrix:
-        """Its rows, `unit` at a time, at some of `num_places` places; the rows at the others are zero."""
-        if list(places) == list(range(num_places)):
-            return self
-        return self._each(lambda part: _spread(part, 0, unit, places, num_places))
-
-    def spread_columns(self, unit: int, places: Sequence[int], num_places: int) -> ScaledMatrix:
-        """As `spread_rows`; a group whose columns do not stay together becomes smaller ones with its scale."""
-        if list(places) == list(range(num_places)):
-            return self
-        columns = self.values.shape[1]
-        values = _spread(self.values, 1, unit, places, num_places)
-        if self.scales.shape[1] == 1 and self.shifts is None:
-            return replace(self, values=values, group=unit * num_places)
-        whole = self if self.scales.shape[1] > 1 else replace(self, group=columns)
-        fine = whole.in_groups_of(math.gcd(whole.group, unit))
-        per_unit = unit // fine.group
-
-        def spread(of_groups: Tensor) -> Tensor:
-            return _spread(of_groups, 1, per_unit, places, num_places)
-
-        shifts = None if fine.shifts is None else spread(fine.shifts)
-        return replace(fine, values=values, scales=spread(fine.scales), shifts=shifts)
-
     @property
     def kind(self) -> tuple[object, ...]:
         """Equal for matrices whose rows can be those of one."""
@@ -179,15 +155,6 @@ def joined(parts: Sequence[ScaledMatrix]) -> ScaledMatrix:
     shifts = None if first.shifts is None else torch.cat([p.shifts for p in parts if p.shifts is not None])
     values = torch.cat([_bytes(part.values) for part in parts]).view(first.values.dtype)
     return replace(first, values=values, scales=torch.cat([part.scales for part in parts]), shifts=shifts)
-
-
-def _spread(part: Tensor, dim: int, unit: int, places: Sequence[int], num_places: int) -> Tensor:
-    units = _bytes(part).unflatten(dim, (-1, unit))
-    sizes = list(units.shape)
-    sizes[dim] = num_places
-    out = units.new_zeros(sizes)
-    out.index_copy_(dim, torch.tensor(places, device=part.device), units)
-    return out.flatten(dim, dim + 1).view(part.dtype)
 
 
 def _bytes(values: Tensor) -> Tensor:

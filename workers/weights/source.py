@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -87,6 +87,23 @@ def read_scaled(source: WeightSource, name: str, rows: slice, columns: slice) ->
     )
 
 
+@runtime_checkable
+class ReadsInto(Protocol):
+    """A source that can read straight into memory that is there."""
+
+    def read_into(self, name: str, rows: slice, columns: slice, out: torch.Tensor) -> None:
+        """As `WeightSource.read`, into `out`, [rows, columns] or [rows], in the dtype of `out`."""
+        ...
+
+
+def read_into(source: WeightSource, name: str, rows: slice, columns: slice, out: torch.Tensor) -> None:
+    """`source.read` into `out`, without a copy between where the source can."""
+    if isinstance(source, ReadsInto) and out.is_contiguous() and out.device.type == "cpu":
+        source.read_into(name, rows, columns, out)
+    else:
+        out.copy_(source.read(name, rows, columns, out.dtype))
+
+
 class DataFile:
     """A file read at given offsets without a shared position, hence safe to use from several threads."""
 
@@ -101,10 +118,16 @@ class DataFile:
             raise ValueError(f"{self.path} is truncated: it has {size} of {num_bytes} bytes")
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills `buffer` (bytes) from `offset`. Raises ValueError when the file ends before."""
+        """Fills `buffer` (bytes) from `offset`.
+
+        Raises ValueError when the file ends before, OSError with the file's name when it cannot be read.
+        """
         done = 0
         while done < len(buffer):
-            count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
             if count == 0:
                 raise ValueError(
                     f"{self.path} ends before byte {offset + len(buffer)}: the file is truncated"

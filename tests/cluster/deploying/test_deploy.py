@@ -192,6 +192,13 @@ def test_what_ray_spreads_is_on_different_machines(placement: str, rule: str, tm
     assert list(affinity["podAntiAffinity"]) == [rule]
 
 
+def test_a_drafter_on_the_targets_gpus_needs_no_gpu_more(tmp_path: Path) -> None:
+    sharing = ["draft.placement=shared", "cluster.num_gpus_per_draft=0.2", "draft.tp_size=8"]
+    _, manifest, _ = kuberay(tmp_path, "RayCluster", LARGE, *sharing, "target.tp_size=8")
+    container = cluster_of(manifest)["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+
+
 def test_machines_that_are_there_are_launched_with_the_first_as_head(tmp_path: Path) -> None:
     hosts = ["deploy.num_nodes=2", "deploy.hosts=[10.0.0.1,10.0.0.2]", "server.api_keys_file=/keys"]
     (file,) = written(tmp_path, LARGE, *hosts, "--to", "ray")
@@ -210,6 +217,16 @@ def test_machines_that_are_there_are_launched_with_the_first_as_head(tmp_path: P
             "node has 4 and 64; got 1",
         ),
         (["cluster.placement=STRICT_SPREAD"], "deploy.num_nodes must be at least 9"),
+        (["draft.tp_size=2"], "deploy.gpus_per_node must be at least 9, because a node holds all"),
+        (
+            [
+                "target.tp_size=9",
+                "draft.tp_size=8",
+                "draft.placement=shared",
+                "cluster.num_gpus_per_draft=0.2",
+            ],
+            "deploy.gpus_per_node must be at least 9, because a node holds all",
+        ),
         (["deploy.image="], "deploy.image must be a container image"),
         (["server.port=0"], "server.port must be fixed in a cluster"),
         (["server.api_keys_file=/keys"], "deploy.api_keys_secret must name a Secret"),

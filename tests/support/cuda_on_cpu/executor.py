@@ -9,9 +9,11 @@ import hashlib
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -117,15 +119,12 @@ def build_unit(
     output = BUILD / f"{name}-{sanitizer}-{digest}{'' if program else '.so'}"
     if output.exists():
         return output
-    folder = BUILD / f"{name}-{digest}.d"
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, text in unit.items():
-        (folder / file).write_text(text)
     objects = [build_runtime(sanitizer == "thread", source) for source in ("runtime", "warp_operations")]
-    partial = output.with_suffix(".partial")
-    command = ["g++", *flags, optimise, f"-I{folder}", f"-I{HERE}", str(folder / "main.cpp")]
-    _run([*command, *map(str, objects), "-o", str(partial)])
-    partial.rename(output)
+    with _built(output) as (folder, partial):
+        for file, text in unit.items():
+            (folder / file).write_text(text)
+        command = ["g++", *flags, optimise, f"-I{folder}", f"-I{HERE}", str(folder / "main.cpp")]
+        _run([*command, *map(str, objects), "-o", str(partial)])
     return output
 
 
@@ -136,10 +135,20 @@ def build_runtime(for_tsan: bool, source: str) -> Path:
     )
     output = BUILD / f"{source}-{int(for_tsan)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.o"
     if not output.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
         flags = [*FLAGS, *(["-DOUTRIDER_TSAN"] if for_tsan else []), "-O2", "-c"]
-        _run(["g++", *flags, str(HERE / f"{source}.cpp"), "-o", str(output)])
+        with _built(output) as (_, partial):
+            _run(["g++", *flags, str(HERE / f"{source}.cpp"), "-o", str(partial)])
     return output
+
+
+@contextmanager
+def _built(output: Path) -> Iterator[tuple[Path, Path]]:
+    """A folder of its own, and what becomes the output in it: several processes of a test run may build the same."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=BUILD) as folder:
+        partial = Path(folder) / output.name
+        yield Path(folder), partial
+        partial.rename(output)
 
 
 def _run(command: list[str]) -> None:

@@ -1,0 +1,203 @@
+"""What each process of a deployment keeps in the memory of its GPU (or of its machine), part by part."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+from outrider.configs.processors import shares_gpus
+from outrider.configs.schema import Config
+from outrider.kernels.launch_plans import TYPE_NAMES
+from outrider.kernels.tree_attention import HEAD_DIMS
+from outrider.workers.model.cache import bytes_per_page
+from outrider.workers.model.cuda_graphs import (
+    GraphCapacity,
+    StaticBatch,
+    draft_capacities,
+    target_capacities,
+)
+from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.sizes import WeightBytes, weight_bytes
+from outrider.workers.planning.activations import forward_bytes, gathered_bytes, logits_bytes
+from outrider.workers.setup import (
+    cache_dtype,
+    num_draft_pages,
+    num_target_pages,
+    target_cache_bytes,
+    torch_dtype,
+)
+from outrider.workers.weights.config import ModelConfig
+
+# What is not ours to count, on GPUs; estimates, each from who has measured it:
+# a CUDA context with the kernels that are loaded into it: 0.3 GB at least, more as kernels are loaded
+# (pytorch/pytorch#107667);
+CONTEXT_BYTES = 512 << 20
+# NCCL's buffers of the target's ranks: what a rank of two of vLLM's had outside of torch more than a single one,
+# 3.58 - 1.79 GiB on H100s (vllm-project/vllm#10511);
+RANKS_BYTES = 1833 << 20
+# those of the two that hidden rows pass between, drafter and rank 0: 544 MB (NVIDIA/nccl#964);
+LINK_BYTES = 544 << 20
+# a CUDA graph, by layer: vLLM counted 24 to 28 MiB a graph (vllm-project/vllm#22897), of a model of about 30 layers;
+GRAPH_BYTES_PER_LAYER = 1 << 20
+# cuBLAS' workspace on Hopper, of each of the streams that products run on: the usual one and that of captures.
+WORKSPACE_BYTES = 2 * (32 << 20)
+# On CPUs: Python with torch and transformers in it, measured where this was written.
+INTERPRETER_BYTES = 400 << 20
+
+
+@dataclass(frozen=True)
+class _Pages:
+    num_pages: int
+    page_size: int
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """Bytes of one process.
+
+    Attributes:
+        name: "target 0", ..., "draft", "draft 1", ...
+        weights: of its model; heads: of draft heads, and what they share with the target.
+        kv_cache: of which `kv_tokens` tokens fit.
+        graphs: CUDA graphs: their inputs, the memory that they compute in, and the graphs themselves.
+        activations: of the largest round, with its logits.
+        communication: buffers between ranks, and between drafter and target.
+        context: the CUDA context with cuBLAS' workspace; the interpreter on a CPU.
+    """
+
+    name: str
+    weights: WeightBytes
+    heads: int
+    kv_cache: int
+    kv_tokens: int
+    graphs: int
+    activations: int
+    communication: int
+    context: int
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """Bytes by what they are for, in the order of a table."""
+        weights = {part.name: getattr(self.weights, part.name) for part in fields(self.weights)}
+        others = ("heads", "kv_cache", "graphs", "activations", "communication", "context")
+        return {**weights, **{name: getattr(self, name) for name in others}}
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def target_memory(config: Config, model: ModelConfig, rank: int, num_taps: int) -> ProcessMemory:
+    """Of one rank of the target.
+
+    Args:
+        num_taps: layers whose inputs draft methods read.
+
+    Raises:
+        ValueError: `target.kv_cache_bytes` does not hold a page, or `target.tp_size` ranks cannot share the model.
+    """
+    target, rounds = config.target, config.rounds
+    plan, dtype = ShardPlan(model, rank, target.tp_size), torch_dtype(target.dtype)
+    on_gpu = config.cluster.num_gpus_per_target > 0 and target.device != "cpu"
+    num_pages, cache = num_target_pages(config, model), cache_dtype(config, model)
+    by_kernel = on_gpu and target.attention != "sdpa" and attention_kernel_fits(model, dtype, cache)
+    capacities = target_capacities(plan, _Pages(num_pages, target.page_size))
+    nodes = rounds.max_sequences * (config.tree.max_nodes + 1)
+    activations = forward_bytes(plan, rounds.max_round_tokens, dtype, num_taps)
+    if not by_kernel:
+        # A sequence of the longest context and as many rows of it as a round has; many are grouped, and padded less.
+        context = min(target.max_context, model.max_context, num_pages * target.page_size)
+        activations += gathered_bytes(plan, rounds.max_round_tokens, context, dtype, cache)
+    logits = logits_bytes(plan, min(nodes, rounds.max_round_tokens), dtype)
+    communication = RANKS_BYTES if target.tp_size > 1 else 0
+    if rank == 0 and num_taps and _links_gpus(config):
+        communication += LINK_BYTES
+    return ProcessMemory(
+        name=f"target {rank}",
+        weights=weight_bytes(plan, dtype, on_gpu),
+        heads=0,
+        kv_cache=target_cache_bytes(config, plan),
+        kv_tokens=num_pages * target.page_size,
+        graphs=graph_bytes(plan, capacities, target.page_size, dtype, num_taps) if by_kernel else 0,
+        activations=activations + logits,
+        communication=communication if on_gpu else 0,
+        context=context_bytes(on_gpu),
+    )
+
+
+def draft_memory(
+    config: Config, model: ModelConfig | None, rank: int, heads: int, num_caches: int, num_taps: int
+) -> ProcessMemory:
+    """Of one rank of the drafter; the first is the DraftWorker, which has heads and all logits.
+
+    Args:
+        model: of `draft.model`, where method `model` drafts.
+        heads: bytes of draft heads and of what they share with the target.
+        num_caches: draft methods other than `model` that have a cache of `draft.kv_cache_bytes`.
+        num_taps: as for the target, whose rows of this many layers come here.
+
+    Raises:
+        ValueError: `draft.kv_cache_bytes` does not hold a page, or `draft.tp_size` ranks cannot share the model.
+    """
+    draft, rounds = config.draft, config.rounds
+    dtype, page_size = torch_dtype(draft.dtype), config.target.page_size
+    on_gpu = config.cluster.num_gpus_per_draft > 0 and draft.device != "cpu"
+    weights, cache, tokens, graphs, activations = WeightBytes(0, 0, 0, 0, 0), 0, 0, 0, 0
+    if model is not None:
+        plan = ShardPlan(model, rank, draft.tp_size, "draft")
+        num_pages = num_draft_pages(config, model, draft.tp_size)
+        weights, tokens = weight_bytes(plan, dtype, on_gpu), num_pages * page_size
+        cache = num_pages * bytes_per_page(model, plan, dtype, page_size)
+        # Prompts come in chunks, of which one sequence after the other is read; logits are those of a step.
+        activations = forward_bytes(plan, rounds.prefill_chunk, dtype, 0)
+        whole = ShardPlan(model, 0, 1)
+        activations += logits_bytes(whole if rank == 0 else plan, rounds.max_sequences, dtype)
+        if on_gpu and config.target.attention != "sdpa" and attention_kernel_fits(model, dtype, dtype):
+            capacities = draft_capacities(plan, _Pages(num_pages, page_size))
+            graphs = graph_bytes(plan, capacities, page_size, dtype, 0)
+    communication = RANKS_BYTES if draft.tp_size > 1 else 0
+    if rank == 0 and num_taps and _links_gpus(config):
+        communication += LINK_BYTES
+    return ProcessMemory(
+        name=f"draft {rank}" if rank else "draft",
+        weights=weights,
+        heads=0 if rank else heads,
+        kv_cache=cache + (0 if rank else num_caches * draft.kv_cache_bytes),
+        kv_tokens=tokens,
+        graphs=graphs,
+        activations=activations,
+        communication=communication if on_gpu else 0,
+        context=context_bytes(on_gpu),
+    )
+
+
+def _links_gpus(config: Config) -> bool:
+    """Whether hidden rows go from GPU to GPU: NCCL connects none to itself."""
+    return config.cluster.num_gpus_per_draft > 0 and not shares_gpus(config.draft, config.cluster)
+
+
+def attention_kernel_fits(model: ModelConfig, dtype: torch.dtype, cache: torch.dtype) -> bool:
+    """Whether there is an attention kernel for a model and its cache, without which there are no CUDA graphs."""
+    return cache == dtype and dtype in TYPE_NAMES and model.head_dim in HEAD_DIMS
+
+
+def graph_bytes(
+    plan: ShardPlan, capacities: list[GraphCapacity], page_size: int, dtype: torch.dtype, num_taps: int
+) -> int:
+    """Of CUDA graphs that share one pool of memory, which the largest fills."""
+    cpu = torch.device("cpu")  # a few MB; on the meta device torch takes a second to find out what zeros are
+    inputs = sum(_batch_bytes(StaticBatch(capacity, page_size, cpu)) for capacity in capacities)
+    largest = max(capacity.num_rows for capacity in capacities)
+    pool = forward_bytes(plan, largest, dtype, num_taps)
+    return inputs + pool + len(capacities) * plan.config.num_layers * GRAPH_BYTES_PER_LAYER
+
+
+def context_bytes(on_gpu: bool) -> int:
+    """What a process takes before it has anything of its own."""
+    return CONTEXT_BYTES + WORKSPACE_BYTES if on_gpu else INTERPRETER_BYTES
+
+
+def _batch_bytes(static: StaticBatch) -> int:
+    batch = static.batch
+    kept = [*vars(batch).values(), *vars(batch.tree).values()]
+    return sum(value.nbytes for value in kept if isinstance(value, torch.Tensor))
