@@ -241,6 +241,7 @@ _NARROW = (
     "no context",
     "rows of 128",
     "head size 128",
+    "head size 128, decode",
     "window",
     "soft cap",
     "one key",
@@ -258,7 +259,6 @@ ATTENTION_CASES = (
     *narrowed([case for case in _CASES if case.name in _NARROW]),
     *narrowed(
         [
-            AttentionCase("head size 128, rows of 64", (70, 5), (9, 4), head_dim=128, num_splits=2),
             AttentionCase("f16, rows of 128", (30,), (70,), num_heads=1, num_kv_heads=1, dtype=torch.float16),
         ]
     ),
