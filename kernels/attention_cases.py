@@ -5,11 +5,12 @@ Tests on the CPU executors, the self-test on a new GPU and `outrider doctor --gp
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from outrider.kernels.launch_plans import FP8
 from outrider.kernels.tree_batch import MASK_WORD_BITS, TreeBatch
 
 
@@ -22,6 +23,7 @@ class AttentionCase:
         query_lens: nodes per request.
         cached_lens: tree rows in the cache before the queries, per request (a drafter that grows its tree).
         num_heads, num_kv_heads, head_dim, page_size, dtype, window, soft_cap: as in `tree_attention`.
+        narrow: whether the cache is in FP8; its values are then twice what is stored.
         num_splits: parts the keys of a request of mean length are divided into.
         query_scale: factor on the queries; 60 makes the softmax choose single keys, and a lost maximum overflow.
         chain: every node is the next one's parent, as in a prompt chunk.
@@ -36,6 +38,7 @@ class AttentionCase:
     head_dim: int = 64
     page_size: int = 16
     dtype: torch.dtype = torch.bfloat16
+    narrow: bool = False
     window: int = 0
     soft_cap: float = 0.0
     num_splits: int = 1
@@ -47,6 +50,14 @@ class AttentionCase:
     def tree_lens(self) -> tuple[int, ...]:
         cached = self.cached_lens or (0,) * len(self.query_lens)
         return tuple(c + n for c, n in zip(cached, self.query_lens, strict=True))
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return FP8 if self.narrow else self.dtype
+
+    @property
+    def value_scale(self) -> float:
+        return 2.0 if self.narrow else 1.0
 
     @property
     def scale(self) -> float:
@@ -89,7 +100,8 @@ def build_attention_inputs(case: AttentionCase) -> AttentionInputs:
         parents.append(_random_parents(case.tree_lens[b], case.chain, random))
     q = torch.randn(sum(case.query_lens), case.num_heads, case.head_dim, generator=random) * case.query_scale
     batch = _tree_batch(case, page_table, parents)
-    return AttentionInputs(q.to(case.dtype), caches[0], caches[1], batch, tuple(parents))
+    k_pages, v_pages = (cache.to(case.cache_dtype) for cache in caches)
+    return AttentionInputs(q.to(case.dtype), k_pages, v_pages, batch, tuple(parents))
 
 
 def _random_parents(num_rows: int, chain: bool, random: torch.Generator) -> tuple[int, ...]:
@@ -161,14 +173,14 @@ def attention_in_float64(case: AttentionCase, inputs: AttentionInputs) -> Tensor
             scores = torch.einsum("hd,nhd->hn", inputs.q[query_row].double(), k) * case.scale
             if case.soft_cap:
                 scores = torch.tanh(scores / case.soft_cap) * case.soft_cap
-            out[query_row] = torch.einsum("hn,nhd->hd", scores.softmax(-1), v)
+            out[query_row] = torch.einsum("hn,nhd->hd", scores.softmax(-1), v) * case.value_scale
             query_row += 1
     return out
 
 
 # Small enough to run on the CPU executors in seconds, chosen so that every branch of the kernel runs: context of
 # none and of many tiles, every tile, splits with no keys, tile and word boundaries, odd sizes.
-ATTENTION_CASES = (
+_CASES = (
     AttentionCase("decode", (75, 130, 0), (1, 1, 1)),
     AttentionCase("small tree", (75, 130), (4, 3), num_splits=3),
     AttentionCase("two trees", (75, 130), (24, 7), num_splits=2),
@@ -216,6 +228,41 @@ ATTENTION_CASES = (
     AttentionCase("f16, head size 128, rows of 64", (40, 5), (9, 4), dtype=torch.float16, head_dim=128),
     AttentionCase("f16, head size 128", (40, 5), (3, 4), dtype=torch.float16, head_dim=128, window=16),
 )
+
+
+def narrowed(cases: Sequence[AttentionCase]) -> tuple[AttentionCase, ...]:
+    """The same with a cache in FP8."""
+    return tuple(replace(case, name=f"FP8, {case.name}", narrow=True) for case in cases)
+
+
+_NARROW = (
+    "decode",
+    "two trees",
+    "no context",
+    "rows of 128",
+    "head size 128",
+    "head size 128, decode",
+    "window",
+    "soft cap",
+    "one key",
+    "two mask words",
+    "growing tree, window",
+    "9 of 3 heads, pages of 7",
+    "f16, decode",
+    "f16, rows of 64",
+    "f16, head size 128, rows of 128",
+    "f16, head size 128, rows of 64",
+    "f16, head size 128",
+)
+ATTENTION_CASES = (
+    *_CASES,
+    *narrowed([case for case in _CASES if case.name in _NARROW]),
+    *narrowed(
+        [
+            AttentionCase("f16, rows of 128", (30,), (70,), num_heads=1, num_kv_heads=1, dtype=torch.float16),
+        ]
+    ),
+)
 # A minute or so each on the CPU executors.
 LARGE_ATTENTION_CASES = (
     AttentionCase("long context", (8192, 100), (2, 3), num_heads=8, num_kv_heads=1, num_splits=8),
@@ -242,5 +289,8 @@ LARGE_ATTENTION_CASES = (
         window=12,
         num_splits=3,
         chain=True,
+    ),
+    *narrowed(
+        [AttentionCase("64 of 8 heads, 16k", (16_384,), (9,), num_heads=16, head_dim=128, num_splits=8)]
     ),
 )

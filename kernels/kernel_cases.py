@@ -19,9 +19,10 @@ from outrider.kernels.attention_cases import (
 from outrider.kernels.attention_work import AttentionShape, shape_of_tiles
 from outrider.kernels.gather_rows import plan_gather_rows
 from outrider.kernels.kv_commit import plan_kv_commit
+from outrider.kernels.launch_plans import FP8
 from outrider.kernels.noise import noise_key
 from outrider.kernels.prepared import Check, Guards, PreparedCase
-from outrider.kernels.rope_append import plan_rope_append
+from outrider.kernels.rope_append import plan_rope_append, round_to_fp8
 from outrider.kernels.row_cases import prepare_add_rms_norm, prepare_silu_mul
 from outrider.kernels.sample_shard import plan_sample_shard, sample_shard
 from outrider.kernels.shard_ids import ShardIds
@@ -47,6 +48,7 @@ def prepare_attention(case: AttentionCase, device: torch.device) -> PreparedCase
         case.scale,
         case.window,
         case.soft_cap,
+        case.value_scale,
         shape,
         out,
         guards.empty((shape.num_slots, shape.tile_rows, head_dim), torch.float32),
@@ -54,11 +56,11 @@ def prepare_attention(case: AttentionCase, device: torch.device) -> PreparedCase
     )
     check = Check("out", out, _in_float64(case), ATTENTION_TOLERANCE[case.dtype])
     num_keys = [c + t for c, t in zip(case.context_lens, case.tree_lens, strict=True)]
-    kv_bytes = 4 * sum(num_keys) * case.num_kv_heads * head_dim
+    kv_bytes = 2 * case.cache_dtype.itemsize * sum(num_keys) * case.num_kv_heads * head_dim
     flops = sum(4 * n * q * num_heads * head_dim for n, q in zip(num_keys, case.query_lens, strict=True))
     return PreparedCase(
         f"tree_attention: {case.name}",
-        "tree_attention",
+        "tree_attention_fp8" if case.narrow else "tree_attention",
         plans,
         (check,),
         tuple(guards.buffers),
@@ -109,6 +111,13 @@ def batch_to(batch: TreeBatch, device: torch.device) -> TreeBatch:
     )
 
 
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """In float64."""
+    low, high = x.double().chunk(2, dim=-1)
+    c, s = cos.double()[:, None], sin.double()[:, None]
+    return torch.cat((low * c - high * s, high * c + low * s), dim=-1)
+
+
 def prepare_rope_append(dtype: torch.dtype, device: torch.device) -> PreparedCase:
     """Queries, keys and values as slices of one fused projection; one node is padding (row -1)."""
     random = torch.Generator().manual_seed(1)
@@ -120,14 +129,9 @@ def prepare_rope_append(dtype: torch.dtype, device: torch.device) -> PreparedCas
     kv_rows = torch.tensor([33, 0, -1, 7, 20, 13])
     pages = torch.randn(2, P, PAGE, HK, D, generator=random).to(dtype)
 
-    def rotated(x: Tensor) -> Tensor:
-        low, high = x.double().chunk(2, dim=-1)
-        c, s = cos.double()[:, None], sin.double()[:, None]
-        return torch.cat((low * c - high * s, high * c + low * s), dim=-1)
-
     expected = pages.double().view(2, P * PAGE, HK, D).clone()
     written = kv_rows >= 0
-    expected[0, kv_rows[written]] = rotated(k)[written]
+    expected[0, kv_rows[written]] = _rotated(k, cos, sin)[written]
     expected[1, kv_rows[written]] = v.double()[written]
     guards = Guards(device)
     moved = fused.to(device)
@@ -135,17 +139,51 @@ def prepare_rope_append(dtype: torch.dtype, device: torch.device) -> PreparedCas
     q_rotated = guards.empty((N, HQ, D), dtype)
     k_pages, v_pages = guards.copy(pages[0]), guards.copy(pages[1])
     plan = plan_rope_append(
-        q, k, v, cos.to(device), sin.to(device), kv_rows.to(device), k_pages, v_pages, q_rotated
+        q, k, v, cos.to(device), sin.to(device), kv_rows.to(device), k_pages, v_pages, 1.0, 1.0, q_rotated
     )
     tolerance = {torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]  # one rounding to the type
     checks = (
-        Check("q", q_rotated, rotated(fused[:, :HQ]), tolerance),
+        Check("q", q_rotated, _rotated(fused[:, :HQ], cos, sin), tolerance),
         Check("k_pages", k_pages.view(P * PAGE, -1), expected[0].flatten(1), tolerance),
         Check("v_pages", v_pages.view(P * PAGE, HK, D), expected[1].to(dtype), 0),
     )
     num_bytes = 2 * 2 * moved.numel()
     name = f"rope_append: {str(dtype).removeprefix('torch.')}"
     return PreparedCase(name, "rope_append", (plan,), checks, tuple(guards.buffers), num_bytes, 0)
+
+
+def prepare_rope_append_fp8(dtype: torch.dtype, device: torch.device) -> PreparedCase:
+    """A cache in FP8: the values are all that the type has but NaN, and some keys are cut off, too."""
+    random = torch.Generator().manual_seed(5)
+    N, HQ, HK, D, PAGE = 16, 8, 32, 128, 8
+    q, k = (torch.randn(N, heads, D, generator=random).to(dtype) for heads in (HQ, HK))
+    v = (
+        torch.arange(1 << 16)
+        .to(torch.uint16)
+        .view(dtype)
+        .nan_to_num(0.0, torch.inf, -torch.inf)
+        .view(N, HK, D)
+    )
+    angles = torch.rand(N, D // 2, generator=random) * 100
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    kv_rows = torch.randperm(N, generator=random)
+    key_scale, value_scale = 0.005, 1.0 if dtype == torch.bfloat16 else 0.75
+    expected = torch.empty(2, N, HK, D, dtype=FP8)
+    expected[0, kv_rows] = round_to_fp8(_rotated(k, cos, sin).to(dtype), key_scale)
+    expected[1, kv_rows] = round_to_fp8(v, value_scale)
+    guards = Guards(device)
+    q_rotated = guards.empty((N, HQ, D), dtype)
+    k_pages, v_pages = (guards.empty((N // PAGE, PAGE, HK, D), FP8) for _ in range(2))
+    q, k, v, cos, sin, kv_rows = (x.to(device) for x in (q, k, v, cos, sin, kv_rows))
+    plan = plan_rope_append(q, k, v, cos, sin, kv_rows, k_pages, v_pages, key_scale, value_scale, q_rotated)
+    checks = (
+        # A key between two numbers may become either: an eighth of one among 128.
+        Check("k_pages", k_pages.view(N * HK, D), expected[0].double().view(N * HK, D), 2e-2),
+        Check("v_pages", v_pages.view(N, HK, D), expected[1], 0),
+    )
+    num_bytes = 2 * sum(x.numel() for x in (q, q, k, v)) + k_pages.nbytes + v_pages.nbytes
+    name = f"rope_append: {str(dtype).removeprefix('torch.')}, FP8"
+    return PreparedCase(name, "rope_append_fp8", (plan,), checks, tuple(guards.buffers), num_bytes, 0)
 
 
 def prepare_kv_commit(num_rows: int, device: torch.device) -> PreparedCase:
@@ -224,7 +262,11 @@ def kernel_cases(attention_cases: Sequence[AttentionCase] = ATTENTION_CASES) -> 
     """Every case of every kernel, to be prepared on a device."""
     return [
         *(partial(prepare_attention, case) for case in attention_cases),
-        *(partial(prepare_rope_append, dtype) for dtype in (torch.bfloat16, torch.float16)),
+        *(
+            partial(prepare, dtype)
+            for prepare in (prepare_rope_append, prepare_rope_append_fp8)
+            for dtype in (torch.bfloat16, torch.float16)
+        ),
         *(partial(prepare_kv_commit, num_rows) for num_rows in (1, 9, 400)),
         partial(prepare_gather_rows, (24,), torch.float32),
         partial(prepare_gather_rows, (3, 6), torch.float16),

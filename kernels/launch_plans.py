@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Argument = Tensor | np.int32 | np.int64 | np.float32
 
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+FP8 = torch.float8_e4m3fn  # of a KV cache, see fp8.cuh
 PACKED_TYPES = {
     **TYPE_NAMES,
     torch.float32: "f32",
@@ -49,6 +50,11 @@ class LaunchPlan:
     block: int
     shared_bytes: int
     arguments: tuple[Argument, ...]
+
+
+def kernel_types(dtype: torch.dtype, cache: torch.dtype) -> str:
+    """What the names of kernels say of their types, e.g. "bf16_fp8": of the queries, and of a cache that differs."""
+    return TYPE_NAMES[dtype] if cache == dtype else f"{TYPE_NAMES[dtype]}_fp8"
 
 
 def are_packs(*tensors: Tensor) -> bool:

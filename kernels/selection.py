@@ -5,7 +5,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,10 +22,15 @@ DEFAULT_MEMORY = Path.home() / ".cache" / "outrider" / "kernels" / "passed.json"
 
 @dataclass(frozen=True)
 class KernelSelection:
-    """Whether each entry runs its kernel; what its `use_kernel` argument should be."""
+    """Whether each entry runs its kernel; what its `use_kernel` argument should be.
+
+    `tree_attention_fp8` and `rope_append_fp8` are those of a cache in FP8, see `of_fp8_cache`.
+    """
 
     tree_attention: bool
+    tree_attention_fp8: bool
     rope_append: bool
+    rope_append_fp8: bool
     kv_commit: bool
     sample_shard: bool
     gather_rows: bool
@@ -35,6 +40,10 @@ class KernelSelection:
     @staticmethod
     def of(names: Sequence[str]) -> "KernelSelection":
         return KernelSelection(**{name: name in names for name in ENTRIES})
+
+    def of_fp8_cache(self) -> "KernelSelection":
+        """For a model whose cache is in FP8."""
+        return replace(self, tree_attention=self.tree_attention_fp8, rope_append=self.rope_append_fp8)
 
 
 REFERENCES = KernelSelection.of(())
@@ -124,9 +133,8 @@ def select_kernels(
     warnings.warn(
         f"no attention kernel for {dtype} with head size {head_dim}: torch's SDPA is used", stacklevel=2
     )
-    return KernelSelection.of(
-        [x for x in ENTRIES if getattr(selected, x) and x not in ("tree_attention", "rope_append")]
-    )
+    unfit = ("tree_attention", "tree_attention_fp8", "rope_append", "rope_append_fp8")
+    return KernelSelection.of([x for x in ENTRIES if getattr(selected, x) and x not in unfit])
 
 
 def _memory_key(device_name: str) -> str:

@@ -19,7 +19,9 @@ from outrider.kernels.launch_plans import LaunchPlan
 
 ENTRIES = (
     "tree_attention",
+    "tree_attention_fp8",
     "rope_append",
+    "rope_append_fp8",
     "kv_commit",
     "sample_shard",
     "gather_rows",

@@ -5,7 +5,9 @@
 // queries are the last rows of the tree. Rows of the score matrix are (node, query head of one KV head) pairs, so
 // that K and V are read once for all heads that share them. Online softmax as in FlashAttention-2 (Dao 2023),
 // base 2; keys are split over blocks (Flash-Decoding) and, where rows are few, over the warps of a block.
+// The cache may be in FP8: a tile is then brought as it is and widened once for all warps, while the next one comes.
 #include "attention_work.cuh"
+#include "fp8.cuh"
 
 // Which of the 64 keys from `first_key` on a node sees: bit i is key first_key + i. Parents come before children,
 // so a node's ancestors in row order are in depth order, and the last `window` of them are the ones in its window.
@@ -33,24 +35,28 @@ DEVICE u64 visible_keys(const u64* ancestors, int mask_words, int depth, int con
   return committed | tree;
 }
 
-template <typename T, int D, int ROW_WARPS, int KEY_WARPS, int WARP_KEYS>
+template <typename T, typename C, int D, int ROW_WARPS, int KEY_WARPS, int WARP_KEYS>
 DEVICE void tree_attention(
-    const T* queries, const T* k_pages, const T* v_pages, const int* page_table, const int* context_lens,
+    const T* queries, const C* k_pages, const C* v_pages, const int* page_table, const int* context_lens,
     const int* tree_lens, const int* query_indptr, const u64* ancestors, const int* depths, T* out, float* partial_out,
     float* partial_lse, int num_requests, int num_heads, int num_kv_heads, int page_size, int max_pages, int mask_words,
-    int wave, int min_split_tiles, int max_splits, int window, float scale, float soft_cap, i64 query_stride,
-    i64 head_stride, i64 page_stride, i64 row_stride, i64 kv_head_stride) {
+    int wave, int min_split_tiles, int max_splits, int window, float scale, float soft_cap, float value_scale,
+    i64 query_stride, i64 head_stride, i64 page_stride, i64 row_stride, i64 kv_head_stride) {
   constexpr int NUM_WARPS = ROW_WARPS * KEY_WARPS, NUM_THREADS = 32 * NUM_WARPS;
   constexpr int TILE_ROWS = 16 * ROW_WARPS;
   constexpr int LINE = D + 8;  // elements per key in shared memory: 16 bytes of padding against bank conflicts
+  constexpr bool WIDENED = sizeof(C) < sizeof(T);
+  constexpr int COPY_LINE = WIDENED ? D : LINE;
   constexpr float LOG2_E = 1.4426950408889634f;
   static_assert(WARP_KEYS * KEY_WARPS == TILE_KEYS && TILE_KEYS <= 64, "visible_keys answers for 64 keys");
   static_assert(TILE_KEYS <= NUM_THREADS, "a thread looks up one key of a tile");
 
   DYNAMIC_SHARED(shared);
-  T* shared_k = reinterpret_cast<T*>(shared);     // [2][TILE_KEYS][LINE]
-  T* shared_v = shared_k + 2 * TILE_KEYS * LINE;  // [2][TILE_KEYS][LINE]
-  i64* shared_offsets = reinterpret_cast<i64*>(shared_v + 2 * TILE_KEYS * LINE);  // [2][TILE_KEYS], of keys in the cache
+  C* shared_k = reinterpret_cast<C*>(shared);          // [2][TILE_KEYS][COPY_LINE]
+  C* shared_v = shared_k + 2 * TILE_KEYS * COPY_LINE;  // [2][TILE_KEYS][COPY_LINE]
+  i64* shared_offsets = reinterpret_cast<i64*>(shared_v + 2 * TILE_KEYS * COPY_LINE);  // [2][TILE_KEYS], in the cache
+  T* wide_k = reinterpret_cast<T*>(shared_offsets + 2 * TILE_KEYS);  // [TILE_KEYS][LINE], where a tile is widened
+  T* wide_v = wide_k + TILE_KEYS * LINE;
 
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, group = lane >> 2, quad = lane & 3;
   const int row_warp = warp % ROW_WARPS, key_warp = warp / ROW_WARPS;
@@ -87,24 +93,37 @@ DEVICE void tree_attention(
     const i64 offset = page < 0 ? -1 : page * page_stride + (key % page_size) * row_stride + kv_head * kv_head_stride;
     if (thread < TILE_KEYS) shared_offsets[((tile - my_begin) & 1) * TILE_KEYS + thread] = offset;
   };
-  constexpr int CHUNKS = D / 8, LOAD_ROWS = NUM_THREADS / CHUNKS;  // 16 bytes each, in a row; rows loaded at a time
-  const T *my_k = k_pages + thread % CHUNKS * 8, *my_v = v_pages + thread % CHUNKS * 8;
+  constexpr int CHUNK = 16 / sizeof(C);                                // elements in 16 bytes
+  constexpr int CHUNKS = D / CHUNK, LOAD_ROWS = NUM_THREADS / CHUNKS;  // in a row; rows loaded at a time
+  const int my_row = thread / CHUNKS, my_column = thread % CHUNKS * CHUNK;
+  const C *my_k = k_pages + my_column, *my_v = v_pages + my_column;
   auto load_rows = [&](int stage, bool all_valid) {
-    const int first_row = stage * TILE_KEYS + thread / CHUNKS, target = first_row * LINE + thread % CHUNKS * 8;
+    const int first_row = stage * TILE_KEYS + my_row, target = first_row * COPY_LINE + my_column;
     const i64* offsets = shared_offsets + first_row;
-    T *to_k = shared_k + target, *to_v = shared_v + target;
+    C *to_k = shared_k + target, *to_v = shared_v + target;
 #pragma unroll
     for (int i = 0; i < TILE_KEYS / LOAD_ROWS; i++) {
       const i64 offset = offsets[i * LOAD_ROWS];
       const bool valid = all_valid || offset >= 0;
-      copy_async_16(to_k + i * LOAD_ROWS * LINE, valid ? my_k + offset : my_k, valid);
-      copy_async_16(to_v + i * LOAD_ROWS * LINE, valid ? my_v + offset : my_v, valid);
+      copy_async_16(to_k + i * LOAD_ROWS * COPY_LINE, valid ? my_k + offset : my_k, valid);
+      copy_async_16(to_v + i * LOAD_ROWS * COPY_LINE, valid ? my_v + offset : my_v, valid);
     }
   };
   auto load_tile = [&](int tile) {
     const int stage = (tile - my_begin) & 1, key = tile * TILE_KEYS;
     if (key >= first_key && key + TILE_KEYS <= num_keys) load_rows(stage, true);
     else load_rows(stage, false);
+  };
+
+  auto widen_tile = [&](int stage) {  // what this thread has copied, so that nobody waits in between
+    if constexpr (WIDENED) {
+      const int source = (stage * TILE_KEYS + my_row) * COPY_LINE + my_column, target = my_row * LINE + my_column;
+#pragma unroll
+      for (int i = 0; i < TILE_KEYS / LOAD_ROWS; i++) {
+        widen16(shared_k + source + i * LOAD_ROWS * COPY_LINE, wide_k + target + i * LOAD_ROWS * LINE);
+        widen16(shared_v + source + i * LOAD_ROWS * COPY_LINE, wide_v + target + i * LOAD_ROWS * LINE);
+      }
+    }
   };
 
   const int first_page = page_of(my_begin), second_page = page_of(my_begin + 1);
@@ -149,13 +168,19 @@ DEVICE void tree_attention(
     if (tile + 1 < my_end) load_tile(tile + 1);
     copy_async_commit();
     const int page = page_of(tile + 2);
+    if (WIDENED) {
+      widen_tile(stage);
+      __syncthreads();  // the whole tile is wide
+    }
     if (!idle) {
 
     // Scores of this warp's 16 rows and WARP_KEYS keys.
-    const int warp_row = stage * TILE_KEYS + key_warp * WARP_KEYS;  // of its first key, in shared memory
+    const T* tile_k = WIDENED ? wide_k : reinterpret_cast<const T*>(shared_k) + stage * TILE_KEYS * LINE;
+    const T* tile_v = WIDENED ? wide_v : reinterpret_cast<const T*>(shared_v) + stage * TILE_KEYS * LINE;
+    const int warp_row = key_warp * WARP_KEYS;  // of its first key, in the tile
     const int matrix = lane >> 3, matrix_row = lane & 7;
-    const T* my_keys = shared_k + (warp_row + (matrix >> 1) * 8 + matrix_row) * LINE + (matrix & 1) * 8;
-    const T* my_values = shared_v + (warp_row + (matrix & 1) * 8 + matrix_row) * LINE + (matrix >> 1) * 8;
+    const T* my_keys = tile_k + (warp_row + (matrix >> 1) * 8 + matrix_row) * LINE + (matrix & 1) * 8;
+    const T* my_values = tile_v + (warp_row + (matrix & 1) * 8 + matrix_row) * LINE + (matrix >> 1) * 8;
     const int warp_key = tile * TILE_KEYS + key_warp * WARP_KEYS;
     float score[WARP_KEYS / 8][4];
 #pragma unroll
@@ -292,7 +317,7 @@ DEVICE void tree_attention(
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     if (!live[r]) continue;
-    float inverse = row_sum[r] > 0.f ? 1.f / row_sum[r] : 0.f;
+    float inverse = row_sum[r] > 0.f ? value_scale / row_sum[r] : 0.f;
     i64 row = (i64)node[r] * num_heads + head[r];
     if (num_splits == 1) {
 #pragma unroll
@@ -311,30 +336,43 @@ DEVICE void tree_attention(
   }
 }
 
-// One entry per element type, head size and tile. Rows of a tile: 16 with four warps over the keys (decoding and
-// small trees), 64, and 128 (large trees, prefill). The plan in launch_plans.py picks.
-#define TREE_ATTENTION(NAME, T, D, ROW_WARPS, KEY_WARPS, WARP_KEYS, BLOCKS_PER_SM)                                     \
+// One entry per type of queries, type of the cache, head size and tile. Rows of a tile: 16 with four warps over the
+// keys (decoding and small trees), 64, and 128 (large trees, prefill). The plan in tree_attention.py picks.
+#define TREE_ATTENTION(NAME, T, C, D, ROW_WARPS, KEY_WARPS, WARP_KEYS, BLOCKS_PER_SM)                                  \
   KERNEL(32 * ROW_WARPS * KEY_WARPS, BLOCKS_PER_SM)                                                                    \
-  NAME(const T* queries, const T* k_pages, const T* v_pages, const int* page_table, const int* context_lens,           \
+  NAME(const T* queries, const C* k_pages, const C* v_pages, const int* page_table, const int* context_lens,           \
        const int* tree_lens, const int* query_indptr, const u64* ancestors, const int* depths, T* out,                 \
        float* partial_out, float* partial_lse, int num_requests, int num_heads, int num_kv_heads, int page_size,       \
        int max_pages, int mask_words, int wave, int min_split_tiles, int max_splits, int window, float scale,          \
-       float soft_cap, i64 query_stride, i64 head_stride, i64 page_stride, i64 row_stride, i64 kv_head_stride) {       \
-    tree_attention<T, D, ROW_WARPS, KEY_WARPS, WARP_KEYS>(                                                             \
+       float soft_cap, float value_scale, i64 query_stride, i64 head_stride, i64 page_stride, i64 row_stride,          \
+       i64 kv_head_stride) {                                                                                           \
+    tree_attention<T, C, D, ROW_WARPS, KEY_WARPS, WARP_KEYS>(                                                          \
         queries, k_pages, v_pages, page_table, context_lens, tree_lens, query_indptr, ancestors, depths, out,          \
         partial_out, partial_lse, num_requests, num_heads, num_kv_heads, page_size, max_pages, mask_words, wave,       \
-        min_split_tiles, max_splits, window, scale, soft_cap, query_stride, head_stride, page_stride, row_stride,      \
-        kv_head_stride);                                                                                               \
+        min_split_tiles, max_splits, window, scale, soft_cap, value_scale, query_stride, head_stride, page_stride,     \
+        row_stride, kv_head_stride);                                                                                   \
   }
-TREE_ATTENTION(tree_attention_bf16_d64_rows16, bf16, 64, 1, 4, 16, 2)
-TREE_ATTENTION(tree_attention_bf16_d64_rows64, bf16, 64, 4, 1, 64, 2)
-TREE_ATTENTION(tree_attention_bf16_d64_rows128, bf16, 64, 8, 1, 64, 1)
-TREE_ATTENTION(tree_attention_bf16_d128_rows16, bf16, 128, 1, 4, 16, 2)
-TREE_ATTENTION(tree_attention_bf16_d128_rows64, bf16, 128, 4, 1, 64, 2)
-TREE_ATTENTION(tree_attention_bf16_d128_rows128, bf16, 128, 8, 1, 64, 1)
-TREE_ATTENTION(tree_attention_f16_d64_rows16, f16, 64, 1, 4, 16, 2)
-TREE_ATTENTION(tree_attention_f16_d64_rows64, f16, 64, 4, 1, 64, 2)
-TREE_ATTENTION(tree_attention_f16_d64_rows128, f16, 64, 8, 1, 64, 1)
-TREE_ATTENTION(tree_attention_f16_d128_rows16, f16, 128, 1, 4, 16, 2)
-TREE_ATTENTION(tree_attention_f16_d128_rows64, f16, 128, 4, 1, 64, 2)
-TREE_ATTENTION(tree_attention_f16_d128_rows128, f16, 128, 8, 1, 64, 1)
+TREE_ATTENTION(tree_attention_bf16_d64_rows16, bf16, bf16, 64, 1, 4, 16, 2)
+TREE_ATTENTION(tree_attention_bf16_d64_rows64, bf16, bf16, 64, 4, 1, 64, 2)
+TREE_ATTENTION(tree_attention_bf16_d64_rows128, bf16, bf16, 64, 8, 1, 64, 1)
+TREE_ATTENTION(tree_attention_bf16_d128_rows16, bf16, bf16, 128, 1, 4, 16, 2)
+TREE_ATTENTION(tree_attention_bf16_d128_rows64, bf16, bf16, 128, 4, 1, 64, 2)
+TREE_ATTENTION(tree_attention_bf16_d128_rows128, bf16, bf16, 128, 8, 1, 64, 1)
+TREE_ATTENTION(tree_attention_f16_d64_rows16, f16, f16, 64, 1, 4, 16, 2)
+TREE_ATTENTION(tree_attention_f16_d64_rows64, f16, f16, 64, 4, 1, 64, 2)
+TREE_ATTENTION(tree_attention_f16_d64_rows128, f16, f16, 64, 8, 1, 64, 1)
+TREE_ATTENTION(tree_attention_f16_d128_rows16, f16, f16, 128, 1, 4, 16, 2)
+TREE_ATTENTION(tree_attention_f16_d128_rows64, f16, f16, 128, 4, 1, 64, 2)
+TREE_ATTENTION(tree_attention_f16_d128_rows128, f16, f16, 128, 8, 1, 64, 1)
+TREE_ATTENTION(tree_attention_bf16_fp8_d64_rows16, bf16, fp8, 64, 1, 4, 16, 2)
+TREE_ATTENTION(tree_attention_bf16_fp8_d64_rows64, bf16, fp8, 64, 4, 1, 64, 2)
+TREE_ATTENTION(tree_attention_bf16_fp8_d64_rows128, bf16, fp8, 64, 8, 1, 64, 1)
+TREE_ATTENTION(tree_attention_bf16_fp8_d128_rows16, bf16, fp8, 128, 1, 4, 16, 2)
+TREE_ATTENTION(tree_attention_bf16_fp8_d128_rows64, bf16, fp8, 128, 4, 1, 64, 2)
+TREE_ATTENTION(tree_attention_bf16_fp8_d128_rows128, bf16, fp8, 128, 8, 1, 64, 1)
+TREE_ATTENTION(tree_attention_f16_fp8_d64_rows16, f16, fp8, 64, 1, 4, 16, 2)
+TREE_ATTENTION(tree_attention_f16_fp8_d64_rows64, f16, fp8, 64, 4, 1, 64, 2)
+TREE_ATTENTION(tree_attention_f16_fp8_d64_rows128, f16, fp8, 64, 8, 1, 64, 1)
+TREE_ATTENTION(tree_attention_f16_fp8_d128_rows16, f16, fp8, 128, 1, 4, 16, 2)
+TREE_ATTENTION(tree_attention_f16_fp8_d128_rows64, f16, fp8, 128, 4, 1, 64, 2)
+TREE_ATTENTION(tree_attention_f16_fp8_d128_rows128, f16, fp8, 128, 8, 1, 64, 1)

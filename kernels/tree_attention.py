@@ -11,7 +11,7 @@ from torch.library import custom_op
 
 from outrider.kernels.attention_plan import AttentionGroup
 from outrider.kernels.attention_work import KEYS_PER_TILE, AttentionShape, attention_shape
-from outrider.kernels.launch_plans import TYPE_NAMES, LaunchPlan, launch
+from outrider.kernels.launch_plans import FP8, TYPE_NAMES, LaunchPlan, kernel_types, launch
 from outrider.kernels.shapes import check_kernel_arguments, check_shapes
 from outrider.kernels.tree_batch import TreeBatch
 
@@ -28,6 +28,7 @@ def tree_attention(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
+    value_scale: float = 1.0,
     use_kernel: bool = False,
 ) -> Tensor:
     """Every query attends to its sequence's committed prefix, its ancestors in the tree, and itself.
@@ -35,12 +36,13 @@ def tree_attention(
     Args:
         q: [NQ, HQ, D], queries after rotary embedding.
         k_pages, v_pages: [P, PAGE, HK, D]; the queries' own rows are already written. HQ = G * HK, and query head
-            h reads KV head h // G. Without the kernel they may be of another dtype than q, whose dtype they are
-            turned into row by row.
+            h reads KV head h // G. They may be of a narrower dtype than q, whose dtype they are turned into row by
+            row; the kernel takes float8_e4m3fn.
         batch: the trees.
-        scale: factor on q . k.
+        scale: factor on q . k, and so the place for what stored keys are multiplied with.
         window: a query sees only keys less than `window` positions behind it; 0 = all. Positions go by depth.
         soft_cap: scores become soft_cap * tanh(score / soft_cap); 0 = off.
+        value_scale: factor on the result: what stored values are multiplied with.
         use_kernel: run `tree_attention.cu` (tensors on a GPU); else torch's SDPA over gathered pages.
 
     Returns:
@@ -67,11 +69,12 @@ def tree_attention(
         if q.dtype not in TYPE_NAMES or q.shape[2] not in HEAD_DIMS:
             kinds = f"{', '.join(str(dtype) for dtype in TYPE_NAMES)} of head size {HEAD_DIMS}"
             raise ValueError(f"q is {q.dtype} of head size {q.shape[2]}, the kernel takes {kinds}")
+        stored = FP8 if k_pages.dtype == FP8 else q.dtype
         check_kernel_arguments(
             (
                 ("q", q, q.dtype),
-                ("k_pages", k_pages, q.dtype),
-                ("v_pages", v_pages, q.dtype),
+                ("k_pages", k_pages, stored),
+                ("v_pages", v_pages, stored),
                 ("page_table", batch.page_table, torch.int32),
                 ("context_lens", batch.context_lens, torch.int32),
                 ("tree_lens", batch.tree_lens, torch.int32),
@@ -98,7 +101,15 @@ def tree_attention(
             scale,
             window,
             soft_cap,
+            value_scale,
         )
+    out = _attend_groups(q, k_pages, v_pages, batch, scale, window, soft_cap)
+    return out if value_scale == 1.0 else out * value_scale
+
+
+def _attend_groups(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: TreeBatch, scale: float, window: int, soft_cap: float
+) -> Tensor:
     plan = batch.plan
     if plan.single:
         return _attend(q, k_pages, v_pages, plan.groups[0], scale, window, soft_cap)
@@ -185,11 +196,12 @@ def tree_attention_op(
     scale: float,
     window: int,
     soft_cap: float,
+    value_scale: float,
 ) -> Tensor:
     """With the batch in parts, which an operator may be given; on a CPU the reference."""
     tensors = (page_table, context_lens, tree_lens, query_indptr, ancestors, depths)
     batch = _tree_batch(k_pages, *tensors, host_context_lens, host_tree_lens, host_query_lens)
-    return tree_attention(q, k_pages, v_pages, batch, scale, window, soft_cap).contiguous()
+    return tree_attention(q, k_pages, v_pages, batch, scale, window, soft_cap, value_scale).contiguous()
 
 
 @tree_attention_op.register_fake
@@ -200,7 +212,7 @@ def _empty(q: Tensor, *rest: Any) -> Tensor:
 @tree_attention_op.register_kernel("cuda")
 def tree_attention_on_gpu(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: Any) -> Tensor:
     batch = _tree_batch(k_pages, *rest[:9])
-    scale, window, soft_cap = rest[9:]
+    scale, window, soft_cap, value_scale = rest[9:]
     out = _empty(q)
     num_queries, num_heads, head_dim = q.shape
     if num_queries == 0:
@@ -225,6 +237,7 @@ def tree_attention_on_gpu(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: An
         scale,
         window,
         soft_cap,
+        value_scale,
         shape,
         out,
         partial_out,
@@ -258,9 +271,15 @@ def _tree_batch(k_pages: Tensor, *rest: Any) -> TreeBatch:
     )
 
 
-def shared_bytes(head_dim: int) -> int:
-    """Of a block: keys and values of two tiles in 16 bits, and where they lie in the cache."""
-    return 2 * KEYS_PER_TILE * (2 * (head_dim + 8) * 2 + 8)
+def shared_bytes(head_dim: int, narrow: bool = False) -> int:
+    """Of a block: keys and values of two tiles in 16 bits, and where they lie in the cache.
+
+    Args:
+        narrow: the cache is in FP8: two tiles in 8 bits, and one in 16 bits that they are widened to in turns.
+    """
+    wide = 2 * KEYS_PER_TILE * (head_dim + 8) * 2
+    places = 2 * KEYS_PER_TILE * 8
+    return places + (wide + 2 * 2 * KEYS_PER_TILE * head_dim if narrow else 2 * wide)
 
 
 def plan_tree_attention(
@@ -271,6 +290,7 @@ def plan_tree_attention(
     scale: float,
     window: int,
     soft_cap: float,
+    value_scale: float,
     shape: AttentionShape,
     out: Tensor,
     partial_out: Tensor,
@@ -279,20 +299,20 @@ def plan_tree_attention(
     """One launch, or two when keys may be split.
 
     Args:
-        q, k_pages, v_pages, batch, scale, window, soft_cap: as in `tree_attention`.
+        q, k_pages, v_pages, batch, scale, window, soft_cap, value_scale: as in `tree_attention`.
         out: [NQ, HQ, D] like q, contiguous.
         partial_out: float32 [num_slots, tile_rows, D]; partial_lse: float32 [num_slots, tile_rows].
     """
     num_queries, num_heads, head_dim = q.shape
     num_requests, num_kv_heads = batch.page_table.shape[0], k_pages.shape[2]
     splitting = (np.int32(shape.wave), np.int32(shape.min_split_tiles), np.int32(shape.max_splits))
-    name = f"{TYPE_NAMES[q.dtype]}_d{head_dim}_rows{shape.tile_rows}"
+    name = f"{kernel_types(q.dtype, k_pages.dtype)}_d{head_dim}_rows{shape.tile_rows}"
     attention = LaunchPlan(
         source="tree_attention",
         kernel=f"tree_attention_{name}",
         grid=(shape.num_blocks, 1, 1),
         block=THREADS[shape.tile_rows],
-        shared_bytes=shared_bytes(head_dim),
+        shared_bytes=shared_bytes(head_dim, k_pages.dtype != q.dtype),
         arguments=(
             q,
             k_pages,
@@ -316,6 +336,7 @@ def plan_tree_attention(
             np.int32(window),
             np.float32(scale),
             np.float32(soft_cap),
+            np.float32(value_scale),
             np.int64(q.stride(0)),
             np.int64(q.stride(1)),
             np.int64(k_pages.stride(0)),

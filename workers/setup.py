@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -198,24 +198,9 @@ def cache_dtype(config: Config, model: ModelConfig) -> torch.dtype:
     return torch_dtype(config.target.dtype)
 
 
-def kernels_with_cache(config: Config, kernels: KernelSelection, cache: torch.dtype) -> KernelSelection:
-    """Those that take the rows of a cache: attention's reads none in FP8, and torch's SDPA is used, with a warning.
-
-    Raises:
-        ValueError: that kernel is asked for.
-    """
-    if not kernels.tree_attention or cache != FP8:
-        return kernels
-    if config.target.attention == "kernel":
-        raise ValueError(
-            "target.attention must be auto or sdpa where the KV cache is in FP8 (target.kv_cache_dtype), "
-            "which the kernel does not read"
-        )
-    warnings.warn(
-        "the attention kernel does not read a KV cache in FP8: torch's SDPA is used, without CUDA graphs",
-        stacklevel=2,
-    )
-    return replace(kernels, tree_attention=False)
+def kernels_with_cache(kernels: KernelSelection, cache: torch.dtype) -> KernelSelection:
+    """Those that take the rows of a cache."""
+    return kernels.of_fp8_cache() if cache == FP8 else kernels
 
 
 def target_cache(

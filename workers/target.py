@@ -182,7 +182,7 @@ class TargetWorker:
         require_memory(device, share + target_cache_bytes(self.config, plan), self.rank)
         counted = counting(progress, share)
         kernels = kernels_for(self.config, source.config, device, dtype)
-        self._kernels = kernels_with_cache(self.config, kernels, cache_dtype(self.config, source.config))
+        self._kernels = kernels_with_cache(kernels, cache_dtype(self.config, source.config))
         self._cache_scales = read_cache_scales(source)
         self._weights = load_weights(plan, source, dtype, device, target.packed_weights, counted)
 

@@ -75,6 +75,9 @@ def test_the_attention_kernel_says_what_it_cannot_take(attention):
     mixed = {**attention, "v_pages": attention["v_pages"].half()}
     with pytest.raises(ValueError, match=r"v_pages must be torch\.bfloat16, got torch\.float16"):
         tree_attention(**mixed, use_kernel=True)
+    mixed["k_pages"] = attention["k_pages"].to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"v_pages must be torch\.float8_e4m3fn, got torch\.float16"):
+        tree_attention(**mixed, use_kernel=True)
 
 
 def test_rope_append_names_the_argument_that_disagrees(rope):
@@ -131,7 +134,7 @@ def test_operators_have_fake_implementations_that_agree(attention, rope):
     pages = [attention[name].nan_to_num() for name in ("k_pages", "v_pages")]
     tests = ("test_schema", "test_faketensor")
     checks = (
-        (tree_attention_op, (attention["q"], *pages, *tensors, *lens, CASE.scale, 0, 0.0)),
+        (tree_attention_op, (attention["q"], *pages, *tensors, *lens, CASE.scale, 0, 0.0, 1.0)),
         (rope_append_op, tuple(rope.values())),
         (kv_commit_op, (torch.zeros(1, 2, 3, 4, 2, 8), torch.tensor([1, 2]), torch.tensor([0, 1]))),
         (add_rms_norm_op, (torch.randn(3, 5), torch.randn(3, 5), torch.randn(5), 1e-6)),
@@ -177,6 +180,7 @@ def test_the_reference_computes_every_case_of_the_kernels(case):
         case.scale,
         case.window,
         case.soft_cap,
+        case.value_scale,
     )
     expected = attention_in_float64(case, inputs)
     error = (tree_attention(*arguments).double() - expected).norm() / expected.norm()

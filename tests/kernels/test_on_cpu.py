@@ -13,6 +13,7 @@ from outrider.kernels.add_rms_norm import plan_add_rms_norm
 from outrider.kernels.attention_cases import LARGE_ATTENTION_CASES, AttentionCase
 from outrider.kernels.compiler import SOURCES, TARGETS, load_sources
 from outrider.kernels.kernel_cases import kernel_cases, prepare_attention
+from outrider.kernels.launch_plans import FP8
 from outrider.kernels.prepared import PreparedCase
 from outrider.kernels.row_cases import prepare_add_rms_norm, prepare_silu_mul
 from support.cuda_on_cpu.executor import SCHEDULES, Executor, Schedule, kernel_names
@@ -68,7 +69,7 @@ def neighbours(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Whether two values have at most one ulp between them; integers are never neighbours."""
     if not x.is_floating_point():
         return torch.zeros(x.shape, dtype=torch.bool)
-    integer = {2: torch.int16, 4: torch.int32}[x.itemsize]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[x.itemsize]
     bits, other = (t.contiguous().view(integer).long() for t in (x, y))
     magnitude = torch.iinfo(integer).max
     steps, other_steps = (torch.where(b < 0, -(b & magnitude), b) for b in (bits, other))  # -0.0 is 0.0
@@ -98,6 +99,23 @@ def test_ptx_agrees_with_float64_and_with_the_source(name, target):
         assert disagreements(run(ptx_kernels(target), CASES[name](CPU), schedule), expected) == []
 
 
+@pytest.mark.parametrize("target", ["source", "sm_80", "sm_90a"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_in_fp8_is_read_as_it_is(dtype, target):
+    """A query that sees one key alone gets its value; sm_80 has no instruction for it, as the later ones have."""
+    case = AttentionCase("codes", (0, 0), (1, 1), num_heads=2, dtype=dtype, narrow=True)
+    prepared = prepare_attention(case, CPU)
+    k_pages, v_pages, page_table = prepared.plans[0].arguments[1:4]
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8).view(2, 2, 64)
+    v_pages.view(torch.uint8)[page_table[:, 0].long(), 0] = codes.view(torch.uint8)
+    k_pages.view(torch.uint8).zero_()
+    (source_kernels() if target == "source" else ptx_kernels(target)).launch(prepared.plans)
+    (out,) = prepared.outputs()
+    # 448 times the scale of the case fits; zeros lose their sign in a sum.
+    expected = codes.to(dtype) * case.value_scale
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def random_case(rnd: random.Random) -> AttentionCase:
     num_requests = rnd.choice((1, 2, 3))
     group, num_kv_heads = rnd.choice((1, 2, 3, 5, 7, 8)), rnd.choice((1, 2, 3))
@@ -118,6 +136,7 @@ def random_case(rnd: random.Random) -> AttentionCase:
         query_scale=rnd.choice((1.0, 1.0, 8.0, 60.0)),
         chain=rnd.random() < 0.3,
         seed=rnd.randrange(1 << 30),
+        narrow=rnd.random() < 0.3,
     )
 
 

@@ -1,5 +1,7 @@
 """The checks catch the faults they are there for. One fault each of the hardest kinds always, all under -m slow."""
 
+from dataclasses import replace
+
 import pytest
 
 from support.cuda_on_cpu.planted_bugs import DEVICE_BUGS, SOURCE_BUGS, PlantedBug, hunt
@@ -11,10 +13,16 @@ ALWAYS = {
     "squares of the warps read too early",
     "mma: b registers swapped",
     "cp.async waits for one group too few",
+    "FP8 written to the other half",
+    "FP8 subnormals in another unit",
 }
 
 
 SOUND = PlantedBug("none", "tree_attention", "tree_attention.cu", "LINE = D + 8;", "LINE = D + 8;")
+SOUND_IN_FP8 = (
+    replace(SOUND, narrow=True),
+    PlantedBug("none", "rope_append", "rope_append.cu", "if (row < 0) return;", "if (row < 0) return;", True),
+)
 
 
 def some_slow(bugs):
@@ -24,6 +32,13 @@ def some_slow(bugs):
 @pytest.mark.parametrize("executor", ["source", pytest.param("ptx", marks=pytest.mark.slow)])
 def test_nothing_is_found_in_the_sound_kernel_sanitizers_included(executor):
     assert hunt(SOUND, executor) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["source", "ptx"])
+@pytest.mark.parametrize("sound", SOUND_IN_FP8, ids=lambda sound: sound.stem)
+def test_nothing_is_found_in_sound_kernels_of_a_cache_in_fp8(sound, executor):
+    assert hunt(sound, executor) == ""
 
 
 @pytest.mark.parametrize("bug", some_slow(SOURCE_BUGS))

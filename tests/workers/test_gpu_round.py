@@ -5,7 +5,9 @@ import torch
 
 pytest.importorskip("cuda.bindings", reason="the kernels' sources are read through the compile layer")
 
-from outrider.workers.model.cuda_graphs import GraphCapacity, GraphedForward
+from outrider.workers.model.cuda_graphs import GraphCapacity, GraphedForward, can_be_captured
+from outrider.workers.model.fp8_cache import CacheScales, Fp8PagedCache
+from outrider.workers.model.shard import ShardPlan
 from support.counted_gpu import Counts, counted_gpu
 from support.round_counts import counts_of_rounds, model_and_cache
 from support.round_table import TABLE, document
@@ -45,9 +47,16 @@ def test_launches_copies_and_waits_are_told_apart(monkeypatch: pytest.MonkeyPatc
             assert counts == expected
 
 
-def test_a_replay_computes_what_was_captured_from_what_is_there_now(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("narrow", [False, True], ids=["bf16 cache", "FP8 cache"])
+def test_a_replay_computes_what_was_captured_from_what_is_there_now(
+    narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with counted_gpu(monkeypatch) as gpu, torch.inference_mode():
         model, cache = model_and_cache(gpu, 1)
+        if narrow:
+            plan = ShardPlan(model.config, 0, 1)
+            cache = Fp8PagedCache(model.config, plan, 24, 4, gpu.device, [CacheScales(0.01, 0.02)])
+        assert can_be_captured(model)
         graphed = GraphedForward(model, cache, [GraphCapacity(8, 8, 24, 1, 96)])
         graphed.rehearse()
         graphed.capture()
@@ -57,6 +66,7 @@ def test_a_replay_computes_what_was_captured_from_what_is_there_now(monkeypatch:
             with gpu.counted() as counts:
                 replayed = graphed(batch).last.cpu()
             assert counts.replays == 1
+            assert cache.kv.cpu().view(torch.uint8).any()
             assert torch.equal(replayed, model.forward(batch.to(gpu.device), cache).last.cpu())
 
 

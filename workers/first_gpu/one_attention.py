@@ -87,7 +87,18 @@ def _times_of(setting: Setting, num_rows: int, num_sequences: int, context: int)
             plan
             for layer in pages
             for plan in plan_tree_attention(
-                q, layer[0], layer[1], static.batch.tree, SCALE, 0, 0.0, shape, out, partial_out, partial_lse
+                q,
+                layer[0],
+                layer[1],
+                static.batch.tree,
+                SCALE,
+                0,
+                0.0,
+                1.0,
+                shape,
+                out,
+                partial_out,
+                partial_lse,
             )
         ]
         seconds = gpu.median_time_s(plans) / num_layers * sizes.large.num_layers

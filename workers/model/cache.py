@@ -71,7 +71,8 @@ class PagedCache:
     ) -> Tensor:
         """Turns q [N, Q, D] and k [N, HK, D] by their positions and writes k and v to the rows int64 [N]; the turned
         queries. See `rope_append`."""
-        return rope_append(q, k, v, *rotation, kv_rows, self.keys(layer), self.values(layer), use_kernel)
+        pages = self.keys(layer), self.values(layer)
+        return rope_append(q, k, v, *rotation, kv_rows, *pages, use_kernel=use_kernel)
 
     def attend(
         self, layer: int, q: Tensor, tree: TreeBatch, scale: float, window: int, use_kernel: bool

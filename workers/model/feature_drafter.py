@@ -75,7 +75,9 @@ class CachedDrafter:
         scale, window = self.model.head_dim**-0.5, self.model.layers[0].window
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q = rope_append(q, k, v, *rotation, batch.kv_rows, k_pages, v_pages, self._kernels.rope_append)
+            q = rope_append(
+                q, k, v, *rotation, batch.kv_rows, k_pages, v_pages, use_kernel=self._kernels.rope_append
+            )
             out = tree_attention(
                 q, k_pages, v_pages, batch.tree, scale, window, use_kernel=self._kernels.tree_attention
             )

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.rope_append import rope_append
+from outrider.kernels.tree_attention import tree_attention
 from outrider.kernels.tree_batch import TreeBatch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.config import ModelConfig
-from outrider.workers.weights.scaled import FP8, FP8_MAX
+from outrider.workers.weights.scaled import FP8
 from outrider.workers.weights.source import WeightSource
 from outrider.workers.weights.tensors import CACHE_SCALES
 
@@ -42,8 +43,6 @@ def read_cache_scales(source: WeightSource) -> tuple[CacheScales, ...]:
 class Fp8PagedCache(PagedCache):
     """Rows are rounded as they are written, so that a row of a tree is seen by its own query and by all that follow
     as it will be once it is committed: what a draft is checked against is what plain decoding computes.
-
-    Attention gathers the rows and turns them into the queries' dtype: `tree_attention.cu` does not read FP8.
     """
 
     def __init__(
@@ -72,21 +71,21 @@ class Fp8PagedCache(PagedCache):
         kv_rows: Tensor,
         use_kernel: bool,
     ) -> Tensor:
-        turned = k.new_empty((2, 1, *k.shape))  # a page of keys and one of values
-        rows = torch.arange(len(k), device=k.device)
-        q = rope_append(q, k, v, *rotation, rows, turned[0], turned[1], use_kernel)
-        scales = self._scales[layer]
-        self._write(self.keys(layer), turned[0, 0], scales.keys, kv_rows)
-        self._write(self.values(layer), turned[1, 0], scales.values, kv_rows)
-        return q
+        pages, scales = (self.keys(layer), self.values(layer)), self._scales[layer]
+        return rope_append(
+            q, k, v, *rotation, kv_rows, *pages, scales.keys, scales.values, use_kernel=use_kernel
+        )
 
     def attend(
         self, layer: int, q: Tensor, tree: TreeBatch, scale: float, window: int, use_kernel: bool
     ) -> Tensor:
-        scales = self._scales[layer]
-        out = super().attend(layer, q, tree, scale * scales.keys, window, use_kernel)
-        return out if scales.values == 1.0 else out * scales.values
-
-    def _write(self, pages: Tensor, rows: Tensor, scale: float, kv_rows: Tensor) -> None:
-        rounded = (rows.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
-        pages.flatten(0, 1).view(torch.uint8).index_copy_(0, kv_rows, rounded.view(torch.uint8))
+        pages, scales = (self.keys(layer), self.values(layer)), self._scales[layer]
+        return tree_attention(
+            q,
+            *pages,
+            tree,
+            scale * scales.keys,
+            window,
+            value_scale=scales.values,
+            use_kernel=use_kernel,
+        )

@@ -62,7 +62,7 @@ class CachedParallelDrafter:
             k, v = self.drafter.context(layer, features)
             pages = self.cache.keys(layer), self.cache.values(layer)
             # There are no queries: the keys stand in for them.
-            rope_append(k, k, v, *rotation, kv_rows, *pages, self._kernels.rope_append)
+            rope_append(k, k, v, *rotation, kv_rows, *pages, use_kernel=self._kernels.rope_append)
 
     @torch.inference_mode()
     def blocks(
@@ -91,7 +91,7 @@ class CachedParallelDrafter:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             pages = self.cache.keys(layer), self.cache.values(layer)
-            q = rope_append(q, k, v, *rotation, kv_rows, *pages, self._kernels.rope_append)
+            q = rope_append(q, k, v, *rotation, kv_rows, *pages, use_kernel=self._kernels.rope_append)
             tree, window = trees[self.shape.layers[layer]], layers[layer]
             use_kernel = self._kernels.tree_attention
             return tree_attention(q, *pages, tree, scale, window, use_kernel=use_kernel).flatten(1)

@@ -100,7 +100,7 @@ def target_memory(config: Config, model: ModelConfig, rank: int, num_taps: int) 
     plan, dtype = ShardPlan(model, rank, target.tp_size), torch_dtype(target.dtype)
     on_gpu = config.cluster.num_gpus_per_target > 0 and target.device != "cpu"
     num_pages, cache = num_target_pages(config, model), cache_dtype(config, model)
-    by_kernel = on_gpu and target.attention != "sdpa" and attention_kernel_fits(model, dtype, cache)
+    by_kernel = on_gpu and target.attention != "sdpa" and attention_kernel_fits(model, dtype)
     capacities = target_capacities(plan, _Pages(num_pages, target.page_size))
     nodes = rounds.max_sequences * (config.tree.max_nodes + 1)
     activations = forward_bytes(plan, rounds.max_round_tokens, dtype, num_taps)
@@ -152,7 +152,7 @@ def draft_memory(
         activations = forward_bytes(plan, rounds.prefill_chunk, dtype, 0)
         whole = ShardPlan(model, 0, 1)
         activations += logits_bytes(whole if rank == 0 else plan, rounds.max_sequences, dtype)
-        if on_gpu and config.target.attention != "sdpa" and attention_kernel_fits(model, dtype, dtype):
+        if on_gpu and config.target.attention != "sdpa" and attention_kernel_fits(model, dtype):
             capacities = draft_capacities(plan, _Pages(num_pages, page_size))
             graphs = graph_bytes(plan, capacities, page_size, dtype, 0)
     communication = RANKS_BYTES if draft.tp_size > 1 else 0
@@ -176,9 +176,9 @@ def _links_gpus(config: Config) -> bool:
     return config.cluster.num_gpus_per_draft > 0 and not shares_gpus(config.draft, config.cluster)
 
 
-def attention_kernel_fits(model: ModelConfig, dtype: torch.dtype, cache: torch.dtype) -> bool:
-    """Whether there is an attention kernel for a model and its cache, without which there are no CUDA graphs."""
-    return cache == dtype and dtype in TYPE_NAMES and model.head_dim in HEAD_DIMS
+def attention_kernel_fits(model: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether there is an attention kernel for a model, without which there are no CUDA graphs."""
+    return dtype in TYPE_NAMES and model.head_dim in HEAD_DIMS
 
 
 def graph_bytes(

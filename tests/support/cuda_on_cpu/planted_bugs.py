@@ -10,9 +10,14 @@ from pathlib import Path
 
 import torch
 
-from outrider.kernels.attention_cases import AttentionCase
+from outrider.kernels.attention_cases import AttentionCase, narrowed
 from outrider.kernels.compiler import Sources, compile_sources, load_sources
-from outrider.kernels.kernel_cases import prepare_attention, prepare_kv_commit, prepare_sample_shard
+from outrider.kernels.kernel_cases import (
+    prepare_attention,
+    prepare_kv_commit,
+    prepare_rope_append_fp8,
+    prepare_sample_shard,
+)
 from outrider.kernels.prepared import PreparedCase
 from outrider.kernels.row_cases import prepare_add_rms_norm, prepare_silu_mul
 from support.cuda_on_cpu.executor import SCHEDULES, Schedule, build_unit, translation_unit
@@ -25,13 +30,18 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class PlantedBug:
-    """In `file` of unit `stem`, the only occurrence of `old` becomes `new`."""
+    """In `file` of unit `stem`, the only occurrence of `old` becomes `new`.
+
+    `narrow`: it is in what only a cache in FP8 needs; `target`: whose PTX has it.
+    """
 
     name: str
     stem: str
     file: str
     old: str
     new: str
+    narrow: bool = False
+    target: str = "sm_90a"
 
     def plant(self, sources: Sources) -> Sources:
         assert sources[self.file].count(self.old) == 1, (
@@ -46,6 +56,10 @@ def _attention(name: str, old: str, new: str) -> PlantedBug:
 
 def _device(name: str, old: str, new: str) -> PlantedBug:
     return PlantedBug(name, "tree_attention", "device.cuh", old, new)
+
+
+def _narrow(name: str, stem: str, file: str, old: str, new: str, target: str = "sm_90a") -> PlantedBug:
+    return PlantedBug(name, stem, file, old, new, True, target)
 
 
 SOURCE_BUGS = (
@@ -86,6 +100,16 @@ SOURCE_BUGS = (
     PlantedBug("up read as gate", "silu_mul", "silu_mul.cu", "load_pack(up + i, aligned)",
                "load_pack(gate + i, aligned)"),
     PlantedBug("rows one pack too long", "silu_mul", "silu_mul.cu", "i < num_packed", "i <= num_packed"),
+    _narrow("read before all is widened", "tree_attention", "tree_attention.cu",
+            "widen_tile(stage);\n      __syncthreads();", "widen_tile(stage);"),
+    _narrow("a tile widened too early", "tree_attention", "tree_attention.cu",
+            "widen_tile(stage);", "widen_tile(stage ^ 1);"),
+    _narrow("values not scaled", "tree_attention", "tree_attention.cu",
+            "value_scale / row_sum[r]", "1.f / row_sum[r]"),
+    _narrow("rows rounded without their scale", "rope_append", "rope_append.cu",
+            "to_float(x) / scale", "to_float(x)"),
+    _narrow("values with the keys' scale", "rope_append", "rope_append.cu",
+            "value[pair + half], value_scale", "value[pair + half], key_scale"),
 )  # fmt: skip
 
 _BF16_MMA = "f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
@@ -101,6 +125,14 @@ DEVICE_BUGS = (
             '"f"(low), "f"(high)); return y;\n}\nDEVICE u32 pack2(f16*'),
     PlantedBug("unaligned rows read as packs", "silu_mul", "packs.cuh", "  if (aligned) return", "  return"),
     _device("ex2 of the wrong operand", "ex2.approx.ftz.f32 %0, %1", "ex2.approx.ftz.f32 %0, %0"),
+    _narrow("FP8 written to the other half", "rope_append", "fp8.cuh", '"f"(0.f), "f"(x)', '"f"(x), "f"(0.f)'),
+    _narrow("FP8 halves swapped", "tree_attention", "fp8.cuh", "{(u16)pair}), to_float(f16{(u16)(pair >> 16)})",
+            "{(u16)(pair >> 16)}), to_float(f16{(u16)pair})"),
+    _narrow("FP8 ties go up", "rope_append", "fp8.cuh", "0x7ffffu + (bits >> 20 & 1u)", "0x80000u", "sm_80"),
+    _narrow("FP8 subnormals in another unit", "rope_append", "fp8.cuh", "16384.f", "8192.f", "sm_80"),
+    _narrow("FP8 not cut off", "rope_append", "fp8.cuh", "fminf(fabsf(x), 448.f)", "fabsf(x)", "sm_80"),
+    _narrow("FP8 with another exponent", "tree_attention", "fp8.cuh", "0x7b807b80u", "0x7b007b00u", "sm_80"),
+    _narrow("FP8 without signs", "tree_attention", "fp8.cuh", "(spread & 0x80008000u) |", "", "sm_80"),
 )  # fmt: skip
 
 
@@ -116,7 +148,10 @@ def attention_cases() -> Iterator[AttentionCase]:
 
 def cases_for(bug: PlantedBug) -> Iterator[PreparedCase]:
     if bug.stem in ("tree_attention", "merge_splits"):
-        yield from (prepare_attention(case, CPU) for case in attention_cases())
+        cases = narrowed(list(attention_cases())) if bug.narrow else attention_cases()
+        yield from (prepare_attention(case, CPU) for case in cases)
+    elif bug.stem == "rope_append":
+        yield prepare_rope_append_fp8(torch.bfloat16, CPU)
     elif bug.stem == "kv_commit":
         yield prepare_kv_commit(200, CPU)
     elif bug.stem in ("add_rms_norm", "silu_mul"):
@@ -142,7 +177,7 @@ def hunt(bug: PlantedBug, executor: str, checks: Sequence[str] = ("none", "threa
     names = kernels_for(cases, bug.stem)
     sources = only(bug.plant(load_sources(bug.stem)), bug.stem, names)
     if executor == "ptx":
-        unit = translated_unit(compile_sources(bug.stem, sources, "sm_90a").ptx, names)
+        unit = translated_unit(compile_sources(bug.stem, sources, bug.target).ptx, names)
     else:
         unit = translation_unit(bug.stem, sources)
     for sanitizer in checks:

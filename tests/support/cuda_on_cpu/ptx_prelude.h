@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 
+#include "fp8_codes.h"
 #include "memory.h"
 #include "runtime.h"
 

@@ -76,7 +76,7 @@ def test_attention_of_a_padded_batch_is_that_of_the_batch(num_sms: int) -> None:
     out = torch.full(q.shape, float("nan")).to(q.dtype)
     partial = torch.full((shape.num_slots, shape.tile_rows, q.shape[2]), float("nan"))
     plans = plan_tree_attention(
-        q, k_pages, v_pages, tree, CASE.scale, 0, 0.0, shape, out, partial, partial[..., 0].contiguous()
+        q, k_pages, v_pages, tree, CASE.scale, 0, 0.0, 1.0, shape, out, partial, partial[..., 0].contiguous()
     )
     expected = attention_in_float64(CASE, build_attention_inputs(CASE))
     for schedule in SCHEDULES:
@@ -93,7 +93,9 @@ def test_rope_writes_nothing_for_padding() -> None:
     )
     angles = torch.ones(3, 32).bfloat16()
     pages = torch.zeros(2, 2, 1, 64).bfloat16()
-    plan = plan_rope_append(q, k, v, angles, angles, slots, pages, pages.clone(), torch.empty_like(q))
+    plan = plan_rope_append(
+        q, k, v, angles, angles, slots, pages, pages.clone(), 1.0, 1.0, torch.empty_like(q)
+    )
     source_kernels().launch([plan])
     assert pages.view(4, 64).abs().sum(dim=1).nonzero().tolist() == [[2]]
 

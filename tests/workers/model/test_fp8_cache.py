@@ -9,7 +9,6 @@ import torch
 
 from outrider.configs.schema import Config, TargetConfig
 from outrider.kernels.selection import REFERENCES, KernelSelection
-from outrider.kernels.self_test import ENTRIES
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.cache import PagedCache, bytes_per_page
 from outrider.workers.model.fp8_cache import CacheScales, Fp8PagedCache, read_cache_scales
@@ -94,12 +93,11 @@ def test_a_tree_sees_what_will_be_committed() -> None:
     )
 
 
-def test_a_byte_for_each_number_and_no_kernel_that_does_not_read_it() -> None:
+def test_a_byte_for_each_number_and_the_kernels_that_read_it() -> None:
     config = tiny_config(num_heads=4, num_kv_heads=2)
 
-    def deployed(cache: str, attention: str = "auto") -> Config:
-        target = TargetConfig(model="random:llama", kv_cache_dtype=cache, attention=attention)  # type: ignore[arg-type]
-        return Config(target=target)
+    def deployed(cache: str) -> Config:
+        return Config(target=TargetConfig(model="random:llama", kv_cache_dtype=cache))  # type: ignore[arg-type]
 
     plan = ShardPlan(config, 0, 1)
     wide, narrow = (bytes_per_page(config, plan, dtype, 16) for dtype in (torch.bfloat16, FP8))
@@ -110,12 +108,8 @@ def test_a_byte_for_each_number_and_no_kernel_that_does_not_read_it() -> None:
         FP8,
         FP8,
     ]
-    every = KernelSelection.of(ENTRIES)
-    with pytest.warns(UserWarning, match="does not read a KV cache in FP8"):
-        chosen = kernels_with_cache(deployed("fp8"), every, FP8)
-    assert chosen == KernelSelection.of([name for name in ENTRIES if name != "tree_attention"])
-    assert kernels_with_cache(deployed("auto"), every, torch.bfloat16) == every
-    with pytest.raises(
-        ValueError, match=r"target\.attention must be auto or sdpa where the KV cache is in FP8"
-    ):
-        kernels_with_cache(deployed("fp8", "kernel"), every, FP8)
+    of_fp8 = KernelSelection.of(["tree_attention_fp8", "kv_commit"])
+    assert kernels_with_cache(of_fp8, torch.bfloat16) == of_fp8
+    chosen = kernels_with_cache(of_fp8, FP8)
+    assert (chosen.tree_attention, chosen.rope_append, chosen.kv_commit) == (True, False, True)
+    assert not kernels_with_cache(KernelSelection.of(["tree_attention"]), FP8).tree_attention

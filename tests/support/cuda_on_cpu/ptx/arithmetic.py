@@ -4,6 +4,7 @@ from support.cuda_on_cpu.ptx.emitter import CPP_TYPES, Emitter, Opcode, instruct
 from support.cuda_on_cpu.ptx.parser import PtxError, elements
 
 Operands = tuple[str, ...]
+PAIRS = ("f16x2", "bf16x2")
 INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 
 
@@ -27,6 +28,8 @@ def add(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
 
 @instruction("mul", modifiers="lo hi wide rn ftz")
 def multiply(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
+    if op.type in PAIRS:
+        return e.write(a[0], "b32", _of_pairs(op.type, "x * y", [e.read(x, "b32") for x in a[1:]]))
     if op.is_float:
         return e.write(a[0], op.type, f"{e.read(a[1], op.type)} * {e.read(a[2], op.type)}")
     return e.write(a[0], _product_type(op), _product(e, op, a))
@@ -54,8 +57,24 @@ def _product(e: Emitter, op: Opcode, a: Operands) -> str:
     raise PtxError("which half of the product?")
 
 
+def _of_pairs(kind: str, value: str, pairs: list[str]) -> str:
+    """Of two 16-bit numbers in a register; a float holds enough of the result to round it once more."""
+    element = kind.removesuffix("x2")
+    halves = []
+    for position in (16, 0):
+        held = "; ".join(
+            f"const float {x} = from_{element}((u16)({pair} >> {position}))"
+            for x, pair in zip("xyz", pairs, strict=False)
+        )
+        halves.append(f"[&] {{ {held}; return (uint32_t)to_{element}({value}); }}() << {position}")
+    return " | ".join(halves)
+
+
 @instruction("fma", modifiers="rn rm ftz")
 def fused_multiply_add(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
+    if op.type in PAIRS:
+        values = [e.read(x, "b32") for x in a[1:]]
+        return e.write(a[0], "b32", _of_pairs(op.type, "std::fma(x, y, z)", values))
     if not op.is_float:
         raise PtxError("fma of this type")
     name = "fma_toward_minus" if "rm" in op.modifiers else "std::fma"
@@ -223,9 +242,18 @@ def move(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
     return e.write(a[0], op.type, e.read(a[1], op.type))
 
 
-@instruction("cvt", modifiers="rn rz rni rzi rmi rpi sat ftz")
+@instruction("cvt", modifiers="rn rz rni rzi rmi rpi sat satfinite ftz")
 def convert(e: Emitter, op: Opcode, a: Operands, line: int) -> str:
     target, source = op.types[0], op.types[-1]
+    if source == "e4m3x2" and target == "f16x2":
+        codes = e.read(a[1], "b16")
+        low, high = (f"(uint32_t)to_f16(float_of_code({codes} >> {bits} & 255))" for bits in (0, 8))
+        return e.write(a[0], "b32", f"{high} << 16 | {low}")
+    if target == "e4m3x2" and "satfinite" in op.modifiers:  # cvt d, high, low
+        high, low = (f"code_of_float({e.read(x, 'f32')})" for x in a[1:3])
+        return e.write(a[0], "b16", f"{high} << 8 | {low}")
+    if "e4m3x2" in op.types or "satfinite" in op.modifiers:
+        raise PtxError("this conversion of 8-bit numbers")
     if target in ("f16x2", "bf16x2"):  # cvt d, high, low
         halves = [f"to_{target.removesuffix('x2')}({e.read(x, 'f32')})" for x in a[1:3]]
         return e.write(a[0], "b32", f"(uint32_t){halves[0]} << 16 | {halves[1]}")

@@ -12,7 +12,7 @@ CPP_TYPES = {
     "f32": "float",
     "f64": "double",
 }
-TYPES = {*CPP_TYPES, "pred", "f16", "bf16", "f16x2", "bf16x2"}
+TYPES = {*CPP_TYPES, "pred", "f16", "bf16", "f16x2", "bf16x2", "e4m3x2"}
 SPECIAL_REGISTERS = {
     **{
         f"%{name}.{axis}": f"cuda_on_cpu::{variable}->{axis}"
