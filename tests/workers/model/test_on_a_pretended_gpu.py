@@ -69,7 +69,8 @@ def test_the_fallback_of_attention_runs_on_a_gpu(case) -> None:  # type: ignore[
     with pretend_gpu() as device:
         batch = batch_to(inputs.batch, device)
         moved = (x.to(device) for x in (inputs.q, inputs.k_pages, inputs.v_pages))
-        out = tree_attention(*moved, batch, case.scale, case.window, case.soft_cap).cpu()
+        settings = (case.scale, case.window, case.soft_cap, case.value_scale)
+        out = tree_attention(*moved, batch, *settings).cpu()
     assert (out.double() - expected).norm() / expected.norm() < 1e-2
 
 
