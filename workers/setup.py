@@ -14,8 +14,8 @@ import torch
 from outrider.configs.schema import Config
 from outrider.kernels.selection import DEFAULT_MEMORY, ENTRIES, KernelSelection, select_kernels
 from outrider.workers.link.communicator import Communicator, Role, agreed
-from outrider.workers.model.cache import PagedCache, bytes_per_page
-from outrider.workers.model.fp8_cache import CacheScales, Fp8PagedCache
+from outrider.workers.model.cache import CacheScales, PagedCache, bytes_per_page
+from outrider.workers.model.fp8_cache import Fp8PagedCache
 from outrider.workers.model.loader import ModelWeights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.sampling.grammars import Grammars

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from outrider.configs.schema import NgramConfig
+from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.model import ModelMethod
 from outrider.workers.drafting.ngram import NgramMethod
@@ -69,6 +70,26 @@ def fresh_logits(texts: SequenceABC[SequenceABC[int]]) -> torch.Tensor:
     hidden = model.forward(batch_of(rows, page_size, model.device), cache_of(first, page_size)).last
     last = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
     return model.logits(hidden[last])
+
+
+def small_method(slots: DraftedSlots, model: Transformer, cache: PagedCache) -> ModelMethod:
+    """Method `model` over a cache, two children below each of at most two nodes of a sequence in a step."""
+    vocab_size = model.config.vocab_size
+    vocabulary = VocabularyRange(0, vocab_size)
+    return ModelMethod(
+        slots=slots,
+        estimator=AcceptanceEstimator(),
+        model=model,
+        cache=cache,
+        pool=PagePool(cache.num_pages, cache.page_size, True),
+        sampler=Sampler(vocab_size, vocabulary, SoloCommunicator(), model.kernels),
+        num_target_tokens=vocab_size,
+        max_children=2,
+        rows_per_sequence=2,
+        max_rows=4,
+        prefill_chunk=8,
+        tracer=Tracer("draft", False),
+    )
 
 
 class RecordingSampler(Sampler):

@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from outrider.kernels.selection import ENTRIES, KernelSelection
-from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.drafting.model import ModelMethod
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.link.messages import Draft, SequenceStep, Steps
@@ -23,15 +21,13 @@ from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.sampling.sampler import Sampler
-from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
-from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.random_source import RandomSource
 from support.counted_gpu import CountedGpu, Counts, counted_gpu
+from support.drafting_model import small_method
 
 KERNELS = KernelSelection.of(ENTRIES)
 MODEL = (
@@ -79,20 +75,7 @@ def drafter_step(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> 
     model, cache = model_and_cache(gpu, num_layers)
     slots = DraftedSlots(NUM_SEQUENCES, 8, 4)
     drafting = DraftEngine(slots)
-    drafter = ModelMethod(
-        slots=slots,
-        estimator=AcceptanceEstimator(),
-        model=model,
-        cache=cache,
-        pool=PagePool(24, 4, True),
-        sampler=Sampler(1000, VocabularyRange(0, 1000), SoloCommunicator(), KERNELS),
-        num_target_tokens=1000,
-        max_children=2,
-        rows_per_sequence=2,
-        max_rows=4,
-        prefill_chunk=8,
-        tracer=Tracer("draft", False),
-    )
+    drafter = small_method(slots, model, cache)
     drafting.add(drafter)
     for slot in range(NUM_SEQUENCES):
         prompt = [3, 5, 7 + slot]

@@ -13,8 +13,6 @@ from outrider.kernels.selection import ENTRIES, KernelSelection
 from outrider.workers.draft import DraftWorker
 from outrider.workers.drafting import model as method_module
 from outrider.workers.drafting import model_ranks
-from outrider.workers.drafting.acceptance import AcceptanceEstimator
-from outrider.workers.drafting.model import ModelMethod
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.link.messages import Draft, SequenceStep, Steps
@@ -27,15 +25,13 @@ from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling import shards
-from outrider.workers.sampling.sampler import Sampler
-from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
-from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.random_source import RandomSource
+from support.drafting_model import small_method
 
 CPU = torch.device("cpu")
 CALLED = {
@@ -60,11 +56,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[Any, ...]]]:
     made: dict[str, list[tuple[Any, ...]]] = {name: [] for name in CALLED}
 
     def recorded(name: str, entry: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, use_kernel: bool | None = None) -> Any:
+        def call(*arguments: Any, use_kernel: bool | None = None, **named: Any) -> Any:
             if use_kernel is None:
                 arguments, use_kernel = arguments[:-1], arguments[-1]
             made[name].append((*arguments, use_kernel))
-            return entry(*arguments, use_kernel=False)
+            return entry(*arguments, use_kernel=False, **named)
 
         return call
 
@@ -109,20 +105,7 @@ def test_the_target_calls_the_entries(selection: KernelSelection, calls: dict[st
 def test_the_drafter_calls_the_entries(selection: KernelSelection, calls: dict[str, Any]) -> None:
     model, cache = model_and_cache(selection)
     slots = DraftedSlots(1, 8, 8)
-    method = ModelMethod(
-        slots=slots,
-        estimator=AcceptanceEstimator(),
-        model=model,
-        cache=cache,
-        pool=PagePool(8, 4, True),
-        sampler=Sampler(96, VocabularyRange(0, 96), SoloCommunicator(), selection),
-        num_target_tokens=96,
-        max_children=2,
-        rows_per_sequence=2,
-        max_rows=4,
-        prefill_chunk=8,
-        tracer=Tracer("draft", False),
-    )
+    method = small_method(slots, model, cache)
     request = Request("a", (1, 2, 3), SamplingParams(max_tokens=50), DraftOptions(("model",), 8, 4))
     sequence = Sequence(request, [1, 2, 3])
     slots.start(sequence)

@@ -1,5 +1,8 @@
 """The paged KV cache of one worker."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,14 @@ from outrider.kernels.tree_batch import TreeBatch
 from outrider.workers.model import memory
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class CacheScales:
+    """What the rows of a layer are divided by when they are written, and multiplied with when they are read."""
+
+    keys: float = 1.0
+    values: float = 1.0
 
 
 def bytes_per_page(config: ModelConfig, plan: ShardPlan, dtype: torch.dtype, page_size: int) -> int:
@@ -44,6 +55,7 @@ class PagedCache:
         memory.prefer(self.kv)
         self.kv.zero_()
         self._moved = self.kv  # as `commit` moves it
+        self._scales: Sequence[CacheScales] = (CacheScales(),) * config.num_layers
         self._keys = self.kv[:, 0].unbind(0)
         self._values = self.kv[:, 1].unbind(0)
 
@@ -71,15 +83,20 @@ class PagedCache:
     ) -> Tensor:
         """Turns q [N, Q, D] and k [N, HK, D] by their positions and writes k and v to the rows int64 [N]; the turned
         queries. See `rope_append`."""
-        pages = self.keys(layer), self.values(layer)
-        return rope_append(q, k, v, *rotation, kv_rows, *pages, use_kernel=use_kernel)
+        pages, scales = (self.keys(layer), self.values(layer)), self._scales[layer]
+        return rope_append(
+            q, k, v, *rotation, kv_rows, *pages, scales.keys, scales.values, use_kernel=use_kernel
+        )
 
     def attend(
         self, layer: int, q: Tensor, tree: TreeBatch, scale: float, window: int, use_kernel: bool
     ) -> Tensor:
         """[N, HQ, D] of queries [N, HQ, D] whose rows are written. See `tree_attention`."""
-        pages = self.keys(layer), self.values(layer)
-        return tree_attention(q, *pages, tree, scale, window, use_kernel=use_kernel)
+        pages, scales = (self.keys(layer), self.values(layer)), self._scales[layer]
+        factor = scale * scales.keys
+        return tree_attention(
+            q, *pages, tree, factor, window, value_scale=scales.values, use_kernel=use_kernel
+        )
 
     def commit(self, source_rows: Tensor, target_rows: Tensor) -> None:
         """Moves accepted rows; int64 [M] each, see `kv_commit`. More than its kernel takes go without it."""

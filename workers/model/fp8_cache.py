@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from outrider.kernels.rope_append import rope_append
-from outrider.kernels.tree_attention import tree_attention
-from outrider.kernels.tree_batch import TreeBatch
-from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.cache import CacheScales, PagedCache
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.scaled import FP8
 from outrider.workers.weights.source import WeightSource
 from outrider.workers.weights.tensors import CACHE_SCALES
-
-
-@dataclass(frozen=True)
-class CacheScales:
-    """What the rows of a layer are divided by when they are written, and multiplied with when they are read."""
-
-    keys: float = 1.0
-    values: float = 1.0
 
 
 def read_cache_scales(source: WeightSource) -> tuple[CacheScales, ...]:
@@ -60,32 +47,3 @@ class Fp8PagedCache(PagedCache):
         assert len(scales) == config.num_layers
         self._scales = scales
         self._moved = self.kv.view(torch.uint8)  # torch does not move FP8 everywhere
-
-    def append(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        kv_rows: Tensor,
-        use_kernel: bool,
-    ) -> Tensor:
-        pages, scales = (self.keys(layer), self.values(layer)), self._scales[layer]
-        return rope_append(
-            q, k, v, *rotation, kv_rows, *pages, scales.keys, scales.values, use_kernel=use_kernel
-        )
-
-    def attend(
-        self, layer: int, q: Tensor, tree: TreeBatch, scale: float, window: int, use_kernel: bool
-    ) -> Tensor:
-        pages, scales = (self.keys(layer), self.values(layer)), self._scales[layer]
-        return tree_attention(
-            q,
-            *pages,
-            tree,
-            scale * scales.keys,
-            window,
-            value_scale=scales.values,
-            use_kernel=use_kernel,
-        )

@@ -32,6 +32,7 @@ from outrider.workers.weights.tensors import EMBEDDING, FINAL_NORM, HEAD, ROUTER
 ALL = slice(None)
 READ_CHUNK_BYTES = 64 << 20
 NO_BIAS = torch.empty(0)
+DOWN = "down_proj.weight"  # behind an MLP's prefix
 
 
 @dataclass(frozen=True)
@@ -261,13 +262,7 @@ class WeightLoader:
 
     def _attention_output(self, name: str) -> Linear:
         heads, D = self.plan.query_heads, self.plan.config.head_dim
-        part = slice(heads.start * D, heads.stop * D)
-        scaled = self.scaled(name, ALL, part)
-        if scaled is not None:
-            return self.scaled_linear(scaled, NO_BIAS)
-        weight = self.source.read(name, ALL, part, self.dtype)
-        self.progress(weight.nbytes)
-        return self.linear(weight, NO_BIAS)
+        return self._columns_linear(name, range(heads.start * D, heads.stop * D))
 
     def _mlp(self, prefix: str, described: DenseMlp | RoutedMlp) -> Mlp:
         if isinstance(described, DenseMlp):
@@ -292,14 +287,14 @@ class WeightLoader:
         if any(map(self._is_scaled, names)):
             return GatedMlp(
                 self._joined([(self._rows(name, columns), NO_BIAS) for name in names]),
-                self._down_linear(prefix, columns),
+                self._columns_linear(prefix + DOWN, columns),
             )
         gate_up = torch.empty(2, len(columns), hidden, dtype=self.dtype, device=self._host)
         self._read_rows_into(gate_up[0], prefix + "gate_proj.weight", columns)
         self._read_rows_into(gate_up[1], prefix + "up_proj.weight", columns)
         fused = self.linear(gate_up.view(-1, hidden), NO_BIAS)
         del gate_up
-        return GatedMlp(fused, self._down_linear(prefix, columns))
+        return GatedMlp(fused, self._columns_linear(prefix + DOWN, columns))
 
     def _rows(self, name: str, rows: range) -> ScaledMatrix | Tensor:
         """Some rows of a matrix."""
@@ -310,11 +305,12 @@ class WeightLoader:
         self._read_rows_into(weight, name, rows)
         return weight
 
-    def _down_linear(self, prefix: str, columns: range) -> Linear:
-        scaled = self.scaled(prefix + "down_proj.weight", ALL, slice(columns.start, columns.stop))
+    def _columns_linear(self, name: str, columns: range) -> Linear:
+        """Some columns of a matrix, a partial sum over ranks."""
+        scaled = self.scaled(name, ALL, slice(columns.start, columns.stop))
         if scaled is not None:
             return self.scaled_linear(scaled, NO_BIAS)
-        return self.linear(self._down(prefix, columns), NO_BIAS)
+        return self.linear(self._columns(name, columns), NO_BIAS)
 
     def _grouped(self, first: int, prefixes: list[str], columns: range) -> GroupedExperts:
         hidden, width = self.plan.config.hidden_size, aligned_columns(len(columns))
@@ -326,14 +322,13 @@ class WeightLoader:
                 self._read_rows_into(
                     gate_up[expert, matrix, : len(columns)], f"{prefix}{name}.weight", columns
                 )
-            down[expert, :, : len(columns)] = self._down(prefix, columns)
+            down[expert, :, : len(columns)] = self._columns(prefix + DOWN, columns)
         return GroupedExperts(first, gate_up.flatten(1, 2), down)
 
-    def _down(self, prefix: str, columns: range) -> Tensor:
-        part = slice(columns.start, columns.stop)
-        down = self.source.read(prefix + "down_proj.weight", ALL, part, self.dtype)
-        self.progress(down.nbytes)
-        return down
+    def _columns(self, name: str, columns: range) -> Tensor:
+        weight = self.source.read(name, ALL, slice(columns.start, columns.stop), self.dtype)
+        self.progress(weight.nbytes)
+        return weight
 
 
 def _kind(matrix: ScaledMatrix | Tensor) -> object:

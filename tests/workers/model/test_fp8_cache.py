@@ -10,8 +10,8 @@ import torch
 from outrider.configs.schema import Config, TargetConfig
 from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.model.cache import PagedCache, bytes_per_page
-from outrider.workers.model.fp8_cache import CacheScales, Fp8PagedCache, read_cache_scales
+from outrider.workers.model.cache import CacheScales, PagedCache, bytes_per_page
+from outrider.workers.model.fp8_cache import Fp8PagedCache, read_cache_scales
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer

@@ -14,9 +14,9 @@ from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.shard_logits import ShardLogits
 from outrider.kernels.token_rows import unpack_tokens
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
-from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.cache import CacheScales, PagedCache
 from outrider.workers.model.cuda_graphs import GraphCapacity, GraphedForward
-from outrider.workers.model.fp8_cache import CacheScales, Fp8PagedCache
+from outrider.workers.model.fp8_cache import Fp8PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer

@@ -12,10 +12,7 @@ import torch
 
 from outrider.kernels.attention_cases import ATTENTION_CASES, attention_in_float64, build_attention_inputs
 from outrider.kernels.kernel_cases import batch_to
-from outrider.kernels.selection import REFERENCES
 from outrider.kernels.tree_attention import tree_attention
-from outrider.workers.drafting.acceptance import AcceptanceEstimator
-from outrider.workers.drafting.model import ModelMethod
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.link.messages import Draft, SequenceStep, Steps
@@ -24,14 +21,12 @@ from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.sampling.sampler import Sampler
-from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
-from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.target import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.random_source import RandomSource
+from support.drafting_model import small_method
 from support.pretend_gpu import PretendTensor, pretend_gpu
 from support.stand_in_cuda import StandInCuda
 
@@ -97,20 +92,7 @@ def target_rounds(device: torch.device) -> list[object]:
 def drafted_trees(device: torch.device) -> list[object]:
     model, cache = model_and_cache(device)
     slots = DraftedSlots(len(SAMPLINGS), 8, 4)
-    drafter = ModelMethod(
-        slots=slots,
-        estimator=AcceptanceEstimator(),
-        model=model,
-        cache=cache,
-        pool=PagePool(24, 4, True),
-        sampler=Sampler(96, VocabularyRange(0, 96), SoloCommunicator(), REFERENCES),
-        num_target_tokens=96,
-        max_children=2,
-        rows_per_sequence=2,
-        max_rows=4,
-        prefill_chunk=8,
-        tracer=Tracer("draft", False),
-    )
+    drafter = small_method(slots, model, cache)
     prompt = [3 * n % 64 for n in range(40)]
     for slot, sampling in enumerate(SAMPLINGS):
         request = Request(str(slot), tuple(prompt), sampling, DraftOptions(("model",), 8, 4))

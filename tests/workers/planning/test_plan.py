@@ -19,9 +19,8 @@ from outrider.kernels.selection import REFERENCES
 from outrider.workers.first_gpu.trees import chain, trees_of
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import build_batch
-from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.cache import CacheScales, PagedCache
 from outrider.workers.model.cuda_graphs import StaticBatch, target_capacities
-from outrider.workers.model.fp8_cache import CacheScales
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
