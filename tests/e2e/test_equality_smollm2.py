@@ -29,7 +29,9 @@ FIXED = default_options(fixed_budget=True)
 
 @pytest.fixture(scope="module")
 def smollm2() -> SmolLM2:
-    return load_smollm2()
+    smollm2 = load_smollm2()
+    smollm2.reference.prepare(smollm2.spec_bench, batch_size=8)
+    return smollm2
 
 
 @pytest.fixture(scope="module")

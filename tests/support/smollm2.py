@@ -22,7 +22,7 @@ _SHORT = 260  # tokens: reading long prompts is what takes the time
 
 @dataclass(frozen=True)
 class SmolLM2:
-    """One per run: reading it takes seconds, transformers' answers more."""
+    """One per run: reading it takes seconds."""
 
     source: WeightSource
     reference: Reference
@@ -56,9 +56,7 @@ def load_smollm2() -> SmolLM2:
         long = sorted((case for case in by_id.values() if len(case.prompt) > _SHORT), key=_length)
         spec_bench = [by_id[prompt.id] for prompt in select(short, NUM_SPEC_BENCH - _NUM_LONG)]
         spec_bench += long[:: len(long) // (_NUM_LONG - 1)][: _NUM_LONG - 1] + long[-1:]
-    reference = Reference(resolved)
-    reference.prepare(spec_bench, batch_size=8)
-    return SmolLM2(source, reference, cases(SHIPPED_PROMPTS), spec_bench)
+    return SmolLM2(source, Reference(resolved), cases(SHIPPED_PROMPTS), spec_bench)
 
 
 def _length(case: Case) -> int:
