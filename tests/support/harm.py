@@ -58,8 +58,13 @@ def worker_pids(engine: Engine) -> dict[str, int]:
 
 def coordinator_pids() -> list[int]:
     """Of the Coordinators that this process's Ray runs: one, or none for a moment."""
+    return actor_pids("ray::Coordinator")
+
+
+def actor_pids(title: str) -> list[int]:
+    """Of the actors of this class that this process's Ray runs, those that wait to take a place included."""
     started = psutil.Process().children(recursive=True)
-    return [process.pid for process in started if "ray::Coordinator" in name_of(process)]
+    return [process.pid for process in started if title in name_of(process)]
 
 
 def name_of(process: psutil.Process) -> str:
