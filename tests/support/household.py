@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-WORKERS = ("ray::TargetActor", "ray::DraftActor", "ray::Coordinator")
+WORKERS = ("TargetActor", "DraftActor", "Coordinator")
 _PERIOD_S = 2.0
 _SHARED = Path("/dev/shm")
 
@@ -36,13 +36,13 @@ class Household:
         self._watching.join()
 
     def workers(self) -> dict[int, str]:
-        """Process ids and titles of the workers that live now, also of those that only start."""
+        """Process ids and classes of the workers that live now, also of those that only start."""
         found = {}
         for process in self._living():
             with suppress(psutil.Error):
-                title = " ".join(process.cmdline())
+                title = process.cmdline()[0].removeprefix("ray::")
                 if title.startswith(WORKERS):
-                    found[process.pid] = title
+                    found[process.pid] = next(name for name in WORKERS if title.startswith(name))
         return found
 
     def growth_mib(self) -> tuple[float, float]:

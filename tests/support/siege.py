@@ -208,7 +208,7 @@ def kills(
                     pid = chance.choice(list(workers))
                     with suppress(ProcessLookupError):
                         kill(pid)
-                    killed.append((time.monotonic(), workers[pid].removeprefix("ray::").split("(")[0], stood))
+                    killed.append((time.monotonic(), workers[pid], stood))
         report.note_answers(streams)
         if server.process.poll() is None:
             _note_idle(report, server)
@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=200, help="who vanish at once")
     parser.add_argument("--waves", type=int, default=3)
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     overrides = [*TWO_RANKS, *given.overrides]
     runs: dict[str, Callable[[], Report]] = {
         "steady": lambda: steady(given.seconds, given.streams, given.tokens, overrides),
