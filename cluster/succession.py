@@ -60,7 +60,7 @@ class Succession:
         self.provide(worker_names(self._config))
         warnings: list[str] = self._wait(self.calls.begin("start", self._workers), progress)
         self._measured = self.calls("measured")
-        self._spares.refill_later(_QUIET_S)
+        self._spares.begin(_QUIET_S)
         return warnings
 
     def provide(self, names: Sequence[str]) -> dict[str, Any]:
@@ -70,7 +70,6 @@ class Succession:
                 raise EngineError(CLOSED)
             created = {name: self._spares.take(name) or self._spawner.spawn(name) for name in names}
             self._workers |= created
-            self._spares.refill_later()
             return created
 
     def successor(self, reason: str, answered: bool, num_restarts: int) -> Calls:
@@ -124,6 +123,7 @@ class Succession:
         finally:
             self.calls.close()
             self._starting.release()
+            self._spares.join()
 
     def _wait(self, started: Any, progress: Callable[[Sequence[Progress]], None]) -> Any:
         """The result of a call that takes long, unless the Coordinator falls silent."""
@@ -144,7 +144,6 @@ class Succession:
         if self._server_url:
             self.calls("announce", self._server_url)
         self._restarts.stands()
-        self._spares.refill_later()
         return self.calls
 
     def _create_spare(self, name: str) -> Any:

@@ -90,11 +90,11 @@ def test_spares_take_the_places_of_a_rank_and_of_the_coordinator(ray_with_room: 
             stream.join(LONG_S)
         assert [tuple(stream.tokens) for stream in streams] == 2 * [answer.tokens for answer in plain]
         assert worker_pids(engine) == after
-        # A spare that is dead by then takes nobody's place.
         wait_until(lambda: len(actor_pids("ray::TargetActor")) == 4, LONG_S)
-        for spare in set(actor_pids("ray::TargetActor")) - set(after.values()):
+        dead = set(actor_pids("ray::TargetActor")) - set(after.values())
+        for spare in dead:
             kill(spare)
-        kill(after["target 0"])
+        kill(after["target 0"])  # a spare that is dead takes nobody's place
         answers = engine.generate(requests)
         assert [answer.tokens for answer in answers] == [answer.tokens for answer in plain]
         num_before = engine.stats()["coordinator"]["num_restarts"]
@@ -102,6 +102,7 @@ def test_spares_take_the_places_of_a_rank_and_of_the_coordinator(ray_with_room: 
         answers = engine.generate(requests)
         assert [answer.tokens for answer in answers] == [answer.tokens for answer in plain]
         assert engine.stats()["coordinator"]["num_restarts"] == num_before + 1
+        wait_until(lambda: len(set(actor_pids("ray::TargetActor")) - dead) == 4, LONG_S)
         pids = [*actor_pids("ray::TargetActor"), *coordinator_pids()]
     wait_until(lambda: not any(map(psutil.pid_exists, pids)), LONG_S)
 

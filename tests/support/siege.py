@@ -217,6 +217,9 @@ def kills(
     times_s = sorted(streams.times_s)
     silences_s = [silence(times_s, since_s) for since_s, _, _ in killed]
     report.figures["kills"] = f"{len(killed)}"
+    for silence_s, (killed_s, who, stood) in zip(silences_s, killed, strict=True):
+        when = "" if stood else ", while others were started again"
+        report.figures[f"at {killed_s - begun_s:.0f} s {who}{when}"] = f"{silence_s:.2f} s"
     report.figures["nothing came after a kill for"] = _summary(silences_s)
     for who in sorted({who for _, who, _ in killed}):
         own_s = [
