@@ -16,8 +16,8 @@ _ASK_S = 0.2
 class Spares:
     """One for each of `names`, in time: a spare that is taken or dies is replaced.
 
-    create: a new process by name; does not wait for it, and must answer to `progress`. Called under `lock`, and not any
-    longer once `closed` is set.
+    create: a new process by name; does not wait for it, and must answer to `progress`. Called under `lock`, and not
+    any longer once `closed` is set.
     """
 
     def __init__(
