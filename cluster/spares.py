@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 _PERIOD_S = 1.0
 _LATER_S = 1.0  # a restart comes first: it wants the processors
@@ -71,6 +71,6 @@ def _has_died(spare: Any) -> bool:
     answered, _ = ray.wait([spare.progress.remote()], timeout=_ASK_S)
     try:
         ray.get(answered)
-    except RayActorError:
+    except RayError:
         return True
     return False
