@@ -73,9 +73,9 @@ def test_spares_take_the_places_of_a_rank_and_of_the_coordinator(ray_with_room: 
         requests = [asked(number, 300) for number in range(4)]
         plain = engine.generate([GenerationRequest(r.prompt, r.sampling, PLAIN) for r in requests])
         ranks = {worker_pids(engine)[f"target {rank}"] for rank in (0, 1)}
-        wait_until(lambda: len(coordinator_pids()) == 2 and len(actor_pids("ray::TargetActor")) == 4, LONG_S)
+        wait_until(lambda: len(coordinator_pids()) == 2 and len(actor_pids("TargetActor")) == 4, LONG_S)
         coordinator, successor = sorted(coordinator_pids(), key=lambda pid: psutil.Process(pid).create_time())
-        spares = set(actor_pids("ray::TargetActor")) - ranks
+        spares = set(actor_pids("TargetActor")) - ranks
         streams = [Listener(engine, request) for request in requests]
         wait_until(lambda: all(stream.tokens for stream in streams), LONG_S)
         kill(worker_pids(engine)["target 1"])
@@ -90,8 +90,8 @@ def test_spares_take_the_places_of_a_rank_and_of_the_coordinator(ray_with_room: 
             stream.join(LONG_S)
         assert [tuple(stream.tokens) for stream in streams] == 2 * [answer.tokens for answer in plain]
         assert worker_pids(engine) == after
-        wait_until(lambda: len(actor_pids("ray::TargetActor")) == 4, LONG_S)
-        dead = set(actor_pids("ray::TargetActor")) - set(after.values())
+        wait_until(lambda: len(actor_pids("TargetActor")) == 4, LONG_S)
+        dead = set(actor_pids("TargetActor")) - set(after.values())
         for spare in dead:
             kill(spare)
         kill(after["target 0"])  # a spare that is dead takes nobody's place
@@ -102,8 +102,8 @@ def test_spares_take_the_places_of_a_rank_and_of_the_coordinator(ray_with_room: 
         answers = engine.generate(requests)
         assert [answer.tokens for answer in answers] == [answer.tokens for answer in plain]
         assert engine.stats()["coordinator"]["num_restarts"] == num_before + 1
-        wait_until(lambda: len(set(actor_pids("ray::TargetActor")) - dead) == 4, LONG_S)
-        pids = [*actor_pids("ray::TargetActor"), *coordinator_pids()]
+        wait_until(lambda: len(set(actor_pids("TargetActor")) - dead) == 4, LONG_S)
+        pids = [*actor_pids("TargetActor"), *coordinator_pids()]
     wait_until(lambda: not any(map(psutil.pid_exists, pids)), LONG_S)
 
 

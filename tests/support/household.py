@@ -40,9 +40,10 @@ class Household:
         found = {}
         for process in self._living():
             with suppress(psutil.Error):
-                title = process.cmdline()[0].removeprefix("ray::")
-                if title.startswith(WORKERS):
-                    found[process.pid] = next(name for name in WORKERS if title.startswith(name))
+                title = process.cmdline()[0]
+                for name in WORKERS:
+                    if title.startswith("ray::") and name in title:
+                        found[process.pid] = name
         return found
 
     def growth_mib(self) -> tuple[float, float]:
