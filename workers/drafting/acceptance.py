@@ -109,7 +109,8 @@ def follow_errors(yields: Floats, laws: Ints, errors: Floats, met: Bools) -> Non
 
     laws: int64 [M], see `DraftedSlots.laws`; errors: [M, children], 0 where a rank was not proposed (`met`) at all.
     """
-    of_law = np.eye(len(yields))[:, laws]
-    totals, counts = of_law @ errors, of_law @ met
-    weights = 1.0 - (1.0 - _YIELD_SMOOTHING) ** counts  # as if one came after the other
-    yields += weights * totals / np.maximum(counts, 1.0)
+    for law in {*laws.tolist()}:
+        is_its = laws == law
+        counts = np.add.reduce(met[is_its], dtype=np.float64)
+        weights = 1.0 - (1.0 - _YIELD_SMOOTHING) ** counts  # as if one came after the other
+        yields[law] += weights * np.add.reduce(errors[is_its]) / np.maximum(counts, 1.0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +18,7 @@ from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import DraftTrees, Ints
 
 
-@dataclass(frozen=True)
-class Round:
+class Round(NamedTuple):
     """A round under verification. Message nodes of a step are its chain, then its tree without the root.
 
     Attributes:

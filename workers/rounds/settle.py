@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +31,7 @@ from outrider.workers.sequences.tree import Bools, Ints
 _NOT_NUMBERS = "the target's logits after token {position} are not numbers, or nothing is left to sample from"
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What came out of a step; the event is empty while a prompt is being read."""
 
     sequence: Sequence

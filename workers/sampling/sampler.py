@@ -12,7 +12,7 @@ truncation need besides is in `candidates.py`. All ranks return the same, whatev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +34,7 @@ from outrider.workers.sampling.shards import NOTHING_FORESEEN, DeviceShard, Fore
 from outrider.workers.sequences.vocabulary import Vocabulary
 
 
-@dataclass(frozen=True)
-class Samples:
+class Samples(NamedTuple):
     """Sampled tokens, and log-probabilities (nats) under the model's own law for rows that asked.
 
     A row is invalid if its logits, edited as the request asks, are no law: NaN or infinity among them, nothing
@@ -70,8 +69,7 @@ NO_SAMPLES = Samples(
 """Of no rows."""
 
 
-@dataclass(frozen=True)
-class _Edited:
+class _Edited(NamedTuple):
     """The rows of one call, edited."""
 
     params: RowParameters

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +37,7 @@ class RuleNeeds:
 _NOTHING = RuleNeeds()
 
 
-@dataclass(frozen=True)
-class NodeScores:
+class NodeScores(NamedTuple):
     """What the target said of B trees of at most K nodes; padded like `DraftTrees`.
 
     Attributes:
@@ -62,7 +63,7 @@ class NodeScores:
     is_pushed_down: Bools
     draft_rows: torch.Tensor
     has_draft_row: Bools
-    hidden: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    hidden: Mapping[int, torch.Tensor] = MappingProxyType({})
 
     def rows(self, which: Ints) -> NodeScores:
         """Of some of the trees ([b] indices)."""
@@ -79,8 +80,7 @@ class NodeScores:
         )
 
 
-@dataclass(frozen=True)
-class Verdicts:
+class Verdicts(NamedTuple):
     """What comes out of B trees.
 
     Attributes:

@@ -235,7 +235,7 @@ def with_logprobs(scores: Scores, *logprobs: float) -> Scores:
     """Each token is its row's likeliest, and token 1 the next."""
     top = np.array([[logprob, 10 * logprob] for logprob in logprobs])
     ids = np.array([[token, 1] for token in scores.tokens.tolist()])[: len(top)]
-    return replace(scores, logprobs=np.array(logprobs), top_ids=ids, top_logprobs=top)
+    return scores._replace(logprobs=np.array(logprobs), top_ids=ids, top_logprobs=top)
 
 
 def said(token: int, logprob: float) -> TokenLogprobs:
@@ -319,7 +319,7 @@ def test_a_kept_token_may_end_the_text_and_one_behind_its_end_is_not_counted(
 
 def test_a_law_that_is_none_ends_the_text_behind_what_was_accepted() -> None:
     deciding = Deciding()
-    failed = replace(scores_of(1, (11, 0, 99, 99)), failed=np.array([False, True, False, False]))
+    failed = scores_of(1, (11, 0, 99, 99))._replace(failed=np.array([False, True, False, False]))
     (event,) = deciding.settle(failed)
     assert (event.tokens, event.origins, event.finish_reason) == ((11,), (D,), "error")
     assert "after token 3" in event.error
