@@ -35,7 +35,7 @@ class Edits(NamedTuple):
     logits: torch.Tensor
 
     def undo(self, logits: torch.Tensor) -> None:
-        if len(self.rows):
+        if self.rows.numel():
             logits[self.rows, self.columns] = self.logits
 
 

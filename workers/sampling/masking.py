@@ -19,7 +19,7 @@ class Masked(NamedTuple):
     logits: torch.Tensor
 
     def undo(self, logits: torch.Tensor) -> None:
-        if len(self.rows):
+        if self.rows.numel():
             logits[self.rows] = self.logits
 
 

@@ -84,7 +84,7 @@ class _Edited(NamedTuple):
     @property
     def is_changed(self) -> bool:
         """Whether the logits are not the model's own."""
-        return len(self.masked.rows) > 0 or len(self.edits.rows) > 0
+        return self.masked.rows.numel() > 0 or self.edits.rows.numel() > 0
 
     def undo(self) -> None:
         """Make the logits the model's own again."""

@@ -100,12 +100,17 @@ class Verdicts(NamedTuple):
     failed: Bools
     judged: Floats
 
+    def rows(self, which: Ints) -> Verdicts:
+        """Of some of the trees ([b] indices)."""
+        return Verdicts(*[array[which] for array in self])
+
     def emitted(self, trees: DraftTrees) -> tuple[Ints, Ints]:
         """Tokens that come out and their origins, int64 [B, D] each: `num_accepted` drafts, then the target's own."""
         tokens = self.emitted_tokens(trees)
         origins = np.zeros(tokens.shape, dtype=np.int64)
         origins[:, :-1] = int(Origin.DRAFT)
-        origins[:, :-1][self.is_kept[:, 1:]] = int(Origin.KEPT)
+        if np.count_nonzero(self.is_kept):
+            origins[:, :-1][self.is_kept[:, 1:]] = int(Origin.KEPT)
         origins[np.arange(len(origins)), self.num_accepted] = int(Origin.TARGET)
         return tokens, origins
 
@@ -241,9 +246,10 @@ def follow(trees: DraftTrees, scores: NodeScores, accepted: Bools, sampled: Bool
         current = next_node[row, current] * goes_on
     paths = np.array([*columns, current]).T.copy()
     lasts = paths[row, num_accepted]
-    is_kept = ~pick(sampled_children(trees, scores) if sampled is None else sampled, paths)
-    is_kept &= paths > 0
-    judged = np.zeros(paths.shape)
+    judged, is_kept = np.zeros(paths.shape), np.zeros(paths.shape, dtype=np.bool_)
+    if sampled is not accepted:
+        is_kept = ~pick(sampled_children(trees, scores) if sampled is None else sampled, paths)
+        is_kept &= paths > 0
     return Verdicts(
         paths, num_accepted, scores.tokens[row, lasts], is_kept, scores.failed[row, lasts], judged
     )
