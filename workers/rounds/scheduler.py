@@ -224,11 +224,14 @@ class Scheduler:
         rows_left = self.limits.max_round_tokens
         prefill_left = self.limits.prefill_chunk
         starts_left = MAX_STARTS_PER_ROUND
-        decoding = [s for s in sequences if s.num_uncommitted == 1]
-        prompts = sorted((s for s in sequences if s.num_uncommitted > 1), key=_place_in_line)
-        for sequence in [*decoding, *prompts]:
-            is_prompt = sequence.num_uncommitted > 1
-            length = min(sequence.num_uncommitted, rows_left, prefill_left if is_prompt else 1)
+        lacking = [(sequence.num_uncommitted, sequence) for sequence in sequences]
+        decoding = [(count, s) for count, s in lacking if count == 1]
+        prompts = sorted(
+            [(count, s) for count, s in lacking if count > 1], key=lambda of: _place_in_line(of[1])
+        )
+        for count, sequence in [*decoding, *prompts]:
+            is_prompt = count > 1
+            length = min(count, rows_left, prefill_left if is_prompt else 1)
             if length <= 0 or (not sequence.started and starts_left == 0):
                 continue
             lengths[sequence.id] = length

@@ -89,7 +89,8 @@ class RowParameters:
         self._groups = groups
         self._lengths = np.array([len(group.positions) for group in groups], dtype=np.int64)
         # float64 holds every one of these numbers as it is, but not seeds.
-        laws = np.fromiter(chain.from_iterable([group.params.law for group in groups]), dtype=np.float64)
+        numbers = chain.from_iterable([group.params.law for group in groups])
+        laws = np.fromiter(numbers, dtype=np.float64, count=6 * len(groups))
         self._laws: npt.NDArray[np.float64] = laws.reshape(-1, 6).repeat(self._lengths, axis=0)
         self.num_rows = len(self._laws)
         self.temperatures = self._laws[:, 0].astype(np.float32)

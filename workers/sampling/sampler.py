@@ -227,7 +227,10 @@ class Sampler:
             logits = logits.cpu().contiguous()
         masked = mask_rows(logits, groups, self._ids)
         edits = edit_rows(logits, groups, self._ids)
-        shard = self._shard(logits, foresee(params, self._vocab_size, num))
+        foreseen = NOTHING_FORESEEN
+        if self._kernels.sample_shard:
+            foreseen = foresee(params, self._vocab_size, num)
+        shard = self._shard(logits, foreseen)
         maxima = shard.maxima(np.arange(params.num_rows))
         if self._communicator.size > 1:
             maxima = self._communicator.all_gather(torch.from_numpy(maxima)).numpy().max(axis=0)
