@@ -102,7 +102,14 @@ class Verdicts(NamedTuple):
 
     def rows(self, which: Ints) -> Verdicts:
         """Of some of the trees ([b] indices)."""
-        return Verdicts(*[array[which] for array in self])
+        return Verdicts(
+            self.paths[which],
+            self.num_accepted[which],
+            self.next_tokens[which],
+            self.is_kept[which],
+            self.failed[which],
+            self.judged[which],
+        )
 
     def emitted(self, trees: DraftTrees) -> tuple[Ints, Ints]:
         """Tokens that come out and their origins, int64 [B, D] each: `num_accepted` drafts, then the target's own."""
