@@ -240,14 +240,28 @@ class ActorSpawner:
 
     def spawn(self, name: str) -> Any:
         """A new process for a worker, one of `worker_names`; does not wait for it."""
-        remote: Any = ray.remote  # its types do not know concurrency_groups
-        config = self.config
-        drafts, targets = places_in(self.group, config)
+        drafts, targets = places_in(self.group, self.config)
         if name == "draft":
-            drafter = remote(concurrency_groups=CONCURRENCY_GROUPS)(DraftActor)
-            options = in_place(self.group, drafts[0], config.draft.num_threads)
-            return drafter.options(**options).remote(config, drafts[1:])
-        rank = worker_names(config).index(name) - 1
-        target = remote(concurrency_groups=CONCURRENCY_GROUPS)(TargetActor)
-        options = in_place(self.group, targets[rank], config.target.num_threads)
-        return target.options(**options).remote(config, rank)
+            drafter = _with_groups(DraftActor)
+            options = in_place(self.group, drafts[0], self.config.draft.num_threads)
+            return drafter.options(**options).remote(self.config, drafts[1:])
+        rank = self._rank(name)
+        return self._spawn_rank(rank, targets[rank])
+
+    def spare(self, name: str) -> Any:
+        """One for a rank of the target, beside the one that has its place: it reserves nothing."""
+        rank = self._rank(name)
+        _, targets = places_in(self.group, self.config)
+        return self._spawn_rank(rank, replace(targets[rank], num_cpus=0.0))
+
+    def _rank(self, name: str) -> int:
+        return worker_names(self.config).index(name) - 1
+
+    def _spawn_rank(self, rank: int, place: Place) -> Any:
+        options = in_place(self.group, place, self.config.target.num_threads)
+        return _with_groups(TargetActor).options(**options).remote(self.config, rank)
+
+
+def _with_groups(actor: type) -> Any:
+    remote: Any = ray.remote  # its types do not know concurrency_groups
+    return remote(concurrency_groups=CONCURRENCY_GROUPS)(actor)

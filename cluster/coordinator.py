@@ -56,6 +56,7 @@ class Coordinator:
         self._restarts = Restarts(config.cluster.max_restarts, config.cluster.restart_window_s)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._pumping: asyncio.Task[None] | None = None
+        self._preparing: asyncio.Task[Admission] | None = None
         self._crew: Crew | None = None
         self._warnings: list[str] = []
         self._may_send = True  # the workers stand
@@ -95,6 +96,10 @@ class Coordinator:
         self._spawn_task(self._go_on(crew, broken))
         self._open_door(await self._prepared())
         self._spawn_task(self._door.serve())
+
+    async def prepare(self) -> None:
+        """Reads what is needed at the door, before it is wanted: for one that waits to take over."""
+        await self._prepared()
 
     async def measured(self) -> "Profiles":
         """What rounds cost here, for another Coordinator."""
@@ -187,7 +192,10 @@ class Coordinator:
         self._warnings = await crew.bring_up(admission.calibration())
 
     async def _prepared(self) -> Admission:
-        return await asyncio.to_thread(self._prepare, self._config, self._board.report)
+        if self._preparing is None:
+            preparing = asyncio.to_thread(self._prepare, self._config, self._board.report)
+            self._preparing = asyncio.create_task(preparing)
+        return await self._preparing
 
     def _open_door(self, admission: Admission) -> None:
         self._admission = admission

@@ -21,6 +21,7 @@ from outrider.cluster.orders import Orders
 from outrider.cluster.placement import COORDINATOR_BUNDLE
 from outrider.cluster.ray_watch import watch_ray
 from outrider.cluster.restarts import Restarts
+from outrider.cluster.spares import Spares
 from outrider.configs.schema import Config
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.2
 _STOP_S = 12.0  # longer than the Coordinator waits for a worker
+_QUIET_S = 5.0  # after a start, in which first requests want the machine
+_COORDINATOR = "coordinator"
 
 
 class Succession:
@@ -48,7 +51,8 @@ class Succession:
         self._closed = threading.Event()
         self._server_url = ""
         self._watch = watch_ray()
-        self.calls = self._create()
+        self._spares = Spares(_spare_names(config), self._create_spare, self._starting, self._closed)
+        self.calls = Calls(self._create(config.cluster.num_cpus_for_coordinator))
 
     def start(self, progress: Callable[[Sequence[Progress]], None]) -> list[str]:
         """Brings the deployment up; returns what the user should be told about it. Raises EngineError and
@@ -56,6 +60,7 @@ class Succession:
         self.provide(worker_names(self._config))
         warnings: list[str] = self._wait(self.calls.begin("start", self._workers), progress)
         self._measured = self.calls("measured")
+        self._spares.begin(_QUIET_S)
         return warnings
 
     def provide(self, names: Sequence[str]) -> dict[str, Any]:
@@ -63,7 +68,7 @@ class Succession:
         with self._starting:
             if self._closed.is_set():  # and perhaps Ray with it, which would be started again
                 raise EngineError(CLOSED)
-            created = {name: self._spawner.spawn(name) for name in names}
+            created = {name: self._spares.take(name) or self._spawner.spawn(name) for name in names}
             self._workers |= created
             return created
 
@@ -118,6 +123,7 @@ class Succession:
         finally:
             self.calls.close()
             self._starting.release()
+            self._spares.join()
 
     def _wait(self, started: Any, progress: Callable[[Sequence[Progress]], None]) -> Any:
         """The result of a call that takes long, unless the Coordinator falls silent."""
@@ -131,7 +137,8 @@ class Succession:
         return result_of_call(started)
 
     def _follow(self, reason: str, num_restarts: int) -> Calls:
-        self.calls = self._create()
+        spare = self._spares.take(_COORDINATOR)
+        self.calls = Calls(spare or self._create(self._config.cluster.num_cpus_for_coordinator))
         taking_over = self.calls.begin("take_over", self._workers, self._measured, reason, num_restarts)
         self._wait(taking_over, lambda stages: None)
         if self._server_url:
@@ -139,12 +146,26 @@ class Succession:
         self._restarts.stands()
         return self.calls
 
-    def _create(self) -> Calls:
+    def _create_spare(self, name: str) -> Any:
+        if name != _COORDINATOR:
+            return self._spawner.spare(name)
+        coordinator = self._create(0.0)
+        coordinator.prepare.remote()
+        return coordinator
+
+    def _create(self, num_cpus: float) -> Any:
         actor: Any = ray.remote(Coordinator)
-        coordinator = actor.options(
+        return actor.options(
             name=COORDINATOR_PREFIX + uuid.uuid4().hex,
-            num_cpus=self._config.cluster.num_cpus_for_coordinator,
+            num_cpus=num_cpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, COORDINATOR_BUNDLE),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
         ).remote(self._config, Orders())
-        return Calls(coordinator)
+
+
+def _spare_names(config: Config) -> list[str]:
+    """A spare rank would hold a second GPU, or share one that is full; where the drafter is lost a stand-in works."""
+    if not config.cluster.spares:
+        return []
+    ranks = [] if config.cluster.num_gpus_per_target else worker_names(config)[1:]
+    return [_COORDINATOR, *ranks]

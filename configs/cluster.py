@@ -55,6 +55,11 @@ class ClusterConfig:
     restart_window_s: float = 60.0
     """How long a deployment has to stand without a loss for its restart not to have been in vain, in seconds."""
 
+    spares: bool = False
+    """Whether processes wait, started but without weights, to take the place of one that is lost: one for the
+    Coordinator, and one for each rank of the target that has no GPU. A restart then takes less than a second instead
+    of several; each needs about 300 MB of memory."""
+
     max_open_requests: int = 4096
     """Most requests that wait or run at a time; further ones are refused."""
 

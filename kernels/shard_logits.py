@@ -179,9 +179,9 @@ class ShardLogits:
 
         Temperature 0 ranks by the logits alone. `count` is at most the size of the shard.
         """
-        greedy, noisy = (temperatures == 0.0).nonzero()[0], temperatures.nonzero()[0]
-        if not len(noisy):
+        if not np.count_nonzero(temperatures):
             return self._likeliest(rows) if count == 1 else self.top(rows, count)
+        greedy, noisy = (temperatures == 0.0).nonzero()[0], temperatures.nonzero()[0]
         best = np.empty((len(rows), count), dtype=np.uint64)
         if len(greedy):
             best[greedy] = self._likeliest(rows[greedy]) if count == 1 else self.top(rows[greedy], count)

@@ -15,7 +15,7 @@ from outrider.kernels.attention_plan import AttentionPlan, build_attention_plan
 MASK_WORD_BITS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TreeBatch:
     """One forward's trees, sequences back to back. B sequences, NQ query rows in all, W mask words.
 

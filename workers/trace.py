@@ -50,13 +50,13 @@ class Tracer:
     def end(self) -> None:
         """Closes the span opened last."""
         kind, rows, begin_ns, inner_ns = self._open.pop()
-        self._note(kind, rows, begin_ns, time.monotonic_ns() - begin_ns, inner_ns)
+        self.add(kind, rows, begin_ns, time.monotonic_ns() - begin_ns, inner_ns)
 
-    def add(self, kind: str, rows: int, begin_ns: int, duration_ns: int) -> None:
-        """A span that was timed elsewhere, inside the one that is open; see `timing.Stretches`."""
-        self._note(kind, rows, begin_ns, duration_ns, 0)
+    def add(self, kind: str, rows: int, begin_ns: int, duration_ns: int, inner_ns: int = 0) -> None:
+        """A span that was timed elsewhere, inside the one that is open; see `timing.Stretches`.
 
-    def _note(self, kind: str, rows: int, begin_ns: int, duration_ns: int, inner_ns: int) -> None:
+        inner_ns: of its time, what was booked already under spans inside of it.
+        """
         self._totals_ns[kind] += duration_ns - inner_ns
         if self._open:
             self._open[-1][3] += duration_ns

@@ -106,7 +106,7 @@ class JudgeOfParents(Judge):
     def scores(self, trees: DraftTrees, scores: NodeScores) -> Floats:
         rows = scores.hidden[NUM_LAYERS]
         places = torch.from_numpy(trees.parents)[:, :, None].expand_as(rows)
-        return super().scores(trees, replace(scores, hidden={NUM_LAYERS: rows.gather(1, places)}))
+        return super().scores(trees, scores._replace(hidden={NUM_LAYERS: rows.gather(1, places)}))
 
 
 class JudgeOfNormedRows(Judge):
@@ -115,7 +115,7 @@ class JudgeOfNormedRows(Judge):
     def scores(self, trees: DraftTrees, scores: NodeScores) -> Floats:
         rows = scores.hidden[NUM_LAYERS]
         normed = torch.nn.functional.rms_norm(rows, rows.shape[-1:])
-        return super().scores(trees, replace(scores, hidden={NUM_LAYERS: normed}))
+        return super().scores(trees, scores._replace(hidden={NUM_LAYERS: normed}))
 
 
 @pytest.mark.parametrize("wrong", [JudgeOfParents, JudgeOfNormedRows])

@@ -18,6 +18,7 @@ from outrider.configs.schema import ClusterConfig
 from support.harm import (
     PLAIN,
     Listener,
+    actor_pids,
     all_stand,
     asked,
     coordinator_pids,
@@ -25,7 +26,6 @@ from support.harm import (
     shared_memory,
     worker_pids,
 )
-from support.soak import soak
 from support.waiting import wait_until
 
 TWO_RANKS = ["target.tp_size=2", "cluster.num_cpus_per_target=0.5"]
@@ -66,6 +66,45 @@ def test_texts_are_those_of_plain_decoding_whoever_is_killed_meanwhile(ray_with_
         assert not engine.failure
         assert not engine.restarting
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), LONG_S)
+
+
+def test_spares_take_the_places_of_a_rank_and_of_the_coordinator(ray_with_room: None) -> None:
+    with Engine.start(load_config("tiny-random", [*TWO_RANKS, "cluster.spares=true"])) as engine:
+        requests = [asked(number, 300) for number in range(4)]
+        plain = engine.generate([GenerationRequest(r.prompt, r.sampling, PLAIN) for r in requests])
+        ranks = {worker_pids(engine)[f"target {rank}"] for rank in (0, 1)}
+        wait_until(lambda: len(coordinator_pids()) == 2 and len(actor_pids("TargetActor")) == 4, LONG_S)
+        coordinator, successor = sorted(coordinator_pids(), key=lambda pid: psutil.Process(pid).create_time())
+        spares = set(actor_pids("TargetActor")) - ranks
+        streams = [Listener(engine, request) for request in requests]
+        wait_until(lambda: all(stream.tokens for stream in streams), LONG_S)
+        kill(worker_pids(engine)["target 1"])
+        for stream in streams:
+            stream.join(LONG_S)
+        after = worker_pids(engine)
+        assert after["target 0"] in ranks
+        assert after["target 1"] in spares
+        streams += [Listener(engine, request) for request in requests]
+        kill(coordinator)
+        for stream in streams:
+            stream.join(LONG_S)
+        assert [tuple(stream.tokens) for stream in streams] == 2 * [answer.tokens for answer in plain]
+        assert worker_pids(engine) == after
+        wait_until(lambda: len(actor_pids("TargetActor")) == 4, LONG_S)
+        dead = set(actor_pids("TargetActor")) - set(after.values())
+        for spare in dead:
+            kill(spare)
+        kill(after["target 0"])  # a spare that is dead takes nobody's place
+        answers = engine.generate(requests)
+        assert [answer.tokens for answer in answers] == [answer.tokens for answer in plain]
+        num_before = engine.stats()["coordinator"]["num_restarts"]
+        kill(successor)
+        answers = engine.generate(requests)
+        assert [answer.tokens for answer in answers] == [answer.tokens for answer in plain]
+        assert engine.stats()["coordinator"]["num_restarts"] == num_before + 1
+        wait_until(lambda: len(set(actor_pids("TargetActor")) - dead) == 4, LONG_S)
+        pids = [*actor_pids("TargetActor"), *coordinator_pids()]
+    wait_until(lambda: not any(map(psutil.pid_exists, pids)), LONG_S)
 
 
 def test_a_drafter_of_several_ranks_goes_as_one_and_the_target_stays(ray_with_room: None) -> None:
@@ -166,12 +205,3 @@ def test_a_program_whose_ray_has_lost_its_head_ends_with_the_reason_and_leaves_n
         "EngineError: Ray's gcs_server, which was started for this, has ended; its logs in /tmp/ray may say why"
     )
     wait_until(lambda: not any(is_alive(process) for process in started), LONG_S)
-
-
-@pytest.mark.slow
-def test_a_soak_of_kills_spoils_no_answer(ray_with_room: None) -> None:
-    with Engine.start(load_config("tiny-random", [*TWO_RANKS, "cluster.max_restarts=100"])) as engine:
-        report = soak(engine, seconds=20.0, every_s=4.0, num_streams=16, num_tokens=150, seed=1)
-    assert report.num_answers >= 16
-    assert report.kills
-    assert not report.wrong, report

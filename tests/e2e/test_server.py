@@ -3,10 +3,8 @@
 import asyncio
 import json
 import os
-import re
 from collections.abc import Iterator
 
-import httpx
 import openai
 import psutil
 import pytest
@@ -15,6 +13,7 @@ from outrider import AsyncClient, Client
 from outrider.cluster.client.answers import RefusedError
 from outrider.cluster.client.calls import Options
 from support.serving import Server, running_server
+from support.siege import gauges, vanish
 from support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="a server and its workers need two CPUs")
@@ -52,15 +51,8 @@ def is_gone(child: psutil.Process) -> bool:
         return True
 
 
-def gauges(server: Server) -> tuple[float, ...]:
-    """Running, waiting, and the fraction of pages that are used."""
-    text = httpx.get(f"{server.url}/metrics").text
-    names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-    return tuple(float(re.findall(rf"^{name}{{.*}} (.*)$", text, re.MULTILINE)[0]) for name in names)
-
-
 def wait_until_idle(server: Server) -> None:
-    wait_until(lambda: gauges(server) == (0, 0, 0))
+    wait_until(lambda: gauges(server.url) == (0, 0, 0))
 
 
 def test_an_answer_is_what_it_must_be_and_the_same_however_it_is_drafted(
@@ -217,7 +209,7 @@ def test_pages_come_back_from_clients_that_leave(server: Server, ours: Client) -
     streams = [ours.stream("go on", long) for _ in range(10)]
     for stream in streams:
         next(stream)
-    assert gauges(server)[0] > 0
+    assert gauges(server.url)[0] > 0
     for stream in streams:
         stream.close()
 
@@ -230,4 +222,6 @@ def test_pages_come_back_from_clients_that_leave(server: Server, ours: Client) -
             await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(scenario())
+    wait_until_idle(server)
+    vanish(server.url, 70)
     wait_until_idle(server)

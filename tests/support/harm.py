@@ -58,8 +58,14 @@ def worker_pids(engine: Engine) -> dict[str, int]:
 
 def coordinator_pids() -> list[int]:
     """Of the Coordinators that this process's Ray runs: one, or none for a moment."""
-    started = psutil.Process().children(recursive=True)
-    return [process.pid for process in started if "ray::Coordinator" in name_of(process)]
+    return actor_pids("Coordinator")
+
+
+def actor_pids(title: str) -> list[int]:
+    """Of the actors whose class is called so and that this process's Ray runs, those that wait to take a place
+    included."""
+    started = {process.pid: name_of(process) for process in psutil.Process().children(recursive=True)}
+    return [pid for pid, name in started.items() if name.startswith("ray::") and title in name]
 
 
 def name_of(process: psutil.Process) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.slots import DraftedSlots
@@ -56,7 +56,7 @@ class VirtualLink:
         if not draft.stop:
             seconds = self._latencies.at(draft.steps.num_rows)
             self._free_at = max(self._clock.now_s, self._free_at) + seconds
-            scores = replace(self._target.step(draft), forward_s=seconds)
+            scores = self._target.step(draft)._replace(forward_s=seconds)
             self._under_way.append((self._free_at, scores))
 
     def receive(self) -> Scores:

@@ -53,13 +53,16 @@ class AcceptanceEstimator:
 
     def observe(self, sources: Ints, accepted: Bools, rules: Ints = _FIRST_RULE) -> None:
         """Count outcomes; [M] each, which `rules` is broadcast to."""
-        shape = self._seen.shape
-        places = rules * shape[1] + sources
-        self._seen += np.bincount(places, minlength=self._seen.size).reshape(shape)
-        self._accepted += np.bincount(places[accepted], minlength=self._seen.size).reshape(shape)
-        fade = _MAX_WEIGHT / np.maximum(self._seen, _MAX_WEIGHT)
-        self._seen *= fade
-        self._accepted *= fade
+        all_seen, all_accepted = self._seen.reshape(-1), self._accepted.reshape(-1)
+        places = rules * self._seen.shape[1] + sources
+        np.add.at(all_seen, places, 1.0)
+        np.add.at(all_accepted, places[accepted], 1.0)
+        seen = all_seen[places]
+        if np.count_nonzero(seen > _MAX_WEIGHT):
+            # A place that comes repeatedly is given the same each time.
+            fade = _MAX_WEIGHT / np.maximum(seen, _MAX_WEIGHT)
+            all_seen[places] = seen * fade
+            all_accepted[places] *= fade
 
 
 def priors_and_kinds(log_probs: Floats, is_greedy: Bools) -> tuple[Floats, Ints]:
@@ -109,7 +112,8 @@ def follow_errors(yields: Floats, laws: Ints, errors: Floats, met: Bools) -> Non
 
     laws: int64 [M], see `DraftedSlots.laws`; errors: [M, children], 0 where a rank was not proposed (`met`) at all.
     """
-    of_law = np.eye(len(yields))[:, laws]
-    totals, counts = of_law @ errors, of_law @ met
-    weights = 1.0 - (1.0 - _YIELD_SMOOTHING) ** counts  # as if one came after the other
-    yields += weights * totals / np.maximum(counts, 1.0)
+    for law in {*laws.tolist()}:
+        is_its = laws == law
+        counts = np.add.reduce(met[is_its], dtype=np.float64)
+        weights = 1.0 - (1.0 - _YIELD_SMOOTHING) ** counts  # as if one came after the other
+        yields[law] += weights * np.add.reduce(errors[is_its]) / np.maximum(counts, 1.0)

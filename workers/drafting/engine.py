@@ -29,12 +29,15 @@ class DraftEngine:
         self.trees = slots.trees
         self.estimator = AcceptanceEstimator(slots.num_rules)
         self.methods: list[DraftMethod] = []
+        self._reading: list[DraftMethod] = []  # the target's hidden rows
         self._uses: dict[str, Bools] = {}  # by method, [S]: whether the slot's request names it
 
     def add(self, method: DraftMethod) -> None:
         """Let a method take part; call before any sequence starts."""
         assert method.name not in self._uses
         self.methods.append(method)
+        if method.needs.layers:
+            self._reading.append(method)
         self._uses[method.name] = np.zeros(len(self.slots), dtype=np.bool_)
 
     def close(self) -> None:
@@ -49,7 +52,7 @@ class DraftEngine:
 
     def hidden_needs(self, sequence: Sequence) -> list[HiddenNeeds]:
         """What this sequence's methods read of the target's hidden rows."""
-        return [m.needs for m in self.methods if m.needs.layers and self._uses[m.name][sequence.slot]]
+        return [m.needs for m in self._reading if self._uses[m.name][sequence.slot]]
 
     def needs(self) -> list[HiddenNeeds]:
         """What all methods read of the target's hidden rows."""

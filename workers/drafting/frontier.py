@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from outrider.workers.sequences.tree import Bools, Floats, Ints
 
 
-@dataclass(frozen=True)
-class Frontier:
+class Frontier(NamedTuple):
     """The nodes that the next step expands, those of a slot together, parents first.
 
     Attributes:

@@ -17,6 +17,7 @@ class SlotLaws:
     def __init__(self, slots: DraftedSlots) -> None:
         self._slots = slots
         self._laws = [(SamplingParams(), PenaltyState(()))] * len(slots)
+        self._counting: set[int] = set()  # slots whose laws depend on their texts
 
     def __getitem__(self, slot: int) -> tuple[SamplingParams, PenaltyState]:
         """What the request asks for, and what its text holds so far, which is kept up where it matters."""
@@ -30,11 +31,15 @@ class SlotLaws:
             for token in sequence.tokens[len(sequence.request.prompt_tokens) :]:
                 penalties.add(token)
         self._laws[sequence.slot] = params, penalties
+        self._counting.discard(sequence.slot)
+        if params.uses_context:
+            self._counting.add(sequence.slot)
 
     def rerooted(self, survivors: Survivors) -> None:
         """Tokens came out, one for each node of these paths."""
+        if self._counting.isdisjoint(survivors.slots.tolist()):
+            return
         for slot, path in zip(survivors.slots.tolist(), survivors.paths, strict=True):
-            params, penalties = self._laws[slot]
-            if params.uses_context:
+            if slot in self._counting:
                 for token in self._slots.sequence(slot).tokens[-np.count_nonzero(path) :]:
-                    penalties.add(token)
+                    self._laws[slot][1].add(token)

@@ -37,6 +37,7 @@ from outrider.workers.timing import Stretches
 ROWS_PER_STEP = 6  # nodes of one sequence that a step expands
 MAX_LAG = 32  # tokens that are read on the way to drafting; more are read in chunks beforehand
 _MIN_GAIN = 0.01  # expected accepted tokens below which a node is not worth a row
+_TRUE = np.ones(1, dtype=np.bool_)
 _FIRST_YIELD = 0.5  # assumed of the best proposals before any was seen
 
 
@@ -101,8 +102,8 @@ class LevelMethod(DraftMethod):
         return self._rows.num_unread(slots)
 
     def _can_grow(self, slots: Ints) -> Bools:
-        """[B]: whether all is here that a forward over the root reads."""
-        return np.ones(len(slots), dtype=np.bool_)
+        """[B], or what is broadcast to it: whether all is here that a forward over the root reads."""
+        return _TRUE
 
     def _reachable(self, window: Window, gains: Floats, has_row: Bools) -> Floats:
         """[B, width]: what the next step gains by each node, given what each promises by itself."""
@@ -189,7 +190,7 @@ class LevelMethod(DraftMethod):
         frontier = self._within_room(self._frontier(slots))
         if not len(frontier.nodes):
             return False
-        expansion = self._rows.plan(frontier.slots, frontier.counts, frontier.nodes)
+        expansion = self._rows.plan(frontier)
         logits = self._logits(expansion)
         self._stretches.end("forward", len(expansion.rows.tokens))
         tokens, log_probs = self._sampler.propose(

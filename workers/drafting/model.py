@@ -68,8 +68,8 @@ class ModelMethod(LevelMethod):
         super().__init__(slots, estimator, rows, sampler, num_target_tokens, limits, stretches)
         self._model = model
         self._rank = rank_0_of(model, cache, len(slots))
-        # By slot and node, what left the last layer; of no nodes where nobody reads it.
-        self._node_rows = torch.empty(0)
+        # By slot and node, what left the last layer, where somebody reads it.
+        self._keeps_node_rows, self._node_rows = False, torch.empty(0)
 
     @classmethod
     def build(cls, context: MethodContext) -> ModelMethod:
@@ -98,6 +98,7 @@ class ModelMethod(LevelMethod):
     def keep_node_rows(self) -> None:
         """A row for each place in a tree."""
         model, num_places = self._model, self.trees.tokens.size
+        self._keeps_node_rows = True
         self._node_rows = torch.zeros(
             num_places, model.config.hidden_size, dtype=model.dtype, device=model.device
         )
@@ -112,7 +113,7 @@ class ModelMethod(LevelMethod):
     def rerooted(self, survivors: Survivors) -> None:
         """Keep the rows of the paths that came out and of the survivors below them."""
         sources, targets = self._rows.reroot(survivors)
-        if len(self._node_rows):
+        if self._keeps_node_rows:
             firsts = (survivors.slots * self.trees.capacity)[:, None]
             before = torch.from_numpy((firsts + survivors.old_nodes)[survivors.exists])
             after = torch.from_numpy((firsts + np.arange(survivors.old_nodes.shape[1]))[survivors.exists])
@@ -135,10 +136,12 @@ class ModelMethod(LevelMethod):
         batch = self._rank.batch(self._rows.tables, expansion.rows, expansion.node_rows)
         self._stretches.begin()
         hidden = self._rank.forward(batch)
-        indices = (torch.from_numpy(expansion.node_rows), torch.from_numpy(expansion.places))
-        node_rows, places = upload(indices, self._model.device)
-        if len(self._node_rows):
-            self._node_rows[places] = hidden[node_rows]
+        indices = [torch.from_numpy(expansion.node_rows)]
+        if self._keeps_node_rows:
+            indices.append(torch.from_numpy(expansion.places))
+        node_rows, *places = upload(indices, self._model.device)
+        if self._keeps_node_rows:
+            self._node_rows[places[0]] = hidden[node_rows]
         return self._rank.logits(hidden, node_rows)
 
     def _timed_logits(self, rows: TreeRows) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from outrider.workers.drafting.frontier import Frontier
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.model.batch import TreeRows, num_mask_words
 from outrider.workers.sequences.page_tables import PageTables
@@ -21,8 +22,7 @@ _TOKEN_BITS = 32
 UInt64s = npt.NDArray[np.uint64]
 
 
-@dataclass(frozen=True)
-class Expansion:
+class Expansion(NamedTuple):
     """Nodes whose rows one forward computes, those of a slot together, parents first.
 
     Attributes:
@@ -71,11 +71,13 @@ class RowCache:
         self.has_row = np.zeros(shape, dtype=np.bool_)
         self.flat_has_row = self.has_row.reshape(-1)
         self._row_of = np.zeros(shape, dtype=np.int64)
+        self._flat_row_of = self._row_of.reshape(-1)
         self._num_rows = np.zeros(len(slots), dtype=np.int64)  # tree rows
         num_words = -(-shape[1] // _WORD_BITS)
         self._own_bits = _bits(np.arange(shape[1]), num_words)  # of every tree row
         # Of a node its ancestors, by tree row, itself included; nothing where it has no row.
         self._masks: UInt64s = np.zeros((*shape, num_words), dtype=np.uint64)
+        self._flat_masks = self._masks.reshape(-1, num_words)
         self._pages: list[list[int]] = [[] for _ in range(len(slots))]
         self._remembered = [Prefix()] * len(slots)
         self._num_freed = [0] * len(slots)
@@ -131,30 +133,28 @@ class RowCache:
 
     def lacks_pages(self, slots: Ints, num_nodes: Ints) -> Bools:
         """Which slots ([B]) do not hold the pages yet for the tokens that they lack and these further nodes."""
-        num_rows = self.context_lens[slots] + self.num_unread(slots) + self._num_rows[slots] + num_nodes
-        return num_rows > self.tables.num_pages[slots] * self.pool.page_size
+        num_rows = self._slots.num_tokens[slots] + self._num_rows[slots] + num_nodes
+        return num_rows - (1 + self._num_rowless) > self.tables.num_pages[slots] * self.pool.page_size
 
     def take_rows(self, slot: int, num_nodes: int) -> bool:
         """Hold pages for these further nodes, and what has to be read before them."""
         num_unread = int(self.num_unread(np.array([slot]))[0])
         return self.take_pages(slot, int(self._num_rows[slot]) + num_unread + num_nodes)
 
-    def plan(self, slots: Ints, num_nodes: Ints, nodes: Ints) -> Expansion:
-        """Rows for nodes of distinct slots, those of a slot together, parents first; see `Expansion`."""
+    def plan(self, frontier: Frontier) -> Expansion:
+        """Rows for these nodes; see `Expansion`."""
+        slots, num_nodes, extra = frontier.slots, frontier.counts, frontier.num_unread
+        nodes, places = frontier.nodes, frontier.places
         contexts, num_before = self.context_lens[slots], self._num_rows[slots]
-        extra = self.num_unread(slots)
-        node_slots = slots.repeat(num_nodes)
-        places = node_slots * self._trees.capacity + nodes
         node_rows = np.arange(len(nodes))
         tree_rows = node_rows + (num_before - starts_of(num_nodes)).repeat(num_nodes)
-        self._row_of.reshape(-1)[places] = tree_rows
-        tree_lens = extra + num_before + num_nodes
-        num_words = num_mask_words(tree_lens)
-        masks = self._new_masks(nodes, places, tree_rows)[:, :num_words]
+        self._flat_row_of[places] = tree_rows
+        tree_lens, query_lens = num_before + num_nodes, num_nodes
+        masks = self._new_masks(nodes, places, tree_rows)
         tokens, depths = self._trees.flat.tokens[places], self._trees.flat.depths[places]
-        query_lens = num_nodes
         if np.count_nonzero(extra):
-            query_lens = extra + num_nodes
+            tree_lens, query_lens = extra + tree_lens, extra + num_nodes
+            num_words = num_mask_words(tree_lens)
             node_extra = extra.repeat(num_nodes)
             node_rows = node_rows + extra.cumsum().repeat(num_nodes)
             tokens, tree_rows, depths, masks = self._behind_known_tokens(
@@ -163,7 +163,7 @@ class RowCache:
                 query_lens,
                 node_rows,
                 (tokens, tree_rows + node_extra, depths + node_extra),
-                _behind_chains(masks, node_extra, num_words),
+                _behind_chains(masks[:, :num_words], node_extra, num_words),
             )
         rows = TreeRows(
             slots=slots,
@@ -173,9 +173,9 @@ class RowCache:
             tokens=tokens,
             tree_rows=tree_rows,
             depths=depths,
-            ancestors=np.ascontiguousarray(masks),
+            ancestors=np.ascontiguousarray(masks[:, : num_mask_words(tree_lens)]),
         )
-        return Expansion(slots, num_nodes, extra, nodes, node_slots, places, node_rows, rows)
+        return Expansion(slots, num_nodes, extra, nodes, frontier.node_slots, places, node_rows, rows)
 
     def _texts(self, sequence: Sequence) -> SequenceABC[int]:
         """Numbers of which the first n tell all that rows 0 to n - 1 depend on, in order."""
@@ -299,7 +299,7 @@ class RowCache:
 
     def _new_masks(self, nodes: Ints, places: Ints, tree_rows: Ints) -> UInt64s:
         """[M, W]: the ancestors, by tree row, of nodes that get rows, parents first."""
-        known = self._masks.reshape(-1, self._masks.shape[2])
+        known = self._flat_masks
         parent_places = places - nodes + self._trees.flat.parents[places]
         masks: UInt64s = self._own_bits[tree_rows]
         masks |= known[parent_places]

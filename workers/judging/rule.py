@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -72,9 +72,8 @@ class JudgeRule(Rule):
         verdicts = longest_paths(trees, scores, (judged > self.threshold) & ~scores.is_pushed_down)
         of_paths = pick(judged, verdicts.paths)
         of_paths[:, 0] = 0.0
-        return replace(
-            verdicts, judged=of_paths * (np.arange(of_paths.shape[1]) <= verdicts.num_accepted[:, None])
-        )
+        on_path = np.arange(of_paths.shape[1]) <= verdicts.num_accepted[:, None]
+        return verdicts._replace(judged=of_paths * on_path)
 
 
 def judge_rules(judges: Mapping[str, Judge]) -> Mapping[str, RuleMaker]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
@@ -45,7 +45,7 @@ class SequenceStep(NamedTuple):
         return len(self.tokens)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Steps:
     """What B sequences ask of one round. All arrays are int64; flat ones hold a segment per sequence.
 
@@ -119,8 +119,7 @@ class Steps:
         return (self.places >= self.first_hidden.repeat(self.num_nodes)).nonzero()[0]
 
 
-@dataclass(frozen=True, eq=False)
-class Draft:
+class Draft(NamedTuple):
     """DraftWorker to target: sequences that start, slots that are free again, and the work of this round."""
 
     round_id: int
@@ -133,8 +132,7 @@ class Draft:
     pause: bool = False  # likewise, but the group stays together: rank 0 has lost its DraftWorker
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
+class Scores(NamedTuple):
     """Target to DraftWorker: what the target knows after the nodes that it was asked about, and its times.
 
     Rows are the sampled nodes of all steps in order (M), or those of them whose sequences asked.
@@ -153,7 +151,7 @@ class Scores:
     commit_s: float
     forward_s: float
     sample_s: float
-    hidden: torch.Tensor | None = field(default=None)
+    hidden: torch.Tensor | None = None
     """[num_layers, num_hidden_rows, hidden_size]: rows of `Steps.hidden_rows` of the layers that were asked for."""
 
 
@@ -198,8 +196,7 @@ def decode_draft(buffer: torch.Tensor) -> Draft:
     )
 
 
-@dataclass(frozen=True)
-class HiddenShape:
+class HiddenShape(NamedTuple):
     """What of a tensor of hidden rows the scores tell before it comes; no rows: it does not come."""
 
     num_layers: int

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,7 @@ from outrider.workers.sequences.segments import Int64Array
 UInt64Array = npt.NDArray[np.uint64]
 
 
-@dataclass(frozen=True, eq=False)
-class TreeRows:
+class TreeRows(NamedTuple):
     """The rows that one forward computes: N of them, those of B sequences back to back.
 
     Tree row j of a sequence is the j-th behind its committed rows, whatever its depth. The queries are the LAST
@@ -46,8 +46,7 @@ class TreeRows:
     ancestors: UInt64Array
 
 
-@dataclass(frozen=True)
-class ForwardBatch:
+class ForwardBatch(NamedTuple):
     """The rows of one forward, sequences back to back.
 
     Attributes:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -136,5 +134,5 @@ class CachedParallelDrafter:
             slots, context_lens, sizes, sizes, tokens, places, places, np.tile(masks, len(slots))[:, None]
         )
         if layer.window_from_anchor:
-            rows = replace(rows, depths=np.zeros_like(places))
+            rows = rows._replace(depths=np.zeros_like(places))
         return build_batch(tables, rows, self.device).tree

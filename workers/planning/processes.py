@@ -199,5 +199,5 @@ def context_bytes(on_gpu: bool) -> int:
 
 def _batch_bytes(static: StaticBatch) -> int:
     batch = static.batch
-    kept = [*vars(batch).values(), *vars(batch.tree).values()]
+    kept = [*batch, *vars(batch.tree).values()]
     return sum(value.nbytes for value in kept if isinstance(value, torch.Tensor))

@@ -10,6 +10,8 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +23,7 @@ _SHAPE_RANGE = 0.3  # relative error beyond which a whole profile is off, not it
 _FADING = 0.995  # of what a drafter step is taken to cost, each time it seems too much
 
 
-@dataclass(frozen=True)
-class PassProfile:
+class PassProfile(NamedTuple):
     """Seconds of one pass, of the target or the drafter, for increasing numbers of rows."""
 
     num_rows: tuple[int, ...]
@@ -187,7 +188,7 @@ class CostModel:
 
 def _monotone(num_rows: tuple[int, ...], seconds: SequenceABC[float]) -> PassProfile:
     """A pass over more rows is never cheaper; a noisy measurement must not say so."""
-    return PassProfile(num_rows, tuple(max(seconds[: i + 1]) for i in range(len(seconds))))
+    return PassProfile(num_rows, tuple(accumulate(seconds, max)))
 
 
 def _learned(profile: PassProfile, rows: int, seconds: float) -> PassProfile:
@@ -198,6 +199,7 @@ def _learned(profile: PassProfile, rows: int, seconds: float) -> PassProfile:
     """
     excess = min(seconds / max(profile.at(rows), 1e-9), 2.0) - 1.0
     near = _SHAPE_SMOOTHING if abs(excess) < _SHAPE_RANGE else 0.0
-    weights = [_SMOOTHING + near * share for share in profile.shares(rows)]
-    times = [s * (1.0 + weight * excess) for s, weight in zip(profile.seconds, weights, strict=True)]
-    return _monotone(profile.num_rows, times)
+    shares = zip(profile.seconds, profile.shares(rows), strict=True)
+    return _monotone(
+        profile.num_rows, [s * (1.0 + (_SMOOTHING + near * share) * excess) for s, share in shares]
+    )

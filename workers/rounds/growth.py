@@ -211,14 +211,17 @@ class TreeGrower:
         """Under a fixed budget what survived a verdict is sent at once; trees that were started afresh are filled."""
         if not len(drafted.afresh):
             return None
-        num_offered = self.drafting.trees.count_offers(drafted.slots, drafted.max_depths)
-        unfilled = drafted.afresh[(num_offered < drafted.max_nodes)[drafted.afresh]]
-        if not len(unfilled):
+        slots, max_nodes = drafted.slots[drafted.afresh], drafted.max_nodes[drafted.afresh]
+        # Trees of no more nodes than that need not be looked at.
+        unfilled = self.drafting.trees.num_nodes[slots] <= max_nodes
+        if np.count_nonzero(unfilled) < len(slots):
+            num_offered = self.drafting.trees.count_offers(slots, drafted.max_depths[drafted.afresh])
+            unfilled = num_offered < max_nodes
+        wanting = {*slots[unfilled].tolist()}
+        if not wanting:
             return None
-        is_unfilled = np.zeros(len(self.drafting.slots), dtype=np.bool_)
-        is_unfilled[drafted.slots[unfilled]] = True
         forecasts = self.drafting.forecasts(drafted.slots)
-        return next(((m, f) for m, f in forecasts if np.count_nonzero(is_unfilled[f.slots])), None)
+        return next(((m, f) for m, f in forecasts if not wanting.isdisjoint(f.slots.tolist())), None)
 
     def _cut(self, steps: SequenceABC[PlannedStep], drafted: _Drafted) -> DraftTrees:
         """Choose the nodes of this round over all its sequences, and hold KV pages for them."""

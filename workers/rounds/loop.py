@@ -10,6 +10,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -186,7 +187,7 @@ class RoundLoop:
             starts = [self._start(s.sequence) for s in steps if not s.sequence.started]
             first_hidden, layers = hidden_wanted(steps, trees, self._drafting, self._rules_of(steps))
             chain_lengths = np.array([step.chain_length for step in steps], dtype=np.int64)
-            num_rows = int(chain_lengths.sum() + np.maximum(trees.counts - 1, 0).sum())
+            num_rows = sum(chain_lengths.tolist()) + sum([max(0, n - 1) for n in trees.counts.tolist()])
             begins_at = max(self._clock(), self._grower.target_busy_until)
             self._grower.target_busy_until = begins_at + self.cost.target_s(num_rows)
             round_ = Round(
@@ -226,14 +227,14 @@ class RoundLoop:
     def _settle(self, under_way: Round, scores: Scores) -> None:
         """Turn scores into tokens, and make the sequences ready for their next round."""
         assert scores.round_id == under_way.round_id, (scores.round_id, under_way.round_id)
-        num_rows = int(under_way.num_nodes.sum())
+        num_rows = sum(under_way.num_nodes.tolist())
         # A prompt's rows cost otherwise than those of trees: fewer sequences, and only the last one is sampled.
-        if under_way.chain_lengths.sum() <= 2 * len(under_way.steps):
+        if sum(under_way.chain_lengths.tolist()) <= 2 * len(under_way.steps):
             self.cost.observe_target(num_rows, scores.commit_s + scores.forward_s + scores.sample_s)
         with self._tracer.span("verify", num_rows):
             for step in under_way.steps:
                 step.sequence.in_flight = False
-            rules = self._rules_of(list(under_way.steps))
+            rules = self._rules_of(under_way.steps)
             for outcome in settle_round(under_way, scores, rules, self._drafting):
                 if outcome.event.finish_reason:
                     self._finish(outcome.sequence)
@@ -254,7 +255,7 @@ class RoundLoop:
         rule = sequence.request.acceptance.rule
         self.finished[rule] = self.finished.get(rule, FinishedCounts()).plus(sequence)
 
-    def _rules_of(self, steps: list[PlannedStep]) -> list[Rule]:
+    def _rules_of(self, steps: SequenceABC[PlannedStep]) -> list[Rule]:
         return [self._rule_of(step.sequence) for step in steps]
 
     def _rule_of(self, sequence: Sequence) -> Rule:

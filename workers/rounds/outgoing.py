@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,12 +15,12 @@ from outrider.workers.link.starts import ScoreNeeds, SequenceStart
 from outrider.workers.rounds.scheduler import PlannedStep
 from outrider.workers.sequences.hidden import HiddenNeeds, all_layers
 from outrider.workers.sequences.rules import Rule
+from outrider.workers.sequences.segments import places_in, starts_of
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import DraftTrees, Ints
 
 
-@dataclass(frozen=True)
-class Round:
+class Round(NamedTuple):
     """A round under verification. Message nodes of a step are its chain, then its tree without the root.
 
     Attributes:
@@ -93,20 +95,21 @@ def steps_message(round_: Round) -> Steps:
         sequence.num_pages_sent = len(sequence.pages)
         accepted.append(sequence.pending_accepted)
         sequence.pending_accepted = ()
-    lengths, trees = round_.chain_lengths, round_.trees
-    num_nodes = round_.num_nodes
-    ends = np.cumsum(num_nodes)
-    begins = ends - num_nodes
-    tokens = np.empty(int(ends[-1]), dtype=np.int64)
+    lengths, trees, num_nodes = round_.chain_lengths, round_.trees, round_.num_nodes
+    begins = starts_of(num_nodes)
+    tokens = np.empty(int(begins[-1] + num_nodes[-1]), dtype=np.int64)
     parents = np.empty_like(tokens)
-    in_chain = _spans(begins, lengths)
-    tokens[in_chain] = np.concatenate([np.asarray(chain, dtype=np.int64) for chain in chains])
-    parents[in_chain] = np.maximum(in_chain - np.repeat(begins, lengths) - 1, 0)
+    places = places_in(lengths)
+    in_chain = begins.repeat(lengths) + places
+    tokens[in_chain] = _flat(chains)
+    parents[in_chain] = np.maximum(places - 1, 0)
+    # A tree's root is the last of its chain.
     drafted = trees.exists
     drafted[:, 0] = False
-    in_tree = _spans(begins + lengths, np.maximum(trees.counts - 1, 0))
+    last = (lengths - 1)[:, None]
+    in_tree = (begins[:, None] + last + np.arange(drafted.shape[1]))[drafted]
     tokens[in_tree] = trees.tokens[drafted]
-    parents[in_tree] = (trees.parents + lengths[:, None] - 1)[drafted]
+    parents[in_tree] = (trees.parents + last)[drafted]
     return Steps(
         slots=np.array([step.sequence.slot for step in round_.steps], dtype=np.int64),
         num_accepted=np.array([len(a) for a in accepted], dtype=np.int64),
@@ -129,11 +132,5 @@ def _first_wanted(needs: SequenceABC[HiddenNeeds], step: PlannedStep, num_nodes:
     return step.chain_length - int(step.reaches_end)
 
 
-def _spans(begins: Ints, lengths: Ints) -> Ints:
-    """begins[0], begins[0] + 1, …: `lengths[i]` numbers from each of `begins`."""
-    ends = np.cumsum(lengths)
-    return np.arange(int(ends[-1])) + np.repeat(begins - ends + lengths, lengths)
-
-
 def _flat(parts: SequenceABC[SequenceABC[int]]) -> Ints:
-    return np.array([value for part in parts for value in part], dtype=np.int64)
+    return np.array([*chain.from_iterable(parts)], dtype=np.int64)

@@ -9,7 +9,8 @@ import math
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from outrider.workers.link.messages import MAX_STARTS_PER_ROUND
 from outrider.workers.sequences.pages import PagePool, Prefix, num_unseen_pages
@@ -50,8 +51,7 @@ class SchedulerLimits:
     window: int = 0
 
 
-@dataclass(frozen=True)
-class PlannedStep:
+class PlannedStep(NamedTuple):
     """A sequence takes part in a round with this many of its uncommitted tokens (the chain)."""
 
     sequence: Sequence
@@ -198,7 +198,7 @@ class Scheduler:
         sequence.pages, sequence.remembered = self.pool.share_prefix(sequence.tokens, max_tokens)
         sequence.num_committed = len(sequence.pages) * self.pool.page_size
         if not sequence.num_output:
-            sequence.stats = replace(sequence.stats, num_cached_prompt_tokens=sequence.num_committed)
+            sequence.stats = sequence.stats._replace(num_cached_prompt_tokens=sequence.num_committed)
         sequence.lane = lane
         self._lane_sizes[lane] += 1
         sequence.admission = self._num_admitted
@@ -224,11 +224,14 @@ class Scheduler:
         rows_left = self.limits.max_round_tokens
         prefill_left = self.limits.prefill_chunk
         starts_left = MAX_STARTS_PER_ROUND
-        decoding = [s for s in sequences if s.num_uncommitted == 1]
-        prompts = sorted((s for s in sequences if s.num_uncommitted > 1), key=_place_in_line)
-        for sequence in [*decoding, *prompts]:
-            is_prompt = sequence.num_uncommitted > 1
-            length = min(sequence.num_uncommitted, rows_left, prefill_left if is_prompt else 1)
+        lacking = [(sequence.num_uncommitted, sequence) for sequence in sequences]
+        decoding = [(count, s) for count, s in lacking if count == 1]
+        prompts = sorted(
+            [(count, s) for count, s in lacking if count > 1], key=lambda of: _place_in_line(of[1])
+        )
+        for count, sequence in [*decoding, *prompts]:
+            is_prompt = count > 1
+            length = min(count, rows_left, prefill_left if is_prompt else 1)
             if length <= 0 or (not sequence.started and starts_left == 0):
                 continue
             lengths[sequence.id] = length
@@ -254,7 +257,7 @@ class Scheduler:
 
     def _recompute_later(self, sequence: Sequence) -> None:
         self._leave(sequence)
-        sequence.stats = replace(sequence.stats, num_recomputed=sequence.stats.num_recomputed + 1)
+        sequence.stats = sequence.stats._replace(num_recomputed=sequence.stats.num_recomputed + 1)
         sequence.pending_accepted = ()
         sequence.num_committed = sequence.num_pages_sent = 0
         sequence.remembered = Prefix()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +31,7 @@ from outrider.workers.sequences.tree import Bools, Ints
 _NOT_NUMBERS = "the target's logits after token {position} are not numbers, or nothing is left to sample from"
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What came out of a step; the event is empty while a prompt is being read."""
 
     sequence: Sequence
@@ -69,9 +68,12 @@ def settle_round(
     if verified and drafting.observes:
         drafting.observe(_verified(round_, scores, verified))
     if going_on:
-        chosen = np.array(going_on)
         slots = np.array([round_.steps[i].sequence.slot for i in going_on])
-        drafting.settle(slots, round_.trees.rows(chosen), verdicts.rows(chosen))
+        trees, all_verdicts = round_.trees, verdicts.all
+        if len(going_on) < len(round_.steps):
+            chosen = np.array(going_on)
+            trees, all_verdicts = trees.rows(chosen), all_verdicts.rows(chosen)
+        drafting.settle(slots, trees, all_verdicts)
     return outcomes
 
 
@@ -86,41 +88,29 @@ class _Verdicts:
         self._flat = scores
         distinct = dict.fromkeys(rules)
         if len(distinct) == 1:
-            self._all = rules[0].verdict(self.trees, self.scores)
+            self.all = rules[0].verdict(self.trees, self.scores)
         else:
             parts = []
             for rule in distinct:
                 rows = np.array([i for i, other in enumerate(rules) if other == rule])
                 parts.append((rows, rule.verdict(self.trees.rows(rows), self.scores.rows(rows))))
-            self._all = _merged(len(rules), parts)
-        self.has_kept = np.logical_or.reduce(self._all.is_kept, axis=1).tolist()
-        tokens, origins = self._all.emitted(self.trees)
+            self.all = _merged(len(rules), parts)
+        self.has_kept = np.logical_or.reduce(self.all.is_kept, axis=1).tolist()
+        tokens, origins = self.all.emitted(self.trees)
         self.tokens, self.origins = tokens.tolist(), origins.tolist()
-        self.num_accepted = self._all.num_accepted.tolist()
-        self.failed = self._all.failed.tolist()
-        self.paths = self._all.paths.tolist()
+        self.num_accepted = self.all.num_accepted.tolist()
+        self.failed = self.all.failed.tolist()
+        self.paths = self.all.paths.tolist()
         self._chain_lengths = round_.chain_lengths.tolist()
         self._num_sampled = round_.trees.counts
-        last = self._all.paths[np.arange(len(rules)), self._all.num_accepted]
+        last = self.all.paths[np.arange(len(rules)), self.all.num_accepted]
         is_child = (self.trees.parents == last[:, None]) & self.trees.exists
         is_child[:, 0] = False
-        self.num_offered = (self._all.num_accepted + np.logical_or.reduce(is_child, axis=1)).tolist()
+        self.num_offered = (self.all.num_accepted + np.logical_or.reduce(is_child, axis=1)).tolist()
         """How deep drafted tokens stood below accepted parents."""
         self.num_drafted = np.maximum(self.trees.counts - 1, 0).tolist()
         asks = [needs_logprobs(step.sequence, rule) for step, rule in zip(round_.steps, rules, strict=True)]
-        self._logprob_rows = starts_of(self._num_sampled * np.array(asks)).tolist()
-
-    def rows(self, which: Ints) -> Verdicts:
-        """Of some of the steps."""
-        v = self._all
-        return Verdicts(
-            v.paths[which],
-            v.num_accepted[which],
-            v.next_tokens[which],
-            v.is_kept[which],
-            v.failed[which],
-            v.judged[which],
-        )
+        self._logprob_rows = starts_of(self._num_sampled * np.array(asks)).tolist() if any(asks) else []
 
     def message_nodes(self, index: int) -> list[int]:
         """Message nodes of the accepted drafts of a step."""
@@ -159,7 +149,7 @@ class _Verdicts:
             if self.origins[index][i] == Origin.KEPT:
                 own = float(self._flat.logprobs[first + path[i]])
                 gap = own - float(self.scores.child_logprobs[index, path[i + 1]])
-                score = float(self._all.judged[index, i + 1])
+                score = float(self.all.judged[index, i + 1])
                 account = account.plus(KeptAccount(1, gap, gap, score, score))
         return account
 
@@ -229,9 +219,10 @@ def _node_scores(
     shape = exists.shape
     tokens, failed = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
     tokens[exists], failed[exists] = scores.tokens, scores.failed
-    child_logprobs, entropies, child_laws = (np.zeros(shape) for _ in range(3))
+    child_logprobs = entropies = child_laws = np.zeros(shape)  # not asked
     is_pushed_down = np.zeros(shape, dtype=np.bool_)
     if len(scores.child_logprobs) or len(scores.entropies):
+        child_logprobs, entropies, child_laws = (np.zeros(shape) for _ in range(3))
         needs = [score_needs(rule) for rule in rules]
         drafted = exists & np.array([need.child_logprobs for need in needs])[:, None]
         drafted[:, 0] = False

@@ -46,6 +46,8 @@ def kept_tokens(
         params: of the batch.
     """
     sends_all = vocab_size <= _SMALL_VOCABULARY
+    if sends_all and communicator.size == 1:
+        return _of_all(shard, rows, params, vocab_size)
     sums = np.zeros(len(rows))
     summed = _are_summed(params, rows).nonzero()[0]
     if len(summed) and not sends_all:
@@ -54,14 +56,6 @@ def kept_tokens(
     result = Nuclei(np.empty_like(maxima), np.empty(len(rows), dtype=np.int64), np.empty(len(rows)))
     pending = np.arange(len(rows))
     count = _first_count(params, rows, vocab_size)
-    if sends_all and communicator.size == 1:
-        # One rank that needs no second look: a few rows at a time, which stay in the processor's cache.
-        parts = parts_of_rows(len(rows), vocab_size)
-        if len(parts) > 1:
-            for part in parts:
-                some_rows = rows[part]
-                result[part] = kept_tokens(shard, some_rows, maxima[part], params, vocab_size, communicator)
-            return result
     while len(pending):
         totals, logits = sums[pending], shard.largest(rows[pending], count)[None]
         sent_all = logits.shape[2] < count
@@ -85,6 +79,16 @@ def kept_tokens(
             unfinished.append(own[~certain])
         pending = np.concatenate(unfinished)
         count *= _GROWTH
+    return result
+
+
+def _of_all(shard: Shard, rows: Int64Array, params: RowParameters, vocab_size: int) -> Nuclei:
+    """`kept_tokens` of the only rank, which sorts all it has; a few rows at a time stay in the processor's cache."""
+    result = Nuclei(np.empty(len(rows), np.float32), np.empty(len(rows), np.int64), np.empty(len(rows)))
+    for part in parts_of_rows(len(rows), vocab_size):
+        some = rows[part]
+        nothing_missing = np.full(len(some), -np.inf, dtype=np.float32)
+        result[part], _ = nuclei(shard.largest(some, vocab_size), nothing_missing, None, params, some)
     return result
 
 

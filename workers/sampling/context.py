@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -88,8 +89,9 @@ class RowParameters:
         self._groups = groups
         self._lengths = np.array([len(group.positions) for group in groups], dtype=np.int64)
         # float64 holds every one of these numbers as it is, but not seeds.
-        laws: npt.NDArray[np.float64] = np.array([group.params.law for group in groups])
-        self._laws = laws.repeat(self._lengths, axis=0) if groups else np.empty((0, 6))
+        numbers = chain.from_iterable([group.params.law for group in groups])
+        laws = np.fromiter(numbers, dtype=np.float64, count=6 * len(groups))
+        self._laws: npt.NDArray[np.float64] = laws.reshape(-1, 6).repeat(self._lengths, axis=0)
         self.num_rows = len(self._laws)
         self.temperatures = self._laws[:, 0].astype(np.float32)
         self.truncates = self._laws[:, 4] > 0.0

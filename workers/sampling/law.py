@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,7 @@ MAX_LOGIT = 1e36
 leave float32."""
 
 
-@dataclass(frozen=True)
-class Edits:
+class Edits(NamedTuple):
     """What `edit_rows` overwrote: logits float32 [num_edited] at (rows, columns), int64 [num_edited]."""
 
     rows: torch.Tensor
@@ -36,7 +35,7 @@ class Edits:
     logits: torch.Tensor
 
     def undo(self, logits: torch.Tensor) -> None:
-        if len(self.rows):
+        if self.rows.numel():
             logits[self.rows, self.columns] = self.logits
 
 

@@ -69,6 +69,8 @@ def raw_logprobs(
         torch.zeros(len(questions.tokens)),
         torch.zeros(len(questions.tokens)),
     )
+    if not len(asking) and not len(questions.rows):
+        return result
     asking = asking[valid[asking]]
     asked = np.flatnonzero(valid[questions.rows])
     chosen_rows = np.concatenate([asking, questions.rows[asked]])

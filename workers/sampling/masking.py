@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,15 +12,14 @@ from outrider.kernels.shard_ids import ShardIds
 from outrider.workers.sampling.context import SampledRows
 
 
-@dataclass(frozen=True)
-class Masked:
+class Masked(NamedTuple):
     """What `mask_rows` overwrote: logits float32 [num_masked, shard_size] of rows int64 [num_masked]."""
 
     rows: torch.Tensor
     logits: torch.Tensor
 
     def undo(self, logits: torch.Tensor) -> None:
-        if len(self.rows):
+        if self.rows.numel():
             logits[self.rows] = self.logits
 
 

@@ -12,7 +12,7 @@ truncation need besides is in `candidates.py`. All ranks return the same, whatev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +34,7 @@ from outrider.workers.sampling.shards import NOTHING_FORESEEN, DeviceShard, Fore
 from outrider.workers.sequences.vocabulary import Vocabulary
 
 
-@dataclass(frozen=True)
-class Samples:
+class Samples(NamedTuple):
     """Sampled tokens, and log-probabilities (nats) under the model's own law for rows that asked.
 
     A row is invalid if its logits, edited as the request asks, are no law: NaN or infinity among them, nothing
@@ -70,8 +69,7 @@ NO_SAMPLES = Samples(
 """Of no rows."""
 
 
-@dataclass(frozen=True)
-class _Edited:
+class _Edited(NamedTuple):
     """The rows of one call, edited."""
 
     params: RowParameters
@@ -86,7 +84,7 @@ class _Edited:
     @property
     def is_changed(self) -> bool:
         """Whether the logits are not the model's own."""
-        return len(self.masked.rows) > 0 or len(self.edits.rows) > 0
+        return self.masked.rows.numel() > 0 or self.edits.rows.numel() > 0
 
     def undo(self) -> None:
         """Make the logits the model's own again."""
@@ -229,7 +227,10 @@ class Sampler:
             logits = logits.cpu().contiguous()
         masked = mask_rows(logits, groups, self._ids)
         edits = edit_rows(logits, groups, self._ids)
-        shard = self._shard(logits, foresee(params, self._vocab_size, num))
+        foreseen = NOTHING_FORESEEN
+        if self._kernels.sample_shard:
+            foreseen = foresee(params, self._vocab_size, num)
+        shard = self._shard(logits, foreseen)
         maxima = shard.maxima(np.arange(params.num_rows))
         if self._communicator.size > 1:
             maxima = self._communicator.all_gather(torch.from_numpy(maxima)).numpy().max(axis=0)

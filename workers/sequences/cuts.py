@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +14,7 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class DraftTrees:
+class DraftTrees(NamedTuple):
     """What one round verifies, a row per sequence. Node 0 is the last known token and its own parent;
     `parents[b, i] < i`. Beyond `counts[b]` a row is padding.
 
@@ -76,8 +74,7 @@ class FlatNodes(NamedTuple):
     child_mass: Floats
 
 
-@dataclass(frozen=True)
-class Offers:
+class Offers(NamedTuple):
     """The nodes that a round may verify, a row per sequence, most valuable first; parents before children.
 
     Attributes:
@@ -89,8 +86,7 @@ class Offers:
     values: Floats
 
 
-@dataclass(frozen=True)
-class Survivors:
+class Survivors(NamedTuple):
     """What a verdict left of some trees: how methods move what they keep beside the nodes.
 
     Attributes:

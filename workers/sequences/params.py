@@ -90,7 +90,7 @@ class SamplingParams:
         """Whether the text so far forbids tokens."""
         return bool(self.grammar.text) or self.min_tokens > 0
 
-    @property
+    @cached_property
     def follows_text(self) -> bool:
         """Whether a law depends on more of the text than the model reads: who samples keeps it, and learns it."""
         return self.uses_context or self.is_confined

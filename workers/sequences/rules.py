@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +37,7 @@ class RuleNeeds:
 _NOTHING = RuleNeeds()
 
 
-@dataclass(frozen=True)
-class NodeScores:
+class NodeScores(NamedTuple):
     """What the target said of B trees of at most K nodes; padded like `DraftTrees`.
 
     Attributes:
@@ -62,7 +63,7 @@ class NodeScores:
     is_pushed_down: Bools
     draft_rows: torch.Tensor
     has_draft_row: Bools
-    hidden: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    hidden: Mapping[int, torch.Tensor] = MappingProxyType({})
 
     def rows(self, which: Ints) -> NodeScores:
         """Of some of the trees ([b] indices)."""
@@ -79,8 +80,7 @@ class NodeScores:
         )
 
 
-@dataclass(frozen=True)
-class Verdicts:
+class Verdicts(NamedTuple):
     """What comes out of B trees.
 
     Attributes:
@@ -100,12 +100,24 @@ class Verdicts:
     failed: Bools
     judged: Floats
 
+    def rows(self, which: Ints) -> Verdicts:
+        """Of some of the trees ([b] indices)."""
+        return Verdicts(
+            self.paths[which],
+            self.num_accepted[which],
+            self.next_tokens[which],
+            self.is_kept[which],
+            self.failed[which],
+            self.judged[which],
+        )
+
     def emitted(self, trees: DraftTrees) -> tuple[Ints, Ints]:
         """Tokens that come out and their origins, int64 [B, D] each: `num_accepted` drafts, then the target's own."""
         tokens = self.emitted_tokens(trees)
         origins = np.zeros(tokens.shape, dtype=np.int64)
         origins[:, :-1] = int(Origin.DRAFT)
-        origins[:, :-1][self.is_kept[:, 1:]] = int(Origin.KEPT)
+        if np.count_nonzero(self.is_kept):
+            origins[:, :-1][self.is_kept[:, 1:]] = int(Origin.KEPT)
         origins[np.arange(len(origins)), self.num_accepted] = int(Origin.TARGET)
         return tokens, origins
 
@@ -241,9 +253,10 @@ def follow(trees: DraftTrees, scores: NodeScores, accepted: Bools, sampled: Bool
         current = next_node[row, current] * goes_on
     paths = np.array([*columns, current]).T.copy()
     lasts = paths[row, num_accepted]
-    is_kept = ~pick(sampled_children(trees, scores) if sampled is None else sampled, paths)
-    is_kept &= paths > 0
-    judged = np.zeros(paths.shape)
+    judged, is_kept = np.zeros(paths.shape), np.zeros(paths.shape, dtype=np.bool_)
+    if sampled is not accepted:
+        is_kept = ~pick(sampled_children(trees, scores) if sampled is None else sampled, paths)
+        is_kept &= paths > 0
     return Verdicts(
         paths, num_accepted, scores.tokens[row, lasts], is_kept, scores.failed[row, lasts], judged
     )

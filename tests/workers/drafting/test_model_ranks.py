@@ -81,7 +81,7 @@ def test_messages_come_out_as_they_went_in() -> None:
     for wanted in (np.array([67, 3]), np.array([], dtype=np.int64)):
         said = decode(RankForward(rows, wanted, pages).encoded().numpy())
         assert isinstance(said, RankForward)
-        for name, value in vars(rows).items():
+        for name, value in rows._asdict().items():
             assert getattr(said.rows, name).dtype == value.dtype
             np.testing.assert_array_equal(getattr(said.rows, name), value)
         np.testing.assert_array_equal(said.wanted, wanted)

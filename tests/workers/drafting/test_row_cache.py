@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from outrider.workers.drafting.engine import DraftEngine
+from outrider.workers.drafting.frontier import Frontier
 from outrider.workers.drafting.method import DraftMethod, MethodContext
 from outrider.workers.drafting.row_cache import Expansion, RowCache, chain_masks
 from outrider.workers.drafting.slots import DraftedSlots
@@ -46,7 +47,10 @@ class TextRows(DraftMethod):
             assert self.rows.take_rows(slot, len(own))
         flat = [(slot, node) for slot, own in nodes.items() for node in own]
         counts = np.array([len(own) for own in nodes.values()])
-        expansion = self.rows.plan(np.array(list(nodes)), counts, np.array([node for _, node in flat]))
+        slots, (node_slots, of_slots) = np.array(list(nodes)), np.array(flat).T
+        places = node_slots * self.trees.capacity + of_slots
+        unread, gains = self.rows.num_unread(slots), np.ones(len(flat))
+        expansion = self.rows.plan(Frontier(slots, counts, unread, node_slots, of_slots, places, gains))
         rows, texts = expansion.rows, []
         owners = np.repeat(rows.slots, rows.query_lens)
         contexts = np.repeat(rows.context_lens, rows.query_lens)

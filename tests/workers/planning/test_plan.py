@@ -162,7 +162,7 @@ def test_graphs_have_the_inputs_that_are_planned() -> None:
     capacities = target_capacities(plan, pages)
     made = [StaticBatch(capacity, 16, torch.device("cpu")).batch for capacity in capacities]
     inputs = sum(
-        t.nbytes for batch in made for part in (batch, batch.tree) for t in _tensors(vars(part).values())
+        t.nbytes for batch in made for part in (batch, vars(batch.tree).values()) for t in _tensors(part)
     )
     without = graph_bytes(plan, capacities, 16, torch.bfloat16, 0)
     pool = forward_bytes(plan, 256, torch.bfloat16, 0)

@@ -235,7 +235,7 @@ def with_logprobs(scores: Scores, *logprobs: float) -> Scores:
     """Each token is its row's likeliest, and token 1 the next."""
     top = np.array([[logprob, 10 * logprob] for logprob in logprobs])
     ids = np.array([[token, 1] for token in scores.tokens.tolist()])[: len(top)]
-    return replace(scores, logprobs=np.array(logprobs), top_ids=ids, top_logprobs=top)
+    return scores._replace(logprobs=np.array(logprobs), top_ids=ids, top_logprobs=top)
 
 
 def said(token: int, logprob: float) -> TokenLogprobs:
@@ -262,8 +262,7 @@ def test_each_step_of_a_round_gets_its_own() -> None:
     cancelled.cancelled = True
     reading.num_committed = 0
     scores = scores_of(1, (11, 21, 99, 99, 12, 99, 99, 22, 11, 13, 20, 99))
-    scores = replace(
-        with_logprobs(scores, -1.0, -2.0, -3.0, -4.0, -0.1, -0.2, -0.3, -0.4),
+    scores = with_logprobs(scores, -1.0, -2.0, -3.0, -4.0, -0.1, -0.2, -0.3, -0.4)._replace(
         top_ids=np.array([[12, 1], [99, 1], [99, 1], [22, 1], [11, 1], [13, 1], [20, 1], [99, 1]]),
     )
     events = deciding.settle(scores, [1, 1, 2, 1])
@@ -282,8 +281,8 @@ def test_steps_under_different_rules_share_a_round() -> None:
     deciding = Deciding(ASKING, SamplingParams(), ASKING)
     scores = with_logprobs(scores_of(1, (11, 21, 30, 99) * 3), -0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.7, -0.8)
     children = np.array([-7.0, -8.0, -9.0])  # of 11, 13 and 12 in the third step
-    scores = replace(
-        scores, child_logprobs=children, child_laws=children, is_pushed_down=np.zeros(3, dtype=bool)
+    scores = scores._replace(
+        child_logprobs=children, child_laws=children, is_pushed_down=np.zeros(3, dtype=bool)
     )
     exact, plain, kept = deciding.settle(scores, rules=[EXACT, EXACT, EverySecond()])
     assert (exact.tokens, exact.origins) == (plain.tokens, plain.origins) == ((11, 21), (D, T))
@@ -304,8 +303,7 @@ def test_a_kept_token_may_end_the_text_and_one_behind_its_end_is_not_counted(
 ) -> None:
     deciding = Deciding(SamplingParams(stop_token_ids=(stop_token,)))
     children = np.array([-7.0, -8.0, -9.0])
-    scores = replace(
-        with_logprobs(scores_of(1, (11, 21, 30, 99)), -0.1, -0.2, -0.3, -0.4),
+    scores = with_logprobs(scores_of(1, (11, 21, 30, 99)), -0.1, -0.2, -0.3, -0.4)._replace(
         child_logprobs=children,
         child_laws=children,
         is_pushed_down=np.zeros(3, dtype=bool),
@@ -319,7 +317,7 @@ def test_a_kept_token_may_end_the_text_and_one_behind_its_end_is_not_counted(
 
 def test_a_law_that_is_none_ends_the_text_behind_what_was_accepted() -> None:
     deciding = Deciding()
-    failed = replace(scores_of(1, (11, 0, 99, 99)), failed=np.array([False, True, False, False]))
+    failed = scores_of(1, (11, 0, 99, 99))._replace(failed=np.array([False, True, False, False]))
     (event,) = deciding.settle(failed)
     assert (event.tokens, event.origins, event.finish_reason) == ((11,), (D,), "error")
     assert "after token 3" in event.error
