@@ -27,7 +27,7 @@ def test_the_quickstart_gives_the_text_of_one_process_and_of_transformers(ties: 
     smollm2 = load_smollm2()
     cases = [*smollm2.shipped, *smollm2.spec_bench[:1]]
     warm = replace(WARM, stop_token_ids=cases[0].sampling.stop_token_ids)
-    # As many as there is room for at once: the other files have more of them.
+    # As many as run at once; test_equality_smollm2.py has more.
     cases += [replace(case, id=f"warm {case.id}", sampling=warm) for case in cases[:2]]
     with deployed(load_config("quickstart")) as engine:
         plain = ask(engine, cases, PLAIN)
