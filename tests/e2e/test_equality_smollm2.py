@@ -96,7 +96,7 @@ def test_sampled_text_is_that_of_plain_decoding_seed_for_seed(
     smollm2: SmolLM2, pair: LocalEngine, ties: list[Mismatch]
 ) -> None:
     """T = 0.8, top-p 0.95 and penalties, the same prompt under several seeds."""
-    some = [*smollm2.shipped[::2], *smollm2.spec_bench[:25:16]]
+    some = [*smollm2.shipped[::2], *smollm2.spec_bench[:1]]
     cases = [
         replace(
             case,
@@ -125,7 +125,7 @@ def test_sampled_text_is_that_of_plain_decoding_seed_for_seed(
 def test_three_ranks_give_the_same_text(
     smollm2: SmolLM2, plain: Mapping[str, Text], ties: list[Mismatch]
 ) -> None:
-    cases = [*smollm2.shipped, *smollm2.spec_bench[:25:8]]
+    cases = [*smollm2.shipped[::2], *smollm2.spec_bench[:25:8]]
     with open_engine(smollm2, 3, FIXED) as engine:
         texts = decode(engine, cases, NGRAM)
     check(smollm2, cases, plain, texts, ties, "ngram, tp 3")
