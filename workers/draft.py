@@ -172,6 +172,7 @@ class DraftWorker:
             cost = CostModel(self._loop.cost.target)
             with self._working():
                 stats = draft_alone(request, name, self._link, self._scheduler, self._drafting, cost, heard)
+            heard(tokens)
             found.append(warning_of(name, checkpoints[name], stats))
         return [warning for warning in found if warning]
 
