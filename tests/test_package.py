@@ -133,6 +133,17 @@ def test_workers_start_without_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_coordinator_reads_what_it_needs_of_a_model_without_torch() -> None:
+    """More than a second of a processor to import, before the first worker could begin to load."""
+    code = (
+        "import sys, outrider.cluster.coordinator; from outrider.cluster.admission import prepare_admission;"
+        "from outrider.configs.loader import load_config;"
+        "prepare_admission(load_config('tiny-random'), lambda stage, done, total: None).calibration();"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_every_public_name_is_there() -> None:
     for name in outrider.__all__:
         assert getattr(outrider, name)

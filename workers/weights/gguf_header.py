@@ -232,6 +232,8 @@ def _value(file: _Bytes, kind: GGUFValueType) -> Any:
         if item in _SCALARS:
             dtype = np.dtype(_SCALARS[item])
             return np.frombuffer(file.take(count * dtype.itemsize), dtype).tolist()
-        return file.texts(count) if item is GGUFValueType.STRING else [_value(file, item) for _ in range(count)]
+        return (
+            file.texts(count) if item is GGUFValueType.STRING else [_value(file, item) for _ in range(count)]
+        )
     dtype = np.dtype(_SCALARS[kind])
     return np.frombuffer(file.take(dtype.itemsize), dtype)[0].item()

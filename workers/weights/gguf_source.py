@@ -18,13 +18,13 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quant_shape_from_byte_shape
 
 from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.data_file import DataFile
 from outrider.workers.weights.families import FAMILIES
 from outrider.workers.weights.gguf_config import ROPE_FACTORS, model_config_from_gguf
 from outrider.workers.weights.gguf_header import GgufTensor, read_gguf_header
 from outrider.workers.weights.quantization import StoredTensor
 from outrider.workers.weights.source import (
     CHUNK_ELEMENTS,
-    DataFile,
     Stored,
     bounds,
     read_rectangle,
