@@ -17,6 +17,7 @@ from outrider.cluster.actor_process import (
     ProgressBoard,
     in_place,
     own_gpus,
+    use_threads,
     whereabouts,
 )
 from outrider.cluster.api import Progress
@@ -71,6 +72,8 @@ class TargetActor:
     """One rank of the target; in rank 0's process, where needed, also a stand-in for the DraftWorker."""
 
     def __init__(self, config: Config, rank: int) -> None:
+        use_threads(config.target.num_threads)
+
         from outrider.workers.target import TargetWorker
 
         self._config = config
@@ -139,6 +142,7 @@ class DraftActor:
     def __init__(self, config: Config, others: Sequence[Place]) -> None:
         """others: where the further ranks go."""
         self._ranks = DraftRanks(config, others)  # first: they import torch at the same time
+        use_threads(config.draft.num_threads)
 
         from outrider.workers.draft import DraftWorker
 
@@ -245,9 +249,9 @@ class ActorSpawner:
         drafts, targets = places_in(self.group, config)
         if name == "draft":
             drafter = remote(concurrency_groups=CONCURRENCY_GROUPS)(DraftActor)
-            options = in_place(self.group, drafts[0], config.draft.num_threads)
+            options = in_place(self.group, drafts[0])
             return drafter.options(**options).remote(config, drafts[1:])
         rank = worker_names(config).index(name) - 1
         target = remote(concurrency_groups=CONCURRENCY_GROUPS)(TargetActor)
-        options = in_place(self.group, targets[rank], config.target.num_threads)
+        options = in_place(self.group, targets[rank])
         return target.options(**options).remote(config, rank)
