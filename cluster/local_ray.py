@@ -41,7 +41,8 @@ class LocalRay:
 
     def __init__(self, num_cpus: int) -> None:
         """Raises what Ray raises where it cannot start: OSError, RuntimeError, its own, and Exception itself."""
-        parameters = RayParams(
+        parameters_of: Any = RayParams  # its types are narrower than what it takes
+        parameters = parameters_of(
             num_cpus=num_cpus,
             resources={},
             object_store_memory=_OBJECT_STORE_BYTES,
