@@ -8,6 +8,7 @@ Ray takes, with four actors (ray 2.60, 2 cores).
 
 import atexit
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class LocalRay:
         self._node: Any = _LeanNode(
             parameters, head=True, shutdown_at_exit=False, spawn_reaper=True, ray_init_cluster=True
         )
+        self._process = os.getpid()
         atexit.register(self.stop)
         try:
             ray.init(self._node.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -72,7 +74,9 @@ class LocalRay:
         return {name: infos[0].process for name, infos in self._node.all_processes.items()}
 
     def stop(self) -> None:
-        """Ends it in order. May be called again."""
+        """Ends it in order. May be called again; a process that was forked from the one that started it cannot."""
+        if os.getpid() != self._process:
+            return
         atexit.unregister(self.stop)
         if ray.is_initialized():
             ray.shutdown()

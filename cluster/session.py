@@ -85,10 +85,10 @@ class RaySession:
 
     def close(self, failed: bool = False) -> None:
         """failed: Ray's logs may say why, so they are kept for a day."""
-        if self._owned and ray.is_initialized():
-            ray.shutdown()
         if self._local is not None:
             self._local.stop()
+        elif self._owned and ray.is_initialized():
+            ray.shutdown()
         if self._guard is not None:
             if failed:  # Ray may be what failed: its agents look for its head for a minute
                 self._guard.finish()
