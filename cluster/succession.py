@@ -31,7 +31,7 @@ _POLL_S = 0.2
 _STOP_S = 12.0  # longer than the Coordinator waits for a worker
 
 
-class _CoordinatorActor(Coordinator):
+class CoordinatorActor(Coordinator):
     """In a process of its own."""
 
     def __init__(self, config: Config, orders: Orders) -> None:
@@ -150,7 +150,7 @@ class Succession:
         return self.calls
 
     def _create(self) -> Calls:
-        actor: Any = ray.remote(_CoordinatorActor)
+        actor: Any = ray.remote(CoordinatorActor)
         coordinator = actor.options(
             name=COORDINATOR_PREFIX + uuid.uuid4().hex,
             num_cpus=self._config.cluster.num_cpus_for_coordinator,
