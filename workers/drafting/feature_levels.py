@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from outrider.workers.capacity import num_draft_pages
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.features import FeatureStore
 from outrider.workers.drafting.levels import ROWS_PER_STEP, LevelLimits, LevelMethod
@@ -33,7 +34,7 @@ from outrider.workers.sequences.segments import starts_of
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, Floats, Ints, Survivors, Window
 from outrider.workers.sequences.vocabulary import Vocabulary
-from outrider.workers.setup import kernels_for, num_draft_pages, torch_dtype
+from outrider.workers.setup import kernels_for, torch_dtype
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 

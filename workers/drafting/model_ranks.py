@@ -20,6 +20,7 @@ from torch import Tensor
 from outrider.configs.schema import Config
 from outrider.kernels.selection import KernelSelection
 from outrider.kernels.transfers import upload
+from outrider.workers.capacity import num_draft_pages
 from outrider.workers.drafting.rank_messages import PageNews, RankCommit, RankForward, RankStop, decode
 from outrider.workers.link.communicator import Communicator, broadcast_message
 from outrider.workers.link.lost import PeerLostError, RankLostError
@@ -33,14 +34,7 @@ from outrider.workers.model.transformer import Transformer
 from outrider.workers.sequences.page_tables import PageTables
 from outrider.workers.sequences.segments import Int64Array
 from outrider.workers.sequences.vocabulary import VocabularyRange
-from outrider.workers.setup import (
-    agreed_kernels,
-    counting,
-    kernels_for,
-    load_model,
-    num_draft_pages,
-    torch_dtype,
-)
+from outrider.workers.setup import agreed_kernels, counting, kernels_for, load_model, torch_dtype
 from outrider.workers.timing import Stretches
 from outrider.workers.weights.progress import Progress
 

@@ -9,23 +9,17 @@ from outrider.configs.processors import shares_gpus
 from outrider.configs.schema import Config
 from outrider.kernels.launch_plans import TYPE_NAMES
 from outrider.kernels.tree_attention import HEAD_DIMS
-from outrider.workers.model.cache import bytes_per_page
+from outrider.workers.capacity import num_draft_pages, num_target_pages
 from outrider.workers.model.cuda_graphs import (
     GraphCapacity,
     StaticBatch,
     draft_capacities,
     target_capacities,
 )
-from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.shard import ShardPlan, bytes_per_page
 from outrider.workers.model.sizes import WeightBytes, weight_bytes
 from outrider.workers.planning.activations import forward_bytes, gathered_bytes, logits_bytes
-from outrider.workers.setup import (
-    cache_dtype,
-    num_draft_pages,
-    num_target_pages,
-    target_cache_bytes,
-    torch_dtype,
-)
+from outrider.workers.setup import cache_dtype, target_cache_bytes, torch_dtype
 from outrider.workers.weights.config import ModelConfig
 
 # What is not ours to count, on GPUs; estimates, each from who has measured it:
@@ -147,7 +141,7 @@ def draft_memory(
         plan = ShardPlan(model, rank, draft.tp_size, "draft")
         num_pages = num_draft_pages(config, model, draft.tp_size)
         weights, tokens = weight_bytes(plan, dtype, on_gpu), num_pages * page_size
-        cache = num_pages * bytes_per_page(model, plan, dtype, page_size)
+        cache = num_pages * bytes_per_page(plan, dtype.itemsize, page_size)
         # Prompts come in chunks, of which one sequence after the other is read; logits are those of a step.
         activations = forward_bytes(plan, rounds.prefill_chunk, dtype, 0)
         whole = ShardPlan(model, 0, 1)
