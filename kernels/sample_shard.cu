@@ -228,7 +228,7 @@ sample_shard(float* logits, const Row* rows, const Edit* edits, float* originals
     const float original = row_logits[edit.column], biased = original + edit.bias;
     originals[e] = original;
     row_logits[edit.column] =
-        (biased < 0.f ? biased * edit.repetition : biased / edit.repetition) - edit.presence - edit.frequency;
+        (biased < 0.f ? __fmul_rn(biased, edit.repetition) : biased / edit.repetition) - edit.presence - edit.frequency;
   }
   __syncthreads();
   sums.maximum = largest_of(law);

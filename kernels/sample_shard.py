@@ -20,7 +20,14 @@ from outrider.kernels.launch_plans import LaunchPlan, launch
 from outrider.kernels.noise import Float32Array, Int64Array, UInt32Array, gumbel_from_hash, hash_rows
 from outrider.kernels.shapes import check_kernel_arguments, check_shapes
 from outrider.kernels.shard_ids import ShardIds
-from outrider.kernels.token_rows import LOWEST, UInt64Array, exponentials, pack_tokens, unpack_tokens, with_ids
+from outrider.kernels.token_rows import (
+    LOWEST,
+    UInt64Array,
+    exponentials,
+    pack_tokens,
+    unpack_tokens,
+    with_ids,
+)
 from outrider.kernels.transfers import Part, num_bytes_of, upload, views_of
 
 Records = npt.NDArray[np.void]
@@ -116,9 +123,7 @@ class Answers(NamedTuple):
     raw_lists: UInt64Array
 
 
-def sample_shard(
-    logits: Tensor, asked: AskedRows, shard_ids: ShardIds, use_kernel: bool = False
-) -> Answers:
+def sample_shard(logits: Tensor, asked: AskedRows, shard_ids: ShardIds, use_kernel: bool = False) -> Answers:
     """As above, on the host; the logits are as they were.
 
     Args:
@@ -155,7 +160,9 @@ def answers_in(buffer: Tensor, asked: AskedRows, shard_ids: ShardIds) -> Answers
     won = winners.view(WINNER)[..., 0]
     won["column"][np.arange(asked.num_best) >= asked.rows["num_best"][:, None]] = -1
     packed = (each.view(np.uint64) for each in (lists, raw_lists))
-    with_token = (with_ids(each, shard_ids.of((each & np.uint64(2**32 - 1)).view(np.int64))) for each in packed)
+    with_token = (
+        with_ids(each, shard_ids.of((each & np.uint64(2**32 - 1)).view(np.int64))) for each in packed
+    )
     return Answers(sums.view(SUMS)[:, 0], won, *with_token)
 
 
@@ -171,6 +178,7 @@ def answer_parts(
     )
 
 
+@np.errstate(invalid="ignore")  # rows with NaN
 def _plain(
     logits: Tensor, rows: Tensor, edits: Tensor, table: Tensor, vocab_offset: int, counts: list[int]
 ) -> Tensor:

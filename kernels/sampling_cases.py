@@ -9,7 +9,6 @@ from outrider.kernels.noise import Float32Array, noise_key
 from outrider.kernels.prepared import Check, Guards, PreparedCase
 from outrider.kernels.sample_shard import (
     EDIT,
-    ROW,
     SUMS,
     WINNER,
     AskedRows,
@@ -99,18 +98,25 @@ def _prepared(
     )
     for field, tolerance in (("sum", 2e-6), ("kept_sum", 2e-6), ("raw_sum", 2e-6)):
         at = _slice_of(SUMS, field)
-        pair = (x[: last - 2, at].contiguous() if x is least_sums else x[: last - 2, at] for x in (sums, least_sums))
+        pair = (
+            x[: last - 2, at].contiguous() if x is least_sums else x[: last - 2, at]
+            for x in (sums, least_sums)
+        )
         actual, wanted = (x.view(torch.float64) for x in pair)
         checks.append(Check(field, actual, wanted, tolerance))
     checks.append(Check("maxima", *(x[:last, _slice_of(SUMS, "maximum")] for x in (sums, least_sums)), 0))
-    checks.append(Check("columns", *(x[:last, :, _slice_of(WINNER, "column")] for x in (winners, least_winners)), 0))
+    checks.append(
+        Check("columns", *(x[:last, :, _slice_of(WINNER, "column")] for x in (winners, least_winners)), 0)
+    )
     for field, tolerance in (("score", 2e-7), ("logit", 0.0), ("raw_logit", 0.0)):
         at = _slice_of(WINNER, field)
         actual, wanted = (x[: last - 2, :, at].view(torch.float32)[..., 0] for x in (winners, least_winners))
         checks.append(Check(field, actual, wanted, tolerance))
     for what, actual, wanted in zip(("lists", "raw lists"), lists, expected_lists, strict=True):
         checks.append(Check(what, actual, wanted, 0))
-    checks.append(Check("nothing asked", winners[last], torch.full_like(least_winners[last], 256 + _UNTOUCHED), 0))
+    checks.append(
+        Check("nothing asked", winners[last], torch.full_like(least_winners[last], 256 + _UNTOUCHED), 0)
+    )
     every = "" if step == 1 else f", every {step}th id"
     return PreparedCase(
         f"sample_shard: {vocab_size} tokens{every}, {name}",
@@ -190,7 +196,9 @@ def _move_edges(row: Any, logits: Float32Array, edits: Records) -> None:
     kept = len(x) if not row["top_k"] else np.count_nonzero(falling >= falling[min(row["top_k"], len(x)) - 1])
     shares = np.exp(x[:kept]).cumsum() / np.exp(x[:kept]).sum()
     if row["top_p"] < 1.0:
-        place = max(1, min(np.count_nonzero(shares < row["top_p"]), np.count_nonzero(np.exp(x[:kept]) > 1e-3) - 1))
+        place = max(
+            1, min(np.count_nonzero(shares < row["top_p"]), np.count_nonzero(np.exp(x[:kept]) > 1e-3) - 1)
+        )
         row["top_p"] = (shares[place - 1] + shares[min(place, kept - 1)]) / 2
     if row["log_min_p"] > -np.inf:
         values = np.unique(x)[::-1]

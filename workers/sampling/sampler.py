@@ -26,11 +26,12 @@ from outrider.kernels.token_rows import REMOVED, UInt64Array, ids_of
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.candidates import best_if_kept, foresee, kept_tokens
 from outrider.workers.sampling.context import RowParameters, SampledRows
-from outrider.workers.sampling.law import MAX_LOGIT, Edits, edit_rows
+from outrider.workers.sampling.device_shard import DeviceShard
+from outrider.workers.sampling.law import MAX_LOGIT, NO_EDITS, Edits, planned_edits
 from outrider.workers.sampling.logprobs import NO_QUESTIONS, LawQuestions, raw_logprobs
 from outrider.workers.sampling.masking import Masked, mask_rows
 from outrider.workers.sampling.request_laws import request_laws
-from outrider.workers.sampling.shards import NOTHING_FORESEEN, DeviceShard, Foreseen, Shard
+from outrider.workers.sampling.shards import Shard
 from outrider.workers.sequences.vocabulary import Vocabulary
 
 
@@ -77,20 +78,17 @@ class _Edited:
     params: RowParameters
     logits: torch.Tensor
     masked: Masked
-    edits: Edits
+    edits: Edits  # made here: a `DeviceShard` makes its own
     shard: Shard
     maxima: Float32Array  # [num_rows], over the whole vocabulary
     whole: Int64Array  # valid rows that nothing truncates
     truncated: Int64Array  # the other valid rows
 
-    @property
-    def is_changed(self) -> bool:
-        """Whether the logits are not the model's own."""
-        return len(self.masked.rows) > 0 or len(self.edits.rows) > 0
-
     def undo(self) -> None:
         """Make the logits the model's own again."""
         self.edits.undo(self.logits)
+        if isinstance(self.shard, DeviceShard):
+            self.shard.undo()
         self.masked.undo(self.logits)
 
 
@@ -134,7 +132,7 @@ class Sampler:
             groups: what the rows are to be sampled for, in their order; the same on every rank.
             questions: what else is to be known of the laws; the same on every rank.
         """
-        batch = self._edit(logits, groups, 1)
+        batch = self._edit(logits, groups, 1, questions)
         best = np.zeros(len(batch.maxima), dtype=np.uint64)  # token 0 where a row is invalid
         valid = np.zeros(len(best), dtype=np.bool_)
         if len(batch.whole):
@@ -157,9 +155,8 @@ class Sampler:
             self._communicator,
         )
         batch.undo()
-        shard = self._shard(batch.logits) if batch.is_changed else batch.shard
         raw = raw_logprobs(
-            shard,
+            self._as_it_came(batch),
             self._ids,
             tokens,
             np.flatnonzero(batch.params.logprobs),
@@ -201,7 +198,7 @@ class Sampler:
         """
         assert self._communicator.size == 1
         assert num <= self._vocab_size
-        batch = self._edit(logits, groups, num)
+        batch = self._edit(logits, groups, num, NO_QUESTIONS)
         ids = np.empty((len(batch.maxima), num), dtype=np.int64)
         ids[:] = self._ids.all[:num]
         log_probs = np.full(ids.shape, -np.inf, dtype=np.float32)
@@ -221,15 +218,24 @@ class Sampler:
         batch.undo()
         return torch.from_numpy(ids), torch.from_numpy(log_probs)
 
-    def _edit(self, logits: torch.Tensor, groups: Sequence[SampledRows], num: int) -> _Edited:
+    def _edit(
+        self, logits: torch.Tensor, groups: Sequence[SampledRows], num: int, questions: LawQuestions
+    ) -> _Edited:
         """`num`: tokens that will be asked for of each row."""
         params = RowParameters(groups)
         assert logits.shape == (params.num_rows, len(self._ids))
         if not self._kernels.sample_shard:
             logits = logits.cpu().contiguous()
         masked = mask_rows(logits, groups, self._ids)
-        edits = edit_rows(logits, groups, self._ids)
-        shard = self._shard(logits, foresee(params, self._vocab_size, num))
+        planned, edits = planned_edits(groups, self._ids), NO_EDITS
+        shard: Shard
+        if self._kernels.sample_shard:
+            told = questions.rows
+            foreseen = foresee(params, planned, self._vocab_size, len(self._ids), num, told)
+            shard = DeviceShard(logits, self._ids, self._kernels, foreseen)
+        else:
+            edits = planned.make(logits)
+            shard = ShardLogits(logits, self._ids)
         maxima = shard.maxima(np.arange(params.num_rows))
         if self._communicator.size > 1:
             maxima = self._communicator.all_gather(torch.from_numpy(maxima)).numpy().max(axis=0)
@@ -238,10 +244,14 @@ class Sampler:
         whole = (valid & ~params.truncates).nonzero()[0]
         return _Edited(params, logits, masked, edits, shard, maxima, whole, truncated)
 
-    def _shard(self, logits: torch.Tensor, foreseen: Foreseen = NOTHING_FORESEEN) -> Shard:
-        if self._kernels.sample_shard:
-            return DeviceShard(logits, self._ids, self._kernels, foreseen)
-        return ShardLogits(logits, self._ids)
+    def _as_it_came(self, batch: _Edited) -> Shard:
+        """Of the model's own logits, which they are again."""
+        if isinstance(batch.shard, DeviceShard):
+            if len(batch.masked.rows):
+                return DeviceShard(batch.logits, self._ids, self._kernels)
+            return batch.shard.as_it_came()
+        is_changed = len(batch.masked.rows) > 0 or len(batch.edits.rows) > 0
+        return ShardLogits(batch.logits, self._ids) if is_changed else batch.shard
 
     def _choose_kept(self, batch: _Edited, best: UInt64Array) -> None:
         """The packed tokens of truncated rows, into best [num_rows]."""
@@ -259,6 +269,8 @@ class Sampler:
     ) -> tuple[UInt64Array, npt.NDArray[np.float64]]:
         """Of truncated rows [n, num] packed tokens with their scores, and [n] the masses of what is kept."""
         params = batch.params
+        if isinstance(batch.shard, DeviceShard) and self._communicator.size == 1:
+            return batch.shard.best_foreseen(rows)
         kept = kept_tokens(
             batch.shard, rows, batch.maxima[rows], params, self._vocab_size, self._communicator
         )
