@@ -117,8 +117,8 @@ class Answers(NamedTuple):
     """SUMS [num_rows]: largest logit, NaN where one is; sums over the shard of exp((logit - largest) / temperature),
     of all tokens, and of those that are kept; the same before the edits, at temperature 1."""
     winners: Records
-    """WINNER [num_rows, num_best], best first: logit / temperature + noise (the logit at temperature 0), the logit, and
-    as it was before the edits. Where tokens have run out the score is -inf; column -1 where none was asked for."""
+    """WINNER [num_rows, num_best], best first: logit / temperature + noise (the logit at temperature 0), the logit,
+    and as it was before the edits. Where tokens have run out the score is -inf; column -1 where none was wanted."""
     lists: UInt64Array  # [num_lists, list_size] packed tokens in order
     raw_lists: UInt64Array
 
@@ -150,7 +150,7 @@ def sample_shard(logits: Tensor, asked: AskedRows, shard_ids: ShardIds, use_kern
         rows, edits = upload(on_host, logits.device)
         answers = sample_shard_op(logits, rows, edits, table, shard_ids.first, list(asked.counts)).cpu()
     else:
-        answers = _plain(logits, *on_host, table, shard_ids.first, list(asked.counts))
+        answers = _plain(logits, on_host[0], on_host[1], table, shard_ids.first, list(asked.counts))
     return answers_in(answers, asked, shard_ids)
 
 
@@ -230,11 +230,11 @@ def _plain_row(
     kept = len(raw)
     if row["top_k"]:
         kth = falling[min(row["top_k"], kept) - 1]
-        kept = np.count_nonzero(falling >= kth)
+        kept = int(np.count_nonzero(falling >= kth))
     limit = row["top_p"] * masses[kept - 1] if row["top_p"] < 1.0 else np.inf
-    kept = min(kept, 1 + np.count_nonzero(masses[:-1] < limit))
+    kept = min(kept, 1 + int(np.count_nonzero(masses[:-1] < limit)))
     x = (falling - base).astype(np.float64) / divisor
-    kept = min(kept, np.count_nonzero(x >= row["log_min_p"]))
+    kept = min(kept, int(np.count_nonzero(x >= row["log_min_p"])))
     sums["kept_sum"] = masses[kept - 1]
     if row["likeliest"] >= 0:
         size = lists.shape[1]
