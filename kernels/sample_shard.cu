@@ -35,6 +35,7 @@ struct Winner {  // WINNER there
 };
 
 constexpr int MIDS = 3;  // places that a sweep of the search compares
+constexpr int MAX_SWEEPS = 40;  // a quarter of 2^64 places is left after each
 constexpr int NO_COLUMN = 0x7fffffff;
 constexpr float UNIT = 0x1p40f;
 
@@ -105,7 +106,7 @@ DEVICE u64 mass_up_to(const Law& law, u64 cut) {
 // The last place up to `last` before which there are fewer than `num` tokens, and less than `limit` of mass.
 DEVICE u64 cut_at(const Law& law, u64 last, u64 num, u64 limit) {
   u64 first = 0, num_before = 0, mass_before = 0;
-  for (;;) {
+  for (int sweep = 0; sweep < MAX_SWEEPS; ++sweep) {
     const u64 step = (last - first) >> 2;
     u64 found[2 * MIDS + 1] = {};  // tokens, and mass, from `first` to before each place between; tokens to `last`
     u64 ends[2] = {ALL_TOKENS, ALL_TOKENS};  // the first token that is there, and the last with all bits turned
@@ -142,6 +143,7 @@ DEVICE u64 cut_at(const Law& law, u64 last, u64 num, u64 limit) {
     num_before += tokens;
     mass_before += mass;
   }
+  return last;  // not reached
 }
 
 // The `num` likeliest in order, or as many as there are, to `list`.

@@ -7,6 +7,7 @@ The reference is plain: it sorts whole rows. `ShardLogits` is the CPU path of a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,6 +90,10 @@ class AskedRows:
         rows["temperature"], rows["key"], rows["num_best"], rows["wants_sum"] = temperatures, keys, count, 1
         return AskedRows(rows, np.zeros(0, dtype=EDIT), count, 0, 0)
 
+    def on_host(self) -> list[Tensor]:
+        """`rows` and `edits` as bytes."""
+        return [torch.from_numpy(records.view(np.uint8)) for records in (self.rows, self.edits)]
+
     @property
     def num_lists(self) -> int:
         return int(self.rows["likeliest"].max(initial=-1)) + 1
@@ -123,13 +128,20 @@ class Answers(NamedTuple):
     raw_lists: UInt64Array
 
 
-def sample_shard(logits: Tensor, asked: AskedRows, shard_ids: ShardIds, use_kernel: bool = False) -> Answers:
+def sample_shard(
+    logits: Tensor,
+    asked: AskedRows,
+    shard_ids: ShardIds,
+    use_kernel: bool = False,
+    there: Sequence[Tensor] = (),
+) -> Answers:
     """As above, on the host; the logits are as they were.
 
     Args:
         logits: float32 [*, shard_size]; -inf removes a token.
         shard_ids: the token id of each column.
         use_kernel: run `sample_shard.cu` (logits on a GPU): one copy there, one launch, one copy back.
+        there: with the kernel, `asked.on_host()` where the logits are, if that has been copied already.
 
     Raises:
         ValueError: there are not as many ids as columns, or lists are too long.
@@ -144,13 +156,13 @@ def sample_shard(logits: Tensor, asked: AskedRows, shard_ids: ShardIds, use_kern
     if use_kernel:
         check_shapes((("logits", logits, ("num_rows", "shard_size")),))
         check_kernel_arguments((("logits", logits, torch.float32),))
-    on_host = [torch.from_numpy(records.view(np.uint8)) for records in (asked.rows, asked.edits)]
     table = shard_ids.table_on(logits.device)
     if use_kernel:
-        rows, edits = upload(on_host, logits.device)
+        rows, edits = there or upload(asked.on_host(), logits.device)
         answers = sample_shard_op(logits, rows, edits, table, shard_ids.first, list(asked.counts)).cpu()
     else:
-        answers = _plain(logits, on_host[0], on_host[1], table, shard_ids.first, list(asked.counts))
+        rows, edits = asked.on_host()
+        answers = _plain(logits, rows, edits, table, shard_ids.first, list(asked.counts))
     return answers_in(answers, asked, shard_ids)
 
 

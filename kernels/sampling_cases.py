@@ -74,7 +74,7 @@ def _prepared(
     step: int,
     device: torch.device,
 ) -> PreparedCase:
-    on_host = [torch.from_numpy(records.view(np.uint8).copy()) for records in (asked.rows, asked.edits)]
+    on_host = asked.on_host()
     counts = list(asked.counts)
     parts = answer_parts(*counts)
     logits = torch.from_numpy(wide)

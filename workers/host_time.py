@@ -31,7 +31,7 @@ from outrider.workers.rounds.growth import GrowthOptions
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
 from outrider.workers.sampling.context import SampledRows
-from outrider.workers.sampling.sampler import Sampler, Samples
+from outrider.workers.sampling.sampler import Prepared, Sampler, Samples
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
@@ -139,9 +139,13 @@ class _TimedSampler(Sampler):
 class _TimedRank(TargetRank):
     clock: _Clock
 
-    def sample(self, steps: Steps, rows: TreeRows, logits: torch.Tensor) -> Samples:
+    def prepare(self, steps: Steps, rows: TreeRows) -> Prepared:
         with self.clock:
-            return super().sample(steps, rows, logits)
+            return super().prepare(steps, rows)
+
+    def sample(self, prepared: Prepared, logits: torch.Tensor, asked: Sequence[torch.Tensor]) -> Samples:
+        with self.clock:
+            return super().sample(prepared, logits, asked)
 
 
 class _DirectLink:

@@ -3,6 +3,7 @@ once, by one launch of `sample_shard`, the rest when it is asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -46,25 +47,28 @@ class DeviceShard:
         shard_ids: ShardIds,
         kernels: KernelSelection,
         foreseen: AskedRows = NOTHING_FORESEEN,
+        there: Sequence[torch.Tensor] = (),
     ) -> None:
         """
         Args:
             kernels: has `sample_shard`.
             foreseen: of all rows in their order, or of none. With the edits that the law asks for; top-k, top-p and
                 min-p only where this is the whole vocabulary.
+            there: what is foreseen, if it has been copied already, see `sample_shard`.
         """
         assert kernels.sample_shard
         self._logits = logits
         self._ids = shard_ids
         self._kernels = kernels
         self._foreseen = foreseen
+        self._there = there
         self._edits: Edits | None = None
         # What is known of each row without a further look.
         self._has_maximum = np.ones(len(foreseen.rows), dtype=np.bool_)
 
     @cached_property
     def _seen(self) -> Answers:
-        return sample_shard(self._logits, self._foreseen, self._ids, use_kernel=True)
+        return sample_shard(self._logits, self._foreseen, self._ids, use_kernel=True, there=self._there)
 
     @cached_property
     def _winners(self) -> tuple[UInt64Array, Int64Array]:

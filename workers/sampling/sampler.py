@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
+from outrider.kernels.sample_shard import AskedRows
 from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.shard_logits import DENSE, ShardLogits
@@ -26,8 +27,8 @@ from outrider.kernels.token_rows import REMOVED, UInt64Array, ids_of
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.candidates import best_if_kept, foresee, kept_tokens
 from outrider.workers.sampling.context import RowParameters, SampledRows
-from outrider.workers.sampling.device_shard import DeviceShard
-from outrider.workers.sampling.law import MAX_LOGIT, NO_EDITS, Edits, planned_edits
+from outrider.workers.sampling.device_shard import NOTHING_FORESEEN, DeviceShard
+from outrider.workers.sampling.law import MAX_LOGIT, NO_EDITS, Edits, PlannedEdits, planned_edits
 from outrider.workers.sampling.logprobs import NO_QUESTIONS, LawQuestions, raw_logprobs
 from outrider.workers.sampling.masking import Masked, mask_rows
 from outrider.workers.sampling.request_laws import request_laws
@@ -69,6 +70,22 @@ NO_SAMPLES = Samples(
     entropies=torch.empty(0),
 )
 """Of no rows."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `Sampler.sample` works out before it has seen logits."""
+
+    groups: Sequence[SampledRows]
+    questions: LawQuestions
+    params: RowParameters
+    edits: PlannedEdits
+    foreseen: AskedRows
+
+    @property
+    def on_host(self) -> list[torch.Tensor]:
+        """Tensors that may travel to the logits' device together with others."""
+        return self.foreseen.on_host()
 
 
 @dataclass(frozen=True)
@@ -120,19 +137,40 @@ class Sampler:
         self._communicator = communicator
         self._kernels = kernels
 
-    @np.errstate(over="ignore")  # what leaves float32 downwards is as good as removed
+    def prepare(
+        self, groups: Sequence[SampledRows], questions: LawQuestions = NO_QUESTIONS, num: int = 1
+    ) -> Prepared:
+        """For `sample_prepared`.
+
+        Args:
+            groups: what the rows are to be sampled for, in their order; the same on every rank.
+            questions: what else is to be known of the laws; the same on every rank.
+            num: tokens that will be asked for of each row.
+        """
+        params, edits = RowParameters(groups), planned_edits(groups, self._ids)
+        foreseen = NOTHING_FORESEEN
+        if self._kernels.sample_shard:
+            foreseen = foresee(params, edits, self._vocab_size, len(self._ids), num, questions.rows)
+        return Prepared(groups, questions, params, edits, foreseen)
+
     def sample(
         self, logits: torch.Tensor, groups: Sequence[SampledRows], questions: LawQuestions = NO_QUESTIONS
+    ) -> Samples:
+        """`sample_prepared` of what has not been prepared."""
+        return self.sample_prepared(logits, self.prepare(groups, questions))
+
+    @np.errstate(over="ignore")  # what leaves float32 downwards is as good as removed
+    def sample_prepared(
+        self, logits: torch.Tensor, prepared: Prepared, there: Sequence[torch.Tensor] = ()
     ) -> Samples:
         """Sample one token per row.
 
         Args:
             logits: float32 [num_rows, len(vocabulary)], straight from the model. Edited while this runs, and as
                 before when it returns.
-            groups: what the rows are to be sampled for, in their order; the same on every rank.
-            questions: what else is to be known of the laws; the same on every rank.
+            there: `prepared.on_host` on the logits' device, if it has been copied already.
         """
-        batch = self._edit(logits, groups, 1, questions)
+        batch, questions = self._edit(logits, prepared, there), prepared.questions
         best = np.zeros(len(batch.maxima), dtype=np.uint64)  # token 0 where a row is invalid
         valid = np.zeros(len(best), dtype=np.bool_)
         if len(batch.whole):
@@ -198,7 +236,7 @@ class Sampler:
         """
         assert self._communicator.size == 1
         assert num <= self._vocab_size
-        batch = self._edit(logits, groups, num, NO_QUESTIONS)
+        batch = self._edit(logits, self.prepare(groups, num=num), ())
         ids = np.empty((len(batch.maxima), num), dtype=np.int64)
         ids[:] = self._ids.all[:num]
         log_probs = np.full(ids.shape, -np.inf, dtype=np.float32)
@@ -218,23 +256,17 @@ class Sampler:
         batch.undo()
         return torch.from_numpy(ids), torch.from_numpy(log_probs)
 
-    def _edit(
-        self, logits: torch.Tensor, groups: Sequence[SampledRows], num: int, questions: LawQuestions
-    ) -> _Edited:
-        """`num`: tokens that will be asked for of each row."""
-        params = RowParameters(groups)
+    def _edit(self, logits: torch.Tensor, prepared: Prepared, there: Sequence[torch.Tensor]) -> _Edited:
+        params = prepared.params
         assert logits.shape == (params.num_rows, len(self._ids))
         if not self._kernels.sample_shard:
             logits = logits.cpu().contiguous()
-        masked = mask_rows(logits, groups, self._ids)
-        planned, edits = planned_edits(groups, self._ids), NO_EDITS
+        masked, edits = mask_rows(logits, prepared.groups, self._ids), NO_EDITS
         shard: Shard
         if self._kernels.sample_shard:
-            told = questions.rows
-            foreseen = foresee(params, planned, self._vocab_size, len(self._ids), num, told)
-            shard = DeviceShard(logits, self._ids, self._kernels, foreseen)
+            shard = DeviceShard(logits, self._ids, self._kernels, prepared.foreseen, there)
         else:
-            edits = planned.make(logits)
+            edits = prepared.edits.make(logits)
             shard = ShardLogits(logits, self._ids)
         maxima = shard.maxima(np.arange(params.num_rows))
         if self._communicator.size > 1:
