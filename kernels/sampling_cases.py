@@ -145,7 +145,7 @@ def _rows(random: np.random.Generator) -> Records:
         {"temperature": 0.8, "top_k": 7},
         {"temperature": 1.3, "top_p": 0.9},
         {"temperature": 3.0, "log_min_p": -1.0},
-        {"temperature": 1.5, "top_k": 30, "top_p": 0.8, "log_min_p": -3.0},
+        {"temperature": 6.0, "top_k": 30, "top_p": 0.8, "log_min_p": -3.0},
         {"temperature": 0.0, "end_edit": 1},
         {"temperature": 1.1, "top_p": 0.95, "end_edit": 1},
         {"temperature": 1.0, "top_k": 10_000, "top_p": 0.99999},

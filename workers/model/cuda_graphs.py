@@ -174,13 +174,8 @@ class EagerForward:
         self._forward = partial(model.forward, cache=cache, taps=tuple(taps))
 
     def take(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> list[Tensor]:
-        if self._device.type == "cpu" or not others:
-            self._batch = batch if self._device.type == "cpu" else batch.to(self._device)
-            return list(others)
-        tensors = batch.tensors()
-        there = upload([*tensors, *others], self._device)
-        self._batch = batch.with_tensors(there[: len(tensors)])
-        return there[len(tensors) :]
+        self._batch, there = batch.along_with(others, self._device)
+        return there
 
     def run(self) -> Hidden:
         return self._forward(self._batch)

@@ -154,7 +154,7 @@ def draft_memory(
         activations += logits_bytes(whole if rank == 0 else plan, rounds.max_sequences, dtype)
         if on_gpu and config.target.attention != "sdpa" and attention_kernel_fits(model, dtype):
             capacities = draft_capacities(plan, _Pages(num_pages, page_size))
-            graphs = graph_bytes(plan, capacities, page_size, dtype, 0, with_logits=False)
+            graphs = graph_bytes(plan, capacities, page_size, dtype, 0, with_logits=draft.tp_size == 1)
     communication = RANKS_BYTES if draft.tp_size > 1 else 0
     if rank == 0 and num_taps and _links_gpus(config):
         communication += LINK_BYTES

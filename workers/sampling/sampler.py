@@ -215,9 +215,15 @@ class Sampler:
             entropies=torch.from_numpy(laws.entropies),
         )
 
-    @np.errstate(over="ignore")
     def propose(
         self, logits: torch.Tensor, groups: Sequence[SampledRows], num: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`propose_prepared` of what has not been prepared."""
+        return self.propose_prepared(logits, self.prepare(groups, num=num), num)
+
+    @np.errstate(over="ignore")
+    def propose_prepared(
+        self, logits: torch.Tensor, prepared: Prepared, num: int, there: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The `num` best tokens of each row by log p̃ + G, for drafting: the first is what `sample` returns.
 
@@ -225,8 +231,9 @@ class Sampler:
 
         Args:
             logits: float32 [num_rows, vocab_size]; edited while this runs, and as before when it returns.
-            groups: what the rows are to be sampled for, in their order.
+            prepared: for `num` tokens.
             num: at most vocab_size.
+            there: `prepared.on_host` on the logits' device, if it has been copied already.
 
         Returns:
             ids int64 [num_rows, num], distinct within a row, best first, and log p̃ of each, float32
@@ -236,7 +243,7 @@ class Sampler:
         """
         assert self._communicator.size == 1
         assert num <= self._vocab_size
-        batch = self._edit(logits, self.prepare(groups, num=num), ())
+        batch = self._edit(logits, prepared, there)
         ids = np.empty((len(batch.maxima), num), dtype=np.int64)
         ids[:] = self._ids.all[:num]
         log_probs = np.full(ids.shape, -np.inf, dtype=np.float32)
