@@ -125,7 +125,8 @@ def _checks(answers: torch.Tensor, expected: torch.Tensor, asked: AskedRows) -> 
         yield of(name, SUMS, last - 2, 2e-6)
     yield of("maximum", SUMS, last, 0)
     yield of("column", WINNER, last, 0)
-    yield of("score", WINNER, last - 2, 2e-7)
+    first = [x[: last - 2, 0, :4].view(torch.float32) for x in (winners, true_winners)]
+    yield Check("score", first[0], first[1], 2e-7)  # later ones may have run out
     for name in ("logit", "raw_logit"):
         yield of(name, WINNER, last - 2, 0)
     for name, actual, wanted in zip(("lists", "raw lists"), lists, true_lists, strict=True):

@@ -37,7 +37,6 @@ KERNELS = KernelSelection.of(ENTRIES)
 MODEL = (
     "random:llama?hidden_size=64&intermediate_size=64&num_heads=1&num_kv_heads=1&head_dim=64&vocab_size=1000"
 )
-FEATURE_KERNELS = KernelSelection.of(("sample_shard", "gather_rows"))
 NUM_SEQUENCES = 2
 GREEDY = SamplingParams(temperature=0.0)
 SAMPLINGS = {
@@ -94,14 +93,12 @@ def drafter_step(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> 
 
 
 def feature_step(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> Counts:
-    """The second level of two sequences' trees, by an EAGLE-3 drafter whose attention is the reference: its heads are
-    smaller than a kernel takes."""
+    """The second level of two sequences' trees, by an EAGLE-3 drafter."""
     slots = DraftedSlots(NUM_SEQUENCES, 8, 4)
     drafting = DraftEngine(slots)
-    drafter = eagle3_drafter(TARGET, TAPS)
-    method = eagle3_method(
-        slots, drafting.estimator, TARGET, drafter, 24, 4, False, gpu.device, FEATURE_KERNELS
-    )
+    drafter = eagle3_drafter(TARGET, TAPS, head_dim=64)
+    where = (gpu.device, torch.bfloat16, KERNELS)
+    method = eagle3_method(slots, drafting.estimator, TARGET, drafter, 24, 4, False, *where)
     drafting.add(method)
     steps = []
     for slot in range(NUM_SEQUENCES):

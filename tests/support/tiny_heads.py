@@ -100,6 +100,7 @@ def eagle3_drafter(
     num_ids: int = 0,
     rank: int = 0,
     norm_before_residual: bool = False,
+    head_dim: int = 16,
 ) -> Eagle3Drafter:
     """A drafter that adds noise to the last tap. num_ids, rank: of its LM head; 0: those of the target's."""
     config = target.config
@@ -112,7 +113,7 @@ def eagle3_drafter(
         taps=taps,
         num_heads=4,
         num_kv_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         intermediate_size=48,
         rms_norm_eps=1e-5,
         rope=Rope(),
@@ -139,12 +140,12 @@ def eagle3_method(
     page_size: int = 16,
     packed: bool = True,
     device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
     kernels: KernelSelection = REFERENCES,
 ) -> Eagle3Method:
-    """The method as it is built for a tiny target, in float32. The drafter itself stays as it is."""
-    return _over_pages(
-        Eagle3Method, slots, estimator, target, drafter, num_pages, page_size, packed, device, kernels
-    )
+    """The method as it is built for a tiny target. The drafter itself stays as it is."""
+    where = (device, dtype, kernels)
+    return _over_pages(Eagle3Method, slots, estimator, target, drafter, num_pages, page_size, packed, *where)
 
 
 def mtp_drafter(target: WeightSource, num_ids: int = 0, rank: int = 0) -> MtpDrafter:
@@ -187,19 +188,27 @@ def _over_pages(
     page_size: int,
     packed: bool,
     device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
     kernels: KernelSelection = REFERENCES,
 ) -> Method:
     config, own = target.config, drafter.model
     vocabulary = vocabulary_of(drafter.lm_head.ids, config.vocab_size)
-    rows = read(target, EMBEDDING).to(device)
+    rows = read(target, EMBEDDING).to(device, dtype)
     embedding = MatrixEmbedding(rows, VocabularyRange(0, config.vocab_size))
     moved = deepcopy(drafter)
     if device != CPU:  # a pretended GPU has no parameters, but tensors
         for part in moved.modules():
             for own_tensors in (part._parameters, part._buffers):
-                own_tensors.update({name: value.to(device) for name, value in own_tensors.items()})
-    served = for_serving(moved, config.vocab_size, torch.float32, device, packed)
-    cache = PagedCache(own, ShardPlan(own, 0, 1), num_pages, page_size, torch.float32, device)
+                own_tensors.update(
+                    {
+                        name: value.to(device, dtype)
+                        for name, value in own_tensors.items()
+                        if value is not None
+                    }
+                )
+        moved.to = lambda *_: moved  # type: ignore[assignment, method-assign]
+    served = for_serving(moved, config.vocab_size, dtype, device, packed)
+    cache = PagedCache(own, ShardPlan(own, 0, 1), num_pages, page_size, dtype, device)
     return method(
         slots=slots,
         estimator=estimator,
