@@ -130,7 +130,7 @@ def test_one_launch_samples_all_rows_of_a_rank_alone(monkeypatch: pytest.MonkeyP
     sampled: list[int] = []
 
     def recording(logits: torch.Tensor, asked: AskedRows, *arguments: Any, **flags: Any) -> Any:
-        assert flags == {"use_kernel": True}
+        assert flags["use_kernel"]
         sampled.append(len(asked.rows))
         return sample_shard(logits, asked, *arguments, **flags)
 
