@@ -4,8 +4,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # What running needs, and what lint and tests need besides.
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
-# Most tests keep one processor busy. A file stays together: its tests share running engines.
+# Most tests keep one processor busy, in whatever thread or process. A file stays together: its tests share running
+# engines.
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest
 INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-all lint format clean
@@ -14,10 +16,10 @@ demo: $(RUN)
 	$(VENV)/bin/outrider demo
 
 test: lint
-	$(VENV)/bin/pytest -m "not slow and not gpu" $(TWO_AT_A_TIME)
+	$(PYTEST) -m "not slow and not gpu" $(TWO_AT_A_TIME)
 
 test-all: lint
-	$(VENV)/bin/pytest -m "not gpu" $(TWO_AT_A_TIME)
+	$(PYTEST) -m "not gpu" $(TWO_AT_A_TIME)
 
 lint: $(DEV)
 	$(VENV)/bin/ruff check .

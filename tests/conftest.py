@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 from outrider.cluster.bench.identity import Mismatch
@@ -14,6 +15,12 @@ settings.register_profile("outrider", deadline=None, derandomize=True)
 settings.load_profile("outrider")
 
 _TIES: pytest.StashKey[list[Mismatch]] = pytest.StashKey()
+
+
+def pytest_configure() -> None:
+    """One thread from the start: cases are prepared while tests are collected, and two processes share the machine.
+    Threads that wait for each other on processors which both processes want take far longer than one alone."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

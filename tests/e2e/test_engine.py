@@ -1,10 +1,11 @@
-"""The whole deployment on real Ray: a two-rank target with random weights, a drafter, a Coordinator."""
+"""Whole deployments on real Ray: a target of two or three ranks with random weights, a drafter, a Coordinator."""
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ import torch
 from ray._private import worker as ray_worker
 
 from outrider.cluster.api import EngineError, GenerationRequest
+from outrider.cluster.bench.identity import Mismatch
 from outrider.cluster.bench.prompts import Prompt
 from outrider.cluster.cli.inputs import open_model
 from outrider.cluster.client.client import Client
@@ -29,10 +31,27 @@ from outrider.workers.training.features import TargetFeatures
 from outrider.workers.training.lines import Description, read_dropped
 from outrider.workers.training.texts import TextWriter, read_texts
 from outrider.workers.weights.progress import silent
+from outrider.workers.weights.resolver import open_source, resolve
+from support.asked_engine import WARM, ask
+from support.equality import PLAIN, Case, Reference, Text, assert_same_texts, assert_same_tokens, decode
+from support.local_engine import LocalEngine
+from support.tiny import BOTH, METHODS, tiny_cases
 from support.waiting import wait_until
 
-TWO_RANKS = ["target.tp_size=2", "cluster.num_cpus_per_target=0.5"]
-PLAIN = {"max_nodes": 0}
+TWO_RANKS = [
+    "target.tp_size=2",
+    "target.all_reduce=gloo",
+    "cluster.num_cpus_per_target=0.5",
+    "tree.max_nodes=12",
+]
+THREE_RANKS = [
+    "target.tp_size=3",
+    "target.all_reduce=shm",
+    "cluster.num_cpus_per_target=0.5",
+    "cluster.max_restarts=0",
+    "tree.max_nodes=12",
+]
+UNDRAFTED = {"max_nodes": 0}
 PROMPTS = ["once upon a time", "one two three one two three one two", "x"]
 
 pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two CPUs")
@@ -60,10 +79,56 @@ def engine(ray_with_room: None) -> Iterator[Engine]:
         yield engine
 
 
+@pytest.fixture(scope="module")
+def without_restarts(ray_with_room: None) -> Iterator[Engine]:
+    """The last test of this file kills one of its ranks."""
+    with Engine.start(load_config("tiny-random", THREE_RANKS)) as engine:
+        yield engine
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one process says."""
+
+    reference: Reference
+    cases: list[Case]
+    texts: Mapping[str, Text]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    config, folder = load_config("tiny-random"), tmp_path_factory.mktemp("models")
+    target, drafter = (
+        resolve(model, folder, silent, "model") for model in (config.target.model, config.draft.model)
+    )
+    cases = tiny_cases() + [replace(c, id=f"warm {c.id}") for c in tiny_cases(sampling=WARM)]
+    with LocalEngine(open_source(target), open_source(drafter)) as engine:
+        return Expected(Reference(target), cases, decode(engine, cases, BOTH))
+
+
+@pytest.mark.parametrize("deployment", ["engine", "without_restarts"])
+def test_a_deployment_gives_the_text_of_one_process_and_of_transformers(
+    request: pytest.FixtureRequest, expected: Expected, ties: list[Mismatch], deployment: str
+) -> None:
+    """Two ranks over gloo, three over shared memory, gloo to the drafter."""
+    engine: Engine = request.getfixturevalue(deployment)
+    reference, cases = expected.reference, expected.cases
+    plain = ask(engine, cases, PLAIN)
+    drafted = {method: ask(engine, cases, draft) for method, draft in METHODS.items()}
+    assert_same_texts(reference, cases, expected.texts, ties, "one process")
+    assert_same_texts(reference, cases, plain, ties, "plain on Ray")
+    for method, answers in drafted.items():
+        for case in cases:
+            assert_same_tokens(
+                reference, case, plain[case.id].tokens, answers[case.id].tokens, ties, f"{method} on Ray"
+            )
+        assert sum(answer.stats.num_accepted for answer in answers.values()) > 0
+
+
 def test_speculative_answers_are_those_of_plain_decoding(engine: Engine) -> None:
     for sampling in ({}, {"temperature": 0.8, "top_p": 0.95, "seed": 3, "frequency_penalty": 0.5}):
         drafted = engine.generate([GenerationRequest(prompt, sampling) for prompt in PROMPTS])
-        plain = engine.generate([GenerationRequest(prompt, sampling, PLAIN) for prompt in PROMPTS])
+        plain = engine.generate([GenerationRequest(prompt, sampling, UNDRAFTED) for prompt in PROMPTS])
         assert [answer.tokens for answer in drafted] == [answer.tokens for answer in plain]
         assert sum(answer.stats.num_accepted for answer in drafted) > 0
         assert sum(answer.stats.num_accepted for answer in plain) == 0
@@ -117,7 +182,7 @@ def test_distilled_texts_are_what_the_target_says(engine: Engine, tmp_path: Path
         for text in texts
     ]
     requests = [
-        GenerationRequest(text.prompt_tokens, sampling, PLAIN)
+        GenerationRequest(text.prompt_tokens, sampling, UNDRAFTED)
         for text, sampling in zip(texts, samplings, strict=True)
     ]
     assert [answer.tokens for answer in engine.generate(requests)] == [text.output_tokens for text in texts]
@@ -163,30 +228,6 @@ def wait_until_idle(engine: Engine) -> None:
     wait_until(lambda: not engine.stats()["coordinator"]["num_open_requests"])
 
 
-def test_where_nothing_is_restarted_a_killed_rank_ends_requests_with_its_name_and_close_leaves_no_process(
-    ray_with_room: None,
-) -> None:
-    engine = Engine.start(load_config("tiny-random", [*TWO_RANKS, "cluster.max_restarts=0"]))
-    try:
-        stats = engine.stats()
-        pids = [stats[name]["pid"] for name in ("draft", "target 0", "target 1")]
-        stream = engine.stream("a", {"max_tokens": 450, "ignore_eos": True})
-        next(stream)
-        os.kill(stats["target 1"]["pid"], signal.SIGKILL)
-        with pytest.raises(EngineError, match="target 1 died during run"):
-            list(stream)
-        with pytest.raises(EngineError, match="target 1 died during run"):
-            engine.generate([GenerationRequest("b")])
-    finally:
-        engine.close()
-    for call in (engine.stats, engine.trace, lambda: engine.stream("a"), lambda: engine.generate([])):
-        with pytest.raises(EngineError, match="the engine was closed"):
-            call()
-    with pytest.raises(StopIteration):
-        next(stream)
-    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
-
-
 def test_a_ray_that_wants_another_token_says_so_at_once(ray_with_room: None) -> None:
     address = ray.get_runtime_context().gcs_address
     code = f"Engine.start(load_config('tiny-random', ['cluster.ray_address={address}']))"
@@ -219,3 +260,25 @@ def test_a_missing_model_is_one_line(ray_with_room: None, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"target\.model: no file or directory") as caught:
         Engine.start(config)
     assert "\n" not in str(caught.value)
+
+
+def test_where_nothing_is_restarted_a_killed_rank_ends_requests_with_its_name_and_close_leaves_no_process(
+    without_restarts: Engine,
+) -> None:
+    engine = without_restarts
+    stats = engine.stats()
+    pids = [stats[name]["pid"] for name in ("draft", "target 0", "target 1", "target 2")]
+    stream = engine.stream("a", {"max_tokens": 450, "ignore_eos": True})
+    next(stream)
+    os.kill(stats["target 1"]["pid"], signal.SIGKILL)
+    with pytest.raises(EngineError, match="target 1 died during run"):
+        list(stream)
+    with pytest.raises(EngineError, match="target 1 died during run"):
+        engine.generate([GenerationRequest("b")])
+    engine.close()
+    for call in (engine.stats, engine.trace, lambda: engine.stream("a"), lambda: engine.generate([])):
+        with pytest.raises(EngineError, match="the engine was closed"):
+            call()
+    with pytest.raises(StopIteration):
+        next(stream)
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))

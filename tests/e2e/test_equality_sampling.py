@@ -36,7 +36,7 @@ def all_cases() -> list[Case]:
     """Each sampling with each of a few prompts; all seeds differ, and some need 64 bits."""
     cases = []
     for i, (name, sampling) in enumerate(SAMPLINGS.items()):
-        for case in tiny_cases((5, 40, 130, 99), sampling):
+        for case in tiny_cases(((5, 40), (130, 99))[i % 2], sampling):
             seed = 10 * i + case.sampling.seed + (2**63 if i % 2 else 0)
             cases.append(replace(case, id=f"{name}, {case.id}", sampling=replace(sampling, seed=seed)))
     return cases

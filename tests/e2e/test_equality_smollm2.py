@@ -18,7 +18,7 @@ from support.equality import (
     num_accepted,
 )
 from support.local_engine import LocalEngine, default_options
-from support.smollm2 import NUM_SPEC_BENCH, SPEC_BENCH, SmolLM2, load_smollm2
+from support.smollm2 import LONG, NUM_SPEC_BENCH, SPEC_BENCH, SmolLM2, load_smollm2
 from support.thread_group import thread_group
 from support.tiny import NGRAM
 
@@ -29,7 +29,9 @@ FIXED = default_options(fixed_budget=True)
 
 @pytest.fixture(scope="module")
 def smollm2() -> SmolLM2:
-    return load_smollm2()
+    smollm2 = load_smollm2()
+    smollm2.reference.prepare(smollm2.spec_bench, batch_size=8)
+    return smollm2
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,9 @@ def test_lookup_gives_the_text_of_plain_decoding(
     data: str,
 ) -> None:
     engine: LocalEngine = request.getfixturevalue(ranks)
-    cases = chosen(smollm2, data)
+    # Two ranks have not read the prompts before, which is what takes the time: every other one, a long one too.
+    cases = chosen(smollm2, data)[:: 1 if ranks == "solo" or data == "shipped" else 2]
+    assert data == "shipped" or max(len(case.prompt) for case in cases) > LONG
     texts = decode(engine, cases, NGRAM)
     check(smollm2, cases, plain, texts, ties, f"ngram, {ranks}")
     assert num_accepted(texts) > 0
@@ -92,7 +96,7 @@ def test_sampled_text_is_that_of_plain_decoding_seed_for_seed(
     smollm2: SmolLM2, pair: LocalEngine, ties: list[Mismatch]
 ) -> None:
     """T = 0.8, top-p 0.95 and penalties, the same prompt under several seeds."""
-    some = [*smollm2.shipped, *smollm2.spec_bench[:36:18]]
+    some = [*smollm2.shipped[::2], *smollm2.spec_bench[:36:18]]
     cases = [
         replace(
             case,

@@ -40,7 +40,7 @@ def build(request):
         sources = small_sources(body, parameters)
         if request.param == "source":
             return source_executor({"probe": sources})
-        return ptx_executor({"probe": compile_sources("probe", sources, "sm_90a").ptx}, [])
+        return ptx_executor({"probe": compile_sources("probe", sources, "sm_90a").ptx})
 
     return make
 
@@ -143,7 +143,7 @@ def test_argument_widths_are_those_of_the_signature(build):
 def test_replay_brings_results_back_and_names_what_went_wrong():
     def program(body, sanitizer):
         return build_unit(
-            "probe", translation_unit("probe", small_sources(body)), sanitizer, "-O1", alone=True
+            "probe", translation_unit("probe", small_sources(body)), sanitizer, "-Og", alone=True
         )
 
     out = torch.zeros(64)
@@ -194,7 +194,7 @@ PTX = """.version 8.0
 def test_instructions_follow_the_isa(instruction, expected):
     ptx = PTX.format(x=0xF2345678, instruction=instruction)
     out = torch.zeros(1, dtype=torch.int32)
-    ptx_executor({"probe": ptx}, []).launch([plan_of(out, block=32)])
+    ptx_executor({"probe": ptx}).launch([plan_of(out, block=32)])
     assert out.item() & 0xFFFFFFFF == expected
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from support.cuda_on_cpu.executor import BUILD, build_unit
-from support.cuda_on_cpu.kernels import compiled
-from support.cuda_on_cpu.ptx.executor import translated_unit
+from support.cuda_on_cpu.executor import BUILD
+from support.cuda_on_cpu.kernels import ptx_kernels
 
 FAKE = Path(__file__).parents[1] / "support" / "fake_cuda"
 pytest.importorskip("cuda.core")
@@ -22,13 +21,12 @@ def environment(tmp_path_factory):
     library = folder / "libcuda.so.1"
     command = ["gcc", "-shared", "-fPIC", "-w", "-O1", FAKE / "fake_cuda.c", "-o", library, "-ldl"]
     subprocess.run([str(word) for word in command], check=True)
-    units = {stem: translated_unit(kernels.ptx, []) for stem, kernels in compiled("sm_90a").items()}
-    built = [str(build_unit(stem, unit, optimise="-O1")) for stem, unit in units.items()]
+    built = {str(path) for path in ptx_kernels("sm_90a").libraries.values()}
     paths = [str(FAKE.parents[1]), *(p for p in sys.path if p)]
     return {
         **os.environ,
         "LD_LIBRARY_PATH": str(folder),
-        "FAKE_CUDA_KERNELS": ":".join(built),
+        "FAKE_CUDA_KERNELS": ":".join(sorted(built)),
         "PYTHONPATH": ":".join(paths),
     }
 

@@ -32,7 +32,7 @@ def noise(request):
     if request.param == "source":
         executor = source_executor({"probe": sources})
     else:
-        executor = ptx_executor({"probe": compile_sources("probe", sources, request.param).ptx}, [])
+        executor = ptx_executor({"probe": compile_sources("probe", sources, request.param).ptx})
     key = noise_key(11, 5)
     tokens = np.concatenate((np.arange(NUM_TOKENS - 3), [0xFFFFFFFF, 0x80000000, 0x7FFFFFFF])).astype(
         np.uint32

@@ -22,7 +22,7 @@ def test_triton_attention_runs_right_in_the_ptx_executor(dtype):
     ptx, shared_bytes = compile_for_sm80(dtype)
     for instruction in ("mma.sync", "ldmatrix", "cp.async"):
         assert instruction in ptx
-    executor = ptx_executor({"triton": ptx}, [])
+    executor = ptx_executor({"triton": ptx})
     random = torch.Generator().manual_seed(0)
     for num_rows in (5, 70, 128):
         q, k, v = (torch.randn(num_rows, HEAD_DIM, generator=random).to(dtype) for _ in range(3))

@@ -30,6 +30,7 @@ from outrider.cluster.bench.identity import TOLERANCE_OF_DTYPE, Mismatch
 from outrider.cluster.bench.metrics import first_difference
 from outrider.kernels.noise import gumbel
 from outrider.kernels.shard_ids import ShardIds
+from outrider.workers.answer import Completion
 from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.law import edit_rows
 from outrider.workers.sequences.params import SamplingParams
@@ -195,7 +196,11 @@ def assert_same_tokens(
 
 
 def assert_same_texts(
-    reference: Reference, cases: Sequence[Case], texts: Mapping[str, Text], ties: list[Mismatch], what: str
+    reference: Reference,
+    cases: Sequence[Case],
+    texts: Mapping[str, Text | Completion],
+    ties: list[Mismatch],
+    what: str,
 ) -> None:
     """`assert_same_tokens` of every case with what `reference` says."""
     for case in cases:

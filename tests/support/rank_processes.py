@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from outrider.workers.first_gpu.processes import PRELOADED
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.link.distributed import Link, connect_store, join_group, open_store
 from outrider.workers.link.lost import PeerLostError
@@ -81,8 +82,9 @@ class RankProcesses:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        # Modules of `support` cannot be preloaded: the server does not have the tests on its path.
-        self._context.set_forkserver_preload(["outrider.workers.link.distributed"])
+        # Modules of `support` cannot be preloaded: the server does not have the tests on its path. There is one
+        # server for all tests of a process, so it has what `WorkerProcess` needs, too.
+        self._context.set_forkserver_preload(PRELOADED)
         self._running: list[tuple[BaseProcess, Connection]] = []
 
     def start(self, work: Callable[[Any], Any], argument: object) -> None:

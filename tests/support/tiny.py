@@ -16,7 +16,8 @@ from support.local_engine import default_options
 from support.models import random_model
 
 VOCAB_SIZE = 320
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+# As many tokens as a page has rows: every text crosses the end of a page.
+GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
 
 NGRAM = DraftOptions(("ngram",), 8, 6)
 MODEL = DraftOptions(("model",), 8, 6)

@@ -19,6 +19,7 @@ from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
 
+PRELOADED = ["outrider.workers.draft", "outrider.workers.target"]
 CALL_S = 60.0  # on a CPU, of tiny models; a GPU's captures take longer
 
 
@@ -29,7 +30,7 @@ class WorkerProcess:
         """`make(*args)` makes the object, in its process; `limit_s` bounds the wait in `call`."""
         # A fork server imports torch once for all workers of a test run.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["outrider.workers.draft", "outrider.workers.target"])
+        context.set_forkserver_preload(PRELOADED)
         self._pipe, remote = context.Pipe()
         self._process = context.Process(target=_serve, args=(remote, make, args), daemon=True)
         self._process.start()

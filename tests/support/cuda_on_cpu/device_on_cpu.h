@@ -1,7 +1,6 @@
 // The part of the CUDA language that kernels/*.cu use, on top of runtime.h. Included by kernels/device.cuh in place
 // of the inline PTX.
 #pragma once
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>

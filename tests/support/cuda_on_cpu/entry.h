@@ -6,8 +6,7 @@
 #undef blockDim
 #undef gridDim
 #include <cstdio>
-#include <string>
-#include <tuple>
+#include <cstring>
 #include <utility>
 
 namespace cuda_on_cpu {
@@ -40,7 +39,7 @@ extern "C" int run_kernel(const char* name, const u32* grid, const u32* block, s
   const Index g = {grid[0], grid[1], grid[2]}, b = {block[0], block[1], block[2]};
   const Schedule schedule = {(Order)order, eager_copies != 0, seed};
 #define RUN(kernel) \
-  if (std::string(name) == #kernel) return launch_source(kernel, arguments, g, b, shared_bytes, schedule, error, error_size);
+  if (!strcmp(name, #kernel)) return launch_source(kernel, arguments, g, b, shared_bytes, schedule, error, error_size);
   KERNEL_LIST(RUN)
 #undef RUN
   snprintf(error, error_size, "no kernel %s", name);

@@ -9,7 +9,7 @@ import hashlib
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +50,13 @@ SCHEDULES = tuple(Schedule(order, eager, 7) for order in ORDERS for eager in (Fa
 
 
 class Executor:
-    """A shared object of kernels. `launch` runs plans on CPU tensors in this process."""
+    """Kernels in shared objects. `launch` runs plans on CPU tensors in this process."""
 
-    def __init__(self, libraries: Sequence[Path]) -> None:
-        self._libraries = {path.name.split("-")[0]: ctypes.CDLL(str(path)) for path in libraries}
+    def __init__(self, libraries: Mapping[str, Path]) -> None:
+        """`libraries`: by kernel, what it was built into."""
+        self.libraries = dict(libraries)
+        loaded = {path: ctypes.CDLL(str(path)) for path in set(self.libraries.values())}
+        self._run = {kernel: loaded[path].run_kernel for kernel, path in self.libraries.items()}
 
     def launch(self, plans: Iterable[LaunchPlan], schedule: Schedule = Schedule()) -> None:
         """Raises KernelError when the runtime stops a kernel. A wild access ends the process: replay untrusted
@@ -62,7 +65,7 @@ class Executor:
             values = [np.asarray(argument_value(a)) for a in plan.arguments]
             pointers = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
             error = ctypes.create_string_buffer(2048)
-            failed = self._libraries[plan.source].run_kernel(
+            failed = self._run[plan.kernel](
                 plan.kernel.encode(),
                 (ctypes.c_uint32 * 3)(*plan.grid),
                 (ctypes.c_uint32 * 3)(plan.block, 1, 1),
@@ -91,7 +94,10 @@ def kernel_names(sources: Sources, stem: str) -> list[str]:
 
 def source_executor(units: dict[str, Sources]) -> Executor:
     """Kernels compiled from their own source: {stem: sources}."""
-    return Executor([build_unit(stem, translation_unit(stem, sources)) for stem, sources in units.items()])
+    built = {stem: build_unit(stem, translation_unit(stem, sources)) for stem, sources in units.items()}
+    return Executor(
+        {name: built[stem] for stem, sources in units.items() for name in kernel_names(sources, stem)}
+    )
 
 
 def translation_unit(stem: str, sources: Sources) -> Sources:

@@ -1,6 +1,7 @@
 // e4m3 numbers by definition: a sign, a multiple of 2^-9 that four bits hold, or of more up to 448; all ones are NaN.
 #pragma once
-#include <algorithm>
+#include <bits/stl_algobase.h>
+
 #include <cmath>
 #include <limits>
 

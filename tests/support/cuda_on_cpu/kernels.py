@@ -21,7 +21,7 @@ def source_kernels() -> Executor:
 
 @cache
 def ptx_kernels(target: str) -> Executor:
-    return ptx_executor({stem: kernels.ptx for stem, kernels in compiled(target).items()}, [])
+    return ptx_executor({stem: kernels.ptx for stem, kernels in compiled(target).items()})
 
 
 def only(sources: Sources, stem: str, names: list[str]) -> Sources:

@@ -206,7 +206,7 @@ def hunt(bug: PlantedBug, executor: str, checks: Sequence[str] = ("none", "threa
     else:
         unit = translation_unit(bug.stem, sources)
     for sanitizer in checks:
-        program = build_unit(f"planted_{bug.stem}", unit, sanitizer, "-O1", alone=True)
+        program = build_unit(f"planted_{bug.stem}", unit, sanitizer, "-Og", alone=True)
         for case in cases_for(bug) if sanitizer == "none" else cases:
             for schedule in SCHEDULES if sanitizer == "none" else (SCHEDULES[0], SCHEDULES[1]):
                 found = _try(program, bug.stem, case, schedule, numbers=sanitizer == "none")

@@ -1,6 +1,5 @@
 // What translated PTX needs: instructions with more to them than a C++ operator, by the PTX ISA's definitions.
 #pragma once
-#include <algorithm>
 #include <bit>
 #include <cfenv>
 #include <cmath>

@@ -1,6 +1,7 @@
 // Replays a case file: `program CASE RESULT ORDER EAGER SEED`. Buffers have their exact sizes, so that
 // AddressSanitizer sees one byte too far. Format: replay.py. Exit status 64: the runtime reported an error.
 #include <cstdlib>
+#include <string>
 #include <vector>
 
 int main(int, char** argv) {

@@ -5,6 +5,9 @@
 // cp.async groups landing as late as the waits allow or at once, the order in which warps and blocks run.
 // What is not: timing, memory ordering between blocks, rounding inside the tensor cores, approximate functions.
 #pragma once
+// Many small units include these headers: of the standard library only what takes the compiler little time.
+#include <bits/stl_algobase.h>  // std::min and std::max, without the rest of <algorithm>
+
 #include <cstddef>
 #include <cstdint>
 

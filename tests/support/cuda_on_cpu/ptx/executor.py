@@ -1,6 +1,8 @@
 """The executor of what NVRTC made of the kernels: PTX, translated to C++, on the same runtime as the source."""
 
 import re
+from functools import cache
+from pathlib import Path
 
 from outrider.kernels.compiler import Sources
 from support.cuda_on_cpu.executor import Executor, build_unit, with_entry
@@ -10,19 +12,34 @@ from support.cuda_on_cpu.ptx.emitter import translate
 INSTRUCTION_SETS = (arithmetic, machine)  # importing them fills the table of instructions
 
 
+# It takes half of the time that -O1 takes, which is minutes for all kernels, and they run as fast.
+OPTIMISE = "-Og"
+
+
 def translated_unit(ptx: str, names: list[str]) -> Sources:
-    """C++ of the PTX executor for some kernels of a module (all where `names` is empty).
+    """C++ of the PTX executor for some kernels of a module."""
+    return {"main.cpp": with_entry(translate(ptx, names), names)}
 
-    Targets whose PTX differs only in the `.target` line give the same C++, which is then compiled once.
+
+def ptx_executor(modules: dict[str, str]) -> Executor:
+    """{stem: PTX}.
+
+    The kernels of a cache in FP8 are a unit of their own: it is in them that targets differ. Of what targets share
+    the C++ is the same text, so it is made and compiled once.
     """
-    present = names or re.findall(r"\.entry (\w+)\(", ptx)
-    return {"main.cpp": with_entry(translate(ptx, names), present)}
+    libraries = {}
+    for stem, ptx in modules.items():
+        libraries |= _libraries(stem, re.sub(r"(?m)^\.target .*", "", ptx))
+    return Executor(libraries)
 
 
-def ptx_executor(modules: dict[str, str], names: list[str]) -> Executor:
-    """{stem: PTX}; `names` restricts the kernels, to save the C++ compiler time."""
-    units = {
-        stem: translated_unit(ptx, [n for n in names if f".entry {n}(" in ptx])
-        for stem, ptx in modules.items()
-    }
-    return Executor([build_unit(stem, unit, optimise="-O1") for stem, unit in units.items()])
+@cache
+def _libraries(stem: str, ptx: str) -> dict[str, Path]:
+    names = re.findall(r"\.entry (\w+)\(", ptx)
+    narrow = [name for name in names if "_fp8" in name]
+    found = {}
+    for unit in (narrow, [name for name in names if name not in narrow]):
+        if unit:
+            library = build_unit(stem, translated_unit(ptx, unit), optimise=OPTIMISE)
+            found |= dict.fromkeys(unit, library)
+    return found

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 class PtxError(ValueError):
@@ -37,6 +38,7 @@ class PtxModule:
     shared: dict[str, int]
 
 
+@lru_cache(1)  # a module is translated in parts
 def parse_ptx(text: str) -> PtxModule:
     text = re.sub(r"//[^\n]*", "", text)
     text = re.sub(r"(?m)^[ \t]*\.(loc|file)\b[^\n]*$", "", text)  # lines without a semicolon
