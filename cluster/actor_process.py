@@ -32,13 +32,12 @@ class ProgressBoard:
             return list(self._stages.values())
 
 
-def in_place(group: PlacementGroup, place: Place, num_threads: int) -> dict[str, Any]:
-    """Options of an actor that goes there and computes on so many threads."""
+def in_place(group: PlacementGroup, place: Place) -> dict[str, Any]:
+    """Options of an actor that goes there."""
     return {
         "num_cpus": place.num_cpus,
         "num_gpus": place.num_gpus,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, place.bundle),
-        "runtime_env": {"env_vars": _thread_variables(num_threads)},
     }
 
 
@@ -50,13 +49,17 @@ def whereabouts() -> dict[str, Any]:
     return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
 
-def _thread_variables(num_threads: int) -> dict[str, str]:
-    """OpenMP reads these when torch is imported, which is before a worker could call torch.set_num_threads.
+def use_threads(num_threads: int) -> None:
+    """Lets this process compute on so many. To be called before torch is imported, with which OpenMP reads these
+    variables: torch.set_num_threads would be too late.
+
+    Ray could set them for a new process (`runtime_env`), but would then have none ready: those that it starts as it
+    starts itself have none set.
 
     Threads that wait spin for about a millisecond, then sleep: within a forward the next matrix comes sooner
     (sleeping at once made a 0.5B forward of 37 ms take 49 ms), between forwards the core may be another's.
     """
-    return {
+    os.environ |= {
         "OMP_NUM_THREADS": str(num_threads),
         "MKL_NUM_THREADS": str(num_threads),
         "GOMP_SPINCOUNT": "30000",

@@ -17,6 +17,7 @@ from outrider.cluster.actor_process import (
     ProgressBoard,
     in_place,
     own_gpus,
+    use_threads,
     whereabouts,
 )
 from outrider.cluster.api import Progress
@@ -71,6 +72,8 @@ class TargetActor:
     """One rank of the target; in rank 0's process, where needed, also a stand-in for the DraftWorker."""
 
     def __init__(self, config: Config, rank: int) -> None:
+        use_threads(config.target.num_threads)
+
         from outrider.workers.target import TargetWorker
 
         self._config = config
@@ -139,6 +142,7 @@ class DraftActor:
     def __init__(self, config: Config, others: Sequence[Place]) -> None:
         """others: where the further ranks go."""
         self._ranks = DraftRanks(config, others)  # first: they import torch at the same time
+        use_threads(config.draft.num_threads)
 
         from outrider.workers.draft import DraftWorker
 
@@ -243,7 +247,7 @@ class ActorSpawner:
         drafts, targets = places_in(self.group, self.config)
         if name == "draft":
             drafter = _with_groups(DraftActor)
-            options = in_place(self.group, drafts[0], self.config.draft.num_threads)
+            options = in_place(self.group, drafts[0])
             return drafter.options(**options).remote(self.config, drafts[1:])
         rank = self._rank(name)
         return self._spawn_rank(rank, targets[rank])
@@ -258,7 +262,7 @@ class ActorSpawner:
         return worker_names(self.config).index(name) - 1
 
     def _spawn_rank(self, rank: int, place: Place) -> Any:
-        options = in_place(self.group, place, self.config.target.num_threads)
+        options = in_place(self.group, place)
         return _with_groups(TargetActor).options(**options).remote(self.config, rank)
 
 

@@ -188,8 +188,8 @@ def prepare_admission(config: Config, report: Progress) -> Admission:
     Raises ValueError when a model is missing or the drafter's tokenizer is another one.
     """
     # torch comes with these; the driver, which only names this function, does without.
+    from outrider.workers.capacity import max_sequence_tokens
     from outrider.workers.sampling.grammars import Grammars
-    from outrider.workers.setup import max_sequence_tokens
     from outrider.workers.weights.resolver import read_config, resolve_description, resolve_tokenizer
     from outrider.workers.weights.token_texts import token_texts
     from outrider.workers.weights.tokenizer import end_token_ids, load_tokenizer, same_tokenizer

@@ -13,7 +13,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from outrider.cluster.actor_process import CONCURRENCY_GROUPS, ProgressBoard, in_place, own_gpus, whereabouts
+from outrider.cluster.actor_process import (
+    CONCURRENCY_GROUPS,
+    ProgressBoard,
+    in_place,
+    own_gpus,
+    use_threads,
+    whereabouts,
+)
 from outrider.cluster.api import Progress
 from outrider.cluster.placement import Place
 from outrider.configs.schema import Config
@@ -27,6 +34,8 @@ class DraftRankActor:
     """One of them."""
 
     def __init__(self, config: Config, rank: int) -> None:
+        use_threads(config.draft.num_threads)
+
         from outrider.workers.draft_rank import DraftRank
 
         self._rank = DraftRank(config, rank, own_gpus())
@@ -63,7 +72,7 @@ class DraftRanks:
         rank_actor = remote(concurrency_groups=CONCURRENCY_GROUPS)(DraftRankActor)
         self._ranks: dict[str, Any] = {}  # by name
         for rank, place in enumerate(places, start=1):
-            options = in_place(group, place, config.draft.num_threads)
+            options = in_place(group, place)
             self._ranks[f"draft {rank}"] = rank_actor.options(**options).remote(config, rank)
         self._loads: list[Any] = []
         self._following: dict[str, Any] = {}

@@ -67,7 +67,7 @@ class Engine:
         except BaseException:
             session.close()
             raise
-        succession = Succession(config, group)
+        succession = Succession(config, group, session.daemons)
         engine = cls(session, group, succession)
         try:
             for warning in succession.start(progress):

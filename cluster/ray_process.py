@@ -2,16 +2,17 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import psutil
-from ray._private import worker as ray_worker
 from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 from ray._private.worker import global_worker
+
+from outrider.cluster.ray_watch import Daemon
 
 Made = TypeVar("Made")
 
@@ -49,12 +50,10 @@ def keep_token_private(home: Path) -> None:
         ) from error
 
 
-def started_processes() -> list[int]:
-    """Process ids of the Ray that this process has started: its daemons and what these have started, at this time."""
-    node: Any = ray_worker._global_node
-    daemons = [info.process.pid for infos in node.all_processes.values() for info in infos]
-    pids = set(daemons)
-    for pid in daemons:
+def with_children(daemons: Mapping[str, Daemon]) -> list[int]:
+    """Ids of these processes and of what they have started, at this time."""
+    pids = {daemon.pid for daemon in daemons.values()}
+    for pid in tuple(pids):
         with suppress(psutil.NoSuchProcess):
             pids.update(child.pid for child in psutil.Process(pid).children(recursive=True))
     return sorted(pids)

@@ -23,6 +23,10 @@ _SILENT_S = 40.0  # a head that is started again is back by then; at 60 Ray ends
 class Daemon(Protocol):
     """A process that this one started."""
 
+    @property
+    def pid(self) -> int:
+        """Its id."""
+
     def poll(self) -> int | None:
         """How it has ended; None while it runs."""
 
@@ -69,12 +73,16 @@ class RayWatch:
         return ""
 
 
-def watch_ray() -> RayWatch:
-    """Over the Ray that this process is connected to."""
+def started_daemons() -> Mapping[str, Daemon]:
+    """Of the Ray that `ray.init` has started in this process, by Ray's names; none where it has joined one."""
+    node: Any = ray_worker._global_node
+    return {} if node is None else {name: infos[0].process for name, infos in node.all_processes.items()}
+
+
+def watch_ray(started: Mapping[str, Daemon]) -> RayWatch:
+    """Over the Ray that this process is connected to. started: the processes of it that this one has started."""
     if ray_client.is_connected():  # by a server of Ray's, which watches itself
         return RayWatch({}, "", "")
-    node: Any = ray_worker._global_node
-    started = {} if node is None else node.all_processes
-    daemons = {name: started[name][0].process for name in _VITAL if started.get(name)}
+    daemons = {name: started[name] for name in _VITAL if name in started}
     context = ray.get_runtime_context()
     return RayWatch(daemons, "" if daemons else context.gcs_address, context.get_node_id())

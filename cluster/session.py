@@ -3,50 +3,37 @@
 import logging
 import os
 import threading
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import ray
 from ray._raylet import Config as RayCoreConfig  # type: ignore[attr-defined]  # a compiled module
 
 from outrider.cluster.guard import Guard
 from outrider.cluster.interrupts import interrupts_deferred
+from outrider.cluster.local_ray import LocalRay
 from outrider.cluster.ray_errors import check_joinable, start_failure
-from outrider.cluster.ray_process import Keeper, keep_token_private, started_processes, stop_reports
+from outrider.cluster.ray_process import Keeper, keep_token_private, stop_reports, with_children
+from outrider.cluster.ray_watch import Daemon, started_daemons
 from outrider.cluster.session_folder import SessionFolder, remove_abandoned
 from outrider.configs.schema import ClusterConfig
 
-# The control plane carries no tensors; Ray's default would map 30 % of the memory.
-_OBJECT_STORE_BYTES = 128 * 2**20
 
-
-def _connect(cluster: ClusterConfig, num_cpus: int) -> SessionFolder | None:
-    """The folder of the Ray that was started, if one was."""
+def _join(cluster: ClusterConfig) -> None:
+    """A Ray that is there."""
     address = cluster.ray_address
-    if address != "local":
-        if not address.startswith("ray://"):
-            check_joinable(address, cluster.ray_auth)
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-        stop_reports()
-        return None
-    context: Any = ray.init(
-        "local",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        # Ray gives workers way to everything else (nice 15); here the workers are what the machine is for. And its
-        # head remembers every call for the dashboard, which there is none of: under load, 13 MB a minute.
-        _system_config={"worker_niceness": 0, "task_events_report_interval_ms": 0},
-    )
-    path = Path(context.address_info["session_dir"])
-    folder = SessionFolder(path)
-    remove_abandoned(path.parent)
+    if not address.startswith("ray://"):
+        check_joinable(address, cluster.ray_auth)
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     stop_reports()
-    return folder
+
+
+def _start(num_cpus: int) -> LocalRay:
+    local = LocalRay(num_cpus)
+    stop_reports()
+    return local
 
 
 class RaySession:
@@ -57,7 +44,8 @@ class RaySession:
 
     def __init__(self, cluster: ClusterConfig, num_cpus: int) -> None:
         self._owned = not ray.is_initialized()
-        self._keeper: Keeper[SessionFolder | None] | None = None
+        self._local: LocalRay | None = None
+        self._keeper: Keeper[LocalRay] | None = None
         self._folder: SessionFolder | None = None
         self._guard: Guard | None = None
         if not self._owned:
@@ -70,16 +58,19 @@ class RaySession:
         RayCoreConfig.initialize("")
         try:
             with interrupts_deferred():
-                connect = partial(_connect, cluster, num_cpus)
-                if threading.current_thread() is threading.main_thread():
-                    self._folder = (
-                        connect()
-                    )  # the signal handlers that Ray wants are set by this thread alone
+                if cluster.ray_address != "local":
+                    _join(cluster)
+                elif threading.current_thread() is threading.main_thread():
+                    # The signal handlers that Ray wants are set by this thread alone.
+                    self._local = _start(num_cpus)
                 else:
-                    self._keeper = Keeper(connect)
-                    self._folder = self._keeper.made
-            if cluster.ray_address == "local" and hasattr(os, "pidfd_open"):
-                self._guard = Guard(started_processes())
+                    self._keeper = Keeper(partial(_start, num_cpus))
+                    self._local = self._keeper.made
+            if self._local is not None:
+                self._folder = SessionFolder(self._local.folder)
+                remove_abandoned(self._local.folder.parent)
+                if hasattr(os, "pidfd_open"):
+                    self._guard = Guard(with_children(self.daemons))
         except (KeyboardInterrupt, ValueError):
             self.close()
             raise
@@ -87,9 +78,16 @@ class RaySession:
             self.close()
             raise start_failure(error, cluster.ray_address) from error
 
+    @property
+    def daemons(self) -> Mapping[str, Daemon]:
+        """Those of a Ray that this process has started, here or with a `ray.init` of its own, by Ray's names."""
+        return started_daemons() if self._local is None else self._local.daemons
+
     def close(self, failed: bool = False) -> None:
         """failed: Ray's logs may say why, so they are kept for a day."""
-        if self._owned and ray.is_initialized():
+        if self._local is not None:
+            self._local.stop()
+        elif self._owned and ray.is_initialized():
             ray.shutdown()
         if self._guard is not None:
             if failed:  # Ray may be what failed: its agents look for its head for a minute

@@ -3,7 +3,7 @@
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from outrider.cluster.actor_process import use_threads
 from outrider.cluster.actors import ActorSpawner, worker_names
 from outrider.cluster.api import EngineError, Progress
 from outrider.cluster.calls import CLOSED, Calls, result_of_call
@@ -19,7 +20,7 @@ from outrider.cluster.client.ray_address import COORDINATOR_PREFIX
 from outrider.cluster.coordinator import Coordinator
 from outrider.cluster.orders import Orders
 from outrider.cluster.placement import COORDINATOR_BUNDLE
-from outrider.cluster.ray_watch import watch_ray
+from outrider.cluster.ray_watch import Daemon, watch_ray
 from outrider.cluster.restarts import Restarts
 from outrider.cluster.spares import Spares
 from outrider.configs.schema import Config
@@ -33,6 +34,14 @@ _QUIET_S = 5.0  # after a start, in which first requests want the machine
 _COORDINATOR = "coordinator"
 
 
+class CoordinatorActor(Coordinator):
+    """In a process of its own."""
+
+    def __init__(self, config: Config, orders: Orders) -> None:
+        use_threads(1)
+        super().__init__(config, orders)
+
+
 class Succession:
     """Starts a Coordinator, and another one in place of each that is lost, as often as `cluster.max_restarts` lets
     it. The workers stay: they belong to this, the client's process, and so does every further one (`orders.py`).
@@ -40,7 +49,8 @@ class Succession:
     calls: of the present one.
     """
 
-    def __init__(self, config: Config, group: PlacementGroup) -> None:
+    def __init__(self, config: Config, group: PlacementGroup, daemons: Mapping[str, Daemon]) -> None:
+        """daemons: of the Ray that this process has started, if it has."""
         self._config = config
         self._group = group
         self._spawner = ActorSpawner(config, group)
@@ -50,7 +60,7 @@ class Succession:
         self._starting = threading.Lock()
         self._closed = threading.Event()
         self._server_url = ""
-        self._watch = watch_ray()
+        self._watch = watch_ray(daemons)
         self._spares = Spares(_spare_names(config), self._create_spare, self._starting, self._closed)
         self.calls = Calls(self._create(config.cluster.num_cpus_for_coordinator))
 
@@ -154,12 +164,11 @@ class Succession:
         return coordinator
 
     def _create(self, num_cpus: float) -> Any:
-        actor: Any = ray.remote(Coordinator)
+        actor: Any = ray.remote(CoordinatorActor)
         return actor.options(
             name=COORDINATOR_PREFIX + uuid.uuid4().hex,
             num_cpus=num_cpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, COORDINATOR_BUNDLE),
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
         ).remote(self._config, Orders())
 
 

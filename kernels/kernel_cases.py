@@ -20,12 +20,10 @@ from outrider.kernels.attention_work import AttentionShape, shape_of_tiles
 from outrider.kernels.gather_rows import plan_gather_rows
 from outrider.kernels.kv_commit import plan_kv_commit
 from outrider.kernels.launch_plans import FP8
-from outrider.kernels.noise import noise_key
 from outrider.kernels.prepared import Check, Guards, PreparedCase
 from outrider.kernels.rope_append import plan_rope_append, round_to_fp8
 from outrider.kernels.row_cases import prepare_add_rms_norm, prepare_silu_mul
-from outrider.kernels.sample_shard import plan_sample_shard, sample_shard
-from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.sampling_cases import prepare_sample_shard
 from outrider.kernels.tree_attention import plan_tree_attention
 from outrider.kernels.tree_batch import TreeBatch
 
@@ -217,44 +215,6 @@ def prepare_gather_rows(row_shape: tuple[int, ...], dtype: torch.dtype, device: 
     return PreparedCase(name, "gather_rows", (plan,), (check,), tuple(guards.buffers), 2 * out.nbytes, 0)
 
 
-def prepare_sample_shard(
-    vocab_size: int, vocab_offset: int, device: torch.device, step: int = 1
-) -> PreparedCase:
-    """Rows at several temperatures, one greedy with a tie, one nearly flat, one with most tokens removed; every
-    `step`-th id has a column."""
-    random = torch.Generator().manual_seed(4)
-    logits = torch.randn(5, vocab_size + 3, generator=random)[:, :vocab_size] * 4  # a stride beyond the row
-    logits[1, [vocab_size // 3, vocab_size - 1]] = 40.0
-    logits[2] /= 1000
-    logits[3, torch.arange(vocab_size) % 7 != 2] = -torch.inf
-    temperatures = [0.7, 0.0, 1.0, 1.0, 1.8]
-    keys = [noise_key(seed, 100 + seed) for seed in range(5)]
-    ids = ShardIds(torch.arange(vocab_size) * step + vocab_offset)
-    expected = sample_shard(logits, temperatures, keys, ids)
-    guards = Guards(device)
-    scores, tokens = guards.empty((5,), torch.float32), guards.empty((5,), torch.int64)
-    largest, sums = guards.empty((5,), torch.float32), guards.empty((5,), torch.float32)
-    plan = plan_sample_shard(
-        logits.to(device),
-        torch.tensor(temperatures, device=device),
-        torch.tensor(keys, device=device),
-        vocab_offset,
-        ids.table.to(device),
-        scores,
-        tokens,
-        largest,
-        sums,
-    )
-    checks = (
-        Check("tokens", tokens, expected.ids, 0),
-        Check("scores", scores, expected.values, 2e-7),
-        Check("largest", largest, expected.maxima, 2e-7),
-        Check("exponential sums", sums, expected.exp_sums, 1e-5),
-    )
-    name = f"sample_shard: {vocab_size} tokens" + ("" if step == 1 else f", every {step}th id")
-    return PreparedCase(name, "sample_shard", (plan,), checks, tuple(guards.buffers), 4 * logits.numel(), 0)
-
-
 Preparation = Callable[[torch.device], PreparedCase]
 
 
@@ -281,6 +241,7 @@ def kernel_cases(attention_cases: Sequence[AttentionCase] = ATTENTION_CASES) -> 
                 (2, 130, torch.float32),
             )
         ),
-        *(partial(prepare_sample_shard, size, offset) for size, offset in ((5, 0), (3001, 152_000))),
-        partial(prepare_sample_shard, 500, 17, step=5),
+        partial(prepare_sample_shard, 5, 0),
+        partial(prepare_sample_shard, 1501, 152_000),
+        partial(prepare_sample_shard, 600, 17, step=5, coarse=True),
     ]

@@ -66,6 +66,7 @@ FLOORS = (
     {"sequences", "weights", "memory", "trace", "last_resort", "routing"},
     {"link", "timing", "draft_heads", "answer"},
     {"model", "sampling", "judging"},
+    {"capacity"},
     {"setup", "target_state"},
     {"drafting", "training"},
     {"rounds", "target"},

@@ -133,6 +133,27 @@ def test_workers_start_without_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_heads_are_read_without_the_compiler_of_torch() -> None:
+    """It is imported by the first of some operations on the meta device, and takes longer than torch."""
+    code = (
+        "import sys, outrider.workers.draft_heads.checkpoint as checkpoint; from outrider.configs import loader;"
+        "checkpoint.read_eagle3(loader.HEADS_DIR / 'smollm2-eagle3');"
+        "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_coordinator_reads_what_it_needs_of_a_model_without_torch() -> None:
+    """More than a second of a processor to import, before the first worker could begin to load."""
+    code = (
+        "import sys, outrider.cluster.coordinator; from outrider.cluster.admission import prepare_admission;"
+        "from outrider.configs.loader import load_config;"
+        "prepare_admission(load_config('tiny-random'), lambda stage, done, total: None).calibration();"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_every_public_name_is_there() -> None:
     for name in outrider.__all__:
         assert getattr(outrider, name)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from outrider.configs.schema import Config
+from outrider.workers.capacity import num_target_pages
 from outrider.workers.draft_rank import NoOtherRanks, OtherRanks
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.method import MethodContext
@@ -42,7 +43,6 @@ from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.setup import (
     load_model,
     load_target_tensors,
-    num_target_pages,
     read_model_config,
     target_grammars,
     torch_device,
@@ -172,6 +172,7 @@ class DraftWorker:
             cost = CostModel(self._loop.cost.target)
             with self._working():
                 stats = draft_alone(request, name, self._link, self._scheduler, self._drafting, cost, heard)
+            heard(tokens)
             found.append(warning_of(name, checkpoints[name], stats))
         return [warning for warning in found if warning]
 

@@ -31,7 +31,8 @@ from outrider.workers.rounds.growth import GrowthOptions
 from outrider.workers.rounds.loop import LoopOptions, RoundLoop
 from outrider.workers.rounds.scheduler import Scheduler, SchedulerLimits
 from outrider.workers.sampling.context import SampledRows
-from outrider.workers.sampling.sampler import Sampler, Samples
+from outrider.workers.sampling.logprobs import NO_QUESTIONS, LawQuestions
+from outrider.workers.sampling.sampler import Prepared, Sampler, Samples
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
@@ -129,19 +130,29 @@ class _TimedSampler(Sampler):
         super().__init__(vocab_size, VocabularyRange(0, vocab_size), SoloCommunicator())
         self._clock = clock
 
-    def propose(
-        self, logits: torch.Tensor, groups: Sequence[SampledRows], num: int
+    def prepare(
+        self, groups: Sequence[SampledRows], questions: LawQuestions = NO_QUESTIONS, num: int = 1
+    ) -> Prepared:
+        with self._clock:
+            return super().prepare(groups, questions, num)
+
+    def propose_prepared(
+        self, logits: torch.Tensor, prepared: Prepared, num: int, there: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with self._clock:
-            return super().propose(logits, groups, num)
+            return super().propose_prepared(logits, prepared, num, there)
 
 
 class _TimedRank(TargetRank):
     clock: _Clock
 
-    def sample(self, steps: Steps, rows: TreeRows, logits: torch.Tensor) -> Samples:
+    def prepare(self, steps: Steps, rows: TreeRows) -> Prepared:
         with self.clock:
-            return super().sample(steps, rows, logits)
+            return super().prepare(steps, rows)
+
+    def sample(self, prepared: Prepared, logits: torch.Tensor, asked: Sequence[torch.Tensor]) -> Samples:
+        with self.clock:
+            return super().sample(prepared, logits, asked)
 
 
 class _DirectLink:

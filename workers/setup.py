@@ -13,11 +13,12 @@ import torch
 
 from outrider.configs.schema import Config
 from outrider.kernels.selection import DEFAULT_MEMORY, ENTRIES, KernelSelection, select_kernels
+from outrider.workers.capacity import cache_is_fp8, num_target_pages
 from outrider.workers.link.communicator import Communicator, Role, agreed
-from outrider.workers.model.cache import CacheScales, PagedCache, bytes_per_page
+from outrider.workers.model.cache import CacheScales, PagedCache
 from outrider.workers.model.fp8_cache import Fp8PagedCache
 from outrider.workers.model.loader import ModelWeights
-from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.shard import ShardPlan, bytes_per_page
 from outrider.workers.sampling.grammars import Grammars
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.integers import with_weights
@@ -192,10 +193,7 @@ def _read_texts(model: ModelConfig, speaks: ResolvedModel) -> TokenTexts:
 
 def cache_dtype(config: Config, model: ModelConfig) -> torch.dtype:
     """Of the target's KV cache."""
-    is_made_for_fp8 = model.quantization is not None and model.quantization.cache_is_fp8
-    if config.target.kv_cache_dtype != "auto" or is_made_for_fp8:
-        return FP8
-    return torch_dtype(config.target.dtype)
+    return FP8 if cache_is_fp8(config, model) else torch_dtype(config.target.dtype)
 
 
 def kernels_with_cache(kernels: KernelSelection, cache: torch.dtype) -> KernelSelection:
@@ -217,52 +215,9 @@ def target_cache(
 
 def target_cache_bytes(config: Config, plan: ShardPlan) -> int:
     """What `target_cache` takes on a rank."""
-    dtype = cache_dtype(config, plan.config)
-    per_page = bytes_per_page(plan.config, plan, dtype, config.target.page_size)
+    element_bytes = cache_dtype(config, plan.config).itemsize
+    per_page = bytes_per_page(plan, element_bytes, config.target.page_size)
     return num_target_pages(config, plan.config) * per_page
-
-
-def num_target_pages(config: Config, model: ModelConfig) -> int:
-    """KV pages of the target: the same on every rank, so the rank with the most KV heads decides.
-
-    Raises:
-        ValueError: `target.kv_cache_bytes` does not hold one page.
-    """
-    target = config.target
-    per_page = max(
-        bytes_per_page(
-            model, ShardPlan(model, rank, target.tp_size), cache_dtype(config, model), target.page_size
-        )
-        for rank in range(target.tp_size)
-    )
-    return _num_pages("target", target.kv_cache_bytes, per_page)
-
-
-def num_draft_pages(config: Config, model: ModelConfig, tp_size: int = 1) -> int:
-    """KV pages of a drafter, `draft.model` on its `draft.tp_size` ranks or draft heads on one; the same on each.
-
-    Raises:
-        ValueError: `draft.kv_cache_bytes` does not hold one page.
-    """
-    draft = config.draft
-    dtype, page_size = torch_dtype(draft.dtype), config.target.page_size
-    plans = [ShardPlan(model, rank, tp_size, "draft") for rank in range(tp_size)]
-    per_page = max(bytes_per_page(model, plan, dtype, page_size) for plan in plans)
-    return _num_pages("draft", draft.kv_cache_bytes, per_page)
-
-
-def max_sequence_tokens(config: Config, model: ModelConfig) -> int:
-    """Longest sequence (prompt and output, tokens) that can be served: context limits and the whole KV cache."""
-    rows = num_target_pages(config, model) * config.target.page_size
-    return min(config.target.max_context, model.max_context, rows)
-
-
-def _num_pages(role: str, kv_cache_bytes: int, bytes_per_page: int) -> int:
-    if kv_cache_bytes < bytes_per_page:
-        raise ValueError(
-            f"{role}.kv_cache_bytes must be at least {bytes_per_page} (one page), got {kv_cache_bytes}"
-        )
-    return kv_cache_bytes // bytes_per_page
 
 
 def counting(progress: Progress, total_bytes: int) -> Callable[[int], None]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from outrider.configs.schema import Config
+from outrider.kernels.gather_rows import gather_rows
 from outrider.kernels.transfers import upload
 from outrider.workers.drafting.registry import layers_needed
 from outrider.workers.last_resort import ABORT_GRACE_S, Interruptible
@@ -31,7 +32,8 @@ from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.sizes import weight_bytes
 from outrider.workers.model.transformer import Hidden, Transformer
 from outrider.workers.sampling.grammars import NO_GRAMMARS, Grammars
-from outrider.workers.sampling.sampler import NO_SAMPLES, Sampler, Samples
+from outrider.workers.sampling.sampler import NO_SAMPLES, Prepared, Sampler, Samples
+from outrider.workers.sequences.segments import Int64Array
 from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.setup import (
     agreed_kernels,
@@ -76,7 +78,8 @@ class TargetRank:
         """
         self.model = model
         self._cache = cache
-        self._forward = forward_of(model, cache, target_capacities(model, cache), taps)
+        capacities = target_capacities(model, cache)
+        self._forward = forward_of(model, cache, capacities, taps, with_logits=True)
         self._stretches = Stretches(model.device, tracer)
         self._num_slots, self._grammars = num_slots, grammars
         self.forget_sequences()
@@ -98,21 +101,28 @@ class TargetRank:
         """One round: keep what was accepted, compute every node, sample after the nodes that ask for it."""
         stretches, steps, sampled = self._stretches, draft.steps, draft.steps.sampled_rows
         stretches.begin()
-        on_host = (*self._sequences.apply(draft), *map(torch.from_numpy, (sampled, steps.hidden_rows)))
-        sources, targets, sampled_index, hidden_index = upload(on_host, self.model.device)
+        on_host = [*self._sequences.apply(draft), *map(torch.from_numpy, (sampled, steps.hidden_rows))]
+        prepared, computed = None, self._sequences.rows(steps)
+        # What takes long to prepare, texts that are looked through, waits until the device is busy.
+        if len(sampled) and not self._sequences.follow_texts(steps):
+            prepared = self.prepare(steps, computed)
+            on_host += prepared.on_host
+        if steps.num_rows:
+            there = self._forward.take(lay_out(self._sequences.tables, computed), on_host)
+        else:
+            there = upload(on_host, self.model.device)
+        sources, targets, sampled_index, hidden_index, *asked = there
         self._cache.commit(sources, targets)
         stretches.end("commit")
-        logits, sent = torch.empty(0, len(self.model.plan.vocab)), None
+        sent, samples = None, NO_SAMPLES
         if steps.num_rows:
-            rows = self._sequences.rows(steps)
-            hidden = self._forward(lay_out(self._sequences.tables, rows))
+            hidden = self._forward.run()
             sent = self._hidden_rows(draft, hidden, hidden_index)
             if len(sampled):
-                logits = self.model.logits_of(hidden.last, sampled_index)
+                logits = self._logits(hidden, sampled, sampled_index)
         stretches.end("forward", steps.num_rows)
-        samples = NO_SAMPLES
         if len(sampled):
-            samples = self.sample(steps, rows, logits)
+            samples = self.sample(prepared or self.prepare(steps, computed), logits, asked)
         stretches.end("sample", len(sampled))
         commit_s, forward_s, sample_s = stretches.settle()
         asking = self._sequences.asking(steps)
@@ -133,10 +143,21 @@ class TargetRank:
             hidden=sent,
         )
 
-    def sample(self, steps: Steps, rows: TreeRows, logits: torch.Tensor) -> Samples:
+    def prepare(self, steps: Steps, rows: TreeRows) -> Prepared:
+        """What the laws of the sampled nodes depend on besides the logits."""
+        return self._sampler.prepare(self._sequences.sampled(steps, rows), self._sequences.questions(steps))
+
+    def sample(self, prepared: Prepared, logits: torch.Tensor, asked: Sequence[torch.Tensor]) -> Samples:
         """The target's token after every sampled node, from logits [M, vocab_shard], and what else is asked."""
-        groups, questions = self._sequences.sampled(steps, rows), self._sequences.questions(steps)
-        return self._sampler.sample(logits, groups, questions)
+        return self._sampler.sample_prepared(logits, prepared, asked)
+
+    def _logits(self, hidden: Hidden, sampled: Int64Array, index: torch.Tensor) -> torch.Tensor:
+        """[M, vocab_shard] of the sampled rows, which are mostly all."""
+        if hidden.logits is None:
+            return self.model.logits_of(hidden.last, index)
+        if len(sampled) == len(hidden.logits):
+            return hidden.logits
+        return gather_rows(hidden.logits, index, self.model.kernels.gather_rows)
 
     def _hidden_rows(self, draft: Draft, hidden: Hidden, index: torch.Tensor) -> torch.Tensor | None:
         """[num_layers, num_rows, hidden_size] of the layers and rows (int64) that this round asks for, copied."""

@@ -113,6 +113,11 @@ class TargetSequences:
                 )
         return groups
 
+    def follow_texts(self, steps: Steps) -> bool:
+        """Whether the law of any sampled node depends on the tokens before it."""
+        slots = steps.slots[steps.num_sampled > 0].tolist()
+        return any(self._states[slot].sampling.follows_text for slot in slots)
+
     def asking(self, steps: Steps) -> npt.NDArray[np.bool_]:
         """Which of the sampled nodes belong to sequences that ask for log-probabilities, bool [M]."""
         return self._wants_logprobs[steps.slots].repeat(steps.num_sampled)

@@ -30,7 +30,7 @@ class ModelFacts:
 
 def open_model(config: Config) -> ModelFacts:
     """Tokenizer and limits of the target; fetches no weights."""
-    from outrider.workers.setup import max_sequence_tokens
+    from outrider.workers.capacity import max_sequence_tokens
     from outrider.workers.weights.progress import silent
     from outrider.workers.weights.resolver import read_config, resolve_description, resolve_tokenizer
     from outrider.workers.weights.tokenizer import end_token_ids, load_tokenizer

@@ -4,8 +4,8 @@ import re
 import socket
 
 import pytest
-import ray
 
+from outrider.cluster import local_ray
 from outrider.cluster.api import EngineError
 from outrider.cluster.session import RaySession
 from outrider.configs.schema import ClusterConfig
@@ -17,10 +17,10 @@ TIMED_OUT = (
 
 
 def fail_to_start(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def init(*arguments: object, **options: object) -> None:
+    def start(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(local_ray, "_LeanNode", start)
 
 
 @pytest.mark.parametrize(

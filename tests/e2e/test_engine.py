@@ -67,7 +67,9 @@ def test_a_worker_that_cannot_have_a_place_is_refused_before_anything_starts() -
 @pytest.fixture(scope="module")
 def ray_with_room() -> Iterator[None]:
     """One Ray for all tests here, with CPUs for several deployments (Ray only counts them)."""
-    with RaySession(ClusterConfig(), num_cpus=8):
+    with RaySession(ClusterConfig(), num_cpus=8) as session:
+        # Each further one is a Python that imports Ray before the first actor can.
+        assert session.daemons.keys() <= {"gcs_server", "raylet", "reaper"}
         yield
 
 

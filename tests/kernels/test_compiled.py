@@ -19,14 +19,12 @@ from support.cuda_on_cpu.executor import kernel_names
 from support.cuda_on_cpu.kernels import compiled
 from support.kernel_table import (
     RAN_ON_H200,
-    README,
     TABLE,
     KernelReport,
     all_reports,
     document,
     form_of,
     status_table,
-    with_status_table,
 )
 
 
@@ -70,12 +68,6 @@ def test_the_status_table_claims_of_gpus_what_ran_there():
         ran = "H200" if RAN_ON_H200.get(stem) == form_of(stem) else "a former form on an H200"
         ran = ran if stem in RAN_ON_H200 else ""
         assert row.endswith(f"| yes | yes | yes | {ran if target == 'sm_90a' else ''} |")
-
-
-def test_the_readme_has_the_status_table():
-    assert with_status_table(README.read_text()) == README.read_text(), (
-        "run: python tests/support/kernel_table.py"
-    )
 
 
 def test_kernels_include_only_their_own_headers():

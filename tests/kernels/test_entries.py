@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,8 +17,7 @@ from outrider.kernels.gather_rows import gather_rows, gather_rows_op
 from outrider.kernels.kv_commit import kv_commit, kv_commit_op
 from outrider.kernels.noise import noise_key
 from outrider.kernels.rope_append import rope_append, rope_append_op
-from outrider.kernels.sample_shard import sample_shard, sample_shard_op
-from outrider.kernels.shard_ids import ShardIds
+from outrider.kernels.sample_shard import AskedRows, sample_shard_op
 from outrider.kernels.silu_mul import silu_mul, silu_mul_op
 from outrider.kernels.tree_attention import tree_attention, tree_attention_op
 
@@ -101,11 +101,9 @@ def test_kv_commit_names_the_argument_that_disagrees():
         )
 
 
-def test_gather_rows_and_sample_shard_name_the_argument_that_disagrees():
+def test_gather_rows_names_the_argument_that_disagrees():
     with pytest.raises(ValueError, match=r"index must be \[M\]"):
         gather_rows(torch.zeros(3, 4), torch.zeros(1, 1, dtype=torch.int64))
-    with pytest.raises(ValueError, match="keys has 1 entries, logits has 2 rows"):
-        sample_shard(torch.zeros(2, 5), [1.0, 1.0], [(1, 2)], ShardIds.from_first(0, 5))
 
 
 def test_the_kernels_of_rows_name_the_argument_that_disagrees():
@@ -133,6 +131,8 @@ def test_operators_have_fake_implementations_that_agree(attention, rope):
     lens = (list(batch.host_context_lens), list(batch.host_tree_lens), list(batch.host_query_lens))
     pages = [attention[name].nan_to_num() for name in ("k_pages", "v_pages")]
     tests = ("test_schema", "test_faketensor")
+    keys = np.array([noise_key(1, 2), noise_key(3, 4)], dtype=np.uint32)
+    asked = AskedRows.best(np.array([1.0, 0.0], dtype=np.float32), keys, 2)
     checks = (
         (tree_attention_op, (attention["q"], *pages, *tensors, *lens, CASE.scale, 0, 0.0, 1.0)),
         (rope_append_op, tuple(rope.values())),
@@ -144,10 +144,11 @@ def test_operators_have_fake_implementations_that_agree(attention, rope):
             sample_shard_op,
             (
                 torch.randn(2, 50),
-                torch.tensor([1.0, 0.0]),
-                torch.tensor([noise_key(1, 2), noise_key(3, 4)]),
-                7,
+                torch.from_numpy(asked.rows.view(np.uint8)),
+                torch.from_numpy(asked.edits.view(np.uint8)),
                 torch.empty(0, dtype=torch.int64),
+                7,
+                list(asked.counts),
             ),
         ),
     )

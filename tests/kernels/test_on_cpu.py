@@ -17,6 +17,7 @@ from outrider.kernels.kernel_cases import kernel_cases, prepare_attention
 from outrider.kernels.launch_plans import FP8
 from outrider.kernels.prepared import PreparedCase
 from outrider.kernels.row_cases import prepare_add_rms_norm, prepare_silu_mul
+from outrider.kernels.sampling_cases import prepare_sample_shard
 from support.cuda_on_cpu.executor import SCHEDULES, Executor, Schedule, kernel_names
 from support.cuda_on_cpu.kernels import ptx_kernels, source_kernels
 
@@ -177,6 +178,19 @@ def test_random_rows():
                 for executor in (source_kernels(), ptx_kernels("sm_90a"))
             ]
             assert disagreements(*results) == [], (prepare, size)
+
+
+def test_random_shards_are_sampled():
+    """Every way to cut a row, of any size, with ties and without, on both executors."""
+    rnd = random.Random(3)
+    for _ in range(8):
+        size, offset = rnd.choice((21, 40, 333, 512, 513, 1000)), rnd.choice((0, 5, 120_000))
+        kind = {"step": rnd.choice((1, 1, 3)), "coarse": rnd.random() < 0.5, "seed": rnd.randrange(1 << 30)}
+        results = [
+            run(executor, prepare_sample_shard(size, offset, CPU, **kind), rnd.choice(SCHEDULES))
+            for executor in (source_kernels(), ptx_kernels("sm_90a"))
+        ]
+        assert disagreements(*results) == [], (size, kind)
 
 
 def test_a_row_is_the_same_among_any_others():

@@ -1,5 +1,7 @@
 """The pruned reductions against the plain ones over the whole row."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.kernels.noise import gumbel_from_hash, hash_ids, noise_key
-from outrider.kernels.sample_shard import sample_shard
+from outrider.kernels.sample_shard import AskedRows, sample_shard
 from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.shard_logits import ShardLogits
 from outrider.kernels.token_rows import UInt64Array, pack_tokens, unpack_tokens
@@ -121,17 +123,27 @@ def test_a_shard_of_removed_tokens_has_no_mass() -> None:
     assert shard.maxima(FIRST).tolist() == [-np.inf]
 
 
-def test_sample_shard_handles_rows_one_by_one() -> None:
+def test_the_reference_samples_rows_one_by_one() -> None:
     logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(1))
-    temperatures, keys = [0.0, 1.0, 0.7], [noise_key(5, position) for position in (1, 2, 3)]
-    result = sample_shard(logits, temperatures, keys, ShardIds.from_first(1000, 500))
-    for i, (temperature, position) in enumerate(zip(temperatures, (1, 2, 3), strict=True)):
+    temperatures = np.array([0.0, 1.0, 0.7], dtype=np.float32)
+    keys = np.array([noise_key(5, position) for position in (1, 2, 3)], dtype=np.uint32)
+    result = sample_shard(logits, AskedRows.best(temperatures, keys, 2), ShardIds.from_first(1000, 500))
+    for i, (temperature, position) in enumerate(zip(temperatures.tolist(), (1, 2, 3), strict=True)):
         scores = plain_scores(logits[i].numpy(), temperature, 5, position, 1000)
-        assert result.ids[i] == scores.argmax() + 1000
-        assert result.values[i] == scores.max()
-        scaled = logits[i].double() / (temperature or 1.0)
-        log_total = result.maxima[i].double() + result.exp_sums[i].log()
-        torch.testing.assert_close(log_total, torch.logsumexp(scaled, 0), atol=1e-5, rtol=0)
+        winners = result.winners[i]
+        assert winners["column"].tolist() == np.argsort(-scores)[:2].tolist()
+        assert winners["score"].tolist() == scores[winners["column"]].tolist()
+        divisor = temperature or 1.0
+        log_total = result.sums["maximum"][i] / divisor + np.log(result.sums["sum"][i])
+        assert log_total == pytest.approx(torch.logsumexp(logits[i].double() / divisor, 0).item(), abs=1e-5)
+
+
+def test_what_is_asked_must_fit_the_shard() -> None:
+    asked = AskedRows.nothing(2)
+    with pytest.raises(ValueError, match="shard_ids has 5 entries, logits has 7 columns"):
+        sample_shard(torch.zeros(2, 7), asked, ShardIds.from_first(0, 5))
+    with pytest.raises(ValueError, match="lists must have at most 7 tokens, got 8 and 0"):
+        sample_shard(torch.zeros(2, 7), replace(asked, list_size=8), ShardIds.from_first(0, 7))
 
 
 def test_packed_tokens_sort_by_falling_value_then_rising_id() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
 from functools import lru_cache
@@ -19,11 +18,12 @@ from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.cuda_graphs import Forward
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Hidden, Transformer
 from outrider.workers.sampling.context import SampledRows
-from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sampling.sampler import Prepared, Sampler
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Sequence
@@ -99,33 +99,40 @@ class RecordingSampler(Sampler):
         super().__init__(VOCAB, VocabularyRange(0, VOCAB), SoloCommunicator())
         self.proposed: list[tuple[torch.Tensor, SampledRows]] = []
 
-    def propose(
-        self, logits: torch.Tensor, groups: SequenceABC[SampledRows], num: int
+    def propose_prepared(
+        self, logits: torch.Tensor, prepared: Prepared, num: int, there: SequenceABC[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
         alone = [
             replace(group, positions=group.positions[i : i + 1], paths=group.paths[i : i + 1])
-            for group in groups
+            for group in prepared.groups
             for i in range(len(group.positions))
         ]
         self.proposed += zip(logits.clone(), alone, strict=True)
-        return super().propose(logits, groups, num)
+        return super().propose_prepared(logits, prepared, num, there)
 
 
 class InOneBuffer:
     """A forward whose result is overwritten by the next call, as graphs do it."""
 
-    def __init__(self, forward: Callable[[ForwardBatch], Hidden]) -> None:
+    def __init__(self, forward: Forward) -> None:
         self.num_calls = 0
         self._forward = forward
         self._buffer = torch.empty(0)
 
+    def take(self, batch: ForwardBatch, others: SequenceABC[torch.Tensor] = ()) -> list[torch.Tensor]:
+        return self._forward.take(batch, others)
+
     @torch.inference_mode()
-    def __call__(self, batch: ForwardBatch) -> Hidden:
+    def run(self) -> Hidden:
         self.num_calls += 1
         self._buffer.fill_(torch.nan)
-        hidden = self._forward(batch)
+        hidden = self._forward.run()
         self._buffer = hidden.last
         return hidden
+
+    def __call__(self, batch: ForwardBatch) -> Hidden:
+        self.take(batch)
+        return self.run()
 
 
 class Drafting:

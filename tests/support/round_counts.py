@@ -12,6 +12,7 @@ import torch
 
 from outrider.kernels.selection import ENTRIES, KernelSelection
 from outrider.workers.drafting.engine import DraftEngine
+from outrider.workers.drafting.method import Verified, VerifiedStep
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.link.messages import Draft, SequenceStep, Steps
@@ -21,6 +22,7 @@ from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
+from outrider.workers.sequences.hidden import HiddenRows
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
 from outrider.workers.target import TargetRank
@@ -28,6 +30,8 @@ from outrider.workers.trace import Tracer
 from outrider.workers.weights.random_source import RandomSource
 from support.counted_gpu import CountedGpu, Counts, counted_gpu
 from support.drafting_model import small_method
+from support.tapped_target import HIDDEN, TAPS, TARGET
+from support.tiny_heads import eagle3_drafter, eagle3_method
 
 KERNELS = KernelSelection.of(ENTRIES)
 MODEL = (
@@ -88,9 +92,35 @@ def drafter_step(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> 
     return counts
 
 
+def feature_step(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> Counts:
+    """The second level of two sequences' trees, by an EAGLE-3 drafter."""
+    slots = DraftedSlots(NUM_SEQUENCES, 8, 4)
+    drafting = DraftEngine(slots)
+    drafter = eagle3_drafter(TARGET, TAPS, head_dim=64)
+    where = (gpu.device, torch.bfloat16, KERNELS)
+    method = eagle3_method(slots, drafting.estimator, TARGET, drafter, 24, 4, False, *where)
+    drafting.add(method)
+    steps = []
+    for slot in range(NUM_SEQUENCES):
+        prompt = [3, 5, 7 + slot]
+        request = Request(str(slot), tuple(prompt), sampling, DraftOptions(("eagle3",), 8, 4))
+        sequence = Sequence(request, prompt, slot=slot)
+        drafting.start(sequence)
+        steps.append(VerifiedStep(sequence, slot, 0, np.arange(2), 2, np.zeros(0, dtype=np.int64)))
+    rows = torch.randn(2 * NUM_SEQUENCES, HIDDEN).to(gpu.device)
+    starts = np.arange(NUM_SEQUENCES) * 2
+    drafting.observe(Verified(tuple(steps), HiddenRows(dict.fromkeys(TAPS, rows), starts * 0, starts)))
+    both = np.arange(NUM_SEQUENCES)
+    assert method.expand(both)
+    with gpu.counted() as counts:
+        assert method.expand(both)
+    return counts
+
+
 WORKS: dict[str, Callable[[CountedGpu, int, SamplingParams], Counts]] = {
     "target, a round": target_round,
     "drafter, a step": drafter_step,
+    "EAGLE-3, a step": feature_step,
 }
 
 

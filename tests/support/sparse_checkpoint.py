@@ -16,7 +16,8 @@ from outrider.workers.memory import peak_memory_bytes
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.hf_config import model_config_from_hf
-from outrider.workers.weights.safetensors_files import DTYPES, INDEX
+from outrider.workers.weights.hf_directory import INDEX
+from outrider.workers.weights.safetensors_files import DTYPES
 from outrider.workers.weights.safetensors_source import SafetensorsSource
 from outrider.workers.weights.tensors import stored_tensors, tensor_shapes
 

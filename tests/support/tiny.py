@@ -16,8 +16,7 @@ from support.local_engine import default_options
 from support.models import random_model
 
 VOCAB_SIZE = 320
-# As many tokens as a page has rows: every text crosses the end of a page.
-GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 
 NGRAM = DraftOptions(("ngram",), 8, 6)
 MODEL = DraftOptions(("model",), 8, 6)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.workers.draft_heads.convolutions import NO_CONVOLUTION, ConvolutionShape
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter, Eagle3Shape
 from outrider.workers.draft_heads.lm_head import LmHeadShape
@@ -99,6 +100,7 @@ def eagle3_drafter(
     num_ids: int = 0,
     rank: int = 0,
     norm_before_residual: bool = False,
+    head_dim: int = 16,
 ) -> Eagle3Drafter:
     """A drafter that adds noise to the last tap. num_ids, rank: of its LM head; 0: those of the target's."""
     config = target.config
@@ -111,7 +113,7 @@ def eagle3_drafter(
         taps=taps,
         num_heads=4,
         num_kv_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         intermediate_size=48,
         rms_norm_eps=1e-5,
         rope=Rope(),
@@ -137,11 +139,13 @@ def eagle3_method(
     num_pages: int = 512,
     page_size: int = 16,
     packed: bool = True,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    kernels: KernelSelection = REFERENCES,
 ) -> Eagle3Method:
-    """The method as it is built for a tiny target, in float32 on the CPU. The drafter itself stays as it is."""
-    return _over_pages(
-        Eagle3Method, slots, estimator, target, drafter, num_pages, page_size=page_size, packed=packed
-    )
+    """The method as it is built for a tiny target. The drafter itself stays as it is."""
+    where = (device, dtype, kernels)
+    return _over_pages(Eagle3Method, slots, estimator, target, drafter, num_pages, page_size, packed, *where)
 
 
 def mtp_drafter(target: WeightSource, num_ids: int = 0, rank: int = 0) -> MtpDrafter:
@@ -183,19 +187,35 @@ def _over_pages(
     num_pages: int,
     page_size: int,
     packed: bool,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    kernels: KernelSelection = REFERENCES,
 ) -> Method:
     config, own = target.config, drafter.model
     vocabulary = vocabulary_of(drafter.lm_head.ids, config.vocab_size)
-    embedding = MatrixEmbedding(read(target, EMBEDDING), VocabularyRange(0, config.vocab_size))
-    served = for_serving(deepcopy(drafter), config.vocab_size, torch.float32, CPU, packed)
-    cache = PagedCache(own, ShardPlan(own, 0, 1), num_pages, page_size, torch.float32, CPU)
+    rows = read(target, EMBEDDING).to(device, dtype)
+    embedding = MatrixEmbedding(rows, VocabularyRange(0, config.vocab_size))
+    moved = deepcopy(drafter)
+    if device != CPU:  # a pretended GPU has no parameters, but tensors
+        for part in moved.modules():
+            for own_tensors in (part._parameters, part._buffers):
+                own_tensors.update(
+                    {
+                        name: value.to(device, dtype)
+                        for name, value in own_tensors.items()
+                        if value is not None
+                    }
+                )
+        moved.to = lambda *_: moved  # type: ignore[assignment, method-assign]
+    served = for_serving(moved, config.vocab_size, dtype, device, packed)
+    cache = PagedCache(own, ShardPlan(own, 0, 1), num_pages, page_size, dtype, device)
     return method(
         slots=slots,
         estimator=estimator,
         taps=drafter.shape.taps,
-        drafter=CachedDrafter(served, embedding, cache),
+        drafter=CachedDrafter(served, embedding, cache, kernels),
         pool=PagePool(num_pages, page_size, prefix_sharing=True),
-        sampler=Sampler(len(vocabulary), vocabulary, SoloCommunicator()),
+        sampler=Sampler(len(vocabulary), vocabulary, SoloCommunicator(), kernels),
         limits=LevelLimits(max_children=3, rows_per_sequence=4, max_rows=16, prefill_chunk=64),
         tracer=Tracer(method.name, False),
     )

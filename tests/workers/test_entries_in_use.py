@@ -24,7 +24,7 @@ from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.sampling import shards
+from outrider.workers.sampling import device_shard
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
 from outrider.workers.target import TargetRank
@@ -39,7 +39,7 @@ CALLED = {
     "rope_append": cache_module,
     "tree_attention": cache_module,
     "kv_commit": cache_module,
-    "sample_shard": shards,
+    "sample_shard": device_shard,
     "add_rms_norm": transformer_module,
     "silu_mul": mlp_module,
 }

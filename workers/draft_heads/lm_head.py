@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from outrider.workers.draft_heads.start_values import fill_normal
+
 _LAW_ROWS = 256
 _LEAST_IMPORTANCE = 0.1
 
@@ -76,7 +78,7 @@ class DenseLmHead(LmHead):
     def __init__(self, hidden_size: int, ids: Tensor) -> None:
         super().__init__(ids)
         self.weight = nn.Parameter(torch.empty(len(ids), hidden_size))
-        nn.init.normal_(self.weight, std=hidden_size**-0.5)
+        fill_normal(self.weight, hidden_size**-0.5)
 
     @property
     def shape(self) -> LmHeadShape:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from outrider.workers.draft_heads.eagle3 import Attend, GatedMlp, RmsNorm
 from outrider.workers.draft_heads.lm_head import LmHeadShape, make_lm_head
+from outrider.workers.draft_heads.start_values import fill_normal
 from outrider.workers.routing import route
 from outrider.workers.weights.config import ModelConfig, RoutedMlp
 
@@ -59,7 +60,7 @@ class Router(nn.Module):
     def __init__(self, num_experts: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        nn.init.normal_(self.weight, std=hidden_size**-0.5)
+        fill_normal(self.weight, hidden_size**-0.5)
 
 
 class Experts(nn.Module):

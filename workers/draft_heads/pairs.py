@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from outrider.workers.draft_heads.start_values import fill_normal
+
 PairKind = Literal["none", "markov", "gated", "selector"]
 
 
@@ -61,7 +63,7 @@ class MarkovTerm(PairTerm):
     def __init__(self, rank: int, hidden_size: int, vocab_size: int, num_ids: int, is_gated: bool) -> None:
         super().__init__()
         self.markov_w1 = nn.Embedding(vocab_size, rank)
-        nn.init.normal_(self.markov_w1.weight, std=0.01)  # next to nothing, of tokens never met for good
+        fill_normal(self.markov_w1.weight, 0.01)  # next to nothing, of tokens never met for good
         self.markov_w2 = nn.Linear(rank, num_ids, bias=False)
         self.is_gated = is_gated
         if is_gated:
@@ -91,7 +93,7 @@ class SelectorTerm(PairTerm):
         self.successor_codebook = nn.Parameter(torch.empty(num_ids, shape.rank))
         self.hidden_projection = nn.Linear(hidden_size, shape.rank, bias=False)
         for weight in self.parameters():
-            nn.init.normal_(weight, std=0.02)
+            fill_normal(weight, 0.02)
 
     def rows(self, previous: Tensor, output: Tensor) -> Tensor:
         rows: Tensor = self.predecessor_codebook[previous] * self.hidden_projection(output)

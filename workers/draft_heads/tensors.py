@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from outrider.workers.draft_heads.lm_head import LmHead
-from outrider.workers.weights.safetensors_files import SINGLE, weight_files
+from outrider.workers.weights.hf_directory import SINGLE, weight_files
 
 CONFIG = "config.json"
 # What SafeAILab and FasterDecoding publish where they publish no safetensors.

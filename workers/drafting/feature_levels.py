@@ -8,12 +8,14 @@ by then are computed again from what the target said of them, on the way to the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceABC
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from outrider.workers.capacity import num_draft_pages
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.features import FeatureStore
 from outrider.workers.drafting.levels import ROWS_PER_STEP, LevelLimits, LevelMethod
@@ -21,7 +23,7 @@ from outrider.workers.drafting.method import MethodContext, Verified
 from outrider.workers.drafting.row_cache import Expansion, RowCache
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.model.batch import TreeRows, build_batch
+from outrider.workers.model.batch import TreeRows, build_batch, lay_out
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.embedding import Embedding
 from outrider.workers.model.feature_drafter import CachedDrafter, FeatureDrafter
@@ -33,7 +35,7 @@ from outrider.workers.sequences.segments import starts_of
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, Floats, Ints, Survivors, Window
 from outrider.workers.sequences.vocabulary import Vocabulary
-from outrider.workers.setup import kernels_for, num_draft_pages, torch_dtype
+from outrider.workers.setup import kernels_for, torch_dtype
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 
@@ -172,7 +174,7 @@ class FeatureMethod(LevelMethod):
         self._forward(rows, torch.cat([self._features.next(slot, count) for slot, count in counts]))
         self._features.drop_read(rows.slots, rows.context_lens + rows.query_lens)
 
-    def _logits(self, expansion: Expansion) -> Tensor:
+    def _logits(self, expansion: Expansion, others: SequenceABC[Tensor]) -> tuple[Tensor, list[Tensor]]:
         rows, flat = expansion.rows, self.trees.flat
         features = self._outputs.new_empty(len(rows.tokens), self._outputs.shape[1])
         firsts = expansion.nodes[starts_of(expansion.num_nodes)]
@@ -184,10 +186,16 @@ class FeatureMethod(LevelMethod):
                 features[begin : begin + count] = self._features.next(slot, count)
         below = expansion.nodes > 0
         parents = expansion.places[below] - expansion.nodes[below] + flat.parents[expansion.places[below]]
-        features[self._index(expansion.node_rows[below])] = self._outputs[self._index(parents)]
-        output = self._forward(rows, features)[self._index(expansion.node_rows)]
-        self._outputs[self._index(expansion.places)] = output
-        return self._drafter.logits(output)
+        indices = (expansion.node_rows[below], parents, expansion.node_rows, expansion.places)
+        batch, there = lay_out(self._rows.tables, rows).along_with(
+            [*map(torch.from_numpy, indices), *others], self._drafter.device
+        )
+        rows_below, parents_there, node_rows, places, *asked = there
+        self._stretches.begin()
+        features[rows_below] = self._outputs[parents_there]
+        output = self._drafter.forward(batch, features)[node_rows]
+        self._outputs[places] = output
+        return self._drafter.logits(output), asked
 
     def _timed_logits(self, rows: TreeRows) -> Tensor:
         return self._drafter.logits(self._forward(rows, self._outputs[: len(rows.tokens)]))
@@ -197,6 +205,3 @@ class FeatureMethod(LevelMethod):
         batch = build_batch(self._rows.tables, rows, self._drafter.device)
         self._stretches.begin()
         return self._drafter.forward(batch, features)
-
-    def _index(self, values: Ints) -> Tensor:
-        return torch.from_numpy(values).to(self._outputs.device)

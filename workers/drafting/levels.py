@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ from outrider.workers.drafting.row_cache import Expansion, RowCache, chains
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.model.batch import TreeRows
 from outrider.workers.sampling.context import PenaltyState, SampledRows
-from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sampling.sampler import Prepared, Sampler
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Bools, DraftTrees, Floats, Ints, Window
@@ -90,8 +91,9 @@ class LevelMethod(DraftMethod):
         """One forward over known tokens, for their rows alone."""
 
     @abstractmethod
-    def _logits(self, expansion: Expansion) -> Tensor:
-        """One forward: float32 logits [M, V'] after each node. `self._stretches` begins in it."""
+    def _logits(self, expansion: Expansion, others: SequenceABC[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """One forward: float32 logits [M, V'] after each node; and `others`, tensors of the host, which come to the
+        device in the same copy as what it reads. `self._stretches` begins in it."""
 
     @abstractmethod
     def _timed_logits(self, rows: TreeRows) -> Tensor:
@@ -191,10 +193,14 @@ class LevelMethod(DraftMethod):
         if not len(frontier.nodes):
             return False
         expansion = self._rows.plan(frontier)
-        logits = self._logits(expansion)
+        prepared = None
+        # What takes long to prepare, texts that are looked through, waits until the device is busy.
+        if not any(self._laws[slot][0].follows_text for slot in expansion.slots.tolist()):
+            prepared = self._prepared(expansion)
+        logits, asked = self._logits(expansion, prepared.on_host if prepared else [])
         self._stretches.end("forward", len(expansion.rows.tokens))
-        tokens, log_probs = self._sampler.propose(
-            logits, self._sampled_rows(expansion), self._limits.max_children
+        tokens, log_probs = self._sampler.propose_prepared(
+            logits, prepared or self._prepared(expansion), self._limits.max_children, asked
         )
         self._stretches.end("sample", len(expansion.nodes))
         self._stretches.settle()
@@ -285,6 +291,9 @@ class LevelMethod(DraftMethod):
                 room -= count
                 allowed[index] = True
         return frontier.of(allowed, allowed[owners])
+
+    def _prepared(self, expansion: Expansion) -> Prepared:
+        return self._sampler.prepare(self._sampled_rows(expansion), num=self._limits.max_children)
 
     def _sampled_rows(self, expansion: Expansion) -> list[SampledRows]:
         positions = self.trees.root_positions[expansion.node_slots] + self.trees.flat.depths[expansion.places]

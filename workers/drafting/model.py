@@ -6,6 +6,8 @@ below it (SwiftSpec, arXiv 2506.11309), and a node comes along with all that is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -132,22 +134,22 @@ class ModelMethod(LevelMethod):
         self._stretches.begin()
         self._rank.forward(batch)
 
-    def _logits(self, expansion: Expansion) -> Tensor:
+    def _logits(self, expansion: Expansion, others: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         batch = self._rank.batch(self._rows.tables, expansion.rows, expansion.node_rows)
         self._stretches.begin()
-        hidden = self._rank.forward(batch)
         indices = [torch.from_numpy(expansion.node_rows)]
         if self._keeps_node_rows:
             indices.append(torch.from_numpy(expansion.places))
-        node_rows, *places = upload(indices, self._model.device)
+        hidden, (node_rows, *there) = self._rank.forward(batch, [*indices, *others])
         if self._keeps_node_rows:
-            self._node_rows[places[0]] = hidden[node_rows]
-        return self._rank.logits(hidden, node_rows)
+            self._node_rows[there.pop(0)] = hidden.last[node_rows]
+        return self._rank.logits(hidden, node_rows), there
 
     def _timed_logits(self, rows: TreeRows) -> Tensor:
         wanted = np.arange(len(rows.tokens))
-        hidden = self._rank.forward(self._rank.batch(self._rows.tables, rows, wanted))
-        return self._rank.logits(hidden, *upload((torch.from_numpy(wanted),), self._model.device))
+        batch = self._rank.batch(self._rows.tables, rows, wanted)
+        hidden, (index,) = self._rank.forward(batch, [torch.from_numpy(wanted)])
+        return self._rank.logits(hidden, index)
 
 
 def _load_head(context: MethodContext) -> Head:

@@ -8,7 +8,7 @@ vocabulary that ranks hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.configs.schema import Config
+from outrider.kernels.gather_rows import gather_rows
 from outrider.kernels.selection import KernelSelection
 from outrider.kernels.transfers import upload
+from outrider.workers.capacity import num_draft_pages
 from outrider.workers.drafting.rank_messages import PageNews, RankCommit, RankForward, RankStop, decode
 from outrider.workers.link.communicator import Communicator, broadcast_message
 from outrider.workers.link.lost import PeerLostError, RankLostError
@@ -29,18 +31,11 @@ from outrider.workers.model.cuda_graphs import draft_capacities, forward_of
 from outrider.workers.model.head import Head
 from outrider.workers.model.loader import ModelWeights, load_weights
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.model.transformer import Transformer
+from outrider.workers.model.transformer import Hidden, Transformer
 from outrider.workers.sequences.page_tables import PageTables
 from outrider.workers.sequences.segments import Int64Array
 from outrider.workers.sequences.vocabulary import VocabularyRange
-from outrider.workers.setup import (
-    agreed_kernels,
-    counting,
-    kernels_for,
-    load_model,
-    num_draft_pages,
-    torch_dtype,
-)
+from outrider.workers.setup import agreed_kernels, counting, kernels_for, load_model, torch_dtype
 from outrider.workers.timing import Stretches
 from outrider.workers.weights.progress import Progress
 
@@ -100,24 +95,31 @@ class ModelRank:
         plan = model.plan
         plans = [ShardPlan(plan.config, rank, plan.size, plan.role) for rank in range(plan.size)]
         self._shard_sizes = [len(of.vocab) for of in plans]
-        self.run = forward_of(model, cache, draft_capacities(model, cache))
+        # Ranks that share a vocabulary gather the logits that are asked for.
+        with_logits = model.communicator.size == 1
+        self.run = forward_of(model, cache, draft_capacities(model, cache), with_logits=with_logits)
 
     def batch(self, tables: PageTables, rows: TreeRows, wanted: Int64Array = _NO_ROWS) -> ForwardBatch:
         """Rows for one `forward`; `wanted`: those of which `logits` are asked after it."""
         return lay_out(tables, rows)
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
-        """[num_rows, hidden], valid until the next call."""
-        return self.run(batch).last
+    def forward(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> tuple[Hidden, list[Tensor]]:
+        """Valid until the next call; and other tensors, which go to the device in the same copy as the batch."""
+        there = self.run.take(batch, others)
+        return self.run.run(), there
 
-    def logits(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+    def logits(self, hidden: Hidden, wanted: Tensor) -> Tensor:
         """Of the rows `wanted` (int64 [M], on the device) of a forward: float32 [M, V'], V' the head's tokens."""
-        return self.model.logits_of(hidden, wanted)
+        if hidden.logits is None:
+            return self.model.logits_of(hidden.last, wanted)
+        if len(wanted) == len(hidden.logits):
+            return hidden.logits
+        return gather_rows(hidden.logits, wanted, self.model.kernels.gather_rows)
 
-    def gathered_logits(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+    def gathered_logits(self, hidden: Hidden, wanted: Tensor) -> Tensor:
         """`logits` over the whole vocabulary, of which each rank has a part; every rank calls it."""
         assert len(wanted), "the others would not come"
-        logits, sizes = self.model.logits_of(hidden, wanted), self._shard_sizes
+        logits, sizes = self.model.logits_of(hidden.last, wanted), self._shard_sizes
         parts = self.model.communicator.all_gather(F.pad(logits, (0, max(sizes) - logits.shape[1])))
         return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
 
@@ -147,11 +149,11 @@ class LeadingRank(ModelRank):
         self._say(RankForward(rows, wanted if self._gathers else _NO_ROWS, pages).encoded())
         return batch
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
+    def forward(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> tuple[Hidden, list[Tensor]]:
         with _in_company():
-            return super().forward(batch)
+            return super().forward(batch, others)
 
-    def logits(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+    def logits(self, hidden: Hidden, wanted: Tensor) -> Tensor:
         if not self._gathers:
             return super().logits(hidden, wanted)
         with _in_company():
@@ -190,9 +192,9 @@ def follow(rank: ModelRank, num_slots: int, page_size: int, stretches: Stretches
                     tables.append(slot, changed)
                 batch = rank.batch(tables, rows)
                 stretches.begin()
-                hidden = rank.forward(batch)
+                hidden, (index,) = rank.forward(batch, [torch.from_numpy(wanted)])
                 if len(wanted):
-                    rank.gathered_logits(hidden, *upload((torch.from_numpy(wanted),), rank.model.device))
+                    rank.gathered_logits(hidden, index)
                 stretches.end("forward", len(rows.tokens))
                 stretches.settle()
             case RankCommit(sources, targets):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from outrider.configs.schema import Config
+from outrider.workers.capacity import num_draft_pages
 from outrider.workers.draft_heads.checkpoint import read_parallel
 from outrider.workers.draft_heads.layouts.parallel import read_parallel_config
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
@@ -43,7 +44,7 @@ from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import Sequence
 from outrider.workers.sequences.tree import Floats, Ints, Survivors
-from outrider.workers.setup import kernels_for, load_target_tensors, num_draft_pages, torch_dtype
+from outrider.workers.setup import kernels_for, load_target_tensors, torch_dtype
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig

@@ -25,11 +25,11 @@ from outrider.workers.first_gpu.small_model import ALL_KERNELS
 from outrider.workers.first_gpu.trees import PAGE_SIZE, chain, trees_of
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import ForwardBatch, TreeRows, lay_out
-from outrider.workers.model.cache import PagedCache, bytes_per_page
+from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import forward_of, target_capacities
 from outrider.workers.model.linear import DenseLinear
 from outrider.workers.model.loader import NO_BIAS, load_weights
-from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.shard import ShardPlan, bytes_per_page
 from outrider.workers.model.transformer import Hidden, Transformer
 from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.sampler import Sampler
@@ -108,7 +108,7 @@ def replays(setting: Setting) -> list[Row]:
     kernels = ALL_KERNELS if setting.on_gpu else REFERENCES
     weights = load_weights(plan, RepeatedSource(sizes.large), DTYPE, device, packed=False)
     model = Transformer(weights, SoloCommunicator(), kernels)
-    num_pages = sizes.cache_bytes // bytes_per_page(sizes.large, plan, DTYPE, PAGE_SIZE)
+    num_pages = sizes.cache_bytes // bytes_per_page(plan, DTYPE.itemsize, PAGE_SIZE)
     cache = PagedCache(sizes.large, plan, num_pages, PAGE_SIZE, DTYPE, device, kernels.kv_commit)
     cache.kv.normal_()
     forward = forward_of(model, cache, target_capacities(model, cache))

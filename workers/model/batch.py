@@ -83,7 +83,15 @@ class ForwardBatch(NamedTuple):
 
     def to(self, device: torch.device) -> ForwardBatch:
         """A batch of the host on a device, in one copy; itself where that is the host."""
-        return self if device.type == "cpu" else self.with_tensors(upload(self.tensors(), device))
+        return self.along_with((), device)[0]
+
+    def along_with(self, others: Sequence[Tensor], device: torch.device) -> tuple[ForwardBatch, list[Tensor]]:
+        """`to`, and other tensors of the host in the same copy."""
+        if device.type == "cpu":
+            return self, list(others)
+        tensors = self.tensors()
+        there = upload([*tensors, *others], device)
+        return self.with_tensors(there[: len(tensors)]), there[len(tensors) :]
 
 
 def num_mask_words(tree_lens: Int64Array) -> int:

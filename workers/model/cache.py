@@ -24,11 +24,6 @@ class CacheScales:
     values: float = 1.0
 
 
-def bytes_per_page(config: ModelConfig, plan: ShardPlan, dtype: torch.dtype, page_size: int) -> int:
-    """Bytes of one page over all layers, keys and values, on this rank."""
-    return config.num_layers * 2 * page_size * plan.num_kv_heads * config.head_dim * dtype.itemsize
-
-
 class PagedCache:
     """Keys and values of all layers in one tensor; who owns which page is decided elsewhere.
 

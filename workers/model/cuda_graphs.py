@@ -5,13 +5,14 @@ Not run on a GPU by the maintainers. `StaticBatch`, the padding, is tested on th
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from outrider.kernels.transfers import Part, num_bytes_of, stage, views_of
+from outrider.kernels.transfers import Part, num_bytes_of, stage, upload, views_of
 from outrider.kernels.tree_batch import MASK_WORD_BITS, TreeBatch
 from outrider.workers.link.communicator import Communicator, SoloCommunicator, agreed
 from outrider.workers.link.distributed import GroupCommunicator
@@ -26,6 +27,9 @@ DRAFT_ROWS = (8, 16, 32, 64)  # a step expands few nodes of each tree, after the
 MAX_DRAFT_TREE_ROWS = 256  # of a tree that a drafter grows by graphs
 MAX_SEQUENCES = 64
 WARM_UP_RUNS = 3
+ROOM_BYTES = (
+    1 << 15
+)  # of a graph, for what comes along with a batch: 64 bytes for each row that is sampled, and some
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,11 @@ class StaticBatch:
         self._parts = (rows, rows, rows, masks, depths, lens, lens, indptr, pages)
         self._padding = (0, 0, -1, 0, 0, 0, 0, 0)
         self._device = device
-        self._buffer = torch.zeros(num_bytes_of(self._parts), dtype=torch.uint8, device=device)
+        # What comes along with a batch stands right before it, behind free room.
+        self.num_bytes = ROOM_BYTES + num_bytes_of(self._parts)
+        self._buffer = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device)
         tokens, positions, kv_rows, ancestors, tree_depths, *of_sequences, page_table = views_of(
-            self._buffer, self._parts
+            self._buffer[ROOM_BYTES:], self._parts
         )
         kv_rows.fill_(-1)
         context_lens, tree_lens, query_indptr = of_sequences
@@ -115,20 +121,68 @@ class StaticBatch:
             ),
         )
 
-    def fill(self, batch: ForwardBatch) -> None:
-        """Takes in a batch of the host that fits, in one copy that is not waited for."""
+    def fill(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Takes in a batch of the host that fits, and other tensors, in one copy that is not waited for; returns
+        these on the device, where they are until the next call."""
         assert self.capacity.holds(batch)
+        with_them = [Part(tuple(tensor.shape), tensor.dtype) for tensor in others]
+        before = num_bytes_of(with_them)
+        if before > ROOM_BYTES:
+            self.fill(batch)
+            return upload(others, self._device)
         *tensors, page_table = batch.tensors()
         # Of the page table, the last part, only rows of real sequences: nothing looks at the others.
-        sent = (*self._parts[:-1], Part((len(page_table), self.capacity.max_pages), torch.int32))
+        table = Part((len(page_table), self.capacity.max_pages), torch.int32)
+        sent = (*with_them, *self._parts[:-1], table)
         staged = stage(num_bytes_of(sent), self._device)
-        *targets, pages = views_of(staged, sent)
+        views = views_of(staged, sent)
+        for target, source in zip(views[: len(others)], others, strict=True):
+            target.copy_(source)
+        *targets, pages = views[len(others) :]
         for target, source, padding in zip(targets, tensors, self._padding, strict=True):
             target.fill_(padding)
             target[tuple(slice(size) for size in source.shape)] = source
         targets[-1][len(tensors[-1]) :] = batch.tree.num_queries  # query_indptr
         pages[:, : page_table.shape[1]] = page_table
-        self._buffer[: len(staged)].copy_(staged, non_blocking=True)
+        start = ROOM_BYTES - before
+        self._buffer[start : start + len(staged)].copy_(staged, non_blocking=True)
+        return views_of(self._buffer[start:], with_them)
+
+
+class Forward(Protocol):
+    """A model's forward over a cache, of batches that `lay_out` made."""
+
+    def take(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Takes a batch of the host, for `run`, and other tensors of it to the device in one copy; returns these,
+        valid until the next call."""
+        ...
+
+    def run(self) -> Hidden:
+        """Of the batch that was taken; valid until the next call."""
+        ...
+
+    def __call__(self, batch: ForwardBatch) -> Hidden:
+        """Both."""
+        ...
+
+
+class EagerForward:
+    """Operation by operation."""
+
+    def __init__(self, model: Transformer, cache: PagedCache, taps: Sequence[int]) -> None:
+        self._device = model.device
+        self._forward = partial(model.forward, cache=cache, taps=tuple(taps))
+
+    def take(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> list[Tensor]:
+        self._batch, there = batch.along_with(others, self._device)
+        return there
+
+    def run(self) -> Hidden:
+        return self._forward(self._batch)
+
+    def __call__(self, batch: ForwardBatch) -> Hidden:
+        self.take(batch)
+        return self.run()
 
 
 class GraphedForward:
@@ -144,23 +198,38 @@ class GraphedForward:
         cache: PagedCache,
         capacities: Sequence[GraphCapacity],
         taps: Sequence[int] = (),
+        with_logits: bool = False,
     ) -> None:
-        """`taps` are recorded with the graphs, so they are the same for every batch."""
+        """`taps` and logits are recorded with the graphs, so they are the same for every batch."""
         self._model = model
+        self._eager = EagerForward(model, cache, taps)
+        self._with_logits = with_logits
+        self._taken: tuple[torch.cuda.CUDAGraph, Hidden] | None = None  # None: what fits no graph
         self._cache = cache
         self._taps = tuple(taps)
         self._capacities = sorted(capacities, key=lambda capacity: capacity.num_rows)
         self._statics: list[StaticBatch] = []
         self._graphs: list[tuple[StaticBatch, torch.cuda.CUDAGraph, Hidden]] = []
 
-    def __call__(self, batch: ForwardBatch) -> Hidden:
-        """Of a batch of the host. Valid until the next call: a graph writes its results where it did before."""
+    def take(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> list[Tensor]:
         for static, graph, hidden in self._graphs:
             if static.capacity.holds(batch):
-                static.fill(batch)
-                graph.replay()
-                return hidden.first(batch.tree.num_queries)
-        return self._model.forward(batch.to(self._model.device), self._cache, self._taps)
+                self._taken = graph, hidden.first(batch.tree.num_queries)
+                return static.fill(batch, others)
+        self._taken = None
+        return self._eager.take(batch, others)
+
+    def run(self) -> Hidden:
+        """A graph writes its results where it did before."""
+        if self._taken is None:
+            return self._eager.run()
+        graph, hidden = self._taken
+        graph.replay()
+        return hidden
+
+    def __call__(self, batch: ForwardBatch) -> Hidden:
+        self.take(batch)
+        return self.run()
 
     def rehearse(self) -> None:
         """What can fail on this rank: memory, compiling and loading kernels. Says nothing to the other ranks.
@@ -172,7 +241,7 @@ class GraphedForward:
         self._statics = [StaticBatch(capacity, page_size, device) for capacity in self._capacities]
         alone = Transformer(self._model.weights, SoloCommunicator(), self._model.kernels)
         for static in self._statics:
-            hidden = alone.forward(static.batch, self._cache, self._taps)
+            hidden = self._computed(alone, static)
             hidden.last.cpu()  # waits, so that errors come up here
 
     def warm_up(self) -> None:
@@ -182,7 +251,7 @@ class GraphedForward:
         with torch.cuda.stream(side):
             for static in self._statics:
                 for _ in range(WARM_UP_RUNS):
-                    self._model.forward(static.batch, self._cache, self._taps)
+                    self._computed(self._model, static)
         torch.cuda.current_stream().wait_stream(side)
 
     def capture(self) -> None:
@@ -198,8 +267,12 @@ class GraphedForward:
         for static in reversed(self._statics):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                hidden = self._model.forward(static.batch, self._cache, self._taps)
+                hidden = self._computed(self._model, static)
             self._graphs.insert(0, (static, graph, hidden))
+
+    def _computed(self, model: Transformer, static: StaticBatch) -> Hidden:
+        hidden = model.forward(static.batch, self._cache, self._taps)
+        return replace(hidden, logits=model.logits(hidden.last)) if self._with_logits else hidden
 
 
 def can_be_captured(model: Transformer) -> bool:
@@ -215,12 +288,16 @@ def can_be_captured(model: Transformer) -> bool:
 
 
 def forward_of(
-    model: Transformer, cache: PagedCache, capacities: Sequence[GraphCapacity], taps: Sequence[int] = ()
-) -> Callable[[ForwardBatch], Hidden]:
-    """The model's forward over a cache, of batches that `lay_out` made, by graphs where every rank can have them;
-    what it returns is valid until the next call. Ranks must call it together.
+    model: Transformer,
+    cache: PagedCache,
+    capacities: Sequence[GraphCapacity],
+    taps: Sequence[int] = (),
+    with_logits: bool = False,
+) -> Forward:
+    """By graphs where every rank can have them. Ranks must call it, and what it returns, together.
 
-    `taps`: layers whose inputs every call returns beside the last hidden rows, see `Hidden`; the same on every rank.
+    `taps`: layers whose inputs every call returns beside the last hidden rows, see `Hidden`; `with_logits`: graphs
+    give the logits of all rows, too. Both are the same on every rank.
 
     A rank that replays sums over ranks needs partners that replay them as well. So before the first sum the ranks
     agree that nothing is wrong with any of them alone, and after the captures that all have succeeded.
@@ -228,16 +305,16 @@ def forward_of(
     Raises:
         PeerLostError: a rank was lost, or sums over ranks fail.
     """
-    eager = partial(model.forward, cache=cache, taps=tuple(taps))
+    eager = EagerForward(model, cache, taps)
     if model.device.type != "cuda":
         return eager
-    graphed = GraphedForward(model, cache, capacities, taps)
+    graphed = GraphedForward(model, cache, capacities, taps, with_logits)
     (possible,) = agreed(model.communicator, [can_be_captured(model)])
     if possible and _all_manage(graphed.rehearse, model.communicator):
         graphed.warm_up()
         if _all_manage(graphed.capture, model.communicator):
             return graphed
-    return lambda batch: eager(batch.to(model.device))
+    return eager
 
 
 def _all_manage(prepare: Callable[[], None], communicator: Communicator) -> bool:

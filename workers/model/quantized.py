@@ -16,12 +16,10 @@ from torch.nn.functional import ScalingType
 
 from outrider.workers.model.integer_linear import make_integer_linear
 from outrider.workers.model.linear import DenseLinear, Linear, make_linear, pad_rows
+from outrider.workers.weights.inputs import DynamicInputs, Inputs, StaticInputs
 from outrider.workers.weights.scaled import (
     FP8,
-    DynamicInputs,
-    Inputs,
     ScaledMatrix,
-    StaticInputs,
     round_inputs,
     rounded_inputs,
 )

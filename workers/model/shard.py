@@ -163,6 +163,12 @@ class ShardPlan:
         return range(first, last + 1)
 
 
+def bytes_per_page(plan: ShardPlan, element_bytes: int, page_size: int) -> int:
+    """Bytes of one page of KV rows over all layers, keys and values, on this rank."""
+    config = plan.config
+    return config.num_layers * 2 * page_size * plan.num_kv_heads * config.head_dim * element_bytes
+
+
 def _share(total: int, rank: int, size: int) -> range:
     """Contiguous shares that differ by at most one, the larger ones first."""
     base, extra = divmod(total, size)

@@ -27,14 +27,17 @@ class Hidden:
         last: [N, hidden] that leave the last layer, before the final norm.
         taps: by layer, [N, hidden] that enter it, for the layers asked for. Layer 0 reads the embedding; the number
             of layers stands for `last`.
+        logits: of this rank, float32 [N, vocab_shard], where they came along.
     """
 
     last: Tensor
     taps: Mapping[int, Tensor]
+    logits: Tensor | None = None
 
     def first(self, num_rows: int) -> "Hidden":
         """Of the first `num_rows` rows; no copy."""
-        return Hidden(self.last[:num_rows], {layer: rows[:num_rows] for layer, rows in self.taps.items()})
+        taps = {layer: rows[:num_rows] for layer, rows in self.taps.items()}
+        return Hidden(self.last[:num_rows], taps, None if self.logits is None else self.logits[:num_rows])
 
 
 class Transformer:

@@ -9,23 +9,17 @@ from outrider.configs.processors import shares_gpus
 from outrider.configs.schema import Config
 from outrider.kernels.launch_plans import TYPE_NAMES
 from outrider.kernels.tree_attention import HEAD_DIMS
-from outrider.workers.model.cache import bytes_per_page
+from outrider.workers.capacity import num_draft_pages, num_target_pages
 from outrider.workers.model.cuda_graphs import (
     GraphCapacity,
     StaticBatch,
     draft_capacities,
     target_capacities,
 )
-from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.shard import ShardPlan, bytes_per_page
 from outrider.workers.model.sizes import WeightBytes, weight_bytes
-from outrider.workers.planning.activations import forward_bytes, gathered_bytes, logits_bytes
-from outrider.workers.setup import (
-    cache_dtype,
-    num_draft_pages,
-    num_target_pages,
-    target_cache_bytes,
-    torch_dtype,
-)
+from outrider.workers.planning.activations import FLOAT32_BYTES, forward_bytes, gathered_bytes, logits_bytes
+from outrider.workers.setup import cache_dtype, target_cache_bytes, torch_dtype
 from outrider.workers.weights.config import ModelConfig
 
 # What is not ours to count, on GPUs; estimates, each from who has measured it:
@@ -118,7 +112,7 @@ def target_memory(config: Config, model: ModelConfig, rank: int, num_taps: int) 
         heads=0,
         kv_cache=target_cache_bytes(config, plan),
         kv_tokens=num_pages * target.page_size,
-        graphs=graph_bytes(plan, capacities, target.page_size, dtype, num_taps) if by_kernel else 0,
+        graphs=graph_bytes(plan, capacities, target.page_size, dtype, num_taps, True) if by_kernel else 0,
         activations=activations + logits,
         communication=communication if on_gpu else 0,
         context=context_bytes(on_gpu),
@@ -147,14 +141,14 @@ def draft_memory(
         plan = ShardPlan(model, rank, draft.tp_size, "draft")
         num_pages = num_draft_pages(config, model, draft.tp_size)
         weights, tokens = weight_bytes(plan, dtype, on_gpu), num_pages * page_size
-        cache = num_pages * bytes_per_page(model, plan, dtype, page_size)
+        cache = num_pages * bytes_per_page(plan, dtype.itemsize, page_size)
         # Prompts come in chunks, of which one sequence after the other is read; logits are those of a step.
         activations = forward_bytes(plan, rounds.prefill_chunk, dtype, 0)
         whole = ShardPlan(model, 0, 1)
         activations += logits_bytes(whole if rank == 0 else plan, rounds.max_sequences, dtype)
         if on_gpu and config.target.attention != "sdpa" and attention_kernel_fits(model, dtype):
             capacities = draft_capacities(plan, _Pages(num_pages, page_size))
-            graphs = graph_bytes(plan, capacities, page_size, dtype, 0)
+            graphs = graph_bytes(plan, capacities, page_size, dtype, 0, with_logits=draft.tp_size == 1)
     communication = RANKS_BYTES if draft.tp_size > 1 else 0
     if rank == 0 and num_taps and _links_gpus(config):
         communication += LINK_BYTES
@@ -182,22 +176,24 @@ def attention_kernel_fits(model: ModelConfig, dtype: torch.dtype) -> bool:
 
 
 def graph_bytes(
-    plan: ShardPlan, capacities: list[GraphCapacity], page_size: int, dtype: torch.dtype, num_taps: int
+    plan: ShardPlan,
+    capacities: list[GraphCapacity],
+    page_size: int,
+    dtype: torch.dtype,
+    num_taps: int,
+    with_logits: bool,
 ) -> int:
-    """Of CUDA graphs that share one pool of memory, which the largest fills."""
+    """Of CUDA graphs that share one pool of memory, which the largest fills. Each keeps its logits, if it has any."""
     cpu = torch.device("cpu")  # a few MB; on the meta device torch takes a second to find out what zeros are
-    inputs = sum(_batch_bytes(StaticBatch(capacity, page_size, cpu)) for capacity in capacities)
-    largest = max(capacity.num_rows for capacity in capacities)
-    pool = forward_bytes(plan, largest, dtype, num_taps)
+    inputs = sum(StaticBatch(capacity, page_size, cpu).num_bytes for capacity in capacities)
+    num_rows = [capacity.num_rows for capacity in capacities]
+    pool = forward_bytes(plan, max(num_rows), dtype, num_taps)
+    if with_logits:
+        others = sum(num_rows) - max(num_rows)
+        pool += logits_bytes(plan, max(num_rows), dtype) + others * len(plan.vocab) * FLOAT32_BYTES
     return inputs + pool + len(capacities) * plan.config.num_layers * GRAPH_BYTES_PER_LAYER
 
 
 def context_bytes(on_gpu: bool) -> int:
     """What a process takes before it has anything of its own."""
     return CONTEXT_BYTES + WORKSPACE_BYTES if on_gpu else INTERPRETER_BYTES
-
-
-def _batch_bytes(static: StaticBatch) -> int:
-    batch = static.batch
-    kept = [*batch, *vars(batch.tree).values()]
-    return sum(value.nbytes for value in kept if isinstance(value, torch.Tensor))

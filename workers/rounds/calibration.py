@@ -33,17 +33,21 @@ def draft_alone(
     cost: CostModel,
     heard: Callable[[int], None],
 ) -> RequestStats:
-    """Runs a request to its end, one guess of one method a round, while nothing else runs.
+    """Runs a request, one guess of one method a round, while nothing else runs: to its end, or until `warning_of`
+    would be silent whatever else came.
 
     heard: told of the tokens that came out, each time some do.
     """
     events: list[TokenEvent] = []
+    trial = replace(request, id=f"calibration of {method}", draft=DraftOptions((method,), _NUM_CHILDREN, 1))
 
     def emit(event: TokenEvent) -> None:
         events.append(event)
         heard(sum(len(event.tokens) for event in events))
         if event.finish_reason:
             loop.stop()
+        elif _num_right(event.stats) >= _CHANCE * request.sampling.max_tokens:
+            loop.cancel(trial.id)
 
     growth = GrowthOptions(
         draft_ahead=False,
@@ -53,16 +57,14 @@ def draft_alone(
     )
     options = LoopOptions(False, 1, False, growth, heartbeat_s=1.0)
     loop = RoundLoop(link, scheduler, drafting, cost, options, Tracer("draft", False), emit)
-    loop.submit(
-        replace(request, id=f"calibration of {method}", draft=DraftOptions((method,), _NUM_CHILDREN, 1))
-    )
+    loop.submit(trial)
     loop.run_serial()
     return events[-1].stats
 
 
 def warning_of(method: str, checkpoint: str, stats: RequestStats) -> str:
     """What there is to say about heads that drafted a text alone; empty: nothing."""
-    num_offered, num_accepted = (sum(counts[:1]) for counts in (stats.depth_drafted, stats.depth_accepted))
+    num_offered, num_accepted = sum(stats.depth_drafted[:1]), _num_right(stats)
     if num_offered < _MIN_ROUNDS or num_accepted >= _CHANCE * num_offered:
         return ""
     return (
@@ -71,3 +73,8 @@ def warning_of(method: str, checkpoint: str, stats: RequestStats) -> str:
         "it read other layers of the target (taps) than it was trained on? Was it trained with another chat "
         "template, or none?"
     )
+
+
+def _num_right(stats: RequestStats) -> int:
+    """First guesses that were."""
+    return sum(stats.depth_accepted[:1])

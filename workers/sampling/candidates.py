@@ -12,12 +12,13 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
+from outrider.kernels.sample_shard import MAX_LIST, AskedRows
 from outrider.kernels.shard_logits import ShardLogits
 from outrider.kernels.token_rows import UInt64Array, count_true, ids_of, parts_of_rows
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.context import RowParameters
-from outrider.workers.sampling.law import Nuclei, nuclei
-from outrider.workers.sampling.shards import Foreseen, Shard
+from outrider.workers.sampling.law import Nuclei, PlannedEdits, nuclei
+from outrider.workers.sampling.shards import Shard
 
 _FIRST_COUNT = 128  # logits a rank sends per row at first: most nuclei of 0.95 are smaller
 _SMALL_VOCABULARY = 512  # of which a rank sends all it has
@@ -25,7 +26,6 @@ _GROWTH = 8
 _MOST_FORESEEN = (
     1025  # likeliest tokens of a row that are brought to the host before it is known what is needed
 )
-_NO_ROWS = np.zeros(0, dtype=np.int64)
 _SURE = 1e-4  # distance from the edge of a nucleus, many times the rounding of float32 sums
 
 
@@ -92,28 +92,49 @@ def _of_all(shard: Shard, rows: Int64Array, params: RowParameters, vocab_size: i
     return result
 
 
-def foresee(params: RowParameters, vocab_size: int, num: int) -> Foreseen:
-    """What sampling will ask of the logits of a batch, if all is as it mostly is, to see it at once.
+def foresee(
+    params: RowParameters,
+    edits: PlannedEdits,
+    vocab_size: int,
+    shard_size: int,
+    num: int,
+    told_rows: Int64Array,
+) -> AskedRows:
+    """What sampling will ask of one rank's logits of a batch, if all is as it mostly is, to see it at once.
 
-    num: how many tokens will be asked for of each row; of more than one, laws are.
+    Args:
+        vocab_size, shard_size: the same where a rank is alone: then it sees what truncation keeps.
+        num: how many tokens will be asked for of each row; of more than one, laws are.
+        told_rows: int64, of which the model's own law is asked for, as of those whose requests do.
     """
-    rows = np.arange(params.num_rows)
-    truncated, whole = rows[params.truncates], rows[~params.truncates]
-    counted = _first_count(params, truncated, vocab_size)
-    needs_sum = whole if num > 1 else _NO_ROWS
-    if vocab_size > _SMALL_VOCABULARY:
-        needs_sum = np.union1d(needs_sum, truncated[_are_summed(params, truncated)])
-    # Greedy rows have no noise.
-    is_noisy = np.count_nonzero(params.temperatures) > 0
-    return Foreseen(
-        temperatures=params.temperatures,
-        keys=params.keys if is_noisy else np.zeros((len(rows), 2), dtype=np.uint32),
-        whole=whole,
-        num_best=num,
-        truncated=truncated,
-        num_likeliest=counted if counted <= _MOST_FORESEEN else 0,
-        summed=needs_sum,
-    )
+    truncates, is_noisy = params.truncates, np.count_nonzero(params.temperatures) > 0
+    rows = AskedRows.nothing(params.num_rows).rows
+    rows["temperature"] = params.temperatures
+    if is_noisy:  # greedy rows have no noise
+        rows["key"] = params.keys
+    rows["wants_sum"] = num > 1
+    rows["num_best"] = num
+    list_size = 0
+    if np.count_nonzero(truncates) and shard_size == vocab_size:
+        rows["top_k"], rows["top_p"] = params.top_k, params.top_p
+        with np.errstate(divide="ignore"):
+            rows["log_min_p"] = np.log(params.min_p)
+    elif np.count_nonzero(truncates):
+        chosen = truncates.nonzero()[0]
+        count = _first_count(params, chosen, vocab_size)
+        rows["num_best"][chosen] = 0
+        if vocab_size > _SMALL_VOCABULARY:
+            rows["wants_sum"][chosen] = _are_summed(params, chosen)
+        if count <= _MOST_FORESEEN:
+            rows["likeliest"][chosen], list_size = np.arange(len(chosen)), min(count, shard_size)
+    told = np.flatnonzero(params.logprobs)
+    rows["wants_raw"][told] = rows["wants_raw"][told_rows] = 1
+    raw_list_size = min(params.max_top_logprobs, shard_size, MAX_LIST)
+    if raw_list_size:
+        rows["raw_likeliest"][told] = np.arange(len(told))
+    ends = edits.rows.searchsorted(np.arange(params.num_rows), side="right")
+    rows["first_edit"][1:], rows["end_edit"] = ends[:-1], ends
+    return AskedRows(rows, edits.edits, num if len(rows) else 0, list_size, raw_list_size)
 
 
 def _first_count(params: RowParameters, rows: Int64Array, vocab_size: int) -> int:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
+from outrider.kernels.sample_shard import EDIT, Records
 from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.token_rows import count_true, exponentials
 from outrider.kernels.transfers import upload
@@ -43,11 +44,35 @@ _NO_ROWS = torch.empty(0, dtype=torch.int64)
 NO_EDITS = Edits(_NO_ROWS, _NO_ROWS, torch.empty(0))
 
 
-def edit_rows(logits: torch.Tensor, groups: Sequence[SampledRows], shard_ids: ShardIds) -> Edits:
-    """Apply logit bias and penalties in place, where the logits are; nothing is brought to the host.
+@dataclass(frozen=True)
+class PlannedEdits:
+    """Logit bias and penalties of a batch, in one shard."""
+
+    rows: Int64Array  # [num_edits], ascending
+    edits: Records  # EDIT [num_edits]
+
+    def make(self, logits: torch.Tensor) -> Edits:
+        """In place, where the logits are; nothing is brought to the host."""
+        if not len(self.rows):
+            return NO_EDITS
+        on_host = (self.rows, *(np.ascontiguousarray(self.edits[field]) for field in EDIT.names or ()))
+        rows, columns, bias, repetition, presence, frequency = upload(
+            [torch.from_numpy(each) for each in on_host], logits.device
+        )
+        columns = columns.long()
+        original = logits[rows, columns]
+        edited = original + bias
+        edited = torch.where(edited < 0, edited * repetition, edited / repetition)
+        edited -= presence
+        edited -= frequency
+        logits[rows, columns] = edited
+        return Edits(rows, columns, original)
+
+
+def planned_edits(groups: Sequence[SampledRows], shard_ids: ShardIds) -> PlannedEdits:
+    """What logit bias and penalties do.
 
     Args:
-        logits: float32 [num_rows, shard_size].
         shard_ids: the token of each column; what is to be done to others is left to who has them, if anybody.
         groups: what the rows are sampled for, in their order.
     """
@@ -58,22 +83,18 @@ def edit_rows(logits: torch.Tensor, groups: Sequence[SampledRows], shard_ids: Sh
             tokens = _EditedTokens(group, shard_ids)
             if len(tokens.columns):
                 editing.append((tokens, first, end))
-    if not editing:
-        return NO_EDITS
-    on_host = (
-        np.concatenate([np.repeat(np.arange(a, b), len(t.columns)) for t, a, b in editing]),
-        np.concatenate([np.tile(t.columns, b - a) for t, a, b in editing]),
-        np.concatenate([t.amounts(b - a) for t, a, b in editing], axis=1),
-    )
-    rows, columns, amounts = upload([torch.from_numpy(each) for each in on_host], logits.device)
-    bias, factors, presence, frequency = amounts
-    original = logits[rows, columns]
-    edited = original + bias
-    edited = torch.where(edited < 0, edited * factors, edited / factors)
-    edited -= presence
-    edited -= frequency
-    logits[rows, columns] = edited
-    return Edits(rows, columns, original)
+    rows = [np.repeat(np.arange(a, b), len(tokens.columns)) for tokens, a, b in editing]
+    edits = np.zeros(sum(map(len, rows)), dtype=EDIT)
+    if editing:
+        edits["column"] = np.concatenate([np.tile(tokens.columns, b - a) for tokens, a, b in editing])
+        amounts = np.concatenate([tokens.amounts(b - a) for tokens, a, b in editing], axis=1)
+        edits["bias"], edits["repetition"], edits["presence"], edits["frequency"] = amounts
+    return PlannedEdits(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64), edits)
+
+
+def edit_rows(logits: torch.Tensor, groups: Sequence[SampledRows], shard_ids: ShardIds) -> Edits:
+    """Apply logit bias and penalties in place to float32 [num_rows, shard_size]; see `planned_edits`."""
+    return planned_edits(groups, shard_ids).make(logits)
 
 
 class _EditedTokens:

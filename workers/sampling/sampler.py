@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
+from outrider.kernels.sample_shard import AskedRows
 from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.shard_logits import DENSE, ShardLogits
@@ -26,11 +27,12 @@ from outrider.kernels.token_rows import REMOVED, UInt64Array, ids_of
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.candidates import best_if_kept, foresee, kept_tokens
 from outrider.workers.sampling.context import RowParameters, SampledRows
-from outrider.workers.sampling.law import MAX_LOGIT, Edits, edit_rows
+from outrider.workers.sampling.device_shard import NOTHING_FORESEEN, DeviceShard
+from outrider.workers.sampling.law import MAX_LOGIT, NO_EDITS, Edits, PlannedEdits, planned_edits
 from outrider.workers.sampling.logprobs import NO_QUESTIONS, LawQuestions, raw_logprobs
 from outrider.workers.sampling.masking import Masked, mask_rows
 from outrider.workers.sampling.request_laws import request_laws
-from outrider.workers.sampling.shards import NOTHING_FORESEEN, DeviceShard, Foreseen, Shard
+from outrider.workers.sampling.shards import Shard
 from outrider.workers.sequences.vocabulary import Vocabulary
 
 
@@ -69,26 +71,38 @@ NO_SAMPLES = Samples(
 """Of no rows."""
 
 
+class Prepared(NamedTuple):
+    """What `Sampler.sample` works out before it has seen logits."""
+
+    groups: Sequence[SampledRows]
+    questions: LawQuestions
+    params: RowParameters
+    edits: PlannedEdits
+    foreseen: AskedRows
+
+    @property
+    def on_host(self) -> list[torch.Tensor]:
+        """Tensors that may travel to the logits' device together with others."""
+        return self.foreseen.on_host()
+
+
 class _Edited(NamedTuple):
     """The rows of one call, edited."""
 
     params: RowParameters
     logits: torch.Tensor
     masked: Masked
-    edits: Edits
+    edits: Edits  # made here: a `DeviceShard` makes its own
     shard: Shard
     maxima: Float32Array  # [num_rows], over the whole vocabulary
     whole: Int64Array  # valid rows that nothing truncates
     truncated: Int64Array  # the other valid rows
 
-    @property
-    def is_changed(self) -> bool:
-        """Whether the logits are not the model's own."""
-        return self.masked.rows.numel() > 0 or self.edits.rows.numel() > 0
-
     def undo(self) -> None:
         """Make the logits the model's own again."""
         self.edits.undo(self.logits)
+        if isinstance(self.shard, DeviceShard):
+            self.shard.undo()
         self.masked.undo(self.logits)
 
 
@@ -120,19 +134,40 @@ class Sampler:
         self._communicator = communicator
         self._kernels = kernels
 
-    @np.errstate(over="ignore")  # what leaves float32 downwards is as good as removed
+    def prepare(
+        self, groups: Sequence[SampledRows], questions: LawQuestions = NO_QUESTIONS, num: int = 1
+    ) -> Prepared:
+        """For `sample_prepared`.
+
+        Args:
+            groups: what the rows are to be sampled for, in their order; the same on every rank.
+            questions: what else is to be known of the laws; the same on every rank.
+            num: tokens that will be asked for of each row.
+        """
+        params, edits = RowParameters(groups), planned_edits(groups, self._ids)
+        foreseen = NOTHING_FORESEEN
+        if self._kernels.sample_shard:
+            foreseen = foresee(params, edits, self._vocab_size, len(self._ids), num, questions.rows)
+        return Prepared(groups, questions, params, edits, foreseen)
+
     def sample(
         self, logits: torch.Tensor, groups: Sequence[SampledRows], questions: LawQuestions = NO_QUESTIONS
+    ) -> Samples:
+        """`sample_prepared` of what has not been prepared."""
+        return self.sample_prepared(logits, self.prepare(groups, questions))
+
+    @np.errstate(over="ignore")  # what leaves float32 downwards is as good as removed
+    def sample_prepared(
+        self, logits: torch.Tensor, prepared: Prepared, there: Sequence[torch.Tensor] = ()
     ) -> Samples:
         """Sample one token per row.
 
         Args:
             logits: float32 [num_rows, len(vocabulary)], straight from the model. Edited while this runs, and as
                 before when it returns.
-            groups: what the rows are to be sampled for, in their order; the same on every rank.
-            questions: what else is to be known of the laws; the same on every rank.
+            there: `prepared.on_host` on the logits' device, if it has been copied already.
         """
-        batch = self._edit(logits, groups, 1)
+        batch, questions = self._edit(logits, prepared, there), prepared.questions
         best = np.zeros(len(batch.maxima), dtype=np.uint64)  # token 0 where a row is invalid
         valid = np.zeros(len(best), dtype=np.bool_)
         if len(batch.whole):
@@ -155,9 +190,8 @@ class Sampler:
             self._communicator,
         )
         batch.undo()
-        shard = self._shard(batch.logits) if batch.is_changed else batch.shard
         raw = raw_logprobs(
-            shard,
+            self._as_it_came(batch),
             self._ids,
             tokens,
             np.flatnonzero(batch.params.logprobs),
@@ -178,9 +212,15 @@ class Sampler:
             entropies=torch.from_numpy(laws.entropies),
         )
 
-    @np.errstate(over="ignore")
     def propose(
         self, logits: torch.Tensor, groups: Sequence[SampledRows], num: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`propose_prepared` of what has not been prepared."""
+        return self.propose_prepared(logits, self.prepare(groups, num=num), num)
+
+    @np.errstate(over="ignore")
+    def propose_prepared(
+        self, logits: torch.Tensor, prepared: Prepared, num: int, there: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The `num` best tokens of each row by log p̃ + G, for drafting: the first is what `sample` returns.
 
@@ -188,8 +228,9 @@ class Sampler:
 
         Args:
             logits: float32 [num_rows, vocab_size]; edited while this runs, and as before when it returns.
-            groups: what the rows are to be sampled for, in their order.
+            prepared: for `num` tokens.
             num: at most vocab_size.
+            there: `prepared.on_host` on the logits' device, if it has been copied already.
 
         Returns:
             ids int64 [num_rows, num], distinct within a row, best first, and log p̃ of each, float32
@@ -199,7 +240,7 @@ class Sampler:
         """
         assert self._communicator.size == 1
         assert num <= self._vocab_size
-        batch = self._edit(logits, groups, num)
+        batch = self._edit(logits, prepared, there)
         ids = np.empty((len(batch.maxima), num), dtype=np.int64)
         ids[:] = self._ids.all[:num]
         log_probs = np.full(ids.shape, -np.inf, dtype=np.float32)
@@ -219,18 +260,18 @@ class Sampler:
         batch.undo()
         return torch.from_numpy(ids), torch.from_numpy(log_probs)
 
-    def _edit(self, logits: torch.Tensor, groups: Sequence[SampledRows], num: int) -> _Edited:
-        """`num`: tokens that will be asked for of each row."""
-        params = RowParameters(groups)
+    def _edit(self, logits: torch.Tensor, prepared: Prepared, there: Sequence[torch.Tensor]) -> _Edited:
+        params = prepared.params
         assert logits.shape == (params.num_rows, len(self._ids))
         if not self._kernels.sample_shard:
             logits = logits.cpu().contiguous()
-        masked = mask_rows(logits, groups, self._ids)
-        edits = edit_rows(logits, groups, self._ids)
-        foreseen = NOTHING_FORESEEN
+        masked, edits = mask_rows(logits, prepared.groups, self._ids), NO_EDITS
+        shard: Shard
         if self._kernels.sample_shard:
-            foreseen = foresee(params, self._vocab_size, num)
-        shard = self._shard(logits, foreseen)
+            shard = DeviceShard(logits, self._ids, self._kernels, prepared.foreseen, there)
+        else:
+            edits = prepared.edits.make(logits)
+            shard = ShardLogits(logits, self._ids)
         maxima = shard.maxima(np.arange(params.num_rows))
         if self._communicator.size > 1:
             maxima = self._communicator.all_gather(torch.from_numpy(maxima)).numpy().max(axis=0)
@@ -239,10 +280,14 @@ class Sampler:
         whole = (valid & ~params.truncates).nonzero()[0]
         return _Edited(params, logits, masked, edits, shard, maxima, whole, truncated)
 
-    def _shard(self, logits: torch.Tensor, foreseen: Foreseen = NOTHING_FORESEEN) -> Shard:
-        if self._kernels.sample_shard:
-            return DeviceShard(logits, self._ids, self._kernels, foreseen)
-        return ShardLogits(logits, self._ids)
+    def _as_it_came(self, batch: _Edited) -> Shard:
+        """Of the model's own logits, which they are again."""
+        if isinstance(batch.shard, DeviceShard):
+            if len(batch.masked.rows):
+                return DeviceShard(batch.logits, self._ids, self._kernels)
+            return batch.shard.as_it_came()
+        is_changed = len(batch.masked.rows) > 0 or len(batch.edits.rows) > 0
+        return ShardLogits(batch.logits, self._ids) if is_changed else batch.shard
 
     def _choose_kept(self, batch: _Edited, best: UInt64Array) -> None:
         """The packed tokens of truncated rows, into best [num_rows]."""
@@ -260,6 +305,8 @@ class Sampler:
     ) -> tuple[UInt64Array, npt.NDArray[np.float64]]:
         """Of truncated rows [n, num] packed tokens with their scores, and [n] the masses of what is kept."""
         params = batch.params
+        if isinstance(batch.shard, DeviceShard) and self._communicator.size == 1:
+            return batch.shard.best_foreseen(rows)
         kept = kept_tokens(
             batch.shard, rows, batch.maxima[rows], params, self._vocab_size, self._communicator
         )

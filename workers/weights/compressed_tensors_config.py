@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from outrider.workers.weights.fields import Fields
 from outrider.workers.weights.fp8_format import Fp8Format, Scope
+from outrider.workers.weights.inputs import DynamicInputs
 from outrider.workers.weights.packed_format import Layout, PackedFormat
 from outrider.workers.weights.quantization import (
     FormatRule,
@@ -18,7 +19,6 @@ from outrider.workers.weights.quantization import (
     Quantization,
     check_expressions,
 )
-from outrider.workers.weights.scaled import DynamicInputs
 
 _REGEX = "re:"
 _LINEAR = "Linear"

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from outrider.workers.weights.inputs import DynamicInputs, Inputs, StaticInputs
 from outrider.workers.weights.quantization import Span, StoredTensor
-from outrider.workers.weights.scaled import DynamicInputs, Inputs, ScaledMatrix, StaticInputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from outrider.workers.weights.scaled import ScaledMatrix
 
 Scope = Literal["tensor", "row", "block"]
 
@@ -72,6 +74,10 @@ class Fp8Format:
         return parts
 
     def scaled(self, tensors: Mapping[str, Tensor], rows: Span, columns: Span) -> ScaledMatrix:
+        import torch  # who asks for sizes alone does without
+
+        from outrider.workers.weights.scaled import ScaledMatrix
+
         values, scales = tensors[_WEIGHT], tensors[self.scale_name].float()
         num_rows, num_columns = values.shape
         inputs = self.inputs

@@ -10,11 +10,11 @@ import numpy as np
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType
 
 from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.data_file import DataFile
 from outrider.workers.weights.families import family_named
 from outrider.workers.weights.fields import Fields
 from outrider.workers.weights.gguf_header import GgufHeader
 from outrider.workers.weights.hf_config import model_config_from_hf
-from outrider.workers.weights.source import DataFile
 
 ROPE_FACTORS = "rope_freqs.weight"
 

@@ -6,11 +6,11 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
+import mmap
 import os
 import re
 import struct
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,12 @@ _SCALARS = {
     GGUFValueType.FLOAT64: "<f8",
 }
 
+_MAGIC = b"GGUF"
+_LENGTH = struct.Struct("<Q")
+_NUMBER = struct.Struct("<I")
+_KIND_AND_COUNT = struct.Struct("<IQ")
+_COUNTS = struct.Struct("<IQQ")  # version, tensors, keys
 _MAX_DIMS = 4
-_LONG = 1 << 20
 _PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -115,38 +119,81 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 def _read_file(path: Path) -> GgufHeader:
     with path.open("rb") as file:
-        try:
-            return _read(path, file)
-        except (struct.error, EOFError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a complete GGUF file: {error}") from error
+        if os.fstat(file.fileno()).st_size < len(_MAGIC):  # an empty file cannot be mapped
+            raise ValueError(f"{path} is not a GGUF file")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _read(path, _Bytes(data))
+            except (struct.error, EOFError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path} is not a complete GGUF file: {error}") from error
 
 
-def _read(path: Path, file: BufferedReader) -> GgufHeader:
-    if file.read(4) != b"GGUF":
+class _Bytes:
+    """What comes next in a mapped file. Lengths are not trusted: one that leads beyond the end is an EOFError."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self.at = 0
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes."""
+        end = self.at + count
+        if end > len(self._data):
+            raise EOFError("it ends inside the header")
+        taken = self._data[self.at : end]
+        self.at = end
+        return taken
+
+    def numbers(self, form: struct.Struct) -> tuple[Any, ...]:
+        """The next numbers, as `form` has them."""
+        return form.unpack(self.take(form.size))
+
+    def text(self) -> str:
+        """The next text, behind its length."""
+        (length,) = self.numbers(_LENGTH)
+        return self.take(length).decode()
+
+    def texts(self, count: int) -> list[str]:
+        """As many calls of `text`: vocabularies and merges are hundreds of thousands, in one loop without calls of
+        our own."""
+        data, at, num_bytes = self._data, self.at, len(self._data)
+        found = []
+        for _ in range(count):
+            (length,) = _LENGTH.unpack_from(data, at)
+            start, at = at + _LENGTH.size, at + _LENGTH.size + length
+            if at > num_bytes:
+                raise EOFError("it ends inside the header")
+            found.append(data[start:at].decode())
+        self.at = at
+        return found
+
+
+def _read(path: Path, file: _Bytes) -> GgufHeader:
+    if file.take(len(_MAGIC)) != _MAGIC:
         raise ValueError(f"{path} is not a GGUF file")
-    version, num_tensors, num_keys = struct.unpack("<IQQ", _take(file, 20))
+    version, num_tensors, num_keys = file.numbers(_COUNTS)
     if version not in (2, 3):
         raise ValueError(f"{path} is GGUF version {version}; supported: 2, 3 (little endian)")
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
-        key = _string(file)
+        key = file.text()
         if key in metadata:
             raise ValueError(f"{path}: the metadata key {key} is there twice")
         metadata[key] = _value(file, _kind(path, file))
     infos = []
     for _ in range(num_tensors):
-        name = _string(file)
-        (num_dims,) = struct.unpack("<I", _take(file, 4))
+        name = file.text()
+        (num_dims,) = file.numbers(_NUMBER)
         if not 1 <= num_dims <= _MAX_DIMS:
             raise ValueError(f"{path}: tensor {name} has {num_dims} dimensions, not 1 to {_MAX_DIMS}")
-        dims = struct.unpack(f"<{num_dims}Q", _take(file, 8 * num_dims))
-        type_number, offset = struct.unpack("<IQ", _take(file, 12))
+        dims = file.numbers(struct.Struct(f"<{num_dims}Q"))
+        type_number, offset = file.numbers(_KIND_AND_COUNT)
         infos.append((name, tuple(reversed(dims)), type_number, offset))
     fields = Fields(metadata, f"{path}: ")
     alignment = GGUF_DEFAULT_ALIGNMENT
     if fields.has("general.alignment"):
         alignment = fields.integer("general.alignment")
-    data_start = -(-file.tell() // alignment) * alignment
+    data_start = -(-file.at // alignment) * alignment
     tensors: dict[str, GgufTensor] = {}
     for name, shape, type_number, offset in infos:
         try:
@@ -168,40 +215,25 @@ def _read(path: Path, file: BufferedReader) -> GgufHeader:
     return GgufHeader(path, metadata, tensors)
 
 
-def _take(file: BufferedReader, count: int) -> bytes:
-    # A length that was damaged must not become an allocation. Strings are many: the size is asked for long ones.
-    if count > _LONG and count > os.fstat(file.fileno()).st_size:
-        raise EOFError("it ends inside the header")
-    data = file.read(count)
-    if len(data) < count:
-        raise EOFError("it ends inside the header")
-    return data
-
-
-def _string(file: BufferedReader) -> str:
-    (length,) = struct.unpack("<Q", _take(file, 8))
-    return _take(file, length).decode()
-
-
-def _kind(path: Path, file: BufferedReader) -> GGUFValueType:
-    (number,) = struct.unpack("<I", _take(file, 4))
+def _kind(path: Path, file: _Bytes) -> GGUFValueType:
+    (number,) = file.numbers(_NUMBER)
     try:
         return GGUFValueType(number)
     except ValueError as error:
         raise ValueError(f"{path} has metadata of unknown type {number}") from error
 
 
-def _value(file: BufferedReader, kind: GGUFValueType) -> Any:
+def _value(file: _Bytes, kind: GGUFValueType) -> Any:
     if kind is GGUFValueType.STRING:
-        return _string(file)
+        return file.text()
     if kind is GGUFValueType.ARRAY:
-        number, count = struct.unpack("<IQ", _take(file, 12))
+        number, count = file.numbers(_KIND_AND_COUNT)
         item = GGUFValueType(number)
         if item in _SCALARS:
             dtype = np.dtype(_SCALARS[item])
-            return np.frombuffer(_take(file, count * dtype.itemsize), dtype).tolist()
-        if count > os.fstat(file.fileno()).st_size:
-            raise EOFError("it ends inside the header")
-        return [_value(file, item) for _ in range(count)]
+            return np.frombuffer(file.take(count * dtype.itemsize), dtype).tolist()
+        return (
+            file.texts(count) if item is GGUFValueType.STRING else [_value(file, item) for _ in range(count)]
+        )
     dtype = np.dtype(_SCALARS[kind])
-    return np.frombuffer(_take(file, dtype.itemsize), dtype)[0].item()
+    return np.frombuffer(file.take(dtype.itemsize), dtype)[0].item()

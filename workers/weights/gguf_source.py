@@ -15,15 +15,16 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import quant_shape_from_byte_shape
 
 from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.data_file import DataFile
 from outrider.workers.weights.families import FAMILIES
 from outrider.workers.weights.gguf_config import ROPE_FACTORS, model_config_from_gguf
 from outrider.workers.weights.gguf_header import GgufTensor, read_gguf_header
 from outrider.workers.weights.quantization import StoredTensor
 from outrider.workers.weights.source import (
     CHUNK_ELEMENTS,
-    DataFile,
     Stored,
     bounds,
     read_rectangle,
@@ -61,6 +62,7 @@ _IN_LAYER = {
 _OF_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 # Read into the configuration, or derived from it: no weights of the model.
 _NOT_WEIGHTS = re.compile(rf"{re.escape(ROPE_FACTORS)}|blk\.\d+\.attn_rot_embd\.weight")
+_PAGE_BYTES = 4096
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
@@ -178,8 +180,15 @@ class GgufSource:
     def _blocks(self, tensor: GgufTensor, rows: tuple[int, int], window: tuple[int, int]) -> torch.Tensor:
         """Blocks `window` of some rows, u8 [rows, bytes], in the order of the file."""
         _, size = GGML_QUANT_SIZES[tensor.type]
-        blocks = torch.empty(rows[1] - rows[0], (window[1] - window[0]) * size, dtype=torch.uint8)
         span = window[0] * size, window[1] * size
+        if tensor.row_bytes - (span[1] - span[0]) < _PAGE_BYTES:
+            # What lies between the windows of two rows is in pages that are read anyway: one call, not one for each.
+            whole = torch.empty(rows[1] - rows[0], tensor.row_bytes, dtype=torch.uint8)
+            read_rectangle(
+                self._files[tensor.path], tensor.offset, tensor.row_bytes, rows, (0, tensor.row_bytes), whole
+            )
+            return whole[:, span[0] : span[1]].contiguous()
+        blocks = torch.empty(rows[1] - rows[0], span[1] - span[0], dtype=torch.uint8)
         read_rectangle(self._files[tensor.path], tensor.offset, tensor.row_bytes, rows, span, blocks)
         return blocks
 
@@ -199,7 +208,9 @@ def _dequantize(blocks: np.ndarray, tensor_type: GGMLQuantizationType) -> torch.
     """u8 [rows, row_bytes] -> float32 [rows, columns]."""
     if tensor_type == GGMLQuantizationType.BF16:
         return torch.from_numpy(blocks).view(torch.bfloat16).float()
-    return torch.from_numpy(gguf.dequantize(blocks, tensor_type))
+    # The package works on 16 rows at a time, here all in one: what it is given is small (`CHUNK_ELEMENTS`).
+    values = gguf.dequantize(blocks.reshape(1, -1), tensor_type)
+    return torch.from_numpy(values.reshape(quant_shape_from_byte_shape(blocks.shape, tensor_type)))
 
 
 def _can_dequantize(tensor_type: GGMLQuantizationType) -> bool:

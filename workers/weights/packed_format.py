@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from outrider.workers.weights.quantization import Span, StoredTensor
-from outrider.workers.weights.scaled import ScaledMatrix
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from outrider.workers.weights.scaled import ScaledMatrix
 
 Layout = Literal["packed", "bytes", "gptq", "awq"]
 
@@ -102,6 +103,10 @@ class PackedFormat:
         return {**found, "weight_zero_point": zeros} if self.zeros else found
 
     def scaled(self, tensors: Mapping[str, Tensor], rows: Span, columns: Span) -> ScaledMatrix:
+        from outrider.workers.weights.scaled import (
+            ScaledMatrix,  # with torch, which who asks for sizes does without
+        )
+
         middle = 1 << (self.bits - 1)
         zeros: Tensor | None = None
         if self._is_transposed:
@@ -137,9 +142,9 @@ class PackedFormat:
         scales = scales.contiguous()
         if self.bits == 4:
             shifts = (-middle if zeros is None else -zeros) * scales
-            return ScaledMatrix(values.to(torch.uint8).contiguous(), scales, group, shifts)
+            return ScaledMatrix(values.byte().contiguous(), scales, group, shifts)
         shifts_of_bytes = None if zeros is None else (middle - zeros) * scales
-        return ScaledMatrix((values - middle).to(torch.int8).contiguous(), scales, group, shifts_of_bytes)
+        return ScaledMatrix((values - middle).char().contiguous(), scales, group, shifts_of_bytes)
 
     def loaded_bytes(self, rows: int, columns: int) -> int:
         groups = -(-columns // self.group) if self.group else 1
@@ -149,16 +154,15 @@ class PackedFormat:
 
     def _unpacked(self, words: Tensor, kept: Span) -> Tensor:
         """int32 [n, words] -> int32 [n, kept]: the integers `kept` of the rows that the words are a part of."""
-        places = torch.tensor(_AWQ_ORDER if self.layout == "awq" else range(self._per_word))
-        at = torch.empty(self._per_word, dtype=torch.int32)
-        at[places] = torch.arange(self._per_word, dtype=torch.int32) * self.bits
+        order = _AWQ_ORDER if self.layout == "awq" else range(self._per_word)
+        at = words.new_tensor([order.index(place) * self.bits for place in range(self._per_word)])
         values = (words[:, :, None] >> at) & ((1 << self.bits) - 1)
         first = kept[0] % self._per_word
         return values.flatten(1)[:, first : first + kept[1] - kept[0]]
 
     def _check_order(self, groups: Tensor, columns: Span) -> None:
-        own = torch.arange(*columns) // (self.group or columns[1])
-        if not torch.equal(groups.long(), own):
+        own = [column // (self.group or columns[1]) for column in range(*columns)]
+        if groups.tolist() != own:
             raise ValueError(
                 "g_idx must be the group of each column in order: columns sorted by activations (desc_act) cannot be "
                 "read"

@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from outrider.workers.weights.scaled import ScaledMatrix
+    from outrider.workers.weights.scaled import ScaledMatrix
 
 Span = tuple[int, int]  # from, and up to without
 Shape = tuple[int, ...]

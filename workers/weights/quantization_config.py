@@ -8,6 +8,7 @@ from typing import Any, Literal
 from outrider.workers.weights.compressed_tensors_config import read_compressed_tensors
 from outrider.workers.weights.fields import Fields
 from outrider.workers.weights.fp8_format import Fp8Format, block_fp8, fbgemm_fp8
+from outrider.workers.weights.inputs import DynamicInputs
 from outrider.workers.weights.packed_format import PackedFormat
 from outrider.workers.weights.quantization import (
     FormatRule,
@@ -15,7 +16,6 @@ from outrider.workers.weights.quantization import (
     Quantization,
     check_expressions,
 )
-from outrider.workers.weights.scaled import DynamicInputs
 
 _KEYS = ("quantization_config", "compression_config", "quantization")
 _METHOD = "quant_method"

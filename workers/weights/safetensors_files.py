@@ -8,19 +8,17 @@ Format: https://github.com/huggingface/safetensors#format
 import json
 import math
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from outrider.workers.weights.data_file import DataFile
 from outrider.workers.weights.fields import Fields, read_json
+from outrider.workers.weights.hf_directory import INDEX, SINGLE
 from outrider.workers.weights.reader import Reader
-from outrider.workers.weights.source import DataFile
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 DTYPES = {
     "F64": torch.float64,
@@ -88,27 +86,6 @@ class SafetensorsFiles:
         self.reader.rectangle(entry.file, entry.offset, row_bytes, rows, window, out.view(torch.uint8))
 
 
-def weight_files(directory: Path, names: Collection[str]) -> list[Path]:
-    """model.safetensors where there is one, as transformers does; else the shards of the index; else all files.
-
-    `names`: tensors whose shards are wanted; none: all. Raises ValueError when a file is missing.
-    """
-    if (directory / SINGLE).exists():
-        return [directory / SINGLE]
-    if (directory / INDEX).exists():
-        paths = indexed_files(directory, names)
-    else:
-        paths = sorted(directory.glob("*.safetensors"))
-    missing = [path.name for path in paths if not path.exists()]
-    if missing:
-        raise ValueError(
-            f"{directory} lacks {missing[0]} ({len(missing)} of {len(paths)} weight files missing)"
-        )
-    if not paths:
-        raise ValueError(f"{directory} has no .safetensors file")
-    return paths
-
-
 def check_index(directory: Path, entries: Mapping[str, Entry]) -> None:
     """Raises ValueError where a file that was opened lacks a tensor that the index says is in it."""
     if (directory / SINGLE).exists() or not (directory / INDEX).exists():
@@ -118,21 +95,6 @@ def check_index(directory: Path, entries: Mapping[str, Entry]) -> None:
     for name, file in weight_map.items():
         if file in opened and name not in entries:
             raise ValueError(f"{directory / file} lacks tensor {name}, which {INDEX} says is in it")
-
-
-def indexed_files(directory: Path, names: Collection[str]) -> list[Path]:
-    """The files that the index gives for some tensors (for none: all of its files), here or not.
-
-    Raises ValueError for a damaged index, and for one that has none of the tensors.
-    """
-    index = directory / INDEX
-    weight_map = Fields(read_json(index), f"{index}: ").object("weight_map")
-    if not all(isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
-        raise ValueError(f"{index}: weight_map must give the name of a file for each tensor")
-    wanted = {file for name, file in weight_map.items() if not names or name in names}
-    if names and not wanted:
-        raise ValueError(f"{index} has no tensor {min(names)}")
-    return [directory / name for name in sorted(wanted)]
 
 
 def _read_header(path: Path) -> dict[str, Entry]:

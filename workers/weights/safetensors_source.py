@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from outrider.workers.weights.config import ModelConfig
-from outrider.workers.weights.fields import Fields, read_json
-from outrider.workers.weights.hf_config import model_config_from_hf
+from outrider.workers.weights.hf_directory import names_to_fetch, read_hf_config, weight_files
 from outrider.workers.weights.quantization import format_of, stem
-from outrider.workers.weights.safetensors_files import SafetensorsFiles, check_index, weight_files
+from outrider.workers.weights.safetensors_files import SafetensorsFiles, check_index
 from outrider.workers.weights.source import CHUNK_ELEMENTS, Stored, bounds, read_scaled, unknown_tensor
 from outrider.workers.weights.tensors import (
     EMBEDDING,
@@ -166,44 +165,3 @@ class SafetensorsSource:
             if not torch.equal(*(self.read(x, part, slice(None), torch.float32) for x in (one, other))):
                 return False
         return True
-
-
-def names_to_fetch(directory: Path, names: Collection[str]) -> Collection[str]:
-    """The tensors in whose files some tensors are: a tied head is in the embedding, if it is nowhere else, and
-    narrow numbers have their scales beside them."""
-    if not names:
-        return names
-    config = read_hf_config(directory)
-    wanted = {*names, EMBEDDING} if HEAD in names and config.tied_embeddings else set(names)
-    shapes = tensor_shapes(config)
-    return {
-        stored
-        for name in wanted
-        for stored in (stored_tensors(config, name, shapes[name]) if name in shapes else (name,))
-    }
-
-
-def read_hf_config(directory: Path) -> ModelConfig:
-    """ModelConfig from config.json, with the end-of-sequence ids of generation_config.json added.
-
-    Needs no weights. Raises ValueError when config.json is missing or is not JSON, or describes a model that is
-    not supported.
-    """
-    if (directory / "adapter_config.json").exists():
-        raise ValueError(f"{directory} holds an adapter (adapter_config.json); merge it into its model first")
-    path = directory / "config.json"
-    raw = read_json(path)
-    try:
-        config = model_config_from_hf(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    extra = generation_end_ids(directory, config.vocab_size)
-    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
-
-
-def generation_end_ids(directory: Path, vocab_size: int) -> tuple[int, ...]:
-    """End-of-text ids that a generation_config.json names, () without one; ValueError for what is no id."""
-    path = directory / "generation_config.json"
-    if not path.exists():
-        return ()
-    return Fields(read_json(path), f"{path}: ").token_ids("eos_token_id", vocab_size)

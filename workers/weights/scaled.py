@@ -6,7 +6,6 @@ joining are done here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,33 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from outrider.workers.weights.inputs import Inputs, StaticInputs
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 
 
-@dataclass(frozen=True)
-class DynamicInputs:
-    """Rows are rounded to FP8 before they are multiplied; their scales follow from the rows themselves.
-
-    Attributes:
-        by_group: a scale for each group of columns that share one in the matrix; else one for the row.
-        bound: greatest magnitude that a scale covers; what is above it is cut to it.
-        least_scale: smallest scale.
-    """
-
-    by_group: bool = False
-    bound: float = math.inf
-    least_scale: float = torch.finfo(torch.float32).tiny
-
-
-@dataclass(frozen=True)
-class StaticInputs:
-    """Rows are rounded to FP8 before they are multiplied, all with one scale that was calibrated."""
-
-    scale: float
-
-
-Inputs = DynamicInputs | StaticInputs
 _Change = Callable[[Tensor], Tensor]
 
 

@@ -4,7 +4,6 @@ Tensors are named as Hugging Face names them (`model.layers.0.self_attn.q_proj.w
 keeps them: `[out_features, in_features]`. A reader asks for the rows and columns it owns and gets a copy.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.data_file import DataFile
 from outrider.workers.weights.quantization import format_of
 from outrider.workers.weights.scaled import ScaledMatrix
 
@@ -102,41 +102,6 @@ def read_into(source: WeightSource, name: str, rows: slice, columns: slice, out:
         source.read_into(name, rows, columns, out)
     else:
         out.copy_(source.read(name, rows, columns, out.dtype))
-
-
-class DataFile:
-    """A file read at given offsets without a shared position, hence safe to use from several threads."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-
-    def require(self, num_bytes: int) -> None:
-        """Raises ValueError when the file is shorter, e.g. because a download was interrupted."""
-        size = os.fstat(self._descriptor).st_size
-        if size < num_bytes:
-            raise ValueError(f"{self.path} is truncated: it has {size} of {num_bytes} bytes")
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills `buffer` (bytes) from `offset`.
-
-        Raises ValueError when the file ends before, OSError with the file's name when it cannot be read.
-        """
-        done = 0
-        while done < len(buffer):
-            try:
-                count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self.path)) from error
-            if count == 0:
-                raise ValueError(
-                    f"{self.path} ends before byte {offset + len(buffer)}: the file is truncated"
-                )
-            done += count
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
 
 
 def read_rectangle(

@@ -1,14 +1,18 @@
 """Which tensors a model has, and that a checkpoint has these and no others."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from outrider.workers.weights.config import DenseMlp, ModelConfig, RoutedMlp
 from outrider.workers.weights.quantization import StoredTensor, format_of, stem
+
+if TYPE_CHECKING:
+    import torch
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

@@ -3,17 +3,17 @@
 import codecs
 
 from tokenizers import Tokenizer, decoders
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from outrider.workers.weights.byte_alphabet import token_bytes
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.gguf_config import gguf_end_ids
 from outrider.workers.weights.gguf_header import read_gguf_header
 from outrider.workers.weights.gguf_tokenizer import tokenizer_from_gguf
-from outrider.workers.weights.random_source import RandomSource
+from outrider.workers.weights.hf_directory import generation_end_ids
+from outrider.workers.weights.random_spec import parse_spec, random_config
 from outrider.workers.weights.random_tokenizer import tokenizer_of_size
 from outrider.workers.weights.resolver import ResolvedModel
-from outrider.workers.weights.safetensors_source import generation_end_ids
 
 # Tokens that the drafter may have beside the target's (added ones of a later release of the same tokenizer).
 MAX_EXTRA_TOKENS = 512
@@ -35,9 +35,11 @@ def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
     if resolved.kind == "gguf":
         return tokenizer_from_gguf(read_gguf_header(resolved.path))
     if resolved.kind == "random":
-        return tokenizer_of_size(RandomSource(resolved.model).config.vocab_size)
+        return tokenizer_of_size(random_config(*parse_spec(resolved.model)).vocab_size)
     if not any(path for pattern in _VOCABULARIES for path in resolved.path.glob(pattern)):
         raise ValueError(f"{resolved.path} has no usable tokenizer: there is no tokenizer.json")
+    from transformers import AutoTokenizer  # with torch, which the other kinds do without
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             resolved.path, local_files_only=True, trust_remote_code=False

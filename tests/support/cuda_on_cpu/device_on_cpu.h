@@ -41,7 +41,11 @@ static inline V shuffle_value(u32 mask, V value, int source_lane, int line) {
 
 static inline int __popc(u32 x) { return __builtin_popcount(x); }
 static inline int __popcll(u64 x) { return __builtin_popcountll(x); }
+static inline int __float_as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
+static inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
+static inline float __fmul_rn(float x, float y) { return x * y; }
 static inline float __uint2float_rn(u32 x) { return (float)x; }
+static inline u64 __float2ull_rn(float x) { return x >= 0.f ? (u64)nearbyintf(x) : 0; }  // NaN becomes 0, as there
 static inline float exp2_approx(float x) { return exp2f(x); }
 static inline float reciprocal_approx(float x) { return 1.f / x; }
 

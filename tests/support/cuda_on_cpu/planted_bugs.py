@@ -89,8 +89,32 @@ SOURCE_BUGS = (
     PlantedBug("split of smaller maximum not scaled", "merge_splits", "merge_splits.cu",
                "- largest) * inverse", "- partial_lse[first]) * inverse"),
     PlantedBug("commit writes before all is read", "kv_commit", "kv_commit.cu", "  __syncthreads();\n", ""),
-    PlantedBug("samples of the warps read too early", "sample_shard", "sample_shard.cu", "  __syncthreads();\n", ""),
-    PlantedBug("noise of another token", "sample_shard", "sample_shard.cu", "(u32)token)", "(u32)i)"),
+    PlantedBug("sums of the warps read too early", "sample_shard", "sample_shard.cu",
+               "partial[warp * n + i] = sums[i];\n  __syncthreads();", "partial[warp * n + i] = sums[i];"),
+    PlantedBug("sums overwritten before they are read", "sample_shard", "sample_shard.cu",
+               "  __syncthreads();  // those before have been read\n", ""),
+    PlantedBug("noise of another token", "sample_shard", "sample_shard.cu",
+               "table ? (u32)table[i]", "table ? (u32)i"),
+    PlantedBug("the law of the row before the edits", "sample_shard", "sample_shard.cu",
+               "  __syncthreads();\n  sums.maximum", "  sums.maximum"),
+    PlantedBug("ties beyond the last place stay", "sample_shard", "sample_shard.cu",
+               " | ALL_COLUMNS;  // all that", " ;  // all that"),
+    PlantedBug("top-p of all tokens instead of the top k", "sample_shard", "sample_shard.cu",
+               "    mass = mass_up_to(law, cut);\n", ""),
+    PlantedBug("the nucleus without the token that completes it", "sample_shard", "sample_shard.cu",
+               "mass_before + found[MIDS + mid] < limit", "mass_before + found[MIDS + mid] + UNIT / 1024 < limit"),
+    PlantedBug("the search forgets what lies before", "sample_shard", "sample_shard.cu",
+               "    num_before += tokens;\n", ""),
+    PlantedBug("a second best that is the best again", "sample_shard", "sample_shard.cu",
+               "(score == last_score && i > last_column)", "score == last_score"),
+    PlantedBug("edits are left in the logits", "sample_shard", "sample_shard.cu",
+               "    row_logits[edits[e].column] = originals[e];\n  if", "    ;\n  if"),
+    PlantedBug("log-probabilities of the edited law", "sample_shard", "sample_shard.cu",
+               "winners[place].raw_logit = originals[e]", "winners[place].raw_logit = row_logits[last_column]"),
+    PlantedBug("min-p in units of the temperature", "sample_shard", "sample_shard.cu",
+               "(double)(value_of(middle) - largest) / temperature", "(double)(value_of(middle) - largest)"),
+    PlantedBug("NaN is not the largest", "sample_shard", "sample_shard.cu",
+               "return num_nan[0] ? __int_as_float(0x7fc00000) :", "return"),
     PlantedBug("squares of the warps read too early", "add_rms_norm", "add_rms_norm.cu", "  __syncthreads();\n", ""),
     PlantedBug("squares of what was added", "add_rms_norm", "add_rms_norm.cu",
                "squares += to_float(pack.at[e]) * to_float(pack.at[e]);",
@@ -159,7 +183,8 @@ def cases_for(bug: PlantedBug) -> Iterator[PreparedCase]:
         yield prepare(2, 77, torch.bfloat16, CPU)
         yield prepare(2, 520, torch.bfloat16, CPU)
     else:
-        yield prepare_sample_shard(1001, 5000, CPU)
+        yield prepare_sample_shard(600, 17, CPU, step=5, coarse=True)
+        yield prepare_sample_shard(1501, 152_000, CPU)
 
 
 def kernels_for(cases: list[PreparedCase], stem: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -31,8 +33,10 @@ class Drafting(TappedDrafting):
         self.num_checked = 0
         self._logits, self.method._logits = self.method._logits, self._checked  # type: ignore[method-assign]
 
-    def _checked(self, expansion: Expansion) -> torch.Tensor:
-        logits = self._logits(expansion)
+    def _checked(
+        self, expansion: Expansion, others: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        logits, there = self._logits(expansion, others)
         for slot, node, row in zip(expansion.node_slots, expansion.nodes, logits, strict=True):
             tokens = self.engine.slots.sequence(slot).tokens
             taps = tap_rows(tokens).flatten(1)
@@ -40,7 +44,7 @@ class Drafting(TappedDrafting):
             expected = logits_along(DRAFTER, read(TARGET, EMBEDDING), taps, tokens, path)[-1]
             torch.testing.assert_close(row, expected, atol=5e-5, rtol=5e-5)
             self.num_checked += 1
-        return logits
+        return logits, there
 
 
 def test_nothing_is_proposed_before_the_target_has_read_the_whole_text() -> None:

@@ -1,8 +1,8 @@
 import torch
 
 from outrider.kernels.launch_plans import MAX_COMMIT_ROWS
-from outrider.workers.model.cache import PagedCache, bytes_per_page
-from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.shard import ShardPlan, bytes_per_page
 from support.tensor_source import tiny_config
 
 
@@ -11,7 +11,7 @@ def test_a_page_costs_what_it_is_said_to_cost() -> None:
     for rank in (0, 1):
         plan = ShardPlan(config, rank, 2)
         cache = PagedCache(config, plan, 10, 16, torch.bfloat16, torch.device("cpu"))
-        assert cache.kv.nbytes == 10 * bytes_per_page(config, plan, torch.bfloat16, 16)
+        assert cache.kv.nbytes == 10 * bytes_per_page(plan, 2, 16)
         assert cache.num_pages == 10
 
 

@@ -177,12 +177,12 @@ def test_on_a_cpu_the_forward_runs_without_graphs() -> None:
 
     model: Any = Model()
     cache: Any = "cache"
-    batch: Any = "batch"
+    batch: Any = SimpleNamespace(along_with=lambda others, device: ("batch", []))
     assert not can_be_captured(model)
     assert forward_of(model, cache, [CAPACITY], [3])(batch) == ("batch", "cache", (3,))  # type: ignore[comparison-overlap]
 
 
-ON_HOST: Any = SimpleNamespace(to=lambda device: "on the device")
+ON_HOST: Any = SimpleNamespace(along_with=lambda others, device: ("on the device", []))
 
 
 class ScriptedGraphs:
@@ -190,7 +190,7 @@ class ScriptedGraphs:
 
     fails: tuple[str, int] = ("nothing", 0)
 
-    def __init__(self, model: Any, cache: Any, capacities: Any, taps: Any) -> None:
+    def __init__(self, model: Any, cache: Any, capacities: Any, taps: Any, with_logits: Any) -> None:
         self.communicator: Communicator = model.communicator
         self.warmed_up = False
 

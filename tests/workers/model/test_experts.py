@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from outrider.workers.model.cache import bytes_per_page
 from outrider.workers.model.linear import make_linear
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.mlp import (
@@ -16,7 +15,7 @@ from outrider.workers.model.mlp import (
     GroupedExperts,
     aligned_columns,
 )
-from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.shard import ShardPlan, bytes_per_page
 from outrider.workers.routing import route
 from outrider.workers.weights.hf_config import model_config_from_hf
 from outrider.workers.weights.tensors import tensor_shapes
@@ -119,5 +118,5 @@ def test_every_tensor_of_the_released_12b_is_planned_and_shared_out(size: int) -
     # 24.3 GB in bfloat16, evenly.
     assert sum(rank_bytes) == pytest.approx(24.3e9, rel=0.02)
     assert max(rank_bytes) < 1.08 * sum(rank_bytes) / size
-    page = bytes_per_page(config, ShardPlan(config, 0, size), torch.bfloat16, 16)
+    page = bytes_per_page(ShardPlan(config, 0, size), 2, 16)
     assert page == 28 * 2 * 16 * len(ShardPlan(config, 0, size).kv_heads) * 128 * 2

@@ -9,13 +9,14 @@ import torch
 
 from outrider.configs.schema import Config, TargetConfig
 from outrider.kernels.selection import REFERENCES, KernelSelection
+from outrider.workers.capacity import num_target_pages
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.model.cache import CacheScales, PagedCache, bytes_per_page
+from outrider.workers.model.cache import CacheScales, PagedCache
 from outrider.workers.model.fp8_cache import Fp8PagedCache, read_cache_scales
 from outrider.workers.model.loader import load_weights
-from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.shard import ShardPlan, bytes_per_page
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.setup import cache_dtype, kernels_with_cache, num_target_pages, target_cache
+from outrider.workers.setup import cache_dtype, kernels_with_cache, target_cache
 from outrider.workers.weights.safetensors_source import SafetensorsSource
 from support.quantised import compressed_tensors, fp8
 from support.rows import SequenceRows, batch_of, chain
@@ -100,7 +101,7 @@ def test_a_byte_for_each_number_and_the_kernels_that_read_it() -> None:
         return Config(target=TargetConfig(model="random:llama", kv_cache_dtype=cache))  # type: ignore[arg-type]
 
     plan = ShardPlan(config, 0, 1)
-    wide, narrow = (bytes_per_page(config, plan, dtype, 16) for dtype in (torch.bfloat16, FP8))
+    wide, narrow = (bytes_per_page(plan, num_bytes, 16) for num_bytes in (2, 1))
     assert wide == 2 * narrow
     assert num_target_pages(deployed("fp8"), config) == (256 << 20) // narrow
     assert [cache_dtype(deployed(name), config) for name in ("auto", "fp8", "fp8_e4m3")] == [

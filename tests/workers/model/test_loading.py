@@ -17,7 +17,7 @@ from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.sizes import weight_bytes
 from outrider.workers.weights import reader
 from outrider.workers.weights.fields import read_json
-from outrider.workers.weights.safetensors_files import INDEX
+from outrider.workers.weights.hf_directory import INDEX
 from outrider.workers.weights.safetensors_source import SafetensorsSource
 from outrider.workers.weights.shipped import shipped_models
 from support import sparse_checkpoint

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from outrider.kernels import gather_rows, launch_plans, sample_shard, tree_attention
-from outrider.kernels.noise import noise_key, noise_keys
+from outrider.kernels import gather_rows, launch_plans, tree_attention
+from outrider.kernels.noise import noise_keys
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.shard_logits import ShardLogits
@@ -20,7 +20,7 @@ from outrider.workers.model.fp8_cache import Fp8PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.sampling.shards import DeviceShard
+from outrider.workers.sampling.device_shard import DeviceShard
 from support.counted_gpu import KERNEL_MODULES
 from support.cuda_on_cpu.kernels import source_kernels
 from support.rows import SequenceRows, batch_of, chain
@@ -119,20 +119,7 @@ def test_a_rank_rehearses_its_graphs_alone(launcher: CountingLauncher) -> None:
     assert torch.equal(cache.kv, before)
 
 
-def test_a_shard_is_sampled_by_its_kernel_as_by_the_reference(launcher: CountingLauncher) -> None:
-    logits, keys = torch.randn(3, 700) * 5, [noise_key(seed, 4) for seed in range(3)]
-    arguments = (logits, [0.0, 0.8, 1.3], keys, ShardIds.from_first(7000, 700))
-    sample, expected = (
-        sample_shard.sample_shard(*arguments, use_kernel=True),
-        sample_shard.sample_shard(*arguments),
-    )
-    assert torch.equal(sample.ids, expected.ids)
-    torch.testing.assert_close(sample.values, expected.values)
-    torch.testing.assert_close(sample.exp_sums, expected.exp_sums, rtol=1e-5, atol=0)
-    assert launcher.kernels == ["sample_shard"]
-
-
-def test_the_best_tokens_of_a_row_are_found_by_the_kernel_one_after_the_other(
+def test_the_best_tokens_of_a_row_are_found_by_the_kernel(
     launcher: CountingLauncher,
 ) -> None:
     logits = (torch.randn(4, 700, generator=torch.Generator().manual_seed(0)) * 5).bfloat16().float()
@@ -146,7 +133,7 @@ def test_the_best_tokens_of_a_row_are_found_by_the_kernel_one_after_the_other(
         (values, ids), (expected_values, expected_ids) = (unpack_tokens(p) for p in (packed, expected))
         assert ids.tolist() == expected_ids.tolist()
         torch.testing.assert_close(torch.from_numpy(values), torch.from_numpy(expected_values))
-    assert set(launcher.kernels) == {"gather_rows", "sample_shard"}
+    assert launcher.kernels == ["sample_shard"]
     removed = shard.best(np.array([2]), temperatures[1:2], keys[:1], 2)
     assert unpack_tokens(removed)[1].tolist() == [[7000, 7001]]
     assert torch.equal(logits, before)

@@ -23,10 +23,11 @@ from outrider.workers.model.quantized import (
 )
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
+from outrider.workers.weights.inputs import DynamicInputs, StaticInputs
 from outrider.workers.weights.reference import load_transformers
 from outrider.workers.weights.resolver import ResolvedModel
 from outrider.workers.weights.safetensors_source import SafetensorsSource
-from outrider.workers.weights.scaled import DynamicInputs, ScaledMatrix, StaticInputs, round_inputs
+from outrider.workers.weights.scaled import ScaledMatrix, round_inputs
 from support.models import write_safetensors
 from support.pretend_gpu import pretend_gpu
 from support.quantised import BLOCK, Written, blocks, compressed_tensors, fbgemm, fp8

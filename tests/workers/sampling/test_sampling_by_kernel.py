@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from outrider.kernels.noise import noise_keys
-from outrider.kernels.sample_shard import sample_shard
+from outrider.kernels.sample_shard import SUMS, WINNER, AskedRows, sample_shard
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.shard_logits import ShardLogits
 from outrider.workers.link.communicator import SoloCommunicator
-from outrider.workers.sampling import shards
+from outrider.workers.sampling import device_shard
 from outrider.workers.sampling.context import PenaltyState, SampledRows
+from outrider.workers.sampling.device_shard import DeviceShard
 from outrider.workers.sampling.sampler import Sampler
-from outrider.workers.sampling.shards import DeviceShard
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.vocabulary import VocabularyRange
 from support.thread_group import ThreadCommunicator, run_ranks
@@ -110,47 +110,46 @@ def test_proposals_are_those_of_the_host(num: int) -> None:
 
 
 def test_no_row_is_brought_to_the_host(brought: list[int]) -> None:
-    rows = rows_of([params for params in EVERYTHING if params != TRUNCATED[2]])
+    rows = rows_of(EVERYTHING)
     logits = logits_for(rows)
     whole_sampler(KERNELS).sample(logits, rows)
     whole_sampler(KERNELS).propose(logits, rows, 3)
-    assert max(brought) < VOCAB_SIZE / 4  # of a second round: 1024 candidates for each row that asks for more
+    assert sum(brought) < VOCAB_SIZE / 4
     brought.clear()
     whole_sampler(REFERENCES).sample(logits, rows)
     assert max(brought) == len(rows) * VOCAB_SIZE
 
 
-def test_rows_that_only_need_their_token_bring_one_number_each(brought: list[int]) -> None:
+def test_rows_bring_one_record_each(brought: list[int]) -> None:
     rows = rows_of(PLAIN)
     whole_sampler(KERNELS).sample(logits_for(rows), rows)
-    assert max(brought) == len(rows)
+    assert brought == [len(rows) * (SUMS.itemsize + WINNER.itemsize)]
 
 
-def test_the_kernel_samples_the_rows_that_nothing_truncates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_launch_samples_all_rows_of_a_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     sampled: list[int] = []
 
-    def recording(logits: torch.Tensor, *arguments: Any, **flags: Any) -> Any:
-        assert flags == {"use_kernel": True}
-        sampled.append(len(logits))
-        return sample_shard(logits, *arguments, **flags)
+    def recording(logits: torch.Tensor, asked: AskedRows, *arguments: Any, **flags: Any) -> Any:
+        assert flags["use_kernel"]
+        sampled.append(len(asked.rows))
+        return sample_shard(logits, asked, *arguments, **flags)
 
-    monkeypatch.setattr(shards, "sample_shard", recording)
+    monkeypatch.setattr(device_shard, "sample_shard", recording)
     rows = rows_of(EVERYTHING)
     whole_sampler(KERNELS).sample(logits_for(rows), rows)
-    num_truncated = sum(params.truncates for params in EVERYTHING)
-    # Of the truncated rows only those whose nucleus is wider than what was seen at first.
-    assert sampled[0] == len(EVERYTHING) - num_truncated
-    assert sampled[1:] == [2]
+    whole_sampler(KERNELS).propose(logits_for(rows), rows, 4)
+    assert sampled == [len(rows), len(rows)]
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_one_look_is_enough_for_most(size: int, brought: list[int]) -> None:
-    """Of several rows, truncated and not: maxima, best tokens, likeliest tokens, sums; then no row is looked at."""
+    """Of several rows, truncated, edited, reported and not; then no row is looked at."""
     params = [
-        PLAIN[0],
-        PLAIN[1],
+        *PLAIN[:2],
+        *EDITED,
         TRUNCATED[0],
         SamplingParams(temperature=0.6, top_p=0.8, min_p=0.05, seed=2),
+        *REPORTED,
     ]
     rows = rows_of(params)
     logits = logits_for(rows) * 2
@@ -163,9 +162,11 @@ def test_one_look_is_enough_for_most(size: int, brought: list[int]) -> None:
         sampler = Sampler(VOCAB_SIZE, shard, communicator, KERNELS)
         samples = sampler.sample(logits[:, shard.first : shard.end].contiguous(), rows)
         assert torch.equal(samples.tokens, expected.tokens)
+        assert torch.equal(samples.top_ids, expected.top_ids)
+        torch.testing.assert_close(samples.top_logprobs, expected.top_logprobs, atol=1e-5, rtol=0)
 
     run_ranks(size, work)
-    assert len(brought) == 6 * size  # and the logits of the best tokens: each once
+    assert len(brought) == size
 
 
 def test_tokens_run_out() -> None:

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 from outrider.workers.weights.config import to_hf_config
 from outrider.workers.weights.fields import Fields
 from outrider.workers.weights.fp8_format import Fp8Format
+from outrider.workers.weights.inputs import DynamicInputs
 from outrider.workers.weights.quantization import Quantization
 from outrider.workers.weights.quantization_config import read_quantization
 from outrider.workers.weights.safetensors_source import SafetensorsSource
-from outrider.workers.weights.scaled import DynamicInputs, ScaledMatrix, joined
+from outrider.workers.weights.scaled import ScaledMatrix, joined
 from outrider.workers.weights.source import read_scaled
 from support.quantised import blocks, compressed_tensors, fp8
 from support.tensor_source import tiny_config
