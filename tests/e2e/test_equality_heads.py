@@ -106,6 +106,7 @@ def test_heads_give_the_text_of_transformers(
         communicators=thread_group(tp_size),
         options=options,
         profile=SLOW_TARGET,
+        max_sequences=len(cases),
         methods=builders(target),
     ) as engine:
         spy = AheadSpy(engine)

@@ -48,7 +48,11 @@ def test_sampled_text_is_the_same_for_every_method_and_rank_count(
 ) -> None:
     cases = all_cases()
     with LocalEngine(
-        target, drafter, communicators=thread_group(tp_size), options=default_options(fixed_budget=True)
+        target,
+        drafter,
+        communicators=thread_group(tp_size),
+        options=default_options(fixed_budget=True),
+        max_sequences=10,
     ) as engine:
         plain = decode(engine, cases, PLAIN)
         for case in cases:

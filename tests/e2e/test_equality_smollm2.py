@@ -85,7 +85,7 @@ def test_lookup_gives_the_text_of_plain_decoding(
 def test_one_request_at_a_time_gives_the_same_text(
     smollm2: SmolLM2, plain: Mapping[str, Text], solo: LocalEngine, ties: list[Mismatch]
 ) -> None:
-    cases = [*smollm2.shipped, *smollm2.spec_bench[::9]]
+    cases = [*smollm2.shipped, *smollm2.spec_bench[:25:6]]
     texts = decode_singly(solo, cases, NGRAM)
     check(smollm2, cases, plain, texts, ties, "ngram, one by one")
     assert num_accepted(texts) > 0
@@ -96,7 +96,7 @@ def test_sampled_text_is_that_of_plain_decoding_seed_for_seed(
     smollm2: SmolLM2, pair: LocalEngine, ties: list[Mismatch]
 ) -> None:
     """T = 0.8, top-p 0.95 and penalties, the same prompt under several seeds."""
-    some = [*smollm2.shipped[::2], *smollm2.spec_bench[:36:18]]
+    some = [*smollm2.shipped[::2], *smollm2.spec_bench[:1]]
     cases = [
         replace(
             case,
@@ -125,7 +125,7 @@ def test_sampled_text_is_that_of_plain_decoding_seed_for_seed(
 def test_three_ranks_give_the_same_text(
     smollm2: SmolLM2, plain: Mapping[str, Text], ties: list[Mismatch]
 ) -> None:
-    cases = [*smollm2.shipped, *smollm2.spec_bench[:36:9]]
+    cases = [*smollm2.shipped[::2], *smollm2.spec_bench[:25:8]]
     with open_engine(smollm2, 3, FIXED) as engine:
         texts = decode(engine, cases, NGRAM)
     check(smollm2, cases, plain, texts, ties, "ngram, tp 3")
@@ -135,7 +135,7 @@ def test_three_ranks_give_the_same_text(
 def test_scarce_pages_small_chunks_and_a_serial_loop_give_the_same_text(
     smollm2: SmolLM2, plain: Mapping[str, Text], ties: list[Mismatch]
 ) -> None:
-    cases = [*smollm2.shipped, *smollm2.spec_bench[:36:9]]
+    cases = [*smollm2.shipped, *smollm2.spec_bench[:25:8]]
     longest = max(len(case.prompt) + case.sampling.max_tokens for case in cases)
     with LocalEngine(
         smollm2.source,
