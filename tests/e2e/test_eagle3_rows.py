@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -57,14 +58,16 @@ class Watched:
             self.method = method = build(*of)
             logits_of, read_known = method._logits, method._read_known
 
-            def watching(expansion: Expansion) -> torch.Tensor:
-                logits = logits_of(expansion)
+            def watching(
+                expansion: Expansion, others: Sequence[torch.Tensor]
+            ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+                logits, there = logits_of(expansion, others)
                 self.num_caught_up += int(expansion.num_catching_up.sum())
                 for slot, node, row in zip(expansion.node_slots, expansion.nodes, logits, strict=True):
                     tokens = method.slots.sequence(slot).tokens
                     path = path_of(method.trees, slot, int(node))
                     self.rows.append((tuple(tokens), tuple(path), row.clone()))
-                return logits
+                return logits, there
 
             def reading(rows):  # type: ignore[no-untyped-def]
                 self.num_read += len(rows.tokens)
