@@ -71,7 +71,7 @@ def neighbours(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Whether two values have at most one ulp between them; integers are never neighbours."""
     if not x.is_floating_point():
         return torch.zeros(x.shape, dtype=torch.bool)
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[x.itemsize]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]
     bits, other = (t.contiguous().view(integer).long() for t in (x, y))
     magnitude = torch.iinfo(integer).max
     steps, other_steps = (torch.where(b < 0, -(b & magnitude), b) for b in (bits, other))  # -0.0 is 0.0

@@ -48,6 +48,6 @@ class AnsweringEngine:
             origins=(Origin.TARGET,) * len(answer.tokens),
             token_times_s=times,
             num_prompt_tokens=len(prompt),
-            stats=answer.stats._replace(**depths),
+            stats=replace(answer.stats, **depths),
             total_s=times[-1] if times else 0.0,
         )

@@ -9,7 +9,7 @@ from outrider.workers.sequences.sequence import RequestStats, TokenEvent
 
 def test_what_a_worker_says_of_a_request_is_what_every_output_says() -> None:
     """A field that is added to one of them alone would be lost on its way."""
-    assert set(TokenEvent._fields) == {
+    assert {entry.name for entry in fields(TokenEvent)} == {
         "request_id",
         *(entry.name for entry in fields(Output)),
     }

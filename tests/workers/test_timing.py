@@ -10,7 +10,6 @@ import torch
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.link.messages import Draft, SequenceStep, Steps
 from outrider.workers.link.starts import SequenceStart
-from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
@@ -35,18 +34,18 @@ def test_the_target_books_a_forward_under_forward_though_only_sampling_waits(
     with pretend_gpu() as device:
         model = Transformer(load_weights(plan, source, torch.float32, device, packed=False), solo)
         rank = TargetRank(model, PagedCache(source.config, plan, 8, 4, torch.float32, device), 1, tracer)
-        forward, sample = rank._forward, rank._sampler.sample
+        forward, sample = rank._forward.run, rank._sampler.sample_prepared
 
-        def slow_forward(batch: ForwardBatch) -> Hidden:
+        def slow_forward() -> Hidden:
             cuda.advance(8.0)  # of the GPU's time; the host goes on at once
-            return forward(batch)
+            return forward()
 
         def slow_sample(*arguments: object) -> object:
             cuda.advance(2.0)
             return sample(*arguments)  # type: ignore[arg-type]
 
-        rank._forward = slow_forward
-        monkeypatch.setattr(rank._sampler, "sample", slow_sample)
+        monkeypatch.setattr(rank._forward, "run", slow_forward)
+        monkeypatch.setattr(rank._sampler, "sample_prepared", slow_sample)
         step = SequenceStep(0, (), (0,), (5, 6), (0, 0), 1)
         scores = rank.step(Draft(1, (SequenceStart(0, 2, 0, SamplingParams()),), (), Steps.of([step])))
     assert (scores.commit_s, scores.forward_s, scores.sample_s) == pytest.approx((0.0, 8e-3, 2e-3))

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +22,8 @@ _SHAPE_RANGE = 0.3  # relative error beyond which a whole profile is off, not it
 _FADING = 0.995  # of what a drafter step is taken to cost, each time it seems too much
 
 
-class PassProfile(NamedTuple):
+@dataclass(frozen=True)
+class PassProfile:
     """Seconds of one pass, of the target or the drafter, for increasing numbers of rows."""
 
     num_rows: tuple[int, ...]

@@ -9,7 +9,7 @@ import math
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from outrider.workers.link.messages import MAX_STARTS_PER_ROUND
@@ -198,7 +198,7 @@ class Scheduler:
         sequence.pages, sequence.remembered = self.pool.share_prefix(sequence.tokens, max_tokens)
         sequence.num_committed = len(sequence.pages) * self.pool.page_size
         if not sequence.num_output:
-            sequence.stats = sequence.stats._replace(num_cached_prompt_tokens=sequence.num_committed)
+            sequence.stats = replace(sequence.stats, num_cached_prompt_tokens=sequence.num_committed)
         sequence.lane = lane
         self._lane_sizes[lane] += 1
         sequence.admission = self._num_admitted
@@ -257,7 +257,7 @@ class Scheduler:
 
     def _recompute_later(self, sequence: Sequence) -> None:
         self._leave(sequence)
-        sequence.stats = sequence.stats._replace(num_recomputed=sequence.stats.num_recomputed + 1)
+        sequence.stats = replace(sequence.stats, num_recomputed=sequence.stats.num_recomputed + 1)
         sequence.pending_accepted = ()
         sequence.num_committed = sequence.num_pages_sent = 0
         sequence.remembered = Prefix()

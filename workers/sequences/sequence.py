@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from outrider.workers.sequences.origin import Origin
 from outrider.workers.sequences.pages import Prefix
@@ -98,7 +97,8 @@ class KeptAccount:
 NONE_KEPT = KeptAccount()
 
 
-class RequestStats(NamedTuple):
+@dataclass(frozen=True)
+class RequestStats:
     """What speculation did for one request so far. Index d of the tuples is draft depth d + 1."""
 
     num_rounds: int = 0  # target steps that emitted at least one token
@@ -125,7 +125,7 @@ class Request:
     draft: DraftOptions
     acceptance: AcceptanceOptions = EXACTLY
     output_tokens: tuple[int, ...] = ()  # that came out before, and do not come again
-    stats: RequestStats = field(default_factory=RequestStats)  # of these
+    stats: RequestStats = RequestStats()  # of these
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ class RoundTree:
 NO_TREE = RoundTree()
 
 
-class TokenEvent(NamedTuple):
+@dataclass(frozen=True)
+class TokenEvent:
     """Tokens of one request that one round settled; the last event of a request has a finish reason."""
 
     request_id: str
