@@ -17,7 +17,7 @@ import ray
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
-from outrider.cluster.ray_watch import Daemon
+from outrider.cluster.ray_watch import Daemon, daemons_of
 
 # The control plane carries no tensors; Ray's default would map 30 % of the memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
@@ -73,7 +73,7 @@ class LocalRay:
     @property
     def daemons(self) -> Mapping[str, Daemon]:
         """Processes that were started, by Ray's names for them."""
-        return {name: infos[0].process for name, infos in self._node.all_processes.items()}
+        return daemons_of(self._node)
 
     def stop(self) -> None:
         """Ends it in order. May be called again; a process that was forked from the one that started it cannot."""

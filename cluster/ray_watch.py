@@ -75,8 +75,13 @@ class RayWatch:
 
 def started_daemons() -> Mapping[str, Daemon]:
     """Of the Ray that `ray.init` has started in this process, by Ray's names; none where it has joined one."""
-    node: Any = ray_worker._global_node
-    return {} if node is None else {name: infos[0].process for name, infos in node.all_processes.items()}
+    node = ray_worker._global_node
+    return {} if node is None else daemons_of(node)
+
+
+def daemons_of(node: Any) -> Mapping[str, Daemon]:
+    """Those that a node of Ray's has started."""
+    return {name: infos[0].process for name, infos in node.all_processes.items()}
 
 
 def watch_ray(started: Mapping[str, Daemon]) -> RayWatch:

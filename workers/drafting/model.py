@@ -71,7 +71,7 @@ class ModelMethod(LevelMethod):
         self._model = model
         self._rank = rank_0_of(model, cache, len(slots))
         # By slot and node, what left the last layer, where somebody reads it.
-        self._keeps_node_rows, self._node_rows = False, torch.empty(0)
+        self._node_rows: Tensor | None = None
 
     @classmethod
     def build(cls, context: MethodContext) -> ModelMethod:
@@ -100,7 +100,6 @@ class ModelMethod(LevelMethod):
     def keep_node_rows(self) -> None:
         """A row for each place in a tree."""
         model, num_places = self._model, self.trees.tokens.size
-        self._keeps_node_rows = True
         self._node_rows = torch.zeros(
             num_places, model.config.hidden_size, dtype=model.dtype, device=model.device
         )
@@ -109,13 +108,14 @@ class ModelMethod(LevelMethod):
         """Of the nodes that were expanded."""
         places = (slots * self.trees.capacity)[:, None] + nodes
         has_row = self._rows.flat_has_row[places]
+        assert self._node_rows is not None, "keep_node_rows comes first"
         rows = self._node_rows[torch.from_numpy(places).to(self._node_rows.device)]
         return rows * torch.from_numpy(has_row).to(rows)[..., None], has_row
 
     def rerooted(self, survivors: Survivors) -> None:
         """Keep the rows of the paths that came out and of the survivors below them."""
         sources, targets = self._rows.reroot(survivors)
-        if self._keeps_node_rows:
+        if self._node_rows is not None:
             firsts = (survivors.slots * self.trees.capacity)[:, None]
             before = torch.from_numpy((firsts + survivors.old_nodes)[survivors.exists])
             after = torch.from_numpy((firsts + np.arange(survivors.old_nodes.shape[1]))[survivors.exists])
@@ -138,10 +138,10 @@ class ModelMethod(LevelMethod):
         batch = self._rank.batch(self._rows.tables, expansion.rows, expansion.node_rows)
         self._stretches.begin()
         indices = [torch.from_numpy(expansion.node_rows)]
-        if self._keeps_node_rows:
+        if self._node_rows is not None:
             indices.append(torch.from_numpy(expansion.places))
         hidden, (node_rows, *there) = self._rank.forward(batch, [*indices, *others])
-        if self._keeps_node_rows:
+        if self._node_rows is not None:
             self._node_rows[there.pop(0)] = hidden.last[node_rows]
         return self._rank.logits(hidden, node_rows), there
 

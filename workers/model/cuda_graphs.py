@@ -27,9 +27,8 @@ DRAFT_ROWS = (8, 16, 32, 64)  # a step expands few nodes of each tree, after the
 MAX_DRAFT_TREE_ROWS = 256  # of a tree that a drafter grows by graphs
 MAX_SEQUENCES = 64
 WARM_UP_RUNS = 3
-ROOM_BYTES = (
-    1 << 15
-)  # of a graph, for what comes along with a batch: 64 bytes for each row that is sampled, and some
+# Of a graph, for what comes along with a batch: 64 bytes for each row that is sampled, and some.
+ROOM_BYTES = 1 << 15
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,8 @@ class DeviceShard:
     @cached_property
     def _winners(self) -> tuple[UInt64Array, Int64Array]:
         """Packed tokens [num_rows, num_best] of those that were foreseen, and their ids, -1 where none were."""
-        winners = self._seen.winners
-        ids = self._ids.of(np.maximum(winners["column"], 0).astype(np.int64))
-        packed = pack_tokens(np.ascontiguousarray(winners["score"]), ids)
-        return packed, np.where(winners["column"] < 0, -1, ids)
+        packed, ids = self._packed(self._seen.winners)
+        return packed, np.where(self._seen.winners["column"] < 0, -1, ids)
 
     def as_it_came(self) -> DeviceShard:
         """Before the edits. Call `undo` first."""
@@ -232,15 +230,16 @@ class DeviceShard:
     ) -> UInt64Array:
         asked = AskedRows.best(temperatures, keys, count)
         asked.rows["source"] = rows
-        winners = sample_shard(logits, asked, self._ids, use_kernel=True).winners
-        return self._packed(winners)
+        packed, _ = self._packed(sample_shard(logits, asked, self._ids, use_kernel=True).winners)
+        return removed_by_id(packed, self._ids.all)
 
     def _ranked(self, rows: Int64Array) -> UInt64Array:
         return removed_by_id(self._winners[0][rows], self._ids.all)
 
-    def _packed(self, winners: Records) -> UInt64Array:
-        ids = self._ids.of(winners["column"].astype(np.int64))
-        return removed_by_id(pack_tokens(np.ascontiguousarray(winners["score"]), ids), self._ids.all)
+    def _packed(self, winners: Records) -> tuple[UInt64Array, Int64Array]:
+        """Packed tokens, and their ids; of one that was not wanted the first id."""
+        ids = self._ids.of(np.maximum(winners["column"], 0).astype(np.int64))
+        return pack_tokens(np.ascontiguousarray(winners["score"]), ids), ids
 
     def _edited(self) -> torch.Tensor:
         if self._edits is None:
