@@ -182,16 +182,7 @@ def products(setting: Setting) -> list[Row]:
     """Each matrix product of the rank beside its roofline, all of a round beside the plan; then sampling."""
     sizes, device = setting.sizes, setting.device
     plan, config = ShardPlan(sizes.large, 0, sizes.num_ranks), sizes.large
-    heads = len(plan.query_heads)
-    inner = len(plan.mlp_columns(config.layers[0].mlp.intermediate_size))
-    D, hidden = config.head_dim, config.hidden_size
-    shapes = {
-        "qkv": ((heads + 2 * plan.num_kv_heads) * D, hidden),
-        "attention output": (hidden, heads * D),
-        "gate and up": (2 * inner, hidden),
-        "down": (hidden, inner),
-        "head": (len(plan.vocab), hidden),
-    }
+    shapes = {**layer_shapes(plan), "head": (len(plan.vocab), config.hidden_size)}
     roofline = roofline_of(torch.cuda.get_device_name(device) if setting.on_gpu else "cpu")
     rows, total = [], dict.fromkeys(sizes.rows, 0.0)
     for name, (out_features, in_features) in shapes.items():
@@ -213,7 +204,20 @@ def products(setting: Setting) -> list[Row]:
     return rows + sampling(setting, len(plan.vocab))
 
 
-def median_product_s(setting: Setting, matrices: Sequence[DenseLinear], x: Tensor) -> float:
+def layer_shapes(plan: ShardPlan) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the matrices of a layer of a rank, all layers alike."""
+    config, heads = plan.config, len(plan.query_heads)
+    inner = len(plan.mlp_columns(config.layers[0].mlp.intermediate_size))
+    D, hidden = config.head_dim, config.hidden_size
+    return {
+        "qkv": ((heads + 2 * plan.num_kv_heads) * D, hidden),
+        "attention output": (hidden, heads * D),
+        "gate and up": (2 * inner, hidden),
+        "down": (hidden, inner),
+    }
+
+
+def median_product_s(setting: Setting, matrices: Sequence[Callable[[Tensor], object]], x: Tensor) -> float:
     """Seconds of one product, walking through copies of the matrix: none is in the cache when its turn comes."""
 
     def run() -> None:

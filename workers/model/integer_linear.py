@@ -7,6 +7,7 @@ Tinygemm's for CUDA is called as torchao does, after a check, and was not run on
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -32,21 +33,29 @@ def make_integer_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype) 
         bias: [out], or no elements for none.
         dtype: of the rows that go in and come out.
     """
-    device, columns = matrix.values.device.type, matrix.values.shape[1]
+    device = matrix.values.device.type
     if matrix.inputs is not None or device not in ("cpu", "cuda"):
         return None
     if matrix.values.dtype == torch.int8 and matrix.scales.shape[1] == 1 and matrix.shifts is None:
         if device == "cpu" and int8_works():
             return Int8Linear(matrix, bias, dtype)
         return None
-    if matrix.values.dtype != torch.uint8 or matrix.shifts is None:
+    if not multiplies_int4(matrix, dtype, device) or not int4_works(matrix.values.device):
         return None
-    widths = [width for width in GROUPS if matrix.group % width == 0 and columns % width == 0]
-    if not widths or dtype != torch.bfloat16 or (device == "cuda" and columns % (16 * _INNER_TILES)):
-        return None
-    if not int4_works(matrix.values.device):
-        return None
-    return Int4Linear(matrix.in_groups_of(widths[-1]), bias)
+    return Int4Linear(matrix.in_groups_of(_widths(matrix)[-1]), bias)
+
+
+def multiplies_int4(matrix: ScaledMatrix, dtype: torch.dtype, device: str) -> bool:
+    """Whether torch's int4 product takes this matrix and rows of `dtype` on a device, "cpu" or "cuda"."""
+    fits = matrix.values.dtype == torch.uint8 and matrix.shifts is not None and matrix.inputs is None
+    whole_tiles = device != "cuda" or matrix.values.shape[1] % (16 * _INNER_TILES) == 0
+    return fits and whole_tiles and dtype == torch.bfloat16 and bool(_widths(matrix))
+
+
+def _widths(matrix: ScaledMatrix) -> list[int]:
+    """Of those in `GROUPS`, the ones that its groups are made of."""
+    columns = matrix.values.shape[1]
+    return [width for width in GROUPS if matrix.group % width == 0 and columns % width == 0]
 
 
 class Int8Linear:
@@ -102,7 +111,8 @@ class Int8Linear:
 class Int4Linear:
     """uint8 from 0 to 15, a scale and a shift for each group of columns; bfloat16 rows, float32 sums.
 
-    torch keeps scales, and the values of an 8, in bfloat16; what it multiplies with is that, in float32.
+    torch keeps scales, and the values of an 8, in bfloat16; what it multiplies with is that in float32 on a CPU, and
+    rounded to bfloat16 on a GPU, whose tensor cores take nothing wider.
     """
 
     pads = False
@@ -156,7 +166,8 @@ def int8_works() -> bool:
 
 @functools.cache
 def int4_works(device: torch.device) -> bool:
-    """Whether torch's int4 product is there, and gives what that of the dequantised numbers gives."""
+    """Whether torch's int4 product is there, and gives what that of the dequantised numbers gives; a warning where it
+    does not."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(0, 16, (32, 256), dtype=torch.uint8, generator=generator)
     scales, shifts = torch.rand(2, 32, 256 // GROUPS[0], generator=generator).bfloat16().float()
@@ -164,11 +175,15 @@ def int4_works(device: torch.device) -> bool:
     x = torch.randn(5, 256, generator=generator).bfloat16()
     try:
         got = Int4Linear(matrix.to(device), torch.empty(0))(x.to(device))
-    except (RuntimeError, AttributeError):
-        return False
-    want = x.float() @ matrix.dequantised(torch.float32).T
-    # Values up to 200, rounded to bfloat16.
-    return bool((got.cpu().float() - want).abs().max() <= 1.0)
+    except (RuntimeError, AttributeError) as error:  # torch's NotImplementedError is a RuntimeError
+        problem = str(error).splitlines()[0]
+    else:
+        want = x.float() @ matrix.dequantised(torch.float32).T
+        # Values up to 200, rounded to bfloat16.
+        problem = "" if (got.cpu().float() - want).abs().max() <= 1.0 else "its products are wrong"
+    if problem:
+        warnings.warn(f"int4 is not multiplied on {device}, but dequantised: {problem}", stacklevel=2)
+    return not problem
 
 
 def _multiply_bytes(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

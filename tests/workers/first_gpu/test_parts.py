@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +18,16 @@ import torch
 from outrider.kernels.kernel_cases import kernel_cases
 from outrider.kernels.self_test import ENTRIES
 from outrider.workers.first_gpu import __main__ as command
-from outrider.workers.first_gpu import deployments, large_model, machine, one_attention
+from outrider.workers.first_gpu import deployments, large_model, machine, one_attention, quantised
 from outrider.workers.first_gpu.__main__ import PARTS, TITLES, main, missing_wheels, run_part
 from outrider.workers.first_gpu.large_model import RepeatedSource
+from outrider.workers.first_gpu.narrow import LAYOUTS
 from outrider.workers.first_gpu.ncu import read_metrics
 from outrider.workers.first_gpu.report import PartReport, Row, read_all, summary, write
 from outrider.workers.first_gpu.setting import FULL, TINY, Setting
 from outrider.workers.model import cuda_graphs
+from outrider.workers.model.integer_linear import int4_works
+from outrider.workers.model.quantized import scaled_mm_works
 from outrider.workers.model.shard import ShardPlan
 from support.counted_gpu import counted_gpu
 from support.cuda_on_cpu.kernels import source_kernels
@@ -67,7 +71,7 @@ def verdicts(report: PartReport) -> dict[str, str]:
     return {row.what: row.verdict for row in report.rows}
 
 
-@pytest.mark.parametrize("number", [4, 5, 6, 7, 8, 9])
+@pytest.mark.parametrize("number", [4, 5, 6, 7, 8, 9, 11])
 def test_a_part_runs_on_a_cpu(number: int, tmp_path: Path) -> None:
     report = run_part(number, Setting(CPU, TINY, tmp_path))
     assert len(report.rows) > 1
@@ -171,7 +175,7 @@ ON_GPU = replace(
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available, disabling CUDA profiling")
-@pytest.mark.parametrize(("number", "expected"), [(1, 8), (4, 6), (7, 11), (8, 12)])
+@pytest.mark.parametrize(("number", "expected"), [(1, 8), (4, 6), (7, 11), (8, 12), (11, 90)])
 def test_a_part_of_one_process_runs_on_a_gpu(
     number: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +191,54 @@ def test_a_part_of_one_process_runs_on_a_gpu(
         beside = {row.what: row.beside for row in report.rows}
         assert beside["matrix products: 3 rows, 1 sequences, context 20"] == "planned 8 ms, least 6 ms"
         assert beside["attention: 3 rows, 1 sequences, context 50"] == "planned 1.2 ms, least 0.2 ms"
+
+
+def test_a_layout_that_a_gpu_should_multiply_and_does_not_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The pretended GPU computes on the CPU, where torch has neither scales by group nor int4 packed as for CUDA.
+    small = replace(ON_GPU, small="hidden_size=256&num_layers=1&num_heads=2&num_kv_heads=1")
+    scaled_mm_works.cache_clear()
+    int4_works.cache_clear()
+    with gpu_with_kernels(monkeypatch) as device:
+        setting = Setting(device, small, tmp_path)
+        rows = [
+            row
+            for layout in LAYOUTS
+            for row in quantised.attempted(
+                layout.name, partial(quantised.products_beside_cpu, setting, layout)
+            )
+        ]
+    scaled_mm_works.cache_clear()
+    int4_works.cache_clear()
+    assert {row.what: row.measured for row in rows if row.verdict == "FAILED"} == {
+        "FP8 by block of 128, kept as": "RoundedLinear in place of ScaledMmLinear",
+        "int4 in groups of 32, kept as": "DequantisingLinear in place of Int4Linear",
+        "int4 in groups of 128, kept as": "DequantisingLinear in place of Int4Linear",
+    }
+    told = [row.measured for row in rows if row.what.endswith(", warning")]
+    assert [text.split(", but dequantised: ")[0] for text in told] == [
+        "FP8 is not multiplied on cuda:0",
+        "int4 is not multiplied on cuda:0",
+    ]
+
+
+def test_an_exception_in_one_layout_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+    one = replace(LAYOUTS[0], name="broken", narrow=broken)
+    monkeypatch.setattr(quantised, "LAYOUTS", (one, LAYOUTS[5]))
+    found = verdicts(run_part(11, Setting(CPU, TINY, tmp_path)))
+    assert [what for what, verdict in found.items() if verdict == "FAILED"] == [
+        "broken: products",
+        "broken: model",
+        "broken: times",
+    ]
+    assert found["int8 by row: products, 8 rows"] == "passed"
+    assert found["int8 by row: times, layers' products of a round, 8 rows"] == "measured"
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available, disabling CUDA profiling")
