@@ -1,4 +1,4 @@
-"""The layouts of narrow numbers that part 11 looks at: how each is made of a plain matrix, and read as a checkpoint's."""
+"""The layouts of narrow numbers that part 11 looks at: how each is made of a plain matrix, and read."""
 
 from __future__ import annotations
 
