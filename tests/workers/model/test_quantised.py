@@ -16,6 +16,7 @@ from outrider.workers.model.loader import load_weights
 from outrider.workers.model.quantized import (
     JoinedLinear,
     RoundedLinear,
+    RowScaledLinear,
     ScaledMmLinear,
     make_scaled_linear,
     multiplies_fp8,
@@ -176,6 +177,25 @@ def test_what_a_gpu_multiplies_is_what_a_cpu_multiplies(inputs: DynamicInputs | 
     got = ScaledMmLinear(matrix, bias, torch.bfloat16)(x)
     torch.testing.assert_close(got.float(), want, atol=0.02, rtol=2**-7)
     assert torch.equal(ScaledMmLinear(matrix, bias, torch.bfloat16)(x[2:3]), got[2:3])
+
+
+@pytest.mark.parametrize("stored", [FP8, torch.int8])
+def test_numbers_with_a_scale_for_each_row_are_multiplied_as_they_are_on_a_gpu(
+    stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(48, 64, generator=generator).mul(30).clamp(-127, 127).to(stored)
+    matrix = ScaledMatrix(values, torch.rand(48, 1, generator=generator) / 100 + 1e-3, 64)
+    x, bias = torch.randn(5, 64, generator=generator).bfloat16(), torch.randn(48, generator=generator)
+    with pretend_gpu() as device:
+        linear = make_scaled_linear(matrix.to(device), bias.bfloat16().to(device), torch.bfloat16, False)
+        assert isinstance(linear, RowScaledLinear)
+        got = linear(x.to(device)).cpu().float()
+    want = x.double() @ matrix.dequantised(torch.float64).T + bias.bfloat16().double()
+    # Rounded three times to bfloat16: the product, scaled, and with the bias.
+    torch.testing.assert_close(got.double(), want, atol=5e-2, rtol=2**-7)
+    assert (got.double() - want).norm() < 4e-3 * want.norm()
 
 
 def test_groups_are_laid_out_as_torch_wants_them_on_hopper() -> None:
