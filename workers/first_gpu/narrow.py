@@ -56,6 +56,38 @@ class Layout:
         return self.form.scaled(self.narrow(weight), (0, rows), (0, columns))
 
 
+class RememberedSource:
+    """A source of plain values that makes each tensor once: a part builds the same model dozens of times. A
+    `WeightSource`, for a model on one rank."""
+
+    def __init__(self, inner: WeightSource) -> None:
+        self.config = inner.config
+        self._inner = inner
+        self._whole: dict[str, Tensor] = {}
+
+    def names(self) -> set[str]:
+        return self._inner.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._inner.shape(name)
+
+    def read(self, name: str, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        if name not in self._whole:
+            self._whole[name] = self._inner.read(name, _WHOLE, _WHOLE, torch.float32)
+        part = self._whole[name][rows]
+        part = part[:, columns] if part.dim() == 2 else part
+        return part.to(dtype, copy=True).contiguous()
+
+    def read_stored(self, name: str, rows: slice, columns: slice) -> Stored:
+        return Stored(self.read(name, rows, columns, torch.float32), "F32", {})
+
+    def read_rows(self, name: str, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._inner.read_rows(name, ids, dtype)
+
+    def total_bytes(self, dtype: torch.dtype) -> int:
+        return self._inner.total_bytes(dtype)
+
+
 class NarrowSource:
     """A source of plain values whose linear layers but the head are stored in a layout. A `WeightSource`, of whole
     matrices: for a model on one rank."""
@@ -66,6 +98,7 @@ class NarrowSource:
         self._inner = inner
         self._layout = layout
         self._config = replace(inner.config, quantization=quantization)
+        self._stored: dict[str, Mapping[str, Tensor]] = {}
 
     @property
     def config(self) -> ModelConfig:
@@ -85,7 +118,10 @@ class NarrowSource:
         shape = self.shape(name)
         whole = (bounds(rows, shape[0]), bounds(columns, shape[1])) == ((0, shape[0]), (0, shape[1]))
         assert whole, (name, rows, columns)
-        stored = dict(self._layout.narrow(self._inner.read(name, _WHOLE, _WHOLE, torch.float32)))
+        if name not in self._stored:
+            weight = self._inner.read(name, _WHOLE, _WHOLE, torch.float32)
+            self._stored[name] = self._layout.narrow(weight)
+        stored = dict(self._stored[name])
         first, described = next(iter(self._layout.form.tensors(*shape).items()))
         return Stored(stored.pop(first), (described.formats or ("",))[0], stored)
 

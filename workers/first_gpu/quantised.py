@@ -12,7 +12,7 @@ from torch import Tensor
 
 from outrider.kernels.selection import REFERENCES
 from outrider.workers.first_gpu.large_model import layer_shapes, median_product_s
-from outrider.workers.first_gpu.narrow import LAYOUTS, Layout, NarrowSource
+from outrider.workers.first_gpu.narrow import LAYOUTS, Layout, NarrowSource, RememberedSource
 from outrider.workers.first_gpu.report import Row, not_run, passed_or_failed
 from outrider.workers.first_gpu.setting import Setting
 from outrider.workers.first_gpu.small_model import (
@@ -51,10 +51,12 @@ MAX_COPIES = 32  # of a timed matrix: even the smallest are then more than a GPU
 
 def quantised(setting: Setting) -> list[Row]:
     rows = []
+    source = RememberedSource(RandomSource(setting.model_spec()))
     for layout in LAYOUTS:
+        narrow = NarrowSource(source, layout)
         rows += attempted(f"{layout.name}: products", partial(products_beside_cpu, setting, layout))
-        rows += attempted(f"{layout.name}: model", partial(model_beside_cpu, setting, layout))
-    rows += attempted("FP8 cache: model", partial(cache_beside_cpu, setting))
+        rows += attempted(f"{layout.name}: model", partial(whole_model, setting, narrow, None))
+    rows += attempted("FP8 cache: model", partial(whole_model, setting, source, CACHE_SCALES))
     plain = dict.fromkeys(setting.sizes.trees, 0.0)
     rows += attempted("bfloat16: times", partial(times, setting, None, plain))
     for layout in LAYOUTS:
@@ -135,20 +137,9 @@ def from_a_graph(linear: Linear, x: Tensor, want: Tensor) -> Row:
     return passed_or_failed(f"{len(x)} rows, graph", problems, f"{off:.2e} off", f"at most {LIMIT:.0e}")
 
 
-def model_beside_cpu(setting: Setting, layout: Layout) -> list[Row]:
-    """The small model with its linear layers in a layout."""
-    source = NarrowSource(RandomSource(setting.model_spec()), layout)
-    return whole_model(setting, source, None)
-
-
-def cache_beside_cpu(setting: Setting) -> list[Row]:
-    """The small model with plain weights and its cache in FP8."""
-    return whole_model(setting, RandomSource(setting.model_spec()), CACHE_SCALES)
-
-
 def whole_model(setting: Setting, source: WeightSource, scales: CacheScales | None) -> list[Row]:
     """Logits with torch's operations and with kernels, no further off float32 on the CPU than bfloat16 there is:
-    what lies between two narrow numbers may become either, there as here. Then graphs."""
+    what lies between two narrow numbers may become either, there as here. Then graphs. `scales`: of a cache in FP8."""
     solo, device = SoloCommunicator(), setting.device
     exact = logits_of(*build_of(source, CPU, torch.float32, REFERENCES, solo, scales))
     on_cpu = relative(logits_of(*build_of(source, CPU, DTYPE, REFERENCES, solo, scales)), exact)
@@ -158,12 +149,11 @@ def whole_model(setting: Setting, source: WeightSource, scales: CacheScales | No
         if kernels is ALL_KERNELS and not setting.has_kernels:
             rows.append(not_run(name, "there is no GPU"))
             continue
-        off = relative(logits_of(*build_of(source, device, DTYPE, kernels, solo, scales)), exact)
+        model, cache = build_of(source, device, DTYPE, kernels, solo, scales)
+        off = relative(logits_of(model, cache), exact)
         said = f"{off:.2e} off"
         rows.append(passed_or_failed(name, [] if off <= limit else [said], said, f"at most {limit:.2e}"))
-    kernels = ALL_KERNELS if setting.has_kernels else REFERENCES
     # One more rounding to narrow numbers between: a sum in another order shows as much as bfloat16 does.
-    model, cache = build_of(source, device, DTYPE, kernels, solo, scales)
     return rows + graphs_against_eager(setting, model, cache, max(GRAPH_LIMIT, limit))
 
 
