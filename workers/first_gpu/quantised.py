@@ -139,7 +139,8 @@ def from_a_graph(linear: Linear, x: Tensor, want: Tensor) -> Row:
 
 def whole_model(setting: Setting, source: WeightSource, scales: CacheScales | None) -> list[Row]:
     """Logits with torch's operations and with kernels, no further off float32 on the CPU than bfloat16 there is:
-    what lies between two narrow numbers may become either, there as here. Then graphs. `scales`: of a cache in FP8."""
+    what lies between two narrow numbers may become either, there as here. Then graphs. `scales`: of a cache
+    in FP8."""
     solo, device = SoloCommunicator(), setting.device
     exact = logits_of(*build_of(source, CPU, torch.float32, REFERENCES, solo, scales))
     on_cpu = relative(logits_of(*build_of(source, CPU, DTYPE, REFERENCES, solo, scales)), exact)
