@@ -1,7 +1,8 @@
 """What to do with the first GPU: `python -m outrider.workers.first_gpu PART... --folder FOLDER`.
 
 Eleven parts, each alone and in less than ten minutes; `all` runs them in order, `summary` puts together what lies in
-the folder. From a bare checkout, without Ray; see docs/gpu.md. On a CPU everything is tiny: that only shows that it runs.
+the folder. From a bare checkout, without Ray; see docs/gpu.md. On a CPU everything is tiny: that only shows that it
+runs.
 """
 
 from __future__ import annotations

@@ -118,8 +118,8 @@ def hidden_drafters(setting: Setting) -> list[Row]:
 
 
 def drafted(setting: Setting, variant: Variant, heads: Sequence[str], cases: Sequence[Case]) -> list[Row]:
-    """A row for each case, all in one deployment. After a case that breaks it the others get another; where it does not
-    start each is tried alone, which tells whose fault that is."""
+    """A row for each case, all in one deployment. After a case that breaks it the others get another; where it does
+    not start each is tried alone, which tells whose fault that is."""
     rows: list[Row] = []
     is_running = False
     try:

@@ -17,7 +17,7 @@ import torch
 from outrider.kernels.kernel_cases import kernel_cases
 from outrider.kernels.self_test import ENTRIES
 from outrider.workers.first_gpu import __main__ as command
-from outrider.workers.first_gpu import deployments, large_model, machine, one_attention
+from outrider.workers.first_gpu import deployments, hidden_drafters, large_model, machine, one_attention
 from outrider.workers.first_gpu.__main__ import PARTS, TITLES, main, missing_wheels, run_part
 from outrider.workers.first_gpu.large_model import RepeatedSource
 from outrider.workers.first_gpu.ncu import read_metrics
@@ -67,7 +67,7 @@ def verdicts(report: PartReport) -> dict[str, str]:
     return {row.what: row.verdict for row in report.rows}
 
 
-@pytest.mark.parametrize("number", [4, 5, 6, 7, 8, 9])
+@pytest.mark.parametrize("number", [4, 5, 6, 7, 8, 9, 11])
 def test_a_part_runs_on_a_cpu(number: int, tmp_path: Path) -> None:
     report = run_part(number, Setting(CPU, TINY, tmp_path))
     assert len(report.rows) > 1
@@ -194,6 +194,15 @@ def test_rounds_are_profiled_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
     with gpu_with_kernels(monkeypatch) as device:
         rows = deployments.profiled_rounds(Setting(device, ON_GPU, tmp_path))
     assert {row.what.split(":")[0] for row in rows} == {"host"}  # no kernel was seen on a device
+
+
+def test_the_samplers_of_a_gpu_and_of_the_host_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gpu_with_kernels(monkeypatch) as device:
+        rows = hidden_drafters.samplers(Setting(device, ON_GPU, tmp_path))
+    assert len(rows) == 2 * len(hidden_drafters.LAWS)
+    assert {row.verdict for row in rows} == {"passed"}, rows
 
 
 def test_a_part_that_raises_and_one_that_lacks_a_wheel_say_so(
