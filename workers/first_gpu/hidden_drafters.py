@@ -17,6 +17,7 @@ from torch import Tensor
 from outrider.configs.schema import Config
 from outrider.kernels.selection import REFERENCES
 from outrider.workers.first_gpu.deployments import LIMIT_S, configuration, gpus_of
+from outrider.workers.first_gpu.expected import TOKENS_PER_ROUND
 from outrider.workers.first_gpu.processes import Deployment, deployed
 from outrider.workers.first_gpu.random_heads import write_heads
 from outrider.workers.first_gpu.report import Row, not_run, passed_or_failed
@@ -41,6 +42,7 @@ from outrider.workers.weights.random_source import RandomSource
 METHODS = ("medusa", "eagle3", "mtp", "parallel")
 MAX_NODES, MAX_DEPTH = 8, 6
 NUM_SAMPLED, NUM_PROPOSED = 13, 4  # rows of the samplers, and proposals of each
+LEAST_OF_EXPECTED = 0.6  # of the tokens a round on a CPU, where other rounds go on at the same time
 SAMPLER_LIMIT = 1e-4  # nats between the two samplers, which differ in the order of sums alone
 
 # By what is edited. Ids are those of the smallest vocabulary, 259.
@@ -191,11 +193,15 @@ def _compared(setting: Setting, variant: Variant, case: Case, running: Deploymen
     length = num_tokens / max(1, sum(s.num_rounds for s in stats))
     if not accepted:
         problems.append(f"none of {num_drafted} drafted tokens was accepted")
+    expected = TOKENS_PER_ROUND[case.name] if setting.on_gpu else 0.0
+    if length < LEAST_OF_EXPECTED * expected:
+        problems.append(f"{length:.2f} tokens a round: it drafts worse than on a CPU")
+    beside = f"{expected:.2f} tokens a round on a CPU" if expected else ""
     values = [("tokens_per_round", length), ("accepted", float(accepted)), ("drafted", float(num_drafted))]
     told = f"{length:.2f} tokens a round, {accepted} of {num_drafted} drafted"
     if case.acceptance != EXACTLY:
         told += f"; {sum(s.num_kept for s in stats)} kept against the target's choice"
-        return replace(passed_or_failed(what, problems, told), values=tuple(values))
+        return replace(passed_or_failed(what, problems, told, beside), values=tuple(values))
     different = [name for name in said if tokens_of(said[name]) != tokens_of(plain[name])]
     same = f"{len(said) - len(different)} of {len(said)} texts are the same"
     if different and (variant.dtype == "float32" or len(different) == len(said)):
@@ -203,9 +209,10 @@ def _compared(setting: Setting, variant: Variant, case: Case, running: Deploymen
     off = max(_logprobs_off(said[name], plain[name]) for name in said)
     if not off <= variant.limit:
         problems.append(f"log-probabilities are {off:.2g} nats off, allowed {variant.limit:g}")
-    row = passed_or_failed(what, problems, f"{same}, log-probabilities {off:.1e} nats off; {told}")
+    row = passed_or_failed(what, problems, f"{same}, log-probabilities {off:.1e} nats off; {told}", beside)
     if different and not problems:
-        row = replace(row, verdict="measured", beside="bfloat16 rounds otherwise for one row and for many")
+        rounding = "bfloat16 rounds otherwise for one row and for many"
+        row = replace(row, verdict="measured", beside=f"{beside}; {rounding}" if beside else rounding)
     return replace(row, values=(*values, ("logprobs_off_nats", off)))
 
 

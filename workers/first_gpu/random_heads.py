@@ -158,4 +158,4 @@ def _disturb(module: nn.Module, scale: float) -> None:
     """Noise in matrices that begin at zero, `scale` of what keeps a row's length."""
     for weight in module.parameters():
         if weight.dim() == 2:
-            weight += scale * weight.shape[1] ** -0.5 * torch.randn(weight.shape)
+            weight.add_(torch.randn(weight.shape), alpha=scale * weight.shape[1] ** -0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from outrider.configs.schema import Config
 from outrider.kernels.kernel_cases import kernel_cases
 from outrider.kernels.self_test import ENTRIES
 from outrider.workers.first_gpu import __main__ as command
@@ -25,6 +27,7 @@ from outrider.workers.first_gpu.report import PartReport, Row, read_all, summary
 from outrider.workers.first_gpu.setting import FULL, TINY, Setting
 from outrider.workers.model import cuda_graphs
 from outrider.workers.model.shard import ShardPlan
+from outrider.workers.sequences.sequence import Request, RequestStats, TokenEvent, TokenLogprobs
 from support.counted_gpu import counted_gpu
 from support.cuda_on_cpu.kernels import source_kernels
 
@@ -203,6 +206,54 @@ def test_the_samplers_of_a_gpu_and_of_the_host_are_compared(
         rows = hidden_drafters.samplers(Setting(device, ON_GPU, tmp_path))
     assert len(rows) == 2 * len(hidden_drafters.LAWS)
     assert {row.verdict for row in rows} == {"passed"}, rows
+
+
+class FakeDeployment:
+    """Says the same whatever drafts, until somebody asks for what is broken."""
+
+    def __init__(self, broken: str, log: list[tuple[str, ...]]) -> None:
+        self.broken, self.log = broken, log
+        self.runs: list[Future[None]] = [Future()]
+
+    def generate(self, requests: list[Request]) -> dict[str, list[TokenEvent]]:
+        methods = requests[0].draft.methods
+        self.log.append(methods)
+        if self.broken in methods:
+            self.runs[0].set_exception(RuntimeError("device-side assert triggered"))
+            raise AssertionError("nothing came for ten seconds")
+        stats = RequestStats(num_rounds=2, num_drafted=3, num_accepted=1)
+        said = [] if methods == ("mtp",) else [TokenLogprobs(-0.5, ())]
+        text = (5,) if methods == ("medusa",) else (4,)
+        return {r.id: [TokenEvent(r.id, text, (), tuple(said), "length", "", stats)] for r in requests}
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("when", ["while it runs", "at its start"])
+def test_a_drafter_that_breaks_is_named_and_the_others_are_compared(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[tuple[str, ...]] = []
+
+    @contextmanager
+    def fake_deployed(config: Config, *_: object) -> Iterator[FakeDeployment]:
+        if when == "at its start" and "eagle3" in config.draft.methods:
+            raise ValueError("draft.eagle3.model: no such tensor")
+        yield FakeDeployment("eagle3", log)
+
+    monkeypatch.setattr(hidden_drafters, "deployed", fake_deployed)
+    found = {
+        row.what.removesuffix(", float32, SDPA"): row
+        for row in hidden_drafters.hidden_drafters(Setting(CPU, TINY, tmp_path))
+    }
+    assert {name for name, row in found.items() if row.verdict == "passed"} == {"parallel"}
+    told = "device-side assert triggered" if when == "while it runs" else "no such tensor"
+    for name in ("eagle3", "all of them and ngram", "typical acceptance, all"):
+        assert (found[name].verdict, told in found[name].measured) == ("FAILED", True)
+    assert "0 of 10 texts are the same" in found["medusa"].measured
+    assert "log-probabilities are inf nats off" in found["mtp"].measured
+    assert {("medusa",), ("mtp",), ("parallel",)} <= set(log)
 
 
 def test_a_part_that_raises_and_one_that_lacks_a_wheel_say_so(
