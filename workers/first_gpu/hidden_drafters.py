@@ -24,6 +24,7 @@ from outrider.workers.first_gpu.report import Row, not_run, passed_or_failed
 from outrider.workers.first_gpu.setting import Setting
 from outrider.workers.first_gpu.small_model import ALL_KERNELS
 from outrider.workers.link.communicator import SoloCommunicator
+from outrider.workers.sampling.confinement import NO_WORDS
 from outrider.workers.sampling.context import PenaltyState, SampledRows
 from outrider.workers.sampling.logprobs import LawQuestions
 from outrider.workers.sampling.sampler import Sampler
@@ -253,11 +254,17 @@ def _samplers(setting: Setting, law: str, with_table: bool) -> Row:
     ids = torch.randperm(num_tokens, generator=generator)[: num_tokens // 2].sort().values
     num_ids = len(ids) if with_table else num_tokens
     logits = 3.0 * torch.randn(NUM_SAMPLED, num_ids, generator=generator)
+    words = NO_WORDS
+    if LAWS[law].is_confined:  # half of all tokens may follow
+        words = np.random.default_rng(2).integers(
+            -(2**31), 2**31, (NUM_SAMPLED, -(-num_tokens // 32)), dtype=np.int32
+        )
     group = SampledRows(
         LAWS[law],
         np.arange(20, 20 + NUM_SAMPLED),
         PenaltyState(PROMPTS[1]),
         [[3, 7, 40][: row % 4] for row in range(NUM_SAMPLED)],
+        words,
     )
     rows = np.arange(NUM_SAMPLED)
     asked = ids.numpy()[5 : 5 + NUM_SAMPLED] if with_table else np.arange(5, 5 + NUM_SAMPLED)
