@@ -1,6 +1,6 @@
 """What to do with the first GPU: `python -m outrider.workers.first_gpu PART... --folder FOLDER`.
 
-Eleven parts, each alone and in less than ten minutes; `all` runs them in order, `summary` puts together what lies in
+Twelve parts, each alone and in less than ten minutes; `all` runs them in order, `summary` puts together what lies in
 the folder. From a bare checkout, without Ray; see docs/gpu.md. On a CPU everything is tiny: that only shows that it
 runs.
 """
@@ -54,6 +54,7 @@ PARTS = (
     Part("end to end, with trace and profile", "deployments.end_to_end", WORKERS),
     Part("attention alone: times, ncu", "ncu.attention_alone", ("psutil",)),
     Part("quantised weights and FP8 cache", "quantised.quantised", ("psutil", "yaml", "gguf")),
+    Part("drafters that read hidden rows; sampling's edits", "hidden_drafters.hidden_drafters", WORKERS),
 )
 TITLES = tuple(part.title for part in PARTS)
 

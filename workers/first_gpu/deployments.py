@@ -31,8 +31,10 @@ NUM_ROUNDS = 5  # profiled
 Texts = dict[str, list[int]]
 
 
-def configuration(setting: Setting, dtype: str, attention: str, tp_size: int = 1) -> Config:
-    """The small model and its noisy copy, both on the device; ranks sum by gloo."""
+def configuration(
+    setting: Setting, dtype: str, attention: str, tp_size: int = 1, further: Sequence[str] = ()
+) -> Config:
+    """The small model and its noisy copy, both on the device; ranks sum by gloo. further: `key=value`."""
     device = setting.device.type
     given = (1.0 / tp_size if setting.on_gpu else 0.0, 1.0 if setting.on_gpu else 0.0)
     return load_config(
@@ -50,6 +52,7 @@ def configuration(setting: Setting, dtype: str, attention: str, tp_size: int = 1
             f"cluster.num_gpus_per_draft={given[1]}",
             "rounds.trace=true",
             f"cluster.group_timeout_s={LIMIT_S}",
+            *further,
         ],
     )
 

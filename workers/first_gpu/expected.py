@@ -39,6 +39,16 @@ MANY = {
 # and merge cost as much again. The rest of the round is that of `ONE`.
 ONE_LONG = {**ONE, "attention": Figure(1.2, 0.2)}
 
+# Tokens a round of part 12's drafters, as its full sizes gave on a CPU, in float32.
+TOKENS_PER_ROUND = {
+    "medusa": 2.66,
+    "eagle3": 2.00,
+    "mtp": 4.32,
+    "parallel": 3.98,
+    "all of them and ngram": 2.72,
+    "typical acceptance, all": 3.50,
+}
+
 OUT_OF_REACH = (
     (
         "sums across ranks on several GPUs",

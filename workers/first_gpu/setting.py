@@ -51,6 +51,7 @@ class Sizes:
         small: model of the comparisons, see `random_source`; drafter: the same with noise.
         trees: query rows at which graphs are compared with the forward without.
         new_tokens: of each answer.
+        sampled_tokens: vocabulary of the samplers that are compared.
         repeats: launches of each kernel case compared bit by bit.
         replays: timed runs, of which the median counts.
         weight_bytes: memory that repeated products walk through: more than a GPU's cache.
@@ -70,6 +71,7 @@ class Sizes:
     small: str
     trees: tuple[int, ...]
     new_tokens: int
+    sampled_tokens: int
     repeats: int
     replays: int
     weight_bytes: int
@@ -99,6 +101,7 @@ FULL = Sizes(
     small="hidden_size=512&intermediate_size=1408&num_layers=4&num_heads=8&num_kv_heads=2&vocab_size=4096",
     trees=(1, 8, 33, 64, 256),
     new_tokens=64,
+    sampled_tokens=18_368,
     repeats=20,
     replays=11,
     weight_bytes=GIB,
@@ -118,6 +121,7 @@ TINY = Sizes(
     small="hidden_size=64&num_layers=2&num_heads=4&num_kv_heads=2",
     trees=(1, 8),
     new_tokens=8,
+    sampled_tokens=500,
     repeats=2,
     replays=2,
     weight_bytes=1 << 16,

@@ -54,7 +54,7 @@ class VocabularyTable:
         return len(self._ids)
 
     def ids(self, columns: Tensor) -> Tensor:
-        return self._ids[columns]
+        return self._ids[columns.to(self._ids.device)]
 
     def columns(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         columns = torch.searchsorted(self._ids, ids).clamp_(max=len(self) - 1)

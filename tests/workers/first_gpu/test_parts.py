@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,10 +16,18 @@ from typing import Any
 import pytest
 import torch
 
+from outrider.configs.schema import Config
 from outrider.kernels.kernel_cases import kernel_cases
 from outrider.kernels.self_test import ENTRIES
 from outrider.workers.first_gpu import __main__ as command
-from outrider.workers.first_gpu import deployments, large_model, machine, one_attention, quantised
+from outrider.workers.first_gpu import (
+    deployments,
+    hidden_drafters,
+    large_model,
+    machine,
+    one_attention,
+    quantised,
+)
 from outrider.workers.first_gpu.__main__ import PARTS, TITLES, main, missing_wheels, run_part
 from outrider.workers.first_gpu.large_model import RepeatedSource
 from outrider.workers.first_gpu.narrow import LAYOUTS
@@ -29,6 +38,7 @@ from outrider.workers.model import cuda_graphs
 from outrider.workers.model.integer_linear import int4_works
 from outrider.workers.model.quantized import scaled_mm_works
 from outrider.workers.model.shard import ShardPlan
+from outrider.workers.sequences.sequence import Request, RequestStats, TokenEvent, TokenLogprobs
 from support.counted_gpu import counted_gpu
 from support.cuda_on_cpu.kernels import source_kernels
 
@@ -71,7 +81,7 @@ def verdicts(report: PartReport) -> dict[str, str]:
     return {row.what: row.verdict for row in report.rows}
 
 
-@pytest.mark.parametrize("number", [4, 5, 6, 7, 8, 9, 11])
+@pytest.mark.parametrize("number", [4, 5, 6, 7, 8, 9, 11, 12])
 def test_a_part_runs_on_a_cpu(number: int, tmp_path: Path) -> None:
     report = run_part(number, Setting(CPU, TINY, tmp_path))
     assert len(report.rows) > 1
@@ -248,6 +258,63 @@ def test_rounds_are_profiled_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
     with gpu_with_kernels(monkeypatch) as device:
         rows = deployments.profiled_rounds(Setting(device, ON_GPU, tmp_path))
     assert {row.what.split(":")[0] for row in rows} == {"host"}  # no kernel was seen on a device
+
+
+def test_the_samplers_of_a_gpu_and_of_the_host_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gpu_with_kernels(monkeypatch) as device:
+        rows = hidden_drafters.samplers(Setting(device, ON_GPU, tmp_path))
+    assert len(rows) == 2 * len(hidden_drafters.LAWS)
+    assert {row.verdict for row in rows} == {"passed"}, rows
+
+
+class FakeDeployment:
+    """Says the same whatever drafts, until somebody asks for what is broken."""
+
+    def __init__(self, broken: str, log: list[tuple[str, ...]]) -> None:
+        self.broken, self.log = broken, log
+        self.runs: list[Future[None]] = [Future()]
+
+    def generate(self, requests: list[Request]) -> dict[str, list[TokenEvent]]:
+        methods = requests[0].draft.methods
+        self.log.append(methods)
+        if self.broken in methods:
+            self.runs[0].set_exception(RuntimeError("device-side assert triggered"))
+            raise AssertionError("nothing came for ten seconds")
+        stats = RequestStats(num_rounds=2, num_drafted=3, num_accepted=1)
+        said = [] if methods == ("mtp",) else [TokenLogprobs(-0.5, ())]
+        text = (5,) if methods == ("medusa",) else (4,)
+        return {r.id: [TokenEvent(r.id, text, (), tuple(said), "length", "", stats)] for r in requests}
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("when", ["while it runs", "at its start"])
+def test_a_drafter_that_breaks_is_named_and_the_others_are_compared(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[tuple[str, ...]] = []
+
+    @contextmanager
+    def fake_deployed(config: Config, *_: object) -> Iterator[FakeDeployment]:
+        if when == "at its start" and "eagle3" in config.draft.methods:
+            raise ValueError("draft.eagle3.model: no such tensor")
+        yield FakeDeployment("eagle3", log)
+
+    monkeypatch.setattr(hidden_drafters, "deployed", fake_deployed)
+    found = {
+        row.what.removesuffix(", float32, SDPA"): row
+        for row in hidden_drafters.hidden_drafters(Setting(CPU, TINY, tmp_path))
+    }
+    assert {name for name, row in found.items() if row.verdict == "passed"} == {"parallel"}
+    told = "device-side assert triggered" if when == "while it runs" else "no such tensor"
+    for name in ("eagle3", "all of them and ngram", "typical acceptance, all"):
+        assert (found[name].verdict, told in found[name].measured) == ("FAILED", True)
+    assert "0 of 10 texts are the same" in found["medusa"].measured
+    assert "log-probabilities are inf nats off" in found["mtp"].measured
+    assert {("medusa",), ("mtp",), ("parallel",)} <= set(log)
 
 
 def test_a_part_that_raises_and_one_that_lacks_a_wheel_say_so(

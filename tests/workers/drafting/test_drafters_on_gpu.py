@@ -1,0 +1,126 @@
+"""The drafters that read hidden rows, built from their checkpoints on a pretended GPU with the kernels: no tensor of
+the CPU meets one of the GPU, and they propose what they propose on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("cuda.bindings", reason="the kernels' sources are read through the compile layer")
+
+from outrider.configs.loader import load_config
+from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
+from outrider.workers.drafting import eagle3, feature_levels, medusa, mtp, parallel
+from outrider.workers.drafting.engine import DraftEngine
+from outrider.workers.drafting.method import MethodContext, Verified, VerifiedStep
+from outrider.workers.drafting.registry import METHODS
+from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.first_gpu.random_heads import write_heads
+from outrider.workers.sequences.hidden import HiddenRows
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
+from outrider.workers.trace import Tracer
+from outrider.workers.weights.progress import silent
+from outrider.workers.weights.random_source import RandomSource
+from support.counted_gpu import counted_gpu
+from support.drafted import paths_of
+
+# Heads of 64, which the kernels take.
+SPEC = "random:llama?hidden_size=64&num_layers=4&num_heads=2&num_kv_heads=1&head_dim=64&vocab_size=300"
+TARGET = RandomSource(SPEC)
+LAWS = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=1),
+    SamplingParams(temperature=0.8, repetition_penalty=1.2, frequency_penalty=0.3, logit_bias=((7, 2.0),)),
+)
+PROMPT = [5, 6, 7, 8, 9, 10, 7, 8]
+MODULES: Mapping[str, tuple[ModuleType, ...]] = {
+    "medusa": (medusa,),
+    "eagle3": (eagle3, feature_levels),
+    "mtp": (mtp, feature_levels),
+    "parallel": (parallel,),
+}
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    torch.set_num_threads(1)
+    return write_heads(TARGET, tmp_path_factory.mktemp("heads"))
+
+
+def moved(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """As `Module.to`, which cannot make parameters of pretended tensors."""
+    for part in module.modules():
+        for own in (part._parameters, part._buffers):
+            for name, value in own.items():
+                if value is not None:
+                    own[name] = value.detach().to(device, dtype if value.is_floating_point() else None)  # type: ignore[assignment]
+    return module
+
+
+def proposals(
+    name: str, folder: Path, device: torch.device, kernels: KernelSelection
+) -> list[set[tuple[int, ...]]]:
+    """The paths of each sequence's tree, behind a prompt of which the target's rows came in two rounds."""
+    config = load_config(
+        "tiny-random",
+        [
+            f"target.model={SPEC}",
+            f"draft.methods=[{name}]",
+            f"draft.{name}.model={folder}",
+            "draft.dtype=bfloat16",
+            "draft.packed_weights=false",
+        ],
+    )
+    drafting = DraftEngine(DraftedSlots(len(LAWS), 8, 4))
+    context = MethodContext(
+        config, TARGET.config, device, drafting.slots, drafting.estimator, Tracer(name, False), silent
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for module in MODULES[name]:
+            if hasattr(module, "kernels_for"):
+                patch.setattr(module, "kernels_for", lambda *_: kernels)
+        if device.type == "cuda":
+            patch.setattr(torch.nn.Module, "to", moved)
+            patch.setattr(torch.nn.Module, "requires_grad_", lambda module, _: module)
+        method = METHODS[name].build(context)
+    drafting.add(method)
+    assert method.time_step(3) is not None
+    sequences = []
+    for slot, sampling in enumerate(LAWS):
+        request = Request(str(slot), tuple(PROMPT), sampling, DraftOptions((name,), 8, 4))
+        sequences.append(Sequence(request, list(PROMPT), slot=slot))
+        drafting.start(sequences[-1])
+    generator = torch.Generator().manual_seed(3)
+    slots, none = np.arange(len(LAWS)), np.zeros(0, dtype=np.int64)
+    for first, end in ((0, 4), (4, len(PROMPT) - 1)):
+        count = end - first
+        layers = {
+            layer: torch.randn(len(LAWS) * count, 64, generator=generator).to(device) for layer in range(1, 5)
+        }
+        growing = np.zeros(1, dtype=np.int64) if end == len(PROMPT) - 1 else none
+        steps = tuple(VerifiedStep(s, s.slot, first, np.arange(count), count, growing) for s in sequences)
+        drafting.observe(Verified(steps, HiddenRows(layers, slots * 0, slots * count)))
+    assert drafting.expand(method, slots)
+    drafting.expand(method, slots)
+    drafting.close()
+    return [set(map(tuple, paths_of(drafting.trees, slot))) for slot in range(len(LAWS))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_drafter_proposes_on_a_gpu_what_it_proposes_on_a_cpu(
+    name: str, heads: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_cpu = proposals(name, heads[name], torch.device("cpu"), REFERENCES)
+    assert all(len(paths) > 1 for paths in on_cpu)
+    with counted_gpu(monkeypatch) as gpu:
+        there = proposals(name, heads[name], gpu.device, KernelSelection.of(ENTRIES))
+    for own, other in zip(there, on_cpu, strict=True):
+        # In bfloat16 kernels round otherwise than the references: of near ties either may be proposed.
+        assert len(own) == len(other)
+        assert len(own & other) >= 0.7 * len(own)
