@@ -8,7 +8,7 @@ that tests execute on a CPU. They allocate nothing: the caller passes outputs an
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from inspect import signature
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,8 +82,9 @@ def _launcher(device: torch.device) -> "Launcher":
 def operator_of(entry: Callable[..., Tensor | None], mutates: Sequence[str] = ()) -> CustomOpDef:
     """A kernel's entry as the torch operator `outrider::NAME`, which torch.compile traces.
 
-    It takes what the entry takes, without `use_kernel`, and on a CPU answers with it. What it does on a GPU, and its
-    fake, are for the caller to register; a GPU's outputs and workspace must come from torch's allocator, which a CUDA
+    It takes what the entry takes, without `use_kernel`, and on a CPU answers with it. All of it must be given: an
+    argument that says what it would be by default never arrives at what is registered for a device, torch leaves it
+    out. What the operator does on a GPU, and its fake, are for the caller to register; a GPU's outputs and workspace must come from torch's allocator, which a CUDA
     graph capture redirects to the graph's own memory.
 
     Args:
@@ -95,6 +96,10 @@ def operator_of(entry: Callable[..., Tensor | None], mutates: Sequence[str] = ()
         return None if result is None else result.contiguous()
 
     described = signature(entry, eval_str=True)
-    parameters = [parameter for parameter in described.parameters.values() if parameter.name != "use_kernel"]
+    parameters = [
+        parameter.replace(default=Parameter.empty)
+        for parameter in described.parameters.values()
+        if parameter.name != "use_kernel"
+    ]
     on_cpu.__signature__ = described.replace(parameters=parameters)  # type: ignore[attr-defined]
     return custom_op(f"outrider::{entry.__name__}", on_cpu, mutates_args=mutates, device_types="cpu")

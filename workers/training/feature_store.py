@@ -23,7 +23,8 @@ from outrider.workers.training.vocabulary_loss import SoftTargets
 from outrider.workers.weights.progress import Progress
 
 _TEXTS_PER_FILE = 256
-_LOGIT_ROWS = 256
+# Rows whose logits are laid out at once: on a CPU few, which stay near the processor, on a GPU many a launch.
+_LOGIT_ROWS = {"cpu": 256, "cuda": 4096}
 _LAST = "last"
 
 
@@ -135,9 +136,7 @@ class FeatureComputer:
     def law(self, normed: Tensor) -> dict[str, Tensor]:
         """Of rows after the final norm, on any device; the law is on the target's."""
         normed = normed.to(self._target.model.device)
-        parts = [
-            self._law(normed[start : start + _LOGIT_ROWS]) for start in range(0, len(normed), _LOGIT_ROWS)
-        ]
+        parts = [self._law(piece) for piece in normed.split(_LOGIT_ROWS[normed.device.type])]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     @torch.inference_mode()

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from outrider.workers.training.losses import LOSSES, acceptance, with_rest
 
-# Elements of a piece of logits: small enough to stay near the processor, large enough for its products.
-_PIECE_ELEMENTS = 1 << 24
+# Elements of a piece of logits: on a CPU few enough to stay near the processor, many enough for its products; on a
+# GPU enough to fill it.
+_PIECE_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 _LEAST_REST = 1e-7
 _WIDTH = 16
 
@@ -81,7 +82,7 @@ class _VocabularyLoss(torch.autograd.Function):
         matrix_gradient = torch.zeros_like(matrix, dtype=torch.float32) if wants_matrix else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         accepted = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-        per_piece = max(1, _PIECE_ELEMENTS // len(matrix))
+        per_piece = max(1, _PIECE_ELEMENTS[rows.device.type] // len(matrix))
         # A column of ones beside the matrix: the product that shifts logits, and the one that adds them up.
         widened = _widened(matrix, matrix.new_ones(len(matrix)))
         for start in range(0, len(rows), per_piece):
