@@ -2,12 +2,11 @@
 so a launch can be captured in a CUDA graph."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from cuda.bindings import driver
-from cuda.core import Kernel, LaunchConfig, ObjectCode, launch
+from cuda.core import Kernel, LaunchConfig, ObjectCode, Stream, launch
 from torch import Tensor
 
 from outrider.kernels.compiler import DEFAULT_CACHE, compile_cached, target_of
@@ -15,16 +14,6 @@ from outrider.kernels.launch_plans import LaunchPlan
 
 # A block gets this much dynamic shared memory unasked; more has to be opted in to, per kernel and device.
 SHARED_BYTES_UNASKED = 48 << 10
-
-
-@dataclass(frozen=True)
-class StreamHandle:
-    """A stream of somebody else (torch) for cuda.core."""
-
-    handle: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return (0, self.handle)
 
 
 class Launcher:
@@ -49,7 +38,7 @@ class Launcher:
         self._shared_bytes: dict[str, int] = {}
 
     def launch(self, plans: Sequence[LaunchPlan]) -> None:
-        stream = StreamHandle(self._current_stream())
+        stream = Stream.from_handle(self._current_stream())
         for plan in plans:
             kernel = self._kernel(plan)
             config = LaunchConfig(grid=plan.grid, block=plan.block, shmem_size=plan.shared_bytes)

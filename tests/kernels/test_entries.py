@@ -135,7 +135,7 @@ def test_operators_have_fake_implementations_that_agree(attention, rope):
     asked = AskedRows.best(np.array([1.0, 0.0], dtype=np.float32), keys, 2)
     checks = (
         (tree_attention_op, (attention["q"], *pages, *tensors, *lens, CASE.scale, 0, 0.0, 1.0)),
-        (rope_append_op, tuple(rope.values())),
+        (rope_append_op, (*rope.values(), 1.0, 1.0)),
         (kv_commit_op, (torch.zeros(1, 2, 3, 4, 2, 8), torch.tensor([1, 2]), torch.tensor([0, 1]))),
         (add_rms_norm_op, (torch.randn(3, 5), torch.randn(3, 5), torch.randn(5), 1e-6)),
         (silu_mul_op, (torch.randn(3, 8),)),
@@ -154,6 +154,16 @@ def test_operators_have_fake_implementations_that_agree(attention, rope):
     )
     for operator, arguments in checks:
         torch.library.opcheck(operator, arguments, test_utils=tests)
+
+
+def test_operators_have_no_defaults():
+    """torch leaves out what equals a default before it calls what is registered for a device."""
+    operators = (
+        tree_attention_op, rope_append_op, kv_commit_op, add_rms_norm_op, silu_mul_op, gather_rows_op, sample_shard_op
+    )  # fmt: skip
+    for operator in operators:
+        schema = operator._opoverload._schema
+        assert not [argument.name for argument in schema.arguments if argument.has_default_value()], schema
 
 
 def test_a_layer_of_kernels_is_traced_in_one_graph(attention, rope):
