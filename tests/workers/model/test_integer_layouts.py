@@ -24,7 +24,7 @@ from torch import Tensor
 
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.integer_linear import Int4Linear, Int8Linear
+from outrider.workers.model.integer_linear import Int4Linear, Int8Linear, int8_works
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.quantized import make_scaled_linear
 from outrider.workers.model.shard import ShardPlan
@@ -197,6 +197,8 @@ def test_logits_are_those_of_the_dequantised_values(write: Callable[[Path], Writ
 
 @pytest.mark.parametrize(("name", "kind"), [("awq", Int4Linear), ("bytes, rows", Int8Linear)])
 def test_integers_are_multiplied_as_they_are(name: str, kind: type, tmp_path: Path) -> None:
+    if kind is Int8Linear and not int8_works():
+        pytest.skip("no exact int8 product on this machine")
     LAYOUTS[name](tmp_path)
     matrix = read_scaled(SafetensorsSource(tmp_path), f"{DOWN}.weight", slice(None), slice(None))
     assert matrix is not None

@@ -36,7 +36,7 @@ def written_out(rows: Tensor, matrix: Tensor, soft: SoftTargets, weights: Tensor
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_pieces_give_the_loss_and_gradients_of_the_whole(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "_PIECE_ELEMENTS", 10 * V)
+    monkeypatch.setitem(fast._PIECE_ELEMENTS, "cpu", 10 * V)
     for found, wanted in zip(with_gradients(*case(), loss), written_out(*case(), loss), strict=True):
         # float32 against float64, sums of some hundred terms of order 1. Seen: up to 5e-6.
         torch.testing.assert_close(found.double(), wanted, atol=3e-5, rtol=1e-5)
