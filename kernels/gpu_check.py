@@ -3,6 +3,7 @@ replayed from a CUDA graph, timed beside its roofline. `outrider doctor --gpu` a
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Protocol
@@ -15,6 +16,7 @@ from outrider.kernels.kernel_cases import Preparation, kernel_cases
 from outrider.kernels.launch_plans import LaunchPlan
 from outrider.kernels.prepared import PreparedCase
 from outrider.kernels.roofline import Roofline, least_time_s
+from outrider.kernels.row_cases import prepare_round_rows
 
 REPEATS = 100
 TIMED_REPLAYS = 11
@@ -70,7 +72,8 @@ class GpuReport:
 
 
 def all_cases() -> list[Preparation]:
-    return kernel_cases((*ATTENTION_CASES, *LARGE_ATTENTION_CASES))
+    large = partial(prepare_round_rows, 33, 8192, torch.bfloat16)
+    return [*kernel_cases((*ATTENTION_CASES, *LARGE_ATTENTION_CASES)), large, partial(large, width=128)]
 
 
 def check_gpu(

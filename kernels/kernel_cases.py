@@ -22,7 +22,7 @@ from outrider.kernels.kv_commit import plan_kv_commit
 from outrider.kernels.launch_plans import FP8
 from outrider.kernels.prepared import Check, Guards, PreparedCase
 from outrider.kernels.rope_append import plan_rope_append, round_to_fp8
-from outrider.kernels.row_cases import prepare_add_rms_norm, prepare_silu_mul
+from outrider.kernels.row_cases import prepare_add_rms_norm, prepare_round_rows, prepare_silu_mul
 from outrider.kernels.sampling_cases import prepare_sample_shard
 from outrider.kernels.tree_attention import plan_tree_attention
 from outrider.kernels.tree_batch import TreeBatch
@@ -241,6 +241,16 @@ def kernel_cases(attention_cases: Sequence[AttentionCase] = ATTENTION_CASES) -> 
                 (2, 130, torch.float32),
             )
         ),
+        partial(prepare_round_rows, 7, 77, torch.bfloat16),
+        partial(prepare_round_rows, 7, 4104, torch.bfloat16, bound=2.0, least_scale=1e-3),
+        partial(prepare_round_rows, 5, 520, torch.float16),
+        partial(prepare_round_rows, 5, 130, torch.float32),
+        partial(prepare_round_rows, 5, 2056, torch.float32, static_scale=0.03),
+        partial(prepare_round_rows, 7, 1024, torch.bfloat16, width=128, by_column=True),
+        partial(prepare_round_rows, 5, 648, torch.bfloat16, width=128, by_column=True),
+        partial(prepare_round_rows, 4, 200, torch.float16, width=16, bound=3.0),
+        partial(prepare_round_rows, 4, 333, torch.bfloat16, width=20),
+        partial(prepare_round_rows, 4, 512, torch.float32, width=128, by_column=True),
         partial(prepare_sample_shard, 5, 0),
         partial(prepare_sample_shard, 1501, 152_000),
         partial(prepare_sample_shard, 600, 17, step=5, coarse=True),

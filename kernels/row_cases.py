@@ -1,15 +1,20 @@
-"""Cases of the kernels that go through rows once: add and norm, and the gate of the feed-forward part."""
+"""Cases of the kernels that go through rows once: add and norm, the gate of the feed-forward part, rounding to FP8."""
+
+import math
 
 import torch
 import torch.nn.functional as F
 
 from outrider.kernels.add_rms_norm import plan_add_rms_norm
+from outrider.kernels.launch_plans import FP8
 from outrider.kernels.prepared import Check, Guards, PreparedCase
+from outrider.kernels.round_rows import plan_round_rows, round_rows
 from outrider.kernels.silu_mul import plan_silu_mul
 
 # One rounding to the type; of sums and exponentials in float32.
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}
 EPS = 1e-5
+LEAST_SCALE = 2.0**-126
 
 
 def prepare_add_rms_norm(
@@ -50,6 +55,56 @@ def prepare_silu_mul(
     check = Check("out", out, silu.double() * up.double(), TOLERANCE[dtype])
     name = f"silu_mul: {num_rows} rows of {width}, {_named(dtype)}"
     return PreparedCase(name, "silu_mul", (plan,), (check,), tuple(guards.buffers), 3 * out.nbytes, 0)
+
+
+def prepare_round_rows(
+    num_rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    width: int | None = None,
+    bound: float = math.inf,
+    least_scale: float = LEAST_SCALE,
+    static_scale: float | None = None,
+    by_column: bool = False,
+    seed: int = 7,
+) -> PreparedCase:
+    """Rows from tiny to huge, among them zeros, infinities and NaN; what comes out is the reference's, bit for bit.
+
+    `width`: columns that share a scale; None: all. Rows whose packs do not lie side by side are slices, which begin
+    where 16 bytes cannot be read.
+    """
+    width = columns if width is None else width
+    random = torch.Generator().manual_seed(seed)
+    wide = torch.randn(num_rows, columns + 3, generator=random)
+    # Every second column is such that halves between two FP8 numbers occur, too.
+    wide[:, ::2] = (wide[:, ::2] * 16).round() / 16
+    exponents = torch.tensor([0.0, -140.0, 15.0, -12.0, 3.0])
+    wide *= exponents[torch.arange(num_rows) % len(exponents)].exp2()[:, None]
+    wide[0] = 0.0
+    if num_rows > 2:
+        wide[2, columns // 2] = torch.inf
+        wide[2, 1] = -torch.inf
+    if num_rows > 3:
+        wide[-1, columns - 1] = torch.nan
+    wide = wide.to(dtype)
+    x = wide[:, 1 : columns + 1]
+    values, scales = round_rows(x, width, bound, least_scale, static_scale, by_column)
+    # A processor's NaN may have a sign, and so may what it is rounded to.
+    codes = values.view(torch.uint8).masked_fill(values.float().isnan(), 0x7F).view(FP8)
+    guards = Guards(device)
+    num_outputs, num_groups = scales.shape
+    rounded = guards.empty((num_outputs, columns), FP8)
+    found = guards.empty((num_groups, num_outputs) if by_column else (num_outputs, num_groups), torch.float32)
+    found = found.t() if by_column else found
+    moved = wide.to(device)[:, 1 : columns + 1] if columns % 8 else x.contiguous().to(device)
+    plan = plan_round_rows(moved, width, bound, least_scale, static_scale, rounded, found)
+    scales = torch.where(scales.isnan(), torch.nan, scales)
+    checks = (Check("values", rounded, codes, 0), Check("scales", found, scales, 0))
+    how = f"in groups of {width}" if num_groups > 1 else "by row" if static_scale is None else "with one scale"
+    name = f"round_rows: {num_rows} rows of {columns} {how}, {_named(dtype)}"
+    num_bytes = x.numel() * dtype.itemsize + rounded.nbytes + scales.nbytes
+    return PreparedCase(name, "round_rows", (plan,), checks, tuple(guards.buffers), num_bytes, 0)
 
 
 def _named(dtype: torch.dtype) -> str:

@@ -6,13 +6,14 @@ joining are done here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from outrider.kernels.round_rows import round_rows
 from outrider.workers.weights.inputs import Inputs, StaticInputs
 
 FP8 = torch.float8_e4m3fn
@@ -89,36 +90,32 @@ class ScaledMatrix:
         return replace(self, values=change(self.values), scales=change(self.scales), shifts=shifts)
 
 
-def round_inputs(x: Tensor, inputs: Inputs, group: int) -> tuple[Tensor, Tensor]:
-    """Rows as FP8 with their scales, computed in float32.
+def round_inputs(
+    x: Tensor, inputs: Inputs, group: int, by_column: bool = False, use_kernel: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rows as FP8 with their scales, computed in float32, see `round_rows`.
 
     A row's numbers depend on nothing but the row, so that they are the same alone and among others.
 
     Args:
         x: [N, columns].
         group: columns that share a scale in the matrix.
+        by_column: rows padded and scales laid out as torch's product by groups takes them.
+        use_kernel: run the CUDA kernel.
 
     Returns:
         FP8 [N, columns]; float32 [N, G], with G = 1 or a scale for each group.
     """
-    values = x.float()
     columns = x.shape[1]
     if isinstance(inputs, StaticInputs):
-        scales = values.new_full((len(x), 1), inputs.scale)
-        width = columns
-    else:
-        width = min(group, columns) if inputs.by_group else columns
-        # Columns of zeros fill the last group up.
-        values = F.pad(values, (0, -columns % width))
-        largest = values.unflatten(1, (-1, width)).abs().amax(-1)
-        scales = (largest.clamp(max=inputs.bound) / FP8_MAX).clamp(min=inputs.least_scale)
-    scaled = values.unflatten(1, (-1, width)) / scales[:, :, None]
-    return scaled.clamp(-FP8_MAX, FP8_MAX).flatten(1)[:, :columns].to(FP8), scales
+        return round_rows(x, columns, math.inf, 0.0, inputs.scale, by_column, use_kernel)
+    width = min(group, columns) if inputs.by_group else columns
+    return round_rows(x, width, inputs.bound, inputs.least_scale, None, by_column, use_kernel)
 
 
-def rounded_inputs(x: Tensor, inputs: Inputs, group: int) -> Tensor:
+def rounded_inputs(x: Tensor, inputs: Inputs, group: int, use_kernel: bool = False) -> Tensor:
     """Rows [N, columns] rounded to FP8 and back, see `round_inputs`."""
-    values, scales = round_inputs(x, inputs, group)
+    values, scales = round_inputs(x, inputs, group, use_kernel=use_kernel)
     # The form of a matrix with scales, whose rows these are.
     width = group if scales.shape[1] > 1 else x.shape[1]
     return ScaledMatrix(values, scales, width).dequantised(x.dtype)
