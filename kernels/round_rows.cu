@@ -40,25 +40,32 @@ DEVICE u32 largest_of(const T* x, int num, int first, int step, bool aligned) {
   return largest;
 }
 
-template <int SIZE> struct Codes;  // as many as a pack has numbers, stored at once
-template <> struct Codes<4> { typedef u32 Word; };
-template <> struct Codes<8> { typedef u64 Word; };
+// Four numbers in the bytes of a word, the first in the lowest.
+template <typename T>
+DEVICE u32 rounded4(const T* x, float scale) {
+  u32 word = 0u;
+  for (int e = 0; e < 4; e++) word |= rounded(x[e], scale) << (8 * e);
+  return word;
+}
+DEVICE void store_codes(fp8* out, const u32 (&words)[1]) { *reinterpret_cast<u32*>(out) = words[0]; }
+DEVICE void store_codes(fp8* out, const u32 (&words)[2]) {
+  *reinterpret_cast<u64*>(out) = (u64)words[1] << 32 | words[0];
+}
 
 template <typename T>
 DEVICE void round_columns(const T* x, fp8* out, int num, int first, int step, float scale, bool is_there,
                           bool aligned) {
   constexpr int SIZE = Pack<T>::SIZE;
-  typedef typename Codes<SIZE>::Word Word;
   const int num_packed = num / SIZE * SIZE;
   const T zero{};
   for (int i = first * SIZE; i < num_packed; i += step * SIZE) {
     const Pack<T> pack = is_there ? load_pack(x + i, aligned) : Pack<T>{};
-    Word word = 0u;
-    for (int e = 0; e < SIZE; e++) word |= (Word)rounded(pack.at[e], scale) << (8 * e);
+    u32 words[SIZE / 4];
+    for (int w = 0; w < SIZE / 4; w++) words[w] = rounded4(pack.at + 4 * w, scale);
     if (aligned) {
-      *reinterpret_cast<Word*>(out + i) = word;
+      store_codes(out + i, words);
     } else {
-      for (int e = 0; e < SIZE; e++) out[i + e].bits = (unsigned char)(word >> (8 * e));
+      for (int e = 0; e < SIZE; e++) out[i + e].bits = (unsigned char)(words[e / 4] >> (8 * (e % 4)));
     }
   }
   for (int i = num_packed + first; i < num; i += step)

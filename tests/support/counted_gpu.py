@@ -29,6 +29,7 @@ from outrider.kernels import (
     kv_commit,
     launch_plans,
     rope_append,
+    round_rows,
     sample_shard,
     silu_mul,
     tree_attention,
@@ -47,6 +48,7 @@ KERNEL_MODULES = (
     sample_shard,
     add_rms_norm,
     silu_mul,
+    round_rows,
 )
 # What torch has one CUDA kernel for, and takes apart on a CPU.
 _ONE_KERNEL = ("rms_norm", "linear", "scaled_dot_product_attention", "softmax", "log_softmax")

@@ -27,7 +27,7 @@ from outrider.workers.first_gpu.small_model import (
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.cache import CacheScales
 from outrider.workers.model.integer_linear import Int4Linear, multiplies_int4
-from outrider.workers.model.linear import DenseLinear, Linear
+from outrider.workers.model.linear import DenseLinear, Linear, ProductKernels
 from outrider.workers.model.loader import NO_BIAS
 from outrider.workers.model.quantized import ScaledMmLinear, make_scaled_linear, multiplies_fp8
 from outrider.workers.model.shard import ShardPlan
@@ -88,7 +88,7 @@ def products_beside_cpu(setting: Setting, layout: Layout) -> list[Row]:
     matrix = layout.matrix(weight)
     plain = matrix.dequantised(torch.float32)
     exact = make_scaled_linear(matrix, NO_BIAS, torch.float32, packed=False)
-    linear = make_scaled_linear(matrix.to(device), NO_BIAS, DTYPE, packed=False)
+    linear = make_scaled_linear(matrix.to(device), NO_BIAS, DTYPE, False, product_kernels(setting))
     rows = [kept_as(setting, layout, matrix, linear)]
     for num_rows in setting.sizes.trees:
         x = torch.randn(num_rows, hidden, generator=generator).to(DTYPE)
@@ -215,17 +215,24 @@ def timed_linears(
         copies = num_copies(sizes.weight_bytes, out_features * in_features * DTYPE.itemsize)
         plain = tile.to(DTYPE)
         return [DenseLinear(in_full(plain), NO_BIAS) for _ in range(copies)], None
-    small = layout.matrix(tile)
+    small, kernels = layout.matrix(tile), product_kernels(setting)
     copies = num_copies(sizes.weight_bytes, small.num_bytes * times_over)
     linears = []
     for _ in range(copies):
         shifts = None if small.shifts is None else in_full(small.shifts)
         matrix = replace(small, values=in_full(small.values), scales=in_full(small.scales), shifts=shifts)
-        linears.append(make_scaled_linear(matrix, NO_BIAS, DTYPE, packed=False))
+        linears.append(make_scaled_linear(matrix, NO_BIAS, DTYPE, False, kernels))
     inputs = small.inputs
     if inputs is None:
         return linears, None
-    return linears, lambda x: round_inputs(x, inputs, small.group)
+    by_column = isinstance(linears[0], ScaledMmLinear) and small.scales.shape[1] > 1
+    use_kernel = kernels.selection.round_rows
+    return linears, lambda x: round_inputs(x, inputs, small.group, by_column, use_kernel)
+
+
+def product_kernels(setting: Setting) -> ProductKernels:
+    """All, where they can be launched."""
+    return ProductKernels(ALL_KERNELS if setting.has_kernels else REFERENCES)
 
 
 def num_copies(weight_bytes: int, matrix_bytes: int) -> int:

@@ -7,12 +7,14 @@ the speed of memory, `F.linear` at about half of it. torch offers the layout as 
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.workers.model import memory
 
 # oneDNN blocks the matrix alike for every hint of 8 rows or more; a hint of 1 makes float32 several times slower.
@@ -46,6 +48,14 @@ class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, in] -> [rows, out]."""
         ...
+
+
+@dataclass
+class ProductKernels:
+    """Which kernels the products of one model run: its linears share one of these, and `Transformer` fills it. Ranks
+    agree on their kernels after they have read their weights, and anew when they meet again."""
+
+    selection: KernelSelection = REFERENCES
 
 
 def make_linear(weight: Tensor, bias: Tensor, packed: bool) -> Linear:

@@ -1,7 +1,7 @@
 """Reads a rank's part of every weight, fused the way the forward uses it, one matrix at a time."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from outrider.workers.model import memory
 from outrider.workers.model.embedding import Embedding, MatrixEmbedding, StoredEmbedding
 from outrider.workers.model.head import Head, LinearHead
-from outrider.workers.model.linear import Linear, PackedLinear, make_linear
+from outrider.workers.model.linear import Linear, PackedLinear, ProductKernels, make_linear
 from outrider.workers.model.mlp import (
     ExpertLoop,
     Experts,
@@ -68,6 +68,7 @@ class ModelWeights:
         layers: first to last.
         final_norm: [hidden].
         head: logits of the ids `plan.vocab`.
+        product_kernels: which kernels the layers' products run; `Transformer` fills it.
     """
 
     plan: ShardPlan
@@ -77,6 +78,7 @@ class ModelWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor
     head: Head
+    product_kernels: ProductKernels = field(default_factory=ProductKernels)
 
 
 def ignore_bytes(num_bytes: int) -> None:
@@ -130,6 +132,7 @@ def load_weights(
         layers=tuple(loader.layer(index) for index in range(plan.config.num_layers)),
         final_norm=loader.vector(FINAL_NORM, ALL),
         head=head,
+        product_kernels=loader.product_kernels,
     )
 
 
@@ -151,6 +154,7 @@ class WeightLoader:
         self.device = device
         self.packed = packed
         self.progress = progress
+        self.product_kernels = ProductKernels()
         # Where matrices are put together. A model on the meta device has sizes and takes no memory.
         self._host = torch.device("meta" if device.type == "meta" else "cpu")
 
@@ -204,7 +208,8 @@ class WeightLoader:
 
     def scaled_linear(self, matrix: ScaledMatrix, bias: Tensor) -> Linear:
         """As `linear`, of narrow numbers."""
-        return make_scaled_linear(matrix.to(self.device), bias.to(self.device), self.dtype, self.packed)
+        matrix, bias = matrix.to(self.device), bias.to(self.device)
+        return make_scaled_linear(matrix, bias, self.dtype, self.packed, self.product_kernels)
 
     def _joined(self, parts: Sequence[tuple[ScaledMatrix | Tensor, Tensor]]) -> Linear:
         """Matrices [out, in] with their biases as one product; as several, where they are not stored alike."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from outrider.workers.model.integer_linear import make_integer_linear
-from outrider.workers.model.linear import DenseLinear, Linear, make_linear, pad_rows
+from outrider.workers.model.linear import DenseLinear, Linear, ProductKernels, make_linear, pad_rows
 from outrider.workers.weights.inputs import DynamicInputs, Inputs, StaticInputs
 from outrider.workers.weights.scaled import (
     FP8,
@@ -26,13 +26,16 @@ from outrider.workers.weights.scaled import (
 
 # Columns that share a scale where torch multiplies groups: `ScalingType.BlockWise1x128`, on Hopper.
 GROUP = 128
-_ROWS_OF_GROUPS = (
-    4  # rows with scales by group come in as many: these lie column by column, 16 bytes at a time
-)
 _ALIGNED = 16  # rows and columns of an FP8 matrix come in as many, or torch does not multiply with it
 
 
-def make_scaled_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, packed: bool) -> Linear:
+def make_scaled_linear(
+    matrix: ScaledMatrix,
+    bias: Tensor,
+    dtype: torch.dtype,
+    packed: bool,
+    kernels: ProductKernels | None = None,
+) -> Linear:
     """Keeps a matrix in the way that this machine multiplies with it fastest.
 
     Args:
@@ -41,7 +44,9 @@ def make_scaled_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, p
         dtype: of the rows that go in and come out.
         packed: on a CPU, use a layout for fast products: integers', where torch has one, see `make_integer_linear`;
             else dequantise it once, into that of `PackedLinear`, and what it saved in memory is gone.
+        kernels: those that its products may run; None: none.
     """
+    kernels = kernels or ProductKernels()
     device = matrix.values.device
     inputs = matrix.inputs
     if (
@@ -49,7 +54,7 @@ def make_scaled_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, p
         and multiplies_fp8(matrix, dtype, torch.cuda.get_device_capability(device))
         and scaled_mm_works(device, in_groups=matrix.scales.shape[1] > 1)
     ):
-        return ScaledMmLinear(matrix, bias, dtype)
+        return ScaledMmLinear(matrix, bias, dtype, kernels)
     if packed or device.type == "cuda":
         integers = make_integer_linear(matrix, bias, dtype)
         if integers is not None:
@@ -60,7 +65,7 @@ def make_scaled_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, p
         inner = RowScaledLinear(matrix, bias)
     else:
         inner = DequantisingLinear(matrix, bias, dtype)
-    return inner if inputs is None else RoundedLinear(inner, inputs, matrix.group)
+    return inner if inputs is None else RoundedLinear(inner, inputs, matrix.group, kernels)
 
 
 def multiplies_fp8(matrix: ScaledMatrix, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
@@ -145,15 +150,17 @@ class RowScaledLinear:
 class RoundedLinear:
     """Rounds rows to FP8 and back before a product: what a product of FP8 numbers comes to."""
 
-    def __init__(self, inner: Linear, inputs: Inputs, group: int) -> None:
-        """`inner` multiplies; `inputs` and `group` as in `round_inputs`."""
+    def __init__(self, inner: Linear, inputs: Inputs, group: int, kernels: ProductKernels) -> None:
+        """`inner` multiplies; `inputs` and `group` as in `round_inputs`; `kernels`: `round_rows` may be among them."""
         self.out_features, self.in_features, self.pads = inner.out_features, inner.in_features, inner.pads
         self._inner = inner
         self._inputs = inputs
         self._group = group
+        self._kernels = kernels
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._inner(rounded_inputs(x, self._inputs, self._group))
+        use_kernel = self._kernels.selection.round_rows
+        return self._inner(rounded_inputs(x, self._inputs, self._group, use_kernel))
 
 
 class ScaledMmLinear:
@@ -161,9 +168,16 @@ class ScaledMmLinear:
 
     pads = False
 
-    def __init__(self, matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype) -> None:
-        """`bias` [out], or no elements for none."""
+    def __init__(
+        self,
+        matrix: ScaledMatrix,
+        bias: Tensor,
+        dtype: torch.dtype,
+        kernels: ProductKernels | None = None,
+    ) -> None:
+        """`bias` [out], or no elements for none; `kernels`: `round_rows` may be among them."""
         assert matrix.inputs is not None
+        self._kernels = kernels or ProductKernels()
         self.out_features, self.in_features = matrix.values.shape
         self._inputs = matrix.inputs
         self._group = matrix.group
@@ -175,15 +189,12 @@ class ScaledMmLinear:
             self._scales = matrix.scales.t().contiguous()  # [1, out]
         else:
             self._recipe = ScalingType.BlockWise1x128
-            self._scales = _column_by_column(matrix.scales)  # [out, G]
+            self._scales = matrix.scales.t().contiguous().t()  # [out, G], column by column
 
     def __call__(self, x: Tensor) -> Tensor:
-        num_rows = len(x)
-        if self._recipe == ScalingType.BlockWise1x128:
-            x = F.pad(x, (0, 0, 0, -num_rows % _ROWS_OF_GROUPS))
-        values, scales = round_inputs(x, self._inputs, self._group)
-        if self._recipe == ScalingType.BlockWise1x128:
-            scales = _column_by_column(scales)
+        by_column = self._recipe == ScalingType.BlockWise1x128
+        use_kernel = self._kernels.selection.round_rows
+        values, scales = round_inputs(x, self._inputs, self._group, by_column, use_kernel)
         out = F.scaled_mm(
             values,
             self._values,
@@ -193,7 +204,7 @@ class ScaledMmLinear:
             self._recipe,
             output_dtype=self._dtype,
         )
-        out = out[:num_rows]
+        out = out[: len(x)]
         return out if self._bias is None else out + self._bias
 
 
@@ -216,7 +227,3 @@ def _is_scaled_by_row(matrix: ScaledMatrix) -> bool:
     """Narrow numbers that bfloat16 has exactly, a scale for each row and nothing added."""
     is_exact = matrix.values.dtype in (FP8, torch.int8)
     return is_exact and matrix.scales.shape[1] == 1 and matrix.shifts is None
-
-
-def _column_by_column(scales: Tensor) -> Tensor:
-    return scales.t().contiguous().t()

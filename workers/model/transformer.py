@@ -58,6 +58,7 @@ class Transformer:
         self.weights = weights
         self.communicator = communicator
         self.kernels = kernels
+        weights.product_kernels.selection = kernels
         self.plan = weights.plan
         self.config = weights.plan.config
         self.device = weights.device
