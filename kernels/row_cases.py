@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from outrider.kernels.add_rms_norm import plan_add_rms_norm
 from outrider.kernels.launch_plans import FP8
 from outrider.kernels.prepared import Check, Guards, PreparedCase
-from outrider.kernels.round_rows import plan_round_rows, round_rows
+from outrider.kernels.round_rows import ROWS_BY_COLUMN, plan_round_rows, round_rows
 from outrider.kernels.silu_mul import plan_silu_mul
 
 # One rounding to the type; of sums and exponentials in float32.
@@ -71,24 +71,27 @@ def prepare_round_rows(
 ) -> PreparedCase:
     """Rows from tiny to huge, among them zeros, infinities and NaN; what comes out is the reference's, bit for bit.
 
-    `width`: columns that share a scale; None: all. Rows whose packs do not lie side by side are slices, which begin
+    `width`: columns that share a scale; None: all; the others as in `round_rows`. Rows whose packs do not lie side by side are slices, which begin
     where 16 bytes cannot be read.
     """
     width = columns if width is None else width
     random = torch.Generator().manual_seed(seed)
     wide = torch.randn(num_rows, columns + 3, generator=random)
-    # Every second column is such that halves between two FP8 numbers occur, too.
-    wide[:, ::2] = (wide[:, ::2] * 16).round() / 16
     exponents = torch.tensor([0.0, -140.0, 15.0, -12.0, 3.0])
     wide *= exponents[torch.arange(num_rows) % len(exponents)].exp2()[:, None]
     wide[0] = 0.0
+    if static_scale is not None:  # what lies between two FP8 numbers, where a product is not a division
+        numbers = torch.arange(0x7F, dtype=torch.uint8).view(FP8).float()
+        between = (numbers[1:] + numbers[:-1]) / 2 * static_scale
+        wide[0] = between.repeat(-(-wide.shape[1] // len(between)))[: wide.shape[1]]
     if num_rows > 2:
         wide[2, columns // 2] = torch.inf
         wide[2, 1] = -torch.inf
     if num_rows > 3:
         wide[-1, columns - 1] = torch.nan
-    wide = wide.to(dtype)
-    x = wide[:, 1 : columns + 1]
+    # Behind the rows, where padding would be, lies something else.
+    wide = F.pad(wide, (0, 0, 0, ROWS_BY_COLUMN), value=torch.nan).to(dtype)
+    x = wide[:num_rows, 1 : columns + 1]
     values, scales = round_rows(x, width, bound, least_scale, static_scale, by_column)
     # A processor's NaN may have a sign, and so may what it is rounded to.
     codes = values.view(torch.uint8).masked_fill(values.float().isnan(), 0x7F).view(FP8)
@@ -97,11 +100,14 @@ def prepare_round_rows(
     rounded = guards.empty((num_outputs, columns), FP8)
     found = guards.empty((num_groups, num_outputs) if by_column else (num_outputs, num_groups), torch.float32)
     found = found.t() if by_column else found
-    moved = wide.to(device)[:, 1 : columns + 1] if columns % 8 else x.contiguous().to(device)
+    moved = wide.to(device)[:, 1 : columns + 1]
+    moved = (moved if columns % 8 else moved.contiguous())[:num_rows]
     plan = plan_round_rows(moved, width, bound, least_scale, static_scale, rounded, found)
     scales = torch.where(scales.isnan(), torch.nan, scales)
     checks = (Check("values", rounded, codes, 0), Check("scales", found, scales, 0))
-    how = f"in groups of {width}" if num_groups > 1 else "by row" if static_scale is None else "with one scale"
+    how = (
+        f"in groups of {width}" if num_groups > 1 else "by row" if static_scale is None else "with one scale"
+    )
     name = f"round_rows: {num_rows} rows of {columns} {how}, {_named(dtype)}"
     num_bytes = x.numel() * dtype.itemsize + rounded.nbytes + scales.nbytes
     return PreparedCase(name, "round_rows", (plan,), checks, tuple(guards.buffers), num_bytes, 0)

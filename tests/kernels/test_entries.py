@@ -1,5 +1,6 @@
 """The Python entries: what they check, and that torch.compile can trace the operators behind them."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from outrider.kernels.gather_rows import gather_rows, gather_rows_op
 from outrider.kernels.kv_commit import kv_commit, kv_commit_op
 from outrider.kernels.noise import noise_key
 from outrider.kernels.rope_append import rope_append, rope_append_op
+from outrider.kernels.round_rows import round_rows, round_rows_op
 from outrider.kernels.sample_shard import AskedRows, sample_shard_op
 from outrider.kernels.silu_mul import silu_mul, silu_mul_op
 from outrider.kernels.tree_attention import tree_attention, tree_attention_op
@@ -116,6 +118,13 @@ def test_the_kernels_of_rows_name_the_argument_that_disagrees():
         add_rms_norm(rows, rows, weight.bfloat16(), 1e-6, use_kernel=True)
     with pytest.raises(ValueError, match="as many gates as ups, got 3 columns"):
         silu_mul(rows[:, :3])
+    numbers = (math.inf, 1e-6)
+    with pytest.raises(ValueError, match="x is torch.float64, the kernel takes torch.bfloat16"):
+        round_rows(rows.double(), 4, *numbers, None, False, use_kernel=True)
+    with pytest.raises(ValueError, match="width must be from 1 to all of x's 4 columns, got 5"):
+        round_rows(rows, 5, *numbers, None, False)
+    with pytest.raises(ValueError, match="width must be all of x's 4 columns, got 2"):
+        round_rows(rows, 2, *numbers, 0.5, False)
 
 
 def test_operators_have_fake_implementations_that_agree(attention, rope):
@@ -139,6 +148,9 @@ def test_operators_have_fake_implementations_that_agree(attention, rope):
         (kv_commit_op, (torch.zeros(1, 2, 3, 4, 2, 8), torch.tensor([1, 2]), torch.tensor([0, 1]))),
         (add_rms_norm_op, (torch.randn(3, 5), torch.randn(3, 5), torch.randn(5), 1e-6)),
         (silu_mul_op, (torch.randn(3, 8),)),
+        (round_rows_op, (torch.randn(3, 8), 8, math.inf, 1e-6, None, False)),
+        (round_rows_op, (torch.randn(3, 8), 8, math.inf, 0.0, 0.5, False)),
+        (round_rows_op, (torch.randn(3, 10), 4, 2.0, 1e-6, None, True)),
         (gather_rows_op, (torch.randn(5, 3), torch.tensor([4, 0]))),
         (
             sample_shard_op,

@@ -3,6 +3,7 @@
 Not run on a GPU; `outrider doctor --gpu` and `pytest -m gpu` run the same cases there.
 """
 
+import math
 import random
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,8 @@ from outrider.kernels.compiler import SOURCES, TARGETS, load_sources
 from outrider.kernels.kernel_cases import kernel_cases, prepare_attention
 from outrider.kernels.launch_plans import FP8
 from outrider.kernels.prepared import PreparedCase
-from outrider.kernels.row_cases import prepare_add_rms_norm, prepare_silu_mul
+from outrider.kernels.round_rows import plan_round_rows, round_rows
+from outrider.kernels.row_cases import LEAST_SCALE, prepare_add_rms_norm, prepare_round_rows, prepare_silu_mul
 from outrider.kernels.sampling_cases import prepare_sample_shard
 from support.cuda_on_cpu.executor import SCHEDULES, Executor, Schedule, kernel_names
 from support.cuda_on_cpu.kernels import ptx_kernels, source_kernels
@@ -178,6 +180,42 @@ def test_random_rows():
                 for executor in (source_kernels(), ptx_kernels("sm_90a"))
             ]
             assert disagreements(*results) == [], (prepare, size)
+
+
+def test_random_rows_are_rounded():
+    """Of any width, in groups of any width, with any bounds, and any number of them."""
+    rnd = random.Random(4)
+    for _ in range(40):
+        dtype = rnd.choice((torch.bfloat16, torch.float16, torch.float32))
+        num_rows, columns = rnd.choice((1, 2, 5, 7)), rnd.choice((2, 7, 8, 31, 64, 333, 1000, 1024, 4104))
+        kind = {
+            "width": rnd.choice((None, None, rnd.randint(1, columns), min(128, columns))),
+            "bound": rnd.choice((math.inf, 0.5, 1200.0)),
+            "least_scale": rnd.choice((LEAST_SCALE, 1 / (448 * 512), 1.0)),
+            "by_column": rnd.random() < 0.4,
+            "seed": rnd.randrange(1 << 30),
+        }
+        if kind["width"] is None:
+            kind["static_scale"] = rnd.choice((None, 0.01, 3.0))
+        for executor in (source_kernels(), ptx_kernels(rnd.choice(("sm_80", "sm_90a")))):
+            run(executor, prepare_round_rows(num_rows, columns, dtype, CPU, **kind), rnd.choice(SCHEDULES))
+
+
+@pytest.mark.parametrize("target", ["source", "sm_80", "sm_90a"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits_is_rounded_as_torch_rounds_it(dtype, target):
+    """All of them, NaN and infinities, too, by a scale that is no power of two, and by one that makes them large."""
+    x = torch.arange(1 << 16).to(torch.uint16).view(dtype).view(32, 2048)
+    executor = source_kernels() if target == "source" else ptx_kernels(target)
+    for scale in (0.03, 1.0, 2.0**-20):
+        expected, expected_scales = round_rows(x, 2048, math.inf, 0.0, scale, False)
+        values, scales = torch.empty_like(expected), torch.empty_like(expected_scales)
+        executor.launch([plan_round_rows(x, 2048, math.inf, 0.0, scale, values, scales)])
+        assert torch.equal(scales, expected_scales)
+        is_nan = expected.float().isnan()
+        assert torch.equal(is_nan, values.float().isnan())
+        same = values.view(torch.uint8) == expected.view(torch.uint8)
+        assert bool((same | is_nan).all())
 
 
 def test_random_shards_are_sampled():

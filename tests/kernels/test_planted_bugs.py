@@ -11,6 +11,7 @@ ALWAYS = {
     "window by row instead of depth",
     "keys before the window are read",
     "squares of the warps read too early",
+    "a product with the inverse in place of a division",
     "mma: b registers swapped",
     "cp.async waits for one group too few",
     "FP8 written to the other half",

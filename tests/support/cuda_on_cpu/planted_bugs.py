@@ -19,7 +19,7 @@ from outrider.kernels.kernel_cases import (
     prepare_sample_shard,
 )
 from outrider.kernels.prepared import PreparedCase
-from outrider.kernels.row_cases import prepare_add_rms_norm, prepare_silu_mul
+from outrider.kernels.row_cases import prepare_add_rms_norm, prepare_round_rows, prepare_silu_mul
 from support.cuda_on_cpu.executor import SCHEDULES, Schedule, build_unit, translation_unit
 from support.cuda_on_cpu.kernels import only, source_kernels
 from support.cuda_on_cpu.ptx.executor import translated_unit
@@ -60,6 +60,10 @@ def _device(name: str, old: str, new: str) -> PlantedBug:
 
 def _narrow(name: str, stem: str, file: str, old: str, new: str, target: str = "sm_90a") -> PlantedBug:
     return PlantedBug(name, stem, file, old, new, True, target)
+
+
+def _rounding(name: str, old: str, new: str) -> PlantedBug:
+    return PlantedBug(name, "round_rows", "round_rows.cu", old, new)
 
 
 SOURCE_BUGS = (
@@ -124,6 +128,24 @@ SOURCE_BUGS = (
     PlantedBug("up read as gate", "silu_mul", "silu_mul.cu", "load_pack(up + i, aligned)",
                "load_pack(gate + i, aligned)"),
     PlantedBug("rows one pack too long", "silu_mul", "silu_mul.cu", "i < num_packed", "i <= num_packed"),
+    _rounding("largest of the warps read too early", "  __syncthreads();\n", ""),
+    _rounding("the lowest number for the largest magnitude", "to_float(x)) & 0x7fffffffu", "to_float(x))"),
+    _rounding("NaN lost in a row", "  if (magnitude != magnitude) return __int_as_float(0x7fc00000);", ";"),
+    _rounding("the bound of a row left out", "fminf(magnitude, bound)", "magnitude"),
+    _rounding("scales smaller than the smallest", "/ 448.f, least_scale)", "/ 448.f, 0.f)"),
+    _rounding("a product with the inverse in place of a division", "to_float(x) / scale", "to_float(x) * (1.f / scale)"),
+    _rounding("a scale by the inverse of 448", "bound) / 448.f", "bound) * (1.f / 448.f)"),
+    _rounding("columns behind the last pack are left out of the scale", "  for (int i = num_packed + first; i < num; "
+              "i += step) largest = max", "  for (int i = num; i < num; i += step) largest = max"),
+    _rounding("codes in another order", "<< (8 * e);", "<< (24 - 8 * e);"),
+    _rounding("every block rounds the first part", "blockIdx.y * blockDim.x + threadIdx.x, step",
+              "threadIdx.x, step"),
+    _rounding("rows of zeros read what lies behind the others", ", is_there = row < num_rows;",
+              ", is_there = true;"),
+    _rounding("the last group taken for a whole one", "min(width, columns - begin)", "width"),
+    _rounding("lanes of two groups share a maximum", "int step = lanes / 2", "int step = 16"),
+    _rounding("scales by row where they lie by column", "row * scale_row_stride + group * scale_group_stride",
+              "row * num_groups + group"),
     _narrow("read before all is widened", "tree_attention", "tree_attention.cu",
             "widen_tile(stage);\n      __syncthreads();", "widen_tile(stage);"),
     _narrow("a tile widened too early", "tree_attention", "tree_attention.cu",
@@ -178,6 +200,11 @@ def cases_for(bug: PlantedBug) -> Iterator[PreparedCase]:
         yield prepare_rope_append_fp8(torch.bfloat16, CPU)
     elif bug.stem == "kv_commit":
         yield prepare_kv_commit(200, CPU)
+    elif bug.stem == "round_rows":
+        yield prepare_round_rows(6, 77, torch.bfloat16, CPU)
+        yield prepare_round_rows(6, 4104, torch.bfloat16, CPU, bound=2.0, least_scale=1e-3)
+        yield prepare_round_rows(5, 520, torch.float32, CPU, static_scale=0.03)
+        yield prepare_round_rows(6, 336, torch.bfloat16, CPU, width=64, by_column=True)
     elif bug.stem in ("add_rms_norm", "silu_mul"):
         prepare = prepare_add_rms_norm if bug.stem == "add_rms_norm" else prepare_silu_mul
         yield prepare(2, 77, torch.bfloat16, CPU)
