@@ -28,8 +28,8 @@ def round_rows(
 ) -> tuple[Tensor, Tensor]:
     """Rows as FP8 with their scales, computed in float32; value = FP8 number * scale.
 
-    A row's numbers depend on nothing but the row, so that they are the same alone and among others. A NaN makes NaN of
-    all that share its scale; its sign is not promised.
+    A row's numbers depend on nothing but the row, so that they are the same alone and among others. A NaN makes NaN
+    of all that share its scale; its sign is not promised.
 
     Args:
         x: [N, columns]; the kernel takes bfloat16, float16 and float32.

@@ -1,4 +1,4 @@
-"""Cases of the kernels that go through rows once: add and norm, the gate of the feed-forward part, rounding to FP8."""
+"""Cases of the kernels that go through rows once: add and norm, the gate of the feed-forward part, FP8."""
 
 import math
 
@@ -71,8 +71,8 @@ def prepare_round_rows(
 ) -> PreparedCase:
     """Rows from tiny to huge, among them zeros, infinities and NaN; what comes out is the reference's, bit for bit.
 
-    `width`: columns that share a scale; None: all; the others as in `round_rows`. Rows whose packs do not lie side by side are slices, which begin
-    where 16 bytes cannot be read.
+    `width`: columns that share a scale; None: all; the others as in `round_rows`. Rows whose packs do not lie side
+    by side are slices, which begin where 16 bytes cannot be read.
     """
     width = columns if width is None else width
     random = torch.Generator().manual_seed(seed)

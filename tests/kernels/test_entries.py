@@ -119,7 +119,7 @@ def test_the_kernels_of_rows_name_the_argument_that_disagrees():
     with pytest.raises(ValueError, match="as many gates as ups, got 3 columns"):
         silu_mul(rows[:, :3])
     numbers = (math.inf, 1e-6)
-    with pytest.raises(ValueError, match="x is torch.float64, the kernel takes torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"x is torch\.float64, the kernel takes torch\.bfloat16"):
         round_rows(rows.double(), 4, *numbers, None, False, use_kernel=True)
     with pytest.raises(ValueError, match="width must be from 1 to all of x's 4 columns, got 5"):
         round_rows(rows, 5, *numbers, None, False)

@@ -151,7 +151,7 @@ class RoundedLinear:
     """Rounds rows to FP8 and back before a product: what a product of FP8 numbers comes to."""
 
     def __init__(self, inner: Linear, inputs: Inputs, group: int, kernels: ProductKernels) -> None:
-        """`inner` multiplies; `inputs` and `group` as in `round_inputs`; `kernels`: `round_rows` may be among them."""
+        """`inner` multiplies; `inputs` and `group` as in `round_inputs`; `kernels` may have `round_rows`."""
         self.out_features, self.in_features, self.pads = inner.out_features, inner.in_features, inner.pads
         self._inner = inner
         self._inputs = inputs

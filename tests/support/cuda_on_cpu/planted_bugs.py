@@ -133,7 +133,8 @@ SOURCE_BUGS = (
     _rounding("NaN lost in a row", "  if (magnitude != magnitude) return __int_as_float(0x7fc00000);", ";"),
     _rounding("the bound of a row left out", "fminf(magnitude, bound)", "magnitude"),
     _rounding("scales smaller than the smallest", "/ 448.f, least_scale)", "/ 448.f, 0.f)"),
-    _rounding("a product with the inverse in place of a division", "to_float(x) / scale", "to_float(x) * (1.f / scale)"),
+    _rounding("a product with the inverse in place of a division", "to_float(x) / scale",
+              "to_float(x) * (1.f / scale)"),
     _rounding("a scale by the inverse of 448", "bound) / 448.f", "bound) * (1.f / 448.f)"),
     _rounding("columns behind the last pack are left out of the scale", "  for (int i = num_packed + first; i < num; "
               "i += step) largest = max", "  for (int i = num; i < num; i += step) largest = max"),

@@ -1,4 +1,4 @@
-"""Products of FP8 numbers on the kernel that rounds their rows; on a pretended GPU, where the source executor runs it.
+"""Products of FP8 numbers on the kernel that rounds their rows, which the source executor runs on a pretended GPU.
 
 Not run on a GPU.
 """
