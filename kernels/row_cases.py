@@ -98,13 +98,17 @@ def prepare_round_rows(
     guards = Guards(device)
     num_outputs, num_groups = scales.shape
     rounded = guards.empty((num_outputs, columns), FP8)
-    found = guards.empty((num_groups, num_outputs) if by_column else (num_outputs, num_groups), torch.float32)
-    found = found.t() if by_column else found
+    # As they lie in memory.
+    stored = guards.empty(
+        (num_groups, num_outputs) if by_column else (num_outputs, num_groups), torch.float32
+    )
     moved = wide.to(device)[:, 1 : columns + 1]
     moved = (moved if columns % 8 else moved.contiguous())[:num_rows]
+    found = stored.t() if by_column else stored
     plan = plan_round_rows(moved, width, bound, least_scale, static_scale, rounded, found)
     scales = torch.where(scales.isnan(), torch.nan, scales)
-    checks = (Check("values", rounded, codes, 0), Check("scales", found, scales, 0))
+    expected = scales.t() if by_column else scales
+    checks = (Check("values", rounded, codes, 0), Check("scales", stored, expected, 0))
     how = (
         f"in groups of {width}" if num_groups > 1 else "by row" if static_scale is None else "with one scale"
     )
