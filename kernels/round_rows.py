@@ -61,8 +61,10 @@ def round_rows(
         return values, scales
     if by_column:
         x = F.pad(x, (0, 0, 0, -len(x) % ROWS_BY_COLUMN))
-    # Columns of zeros fill the last group up.
-    groups = F.pad(x.float(), (0, -columns % width)).unflatten(1, (-1, width))
+    groups = x.float()
+    if columns % width:  # columns of zeros fill the last group up
+        groups = F.pad(groups, (0, -columns % width))
+    groups = groups.unflatten(1, (-1, width))
     if static_scale is not None:
         scales = groups.new_full((len(x), 1), static_scale)
     else:
