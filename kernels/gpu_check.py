@@ -13,6 +13,7 @@ from torch import Tensor
 from outrider.kernels.attention_cases import ATTENTION_CASES, LARGE_ATTENTION_CASES
 from outrider.kernels.kernel_cases import Preparation, kernel_cases
 from outrider.kernels.launch_plans import LaunchPlan
+from outrider.kernels.narrow_cases import LARGE_NARROW_CASES, NARROW_CASES
 from outrider.kernels.prepared import PreparedCase
 from outrider.kernels.roofline import Roofline, least_time_s
 
@@ -70,7 +71,9 @@ class GpuReport:
 
 
 def all_cases() -> list[Preparation]:
-    return kernel_cases((*ATTENTION_CASES, *LARGE_ATTENTION_CASES))
+    return kernel_cases(
+        (*ATTENTION_CASES, *LARGE_ATTENTION_CASES), (*NARROW_CASES, *LARGE_NARROW_CASES)
+    )
 
 
 def check_gpu(

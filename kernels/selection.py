@@ -36,6 +36,7 @@ class KernelSelection:
     gather_rows: bool
     add_rms_norm: bool
     silu_mul: bool
+    narrow_matmul: bool
 
     @staticmethod
     def of(names: Sequence[str]) -> "KernelSelection":

@@ -27,6 +27,7 @@ ENTRIES = (
     "gather_rows",
     "add_rms_norm",
     "silu_mul",
+    "narrow_matmul",
 )
 READY = {"ready": True}  # said once the GPU and the kernels' compiler are there
 LIMIT_S = (
