@@ -71,9 +71,7 @@ class GpuReport:
 
 
 def all_cases() -> list[Preparation]:
-    return kernel_cases(
-        (*ATTENTION_CASES, *LARGE_ATTENTION_CASES), (*NARROW_CASES, *LARGE_NARROW_CASES)
-    )
+    return kernel_cases((*ATTENTION_CASES, *LARGE_ATTENTION_CASES), (*NARROW_CASES, *LARGE_NARROW_CASES))
 
 
 def check_gpu(

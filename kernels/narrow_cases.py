@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.launch_plans import FP8
-from outrider.kernels.narrow_matmul import SHARED_BYTES, plan_narrow_matmul
+from outrider.kernels.narrow_matmul import SHARED_BYTES, gpu_resources, plan_narrow_matmul
 from outrider.kernels.prepared import Check, Guards, PreparedCase
 
 TOLERANCE = 4e-3  # the result is rounded to bfloat16; sums are in float32
@@ -25,7 +25,7 @@ class NarrowCase:
         x_by_group: those of x do, too.
         num_splits: over so many blocks the columns are split.
         has_bias: something is added.
-        shared_bytes: what a block may have.
+        shared_bytes: what a block may have; 0: what the device gives, or all of them where it is a CPU.
     """
 
     num_rows: int
@@ -37,7 +37,7 @@ class NarrowCase:
     x_by_group: bool = False
     num_splits: int = 1
     has_bias: bool = False
-    shared_bytes: int = SHARED_BYTES
+    shared_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -50,8 +50,8 @@ class NarrowCase:
 
 
 _BF16, _FP8 = False, True
-# Columns that are no whole chunk, group or share of a warp; features that are no whole tile; every number of rows of a
-# tile and of the ring's stages.
+# Columns that are no whole chunk, group or share of a warp; features that are no whole tile; tiles of all sizes, full
+# and not.
 NARROW_CASES = (
     NarrowCase(1, 70, 272, _BF16),
     NarrowCase(8, 64, 1040, _BF16, has_bias=True, num_splits=3),
@@ -59,7 +59,7 @@ NARROW_CASES = (
     NarrowCase(33, 65, 288, _BF16, group=128, has_bias=True),
     NarrowCase(64, 64, 1312, _BF16),
     NarrowCase(7, 130, 400, _BF16, torch.int8, has_bias=True),
-    NarrowCase(16, 20, 1300 - 1300 % 16, _BF16, torch.int8, group=128, num_splits=2),
+    NarrowCase(16, 20, 1296, _BF16, torch.int8, group=128, num_splits=2),
     NarrowCase(33, 64, 256, _BF16, torch.int8),
     NarrowCase(64, 72, 544, _BF16, torch.int8, group=64),
     NarrowCase(1, 64, 16, _FP8),
@@ -70,8 +70,8 @@ NARROW_CASES = (
     NarrowCase(64, 65, 912, _FP8, group=128, x_by_group=True),
     NarrowCase(50, 64, 272, _FP8, group=192),
 )
-# Of a layer of a 70B on one of seven ranks, for GPUs alone: a CPU executor takes minutes for one. As many splits as an
-# H100 gets, see `column_splits`.
+# Of a layer of a 70B on one of seven ranks, for GPUs alone: a CPU executor takes minutes for one. With the splits
+# that an H100 gets.
 LARGE_NARROW_CASES = (
     NarrowCase(8, 1792, 8192, _FP8, num_splits=4),
     NarrowCase(33, 8192, 8192, _FP8),
@@ -100,9 +100,17 @@ def prepare_narrow_matmul(case: NarrowCase, device: torch.device) -> PreparedCas
     out = guards.empty(shape, torch.bfloat16)
     partial_out = guards.empty((case.num_splits if case.num_splits > 1 else 0, *shape), torch.float32)
     x = inputs.x.to(device)[:, : case.in_features]  # rows with more behind them
-    there = [part.to(device) for part in (inputs.x_scales, inputs.weight, inputs.weight_scales, inputs.bias)]
     plans = plan_narrow_matmul(
-        x, *there[:3], case.group or case.in_features, there[3], case.num_splits, case.shared_bytes, out, partial_out
+        x,
+        inputs.x_scales.to(device),
+        inputs.weight.to(device),
+        inputs.weight_scales.to(device),
+        case.group or case.in_features,
+        inputs.bias.to(device),
+        case.num_splits,
+        case.shared_bytes or (gpu_resources(device)[1] if device.type == "cuda" else SHARED_BYTES),
+        out,
+        partial_out,
     )
     check = Check("out", out, inputs.expected, TOLERANCE)
     num_bytes = inputs.weight.nbytes + inputs.weight_scales.nbytes + x.numel() * x.element_size() + out.nbytes
@@ -135,7 +143,9 @@ def _inputs(case: NarrowCase) -> _Inputs:
     bias = torch.randn(features if case.has_bias else 0, generator=random).bfloat16()
     x = x.to(FP8 if case.narrow_rows else torch.bfloat16)
     exact = _scaled(x[:, :columns], x_scales, case) @ _scaled(weight, weight_scales, case).T
-    return _Inputs(x, x_scales, weight, weight_scales, bias, exact + bias.double() if case.has_bias else exact)
+    return _Inputs(
+        x, x_scales, weight, weight_scales, bias, exact + bias.double() if case.has_bias else exact
+    )
 
 
 def _scaled(values: Tensor, scales: Tensor, case: NarrowCase) -> Tensor:

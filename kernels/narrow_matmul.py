@@ -18,8 +18,9 @@ SHARED_BYTES = 96 << 10  # what every target can give a block
 MAX_SPLITS = 32
 _PIECE = 16  # columns come in as many: 16 bytes of the matrix
 _TYPES = {FP8: "fp8", torch.int8: "int8"}
-# What splitting costs, in the time that a multiprocessor takes for a chunk of its tile at the memory's speed (0.6 us on
-# an H100): until the first chunk of a block is there; another launch; and a chunk's bytes of partial sums.
+# What splitting costs, in the time that a multiprocessor takes for a chunk of its tile at the memory's speed (0.6 us
+# on an H100, from its datasheet): until the first chunk of a block is there; another launch. And the rows of partial
+# sums that are counted on.
 _START, _LAUNCH, _TYPICAL_ROWS = 1.5, 2.5, 32
 
 
@@ -41,8 +42,8 @@ def narrow_matmul(
         weight_scales: float32 [O, G], G = 1 or ceil(K / group).
         group: columns that share a scale where there are several; from K on, all.
         bias: bfloat16 [O], or no elements for none.
-        use_kernel: run `narrow_matmul.cu` (tensors on a GPU), which takes `MAX_ROWS` rows, see `kernel_takes` too. The
-            bits of a row do not depend on the others.
+        use_kernel: run `narrow_matmul.cu` (tensors on a GPU), which takes `MAX_ROWS` rows, see `kernel_takes` too.
+            The bits of a row do not depend on the others.
 
     Returns:
         bfloat16 [N, O].
@@ -62,14 +63,16 @@ def narrow_matmul(
     )
     for name, scales in (("weight_scales", weight_scales), ("x_scales", x_scales)):
         if scales.numel() and scales.shape[1] not in (1, num_groups):
-            raise ValueError(f"{name} has {scales.shape[1]} columns, there are {num_groups} groups of {group}")
+            raise ValueError(
+                f"{name} has {scales.shape[1]} columns, there are {num_groups} groups of {group}"
+            )
     if not use_kernel:
         out = scaled(x, x_scales, group) @ scaled(weight, weight_scales, group).T
         return (out + bias.float() if bias.numel() else out).bfloat16()
     if not kernel_takes(weight, weight_scales, group):
         raise ValueError(
-            f"weight is {weight.dtype} with {weight.shape[1]} columns and scales for {group}: the kernel takes FP8 "
-            f"and int8, contiguous, of columns a multiple of {_PIECE}, with scales for all or a multiple of "
+            f"weight is {weight.dtype} with {weight.shape[1]} columns and scales for {group}: the kernel takes "
+            f"FP8 and int8, contiguous, of columns a multiple of {_PIECE}, with scales for all or a multiple of "
             f"{WARP_COLUMNS}"
         )
     if len(x) > MAX_ROWS:
@@ -77,8 +80,8 @@ def narrow_matmul(
     narrow = x.dtype == FP8
     if narrow != bool(x_scales.numel()) or (narrow and weight.dtype != FP8):
         raise ValueError(
-            f"x is {x.dtype} with {x_scales.numel()} scales, weight {weight.dtype}: the kernel takes bfloat16 without "
-            f"scales, and FP8 with scales for a matrix in FP8"
+            f"x is {x.dtype} with {x_scales.numel()} scales, weight {weight.dtype}: the kernel takes bfloat16 "
+            f"without scales, and FP8 with scales for a matrix in FP8"
         )
     check_kernel_arguments(
         (
@@ -95,9 +98,7 @@ def narrow_matmul(
 def kernel_takes(weight: Tensor, weight_scales: Tensor, group: int) -> bool:
     """Whether the kernel multiplies with a matrix [O, K], its scales [O, G] for `group` columns each."""
     whole = weight_scales.shape[1] == 1 or group % WARP_COLUMNS == 0
-    return (
-        weight.dtype in _TYPES and weight.shape[1] % _PIECE == 0 and whole and weight.is_contiguous()
-    )  # whose pieces of 16 bytes begin where 16 bytes can be read at once
+    return whole and weight.dtype in _TYPES and weight.shape[1] % _PIECE == 0 and weight.is_contiguous()
 
 
 def scaled(values: Tensor, scales: Tensor, group: int) -> Tensor:
@@ -125,10 +126,12 @@ def narrow_matmul_on_gpu(
     out = _empty(x, x_scales, weight)
     if out.numel() == 0:
         return out
+    if not are_packs(weight):
+        raise ValueError("weight begins where 16 bytes cannot be read at once")
     if not are_packs(x):
         x = x.clone(memory_format=torch.contiguous_format)
-    num_sms, shared_bytes = _resources(x.device)
-    num_splits = column_splits(*weight.shape, num_sms)
+    num_sms, shared_bytes = gpu_resources(x.device)
+    num_splits = column_splits(weight.shape[0], weight.shape[1], num_sms)
     partial_out = x.new_empty((num_splits if num_splits > 1 else 0, *out.shape), dtype=torch.float32)
     scales = (x_scales.contiguous(), weight_scales.contiguous())
     plans = plan_narrow_matmul(
@@ -139,15 +142,15 @@ def narrow_matmul_on_gpu(
 
 
 @cache
-def _resources(device: torch.device) -> tuple[int, int]:
+def gpu_resources(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory that a block may have."""
     gpu = torch.cuda.get_device_properties(device)
     return gpu.multi_processor_count, getattr(gpu, "shared_memory_per_block_optin", SHARED_BYTES)
 
 
 def column_splits(out_features: int, in_features: int, num_sms: int) -> int:
-    """Over how many blocks the columns of a tile are split, so that all multiprocessors are busy. It does not depend on
-    the rows that come in: their sums would."""
+    """Over how many blocks the columns of a tile are split, so that all multiprocessors are busy. It does not depend
+    on the rows that come in: their sums would."""
     tiles, chunks = -(-out_features // TILE_FEATURES), -(-in_features // CHUNK)
 
     def cost(splits: int) -> float:

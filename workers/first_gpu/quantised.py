@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from outrider.kernels.narrow_matmul import MAX_ROWS
 from outrider.kernels.selection import REFERENCES
 from outrider.workers.first_gpu.large_model import layer_shapes, median_product_s
 from outrider.workers.first_gpu.narrow import LAYOUTS, Layout, NarrowSource, RememberedSource
@@ -29,7 +30,13 @@ from outrider.workers.model.cache import CacheScales
 from outrider.workers.model.integer_linear import Int4Linear, multiplies_int4
 from outrider.workers.model.linear import DenseLinear, Linear
 from outrider.workers.model.loader import NO_BIAS
-from outrider.workers.model.quantized import ScaledMmLinear, make_scaled_linear, multiplies_fp8
+from outrider.workers.model.quantized import (
+    NarrowKernel,
+    NarrowLinear,
+    ScaledMmLinear,
+    make_scaled_linear,
+    multiplies_fp8,
+)
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.config import DenseMlp
 from outrider.workers.weights.random_source import RandomSource
@@ -88,7 +95,8 @@ def products_beside_cpu(setting: Setting, layout: Layout) -> list[Row]:
     matrix = layout.matrix(weight)
     plain = matrix.dequantised(torch.float32)
     exact = make_scaled_linear(matrix, NO_BIAS, torch.float32, packed=False)
-    linear = make_scaled_linear(matrix.to(device), NO_BIAS, DTYPE, packed=False)
+    kernel = NarrowKernel(setting.has_kernels)
+    linear = make_scaled_linear(matrix.to(device), NO_BIAS, DTYPE, packed=False, kernel=kernel)
     rows = [kept_as(setting, layout, matrix, linear)]
     for num_rows in setting.sizes.trees:
         x = torch.randn(num_rows, hidden, generator=generator).to(DTYPE)
@@ -107,8 +115,10 @@ def products_beside_cpu(setting: Setting, layout: Layout) -> list[Row]:
 
 
 def kept_as(setting: Setting, layout: Layout, matrix: ScaledMatrix, linear: Linear) -> Row:
-    """In which class a matrix is kept; a failure where a GPU could multiply the narrow numbers and does not."""
-    kept, wanted = type(linear).__name__, ""
+    """In which class a matrix is kept, and in which for many rows where our kernel multiplies few; a failure where
+    torch could multiply the narrow numbers on a GPU and does not."""
+    by_kernel = isinstance(linear, NarrowLinear)
+    kept, wanted = type(linear.inner if isinstance(linear, NarrowLinear) else linear).__name__, ""
     if setting.on_gpu:
         capability = torch.cuda.get_device_capability(setting.device)
         if multiplies_fp8(matrix, DTYPE, capability):
@@ -116,7 +126,11 @@ def kept_as(setting: Setting, layout: Layout, matrix: ScaledMatrix, linear: Line
         elif multiplies_int4(matrix, DTYPE, setting.device.type) and capability >= (8, 0):
             wanted = Int4Linear.__name__
     problems = [f"{kept} in place of {wanted}"] if wanted not in ("", kept) else []
-    return passed_or_failed("kept as", problems, kept)
+    return passed_or_failed(
+        "kept as",
+        problems,
+        f"{NarrowLinear.__name__}, from {MAX_ROWS + 1} rows on {kept}" if by_kernel else kept,
+    )
 
 
 def from_a_graph(linear: Linear, x: Tensor, want: Tensor) -> Row:
@@ -217,11 +231,11 @@ def timed_linears(
         return [DenseLinear(in_full(plain), NO_BIAS) for _ in range(copies)], None
     small = layout.matrix(tile)
     copies = num_copies(sizes.weight_bytes, small.num_bytes * times_over)
-    linears = []
+    linears, kernel = [], NarrowKernel(setting.has_kernels)
     for _ in range(copies):
         shifts = None if small.shifts is None else in_full(small.shifts)
         matrix = replace(small, values=in_full(small.values), scales=in_full(small.scales), shifts=shifts)
-        linears.append(make_scaled_linear(matrix, NO_BIAS, DTYPE, packed=False))
+        linears.append(make_scaled_linear(matrix, NO_BIAS, DTYPE, packed=False, kernel=kernel))
     inputs = small.inputs
     if inputs is None:
         return linears, None

@@ -1,7 +1,7 @@
 """Reads a rank's part of every weight, fused the way the forward uses it, one matrix at a time."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -20,7 +20,7 @@ from outrider.workers.model.mlp import (
     RoutedExperts,
     aligned_columns,
 )
-from outrider.workers.model.quantized import JoinedLinear, make_scaled_linear
+from outrider.workers.model.quantized import JoinedLinear, NarrowKernel, make_scaled_linear
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.weights.config import DenseMlp, RoutedMlp
@@ -68,6 +68,7 @@ class ModelWeights:
         layers: first to last.
         final_norm: [hidden].
         head: logits of the ids `plan.vocab`.
+        narrow_kernel: whether products with matrices of 8-bit numbers run our kernel.
     """
 
     plan: ShardPlan
@@ -77,6 +78,7 @@ class ModelWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor
     head: Head
+    narrow_kernel: NarrowKernel = field(default_factory=NarrowKernel)
 
 
 def ignore_bytes(num_bytes: int) -> None:
@@ -130,6 +132,7 @@ def load_weights(
         layers=tuple(loader.layer(index) for index in range(plan.config.num_layers)),
         final_norm=loader.vector(FINAL_NORM, ALL),
         head=head,
+        narrow_kernel=loader.narrow_kernel,
     )
 
 
@@ -151,6 +154,7 @@ class WeightLoader:
         self.device = device
         self.packed = packed
         self.progress = progress
+        self.narrow_kernel = NarrowKernel()
         # Where matrices are put together. A model on the meta device has sizes and takes no memory.
         self._host = torch.device("meta" if device.type == "meta" else "cpu")
 
@@ -204,7 +208,8 @@ class WeightLoader:
 
     def scaled_linear(self, matrix: ScaledMatrix, bias: Tensor) -> Linear:
         """As `linear`, of narrow numbers."""
-        return make_scaled_linear(matrix.to(self.device), bias.to(self.device), self.dtype, self.packed)
+        there = (matrix.to(self.device), bias.to(self.device))
+        return make_scaled_linear(*there, self.dtype, self.packed, self.narrow_kernel)
 
     def _joined(self, parts: Sequence[tuple[ScaledMatrix | Tensor, Tensor]]) -> Linear:
         """Matrices [out, in] with their biases as one product; as several, where they are not stored alike."""

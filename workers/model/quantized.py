@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
+from outrider.kernels.narrow_matmul import MAX_ROWS, kernel_takes, narrow_matmul
 from outrider.workers.model.integer_linear import make_integer_linear
 from outrider.workers.model.linear import DenseLinear, Linear, make_linear, pad_rows
 from outrider.workers.weights.inputs import DynamicInputs, Inputs, StaticInputs
@@ -32,7 +34,17 @@ _ROWS_OF_GROUPS = (
 _ALIGNED = 16  # rows and columns of an FP8 matrix come in as many, or torch does not multiply with it
 
 
-def make_scaled_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, packed: bool) -> Linear:
+@dataclass
+class NarrowKernel:
+    """Whether products of a model run `narrow_matmul`. Its matrices share one: they are loaded before all ranks know
+    which kernels they may use."""
+
+    in_use: bool = False
+
+
+def make_scaled_linear(
+    matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, packed: bool, kernel: NarrowKernel | None = None
+) -> Linear:
     """Keeps a matrix in the way that this machine multiplies with it fastest.
 
     Args:
@@ -41,7 +53,16 @@ def make_scaled_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, p
         dtype: of the rows that go in and come out.
         packed: on a CPU, use a layout for fast products: integers', where torch has one, see `make_integer_linear`;
             else dequantise it once, into that of `PackedLinear`, and what it saved in memory is gone.
+        kernel: whether to run our kernel where it takes the matrix and few rows come in; None: never.
     """
+    inner = _linear_of_torch(matrix, bias, dtype, packed)
+    if kernel is not None and NarrowLinear.takes(matrix, dtype):
+        return NarrowLinear(matrix, bias, inner, kernel)
+    return inner
+
+
+def _linear_of_torch(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, packed: bool) -> Linear:
+    """As `make_scaled_linear`, without our kernel."""
     device = matrix.values.device
     inputs = matrix.inputs
     if (
@@ -154,6 +175,40 @@ class RoundedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._inner(rounded_inputs(x, self._inputs, self._group))
+
+
+class NarrowLinear:
+    """FP8 or int8 with scales by row or by group, on a GPU: few rows are multiplied by `narrow_matmul`, which reads
+    the matrix once and as it lies; more than `MAX_ROWS`, and all while the kernel is not in use, by another class."""
+
+    def __init__(self, matrix: ScaledMatrix, bias: Tensor, inner: Linear, kernel: NarrowKernel) -> None:
+        """`bias` [out], or no elements for none; `inner` keeps the same matrix."""
+        self.out_features, self.in_features, self.pads = inner.out_features, inner.in_features, inner.pads
+        self.inner = inner
+        self._matrix = matrix
+        self._bias = bias
+        self._kernel = kernel
+        self._no_scales = matrix.scales.new_empty(0)
+
+    @staticmethod
+    def takes(matrix: ScaledMatrix, dtype: torch.dtype) -> bool:
+        """Whether the kernel multiplies this matrix with rows of `dtype`."""
+        rounds = matrix.inputs is not None
+        return (
+            matrix.values.device.type == "cuda"
+            and dtype == torch.bfloat16
+            and matrix.shifts is None
+            and (matrix.values.dtype == FP8 or not rounds)
+            and kernel_takes(matrix.values, matrix.scales, matrix.group)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self._kernel.in_use or len(x) > MAX_ROWS:
+            return self.inner(x)
+        matrix, scales = self._matrix, self._no_scales
+        if matrix.inputs is not None:
+            x, scales = round_inputs(x, matrix.inputs, matrix.group)
+        return narrow_matmul(x, scales, matrix.values, matrix.scales, matrix.group, self._bias, True)
 
 
 class ScaledMmLinear:

@@ -53,11 +53,13 @@ class Transformer:
 
         Args:
             communicator: of the ranks that share this model.
-            kernels: which CUDA kernels to run, see `select_kernels`; the same on every rank.
+            kernels: which CUDA kernels to run, see `select_kernels`; the same on every rank, and for whoever else
+                computes with these weights.
         """
         self.weights = weights
         self.communicator = communicator
         self.kernels = kernels
+        weights.narrow_kernel.in_use = kernels.narrow_matmul
         self.plan = weights.plan
         self.config = weights.plan.config
         self.device = weights.device
