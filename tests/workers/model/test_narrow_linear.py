@@ -1,4 +1,4 @@
-"""Matrices of 8-bit numbers on a GPU that has our kernel for few rows: which are multiplied by it, and what comes out."""
+"""Matrices of 8-bit numbers on a GPU that has our kernel for few rows: which it multiplies, and what comes out."""
 
 from __future__ import annotations
 
