@@ -28,6 +28,7 @@ SOURCES = (
     "add_rms_norm",
     "silu_mul",
     "round_rows",
+    "narrow_matmul",
 )
 _TARGET_OF_MAJOR = {8: "sm_80", 9: "sm_90a", 10: "sm_100", 12: "sm_120"}  # compute capability
 TARGETS = tuple(_TARGET_OF_MAJOR.values())

@@ -14,6 +14,7 @@ from torch import Tensor
 from outrider.kernels.attention_cases import ATTENTION_CASES, LARGE_ATTENTION_CASES
 from outrider.kernels.kernel_cases import Preparation, kernel_cases
 from outrider.kernels.launch_plans import LaunchPlan
+from outrider.kernels.narrow_cases import LARGE_NARROW_CASES, NARROW_CASES
 from outrider.kernels.prepared import PreparedCase
 from outrider.kernels.roofline import Roofline, least_time_s
 from outrider.kernels.row_cases import prepare_round_rows
@@ -73,7 +74,8 @@ class GpuReport:
 
 def all_cases() -> list[Preparation]:
     large = partial(prepare_round_rows, 33, 8192, torch.bfloat16)
-    return [*kernel_cases((*ATTENTION_CASES, *LARGE_ATTENTION_CASES)), large, partial(large, width=128)]
+    cases = kernel_cases((*ATTENTION_CASES, *LARGE_ATTENTION_CASES), (*NARROW_CASES, *LARGE_NARROW_CASES))
+    return [*cases, large, partial(large, width=128)]
 
 
 def check_gpu(

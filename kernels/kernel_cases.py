@@ -20,6 +20,7 @@ from outrider.kernels.attention_work import AttentionShape, shape_of_tiles
 from outrider.kernels.gather_rows import plan_gather_rows
 from outrider.kernels.kv_commit import plan_kv_commit
 from outrider.kernels.launch_plans import FP8
+from outrider.kernels.narrow_cases import NARROW_CASES, NarrowCase, prepare_narrow_matmul
 from outrider.kernels.prepared import Check, Guards, PreparedCase
 from outrider.kernels.rope_append import plan_rope_append, round_to_fp8
 from outrider.kernels.row_cases import prepare_add_rms_norm, prepare_round_rows, prepare_silu_mul
@@ -218,7 +219,10 @@ def prepare_gather_rows(row_shape: tuple[int, ...], dtype: torch.dtype, device: 
 Preparation = Callable[[torch.device], PreparedCase]
 
 
-def kernel_cases(attention_cases: Sequence[AttentionCase] = ATTENTION_CASES) -> list[Preparation]:
+def kernel_cases(
+    attention_cases: Sequence[AttentionCase] = ATTENTION_CASES,
+    narrow_cases: Sequence[NarrowCase] = NARROW_CASES,
+) -> list[Preparation]:
     """Every case of every kernel, to be prepared on a device."""
     return [
         *(partial(prepare_attention, case) for case in attention_cases),
@@ -251,6 +255,7 @@ def kernel_cases(attention_cases: Sequence[AttentionCase] = ATTENTION_CASES) -> 
         partial(prepare_round_rows, 4, 200, torch.float16, width=16, bound=3.0),
         partial(prepare_round_rows, 4, 333, torch.bfloat16, width=20),
         partial(prepare_round_rows, 4, 512, torch.float32, width=128, by_column=True),
+        *(partial(prepare_narrow_matmul, case) for case in narrow_cases),
         partial(prepare_sample_shard, 5, 0),
         partial(prepare_sample_shard, 1501, 152_000),
         partial(prepare_sample_shard, 600, 17, step=5, coarse=True),

@@ -37,6 +37,7 @@ class KernelSelection:
     add_rms_norm: bool
     silu_mul: bool
     round_rows: bool
+    narrow_matmul: bool
 
     @staticmethod
     def of(names: Sequence[str]) -> "KernelSelection":

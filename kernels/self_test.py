@@ -28,6 +28,7 @@ ENTRIES = (
     "add_rms_norm",
     "silu_mul",
     "round_rows",
+    "narrow_matmul",
 )
 READY = {"ready": True}  # said once the GPU and the kernels' compiler are there
 LIMIT_S = (

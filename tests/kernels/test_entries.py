@@ -16,6 +16,8 @@ from outrider.kernels.attention_cases import (
 )
 from outrider.kernels.gather_rows import gather_rows, gather_rows_op
 from outrider.kernels.kv_commit import kv_commit, kv_commit_op
+from outrider.kernels.narrow_cases import NARROW_CASES, TOLERANCE, prepare_narrow_matmul
+from outrider.kernels.narrow_matmul import narrow_matmul, narrow_matmul_op
 from outrider.kernels.noise import noise_key
 from outrider.kernels.rope_append import rope_append, rope_append_op
 from outrider.kernels.round_rows import round_rows, round_rows_op
@@ -127,6 +129,47 @@ def test_the_kernels_of_rows_name_the_argument_that_disagrees():
         round_rows(rows, 2, *numbers, 0.5, False)
 
 
+@pytest.mark.parametrize("case", NARROW_CASES, ids=lambda case: case.name)
+def test_the_reference_multiplies_as_the_kernel_does(case):
+    prepared = prepare_narrow_matmul(case, torch.device("cpu"))
+    x, weight, x_scales, weight_scales, bias = prepared.plans[0].arguments[:5]
+    (check,) = prepared.checks
+    out = narrow_matmul(x, x_scales, weight, weight_scales, case.group or case.in_features, bias)
+    assert replace(check, actual=out).error() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(3, 48)}, r"weight must be \[O, K\], got \[5, 64\]; K is 48 in x"),
+        ({"x_scales": torch.ones(2, 1)}, r"x_scales must be \[N, GX\], got \[2, 1\]; N is 3 in x"),
+        ({"weight_scales": torch.ones(5, 3)}, "weight_scales has 3 columns, there are 1 groups of 64"),
+        ({"bias": torch.ones(4)}, r"bias must be \[O\], got \[4\]; O is 5 in weight"),
+        ({"x": torch.zeros(65, 64).bfloat16()}, "x has 65 rows, the kernel takes 64"),
+        ({"x": torch.zeros(3, 64)}, r"x must be torch.bfloat16, got torch.float32"),
+        ({"x": torch.zeros(3, 64).to(torch.float8_e4m3fn)}, "x is torch.float8_e4m3fn with 0 scales"),
+        ({"bias": torch.ones(5)}, r"bias must be torch.bfloat16, got torch.float32"),
+        (
+            {"weight": torch.zeros(5, 64, dtype=torch.uint8)},
+            r"weight is torch.uint8 with 64 columns .* takes FP8",
+        ),
+        ({"group": 32, "weight_scales": torch.ones(5, 2)}, "scales for 32: the kernel takes"),
+    ],
+)
+def test_the_product_names_the_argument_that_does_not_fit(changes, message):
+    fits = {
+        "x": torch.zeros(3, 64).bfloat16(),
+        "x_scales": torch.empty(0),
+        "weight": torch.zeros(5, 64, dtype=torch.int8),
+        "weight_scales": torch.ones(5, 1),
+        "group": 64,
+        "bias": torch.empty(0),
+    }
+    assert not narrow_matmul(**fits, use_kernel=True).any()
+    with pytest.raises(ValueError, match=message):
+        narrow_matmul(**{**fits, **changes}, use_kernel=True)
+
+
 def test_operators_have_fake_implementations_that_agree(attention, rope):
     batch = attention["batch"]
     tensors = (
@@ -151,6 +194,17 @@ def test_operators_have_fake_implementations_that_agree(attention, rope):
         (round_rows_op, (torch.randn(3, 8), 8, math.inf, 1e-6, None, False)),
         (round_rows_op, (torch.randn(3, 8), 8, math.inf, 0.0, 0.5, False)),
         (round_rows_op, (torch.randn(3, 10), 4, 2.0, 1e-6, None, True)),
+        (
+            narrow_matmul_op,
+            (
+                torch.randn(3, 64).bfloat16(),
+                torch.empty(0),
+                torch.ones(5, 64, dtype=torch.int8),
+                torch.rand(5, 1),
+                64,
+                torch.empty(0),
+            ),
+        ),
         (gather_rows_op, (torch.randn(5, 3), torch.tensor([4, 0]))),
         (
             sample_shard_op,

@@ -1,5 +1,7 @@
 """The plans, which need no GPU: tiles, splits, shared memory, units of copying."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,9 @@ from outrider.kernels.gather_rows import plan_gather_rows
 from outrider.kernels.kernel_cases import case_shape, prepare_attention
 from outrider.kernels.kv_commit import plan_kv_commit
 from outrider.kernels.launch_plans import COMMIT_SHARED_BYTES, MAX_COMMIT_ROWS
+from outrider.kernels.narrow_cases import LARGE_NARROW_CASES, NARROW_CASES, prepare_narrow_matmul
+from outrider.kernels.narrow_matmul import MAX_SPLITS, column_splits
+from outrider.kernels.narrow_matmul import SHARED_BYTES as EVERYWHERE
 from outrider.kernels.tree_attention import HEAD_DIMS, shared_bytes
 from support.cuda_on_cpu.kernels import source_kernels
 from support.kernel_table import SHARED_BYTES
@@ -139,3 +144,37 @@ def test_rows_are_copied_in_the_largest_unit_that_divides_them(rows, unit):
     plan = plan_gather_rows(rows, torch.tensor([0, 3]), out)
     assert plan.kernel == f"gather_rows_{unit}"
     assert plan.arguments[3] * unit == out[0].nbytes
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "splits"),
+    [
+        (1792, 8192, 4),  # rank 0 of a 70B over 7
+        (8192, 1280, 1),
+        (8192, 8192, 1),
+        (8192, 4096, 1),
+        (64, 8192, 32),
+        (57344, 8192, 1),
+        (64, 16, 1),
+        (1, 1 << 20, MAX_SPLITS),
+    ],
+)
+def test_columns_are_split_where_features_are_too_few_for_a_gpu(out_features, in_features, splits):
+    assert column_splits(out_features, in_features, H100_SMS) == splits
+
+
+def test_the_large_products_are_split_as_an_h100_splits_them():
+    for case in LARGE_NARROW_CASES:
+        assert case.num_splits == column_splits(case.out_features, case.in_features, H100_SMS), case.name
+
+
+@pytest.mark.parametrize(("shared_kib", "stages"), [(96, {2, 3, 4}), (163, {3, 4, 6}), (227, {4, 6})])
+def test_a_ring_has_as_many_stages_as_fit(shared_kib, stages):
+    assert min(SHARED_BYTES.values()) >= EVERYWHERE
+    found = set()
+    for case in NARROW_CASES:
+        given = replace(case, shared_bytes=shared_kib << 10)
+        plan = prepare_narrow_matmul(given, torch.device("cpu")).plans[0]
+        assert plan.shared_bytes <= shared_kib << 10
+        found.add(int(plan.arguments[14]))
+    assert found == stages

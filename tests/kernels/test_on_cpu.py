@@ -16,6 +16,8 @@ from outrider.kernels.attention_cases import LARGE_ATTENTION_CASES, AttentionCas
 from outrider.kernels.compiler import SOURCES, TARGETS, load_sources
 from outrider.kernels.kernel_cases import kernel_cases, prepare_attention
 from outrider.kernels.launch_plans import FP8
+from outrider.kernels.narrow_cases import NarrowCase, prepare_narrow_matmul
+from outrider.kernels.narrow_matmul import MAX_ROWS, plan_narrow_matmul
 from outrider.kernels.prepared import PreparedCase
 from outrider.kernels.round_rows import plan_round_rows, round_rows
 from outrider.kernels.row_cases import LEAST_SCALE, prepare_add_rms_norm, prepare_round_rows, prepare_silu_mul
@@ -216,6 +218,82 @@ def test_every_number_of_16_bits_is_rounded_as_torch_rounds_it(dtype, target):
         assert torch.equal(is_nan, values.float().isnan())
         same = values.view(torch.uint8) == expected.view(torch.uint8)
         assert bool((same | is_nan).all())
+
+
+def test_random_products_with_matrices_of_8_bits():
+    """Of any size, in rings of any number of stages, on both executors."""
+    rnd = random.Random(4)
+    for _ in range(24):
+        narrow_rows, columns = rnd.random() < 0.5, 16 * rnd.choice((1, 3, 15, 16, 17, 40, 99, 130))
+        group = rnd.choice((0, 64, 128, 128, 192))
+        case = NarrowCase(
+            num_rows=rnd.choice((1, 2, 8, 13, 16, 17, 39, 41, 64)),
+            out_features=rnd.choice((1, 15, 64, 65, 129)),
+            in_features=columns,
+            narrow_rows=narrow_rows,
+            dtype=FP8 if narrow_rows else rnd.choice((FP8, torch.int8)),
+            group=group,
+            x_by_group=narrow_rows and group > 0 and rnd.random() < 0.5,
+            num_splits=rnd.randint(1, -(-columns // 256)),
+            has_bias=rnd.random() < 0.5,
+            shared_bytes=rnd.choice((96, 160, 227)) << 10,
+        )
+        results = [
+            run(executor, prepare_narrow_matmul(case, CPU), rnd.choice(SCHEDULES))
+            for executor in (source_kernels(), ptx_kernels("sm_90a"))
+        ]
+        assert disagreements(*results) == [], case
+
+
+@pytest.mark.parametrize("target", ["source", "sm_80", "sm_90a"])
+@pytest.mark.parametrize("dtype", [FP8, torch.int8])
+def test_every_number_of_8_bits_is_multiplied_as_it_is(dtype, target):
+    """A row of x with a single one picks a column of the matrix, in which each number stands once."""
+    weight = torch.arange(256).to(torch.uint8).view(dtype)[:, None].repeat(1, 16).contiguous()
+    x = torch.eye(16).bfloat16()
+    if dtype == FP8:
+        weight.view(torch.uint8)[weight.float().isnan()] = 0  # would fill the sums of their rows
+    out = torch.empty(16, 256).bfloat16()
+    nothing = torch.empty(0)
+    plans = plan_narrow_matmul(
+        x, nothing, weight, torch.ones(256, 1), 16, nothing.bfloat16(), 1, 96 << 10, out, nothing
+    )
+    (source_kernels() if target == "source" else ptx_kernels(target)).launch(plans)
+    assert torch.equal(out, weight.float().T.bfloat16())
+
+
+def test_not_a_number_in_fp8_stays_one():
+    values = torch.zeros(2, 2, 64)
+    values[0, 0, 5] = values[1, 1, 40] = float("nan")
+    x, weight = values.to(FP8)
+    out, nothing = torch.empty(2, 2).bfloat16(), torch.empty(0)
+    ones = torch.ones(2, 1)
+    for kernels in (source_kernels(), ptx_kernels("sm_80"), ptx_kernels("sm_90a")):
+        plans = plan_narrow_matmul(
+            x, ones, weight, ones, 64, nothing.bfloat16(), 1, 96 << 10, out.zero_(), nothing
+        )
+        kernels.launch(plans)
+        assert out.isnan().tolist() == [[True, True], [False, True]]
+
+
+def test_a_product_of_a_row_is_the_same_among_any_others():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(MAX_ROWS, 1600, generator=generator).bfloat16()
+    weight = torch.randn(70, 1600, generator=generator).to(FP8)
+    scales, bias = torch.rand(70, 13, generator=generator), torch.randn(70, generator=generator).bfloat16()
+
+    def computed(rows: slice, shared_kib: int) -> torch.Tensor:
+        given = x[rows]
+        out, partial_out = torch.empty(len(given), 70).bfloat16(), torch.empty(3, len(given), 70)
+        plans = plan_narrow_matmul(
+            given, torch.empty(0), weight, scales, 128, bias, 3, shared_kib << 10, out, partial_out
+        )
+        source_kernels().launch(plans)
+        return out
+
+    together = computed(slice(0, MAX_ROWS), 227)
+    for rows in (slice(0, 1), slice(5, 12), slice(20, 36), slice(30, 63)):
+        assert torch.equal(computed(rows, 96), together[rows])
 
 
 def test_random_shards_are_sampled():

@@ -16,6 +16,8 @@ ALWAYS = {
     "cp.async waits for one group too few",
     "FP8 written to the other half",
     "FP8 subnormals in another unit",
+    "waits for too few chunks",
+    "a group with the scale of the next",
 }
 
 
@@ -24,6 +26,7 @@ SOUND_IN_FP8 = (
     replace(SOUND, narrow=True),
     PlantedBug("none", "rope_append", "rope_append.cu", "if (row < 0) return;", "if (row < 0) return;", True),
 )
+SOUND_PRODUCT = PlantedBug("none", "narrow_matmul", "narrow_matmul.cu", "STEPS = 4 };", "STEPS = 4 };")
 
 
 def some_slow(bugs):
@@ -33,6 +36,12 @@ def some_slow(bugs):
 @pytest.mark.parametrize("executor", ["source", pytest.param("ptx", marks=pytest.mark.slow)])
 def test_nothing_is_found_in_the_sound_kernel_sanitizers_included(executor):
     assert hunt(SOUND, executor) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["source", "ptx"])
+def test_nothing_is_found_in_the_sound_product(executor):
+    assert hunt(SOUND_PRODUCT, executor) == ""
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from outrider.kernels import (
     gather_rows,
     kv_commit,
     launch_plans,
+    narrow_matmul,
     rope_append,
     round_rows,
     sample_shard,
@@ -49,6 +50,7 @@ KERNEL_MODULES = (
     add_rms_norm,
     silu_mul,
     round_rows,
+    narrow_matmul,
 )
 # What torch has one CUDA kernel for, and takes apart on a CPU.
 _ONE_KERNEL = ("rms_norm", "linear", "scaled_dot_product_attention", "softmax", "log_softmax")
@@ -266,6 +268,7 @@ def counted_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountedGpu]:
     monkeypatch.setattr(pretended, "run", lambda *call: gpu.run(run, *call))
     monkeypatch.setattr(launch_plans, "_launcher", lambda device: gpu)
     monkeypatch.setattr(tree_attention, "_num_sms", lambda device: 132)
+    monkeypatch.setattr(narrow_matmul, "gpu_resources", lambda device: (132, 227 << 10))
     for module in KERNEL_MODULES:
         name = module.__name__.split(".")[-1]
         monkeypatch.setattr(module, f"{name}_op", on_values(getattr(module, f"{name}_on_gpu")))

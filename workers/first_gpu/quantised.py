@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from outrider.kernels.narrow_matmul import MAX_ROWS
 from outrider.kernels.selection import REFERENCES
 from outrider.workers.first_gpu.large_model import layer_shapes, median_product_s
 from outrider.workers.first_gpu.narrow import LAYOUTS, Layout, NarrowSource, RememberedSource
@@ -29,7 +30,12 @@ from outrider.workers.model.cache import CacheScales
 from outrider.workers.model.integer_linear import Int4Linear, multiplies_int4
 from outrider.workers.model.linear import DenseLinear, Linear, ProductKernels
 from outrider.workers.model.loader import NO_BIAS
-from outrider.workers.model.quantized import ScaledMmLinear, make_scaled_linear, multiplies_fp8
+from outrider.workers.model.quantized import (
+    NarrowLinear,
+    ScaledMmLinear,
+    make_scaled_linear,
+    multiplies_fp8,
+)
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.weights.config import DenseMlp
 from outrider.workers.weights.random_source import RandomSource
@@ -107,8 +113,10 @@ def products_beside_cpu(setting: Setting, layout: Layout) -> list[Row]:
 
 
 def kept_as(setting: Setting, layout: Layout, matrix: ScaledMatrix, linear: Linear) -> Row:
-    """In which class a matrix is kept; a failure where a GPU could multiply the narrow numbers and does not."""
-    kept, wanted = type(linear).__name__, ""
+    """In which class a matrix is kept, and in which for many rows where our kernel multiplies few; a failure where
+    torch could multiply the narrow numbers on a GPU and does not."""
+    by_kernel = isinstance(linear, NarrowLinear)
+    kept, wanted = type(linear.inner if isinstance(linear, NarrowLinear) else linear).__name__, ""
     if setting.on_gpu:
         capability = torch.cuda.get_device_capability(setting.device)
         if multiplies_fp8(matrix, DTYPE, capability):
@@ -116,7 +124,11 @@ def kept_as(setting: Setting, layout: Layout, matrix: ScaledMatrix, linear: Line
         elif multiplies_int4(matrix, DTYPE, setting.device.type) and capability >= (8, 0):
             wanted = Int4Linear.__name__
     problems = [f"{kept} in place of {wanted}"] if wanted not in ("", kept) else []
-    return passed_or_failed("kept as", problems, kept)
+    return passed_or_failed(
+        "kept as",
+        problems,
+        f"{NarrowLinear.__name__}, from {MAX_ROWS + 1} rows on {kept}" if by_kernel else kept,
+    )
 
 
 def from_a_graph(linear: Linear, x: Tensor, want: Tensor) -> Row:

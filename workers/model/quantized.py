@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
+from outrider.kernels.narrow_matmul import MAX_ROWS, kernel_takes, narrow_matmul
 from outrider.workers.model.integer_linear import make_integer_linear
 from outrider.workers.model.linear import DenseLinear, Linear, ProductKernels, make_linear, pad_rows
 from outrider.workers.weights.inputs import DynamicInputs, Inputs, StaticInputs
@@ -46,7 +47,16 @@ def make_scaled_linear(
             else dequantise it once, into that of `PackedLinear`, and what it saved in memory is gone.
         kernels: those that its products may run; None: none.
     """
-    kernels = kernels or ProductKernels()
+    inner = _linear_of_torch(matrix, bias, dtype, packed, kernels or ProductKernels())
+    if kernels is not None and NarrowLinear.takes(matrix, dtype):
+        return NarrowLinear(matrix, bias, inner, kernels)
+    return inner
+
+
+def _linear_of_torch(
+    matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, packed: bool, kernels: ProductKernels
+) -> Linear:
+    """As `make_scaled_linear`, without `narrow_matmul`."""
     device = matrix.values.device
     inputs = matrix.inputs
     if (
@@ -161,6 +171,41 @@ class RoundedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         use_kernel = self._kernels.selection.round_rows
         return self._inner(rounded_inputs(x, self._inputs, self._group, use_kernel))
+
+
+class NarrowLinear:
+    """FP8 or int8 with scales by row or by group, on a GPU: few rows are multiplied by `narrow_matmul`, which reads
+    the matrix once and as it lies; more than `MAX_ROWS`, and all while the kernel is not in use, by another class."""
+
+    def __init__(self, matrix: ScaledMatrix, bias: Tensor, inner: Linear, kernels: ProductKernels) -> None:
+        """`bias` [out], or no elements for none; `inner` keeps the same matrix."""
+        self.out_features, self.in_features, self.pads = inner.out_features, inner.in_features, inner.pads
+        self.inner = inner
+        self._matrix = matrix
+        self._bias = bias
+        self._kernels = kernels
+        self._no_scales = matrix.scales.new_empty(0)
+
+    @staticmethod
+    def takes(matrix: ScaledMatrix, dtype: torch.dtype) -> bool:
+        """Whether the kernel multiplies this matrix with rows of `dtype`."""
+        rounds = matrix.inputs is not None
+        return (
+            matrix.values.device.type == "cuda"
+            and dtype == torch.bfloat16
+            and matrix.shifts is None
+            and (matrix.values.dtype == FP8 or not rounds)
+            and kernel_takes(matrix.values, matrix.scales, matrix.group)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        kernels = self._kernels.selection
+        if not kernels.narrow_matmul or len(x) > MAX_ROWS:
+            return self.inner(x)
+        matrix, scales = self._matrix, self._no_scales
+        if matrix.inputs is not None:
+            x, scales = round_inputs(x, matrix.inputs, matrix.group, use_kernel=kernels.round_rows)
+        return narrow_matmul(x, scales, matrix.values, matrix.scales, matrix.group, self._bias, True)
 
 
 class ScaledMmLinear:

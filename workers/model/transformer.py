@@ -53,7 +53,8 @@ class Transformer:
 
         Args:
             communicator: of the ranks that share this model.
-            kernels: which CUDA kernels to run, see `select_kernels`; the same on every rank.
+            kernels: which CUDA kernels to run, see `select_kernels`; the same on every rank, and for whoever else
+                computes with these weights.
         """
         self.weights = weights
         self.communicator = communicator

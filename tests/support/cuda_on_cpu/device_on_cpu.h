@@ -41,6 +41,12 @@ static inline V shuffle_value(u32 mask, V value, int source_lane, int line) {
 
 static inline int __popc(u32 x) { return __builtin_popcount(x); }
 static inline int __popcll(u64 x) { return __builtin_popcountll(x); }
+static inline u32 __byte_perm(u32 low, u32 high, u32 selector) {  // without the replication of signs
+  const u64 bytes = (u64)high << 32 | low;
+  u32 result = 0;
+  for (int i = 0; i < 4; i++) result |= (u32)(bytes >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+  return result;
+}
 static inline int __float_as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
 static inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
 static inline float __fmul_rn(float x, float y) { return x * y; }

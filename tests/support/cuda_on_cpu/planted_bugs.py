@@ -18,6 +18,7 @@ from outrider.kernels.kernel_cases import (
     prepare_rope_append_fp8,
     prepare_sample_shard,
 )
+from outrider.kernels.narrow_cases import NARROW_CASES, prepare_narrow_matmul
 from outrider.kernels.prepared import PreparedCase
 from outrider.kernels.row_cases import prepare_add_rms_norm, prepare_round_rows, prepare_silu_mul
 from support.cuda_on_cpu.executor import SCHEDULES, Schedule, build_unit, translation_unit
@@ -64,6 +65,10 @@ def _narrow(name: str, stem: str, file: str, old: str, new: str, target: str = "
 
 def _rounding(name: str, old: str, new: str) -> PlantedBug:
     return PlantedBug(name, "round_rows", "round_rows.cu", old, new)
+
+
+def _product(name: str, old: str, new: str) -> PlantedBug:
+    return PlantedBug(name, "narrow_matmul", "narrow_matmul.cu", old, new)
 
 
 SOURCE_BUGS = (
@@ -147,6 +152,26 @@ SOURCE_BUGS = (
     _rounding("lanes of two groups share a maximum", "int step = lanes / 2", "int step = 16"),
     _rounding("scales by row where they lie by column", "row * scale_row_stride + group * scale_group_stride",
               "row * num_groups + group"),
+    _product("no barrier behind a chunk", "wait_for_chunk(num_stages);\n    __syncthreads();",
+             "wait_for_chunk(num_stages);"),
+    _product("waits for too few chunks", "<= 4) copy_async_wait<2>()", "<= 4) copy_async_wait<3>()"),
+    _product("a chunk copied over the one that is read", "stage == 0 ? num_stages - 1 : stage - 1", "stage"),
+    _product("sums take the place of chunks that are read", "  __syncthreads();  // the chunks", "  // the chunks"),
+    _product("sums of the warps read too early", "total[m][j][e];\n      }\n  __syncthreads();",
+             "total[m][j][e];\n      }"),
+    _product("a group with the scale of the next", "      if (chunk > begin) add_scaled();\n", ""),
+    _product("the scale of the whole chunk's first columns", "chunk * CHUNK + column_warp * (CHUNK / COLUMN_WARPS)",
+             "chunk * CHUNK"),
+    _product("scales of x of another row", "quad * 2 + r, num_rows - 1)", "quad * 2, num_rows - 1)"),
+    _product("columns beyond the matrix are read", "valid = in_weight && first_feature", "valid = first_feature"),
+    _product("features beyond the matrix are written", "if (feature >= out_features) return;", ""),
+    _product("halves of a step's columns swapped", "codes.y, a[1][m][r], a[1][m][2 + r]",
+             "codes.y, a[1][m][2 + r], a[1][m][r]"),
+    _product("columns of x of another step", "b[j][2 * half + 1][0] = values.z", "b[j][2 * half + 1][0] = values.x"),
+    _product("int8 without a sign", "(8388608.f + 128.f)", "8388608.f"),
+    _product("column splits write the same place", "((i64)split * num_rows + row)", "((i64)row)"),
+    _product("the bias of another feature", "bias[at % out_features]", "bias[at / out_features]"),
+    _product("bias added where columns are split, too", "if (num_splits > 1) {", "if (num_splits > 2) {"),
     _narrow("read before all is widened", "tree_attention", "tree_attention.cu",
             "widen_tile(stage);\n      __syncthreads();", "widen_tile(stage);"),
     _narrow("a tile widened too early", "tree_attention", "tree_attention.cu",
@@ -179,6 +204,8 @@ DEVICE_BUGS = (
     _narrow("FP8 subnormals in another unit", "rope_append", "fp8.cuh", "16384.f", "8192.f", "sm_80"),
     _narrow("FP8 not cut off", "rope_append", "fp8.cuh", "fminf(fabsf(x), 448.f)", "fabsf(x)", "sm_80"),
     _narrow("FP8 with another exponent", "tree_attention", "fp8.cuh", "0x7b807b80u", "0x7b007b00u", "sm_80"),
+    PlantedBug("FP8 in the other half of a step", "narrow_matmul", "fp8.cuh", '"=r"(y) : "h"((u16)codes)',
+               '"=r"(y) : "h"((u16)(codes >> 16))'),
     _narrow("FP8 without signs", "tree_attention", "fp8.cuh", "(spread & 0x80008000u) |", "", "sm_80"),
 )  # fmt: skip
 
@@ -210,6 +237,9 @@ def cases_for(bug: PlantedBug) -> Iterator[PreparedCase]:
         prepare = prepare_add_rms_norm if bug.stem == "add_rms_norm" else prepare_silu_mul
         yield prepare(2, 77, torch.bfloat16, CPU)
         yield prepare(2, 520, torch.bfloat16, CPU)
+    elif bug.stem == "narrow_matmul":
+        yield from (prepare_narrow_matmul(case, CPU) for case in NARROW_CASES if case.num_rows <= 9)
+        yield prepare_narrow_matmul(NARROW_CASES[6], CPU)
     else:
         yield prepare_sample_shard(600, 17, CPU, step=5, coarse=True)
         yield prepare_sample_shard(1501, 152_000, CPU)

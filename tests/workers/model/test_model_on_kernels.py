@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from outrider.kernels import gather_rows, launch_plans, tree_attention
+from outrider.kernels import gather_rows, launch_plans, narrow_matmul, tree_attention
 from outrider.kernels.noise import noise_keys
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.kernels.shard_ids import ShardIds
@@ -50,6 +50,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> CountingLauncher:
     counting = CountingLauncher()
     monkeypatch.setattr(launch_plans, "_launcher", lambda device: counting)
     monkeypatch.setattr(tree_attention, "_num_sms", lambda device: 132)
+    monkeypatch.setattr(narrow_matmul, "gpu_resources", lambda device: (132, 227 << 10))
     # The bodies that run on a GPU; on CPU tensors the operators would choose the references.
     for module in KERNEL_MODULES:
         name = module.__name__.split(".")[-1]

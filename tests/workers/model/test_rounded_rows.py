@@ -17,6 +17,7 @@ from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.linear import Linear, ProductKernels
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.quantized import (
+    NarrowLinear,
     RoundedLinear,
     ScaledMmLinear,
     make_scaled_linear,
@@ -65,7 +66,8 @@ def test_a_product_is_two_launches_and_the_same_bits(gpu: CountedGpu, inputs: In
     matrix, no_bias = matrix_of(inputs).to(gpu.device), torch.empty(0, device=gpu.device)
     kernels = ProductKernels()
     linear = make_scaled_linear(matrix, no_bias, torch.bfloat16, False, kernels)
-    assert isinstance(linear, ScaledMmLinear)
+    assert isinstance(linear, NarrowLinear)  # which has its own kernel not in use here
+    assert isinstance(linear.inner, ScaledMmLinear)
     want, num_before = product(gpu, linear, 5)
     kernels.selection = ROUNDING
     got, num_launches = product(gpu, linear, 5)
@@ -100,7 +102,8 @@ def test_rows_that_are_rounded_and_not_multiplied_as_such(gpu: CountedGpu) -> No
     kernels, no_bias = ProductKernels(), torch.empty(0, device=gpu.device)
     with pytest.warns(UserWarning, match="FP8 is not multiplied"):
         linear = make_scaled_linear(matrix, no_bias, torch.bfloat16, False, kernels)
-    assert isinstance(linear, RoundedLinear)
+    assert isinstance(linear, NarrowLinear)
+    assert isinstance(linear.inner, RoundedLinear)
     want, num_before = product(gpu, linear, 5)
     kernels.selection = ROUNDING
     got, num_launches = product(gpu, linear, 5)
