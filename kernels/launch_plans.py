@@ -84,8 +84,8 @@ def operator_of(entry: Callable[..., Tensor | None], mutates: Sequence[str] = ()
 
     It takes what the entry takes, without `use_kernel`, and on a CPU answers with it. All of it must be given: an
     argument that says what it would be by default never arrives at what is registered for a device, torch leaves it
-    out. What the operator does on a GPU, and its fake, are for the caller to register; a GPU's outputs and workspace
-    must come from torch's allocator, which a CUDA graph capture redirects to the graph's own memory.
+    out. What the operator does on a GPU, and its fake, are for the caller to register; a GPU's outputs and workspace must come from torch's allocator, which a CUDA
+    graph capture redirects to the graph's own memory.
 
     Args:
         mutates: the arguments that are written in place.
