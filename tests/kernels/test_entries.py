@@ -225,8 +225,8 @@ def test_operators_have_fake_implementations_that_agree(attention, rope):
 def test_operators_have_no_defaults():
     """torch leaves out what equals a default before it calls what is registered for a device."""
     operators = (
-        tree_attention_op, rope_append_op, kv_commit_op, add_rms_norm_op, silu_mul_op, gather_rows_op, sample_shard_op,
-        round_rows_op, narrow_matmul_op,
+        tree_attention_op, rope_append_op, kv_commit_op, add_rms_norm_op, silu_mul_op, gather_rows_op,
+        sample_shard_op, round_rows_op, narrow_matmul_op,
     )  # fmt: skip
     for operator in operators:
         schema = operator._opoverload._schema
