@@ -319,7 +319,8 @@ def plan_sample_shard(
         kernel="sample_shard",
         grid=(num_rows, 1, 1),
         block=_THREADS,
-        shared_bytes=_SHARED_BYTES + 8 * max(list_size, raw_list_size),
+        # Compiled, the loop over a list reads two tokens at once, the last one with what lies behind it.
+        shared_bytes=_SHARED_BYTES + 16 * -(-max(list_size, raw_list_size) // 2),
         arguments=(
             logits,
             rows,

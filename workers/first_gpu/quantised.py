@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from outrider.kernels.narrow_matmul import MAX_ROWS
 from outrider.kernels.selection import REFERENCES
 from outrider.workers.first_gpu.large_model import layer_shapes, median_product_s
 from outrider.workers.first_gpu.narrow import LAYOUTS, Layout, NarrowSource, RememberedSource
@@ -115,8 +114,12 @@ def products_beside_cpu(setting: Setting, layout: Layout) -> list[Row]:
 def kept_as(setting: Setting, layout: Layout, matrix: ScaledMatrix, linear: Linear) -> Row:
     """In which class a matrix is kept, and in which for many rows where our kernel multiplies few; a failure where
     torch could multiply the narrow numbers on a GPU and does not."""
-    by_kernel = isinstance(linear, NarrowLinear)
     kept, wanted = type(linear.inner if isinstance(linear, NarrowLinear) else linear).__name__, ""
+    named = (
+        f"{NarrowLinear.__name__}, from {linear.most_rows + 1} rows on "
+        if isinstance(linear, NarrowLinear)
+        else ""
+    )
     if setting.on_gpu:
         capability = torch.cuda.get_device_capability(setting.device)
         if multiplies_fp8(matrix, DTYPE, capability):
@@ -127,7 +130,7 @@ def kept_as(setting: Setting, layout: Layout, matrix: ScaledMatrix, linear: Line
     return passed_or_failed(
         "kept as",
         problems,
-        f"{NarrowLinear.__name__}, from {MAX_ROWS + 1} rows on {kept}" if by_kernel else kept,
+        named + kept,
     )
 
 

@@ -1,6 +1,6 @@
 """Products with matrices of narrow numbers.
 
-Not run on a GPU by the maintainers: `ScaledMmLinear` runs in tests as far as torch has it for a CPU.
+All of them ran on an H100 (docs/gpu-report.md); `ScaledMmLinear` runs in tests as far as torch has it for a CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from outrider.kernels.narrow_matmul import MAX_ROWS, kernel_takes, narrow_matmul
+from outrider.kernels.selection import KernelSelection
 from outrider.workers.model.integer_linear import make_integer_linear
 from outrider.workers.model.linear import DenseLinear, Linear, ProductKernels, make_linear, pad_rows
 from outrider.workers.weights.inputs import DynamicInputs, Inputs, StaticInputs
@@ -175,12 +176,23 @@ class RoundedLinear:
 
 class NarrowLinear:
     """FP8 or int8 with scales by row or by group, on a GPU: few rows are multiplied by `narrow_matmul`, which reads
-    the matrix once and as it lies; more than `MAX_ROWS`, and all while the kernel is not in use, by another class."""
+    the matrix as it lies; more, and all while the kernel is not in use, by another class.
+
+    Attributes:
+        inner: that one, with the same matrix.
+        most_rows: that the kernel multiplies.
+    """
 
     def __init__(self, matrix: ScaledMatrix, bias: Tensor, inner: Linear, kernels: ProductKernels) -> None:
         """`bias` [out], or no elements for none; `inner` keeps the same matrix."""
         self.out_features, self.in_features, self.pads = inner.out_features, inner.in_features, inner.pads
         self.inner = inner
+        # As measured on an H100, see docs/gpu-report.md: torch's products in FP8 catch up at some 64 rows with scales
+        # by row, at some 24 by group; what is dequantised for each product takes as long as six passes.
+        if not isinstance(inner, ScaledMmLinear):
+            self.most_rows = 6 * MAX_ROWS
+        else:
+            self.most_rows = MAX_ROWS if matrix.scales.shape[1] == 1 else MAX_ROWS // 4
         self._matrix = matrix
         self._bias = bias
         self._kernels = kernels
@@ -200,8 +212,13 @@ class NarrowLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         kernels = self._kernels.selection
-        if not kernels.narrow_matmul or len(x) > MAX_ROWS:
+        if not kernels.narrow_matmul or len(x) > self.most_rows:
             return self.inner(x)
+        parts = [self._product(part, kernels) for part in x.split(MAX_ROWS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _product(self, x: Tensor, kernels: KernelSelection) -> Tensor:
+        """Of at most `MAX_ROWS` rows."""
         matrix, scales = self._matrix, self._no_scales
         if matrix.inputs is not None:
             x, scales = round_inputs(x, matrix.inputs, matrix.group, use_kernel=kernels.round_rows)
