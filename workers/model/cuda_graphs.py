@@ -1,6 +1,6 @@
 """The forward as CUDA graphs of fixed capacities: a batch is padded to the smallest that holds it and replayed.
 
-Not run on a GPU by the maintainers. `StaticBatch`, the padding, is tested on the CPU executors.
+`StaticBatch`, the padding, is tested on the CPU executors; graphs ran on an H100 (docs/gpu-report.md).
 """
 
 import warnings
