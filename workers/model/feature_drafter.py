@@ -57,9 +57,13 @@ class CachedDrafter:
         self.model = drafter.model
         self.cache = cache
         self.device, self.dtype = cache.kv.device, cache.kv.dtype
-        self._embedding = embedding
-        self._kernels = kernels
+        self.embedding, self.kernels = embedding, kernels
         self._rope = RotaryEmbedding(self.model, self.model.layers[0].rope, self.dtype, self.device)
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of its layer, as a model."""
+        return self.model
 
     @torch.inference_mode()
     def features(self, taps: Tensor) -> Tensor:
@@ -76,14 +80,14 @@ class CachedDrafter:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q = rope_append(
-                q, k, v, *rotation, batch.kv_rows, k_pages, v_pages, use_kernel=self._kernels.rope_append
+                q, k, v, *rotation, batch.kv_rows, k_pages, v_pages, use_kernel=self.kernels.rope_append
             )
             out = tree_attention(
-                q, k_pages, v_pages, batch.tree, scale, window, use_kernel=self._kernels.tree_attention
+                q, k_pages, v_pages, batch.tree, scale, window, use_kernel=self.kernels.tree_attention
             )
             return out.flatten(1)
 
-        embedded = self._embedding.rows(batch.tokens, self._kernels.gather_rows)
+        embedded = self.embedding.rows(batch.tokens, self.kernels.gather_rows)
         return self.drafter(embedded.to(self.device), features, attend)
 
     @torch.inference_mode()

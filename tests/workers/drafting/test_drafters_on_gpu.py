@@ -21,6 +21,7 @@ from outrider.workers.drafting.method import MethodContext, Verified, VerifiedSt
 from outrider.workers.drafting.registry import METHODS
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.first_gpu.random_heads import write_heads
+from outrider.workers.model import cuda_graphs, drafter_graphs
 from outrider.workers.sequences.hidden import HiddenRows
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
@@ -124,3 +125,40 @@ def test_a_drafter_proposes_on_a_gpu_what_it_proposes_on_a_cpu(
         # In bfloat16 kernels round otherwise than the references: of near ties either may be proposed.
         assert len(own) == len(other)
         assert len(own & other) >= 0.7 * len(own)
+
+
+@pytest.mark.parametrize("name", ["eagle3", "mtp"])
+def test_steps_are_the_same_from_graphs_and_without(
+    name: str, heads: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step, with the tokens before, fits no graph of eight rows, the second does."""
+    kernels = KernelSelection.of(ENTRIES)
+    found = {}
+    with counted_gpu(monkeypatch) as gpu:
+        for graph_rows in ((), (8,), (8, 64)):
+            with pytest.MonkeyPatch.context() as patch, gpu.counted() as counts:
+                patch.setattr(cuda_graphs, "DRAFT_ROWS", graph_rows or (8,))
+                if not graph_rows:
+                    patch.setattr(feature_levels, "graphed_steps", lambda *_: None)
+                found[graph_rows] = proposals(name, heads[name], gpu.device, kernels)
+            assert counts.replays == len(graph_rows)
+    for graph_rows in ((8,), (8, 64)):
+        for own, other in zip(found[graph_rows], found[()], strict=True):
+            # Products of padded rows are added up otherwise.
+            assert len(own) == len(other)
+            assert len(own & other) >= 0.9 * len(own)
+
+
+def test_where_nothing_can_be_recorded_a_warning_says_why(
+    heads: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    kernels = KernelSelection.of(ENTRIES)
+    with counted_gpu(monkeypatch) as gpu, gpu.counted() as counts:
+        monkeypatch.setattr(drafter_graphs, "recorded", fail)
+        with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted"):
+            there = proposals("eagle3", heads["eagle3"], gpu.device, kernels)
+    assert counts.replays == 0
+    assert all(len(paths) > 1 for paths in there)

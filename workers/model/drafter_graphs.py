@@ -1,0 +1,116 @@
+"""Steps of a drafter on the target's hidden rows as CUDA graphs: a step reads features, runs the layer, keeps its
+outputs as features for the next one, and gives the logits of all its rows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from outrider.kernels.transfers import Part
+from outrider.workers.model.batch import ForwardBatch
+from outrider.workers.model.cuda_graphs import StaticBatch, draft_capacities, recorded, warm_up
+from outrider.workers.model.embedding import MatrixEmbedding
+from outrider.workers.model.feature_drafter import CachedDrafter
+
+
+class GraphedSteps:
+    """One table of features: of nodes, kept by earlier steps; then of the rows of a step, for known tokens, whose
+    features the target gave; then one row that takes what nobody reads.
+
+    Attributes:
+        features: [num_nodes + max_rows + 1, hidden].
+        max_rows: of a step that fits a graph.
+    """
+
+    def __init__(self, drafter: CachedDrafter, num_nodes: int) -> None:
+        """Records the graphs.
+
+        Raises:
+            Exception: something cannot be captured, a kernel does not run, or there is no memory left.
+        """
+        capacities = sorted(draft_capacities(drafter, drafter.cache), key=lambda capacity: capacity.num_rows)
+        self.max_rows = capacities[-1].num_rows
+        self._drafter = drafter
+        self._num_nodes = num_nodes
+        self.features = torch.zeros(
+            num_nodes + self.max_rows + 1,
+            drafter.model.hidden_size,
+            dtype=drafter.dtype,
+            device=drafter.device,
+        )
+        nobodys = len(self.features) - 1
+        statics = []
+        for capacity in capacities:
+            rows = (Part((capacity.num_rows,), torch.int64), nobodys)
+            statics.append(StaticBatch(capacity, drafter.cache.page_size, drafter.device, (rows, rows)))
+        for static in statics:
+            self._computed(static).cpu()  # waits, so that errors come up here
+        warm_up(statics, self._computed, drafter.device)
+        self._graphs = recorded(statics, self._computed)
+
+    @property
+    def of_nodes(self) -> Tensor:
+        """[num_nodes, hidden], kept by the nodes' steps."""
+        return self.features[: self._num_nodes]
+
+    @property
+    def of_known(self) -> Tensor:
+        """[max_rows, hidden]: row i is read by row i of a step, unless `take` was told otherwise."""
+        return self.features[self._num_nodes : -1]
+
+    def take(
+        self,
+        batch: ForwardBatch,
+        below: tuple[Tensor, Tensor],
+        kept: tuple[Tensor, Tensor],
+        others: Sequence[Tensor],
+    ) -> list[Tensor] | None:
+        """Takes a batch of the host to the device, and other tensors in the same copy.
+
+        Args:
+            below: int64 on the host: rows that read features of nodes, and which.
+            kept: likewise rows whose outputs are kept, and for which nodes.
+
+        Returns:
+            The others on the device, valid until the next call; None, and nothing is done, where no graph takes the
+            batch.
+        """
+        num_rows = batch.tree.num_queries
+        for static, graph, logits in self._graphs:
+            if static.capacity.holds(batch):
+                reads = torch.arange(self._num_nodes, self._num_nodes + num_rows)
+                reads[below[0]] = below[1]
+                writes = torch.full((num_rows,), len(self.features) - 1)
+                writes[kept[0]] = kept[1]
+                self._taken = graph, logits[:num_rows]
+                return static.fill(batch, others, (reads, writes))
+        return None
+
+    def run(self) -> Tensor:
+        """float32 [rows, V'], the logits of all rows that were taken; valid until the next call."""
+        graph, logits = self._taken
+        graph.replay()
+        return logits
+
+    @torch.inference_mode()
+    def _computed(self, static: StaticBatch) -> Tensor:
+        reads, writes = static.extras
+        output = self._drafter.forward(static.batch, self.features[reads])
+        self.features.index_copy_(0, writes, output)
+        return self._drafter.logits(output)
+
+
+def graphed_steps(drafter: CachedDrafter, num_nodes: int) -> GraphedSteps | None:
+    """None where steps cannot be captured, or are not: then a warning says why."""
+    kernels, embedding = drafter.kernels, drafter.embedding
+    on_device = isinstance(embedding, MatrixEmbedding) and embedding.matrix.device == drafter.device
+    if drafter.device.type != "cuda" or not (kernels.tree_attention and kernels.rope_append and on_device):
+        return None
+    try:
+        return GraphedSteps(drafter, num_nodes)
+    except Exception as error:  # of torch, the CUDA driver or NVRTC, which have no class in common
+        warnings.warn(f"the drafter's steps run without CUDA graphs: {error}", stacklevel=2)
+        return None
