@@ -111,7 +111,7 @@ def test_only_the_files_are_fetched_that_hold_what_a_method_reads_of_the_target(
     place = sorted(tensors).index(tensor) % 5
     assert hub.fetched_weights() == [f"model-{place + 1:05}-of-00005.safetensors"]
     if isinstance(method, Eagle3Method):
-        rows = method._drafter._embedding.rows(torch.tensor([3, 5]), False)
+        rows = method._drafter.embedding.rows(torch.tensor([3, 5]), False)
         assert torch.equal(rows, tensors[EMBEDDING][[3, 5]])
 
 
