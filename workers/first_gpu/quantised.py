@@ -114,12 +114,11 @@ def products_beside_cpu(setting: Setting, layout: Layout) -> list[Row]:
 def kept_as(setting: Setting, layout: Layout, matrix: ScaledMatrix, linear: Linear) -> Row:
     """In which class a matrix is kept, and in which for many rows where our kernel multiplies few; a failure where
     torch could multiply the narrow numbers on a GPU and does not."""
-    kept, wanted = type(linear.inner if isinstance(linear, NarrowLinear) else linear).__name__, ""
-    named = (
-        f"{NarrowLinear.__name__}, from {linear.most_rows + 1} rows on "
-        if isinstance(linear, NarrowLinear)
-        else ""
-    )
+    named, wanted = "", ""
+    if isinstance(linear, NarrowLinear):
+        named = f"{NarrowLinear.__name__}, from {linear.most_rows + 1} rows on "
+        linear = linear.inner
+    kept = type(linear).__name__
     if setting.on_gpu:
         capability = torch.cuda.get_device_capability(setting.device)
         if multiplies_fp8(matrix, DTYPE, capability):
@@ -127,11 +126,7 @@ def kept_as(setting: Setting, layout: Layout, matrix: ScaledMatrix, linear: Line
         elif multiplies_int4(matrix, DTYPE, setting.device.type) and capability >= (8, 0):
             wanted = Int4Linear.__name__
     problems = [f"{kept} in place of {wanted}"] if wanted not in ("", kept) else []
-    return passed_or_failed(
-        "kept as",
-        problems,
-        named + kept,
-    )
+    return passed_or_failed("kept as", problems, named + kept)
 
 
 def from_a_graph(linear: Linear, x: Tensor, want: Tensor) -> Row:

@@ -29,9 +29,8 @@ CONTEXT = 40  # tokens before the trees
 # kernels round less often than the CPU's references do.
 FLOAT32_LIMIT = 1e-3
 BFLOAT16_FACTOR = 1.5
-GRAPH_LIMIT = (
-    2e-2  # of last hidden rows: padded to a graph's capacity, products and attention sum in another order
-)
+# Of last hidden rows: padded to a graph's capacity, products and attention sum in another order.
+GRAPH_LIMIT = 2e-2
 
 
 def build(

@@ -1,6 +1,7 @@
 """Products with matrices of narrow numbers.
 
-All of them ran on an H100 (docs/gpu-report.md); `ScaledMmLinear` runs in tests as far as torch has it for a CPU.
+`NarrowLinear`, `ScaledMmLinear` and `RowScaledLinear` ran on an H100 (docs/gpu-report.md), the others not on a GPU;
+`ScaledMmLinear` runs in tests as far as torch has it for a CPU.
 """
 
 from __future__ import annotations
