@@ -48,8 +48,9 @@ class TextsConfig:
     loss_on_prompts: bool = False
     """Learn the prompts' tokens, too: for prompts that the target wrote itself."""
 
-    features: Literal["cached", "computed"] = "cached"
-    """The target's hidden rows: computed once and kept, or computed whenever a text is read."""
+    features: Literal["cached", "computed", "held"] = "cached"
+    """The target's hidden rows: computed once and kept in files, computed whenever a text is read, or computed when it
+    is read first and held in the memory of the device from then on."""
 
     features_directory: str = ""
     """Where they are kept; empty: `out`/features. Runs of other methods and heads over the same texts share them."""

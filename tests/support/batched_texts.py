@@ -5,12 +5,14 @@
 `outrider distill` writes the same files through the engine, which is made for few streams; an earlier form of this
 wrote 17,120 texts, 4 million tokens, in a minute on an H100. Plain decoding: a slot has one text at a time and takes
 the next one when it is done; prompts are read token by token, as answers are written. First the target writes
-prompts, from the chat template or a beginning on, then it answers them and those of a file.
+prompts, from the chat template or a beginning on, then it answers them and those of a file. With `--passages` it also
+writes texts without a template, and answers questions about them: prompts that are long and that answers copy from.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import time
@@ -37,6 +39,8 @@ from outrider.workers.weights.tokenizer import load_tokenizer
 ALL = slice(None)
 TEMPERATURES = (0.0, 0.0, 0.0, 0.7, 1.0)  # of answers, in turn
 LONGEST_PROMPT = 160
+LONGEST_PASSAGE, LONGEST_ABOUT = 320, 48  # tokens of a passage, and of what is asked about it
+MARKS = ".,;:!?()\"'*"
 STEPS_AT_A_TIME = 20  # between looks at what is left
 
 
@@ -166,6 +170,19 @@ class BatchedWriter:
         return F.linear(normed(hidden, self.norm), self.head)
 
 
+def topic_of(passage: str, chosen: random.Random) -> str:
+    """A name or a long word of it, to ask about."""
+    words = passage.split()
+    names = [
+        word.strip(MARKS)
+        for before, word in itertools.pairwise(words)
+        if word[0].isupper() and before[-1] not in ".!?:"
+    ]
+    return chosen.choice(
+        sorted(set(names)) or [word.strip(MARKS) for word in sorted(words, key=len)[-3:]] or ["it"]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -173,14 +190,22 @@ def main() -> None:
     parser.add_argument("target")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/outrider/models").expanduser())
+    prompts = Path("configs/prompts")
     parser.add_argument("--begun", type=int, default=1000, help="prompts that the target writes")
-    parser.add_argument("--beginnings", type=Path, default=Path("configs/prompts/beginnings.jsonl"))
+    parser.add_argument("--beginnings", type=Path, default=prompts / "beginnings.jsonl")
+    parser.add_argument(
+        "--passages", type=int, default=0, help="texts that the target writes and is asked about"
+    )
+    parser.add_argument("--raw-beginnings", type=Path, default=prompts / "raw-beginnings.jsonl")
+    parser.add_argument("--about", type=Path, default=prompts / "about-passages.jsonl")
     parser.add_argument(
         "--prompts", type=Path, help='JSON lines with "prompt" or "question", answered as well'
     )
     parser.add_argument("--slots", type=int, default=4096)
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for prompts, and again for answers")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="most of each of the writings, up to four"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
@@ -192,42 +217,80 @@ def main() -> None:
     def encoded(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
+    def lines(path: Path) -> list[dict[str, str]]:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def written(asked: Sequence[Asked]) -> list[Written]:
+        if not asked:
+            return []
+        writer = BatchedWriter(source, options.slots, max(text.limit for text in asked), device)
+        return writer.write(asked, turn.end_token, options.seconds)
+
     turn = user_turn(tokenizer)
     before, after = encoded(turn.before), encoded(turn.end_text + "\n")
-    beginnings = ["", *(json.loads(line)["prompt"] for line in options.beginnings.read_text().splitlines())]
-    length = len(before) + LONGEST_PROMPT + len(after) + options.max_tokens
-    writer = BatchedWriter(source, options.slots, length, device)
-    prompts = writer.write(
+    beginnings = ["", *(line["prompt"] for line in lines(options.beginnings))]
+    raw = [line["prompt"] for line in lines(options.raw_beginnings)]
+    begun = written(
         [
             Asked([*before, *encoded(chosen.choice(beginnings))], len(before) + LONGEST_PROMPT, 1.0)
             for _ in range(options.begun)
-        ],
-        turn.end_token,
-        options.seconds,
+        ]
     )
-    written = {tuple(prompt.tokens[len(before) : -1]) for prompt in prompts if prompt.stopped}
-    given = [json.loads(line) for line in options.prompts.read_text().splitlines()] if options.prompts else []
-    asked = [
-        *((prompt, WRITTEN) for prompt in sorted(written) if len(prompt) > 2),
-        *((encoded(row.get("prompt") or row["question"]), options.prompts.stem) for row in given),
-    ]
-    chosen.shuffle(asked)
-    answers = [
-        Asked(
-            [*before, *prompt, *after],
-            len(before) + len(prompt) + len(after) + options.max_tokens,
-            TEMPERATURES[number % len(TEMPERATURES)],
-            source=name,
+    passages = written(
+        [
+            Asked(encoded(chosen.choice(raw)), chosen.randrange(80, LONGEST_PASSAGE), 1.0, template=False)
+            for _ in range(options.passages)
+        ]
+    )
+    # The longer ones by themselves: memory and time of a step are those of the longest text.
+    own = {tuple(prompt.tokens[len(before) : -1]) for prompt in begun if prompt.stopped}
+    about: list[tuple[int, ...]] = []
+    for passage in passages:
+        text, question = (
+            tokenizer.decode(passage.tokens, skip_special_tokens=True),
+            chosen.choice(lines(options.about)),
         )
-        for number, (prompt, name) in enumerate(asked)
-        if len(prompt) <= LONGEST_PROMPT
-    ]
-    texts = writer.write(answers, turn.end_token, options.seconds)
+        topic = topic_of(text, chosen)
+        about.append(tuple(encoded(question["before"] + text + question["after"].format(topic=topic))))
+    given = lines(options.prompts) if options.prompts else []
+    answers: list[Asked] = []
+    texts: list[Written] = []
+    for asked, longest in (
+        (
+            [
+                *((prompt, WRITTEN) for prompt in sorted(own) if len(prompt) > 2),
+                *(
+                    (tuple(encoded(row.get("prompt") or row["question"])), options.prompts.stem)
+                    for row in given
+                ),
+            ],
+            LONGEST_PROMPT,
+        ),
+        ([(prompt, WRITTEN) for prompt in about], LONGEST_PASSAGE + LONGEST_ABOUT),
+    ):
+        chosen.shuffle(asked)
+        these = [
+            Asked(
+                [*before, *prompt, *after],
+                len(before) + len(prompt) + len(after) + options.max_tokens,
+                TEMPERATURES[number % len(TEMPERATURES)],
+                source=name,
+            )
+            for number, (prompt, name) in enumerate(asked)
+            if len(prompt) <= longest
+        ]
+        texts += written(these)
+        answers += these
     with get_context("fork").Pool() as pool:
         loops = pool.map(
             degeneration, [text.tokens[len(by.tokens) :] for text, by in zip(texts, answers, strict=True)], 64
         )
-    settings = {"begun": options.begun, "max_tokens": options.max_tokens, "seed": options.seed}
+    settings = {
+        "begun": options.begun,
+        "passages": options.passages,
+        "max_tokens": options.max_tokens,
+        "seed": options.seed,
+    }
     described = Description(options.target, source.config.vocab_size, "", settings, "batched_texts")
     num_tokens = 0
     with TextWriter(options.out, described) as file:
@@ -239,11 +302,20 @@ def main() -> None:
             prompt = tuple(by.tokens)
             file.write(
                 DistilledText(
-                    f"batched-{number:07d}", prompt, output, by.temperature, by.template, by.source, ending
+                    f"batched-{options.seed}-{number:07d}",
+                    prompt,
+                    output,
+                    by.temperature,
+                    by.template,
+                    by.source,
+                    ending,
                 )
             )
             num_tokens += len(prompt) + len(output)
-    print(f"{options.out}: {num_tokens} tokens; {len(prompts)} prompts begun, {len(answers)} answered")
+    print(
+        f"{options.out}: {num_tokens} tokens; {len(begun)} prompts and {len(passages)} passages begun, "
+        f"{len(answers)} answered"
+    )
 
 
 if __name__ == "__main__":

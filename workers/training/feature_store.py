@@ -10,13 +10,17 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypedDict, TypeVar
 
+import numpy as np
+import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from outrider.kernels.transfers import upload
+from outrider.workers.sequences.segments import places_in, starts_of
 from outrider.workers.training.data import TrainingText
 from outrider.workers.training.features import TargetFeatures
 from outrider.workers.training.vocabulary_loss import SoftTargets
@@ -36,39 +40,40 @@ def _layer_name(layer: int) -> str:
 class FeatureBatch:
     """Texts back to back, N tokens in all, and the target's rows at each of them.
 
+    What decides which rows a loss reads stays on the host, where it is looked at; a device that is asked for it would
+    have to finish its work first.
+
     Attributes:
         lengths: tokens of each text.
-        tokens: int64 [N].
-        is_label: bool [N]: a loss may be on guessing this token.
+        tokens: int64 [N], on the host.
+        is_label: bool [N]: a loss may be on guessing this token; on the host.
+        greedy: int64 [N], the target's likeliest next token, of all of its vocabulary; on the host.
         taps: [N, taps * hidden], inputs of the tapped layers side by side; no columns where none is asked for.
         normed: [N, hidden], the last rows after the final norm; no columns where they are not asked for.
-        greedy: int64 [N], the target's likeliest next token, of all of its vocabulary.
         soft: the target's law of the next token, over the head's ids.
     """
 
     lengths: list[int]
     tokens: Tensor
     is_label: Tensor
+    greedy: Tensor
     taps: Tensor
     normed: Tensor
-    greedy: Tensor
     soft: SoftTargets
+
+    @property
+    def device(self) -> torch.device:
+        """Of the rows."""
+        return self.taps.device
 
     def without_labels(self) -> FeatureBatch:
         """The same, with nothing to learn: for a rank that has no text of its own in a forward."""
         return replace(self, is_label=torch.zeros_like(self.is_label))
 
     def to(self, device: torch.device) -> FeatureBatch:
-        """The same on another device."""
-        return FeatureBatch(
-            self.lengths,
-            self.tokens.to(device),
-            self.is_label.to(device),
-            self.taps.to(device),
-            self.normed.to(device),
-            self.greedy.to(device),
-            SoftTargets(self.soft.columns.to(device), self.soft.log_probs.to(device)),
-        )
+        """The same with the rows on another device."""
+        soft = SoftTargets(self.soft.columns.to(device), self.soft.log_probs.to(device))
+        return replace(self, taps=self.taps.to(device), normed=self.normed.to(device), soft=soft)
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,11 @@ class WantedRows:
 
 class FeatureComputer:
     """Runs the target and keeps what a trainer needs, and the last rows, on the target's device: by name tensors by
-    name, [tokens, ...]."""
+    name, [tokens, ...].
+
+    Attributes:
+        device: the target's.
+    """
 
     def __init__(self, target: TargetFeatures, wanted: WantedRows) -> None:
         """`target` gives at least the wanted layers and its last rows."""
@@ -113,7 +122,8 @@ class FeatureComputer:
         self._wanted = wanted
         self._top_k = min(wanted.top_k, len(wanted.ids))
         self._has_all_ids = len(wanted.ids) == target.model.config.vocab_size
-        self._ids = wanted.ids.to(target.model.device)
+        self.device = target.model.device
+        self._ids = wanted.ids.to(self.device)
 
     def compute(self, texts: Sequence[TrainingText]) -> dict[str, dict[str, Tensor]]:
         """Of texts back to back, in as many forwards as they need."""
@@ -135,7 +145,7 @@ class FeatureComputer:
     @torch.inference_mode()
     def law(self, normed: Tensor) -> dict[str, Tensor]:
         """Of rows after the final norm, on any device; the law is on the target's."""
-        normed = normed.to(self._target.model.device)
+        normed = normed.to(self.device)
         parts = [self._law(piece) for piece in normed.split(_LOGIT_ROWS[normed.device.type])]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
@@ -193,6 +203,77 @@ class ComputedRows:
     def read(self, indices: Sequence[int]) -> FeatureBatch:
         texts = [self._texts[index] for index in indices]
         return _batch(texts, self._wanted, [self._computer.compute(texts)])
+
+
+class HeldRows:
+    """Runs the target when a text is read for the first time, and holds its rows in the memory of its device."""
+
+    def __init__(self, texts: Sequence[TrainingText], wanted: WantedRows, computer: FeatureComputer) -> None:
+        self._texts = texts
+        self._wanted = wanted
+        self._computer = computer
+        self._lengths = np.array([len(text.tokens) for text in texts])
+        self._starts = starts_of(self._lengths)
+        self._is_held = np.zeros(len(texts), dtype=bool)
+        self._greedy = torch.zeros(int(self._lengths.sum()), dtype=torch.int64)
+        self._held: dict[str, Tensor] = {}
+
+    def read(self, indices: Sequence[int]) -> FeatureBatch:
+        missing = [index for index in indices if not self._is_held[index]]
+        if missing:
+            self._hold(missing)
+        texts = [self._texts[index] for index in indices]
+        rows = self._rows(indices)
+        on_device = upload([rows], self._computer.device)[0]
+        taps, normed, columns, log_probs = (
+            self._held[name].index_select(0, on_device) for name in ("taps", "normed", "columns", "log_probs")
+        )
+        return FeatureBatch(
+            **_on_host(texts),
+            greedy=self._greedy[rows],
+            taps=taps,
+            normed=normed,
+            soft=SoftTargets(columns.long(), log_probs.float()),
+        )
+
+    def _hold(self, indices: Sequence[int]) -> None:
+        texts = [self._texts[index] for index in indices]
+        batch = _batch(texts, self._wanted, [self._computer.compute(texts)])
+        found = {
+            "taps": batch.taps,
+            "normed": batch.normed,
+            # Narrow, as they were made.
+            "columns": batch.soft.columns.int(),
+            "log_probs": batch.soft.log_probs.half(),
+        }
+        if not self._held:
+            self._check_space(sum(rows.shape[1] * rows.itemsize for rows in found.values()))
+            self._held = {name: self._space(rows) for name, rows in found.items()}
+        places = self._rows(indices)
+        on_device = upload([places], self._computer.device)[0]
+        for name, rows in found.items():
+            self._held[name].index_copy_(0, on_device, rows)
+        self._greedy[places] = batch.greedy
+        self._is_held[indices] = True
+
+    def _check_space(self, bytes_per_token: int) -> None:
+        device, size = self._computer.device, len(self._greedy) * bytes_per_token
+        free = (
+            torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        )
+        if size > free:
+            raise ValueError(
+                f"texts.features must be cached or computed: {size / 1e9:.2f} GB of rows do not fit in the "
+                f"{free / 1e9:.2f} GB that are free on {device}"
+            )
+
+    def _space(self, rows: Tensor) -> Tensor:
+        return rows.new_empty(len(self._greedy), rows.shape[1])
+
+    def _rows(self, indices: Sequence[int]) -> Tensor:
+        """int64 [N], where the rows of these texts lie."""
+        lengths = self._lengths[indices]
+        return torch.from_numpy(self._starts[indices].repeat(lengths) + places_in(lengths))
 
 
 class FeatureFiles:
@@ -313,22 +394,40 @@ def _batch(
     wanted: WantedRows | None,
     parts: Sequence[Mapping[str, Mapping[str, Tensor]]],
 ) -> FeatureBatch:
-    tokens = torch.cat([torch.from_numpy(text.tokens).long() for text in texts])
+    num_tokens = sum(len(text.tokens) for text in texts)
 
     def joined(name: str, key: str) -> Tensor:
-        return torch.cat([part[name][key] for part in parts]) if parts else torch.empty(len(tokens), 0)
+        return torch.cat([part[name][key] for part in parts]) if parts else torch.empty(num_tokens, 0)
 
     law = wanted.law_name if wanted else ""
     taps = [joined(_layer_name(layer), "rows") for layer in wanted.taps] if wanted else []
+    normed = joined(_LAST, "normed") if wanted and wanted.normed else torch.empty(num_tokens, 0)
+    soft = SoftTargets(joined(law, "columns").long(), joined(law, "log_probs").float())
+    empty = soft.log_probs.new_empty(num_tokens, 0)
     return FeatureBatch(
-        lengths=[len(text.tokens) for text in texts],
-        tokens=tokens,
-        is_label=torch.cat([torch.arange(len(text.tokens)) >= max(1, text.num_unlearned) for text in texts]),
-        taps=torch.cat(taps, dim=1) if taps else torch.empty(len(tokens), 0),
-        normed=joined(_LAST, "normed") if wanted and wanted.normed else torch.empty(len(tokens), 0),
-        greedy=joined(law, "greedy").long(),
-        soft=SoftTargets(joined(law, "columns").long(), joined(law, "log_probs").float()),
+        **_on_host(texts),
+        greedy=joined(law, "greedy").long().cpu(),
+        taps=torch.cat(taps, dim=1) if taps else empty,
+        normed=normed if normed.shape[1] else empty,
+        soft=soft,
     )
+
+
+class _OnHost(TypedDict):
+    """What a batch has of its texts."""
+
+    lengths: list[int]
+    tokens: Tensor
+    is_label: Tensor
+
+
+def _on_host(texts: Sequence[TrainingText]) -> _OnHost:
+    learned = [np.arange(len(text.tokens)) >= max(1, text.num_unlearned) for text in texts]
+    return {
+        "lengths": [len(text.tokens) for text in texts],
+        "tokens": torch.from_numpy(np.concatenate([text.tokens for text in texts]).astype(np.int64)),
+        "is_label": torch.from_numpy(np.concatenate(learned)),
+    }
 
 
 def _digest(identity: str, texts: Sequence[Digested]) -> str:

@@ -81,38 +81,43 @@ class HeadLoss(nn.Module):
         super().__init__()
         self._head = [head]
         self._loss = loss
+        self._ids = [head.ids.cpu().clone()]  # in a list: stays on the host wherever the module goes
 
     @property
     def head(self) -> LmHead:
         return self._head[0]
 
     def has(self, tokens: Tensor) -> Tensor:
-        """bool, of the shape of int64 `tokens`: which of them are tokens of the head."""
-        ids = self.head.ids.to(tokens.device)
-        place = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
-        return ids[place] == tokens
+        """bool, of the shape of int64 `tokens` on the host: which of them are tokens of the head."""
+        ids = self._ids[0]
+        return ids[self.columns(tokens)] == tokens
+
+    def columns(self, tokens: Tensor) -> Tensor:
+        """Logits of int64 `tokens` on the host; any where the head has none."""
+        return torch.searchsorted(self._ids[0], tokens).clamp(max=len(self._ids[0]) - 1)
 
     def forward(
         self,
         normed: Tensor,
         soft: SoftTargets,
-        greedy: Tensor,
+        learned: Tensor,
+        weights: Tensor,
         measure: bool,
         pair_rows: Tensor | None = None,
         successors: Tensor | None = None,
     ) -> tuple[Tensor, Guesses]:
-        """The summed loss over those of M labels whose greedy token the head has.
+        """The weighted sum of the losses of those of M labels that are learned.
 
         Args:
             normed: [M, hidden], as the head reads them.
             soft: the target's law of each label, over the head's ids.
-            greedy: int64 [M], the target's choice.
+            learned: int64 [L], which labels: those that the head `has`.
+            weights: float32 [M].
             measure: look at ranks, too.
             pair_rows, successors: [M, rank] and [V', rank], whose products are added to the head's logits.
         """
-        learned = self.has(greedy).nonzero().squeeze(1)
         soft = soft.at(learned)
-        rows, matrix = normed[learned], self._matrix()
+        rows, matrix = normed.index_select(0, learned), self._matrix()
         if isinstance(self.head, LowRankLmHead):
             rows = self.head.down(rows)
         elif torch.is_autocast_enabled(rows.device.type):
@@ -120,17 +125,16 @@ class HeadLoss(nn.Module):
         num_fixed = 0
         if pair_rows is not None and successors is not None and pair_rows.shape[1]:
             num_fixed = 0 if matrix.requires_grad else matrix.shape[1]
-            rows = torch.cat((rows, pair_rows[learned].to(rows.dtype)), dim=1)
+            rows = torch.cat((rows, pair_rows.index_select(0, learned).to(rows.dtype)), dim=1)
             matrix = torch.cat((matrix, successors), dim=1)
-        weights = torch.ones(len(rows), device=rows.device)
-        value, accepted = vocabulary_loss(rows, matrix, soft, weights, self._loss, num_fixed)
-        acceptances = torch.zeros(len(normed), device=rows.device)
-        acceptances[learned] = accepted
+        value, losses, accepted = vocabulary_loss(rows, matrix, soft, weights[learned], self._loss, num_fixed)
+        found = torch.zeros(2, len(normed), device=rows.device)
+        found[:, learned] = torch.stack((losses, accepted))
         ranks = None
         if measure:
             ranks = torch.full((len(normed),), NUM_RANKS, device=rows.device)
             ranks[learned] = self._ranks(rows.detach(), matrix.detach(), soft.columns[:, 0])
-        return value, Guesses(acceptances, ranks, len(learned))
+        return value, Guesses(found[0], found[1], ranks)
 
     def _matrix(self) -> Tensor:
         if isinstance(self.head, LowRankLmHead):

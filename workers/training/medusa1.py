@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from outrider.configs.training import MedusaConfig
+from outrider.kernels.transfers import upload
 from outrider.workers.draft_heads.lm_head import LmHead, LmHeadShape
 from outrider.workers.draft_heads.medusa import MedusaHeads, MedusaShape
 from outrider.workers.training.feature_store import FeatureBatch
@@ -93,31 +94,33 @@ class Medusa1Training(nn.Module):
 
     def count_labels(self, batch: FeatureBatch) -> Tensor:
         """float32 [K]: of a batch, how many labels each head's loss is the mean over."""
-        plan = plan_heads(batch.lengths, batch.is_label.cpu(), self.num_guesses)
+        plan = plan_heads(batch.lengths, batch.is_label, self.num_guesses)
         losses: Any = self._losses
-        within = losses[0].has(batch.tokens).cpu()
+        within = losses[0].has(batch.tokens)
         return torch.tensor([float(within[labels].sum()) for _, labels in plan])
 
     def forward(self, batch: FeatureBatch, totals: Tensor, measure: bool) -> tuple[Tensor, StepCounts]:
         """As in `Eagle3Training.forward`."""
-        device = batch.tokens.device
-        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(batch.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return self.loss_of(batch.normed.to(self.dtype), batch, totals, measure)
 
     def loss_of(
         self, normed: Tensor, batch: FeatureBatch, totals: Tensor, measure: bool
     ) -> tuple[Tensor, StepCounts]:
         """The loss with these rows [N, hidden] as what the heads read."""
-        device = batch.tokens.device
+        device = normed.device
         counts = StepCounts(self.num_guesses, len(batch.tokens), device)
         loss = torch.zeros((), device=device)
-        plan = plan_heads(batch.lengths, batch.is_label.cpu(), self.num_guesses)
-        for head, (read, labels) in enumerate(plan):
-            read, tokens = read.to(device), batch.tokens[labels.to(device)]
-            columns = torch.searchsorted(self.heads.ids, tokens).clamp(max=len(self.heads.ids) - 1)[:, None]
-            certain = SoftTargets(columns, torch.zeros(len(tokens), 1, device=device))
-            rows = self.heads.blocks[head](normed[read])
-            value, guesses = self._losses[head](rows, certain, tokens, measure)
-            counts.add(head, value, guesses, read)
+        for head, (places, labels) in enumerate(plan_heads(batch.lengths, batch.is_label, self.num_guesses)):
+            head_loss: Any = self._losses[head]
+            tokens = batch.tokens[labels]
+            has = head_loss.has(tokens).nonzero().squeeze(1)
+            read, columns, learned = upload((places, head_loss.columns(tokens), has), device)
+            certain = SoftTargets(columns[:, None], torch.zeros(len(columns), 1, device=device))
+            weights = torch.ones(len(columns), device=device)
+            value, guesses = head_loss(
+                self.heads.blocks[head](normed.index_select(0, read)), certain, learned, weights, measure
+            )
+            counts.add(head, len(learned), guesses, read)
             loss = loss + self.config.head_decay ** (head + 1) * value / totals[head].clamp(min=1.0)
         return loss, counts

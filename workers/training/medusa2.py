@@ -76,8 +76,7 @@ class Medusa2Training(nn.Module):
 
     def forward(self, batch: FeatureBatch, totals: Tensor, measure: bool) -> tuple[Tensor, StepCounts]:
         """As in `Eagle3Training.forward`; totals: [K + 1]."""
-        device = batch.tokens.device
-        with torch.autocast(device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+        with torch.autocast(batch.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
             normed = self._rows(batch)
             head_loss, counts = self.medusa.loss_of(normed, batch, totals[:-1], measure)
             if measure:
@@ -87,7 +86,7 @@ class Medusa2Training(nn.Module):
 
     def _own_loss(self, normed: Tensor, batch: FeatureBatch) -> Tensor:
         """Summed KL(teacher || model) over the positions before labels."""
-        learned = _learned(batch)
+        learned = _learned(batch).to(normed.device)
         matrix = self._model().lm_head.weight
         with torch.no_grad(), self._adapters_off():
             teacher = self._rows(batch)[learned]
@@ -99,7 +98,7 @@ class Medusa2Training(nn.Module):
             return normed.sum() * 0.0
         soft = SoftTargets(torch.cat([law[0] for law in laws]), torch.cat([law[1] for law in laws]))
         weights = torch.ones(len(learned), device=normed.device)
-        value, _ = vocabulary_loss(normed[learned], matrix, soft, weights, "kl")
+        value, _, _ = vocabulary_loss(normed[learned], matrix, soft, weights, "kl")
         return value
 
     def _law(self, rows: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,9 +109,9 @@ class Medusa2Training(nn.Module):
     def _rows(self, batch: FeatureBatch) -> Tensor:
         """The target's last rows after its final norm, [N, hidden], texts back to back."""
         lengths = batch.lengths
-        tokens = nn.utils.rnn.pad_sequence(list(batch.tokens.split(lengths)), batch_first=True)
+        padded = nn.utils.rnn.pad_sequence(list(batch.tokens.split(lengths)), batch_first=True)
         # Texts are padded behind their ends, where a causal model does not look.
-        hidden = self._model().model(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = self._model().model(input_ids=padded.to(batch.device), use_cache=False).last_hidden_state
         return torch.cat([hidden[number, :length] for number, length in enumerate(lengths)])
 
     def _model(self) -> Any:
@@ -171,9 +170,9 @@ def build_medusa2(
 
 
 def _learned(batch: FeatureBatch) -> Tensor:
-    """int64 [M]: positions whose next token is a label, as indices into all texts back to back."""
+    """int64 [M], on the host: positions whose next token is a label, as indices into all texts back to back."""
     sizes = torch.tensor(batch.lengths)
     last = torch.zeros(len(batch.tokens), dtype=torch.bool)
     last[sizes.cumsum(0) - 1] = True
-    following = torch.cat((batch.is_label[1:].cpu(), torch.zeros(1, dtype=torch.bool)))
-    return (following & ~last).nonzero().squeeze(1).to(batch.tokens.device)
+    following = torch.cat((batch.is_label[1:], torch.zeros(1, dtype=torch.bool)))
+    return (following & ~last).nonzero().squeeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +16,21 @@ class Guesses:
     """What a head did with M labels.
 
     Attributes:
+        losses: float32 [M], of each label; zero where it is not learned.
         acceptances: float32 [M], sum of min(p, q); zero where the target's choice is no token of the head.
         ranks: int64 [M], place of the target's choice among the head's guesses, 0 the first, NUM_RANKS: not among
             the first NUM_RANKS; None where it was not looked at.
-        num_learned: labels that the loss is over.
     """
 
+    losses: Tensor
     acceptances: Tensor
     ranks: Tensor | None
-    num_learned: int
+
+    def split(self, sizes: Sequence[int]) -> list[Guesses]:
+        """Those of the first sizes[0] labels, of the next sizes[1], …"""
+        ranks = [None] * len(sizes) if self.ranks is None else self.ranks.split(list(sizes))
+        parts = zip(self.losses.split(list(sizes)), self.acceptances.split(list(sizes)), ranks, strict=True)
+        return [Guesses(*part) for part in parts]
 
 
 class StepCounts:
@@ -38,14 +45,17 @@ class StepCounts:
         self.chains = torch.zeros(num_steps, 2, device=device)
 
     @torch.no_grad()
-    def add(self, step: int, loss: Tensor, guesses: Guesses, places: Tensor) -> None:
-        """Of one step the summed loss and guesses; places: int64 [M], where each chain of guesses began. Steps
-        come in ascending order."""
+    def add(self, step: int, num_learned: int, guesses: Guesses, places: Tensor) -> None:
+        """Of one step. Steps come in ascending order.
+
+        Args:
+            num_learned: labels that the loss is over.
+            places: int64 [M], where each chain of guesses began.
+        """
         line = self.sums[step]
         line[0] += len(guesses.acceptances)
-        line[1] += guesses.num_learned
-        line[2] += loss.detach()
-        line[3] += guesses.acceptances.sum()
+        line[1] += num_learned
+        line[2:4] += torch.stack((guesses.losses.sum(), guesses.acceptances.sum()))
         if guesses.ranks is not None:
             line[4:] += torch.bincount(guesses.ranks, minlength=NUM_RANKS + 1)[:NUM_RANKS]
             right = torch.zeros_like(self._runs)

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from outrider.configs.training import ParallelConfig
+from outrider.kernels.transfers import upload
 from outrider.workers.draft_heads.convolutions import NO_CONVOLUTION
 from outrider.workers.draft_heads.eagle3 import default_taps
 from outrider.workers.draft_heads.lm_head import LmHeadShape
 from outrider.workers.draft_heads.pairs import NO_PAIR, PairShape
 from outrider.workers.draft_heads.parallel import BlockLayer, ParallelDrafter, ParallelLayer, ParallelShape
 from outrider.workers.model.rope import RotaryEmbedding
-from outrider.workers.training.block_attention import Blocks, block_attention, plan_blocks
+from outrider.workers.training.block_attention import Blocks, block_attention, plan_attention, plan_blocks
 from outrider.workers.training.data import Corpus
 from outrider.workers.training.eagle3 import active_columns
 from outrider.workers.training.feature_store import FeatureBatch
@@ -143,12 +144,8 @@ class ParallelTraining(nn.Module):
     def count_labels(self, batch: FeatureBatch) -> Tensor:
         """float32 [K]: of a batch, how many labels each level's loss is the mean over."""
         blocks = self._blocks(batch)
-        within = self.head_loss.has(self._labels(batch)).cpu()
-        counts = []
-        for level in range(self.num_guesses):
-            laws = blocks.anchors[blocks.learned[:, level]] + level
-            counts.append(float(within[laws].sum()))
-        return torch.tensor(counts)
+        within = self.head_loss.has(self._labels(batch))
+        return torch.tensor([float(within[laws].sum()) for _, laws in blocks.by_level()])
 
     def forward(self, batch: FeatureBatch, totals: Tensor, measure: bool) -> tuple[Tensor, StepCounts]:
         """The loss: over levels k the sum of position_decay**k times the mean over labels.
@@ -157,76 +154,99 @@ class ParallelTraining(nn.Module):
             totals: float32 [K], what each mean is divided by: labels of all ranks and forwards of this step.
             measure: also count how often the guesses are the target's choice; slower.
         """
-        device = batch.tokens.device
-        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(batch.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return self._loss(batch, totals, measure)
 
     def _loss(self, batch: FeatureBatch, totals: Tensor, measure: bool) -> tuple[Tensor, StepCounts]:
-        drafter, device = self.drafter, batch.tokens.device
+        drafter, device = self.drafter, batch.device
         blocks = self._blocks(batch)
-        counts = StepCounts(self.num_guesses, batch.soft.columns.shape[0], device)
-        loss = torch.zeros((), device=device)
+        counts = StepCounts(self.num_guesses, len(batch.tokens), device)
         if not len(blocks.anchors):
             # The loss hangs on the weights in any case: ranks add up their gradients.
-            return sum((0.0 * weight.sum() for weight in drafter.parameters()), loss), counts
-        output = self._output(batch, blocks)  # [A, K, hidden]
-        for level in range(self.num_guesses):
-            learned = blocks.learned[:, level]
-            laws = (blocks.anchors[learned] + level).to(device)
-            if not len(laws):
-                break
-            rows = output[learned.to(device), level]
-            # The law at a place is that of the token after it, which the token at the place stands before.
-            pair_rows = drafter.pair_rows(batch.tokens[laws], rows)
-            soft, labels = batch.soft.at(laws), batch.greedy[laws]
-            if self.config.learns == "text" and not measure:
-                labels = self._labels(batch)[laws]
-                soft = self._certain(labels)
-            value, guess = self.head_loss(rows, soft, labels, measure, pair_rows, drafter.pair.successors())
-            counts.add(level, value, guess, laws - level)
-            if self.config.confidence_weight:
-                said = drafter.confidence(rows, pair_rows)
-                wrong = F.binary_cross_entropy_with_logits(said, guess.acceptances, reduction="sum")
-                value = value + self.config.confidence_weight * wrong
-            loss = loss + self.config.position_decay**level * value / totals[level].clamp(min=1.0)
+            return sum((0.0 * weight.sum() for weight in drafter.parameters()), counts.sums.sum()), counts
+        levels = blocks.by_level()
+        sizes = [len(laws) for _, laws in levels]
+        learns_text = self.config.learns == "text" and not measure
+        places, laws = (torch.cat(parts) for parts in zip(*levels, strict=True))
+        labels = (self._labels(batch) if learns_text else batch.greedy)[laws]
+        known = self.head_loss.has(labels)
+        chains = [of_level - level for level, (_, of_level) in enumerate(levels)]
+        # The law at a place is that of the token after it, which the token at the place stands before.
+        places, previous, laws, columns, learned, *chains = upload(
+            [
+                places,
+                batch.tokens[laws],
+                laws,
+                self.head_loss.columns(labels),
+                known.nonzero().squeeze(1),
+                *chains,
+            ],
+            device,
+        )
+        rows = self._output(batch, blocks).flatten(0, 1).index_select(0, places)
+        pair_rows = drafter.pair_rows(previous, rows)
+        soft = _certain(columns) if learns_text else batch.soft.at(laws)
+        decays = self.config.position_decay ** torch.arange(self.num_guesses, device=device)
+        weights = (decays / totals.clamp(min=1.0)).repeat_interleave(
+            torch.tensor(sizes).to(device), output_size=len(laws)
+        )
+        loss, guesses = self.head_loss(
+            rows, soft, learned, weights, measure, pair_rows, drafter.pair.successors()
+        )
+        if self.config.confidence_weight:
+            said = drafter.confidence(rows, pair_rows)
+            wrong = F.binary_cross_entropy_with_logits(said, guesses.acceptances, weights, reduction="sum")
+            loss = loss + self.config.confidence_weight * wrong
+        num_learned = [int(part.sum()) for part in known.split(sizes)]
+        for level, of_level in enumerate(guesses.split(sizes)):
+            if sizes[level]:
+                counts.add(level, num_learned[level], of_level, chains[level])
         return loss, counts
 
     def _output(self, batch: FeatureBatch, blocks: Blocks) -> Tensor:
-        drafter, shape, device = self.drafter, self.drafter.shape, batch.tokens.device
+        """[A, K, hidden] of the slots that guess."""
+        drafter, shape = self.drafter, self.drafter.shape
         size = shape.block_size
-        features = drafter.features(batch.taps.to(self.dtype))
-        tokens = torch.full((len(blocks.anchors), size), shape.mask_token_id, device=device)
-        tokens[:, 0] = batch.tokens[blocks.anchors.to(device)]
+        tokens = torch.full((len(blocks.anchors), size), shape.mask_token_id)
+        tokens[:, 0] = batch.tokens[blocks.anchors]
         lengths = torch.tensor(batch.lengths)
         starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-        of_context = self._rotation(torch.arange(len(starts)) - starts, device)
-        of_slots = self._rotation((blocks.places[:, None] + torch.arange(size)).flatten(), device)
+        tokens, of_context, of_slots = upload(
+            [
+                tokens.flatten(),
+                torch.arange(len(starts)) - starts,
+                (blocks.places[:, None] + torch.arange(size)).flatten(),
+            ],
+            batch.device,
+        )
+        context_rotation, slot_rotation = self._rotation(of_context), self._rotation(of_slots)
+        features = drafter.features(batch.taps.to(self.dtype))
+        plan = plan_attention(blocks, size, batch.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             context_k, context_v = drafter.context(layer, features)
             return block_attention(
-                rotated(q, *of_slots),
-                rotated(k, *of_slots),
+                rotated(q, *slot_rotation),
+                rotated(k, *slot_rotation),
                 v,
-                rotated(context_k, *of_context),
+                rotated(context_k, *context_rotation),
                 context_v,
-                blocks,
+                plan,
                 shape.layers[layer],
             )
 
-        output: Tensor = drafter(self._embedding[0][tokens.flatten()].to(self.dtype), attend)
+        output: Tensor = drafter(self._embedding[0][tokens].to(self.dtype), attend)
         return output
 
-    def _rotation(self, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        cos, sin = (table.to(self.dtype)[:, None] for table in self._rope(positions.to(device)))
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = (table.to(self.dtype)[:, None] for table in self._rope(positions))
         return cos, sin
 
     def _blocks(self, batch: FeatureBatch) -> Blocks:
         """Those of this step, or of any measurement; of a batch always the same."""
         step = round(self._fraction * 1e9) if self.training else 0
         generator = torch.Generator().manual_seed(step * 1_000_003 + int(batch.tokens.sum()) % 1_000_003)
-        is_label = batch.is_label.cpu()
-        return plan_blocks(batch.lengths, is_label, self.num_guesses, self.config.anchors, generator)
+        return plan_blocks(batch.lengths, batch.is_label, self.num_guesses, self.config.anchors, generator)
 
     def _labels(self, batch: FeatureBatch) -> Tensor:
         """int64 [N]: at each place, the token after it that is to be learned: the target's choice, or the text's."""
@@ -234,8 +254,7 @@ class ParallelTraining(nn.Module):
             return batch.greedy
         return torch.cat((batch.tokens[1:], batch.tokens[:1]))
 
-    def _certain(self, labels: Tensor) -> SoftTargets:
-        """Laws of one token each; the loss is not looked at where the head does not have it."""
-        ids = self.drafter.lm_head.ids.to(labels.device)
-        columns = torch.searchsorted(ids, labels).clamp(max=len(ids) - 1)
-        return SoftTargets(columns[:, None], torch.zeros(len(labels), 1, device=labels.device))
+
+def _certain(columns: Tensor) -> SoftTargets:
+    """Laws of one token each, which is a logit of the head; the loss is not looked at where the head has no such."""
+    return SoftTargets(columns[:, None], torch.zeros(len(columns), 1, device=columns.device))

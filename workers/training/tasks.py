@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +28,7 @@ from outrider.workers.training.feature_store import (
     FeatureBatch,
     FeatureComputer,
     FeatureFiles,
+    HeldRows,
     WantedRows,
 )
 from outrider.workers.training.features import TargetFeatures
@@ -133,7 +135,7 @@ def prepare_rows(
 
     Raises ValueError where the disk has no room for them.
     """
-    if config.method == "medusa2" or config.texts.features == "computed":
+    if config.method == "medusa2" or config.texts.features != "cached":
         return
     source = open_source(resolve_target(config, progress))
     wanted = wanted_rows(config, source)
@@ -222,10 +224,15 @@ def build_task(config: TrainingConfig, corpus: Corpus, device: torch.device) -> 
     def save(folder: Path, accuracies: tuple[tuple[float, ...], ...]) -> None:
         save_drafter(folder, drafter, describe(config.target.model, source, corpus, accuracies))
 
+    @cache
+    def computer() -> FeatureComputer:
+        return _computer(config, source, rows, device)
+
     def reader(texts: list[TrainingText]) -> BatchReader:
         if config.texts.features == "cached":
             return _files(config, rows, texts)
-        return ComputedRows(texts, rows, _computer(config, source, rows, device))
+        by_features = {"computed": ComputedRows, "held": HeldRows}
+        return by_features[config.texts.features](texts, rows, computer())
 
     return Task(
         module,

@@ -98,14 +98,18 @@ class Trainer:
             self._step += 1
             window.seconds += time.perf_counter() - begin
             last = self._step == config.optimizer.steps
-            if last or self._step % config.log_every == 0:
+            measures, keeps = (
+                last or self._step % every == 0 for every in (config.eval_every, config.checkpoint_every)
+            )
+            if last or measures or keeps or self._step % config.log_every == 0:
+                line = self._line(window)
                 self._trained_s += window.seconds
-                tell(self._line(window))
+                tell(line)
                 window = _Window()
-            if last or self._step % config.eval_every == 0:
+            if measures:
                 self._measured = self.measure()
                 tell(EvalLine(self._step, self._measured))
-            if last or self._step % config.checkpoint_every == 0:
+            if keeps:
                 self._checkpoint()
         if log is not None:
             log.close()
@@ -155,22 +159,17 @@ class Trainer:
         mine = groups[self._rank :: config.engine.ranks]
         batches = [self._read(self._task.training, group, groups) for group in mine]
         totals = self._added_up(sum(engine.module.count_labels(batch) for batch in batches))
-        sums = torch.zeros(())
-        loss_sum = torch.zeros(())
+        totals = totals.to(self._device)
+        found = []
         for batch in batches:
-            loss, counts = engine(batch.to(self._device), totals.to(self._device), False)
+            loss, counts = engine(batch.to(self._device), totals, False)
             # The engine takes means over ranks and forwards; the loss is a mean over labels already.
             engine.backward(loss * (config.engine.ranks * self._num_forwards))
             engine.step()
-            loss_sum += loss.detach().cpu()
-            sums = sums + counts.sums.cpu()
-        joined = self._added_up(torch.cat((loss_sum[None], sums.flatten())))
-        if not torch.isfinite(joined[0]):
-            raise ValueError(
-                f"the loss of step {self._step + 1} is {joined[0].item()}: optimizer.lr must be lower"
-            )
+            found.append((loss.detach(), counts.sums))
         num_tokens = sum(len(self._corpus.training[index].tokens) for group in groups for index in group)
-        return _StepResult(joined[0].item(), joined[1:].view_as(sums), num_tokens)
+        losses, sums = zip(*found, strict=True)
+        return _StepResult(sum(losses[1:], losses[0]), sum(sums[1:], sums[0]), num_tokens)
 
     @torch.no_grad()
     def measure(self) -> Measurement:
@@ -208,11 +207,22 @@ class Trainer:
         return values.cpu()
 
     def _line(self, window: _Window) -> TrainLine:
-        found = measurement(window.sums, torch.zeros(len(window.sums), 2))
-        per_step = window.seconds / len(window.losses)
+        """Of the steps since the last line, whose end is waited for. Raises ValueError where a loss is no number."""
+        begin = time.perf_counter()
+        joined = self._added_up(torch.cat((window.loss[None], window.sums.flatten())))
+        window.seconds += time.perf_counter() - begin
+        loss = joined[0].item() / window.num_steps
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss became {loss} in the {window.num_steps} steps up to {self._step}: "
+                "optimizer.lr must be lower"
+            )
+        sums = joined[1:].view_as(window.sums)
+        found = measurement(sums, torch.zeros(len(sums), 2))
+        per_step = window.seconds / window.num_steps
         return TrainLine(
             step=self._step,
-            loss=sum(window.losses) / len(window.losses),
+            loss=loss,
             losses=found.losses,
             acceptances=found.acceptances,
             lr=learning_rate(self._config.optimizer, self._step - 1),
@@ -287,7 +297,9 @@ class Trainer:
 
 @dataclass(frozen=True)
 class _StepResult:
-    loss: float
+    """Of this rank. Tensors are on its device, where they may not be ready yet."""
+
+    loss: Tensor
     sums: Tensor
     num_tokens: int
 
@@ -296,14 +308,16 @@ class _Window:
     """The steps since the last line."""
 
     def __init__(self) -> None:
-        self.losses: list[float] = []
+        self.loss = torch.zeros(())
         self.sums = torch.zeros(())
-        self.num_tokens = 0
+        self.num_steps = self.num_tokens = 0
         self.seconds = 0.0
 
     def add(self, step: _StepResult) -> None:
-        self.losses.append(step.loss)
-        self.sums = self.sums + step.sums
+        first = not self.num_steps
+        self.loss = step.loss if first else self.loss + step.loss
+        self.sums = step.sums if first else self.sums + step.sums
+        self.num_steps += 1
         self.num_tokens += step.num_tokens
 
 

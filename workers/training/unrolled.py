@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from outrider.kernels.transfers import upload
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.draft_heads.mtp import MtpDrafter
 from outrider.workers.model.rope import RotaryEmbedding
@@ -136,8 +137,8 @@ class UnrolledTraining(nn.Module):
 
     def count_labels(self, batch: FeatureBatch) -> Tensor:
         """float32 [K]: of a batch, how many labels each step's loss is the mean over."""
-        steps = plan_steps(batch.lengths, batch.is_label.cpu(), self.num_guesses)
-        within = self.head_loss.has(batch.greedy).cpu()
+        steps = plan_steps(batch.lengths, batch.is_label, self.num_guesses)
+        within = self.head_loss.has(batch.greedy)
         return torch.tensor([float(within[step.laws].sum()) for step in steps])
 
     def forward(self, batch: FeatureBatch, totals: Tensor, measure: bool) -> tuple[Tensor, StepCounts]:
@@ -147,30 +148,55 @@ class UnrolledTraining(nn.Module):
             totals: float32 [K], what each mean is divided by: labels of all ranks and forwards of this step.
             measure: also count how often the drafter's guesses are the target's choice; slower.
         """
-        device = batch.tokens.device
         enabled = self.dtype != torch.float32
-        with torch.autocast(device.type, dtype=self.dtype, enabled=enabled):
+        with torch.autocast(batch.device.type, dtype=self.dtype, enabled=enabled):
             return self._unroll(batch, totals, measure)
 
     def _unroll(self, batch: FeatureBatch, totals: Tensor, measure: bool) -> tuple[Tensor, StepCounts]:
-        drafter, device = self.drafter, batch.tokens.device
+        drafter, device = self.drafter, batch.device
         window = drafter.model.layers[0].window
-        steps = plan_steps(batch.lengths, batch.is_label.cpu(), self.num_guesses)
-        grid = Grid(batch.lengths, device)
-        counts = StepCounts(self.num_guesses, batch.soft.columns.shape[0], device)
-        first = steps[0].read_tokens.to(device)
-        features = self.features(batch)[first - 1]
+        steps = [
+            step
+            for number, step in enumerate(plan_steps(batch.lengths, batch.is_label, self.num_guesses))
+            if not number or len(step.rows)
+        ]
+        grid = Grid(batch.lengths)
+        sizes = [len(step.learned) for step in steps]
+        laws = torch.cat([step.laws for step in steps])
+        known = self.head_loss.has(batch.greedy[laws])
+        places = [step.laws - number for number, step in enumerate(steps)]
+        first = steps[0].read_tokens
+        before, of_laws, learned, *uploaded = upload(
+            [
+                first - 1,
+                laws,
+                known.nonzero().squeeze(1),
+                *places,
+                *(
+                    array
+                    for step in steps
+                    for array in (
+                        batch.tokens[step.read_tokens],
+                        grid.places[step.rows],
+                        step.kept,
+                        step.positions,
+                        step.learned,
+                    )
+                ),
+            ],
+            device,
+        )
+        places, arrays = uploaded[: len(steps)], uploaded[len(steps) :]
+        features = self.features(batch).index_select(0, before)
         keys: list[Tensor] = []
         values: list[Tensor] = []
-        loss = torch.zeros((), device=device)
-        for number, step in enumerate(steps):
-            if number and not len(step.rows):
-                break
-            read, rows = step.read_tokens.to(device), step.rows.to(device)
+        outputs: list[Tensor] = []
+        for number in range(len(steps)):
+            tokens, rows, kept, positions, guessing = arrays[5 * number : 5 * number + 5]
             if number:
-                features = features[step.kept.to(device)]
-            embedded = self._embedding[0][batch.tokens[read]].to(self.dtype)
-            cos, sin = (table.to(self.dtype)[:, None] for table in self._rope(step.positions.to(device)))
+                features = features.index_select(0, kept)
+            embedded = self._embedding[0][tokens].to(self.dtype)
+            cos, sin = (table.to(self.dtype)[:, None] for table in self._rope(positions))
 
             def attend(
                 q: Tensor, k: Tensor, v: Tensor, cos: Tensor = cos, sin: Tensor = sin, rows: Tensor = rows
@@ -181,36 +207,47 @@ class UnrolledTraining(nn.Module):
                 return grid.gather(unrolled_attention(laid, keys, values, q.shape[-1] ** -0.5, window), rows)
 
             features = drafter(embedded, features, attend)
-            learned, laws = step.learned.to(device), step.laws.to(device)
-            greedy, soft = batch.greedy[laws], batch.soft.at(laws)
-            normed = drafter.normed(features[learned])
-            value, guess = self.head_loss(normed, soft, greedy, measure)
-            counts.add(number, value, guess, laws - number)
-            loss = loss + self.config.step_decay**number * value / totals[number].clamp(min=1.0)
+            outputs.append(features.index_select(0, guessing))
+        # The heads of all steps at once: what each label counts for stands in its weight.
+        decays = self.config.step_decay ** torch.arange(len(steps), device=device)
+        by_step = decays / totals[: len(steps)].clamp(min=1.0)
+        repeats = torch.tensor(sizes).to(device)
+        weights = by_step.repeat_interleave(repeats, output_size=len(laws))
+        loss, guesses = self.head_loss(
+            drafter.normed(torch.cat(outputs)), batch.soft.at(of_laws), learned, weights, measure
+        )
+        counts = StepCounts(self.num_guesses, len(batch.tokens), device)
+        num_learned = [int(part.sum()) for part in known.split(sizes)]
+        for number, of_step in enumerate(guesses.split(sizes)):
+            counts.add(number, num_learned[number], of_step, places[number])
         return loss, counts
 
 
 class Grid:
-    """Rows of texts back to back <-> [B, H, T, D], a line per text: attention wants lines."""
+    """Rows of texts back to back <-> [B, H, T, D], a line per text: attention wants lines.
 
-    def __init__(self, lengths: list[int], device: torch.device) -> None:
+    Attributes:
+        places: int64 [R], on the host: where each step-0 row lies in the lines.
+    """
+
+    def __init__(self, lengths: list[int]) -> None:
         """Of the step-0 rows: each text has one less than it has tokens."""
         sizes = torch.tensor(lengths) - 1
         self.num_texts, self.width = len(lengths), int(sizes.max())
         text = torch.arange(len(lengths)).repeat_interleave(sizes)
         place = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-        self._places = (text * self.width + place).to(device)
+        self.places = text * self.width + place
 
-    def spread(self, rows: Tensor, which: Tensor, repeat: int) -> Tensor:
-        """[A, H, D] of step-0 rows `which` -> [B, H * repeat, T, D], each head `repeat` times; zeros elsewhere."""
+    def spread(self, rows: Tensor, places: Tensor, repeat: int) -> Tensor:
+        """[A, H, D] -> [B, H * repeat, T, D], each head `repeat` times, the rows at these places; zeros elsewhere."""
         _, H, D = rows.shape
-        grid = rows.new_zeros(self.num_texts * self.width, H, D).index_copy(0, self._places[which], rows)
+        grid = rows.new_zeros(self.num_texts * self.width, H, D).index_copy(0, places, rows)
         grid = grid.view(self.num_texts, self.width, H, D).transpose(1, 2)
         return grid.repeat_interleave(repeat, dim=1) if repeat > 1 else grid.contiguous()
 
-    def gather(self, grid: Tensor, which: Tensor) -> Tensor:
-        """[B, H, T, D] -> [A, H * D], the rows `which`."""
-        return grid.transpose(1, 2).reshape(self.num_texts * self.width, -1)[self._places[which]]
+    def gather(self, grid: Tensor, places: Tensor) -> Tensor:
+        """[B, H, T, D] -> [A, H * D], the rows at these places."""
+        return grid.transpose(1, 2).reshape(self.num_texts * self.width, -1).index_select(0, places)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

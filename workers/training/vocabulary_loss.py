@@ -46,7 +46,7 @@ class SoftTargets:
 
 def vocabulary_loss(
     rows: Tensor, matrix: Tensor, targets: SoftTargets, weights: Tensor, loss: str, num_fixed: int = 0
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sum over rows of weight * loss of softmax(rows @ matrix.T) against the targets.
 
     Args:
@@ -57,12 +57,12 @@ def vocabulary_loss(
         num_fixed: columns at the front of the matrix that nobody trains; their gradient is zero.
 
     Returns:
-        (the loss, float32 scalar with gradients to rows and matrix; acceptance of each row, float32 [N]).
+        (the loss, float32 scalar with gradients to rows and matrix; of each row loss and acceptance, float32 [N]).
     """
-    value, accepted = _VocabularyLoss.apply(
+    value, losses, accepted = _VocabularyLoss.apply(
         rows, matrix.to(rows.dtype), targets.columns, targets.log_probs, weights, loss, num_fixed
     )
-    return value, accepted
+    return value, losses, accepted
 
 
 class _VocabularyLoss(torch.autograd.Function):
@@ -76,20 +76,18 @@ class _VocabularyLoss(torch.autograd.Function):
         weights: Tensor,
         loss: str,
         num_fixed: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wants_rows, wants_matrix = ctx.needs_input_grad[:2]
         row_gradient = torch.empty_like(rows) if wants_rows else None
         matrix_gradient = torch.zeros_like(matrix, dtype=torch.float32) if wants_matrix else None
-        total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        accepted = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        losses, accepted = torch.empty(2, len(rows), dtype=torch.float32, device=rows.device)
         per_piece = max(1, _PIECE_ELEMENTS[rows.device.type] // len(matrix))
         # A column of ones beside the matrix: the product that shifts logits, and the one that adds them up.
         widened = _widened(matrix, matrix.new_ones(len(matrix)))
         for start in range(0, len(rows), per_piece):
             part = slice(start, start + per_piece)
             piece = _Piece(rows[part], matrix, widened, columns[part])
-            value, slope = piece.loss(log_p[part], weights[part], loss)
-            total += value
+            losses[part], slope = piece.loss(log_p[part], weights[part], loss)
             accepted[part] = piece.accepted
             dense, corrections = piece.gradient(slope)
             if row_gradient is not None:
@@ -101,8 +99,8 @@ class _VocabularyLoss(torch.autograd.Function):
                 terms = corrections[:, :, None] * trained.float()[:, None]  # [n, k, r]
                 matrix_gradient[:, num_fixed:].index_add_(0, columns[part].flatten(), terms.flatten(0, 1))
         ctx.gradients = (row_gradient, matrix_gradient, matrix.dtype)
-        ctx.mark_non_differentiable(accepted)
-        return total, accepted
+        ctx.mark_non_differentiable(losses, accepted)
+        return (weights * losses).sum(), losses, accepted
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -132,10 +130,13 @@ class _Piece:
     def __init__(self, rows: Tensor, matrix: Tensor, widened: Tensor, columns: Tensor) -> None:
         self.chosen_rows = matrix[columns]
         # Logits relative to that of the likeliest token, which makes sums of at least 1. Where another one is so far
-        # above that the sum is no number, the highest is looked for.
+        # above that the sum is no number, the highest is looked for; on a GPU always: to ask whether it must be costs
+        # more than the product.
         shift = (rows * self.chosen_rows[:, 0]).sum(-1)
+        if rows.device.type == "cuda":
+            shift = (rows @ matrix.T).amax(-1)
         self.exponentials, self.summed = self._exponentials(rows, widened, shift)
-        if not bool(torch.isfinite(self.summed).all()):
+        if rows.device.type != "cuda" and not bool(torch.isfinite(self.summed).all()):
             shift = (rows @ matrix.T).amax(-1)
             self.exponentials, self.summed = self._exponentials(rows, widened, shift)
         self.normaliser = self.summed[:, rows.shape[1], None].float()  # [n, 1]
@@ -150,14 +151,14 @@ class _Piece:
         return exponentials, exponentials @ widened
 
     def loss(self, log_p: Tensor, weights: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-        """The weighted sum, and G [n, k + 1]."""
+        """Of each row [n], and G [n, k + 1] of their weighted sum."""
         with torch.enable_grad():
             parts = torch.cat((self._log_q, self._q_rest.log()), dim=1).requires_grad_()
             p = with_rest(log_p)
-            value = (weights * LOSSES[loss](p, parts)).sum()
-            (slope,) = torch.autograd.grad(value, parts)
+            losses = LOSSES[loss](p, parts)
+            (slope,) = torch.autograd.grad(losses, parts, weights)
         self.accepted = acceptance(p, parts.detach())
-        return value.detach(), slope
+        return losses.detach(), slope
 
     def gradient(self, slope: Tensor) -> tuple[Tensor, Tensor]:
         """dL/dlogits: a factor [n, 1] on the exponentials, and what is added at the k tokens, float32 [n, k]."""

@@ -1,6 +1,7 @@
 """Rows in files: those computed anew, and computed once for all methods and heads that read them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from outrider.workers.training.feature_store import (
     FeatureBatch,
     FeatureComputer,
     FeatureFiles,
+    HeldRows,
     WantedRows,
 )
 from outrider.workers.training.features import TargetFeatures
@@ -84,3 +86,30 @@ def test_rows_of_another_target_are_others(
     FeatureFiles(texts[:2], MEDUSA, tmp_path, "target float32").keep(FeatureComputer(target, MEDUSA), silent)
     assert FeatureFiles(texts[:2], MEDUSA, tmp_path, "other float32").num_missing
     assert FeatureFiles(texts[1:2], MEDUSA, tmp_path, "target float32").num_missing
+
+
+@pytest.mark.parametrize("wanted", [EAGLE3, MEDUSA])
+def test_held_rows_are_computed_when_a_text_is_read_first(
+    target: CountingTarget, texts: list[TrainingText], wanted: WantedRows
+) -> None:
+    computer = FeatureComputer(target, wanted)
+    held, anew = HeldRows(texts, wanted, computer), ComputedRows(texts, wanted, computer)
+    read = []
+    for some in ([7, 3], [3, 12, 7], [12, 3], [299, 0, 3]):
+        target.num_tokens = 0
+        found = held.read(some)
+        read.append(target.num_tokens)
+        assert_same(found, anew.read(some))
+    lengths = [len(text.tokens) for text in texts]
+    assert read == [lengths[7] + lengths[3], lengths[12], 0, lengths[299] + lengths[0]]
+
+
+def test_rows_that_do_not_fit_are_refused_before_any_is_held(
+    target: CountingTarget, texts: list[TrainingText], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    held = HeldRows(texts, EAGLE3, FeatureComputer(target, EAGLE3))
+    with pytest.raises(
+        ValueError, match=r"texts\.features must be cached or computed: .* fit in the 0\.00 GB"
+    ):
+        held.read([0])

@@ -24,7 +24,7 @@ def with_gradients(
     rows: Tensor, matrix: Tensor, soft: SoftTargets, weights: Tensor, loss: str
 ) -> list[Tensor]:
     rows, matrix = rows.clone().requires_grad_(), matrix.clone().requires_grad_()
-    value, _ = vocabulary_loss(rows, matrix, soft, weights, loss)
+    value, *_ = vocabulary_loss(rows, matrix, soft, weights, loss)
     return [value.detach(), *torch.autograd.grad(value, (rows, matrix))]
 
 
@@ -47,7 +47,7 @@ def test_columns_that_nobody_trains_get_no_gradient_and_change_no_other() -> Non
     gradients = []
     for num_fixed in (0, 7):
         own = matrix.clone().requires_grad_()
-        value, _ = vocabulary_loss(rows, own, soft, weights, "kl_tv", num_fixed)
+        value, *_ = vocabulary_loss(rows, own, soft, weights, "kl_tv", num_fixed)
         gradients += torch.autograd.grad(value, own)
     assert not gradients[1][:, :7].any()
     torch.testing.assert_close(gradients[1][:, 7:], gradients[0][:, 7:], atol=1e-6, rtol=1e-5)
@@ -82,7 +82,7 @@ def test_a_logit_far_above_the_targets_choice_does_not_overflow() -> None:
 def test_a_certain_target_gives_cross_entropy() -> None:
     rows, matrix, soft, _ = case()
     certain = SoftTargets(soft.columns[:, :1], torch.zeros(N, 1))
-    value, _ = vocabulary_loss(rows, matrix, certain, torch.ones(N), "kl")
+    value, *_ = vocabulary_loss(rows, matrix, certain, torch.ones(N), "kl")
     wanted = torch.nn.functional.cross_entropy(rows @ matrix.T, soft.columns[:, 0], reduction="sum")
     torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-4)
 
