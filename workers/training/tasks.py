@@ -231,8 +231,9 @@ def build_task(config: TrainingConfig, corpus: Corpus, device: torch.device) -> 
     def reader(texts: list[TrainingText]) -> BatchReader:
         if config.texts.features == "cached":
             return _files(config, rows, texts)
-        by_features = {"computed": ComputedRows, "held": HeldRows}
-        return by_features[config.texts.features](texts, rows, computer())
+        if config.texts.features == "held":
+            return HeldRows(texts, rows, computer())
+        return ComputedRows(texts, rows, computer())
 
     return Task(
         module,
