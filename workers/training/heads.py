@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,18 @@ def head_weight(source: WeightSource, ids: Tensor) -> Tensor:
     """The target's head, float32 [V', hidden], of these ids."""
     name = EMBEDDING if source.config.tied_embeddings else HEAD
     return source.read(name, _ALL, _ALL, torch.float32)[ids]
+
+
+def label_weights(decay: float, totals: Tensor, sizes: Sequence[int]) -> Tensor:
+    """float32 [sum of sizes]: of each of sizes[k] labels of step (or level) k, decay**k / totals[k], with which a sum
+    over all becomes the decayed sum of means.
+
+    Args:
+        totals: float32 [at least len(sizes)], labels of each step over all ranks and forwards.
+    """
+    steps = torch.arange(len(sizes), device=totals.device)
+    by_step = decay**steps / totals[: len(sizes)].clamp(min=1.0)
+    return by_step.repeat_interleave(torch.tensor(sizes).to(totals.device), output_size=sum(sizes))
 
 
 class HeadLoss(nn.Module):

@@ -23,7 +23,7 @@ from outrider.workers.training.block_attention import Blocks, block_attention, p
 from outrider.workers.training.data import Corpus
 from outrider.workers.training.eagle3 import active_columns
 from outrider.workers.training.feature_store import FeatureBatch
-from outrider.workers.training.heads import HeadLoss
+from outrider.workers.training.heads import HeadLoss, label_weights
 from outrider.workers.training.metrics import StepCounts
 from outrider.workers.training.unrolled import rotated
 from outrider.workers.training.vocabulary_loss import SoftTargets
@@ -186,10 +186,7 @@ class ParallelTraining(nn.Module):
         rows = self._output(batch, blocks).flatten(0, 1).index_select(0, places)
         pair_rows = drafter.pair_rows(previous, rows)
         soft = _certain(columns) if learns_text else batch.soft.at(laws)
-        decays = self.config.position_decay ** torch.arange(self.num_guesses, device=device)
-        weights = (decays / totals.clamp(min=1.0)).repeat_interleave(
-            torch.tensor(sizes).to(device), output_size=len(laws)
-        )
+        weights = label_weights(self.config.position_decay, totals, sizes)
         loss, guesses = self.head_loss(
             rows, soft, learned, weights, measure, pair_rows, drafter.pair.successors()
         )

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.draft_heads.mtp import MtpDrafter
 from outrider.workers.model.rope import RotaryEmbedding
 from outrider.workers.training.feature_store import FeatureBatch
-from outrider.workers.training.heads import HeadLoss
+from outrider.workers.training.heads import HeadLoss, label_weights
 from outrider.workers.training.metrics import StepCounts
 from outrider.workers.training.unrolled_attention import unrolled_attention
 
@@ -68,6 +68,25 @@ class Anchors:
     positions: Tensor
     learned: Tensor
     laws: Tensor
+
+
+class _Indices(NamedTuple):
+    """What the device is told of a step, int64 each.
+
+    Attributes:
+        tokens: [A], read by each row.
+        places: [A], where each row lies in the `Grid`.
+        kept, positions: [A], as in `Anchors`.
+        learned: [L], as in `Anchors`.
+        chains: [L], index into the batch's tokens: where the chain of guesses of each label began.
+    """
+
+    tokens: Tensor
+    places: Tensor
+    kept: Tensor
+    positions: Tensor
+    learned: Tensor
+    chains: Tensor
 
 
 def plan_steps(lengths: list[int], is_label: Tensor, num_steps: int) -> list[Anchors]:
@@ -164,62 +183,63 @@ class UnrolledTraining(nn.Module):
         sizes = [len(step.learned) for step in steps]
         laws = torch.cat([step.laws for step in steps])
         known = self.head_loss.has(batch.greedy[laws])
-        places = [step.laws - number for number, step in enumerate(steps)]
-        first = steps[0].read_tokens
-        before, of_laws, learned, *uploaded = upload(
+        of_steps = [
+            _Indices(
+                batch.tokens[step.read_tokens],
+                grid.places[step.rows],
+                step.kept,
+                step.positions,
+                step.learned,
+                step.laws - number,
+            )
+            for number, step in enumerate(steps)
+        ]
+        before, of_laws, learned, *flat = upload(
             [
-                first - 1,
+                steps[0].read_tokens - 1,
                 laws,
                 known.nonzero().squeeze(1),
-                *places,
-                *(
-                    array
-                    for step in steps
-                    for array in (
-                        batch.tokens[step.read_tokens],
-                        grid.places[step.rows],
-                        step.kept,
-                        step.positions,
-                        step.learned,
-                    )
-                ),
+                *(array for indices in of_steps for array in indices),
             ],
             device,
         )
-        places, arrays = uploaded[: len(steps)], uploaded[len(steps) :]
+        width = len(_Indices._fields)
+        of_steps = [_Indices(*flat[start : start + width]) for start in range(0, len(flat), width)]
         features = self.features(batch).index_select(0, before)
         keys: list[Tensor] = []
         values: list[Tensor] = []
         outputs: list[Tensor] = []
-        for number in range(len(steps)):
-            tokens, rows, kept, positions, guessing = arrays[5 * number : 5 * number + 5]
+        for number, step in enumerate(of_steps):
             if number:
-                features = features.index_select(0, kept)
-            embedded = self._embedding[0][tokens].to(self.dtype)
-            cos, sin = (table.to(self.dtype)[:, None] for table in self._rope(positions))
+                features = features.index_select(0, step.kept)
+            embedded = self._embedding[0][step.tokens].to(self.dtype)
+            cos, sin = (table.to(self.dtype)[:, None] for table in self._rope(step.positions))
 
             def attend(
-                q: Tensor, k: Tensor, v: Tensor, cos: Tensor = cos, sin: Tensor = sin, rows: Tensor = rows
+                q: Tensor,
+                k: Tensor,
+                v: Tensor,
+                cos: Tensor = cos,
+                sin: Tensor = sin,
+                places: Tensor = step.places,
             ) -> Tensor:
-                keys.append(grid.spread(rotated(k, cos, sin), rows, q.shape[1] // k.shape[1]))
-                values.append(grid.spread(v, rows, q.shape[1] // k.shape[1]))
-                laid = grid.spread(rotated(q, cos, sin), rows, 1)
-                return grid.gather(unrolled_attention(laid, keys, values, q.shape[-1] ** -0.5, window), rows)
+                keys.append(grid.spread(rotated(k, cos, sin), places, q.shape[1] // k.shape[1]))
+                values.append(grid.spread(v, places, q.shape[1] // k.shape[1]))
+                laid = grid.spread(rotated(q, cos, sin), places, 1)
+                found = unrolled_attention(laid, keys, values, q.shape[-1] ** -0.5, window)
+                return grid.gather(found, places)
 
             features = drafter(embedded, features, attend)
-            outputs.append(features.index_select(0, guessing))
+            outputs.append(features.index_select(0, step.learned))
         # The heads of all steps at once: what each label counts for stands in its weight.
-        decays = self.config.step_decay ** torch.arange(len(steps), device=device)
-        by_step = decays / totals[: len(steps)].clamp(min=1.0)
-        repeats = torch.tensor(sizes).to(device)
-        weights = by_step.repeat_interleave(repeats, output_size=len(laws))
+        weights = label_weights(self.config.step_decay, totals, sizes)
         loss, guesses = self.head_loss(
             drafter.normed(torch.cat(outputs)), batch.soft.at(of_laws), learned, weights, measure
         )
         counts = StepCounts(self.num_guesses, len(batch.tokens), device)
         num_learned = [int(part.sum()) for part in known.split(sizes)]
         for number, of_step in enumerate(guesses.split(sizes)):
-            counts.add(number, num_learned[number], of_step, places[number])
+            counts.add(number, num_learned[number], of_step, of_steps[number].chains)
         return loss, counts
 
 
