@@ -21,10 +21,11 @@ AT_ONCE = replace(LIMITS, time_s=1.0, cpu_s=1)  # for programs that do not end b
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder() -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the sandboxes of these tests lie, and none of other tests that run at the same time."""
     folder = Path(tempfile.mkdtemp(prefix="outrider-tests-"))
     folder.chmod(0o755)
+    tmp_path_factory.getbasetemp()  # lies where temporary files did when it was first asked for
     usual, tempfile.tempdir = tempfile.tempdir, str(folder)
     yield folder
     tempfile.tempdir = usual
@@ -107,7 +108,7 @@ def test_nothing_outside_of_the_folder_is_written(sandbox: Sandbox, folder: Path
         assert kept.read_text() == "as it was"
         assert kept.stat().st_mode & 0o777 == 0o666
     assert not sandbox.run("open('large', 'wb').write(bytes(1 << 26))").passed
-    assert not list(folder.iterdir())
+    assert not list(folder.glob("outrider-sandbox-*"))
 
 
 def test_processes_do_not_multiply_without_end(way: Way, folder: Path) -> None:
