@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from outrider.cluster.distillation.template import user_turn
 from outrider.workers.training.filters import degeneration
@@ -41,6 +42,7 @@ TEMPERATURES = (0.0, 0.0, 0.0, 0.7, 1.0)  # of answers, in turn
 LONGEST_PROMPT = 160
 LONGEST_PASSAGE, LONGEST_ABOUT = 320, 48  # tokens of a passage, and of what is asked about it
 MARKS = ".,;:!?()\"'*"
+LEAST_OUTPUT = 8
 STEPS_AT_A_TIME = 20  # between looks at what is left
 
 
@@ -170,152 +172,168 @@ class BatchedWriter:
         return F.linear(normed(hidden, self.norm), self.head)
 
 
-def topic_of(passage: str, chosen: random.Random) -> str:
-    """A name or a long word of it, to ask about."""
-    words = passage.split()
-    names = [
-        word.strip(MARKS)
-        for before, word in itertools.pairwise(words)
-        if word[0].isupper() and before[-1] not in ".!?:"
-    ]
-    return chosen.choice(
-        sorted(set(names)) or [word.strip(MARKS) for word in sorted(words, key=len)[-3:]] or ["it"]
-    )
+class Author:
+    """A target that writes what it is asked, and then answers."""
+
+    def __init__(
+        self, source: WeightSource, tokenizer: PreTrainedTokenizerFast, slots: int, seconds: float, seed: int
+    ) -> None:
+        """slots: texts at a time; seconds: most of each writing."""
+        torch.manual_seed(seed)
+        self._random = random.Random(seed)
+        self._source, self._slots, self._seconds = source, slots, seconds
+        self._tokenizer, self._turn = tokenizer, user_turn(tokenizer)
+        self._before, self._after = (
+            self._encoded(self._turn.before),
+            self._encoded(self._turn.end_text + "\n"),
+        )
+
+    def prompts(self, count: int, beginnings: Sequence[str]) -> list[tuple[int, ...]]:
+        """Messages of a user that it began with one of these, different ones that came to their end."""
+        start = len(self._before)
+        asked = [
+            Asked(
+                [*self._before, *self._encoded(self._random.choice(beginnings))], start + LONGEST_PROMPT, 1.0
+            )
+            for _ in range(count)
+        ]
+        found = {tuple(text.tokens[start:-1]) for text in self._written(asked) if text.stopped}
+        return sorted(prompt for prompt in found if len(prompt) > 2)
+
+    def prompts_about_passages(
+        self, count: int, beginnings: Sequence[str], questions: Sequence[dict[str, str]]
+    ) -> list[tuple[int, ...]]:
+        """Passages that it began with one of these, without a template, each with a question before or after it."""
+        asked = [
+            Asked(
+                self._encoded(self._random.choice(beginnings)),
+                self._random.randrange(80, LONGEST_PASSAGE),
+                1.0,
+                template=False,
+            )
+            for _ in range(count)
+        ]
+        found = []
+        for text in self._written(asked):
+            passage = self._tokenizer.decode(text.tokens, skip_special_tokens=True)
+            question = self._random.choice(questions)
+            after = question["after"].format(topic=self._topic_of(passage))
+            found.append(tuple(self._encoded(question["before"] + passage + after)))
+        return found
+
+    def given(self, path: Path) -> list[tuple[int, ...]]:
+        """The prompts of a file."""
+        return [tuple(self._encoded(line.get("prompt") or line["question"])) for line in lines_of(path)]
+
+    def answers(
+        self, prompts: Sequence[tuple[tuple[int, ...], str]], longest: int, max_tokens: int
+    ) -> list[tuple[Asked, Written]]:
+        """To prompts, each with where it comes from, of up to `longest` tokens."""
+        shuffled = self._random.sample(prompts, len(prompts))
+        asked = [
+            Asked(
+                [*self._before, *prompt, *self._after],
+                len(self._before) + len(prompt) + len(self._after) + max_tokens,
+                TEMPERATURES[number % len(TEMPERATURES)],
+                source=name,
+            )
+            for number, (prompt, name) in enumerate(shuffled)
+            if len(prompt) <= longest
+        ]
+        return list(zip(asked, self._written(asked), strict=True))
+
+    def _written(self, asked: Sequence[Asked]) -> list[Written]:
+        if not asked:
+            return []
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # A writer for each writing: memory and time of a step are those of the longest text.
+        writer = BatchedWriter(self._source, self._slots, max(text.limit for text in asked), device)
+        return writer.write(asked, self._turn.end_token, self._seconds)
+
+    def _topic_of(self, passage: str) -> str:
+        """A name or a long word of it, to ask about."""
+        words = passage.split()
+        names = {
+            word.strip(MARKS)
+            for before, word in itertools.pairwise(words)
+            if word[0].isupper() and before[-1] not in ".!?:"
+        }
+        longest = [word.strip(MARKS) for word in sorted(words, key=len)[-3:]]
+        return self._random.choice(sorted(names) or longest or ["it"])
+
+    def _encoded(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def lines_of(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def keep(folder: Path, described: Description, texts: Sequence[tuple[Asked, Written]], name: str) -> int:
+    """Writes those that are no loops and not nearly empty; how many tokens they have."""
+    outputs = [tuple(text.tokens[len(asked.tokens) :]) for asked, text in texts]
+    with get_context("fork").Pool() as pool:
+        loops = pool.map(degeneration, outputs, 64)
+    num_tokens = 0
+    with TextWriter(folder, described) as file:
+        for number, ((asked, text), output, loop) in enumerate(zip(texts, outputs, loops, strict=True)):
+            if loop or len(output) < LEAST_OUTPUT:
+                continue
+            ending = "stop" if text.stopped else "length"
+            file.write(
+                DistilledText(
+                    f"{name}-{number:07d}",
+                    tuple(asked.tokens),
+                    output,
+                    asked.temperature,
+                    asked.template,
+                    asked.source,
+                    ending,
+                )
+            )
+            num_tokens += len(asked.tokens) + len(output)
+    return num_tokens
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path("~/.cache/outrider/models").expanduser())
-    prompts = Path("configs/prompts")
-    parser.add_argument("--begun", type=int, default=1000, help="prompts that the target writes")
-    parser.add_argument("--beginnings", type=Path, default=prompts / "beginnings.jsonl")
-    parser.add_argument(
-        "--passages", type=int, default=0, help="texts that the target writes and is asked about"
-    )
-    parser.add_argument("--raw-beginnings", type=Path, default=prompts / "raw-beginnings.jsonl")
-    parser.add_argument("--about", type=Path, default=prompts / "about-passages.jsonl")
-    parser.add_argument(
-        "--prompts", type=Path, help='JSON lines with "prompt" or "question", answered as well'
-    )
-    parser.add_argument("--slots", type=int, default=4096)
-    parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument(
-        "--seconds", type=float, default=60.0, help="most of each of the writings, up to four"
-    )
-    parser.add_argument("--seed", type=int, default=0)
+    folder = Path("configs/prompts")
+    add = parser.add_argument
+    add("target")
+    add("--out", type=Path, required=True)
+    add("--cache", type=Path, default=Path("~/.cache/outrider/models").expanduser())
+    add("--begun", type=int, default=1000, help="prompts that the target writes")
+    add("--beginnings", type=Path, default=folder / "beginnings.jsonl")
+    add("--passages", type=int, default=0, help="texts that the target writes and is asked about")
+    add("--raw-beginnings", type=Path, default=folder / "raw-beginnings.jsonl")
+    add("--about", type=Path, default=folder / "about-passages.jsonl")
+    add("--prompts", type=Path, help='JSON lines with "prompt" or "question", answered as well')
+    add("--slots", type=int, default=4096)
+    add("--max-tokens", type=int, default=256)
+    add("--seconds", type=float, default=60.0, help="most of each of the writings, up to four")
+    add("--seed", type=int, default=0)
     options = parser.parse_args()
-    torch.manual_seed(options.seed)
-    chosen = random.Random(options.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = open_source(resolve(options.target, options.cache, silent, "target"))
     tokenizer = load_tokenizer(resolve_tokenizer(options.target, options.cache, silent, "target"))
-
-    def encoded(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    def lines(path: Path) -> list[dict[str, str]]:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-
-    def written(asked: Sequence[Asked]) -> list[Written]:
-        if not asked:
-            return []
-        writer = BatchedWriter(source, options.slots, max(text.limit for text in asked), device)
-        return writer.write(asked, turn.end_token, options.seconds)
-
-    turn = user_turn(tokenizer)
-    before, after = encoded(turn.before), encoded(turn.end_text + "\n")
-    beginnings = ["", *(line["prompt"] for line in lines(options.beginnings))]
-    raw = [line["prompt"] for line in lines(options.raw_beginnings)]
-    begun = written(
-        [
-            Asked([*before, *encoded(chosen.choice(beginnings))], len(before) + LONGEST_PROMPT, 1.0)
-            for _ in range(options.begun)
-        ]
-    )
-    passages = written(
-        [
-            Asked(encoded(chosen.choice(raw)), chosen.randrange(80, LONGEST_PASSAGE), 1.0, template=False)
-            for _ in range(options.passages)
-        ]
-    )
-    # The longer ones by themselves: memory and time of a step are those of the longest text.
-    own = {tuple(prompt.tokens[len(before) : -1]) for prompt in begun if prompt.stopped}
-    about: list[tuple[int, ...]] = []
-    for passage in passages:
-        text, question = (
-            tokenizer.decode(passage.tokens, skip_special_tokens=True),
-            chosen.choice(lines(options.about)),
-        )
-        topic = topic_of(text, chosen)
-        about.append(tuple(encoded(question["before"] + text + question["after"].format(topic=topic))))
-    given = lines(options.prompts) if options.prompts else []
-    answers: list[Asked] = []
-    texts: list[Written] = []
-    for asked, longest in (
-        (
-            [
-                *((prompt, WRITTEN) for prompt in sorted(own) if len(prompt) > 2),
-                *(
-                    (tuple(encoded(row.get("prompt") or row["question"])), options.prompts.stem)
-                    for row in given
-                ),
-            ],
-            LONGEST_PROMPT,
+    author = Author(source, tokenizer, options.slots, options.seconds, options.seed)
+    beginnings = ["", *(line["prompt"] for line in lines_of(options.beginnings))]
+    prompts = [(prompt, WRITTEN) for prompt in author.prompts(options.begun, beginnings)]
+    if options.prompts:
+        prompts += [(prompt, options.prompts.stem) for prompt in author.given(options.prompts)]
+    raw = [line["prompt"] for line in lines_of(options.raw_beginnings)]
+    about = author.prompts_about_passages(options.passages, raw, lines_of(options.about))
+    texts = [
+        *author.answers(prompts, LONGEST_PROMPT, options.max_tokens),
+        *author.answers(
+            [(prompt, WRITTEN) for prompt in about], LONGEST_PASSAGE + LONGEST_ABOUT, options.max_tokens
         ),
-        ([(prompt, WRITTEN) for prompt in about], LONGEST_PASSAGE + LONGEST_ABOUT),
-    ):
-        chosen.shuffle(asked)
-        these = [
-            Asked(
-                [*before, *prompt, *after],
-                len(before) + len(prompt) + len(after) + options.max_tokens,
-                TEMPERATURES[number % len(TEMPERATURES)],
-                source=name,
-            )
-            for number, (prompt, name) in enumerate(asked)
-            if len(prompt) <= longest
-        ]
-        texts += written(these)
-        answers += these
-    with get_context("fork").Pool() as pool:
-        loops = pool.map(
-            degeneration, [text.tokens[len(by.tokens) :] for text, by in zip(texts, answers, strict=True)], 64
-        )
-    settings = {
-        "begun": options.begun,
-        "passages": options.passages,
-        "max_tokens": options.max_tokens,
-        "seed": options.seed,
-    }
+    ]
+    settings = {name: getattr(options, name) for name in ("begun", "passages", "max_tokens", "seed")}
     described = Description(options.target, source.config.vocab_size, "", settings, "batched_texts")
-    num_tokens = 0
-    with TextWriter(options.out, described) as file:
-        for number, (text, by, loop) in enumerate(zip(texts, answers, loops, strict=True)):
-            output = tuple(text.tokens[len(by.tokens) :])
-            if loop or len(output) < 8:
-                continue
-            ending = "stop" if text.stopped else "length"
-            prompt = tuple(by.tokens)
-            file.write(
-                DistilledText(
-                    f"batched-{options.seed}-{number:07d}",
-                    prompt,
-                    output,
-                    by.temperature,
-                    by.template,
-                    by.source,
-                    ending,
-                )
-            )
-            num_tokens += len(prompt) + len(output)
-    print(
-        f"{options.out}: {num_tokens} tokens; {len(begun)} prompts and {len(passages)} passages begun, "
-        f"{len(answers)} answered"
-    )
+    num_tokens = keep(options.out, described, texts, f"batched-{options.seed}")
+    print(f"{options.out}: {num_tokens} tokens; {len(prompts)} prompts, {len(about)} about passages")
 
 
 if __name__ == "__main__":
