@@ -78,7 +78,7 @@ edits. Two waits: for what sampling brings back, and for the round's times. Wher
 can say alone what is kept: the same launch gives the likeliest (128, or top-k and one, up to 1,025) instead, of
 which the ranks' hosts agree as without a GPU; a nucleus wider than that takes further looks, and so do the
 questions of lossy rules. Each step of a draft model, an EAGLE-3 drafter or an MTP head is a graph of up to 64 rows.
-The target's and the draft model's graphs ran on a GPU, those of EAGLE-3 and MTP have not yet.
+All of these graphs ran on a GPU, those of EAGLE-3 and MTP in part 12 of its check, in bfloat16.
 
 Within a replay: {PER_LAYER_BEFORE} → {found.per_layer} launches a layer (besides sums over ranks), and {before} → \
 {replayed} before, between and behind the layers.
