@@ -59,7 +59,8 @@ def splits_of(shape, query_lens, num_keys, group, num_kv_heads):
         ((33,), 8192, 64, 260, 26),  # all multiprocessors, twice
         ((33,), 1024, 64, 90, 9),  # as short as splits may be
         ((64,), 8192, 64, 240, 15),
-        ((8,), 8192, 8, 128, 64),
+        ((8,), 8192, 8, 64, 32),  # a block for half of them: more splits take longer to merge than they save
+        ((8,), 32_768, 8, 64, 32),
         ((8,) * 32, 2048, 256, 256, 4),
         ((1,) * 64, 8192, 64, 256, 2),
     ],
@@ -73,6 +74,12 @@ def test_the_work_that_is_there_fills_the_gpu_whatever_was_captured(
     assert {splits for _, splits in found} == {num_splits}
     assert sum(units * splits for units, splits in found) == num_blocks
     assert shape.num_blocks <= 460  # blocks that return at once are few
+
+
+@pytest.mark.parametrize(("max_keys", "num_splits"), [(33_280, 32), (33_281, 64), (131_072, 64)])
+def test_graphs_for_long_contexts_split_them_into_more(max_keys, num_splits):
+    shape = attention_shape(8, max_keys, 1, 8, 16, 2, H100_SMS)
+    assert splits_of(shape, (8,), [max_keys], 8, 2) == [(2, num_splits)]
 
 
 @given(

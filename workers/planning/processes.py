@@ -95,7 +95,7 @@ def target_memory(config: Config, model: ModelConfig, rank: int, num_taps: int) 
     on_gpu = config.cluster.num_gpus_per_target > 0 and target.device != "cpu"
     num_pages, cache = num_target_pages(config, model), cache_dtype(config, model)
     by_kernel = on_gpu and target.attention != "sdpa" and attention_kernel_fits(model, dtype)
-    capacities = target_capacities(plan, _Pages(num_pages, target.page_size))
+    capacities = target_capacities(plan, _Pages(num_pages, target.page_size), target.max_context)
     nodes = rounds.max_sequences * (config.tree.max_nodes + 1)
     activations = forward_bytes(plan, rounds.max_round_tokens, dtype, num_taps)
     if not by_kernel:

@@ -159,7 +159,7 @@ def test_a_forward_holds_no_more_than_planned_and_not_much_less(spec: str, size:
 def test_graphs_have_the_inputs_that_are_planned() -> None:
     config = shipped_config(shipped_models()["meta-llama/Llama-3.3-70B-Instruct"])
     plan, pages = ShardPlan(config, 0, 7), SimpleNamespace(num_pages=2048, page_size=16)
-    capacities = target_capacities(plan, pages)
+    capacities = target_capacities(plan, pages, 32768)
     made = [StaticBatch(capacity, 16, torch.device("cpu")).batch for capacity in capacities]
     inputs = sum(
         t.nbytes for batch in made for part in (batch, vars(batch.tree).values()) for t in _tensors(part)
