@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from outrider.kernels.attention_cases import AttentionCase
 from outrider.kernels.attention_work import KEYS_PER_TILE, attention_shape, shape_of_tiles
 from outrider.kernels.gather_rows import plan_gather_rows
+from outrider.kernels.int4_cases import INT4_CASES, LARGE_INT4_CASES, prepare_int4_matmul
 from outrider.kernels.kernel_cases import case_shape, prepare_attention
 from outrider.kernels.kv_commit import plan_kv_commit
 from outrider.kernels.launch_plans import COMMIT_SHARED_BYTES, MAX_COMMIT_ROWS
@@ -167,12 +168,14 @@ def test_rows_are_copied_in_the_largest_unit_that_divides_them(rows, unit):
     ],
 )
 def test_columns_are_split_where_features_are_too_few_for_a_gpu(out_features, in_features, splits):
-    assert column_splits(out_features, in_features, H100_SMS) == splits
+    assert column_splits(out_features, in_features, 8, H100_SMS) == splits
 
 
 def test_the_large_products_are_split_as_an_h100_splits_them():
     for case in LARGE_NARROW_CASES:
-        assert case.num_splits == column_splits(case.out_features, case.in_features, H100_SMS), case.name
+        assert case.num_splits == column_splits(case.out_features, case.in_features, 8, H100_SMS), case.name
+    for case in LARGE_INT4_CASES:
+        assert case.num_splits == column_splits(case.out_features, case.in_features, 4, H100_SMS), case.name
 
 
 @pytest.mark.parametrize(("shared_kib", "stages"), [(96, {2, 3, 4}), (163, {3, 4, 6}), (227, {4, 6})])
@@ -184,4 +187,15 @@ def test_a_ring_has_as_many_stages_as_fit(shared_kib, stages):
         plan = prepare_narrow_matmul(given, torch.device("cpu")).plans[0]
         assert plan.shared_bytes <= shared_kib << 10
         found.add(int(plan.arguments[14]))
+    assert found == stages
+
+
+@pytest.mark.parametrize(("shared_kib", "stages"), [(96, {2, 3, 4, 6}), (163, {3, 4, 6}), (227, {4, 6})])
+def test_a_ring_of_4_bits_has_as_many_stages_as_fit(shared_kib, stages):
+    found = set()
+    for case in INT4_CASES:
+        given = replace(case, shared_bytes=shared_kib << 10)
+        plan = prepare_int4_matmul(given, torch.device("cpu")).plans[0]
+        assert plan.shared_bytes <= shared_kib << 10
+        found.add(int(plan.arguments[10]))
     assert found == stages

@@ -30,6 +30,7 @@ LOCAL_MEMORY = ("STL", "LDL")
 NEEDED = {
     "tree_attention": (TENSOR_CORE, MATRIX_LOAD, ASYNC_COPY),
     "narrow_matmul": (TENSOR_CORE, ASYNC_COPY),
+    "int4_matmul": (TENSOR_CORE, MATRIX_LOAD, ASYNC_COPY),
 }
 # The form of each kernel that ran on a GPU of sm_90a, see `form_of`; docs/gpu-report.md.
 RAN_ON = {
