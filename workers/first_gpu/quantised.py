@@ -58,22 +58,22 @@ MAX_COPIES = 32  # of a timed matrix: even the smallest are then more than a GPU
 def quantised(setting: Setting) -> list[Row]:
     rows = []
     source = RememberedSource(RandomSource(setting.model_spec()))
-    own, torchs = product_kernels(setting), ProductKernels()
+    ours, torch_alone = product_kernels(setting), ProductKernels()
     for layout in LAYOUTS:
         narrow = NarrowSource(source, layout)
-        rows += attempted(f"{layout.name}: products", partial(products_beside_cpu, setting, layout, own))
+        rows += attempted(f"{layout.name}: products", partial(products_beside_cpu, setting, layout, ours))
         if layout.bits == 4:
             name = f"{layout.name} by torch: products"
-            rows += attempted(name, partial(products_beside_cpu, setting, layout, torchs))
+            rows += attempted(name, partial(products_beside_cpu, setting, layout, torch_alone))
         rows += attempted(f"{layout.name}: model", partial(whole_model, setting, narrow, None))
     rows += attempted("FP8 cache: model", partial(whole_model, setting, source, CACHE_SCALES))
     plain = dict.fromkeys(setting.sizes.trees, 0.0)
-    rows += attempted("bfloat16: times", partial(times, setting, None, own, plain))
+    rows += attempted("bfloat16: times", partial(times, setting, None, ours, plain))
     for layout in LAYOUTS:
-        rows += attempted(f"{layout.name}: times", partial(times, setting, layout, own, plain))
+        rows += attempted(f"{layout.name}: times", partial(times, setting, layout, ours, plain))
         if layout.bits == 4:
             name = f"{layout.name} by torch: times"
-            rows += attempted(name, partial(times, setting, layout, torchs, plain))
+            rows += attempted(name, partial(times, setting, layout, torch_alone, plain))
     return rows
 
 
