@@ -49,8 +49,8 @@ class TextsConfig:
     """Learn the prompts' tokens, too: for prompts that the target wrote itself."""
 
     features: Literal["cached", "computed", "held"] = "cached"
-    """The target's hidden rows: computed once and kept in files, computed whenever a text is read, or computed when it
-    is read first and held in the memory of the device from then on."""
+    """The target's hidden rows: computed once and kept in files, computed whenever a text is read, or computed when
+    it is read first and held in the memory of the device from then on."""
 
     features_directory: str = ""
     """Where they are kept; empty: `out`/features. Runs of other methods and heads over the same texts share them."""

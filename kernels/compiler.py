@@ -29,6 +29,7 @@ SOURCES = (
     "silu_mul",
     "round_rows",
     "narrow_matmul",
+    "int4_matmul",
 )
 _TARGET_OF_MAJOR = {8: "sm_80", 9: "sm_90a", 10: "sm_100", 12: "sm_120"}  # compute capability
 TARGETS = tuple(_TARGET_OF_MAJOR.values())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.attention_cases import ATTENTION_CASES, LARGE_ATTENTION_CASES
+from outrider.kernels.int4_cases import INT4_CASES, LARGE_INT4_CASES
 from outrider.kernels.kernel_cases import Preparation, kernel_cases
 from outrider.kernels.launch_plans import LaunchPlan
 from outrider.kernels.narrow_cases import LARGE_NARROW_CASES, NARROW_CASES
@@ -74,7 +75,11 @@ class GpuReport:
 
 def all_cases() -> list[Preparation]:
     large = partial(prepare_round_rows, 33, 8192, torch.bfloat16)
-    cases = kernel_cases((*ATTENTION_CASES, *LARGE_ATTENTION_CASES), (*NARROW_CASES, *LARGE_NARROW_CASES))
+    cases = kernel_cases(
+        (*ATTENTION_CASES, *LARGE_ATTENTION_CASES),
+        (*NARROW_CASES, *LARGE_NARROW_CASES),
+        (*INT4_CASES, *LARGE_INT4_CASES),
+    )
     return [*cases, large, partial(large, width=128)]
 
 

@@ -18,6 +18,7 @@ from outrider.kernels.attention_cases import (
 )
 from outrider.kernels.attention_work import AttentionShape, shape_of_tiles
 from outrider.kernels.gather_rows import plan_gather_rows
+from outrider.kernels.int4_cases import INT4_CASES, Int4Case, prepare_int4_matmul
 from outrider.kernels.kv_commit import plan_kv_commit
 from outrider.kernels.launch_plans import FP8
 from outrider.kernels.narrow_cases import NARROW_CASES, NarrowCase, prepare_narrow_matmul
@@ -222,6 +223,7 @@ Preparation = Callable[[torch.device], PreparedCase]
 def kernel_cases(
     attention_cases: Sequence[AttentionCase] = ATTENTION_CASES,
     narrow_cases: Sequence[NarrowCase] = NARROW_CASES,
+    int4_cases: Sequence[Int4Case] = INT4_CASES,
 ) -> list[Preparation]:
     """Every case of every kernel, to be prepared on a device."""
     return [
@@ -256,6 +258,7 @@ def kernel_cases(
         partial(prepare_round_rows, 4, 333, torch.bfloat16, width=20),
         partial(prepare_round_rows, 4, 512, torch.float32, width=128, by_column=True),
         *(partial(prepare_narrow_matmul, case) for case in narrow_cases),
+        *(partial(prepare_int4_matmul, case) for case in int4_cases),
         partial(prepare_sample_shard, 5, 0),
         partial(prepare_sample_shard, 1501, 152_000),
         partial(prepare_sample_shard, 600, 17, step=5, coarse=True),

@@ -13,14 +13,15 @@ MAX_ROWS = 64
 TILE_ROWS = (8, 16, 40, 64)  # the entries of narrow_matmul.cu
 TILE_FEATURES, CHUNK, THREADS = 64, 256, 256
 WARP_COLUMNS = 64  # have one scale: groups are made of them
+COLUMN_WARPS = CHUNK // WARP_COLUMNS
 STAGES = (6, 4, 3, 2)  # of the ring, what the kernel can wait in
 SHARED_BYTES = 96 << 10  # what every target can give a block
 MAX_SPLITS = 32
 _PIECE = 16  # columns come in as many: 16 bytes of the matrix
 _TYPES = {FP8: "fp8", torch.int8: "int8"}
-# What splitting costs, in the time that a multiprocessor takes for a chunk of its tile at the memory's speed (0.6 us
-# on an H100, from its datasheet): until the first chunk of a block is there; another launch. And the rows of partial
-# sums that are counted on.
+# What splitting costs, in the time that a multiprocessor takes for a chunk of its tile in 8 bits at the memory's
+# speed (0.6 us on an H100, from its datasheet): until the first chunk of a block is there; another launch. And the
+# rows of partial sums that are counted on.
 _START, _LAUNCH, _TYPICAL_ROWS = 1.5, 2.5, 32
 
 
@@ -131,7 +132,7 @@ def narrow_matmul_on_gpu(
     if not are_packs(x):
         x = x.clone(memory_format=torch.contiguous_format)
     num_sms, shared_bytes = gpu_resources(x.device)
-    num_splits = column_splits(weight.shape[0], weight.shape[1], num_sms)
+    num_splits = column_splits(weight.shape[0], weight.shape[1], 8, num_sms)
     partial_out = x.new_empty((num_splits if num_splits > 1 else 0, *out.shape), dtype=torch.float32)
     scales = (x_scales.contiguous(), weight_scales.contiguous())
     plans = plan_narrow_matmul(
@@ -148,16 +149,19 @@ def gpu_resources(device: torch.device) -> tuple[int, int]:
     return gpu.multi_processor_count, getattr(gpu, "shared_memory_per_block_optin", SHARED_BYTES)
 
 
-def column_splits(out_features: int, in_features: int, num_sms: int) -> int:
+def column_splits(out_features: int, in_features: int, bits: int, num_sms: int) -> int:
     """Over how many blocks the columns of a tile are split, so that all multiprocessors are busy. It does not depend
-    on the rows that come in: their sums would."""
+    on the rows that come in: their sums would.
+
+    bits: of a number of the matrix.
+    """
     tiles, chunks = -(-out_features // TILE_FEATURES), -(-in_features // CHUNK)
 
     def cost(splits: int) -> float:
         waves = -(-tiles * splits // num_sms)
         partial_bytes = 2 * 4 * splits * _TYPICAL_ROWS * out_features  # written and read
         merge = _LAUNCH + partial_bytes / (num_sms * TILE_FEATURES * CHUNK)
-        return waves * (-(-chunks // splits) + _START) + (merge if splits > 1 else 0.0)
+        return waves * (-(-chunks // splits) * bits / 8 + _START) + (merge if splits > 1 else 0.0)
 
     return min(range(1, max(min(chunks, MAX_SPLITS), 1) + 1), key=cost)
 
@@ -189,7 +193,7 @@ def plan_narrow_matmul(
     tile_rows = next(rows for rows in TILE_ROWS if num_rows <= rows)
     stage_bytes = CHUNK * (TILE_FEATURES + tile_rows * x.element_size())
     num_stages = next(stages for stages in STAGES if stages * stage_bytes <= shared_bytes)
-    sum_bytes = 4 * (CHUNK // WARP_COLUMNS) * tile_rows * (TILE_FEATURES + 4)
+    sum_bytes = 4 * COLUMN_WARPS * tile_rows * (TILE_FEATURES + 4)
 
     def columns(scales: Tensor) -> np.int32:
         """Of a scale."""
@@ -221,9 +225,13 @@ def plan_narrow_matmul(
             np.int64(x.stride(0)),
         ),
     )
-    if num_splits == 1:
-        return (product,)
-    merge = LaunchPlan(
+    return (product,) if num_splits == 1 else (product, plan_sum_of_splits(partial_out, bias, out))
+
+
+def plan_sum_of_splits(partial_out: Tensor, bias: Tensor, out: Tensor) -> LaunchPlan:
+    """out [N, O] = the sum of partial_out [S, N, O], and bias [O] where it has elements."""
+    num_splits, num_rows, out_features = partial_out.shape
+    return LaunchPlan(
         source="narrow_matmul",
         kernel="sum_column_splits",
         grid=(-(-out.numel() // THREADS), 1, 1),
@@ -239,7 +247,6 @@ def plan_narrow_matmul(
             np.int32(bias.numel() > 0),
         ),
     )
-    return product, merge
 
 
 def _types(x: Tensor, weight: Tensor) -> str:

@@ -38,6 +38,7 @@ class KernelSelection:
     silu_mul: bool
     round_rows: bool
     narrow_matmul: bool
+    int4_matmul: bool
 
     @staticmethod
     def of(names: Sequence[str]) -> "KernelSelection":

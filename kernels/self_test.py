@@ -29,6 +29,7 @@ ENTRIES = (
     "silu_mul",
     "round_rows",
     "narrow_matmul",
+    "int4_matmul",
 )
 READY = {"ready": True}  # said once the GPU and the kernels' compiler are there
 LIMIT_S = (

@@ -213,7 +213,7 @@ class _Bench:
         cache = cast(PagedCache, _FreeCache(num_pages))
         self._link = _DirectLink()
         target = cast(Transformer, _FreeModel(model, table, self._model_clock))
-        rank = _TimedRank(target, cache, num_sequences, Tracer("target", False))
+        rank = _TimedRank(target, cache, num_sequences, model.max_context, Tracer("target", False))
         rank.clock = self._sampling_clock
         self._link.rank = rank
         slots = DraftedSlots(num_sequences, TREE_NODES, _TREE_DEPTH)

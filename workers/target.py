@@ -66,6 +66,7 @@ class TargetRank:
         model: Transformer,
         cache: PagedCache,
         num_slots: int,
+        max_context: int,
         tracer: Tracer,
         taps: Sequence[int] = (),
         grammars: Grammars = NO_GRAMMARS,
@@ -73,12 +74,13 @@ class TargetRank:
         """
         Args:
             num_slots: sequences that run at the same time.
+            max_context: tokens of each, at most.
             taps: layers whose inputs rounds may ask for (`Draft.layers`), besides what leaves the last one.
             grammars: over the model's tokens.
         """
         self.model = model
         self._cache = cache
-        capacities = target_capacities(model, cache)
+        capacities = target_capacities(model, cache, max_context)
         self._forward = forward_of(model, cache, capacities, taps, with_logits=True)
         self._stretches = Stretches(model.device, tracer)
         self._num_slots, self._grammars = num_slots, grammars
@@ -253,6 +255,7 @@ class TargetWorker:
             Transformer(weights, self._communicator, kernels),
             cache,
             self.config.rounds.max_sequences,
+            self.config.target.max_context,
             self._tracer,
             layers_needed(self.config, weights.plan.config),
             self._grammars,

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -15,6 +16,14 @@ from outrider.kernels.attention_cases import (
     build_attention_inputs,
 )
 from outrider.kernels.gather_rows import gather_rows, gather_rows_op
+from outrider.kernels.int4_cases import INT4_CASES, prepare_int4_matmul
+from outrider.kernels.int4_cases import TOLERANCE as INT4_TOLERANCE
+from outrider.kernels.int4_matmul import (
+    int4_matmul,
+    int4_matmul_op,
+    packed_in_tiles,
+    unpacked_tiles,
+)
 from outrider.kernels.kv_commit import kv_commit, kv_commit_op
 from outrider.kernels.narrow_cases import NARROW_CASES, TOLERANCE, prepare_narrow_matmul
 from outrider.kernels.narrow_matmul import narrow_matmul, narrow_matmul_op
@@ -170,6 +179,65 @@ def test_the_product_names_the_argument_that_does_not_fit(changes, message):
         narrow_matmul(**{**fits, **changes}, use_kernel=True)
 
 
+@pytest.mark.parametrize("case", INT4_CASES, ids=lambda case: case.name)
+def test_the_reference_multiplies_4_bits_as_the_kernel_does(case):
+    prepared = prepare_int4_matmul(case, torch.device("cpu"))
+    x, packed, of_groups, bias = prepared.plans[0].arguments[:4]
+    (check,) = prepared.checks
+    out = int4_matmul(x, packed, of_groups, case.group, case.out_features, bias)
+    assert replace(check, actual=out).error() <= INT4_TOLERANCE
+
+
+def test_values_lie_in_tiles_as_tensor_cores_read_them():
+    """PTX ISA, "Matrix Fragments for mma.m16n8k16": of the second operand lane l holds, of column l / 4, rows
+    2 (l % 4), the next one, and those 8 further."""
+    values = torch.randint(0, 16, (21, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    packed = packed_in_tiles(values)
+    assert packed.shape == (3, 2, 32, 4)
+    assert torch.equal(unpacked_tiles(packed), torch.cat((values, torch.zeros(3, 256, dtype=torch.uint8))))
+    for tile, column_tile, lane, word in ((0, 0, 0, 0), (1, 1, 13, 3), (2, 0, 18, 1), (0, 1, 31, 2)):
+        expected = 0
+        for place, (half, offset) in enumerate(product(range(2), (0, 8))):
+            column = 128 * column_tile + 32 * word + 16 * half + 2 * (lane % 4) + offset
+            low, high = values[8 * tile + lane // 4, column : column + 2].tolist()
+            expected |= low << 4 * place | high << 16 + 4 * place
+        assert packed[tile, column_tile, lane, word].item() & 0xFFFFFFFF == expected
+
+
+FOUR_BITS = {
+    "x": torch.zeros(3, 256).bfloat16(),
+    "packed": torch.zeros(2, 2, 32, 4, dtype=torch.int32),
+    "of_groups": torch.zeros(2, 16, 2).bfloat16(),
+    "group": 128,
+    "out_features": 13,
+    "bias": torch.empty(0),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"x": torch.zeros(3, 128).bfloat16()},
+            r"packed must be \[T, 128 / 128, 32, 4\], got \[2, 2, 32, 4\]",
+        ),
+        ({"x": torch.zeros(256).bfloat16()}, r"x must be \[N, K\], got \[256\]"),
+        ({"group": 96}, r"group must be one of \(32, 64, 128, 256\) and divide 256 columns, got 96"),
+        ({"group": 64}, r"of_groups must be \[4, 16, 2\], got \[2, 16, 2\]"),
+        ({"out_features": 8}, "out_features must fill 2 tiles of 8, got 8"),
+        ({"bias": torch.ones(16).bfloat16()}, r"bias must be \[13\], got \[16\]"),
+        ({"bias": torch.ones(13)}, r"bias must be torch.bfloat16, got torch.float32"),
+        ({"x": torch.zeros(65, 256).bfloat16()}, "x has 65 rows, the kernel takes 64"),
+        ({"x": torch.zeros(3, 256)}, r"x must be torch.bfloat16, got torch.float32"),
+        ({"of_groups": torch.zeros(2, 16, 2)}, r"of_groups must be torch.bfloat16, got torch.float32"),
+    ],
+)
+def test_the_product_with_4_bits_names_the_argument_that_does_not_fit(changes, message):
+    assert not int4_matmul(**FOUR_BITS, use_kernel=True).any()
+    with pytest.raises(ValueError, match=message):
+        int4_matmul(**{**FOUR_BITS, **changes}, use_kernel=True)
+
+
 def test_operators_have_fake_implementations_that_agree(attention, rope):
     batch = attention["batch"]
     tensors = (
@@ -205,6 +273,7 @@ def test_operators_have_fake_implementations_that_agree(attention, rope):
                 torch.empty(0),
             ),
         ),
+        (int4_matmul_op, tuple(FOUR_BITS.values())),
         (gather_rows_op, (torch.randn(5, 3), torch.tensor([4, 0]))),
         (
             sample_shard_op,
@@ -226,7 +295,7 @@ def test_operators_have_no_defaults():
     """torch leaves out what equals a default before it calls what is registered for a device."""
     operators = (
         tree_attention_op, rope_append_op, kv_commit_op, add_rms_norm_op, silu_mul_op, gather_rows_op,
-        sample_shard_op, round_rows_op, narrow_matmul_op,
+        sample_shard_op, round_rows_op, narrow_matmul_op, int4_matmul_op,
     )  # fmt: skip
     for operator in operators:
         schema = operator._opoverload._schema

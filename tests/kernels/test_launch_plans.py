@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from outrider.kernels.attention_cases import AttentionCase
 from outrider.kernels.attention_work import KEYS_PER_TILE, attention_shape, shape_of_tiles
 from outrider.kernels.gather_rows import plan_gather_rows
+from outrider.kernels.int4_cases import INT4_CASES, LARGE_INT4_CASES, prepare_int4_matmul
 from outrider.kernels.kernel_cases import case_shape, prepare_attention
 from outrider.kernels.kv_commit import plan_kv_commit
 from outrider.kernels.launch_plans import COMMIT_SHARED_BYTES, MAX_COMMIT_ROWS
@@ -59,7 +60,8 @@ def splits_of(shape, query_lens, num_keys, group, num_kv_heads):
         ((33,), 8192, 64, 260, 26),  # all multiprocessors, twice
         ((33,), 1024, 64, 90, 9),  # as short as splits may be
         ((64,), 8192, 64, 240, 15),
-        ((8,), 8192, 8, 128, 64),
+        ((8,), 8192, 8, 64, 32),  # a block for half of them: more splits take longer to merge than they save
+        ((8,), 32_768, 8, 64, 32),
         ((8,) * 32, 2048, 256, 256, 4),
         ((1,) * 64, 8192, 64, 256, 2),
     ],
@@ -73,6 +75,12 @@ def test_the_work_that_is_there_fills_the_gpu_whatever_was_captured(
     assert {splits for _, splits in found} == {num_splits}
     assert sum(units * splits for units, splits in found) == num_blocks
     assert shape.num_blocks <= 460  # blocks that return at once are few
+
+
+@pytest.mark.parametrize(("max_keys", "num_splits"), [(33_280, 32), (33_281, 64), (131_072, 64)])
+def test_graphs_for_long_contexts_split_them_into_more(max_keys, num_splits):
+    shape = attention_shape(8, max_keys, 1, 8, 16, 2, H100_SMS)
+    assert splits_of(shape, (8,), [max_keys], 8, 2) == [(2, num_splits)]
 
 
 @given(
@@ -160,12 +168,14 @@ def test_rows_are_copied_in_the_largest_unit_that_divides_them(rows, unit):
     ],
 )
 def test_columns_are_split_where_features_are_too_few_for_a_gpu(out_features, in_features, splits):
-    assert column_splits(out_features, in_features, H100_SMS) == splits
+    assert column_splits(out_features, in_features, 8, H100_SMS) == splits
 
 
 def test_the_large_products_are_split_as_an_h100_splits_them():
     for case in LARGE_NARROW_CASES:
-        assert case.num_splits == column_splits(case.out_features, case.in_features, H100_SMS), case.name
+        assert case.num_splits == column_splits(case.out_features, case.in_features, 8, H100_SMS), case.name
+    for case in LARGE_INT4_CASES:
+        assert case.num_splits == column_splits(case.out_features, case.in_features, 4, H100_SMS), case.name
 
 
 @pytest.mark.parametrize(("shared_kib", "stages"), [(96, {2, 3, 4}), (163, {3, 4, 6}), (227, {4, 6})])
@@ -177,4 +187,15 @@ def test_a_ring_has_as_many_stages_as_fit(shared_kib, stages):
         plan = prepare_narrow_matmul(given, torch.device("cpu")).plans[0]
         assert plan.shared_bytes <= shared_kib << 10
         found.add(int(plan.arguments[14]))
+    assert found == stages
+
+
+@pytest.mark.parametrize(("shared_kib", "stages"), [(96, {2, 3, 4, 6}), (163, {3, 4, 6}), (227, {4, 6})])
+def test_a_ring_of_4_bits_has_as_many_stages_as_fit(shared_kib, stages):
+    found = set()
+    for case in INT4_CASES:
+        given = replace(case, shared_bytes=shared_kib << 10)
+        plan = prepare_int4_matmul(given, torch.device("cpu")).plans[0]
+        assert plan.shared_bytes <= shared_kib << 10
+        found.add(int(plan.arguments[10]))
     assert found == stages

@@ -14,6 +14,8 @@ import torch
 from outrider.kernels.add_rms_norm import plan_add_rms_norm
 from outrider.kernels.attention_cases import LARGE_ATTENTION_CASES, AttentionCase
 from outrider.kernels.compiler import SOURCES, TARGETS, load_sources
+from outrider.kernels.int4_cases import Int4Case, prepare_int4_matmul
+from outrider.kernels.int4_matmul import CENTRE, GROUPS, packed_in_tiles, plan_int4_matmul
 from outrider.kernels.kernel_cases import kernel_cases, prepare_attention
 from outrider.kernels.launch_plans import FP8
 from outrider.kernels.narrow_cases import NarrowCase, prepare_narrow_matmul
@@ -288,6 +290,68 @@ def test_a_product_of_a_row_is_the_same_among_any_others():
         plans = plan_narrow_matmul(
             given, torch.empty(0), weight, scales, 128, bias, 3, shared_kib << 10, out, partial_out
         )
+        source_kernels().launch(plans)
+        return out
+
+    together = computed(slice(0, MAX_ROWS), 227)
+    for rows in (slice(0, 1), slice(5, 12), slice(20, 36), slice(30, 63)):
+        assert torch.equal(computed(rows, 96), together[rows])
+
+
+def test_random_products_with_matrices_of_4_bits():
+    """Of any size, in rings of any number of stages, on both executors."""
+    rnd = random.Random(6)
+    for _ in range(24):
+        group = rnd.choice(GROUPS)
+        columns = max(group, 128) * rnd.choice((1, 2, 3, 5, 7, 10, 13))
+        case = Int4Case(
+            num_rows=rnd.choice((1, 2, 8, 13, 16, 17, 39, 41, 64)),
+            out_features=rnd.choice((1, 8, 15, 64, 65, 129)),
+            in_features=columns,
+            group=group,
+            num_splits=rnd.randint(1, -(-columns // 256)),
+            has_bias=rnd.random() < 0.5,
+            shared_bytes=rnd.choice((96, 160, 227)) << 10,
+        )
+        results = [
+            run(executor, prepare_int4_matmul(case, CPU), rnd.choice(SCHEDULES))
+            for executor in (source_kernels(), ptx_kernels("sm_90a"))
+        ]
+        assert disagreements(*results) == [], case
+
+
+@pytest.mark.parametrize("target", ["source", "sm_80", "sm_90a"])
+def test_every_number_of_4_bits_is_multiplied_as_it_is(target):
+    """A row of x with a single one picks a column: of 16 features that have each value there, by scales and centres
+    of many sizes and both signs."""
+    places = torch.arange(128)
+    values = ((torch.arange(16)[:, None] + places) % 16).to(torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    of_groups = (
+        torch.randn(4, 16, 2, generator=generator) * 2.0 ** torch.arange(-12, 4, 4)[:, None, None]
+    ).bfloat16()
+    scales, centres = of_groups.double().repeat_interleave(32, dim=0).unbind(2)
+    expected = ((values.T.double() - CENTRE) * scales + centres).bfloat16()
+    packed, out, nothing = packed_in_tiles(values), torch.empty(64, 16).bfloat16(), torch.empty(0)
+    executor = source_kernels() if target == "source" else ptx_kernels(target)
+    for first in (0, 64):
+        x = torch.eye(128)[first : first + 64].bfloat16()
+        plans = plan_int4_matmul(x, packed, of_groups, 32, nothing.bfloat16(), 1, 96 << 10, out, nothing)
+        executor.launch(plans)
+        assert torch.equal(out, expected[first : first + 64])
+
+
+def test_a_product_with_4_bits_of_a_row_is_the_same_among_any_others():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(MAX_ROWS, 1664, generator=generator).bfloat16()
+    packed = packed_in_tiles(torch.randint(0, 16, (70, 1664), dtype=torch.uint8, generator=generator))
+    of_groups = torch.randn(13, 72, 2, generator=generator).bfloat16()
+    bias = torch.randn(70, generator=generator).bfloat16()
+
+    def computed(rows: slice, shared_kib: int) -> torch.Tensor:
+        given = x[rows]
+        out, partial_out = torch.empty(len(given), 70).bfloat16(), torch.empty(3, len(given), 70)
+        plans = plan_int4_matmul(given, packed, of_groups, 128, bias, 3, shared_kib << 10, out, partial_out)
         source_kernels().launch(plans)
         return out
 

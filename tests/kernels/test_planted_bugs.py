@@ -18,6 +18,7 @@ ALWAYS = {
     "FP8 subnormals in another unit",
     "waits for too few chunks",
     "a group with the scale of the next",
+    "4 bits: a group with the scale of the one before",
 }
 
 
@@ -26,7 +27,10 @@ SOUND_IN_FP8 = (
     replace(SOUND, narrow=True),
     PlantedBug("none", "rope_append", "rope_append.cu", "if (row < 0) return;", "if (row < 0) return;", True),
 )
-SOUND_PRODUCT = PlantedBug("none", "narrow_matmul", "narrow_matmul.cu", "STEPS = 4 };", "STEPS = 4 };")
+SOUND_PRODUCTS = (
+    PlantedBug("none", "narrow_matmul", "narrow_matmul.cu", "STEPS = 4 };", "STEPS = 4 };"),
+    PlantedBug("none", "int4_matmul", "int4_matmul.cu", "LEAST_GROUP = 32 };", "LEAST_GROUP = 32 };"),
+)
 
 
 def some_slow(bugs):
@@ -40,8 +44,9 @@ def test_nothing_is_found_in_the_sound_kernel_sanitizers_included(executor):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", ["source", "ptx"])
-def test_nothing_is_found_in_the_sound_product(executor):
-    assert hunt(SOUND_PRODUCT, executor) == ""
+@pytest.mark.parametrize("sound", SOUND_PRODUCTS, ids=lambda sound: sound.stem)
+def test_nothing_is_found_in_the_sound_products(sound, executor):
+    assert hunt(sound, executor) == ""
 
 
 @pytest.mark.slow

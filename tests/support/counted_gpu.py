@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from outrider.kernels import (
     add_rms_norm,
     gather_rows,
+    int4_matmul,
     kv_commit,
     launch_plans,
     narrow_matmul,
@@ -51,6 +52,7 @@ KERNEL_MODULES = (
     silu_mul,
     round_rows,
     narrow_matmul,
+    int4_matmul,
 )
 # What torch has one CUDA kernel for, and takes apart on a CPU.
 _ONE_KERNEL = ("rms_norm", "linear", "scaled_dot_product_attention", "softmax", "log_softmax")

@@ -30,6 +30,7 @@ LOCAL_MEMORY = ("STL", "LDL")
 NEEDED = {
     "tree_attention": (TENSOR_CORE, MATRIX_LOAD, ASYNC_COPY),
     "narrow_matmul": (TENSOR_CORE, ASYNC_COPY),
+    "int4_matmul": (TENSOR_CORE, MATRIX_LOAD, ASYNC_COPY),
 }
 # The form of each kernel that ran on a GPU of sm_90a, see `form_of`; docs/gpu-report.md.
 RAN_ON = {
@@ -185,7 +186,7 @@ On GPUs of one kind, an H100 and an H200, one of each ([gpu-report.md](gpu-repor
 limits below. Executed: on a CPU, against float64, by a runtime that takes the kernels' source and by one that takes
 the PTX (both under `tests/support/cuda_on_cpu/`). What remains trusted on targets that no GPU stood for: ptxas, the
 hardware, rounding in the tensor cores, the approximate `ex2` and `rcp`, asynchronous timing, ordering between blocks.
-`outrider doctor --gpu` runs the same cases on your GPU.
+`outrider doctor --gpu` runs the same cases on your GPU. Where the last column is empty: not run on a GPU.
 
 {status_table()}
 

@@ -160,7 +160,15 @@ class LocalEngine:
                 else PagedCache(*sizes, dtype, torch.device("cpu"))
             )
             self.ranks.append(
-                TargetRank(model, cache, max_sequences, Tracer(f"target {rank}", False), layers, grammars)
+                TargetRank(
+                    model,
+                    cache,
+                    max_sequences,
+                    target.config.max_context,
+                    Tracer(f"target {rank}", False),
+                    layers,
+                    grammars,
+                )
             )
         limits = SchedulerLimits(max_sequences, max_round_tokens, prefill_chunk, target.config.widest_window)
         self.pool = PagePool(num_pages, page_size, prefix_sharing)

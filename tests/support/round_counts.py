@@ -61,7 +61,7 @@ def model_and_cache(gpu: CountedGpu, num_layers: int) -> tuple[Transformer, Page
 def target_round(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> Counts:
     """A round of two sequences with trees of three nodes, behind accepted paths that have to move."""
     model, cache = model_and_cache(gpu, num_layers)
-    rank = TargetRank(model, cache, NUM_SEQUENCES, Tracer("target", False))
+    rank = TargetRank(model, cache, NUM_SEQUENCES, model.config.max_context, Tracer("target", False))
     starts = tuple(SequenceStart(slot, 3, 0, sampling) for slot in range(NUM_SEQUENCES))
     pages = [tuple(range(12 * slot, 12 * slot + 12)) for slot in range(NUM_SEQUENCES)]
     prompts = [

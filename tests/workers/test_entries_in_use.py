@@ -90,7 +90,7 @@ def sampled_rows(calls: dict[str, list[tuple[Any, ...]]]) -> list[list[int]]:
 
 def test_the_target_calls_the_entries(selection: KernelSelection, calls: dict[str, Any]) -> None:
     model, cache = model_and_cache(selection)
-    rank = TargetRank(model, cache, 1, Tracer("target", False))
+    rank = TargetRank(model, cache, 1, model.config.max_context, Tracer("target", False))
     start = SequenceStart(0, 3, 0, SamplingParams())
     tree = SequenceStep(0, (), (0, 1), (5, 6, 7, 8, 9), (0, 0, 1, 2, 2), 2)
     rank.step(Draft(1, (start,), (), Steps.of([tree])))

@@ -62,7 +62,9 @@ def law_of(alone: tuple[Transformer, PagedCache], tokens: tuple[int, ...]) -> to
 def rounds(communicator: Communicator) -> list[Scores]:
     """A prompt in two rounds with a tree below it in slot 0, which needs everything; in slot 2 one that needs
     nothing in its first round."""
-    rank = TargetRank(*model_of(communicator), 3, Tracer("target", False), taps=(1, 0))
+    rank = TargetRank(
+        *model_of(communicator), 3, SOURCE.config.max_context, Tracer("target", False), taps=(1, 0)
+    )
     starts = (
         SequenceStart(0, 3, 0, GREEDY, ScoreNeeds(child_logprobs=True, entropy=True)),
         SequenceStart(2, 11, 0, GREEDY, ScoreNeeds(entropy=True)),
@@ -102,7 +104,7 @@ def test_rules_and_methods_get_what_they_ask_for(
 
 
 def test_nothing_is_sent_that_nobody_asked_for() -> None:
-    rank = TargetRank(*model_of(SoloCommunicator()), 1, Tracer("target", False))
+    rank = TargetRank(*model_of(SoloCommunicator()), 1, SOURCE.config.max_context, Tracer("target", False))
     start = SequenceStart(0, 3, 0, GREEDY)
     step = SequenceStep(0, (), (0, 1), (5, 6, 7, 8), (0, 0, 1, 2), first_sampled=2)
     scores = rank.step(Draft(1, (start,), (), Steps.of([step]), layers=(LAST,)))
@@ -114,7 +116,7 @@ def test_nothing_is_sent_that_nobody_asked_for() -> None:
 
 
 def test_a_law_that_is_none_fails_alone(alone: tuple[Transformer, PagedCache]) -> None:
-    rank = TargetRank(*model_of(SoloCommunicator()), 2, Tracer("target", False))
+    rank = TargetRank(*model_of(SoloCommunicator()), 2, SOURCE.config.max_context, Tracer("target", False))
     removed = SamplingParams(logit_bias=tuple((token, -np.inf) for token in range(96)))
     starts = (SequenceStart(0, 3, 0, removed), SequenceStart(1, 3, 0, GREEDY))
     steps = [SequenceStep(slot, (), (2 * slot,), PROMPT, (0, 0, 1), first_sampled=2) for slot in (0, 1)]

@@ -33,7 +33,8 @@ def test_the_target_books_a_forward_under_forward_though_only_sampling_waits(
     tracer = Tracer("target 0", enabled=True)
     with pretend_gpu() as device:
         model = Transformer(load_weights(plan, source, torch.float32, device, packed=False), solo)
-        rank = TargetRank(model, PagedCache(source.config, plan, 8, 4, torch.float32, device), 1, tracer)
+        cache = PagedCache(source.config, plan, 8, 4, torch.float32, device)
+        rank = TargetRank(model, cache, 1, source.config.max_context, tracer)
         forward, sample = rank._forward.run, rank._sampler.sample_prepared
 
         def slow_forward() -> Hidden:

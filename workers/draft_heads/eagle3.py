@@ -52,6 +52,24 @@ class Eagle3Shape:
     norm_before_residual: bool
     lm_head: LmHeadShape
 
+    @property
+    def model(self) -> ModelConfig:
+        """The drafter as a model of one layer, which is what its cache and its positions are made for."""
+        return ModelConfig(
+            architecture="llama",
+            layers=(LayerConfig(0, self.rope, DenseMlp(self.intermediate_size)),),
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            vocab_size=self.vocab_size,
+            rms_norm_eps=self.rms_norm_eps,
+            max_context=self.max_context,
+            tied_embeddings=False,
+            qkv_bias=False,
+            qk_norm=False,
+        )
+
 
 def default_taps(num_layers: int) -> tuple[int, int, int]:
     """The inputs of the target's layers 2, L//2 and L - 3: outputs of 1, L//2 - 1 and L - 4 (SafeAILab/EAGLE)."""
@@ -146,22 +164,8 @@ class Eagle3Drafter(nn.Module):
 
     @property
     def model(self) -> ModelConfig:
-        """The drafter as a model of one layer, which is what its cache and its positions are made for."""
-        shape = self.shape
-        return ModelConfig(
-            architecture="llama",
-            layers=(LayerConfig(0, shape.rope, DenseMlp(shape.intermediate_size)),),
-            hidden_size=shape.hidden_size,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            vocab_size=shape.vocab_size,
-            rms_norm_eps=shape.rms_norm_eps,
-            max_context=shape.max_context,
-            tied_embeddings=False,
-            qkv_bias=False,
-            qk_norm=False,
-        )
+        """As a model of one layer, see `Eagle3Shape`."""
+        return self.shape.model
 
     def features(self, taps: Tensor) -> Tensor:
         """The target's rows [N, taps * target_hidden_size], in the order of `shape.taps` -> features [N, hidden]."""

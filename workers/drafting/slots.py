@@ -19,6 +19,11 @@ _TYPICAL_EDGES = (0.1, 0.2, 0.4)  # of epsilon
 _JUDGE_EDGES = (0.6, 0.8, 0.9, 0.97)  # of the threshold
 
 
+def tree_capacity(max_nodes: int) -> int:
+    """Nodes that there is room for in the tree of a sequence, of which `max_nodes` at most are in a round."""
+    return max(_MIN_NODES, _NODES_PER_SENT_NODE * max_nodes)
+
+
 class Loosenesses:
     """How loosely requests have their drafts accepted, in a few kinds: by rule, a lossy one by its own measure, too.
 
@@ -75,8 +80,7 @@ class DraftedSlots:
         self.num_rules = len(self._loosenesses)
         self.num_laws = 2 * self.num_rules
         self.rules, self.laws = (np.zeros(num_slots, dtype=np.int64) for _ in range(2))
-        capacity = max(_MIN_NODES, _NODES_PER_SENT_NODE * max_nodes)
-        self.trees = ConfinedTrees(num_slots, capacity)
+        self.trees = ConfinedTrees(num_slots, tree_capacity(max_nodes))
         self.sequences: list[Sequence | None] = [None] * num_slots
         self.is_greedy = np.zeros(num_slots, dtype=np.bool_)
         self.max_nodes, self.max_depth, self.num_remaining, self.num_tokens = (

@@ -167,7 +167,7 @@ def profiled_rounds(setting: Setting) -> list[Row]:
     """What takes the host and the device most in one rank's rounds of one sequence."""
     kernels = ALL_KERNELS if setting.has_kernels else REFERENCES
     model, cache = build(setting, setting.device, torch.bfloat16, kernels, SoloCommunicator())
-    rank = TargetRank(model, cache, 1, Tracer("target 0", False))
+    rank = TargetRank(model, cache, 1, model.config.max_context, Tracer("target 0", False))
     start = SequenceStart(0, 2, 0, SamplingParams(temperature=0.8, top_p=0.9))
     rank.step(Draft(0, (start,), (), Steps.of([SequenceStep(0, (), range(16), (5, 6), (0, 0), 1)])))
     tree = Steps.of([SequenceStep(0, (0,), (), (7, 8, 9, 10, 11, 12, 13, 14), (0, 0, 0, 1, 1, 2, 2, 3), 0)])

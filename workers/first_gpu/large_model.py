@@ -111,7 +111,7 @@ def replays(setting: Setting) -> list[Row]:
     num_pages = sizes.cache_bytes // bytes_per_page(plan, DTYPE.itemsize, PAGE_SIZE)
     cache = PagedCache(sizes.large, plan, num_pages, PAGE_SIZE, DTYPE, device, kernels.kv_commit)
     cache.kv.normal_()
-    forward = forward_of(model, cache, target_capacities(model, cache))
+    forward = forward_of(model, cache, target_capacities(model, cache, sizes.large.max_context))
     rows = []
     for context in sizes.contexts:
         for num_rows in sizes.rows:

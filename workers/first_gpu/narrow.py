@@ -43,12 +43,14 @@ class Layout:
         form: reads the stored tensors.
         narrow: of float32 [rows, columns] the tensors of a file by the ends of their names, each of two dimensions.
         rounds_inputs: whether the rows that a matrix is multiplied with are rounded to FP8.
+        bits: of a number.
     """
 
     name: str
     form: NumberFormat
     narrow: Narrow
     rounds_inputs: bool = False
+    bits: int = 8
 
     def matrix(self, weight: Tensor) -> ScaledMatrix:
         """Of float32 [rows, columns], as a loader reads it."""
@@ -188,6 +190,6 @@ LAYOUTS = (
     Layout("FP8 by block of 128", block_fp8(BLOCK, BLOCK), _by_block, True),
     Layout("FP8 by row, weights alone", Fp8Format("row"), _by_row),
     Layout("int8 by row", IntegerFormat(8), _eight_bits),
-    Layout("int4 in groups of 32", IntegerFormat(4), _four_bits),
-    Layout("int4 in groups of 128", PackedFormat("packed", 4, GROUP, False), _four_bits_in_words),
+    Layout("int4 in groups of 32", IntegerFormat(4), _four_bits, bits=4),
+    Layout("int4 in groups of 128", PackedFormat("packed", 4, GROUP, False), _four_bits_in_words, bits=4),
 )

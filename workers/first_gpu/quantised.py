@@ -26,7 +26,7 @@ from outrider.workers.first_gpu.small_model import (
 )
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.cache import CacheScales
-from outrider.workers.model.integer_linear import Int4Linear, multiplies_int4
+from outrider.workers.model.integer_linear import multiplies_int4
 from outrider.workers.model.linear import DenseLinear, Linear, ProductKernels
 from outrider.workers.model.loader import NO_BIAS
 from outrider.workers.model.quantized import (
@@ -36,6 +36,7 @@ from outrider.workers.model.quantized import (
     multiplies_fp8,
 )
 from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.tiled_int4 import TiledInt4Linear
 from outrider.workers.weights.config import DenseMlp
 from outrider.workers.weights.random_source import RandomSource
 from outrider.workers.weights.scaled import ScaledMatrix, round_inputs
@@ -57,15 +58,22 @@ MAX_COPIES = 32  # of a timed matrix: even the smallest are then more than a GPU
 def quantised(setting: Setting) -> list[Row]:
     rows = []
     source = RememberedSource(RandomSource(setting.model_spec()))
+    ours, torch_alone = product_kernels(setting), ProductKernels()
     for layout in LAYOUTS:
         narrow = NarrowSource(source, layout)
-        rows += attempted(f"{layout.name}: products", partial(products_beside_cpu, setting, layout))
+        rows += attempted(f"{layout.name}: products", partial(products_beside_cpu, setting, layout, ours))
+        if layout.bits == 4:
+            name = f"{layout.name} by torch: products"
+            rows += attempted(name, partial(products_beside_cpu, setting, layout, torch_alone))
         rows += attempted(f"{layout.name}: model", partial(whole_model, setting, narrow, None))
     rows += attempted("FP8 cache: model", partial(whole_model, setting, source, CACHE_SCALES))
     plain = dict.fromkeys(setting.sizes.trees, 0.0)
-    rows += attempted("bfloat16: times", partial(times, setting, None, plain))
+    rows += attempted("bfloat16: times", partial(times, setting, None, ours, plain))
     for layout in LAYOUTS:
-        rows += attempted(f"{layout.name}: times", partial(times, setting, layout, plain))
+        rows += attempted(f"{layout.name}: times", partial(times, setting, layout, ours, plain))
+        if layout.bits == 4:
+            name = f"{layout.name} by torch: times"
+            rows += attempted(name, partial(times, setting, layout, torch_alone, plain))
     return rows
 
 
@@ -82,7 +90,7 @@ def attempted(name: str, check: Callable[[], list[Row]]) -> list[Row]:
     return [*rows, *(Row(f"{name}, warning", text) for text in told)]
 
 
-def products_beside_cpu(setting: Setting, layout: Layout) -> list[Row]:
+def products_beside_cpu(setting: Setting, layout: Layout, kernels: ProductKernels) -> list[Row]:
     """One matrix by rows, eagerly and from a graph, beside the product on the CPU in float32."""
     config, device = RandomSource(setting.model_spec()).config, setting.device
     mlp = config.layers[0].mlp
@@ -93,7 +101,7 @@ def products_beside_cpu(setting: Setting, layout: Layout) -> list[Row]:
     matrix = layout.matrix(weight)
     plain = matrix.dequantised(torch.float32)
     exact = make_scaled_linear(matrix, NO_BIAS, torch.float32, packed=False)
-    linear = make_scaled_linear(matrix.to(device), NO_BIAS, DTYPE, False, product_kernels(setting))
+    linear = make_scaled_linear(matrix.to(device), NO_BIAS, DTYPE, False, kernels)
     rows = [kept_as(setting, layout, matrix, linear)]
     for num_rows in setting.sizes.trees:
         x = torch.randn(num_rows, hidden, generator=generator).to(DTYPE)
@@ -124,8 +132,11 @@ def kept_as(setting: Setting, layout: Layout, matrix: ScaledMatrix, linear: Line
         if multiplies_fp8(matrix, DTYPE, capability):
             wanted = ScaledMmLinear.__name__
         elif multiplies_int4(matrix, DTYPE, setting.device.type) and capability >= (8, 0):
-            wanted = Int4Linear.__name__
+            wanted = TiledInt4Linear.__name__
     problems = [f"{kept} in place of {wanted}"] if wanted not in ("", kept) else []
+    if isinstance(linear, TiledInt4Linear):
+        named = f"int4_matmul up to {linear.most_rows} rows, or torch's up to {linear.most_rows_of_torch}, "
+        problems += [] if linear.most_rows_of_torch else ["torch's product does not take the layout"]
     return passed_or_failed("kept as", problems, named + kept)
 
 
@@ -168,18 +179,21 @@ def whole_model(setting: Setting, source: WeightSource, scales: CacheScales | No
     return rows + graphs_against_eager(setting, model, cache, max(GRAPH_LIMIT, limit))
 
 
-def times(setting: Setting, layout: Layout | None, plain: dict[int, float]) -> list[Row]:
+def times(
+    setting: Setting, layout: Layout | None, kernels: ProductKernels, plain: dict[int, float]
+) -> list[Row]:
     """All products of a round's layers at the shapes of rank 0 of the large model; head and sums are left out.
 
     Args:
         layout: None: bfloat16 as it is, which fills `plain`.
+        kernels: that products may run.
         plain: by rows, seconds of bfloat16; 0 where they are not known.
     """
     sizes = setting.sizes
     of_shapes: dict[int, dict[str, float]] = {num_rows: {} for num_rows in sizes.trees}
     rounding = dict.fromkeys(sizes.trees, 0.0)
     for name, (out_features, in_features) in layer_shapes(ShardPlan(sizes.large, 0, sizes.num_ranks)).items():
-        linears, round_rows = timed_linears(setting, layout, out_features, in_features)
+        linears, round_rows = timed_linears(setting, layout, kernels, out_features, in_features)
         for num_rows in sizes.trees:
             x = torch.randn(num_rows, in_features, dtype=DTYPE, device=setting.device)
             of_shapes[num_rows][name] = median_product_s(setting, linears, x)
@@ -206,7 +220,7 @@ def times(setting: Setting, layout: Layout | None, plain: dict[int, float]) -> l
 
 
 def timed_linears(
-    setting: Setting, layout: Layout | None, out_features: int, in_features: int
+    setting: Setting, layout: Layout | None, kernels: ProductKernels, out_features: int, in_features: int
 ) -> tuple[Sequence[Linear], Callable[[Tensor], object] | None]:
     """Copies of one matrix, more than a GPU's cache; and what rounds the rows that come in, where that is part of the
     products."""
@@ -225,7 +239,7 @@ def timed_linears(
         copies = num_copies(sizes.weight_bytes, out_features * in_features * DTYPE.itemsize)
         plain = tile.to(DTYPE)
         return [DenseLinear(in_full(plain), NO_BIAS) for _ in range(copies)], None
-    small, kernels = layout.matrix(tile), product_kernels(setting)
+    small = layout.matrix(tile)
     copies = num_copies(sizes.weight_bytes, small.num_bytes * times_over)
     linears = []
     for _ in range(copies):

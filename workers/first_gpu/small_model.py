@@ -137,7 +137,7 @@ def graphs_against_eager(
 ) -> list[Row]:
     """Replayed graphs against the forward without them, and against themselves; `limit`: of the relative error."""
     read_prompt(model, cache)
-    forward = forward_of(model, cache, target_capacities(model, cache))
+    forward = forward_of(model, cache, target_capacities(model, cache, model.config.max_context))
     graphed = isinstance(forward, GraphedForward)
     if setting.on_gpu and not graphed:
         return [passed_or_failed("graphs", ["none were captured"], "")]

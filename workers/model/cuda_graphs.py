@@ -362,14 +362,19 @@ def _all_manage(prepare: Callable[[], None], communicator: Communicator) -> bool
     return everywhere
 
 
-def target_capacities(model: Described, cache: Pages) -> list[GraphCapacity]:
-    """Graphs of a target, which computes whole trees: all rows that a mask tells of are in the batch."""
-    return [_capacity(model, cache, rows, words_for(rows)) for rows in TARGET_ROWS]
+def target_capacities(model: Described, cache: Pages, max_context: int) -> list[GraphCapacity]:
+    """Graphs of a target, which computes whole trees: all rows that a mask tells of are in the batch.
+
+    max_context: tokens of a sequence, at most; a tree may be behind them.
+    """
+    max_keys = max_context + max(TARGET_ROWS)
+    return [_capacity(model, cache, rows, words_for(rows), max_keys) for rows in TARGET_ROWS]
 
 
 def draft_capacities(model: Described, cache: Pages) -> list[GraphCapacity]:
     """Graphs of a drafter, which adds few rows at a time to trees whose other rows are in its cache."""
-    return [_capacity(model, cache, rows, words_for(MAX_DRAFT_TREE_ROWS)) for rows in DRAFT_ROWS]
+    max_keys, words = model.config.max_context, words_for(MAX_DRAFT_TREE_ROWS)
+    return [_capacity(model, cache, rows, words, max_keys) for rows in DRAFT_ROWS]
 
 
 def words_for(num_tree_rows: int) -> int:
@@ -377,7 +382,7 @@ def words_for(num_tree_rows: int) -> int:
     return -(-num_tree_rows // MASK_WORD_BITS)
 
 
-def _capacity(model: Described, cache: Pages, num_rows: int, mask_words: int) -> GraphCapacity:
-    max_context = min(model.config.max_context, cache.num_pages * cache.page_size)
-    max_pages = -(-max_context // cache.page_size)
-    return GraphCapacity(num_rows, min(num_rows, MAX_SEQUENCES), max_pages, mask_words, max_context)
+def _capacity(model: Described, cache: Pages, num_rows: int, mask_words: int, max_keys: int) -> GraphCapacity:
+    max_keys = min(max_keys, model.config.max_context, cache.num_pages * cache.page_size)
+    max_pages = -(-max_keys // cache.page_size)
+    return GraphCapacity(num_rows, min(num_rows, MAX_SEQUENCES), max_pages, mask_words, max_keys)

@@ -1,7 +1,7 @@
 """Products with matrices of 8-bit and 4-bit integers, whose rows' numbers do not depend on how many there are.
 
 On a CPU through operators of torch that `torch.compile` uses: oneDNN's int8 product (VNNI) and tinygemm's int4 one.
-Tinygemm's for CUDA is called as torchao does, after a check; it ran on an H100 (docs/gpu-report.md).
+On a GPU 4 bits alone, see `tiled_int4`.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.workers.model import memory
-from outrider.workers.model.linear import Linear, padded_rows
+from outrider.workers.model.linear import Linear, ProductKernels, padded_rows
+from outrider.workers.model.tiled_int4 import COLUMNS, TiledInt4Linear
 from outrider.workers.weights.scaled import ScaledMatrix
 
 GROUPS = (32, 64, 128, 256)  # columns that share a scale, of those torch's int4 products know
 _CENTRE = 8  # torch's int4 products keep, of a group, the value of the middle integer
 # A row in two planes of bytes is an integer of this size at most; in three, of the second.
 _LARGEST_OF_PLANES = {2: 127 * 256, 3: 127 * 65536}
-_INT4_ROWS = 16  # torch packs so many rows of a matrix at a time on a CPU, 8 on a GPU
-_INNER_TILES = 8  # of 16 columns, on a GPU
+_INT4_ROWS = 16  # torch packs so many rows of a matrix at a time
 
 
-def make_integer_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype) -> Linear | None:
+def make_integer_linear(
+    matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, kernels: ProductKernels
+) -> Linear | None:
     """The product for a matrix of integers; None where there is no fast one for its groups, `dtype` or this machine.
 
     Args:
         matrix: int8 with a scale for each row, or uint8 from 0 to 15 in groups with shifts.
         bias: [out], or no elements for none.
         dtype: of the rows that go in and come out.
+        kernels: those that its products may run.
     """
     device = matrix.values.device.type
     if matrix.inputs is not None or device not in ("cpu", "cuda"):
@@ -40,15 +43,18 @@ def make_integer_linear(matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype) 
         if device == "cpu" and int8_works():
             return Int8Linear(matrix, bias, dtype)
         return None
-    if not multiplies_int4(matrix, dtype, device) or not int4_works(matrix.values.device):
+    if not multiplies_int4(matrix, dtype, device):
         return None
-    return Int4Linear(matrix.in_groups_of(_widths(matrix)[-1]), bias)
+    in_groups = matrix.in_groups_of(_widths(matrix)[-1])
+    if device == "cuda":
+        return TiledInt4Linear(in_groups, bias, kernels)
+    return Int4Linear(in_groups, bias) if int4_works() else None
 
 
 def multiplies_int4(matrix: ScaledMatrix, dtype: torch.dtype, device: str) -> bool:
-    """Whether torch's int4 product takes this matrix and rows of `dtype` on a device, "cpu" or "cuda"."""
+    """Whether int4 products take this matrix and rows of `dtype` on a device, "cpu" or "cuda"."""
     fits = matrix.values.dtype == torch.uint8 and matrix.shifts is not None and matrix.inputs is None
-    whole_tiles = device != "cuda" or matrix.values.shape[1] % (16 * _INNER_TILES) == 0
+    whole_tiles = device != "cuda" or matrix.values.shape[1] % COLUMNS == 0
     return fits and whole_tiles and dtype == torch.bfloat16 and bool(_widths(matrix))
 
 
@@ -111,8 +117,7 @@ class Int8Linear:
 class Int4Linear:
     """uint8 from 0 to 15, a scale and a shift for each group of columns; bfloat16 rows, float32 sums.
 
-    torch keeps scales, and the values of an 8, in bfloat16; what it multiplies with is that in float32 on a CPU, and
-    rounded to bfloat16 on a GPU, whose tensor cores take nothing wider.
+    torch keeps scales, and the values of an 8, in bfloat16; what it multiplies with is that in float32.
     """
 
     pads = False
@@ -123,24 +128,16 @@ class Int4Linear:
         self.out_features, self.in_features = matrix.values.shape
         self._group = matrix.group
         self._bias = bias if bias.numel() else None
-        self._is_cuda = matrix.values.device.type == "cuda"
         added = (0, 0, 0, -self.out_features % _INT4_ROWS)
         values = F.pad(matrix.values, added)
         centres = matrix.shifts + _CENTRE * matrix.scales
         of_groups = torch.stack([F.pad(matrix.scales, added).t(), F.pad(centres, added).t()], dim=2)
         of_groups = of_groups.to(torch.bfloat16).contiguous()  # [G, out, 2]
-        if self._is_cuda:
-            pairs = values[:, ::2] << 4 | values[:, 1::2]
-            self._packed = torch.ops.aten._convert_weight_to_int4pack(pairs, _INNER_TILES)
-            self._of_groups = of_groups
-        else:
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
-            self._packed, self._of_groups = _in_huge_pages(packed), _in_huge_pages(of_groups)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
+        self._packed, self._of_groups = _in_huge_pages(packed), _in_huge_pages(of_groups)
 
     def __call__(self, x: Tensor) -> Tensor:
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        if self._is_cuda:
-            multiply = torch.ops.aten._weight_int4pack_mm
         out: Tensor = multiply(x.contiguous(), self._packed, self._group, self._of_groups)
         out = out[:, : self.out_features]
         return out if self._bias is None else out + self._bias
@@ -165,24 +162,24 @@ def int8_works() -> bool:
 
 
 @functools.cache
-def int4_works(device: torch.device) -> bool:
-    """Whether torch's int4 product is there, and gives what that of the dequantised numbers gives; a warning where it
-    does not."""
+def int4_works() -> bool:
+    """Whether torch's int4 product for a CPU is there and gives what that of the dequantised numbers gives; a warning
+    where it does not."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(0, 16, (32, 256), dtype=torch.uint8, generator=generator)
     scales, shifts = torch.rand(2, 32, 256 // GROUPS[0], generator=generator).bfloat16().float()
     matrix = ScaledMatrix(values, scales, GROUPS[0], shifts - _CENTRE * scales)
     x = torch.randn(5, 256, generator=generator).bfloat16()
     try:
-        got = Int4Linear(matrix.to(device), torch.empty(0))(x.to(device))
+        got = Int4Linear(matrix, torch.empty(0))(x)
     except (RuntimeError, AttributeError) as error:  # torch's NotImplementedError is a RuntimeError
         problem = str(error).splitlines()[0]
     else:
         want = x.float() @ matrix.dequantised(torch.float32).T
         # Values up to 200, rounded to bfloat16.
-        problem = "" if (got.cpu().float() - want).abs().max() <= 1.0 else "its products are wrong"
+        problem = "" if (got.float() - want).abs().max() <= 1.0 else "its products are wrong"
     if problem:
-        warnings.warn(f"int4 is not multiplied on {device}, but dequantised: {problem}", stacklevel=2)
+        warnings.warn(f"int4 is not multiplied, but dequantised: {problem}", stacklevel=2)
     return not problem
 
 

@@ -68,7 +68,7 @@ def _linear_of_torch(
     ):
         return ScaledMmLinear(matrix, bias, dtype, kernels)
     if packed or device.type == "cuda":
-        integers = make_integer_linear(matrix, bias, dtype)
+        integers = make_integer_linear(matrix, bias, dtype, kernels)
         if integers is not None:
             return integers
     if packed and device.type == "cpu":

@@ -88,8 +88,7 @@ def plan_memory(config: Config, models: Models, gpu_memory_bytes: int) -> Memory
     num_taps = num_taps_of(config, models.target)
     ranks = [target_memory(config, models.target, rank, num_taps) for rank in range(config.target.tp_size)]
     drafters = [
-        draft_memory(config, models.draft, rank, heads.num_bytes, heads.num_caches, num_taps)
-        for rank in range(config.draft.tp_size)
+        draft_memory(config, models.draft, rank, heads, num_taps) for rank in range(config.draft.tp_size)
     ]
     devices = _places(config, ranks, drafters, gpu_memory_bytes)
     return MemoryPlan(devices, models, tuple(_problems(config, devices)), heads.unknown)

@@ -19,6 +19,7 @@ from outrider.workers.model.cuda_graphs import (
 from outrider.workers.model.shard import ShardPlan, bytes_per_page
 from outrider.workers.model.sizes import WeightBytes, weight_bytes
 from outrider.workers.planning.activations import FLOAT32_BYTES, forward_bytes, gathered_bytes, logits_bytes
+from outrider.workers.planning.heads import Heads
 from outrider.workers.setup import cache_dtype, target_cache_bytes, torch_dtype
 from outrider.workers.weights.config import ModelConfig
 
@@ -37,6 +38,7 @@ GRAPH_BYTES_PER_LAYER = 1 << 20
 WORKSPACE_BYTES = 2 * (32 << 20)
 # On CPUs: Python with torch and transformers in it, measured where this was written.
 INTERPRETER_BYTES = 400 << 20
+INT64_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def target_memory(config: Config, model: ModelConfig, rank: int, num_taps: int) 
     on_gpu = config.cluster.num_gpus_per_target > 0 and target.device != "cpu"
     num_pages, cache = num_target_pages(config, model), cache_dtype(config, model)
     by_kernel = on_gpu and target.attention != "sdpa" and attention_kernel_fits(model, dtype)
-    capacities = target_capacities(plan, _Pages(num_pages, target.page_size))
+    capacities = target_capacities(plan, _Pages(num_pages, target.page_size), target.max_context)
     nodes = rounds.max_sequences * (config.tree.max_nodes + 1)
     activations = forward_bytes(plan, rounds.max_round_tokens, dtype, num_taps)
     if not by_kernel:
@@ -120,14 +122,13 @@ def target_memory(config: Config, model: ModelConfig, rank: int, num_taps: int) 
 
 
 def draft_memory(
-    config: Config, model: ModelConfig | None, rank: int, heads: int, num_caches: int, num_taps: int
+    config: Config, model: ModelConfig | None, rank: int, heads: Heads, num_taps: int
 ) -> ProcessMemory:
     """Of one rank of the drafter; the first is the DraftWorker, which has heads and all logits.
 
     Args:
         model: of `draft.model`, where method `model` drafts.
-        heads: bytes of draft heads and of what they share with the target.
-        num_caches: draft methods other than `model` that have a cache of `draft.kv_cache_bytes`.
+        heads: of the draft methods other than `model`.
         num_taps: as for the target, whose rows of this many layers come here.
 
     Raises:
@@ -149,14 +150,17 @@ def draft_memory(
         if on_gpu and config.target.attention != "sdpa" and attention_kernel_fits(model, dtype):
             capacities = draft_capacities(plan, _Pages(num_pages, page_size))
             graphs = graph_bytes(plan, capacities, page_size, dtype, 0, with_logits=draft.tp_size == 1)
+    if rank == 0 and on_gpu and config.target.attention != "sdpa":
+        fitting = [drafter for drafter in heads.stepping if attention_kernel_fits(drafter, dtype)]
+        graphs += sum(step_graph_bytes(config, drafter) for drafter in fitting)
     communication = RANKS_BYTES if draft.tp_size > 1 else 0
     if rank == 0 and num_taps and _links_gpus(config):
         communication += LINK_BYTES
     return ProcessMemory(
         name=f"draft {rank}" if rank else "draft",
         weights=weights,
-        heads=0 if rank else heads,
-        kv_cache=cache + (0 if rank else num_caches * draft.kv_cache_bytes),
+        heads=0 if rank else heads.num_bytes,
+        kv_cache=cache + (0 if rank else heads.num_caches * draft.kv_cache_bytes),
         kv_tokens=tokens,
         graphs=graphs,
         activations=activations,
@@ -192,6 +196,26 @@ def graph_bytes(
         others = sum(num_rows) - max(num_rows)
         pool += logits_bytes(plan, max(num_rows), dtype) + others * len(plan.vocab) * FLOAT32_BYTES
     return inputs + pool + len(capacities) * plan.config.num_layers * GRAPH_BYTES_PER_LAYER
+
+
+def step_graph_bytes(config: Config, drafter: ModelConfig) -> int:
+    """Of the graphs of a drafter on the target's hidden rows, see `GraphedSteps`: with what they keep of nodes.
+
+    drafter: as in `Heads.stepping`.
+    """
+    from outrider.workers.drafting.slots import tree_capacity  # takes a second to import
+
+    dtype, page_size = torch_dtype(config.draft.dtype), config.target.page_size
+    plan, num_pages = ShardPlan(drafter, 0, 1), num_draft_pages(config, drafter)
+    capacities = draft_capacities(plan, _Pages(num_pages, page_size))
+    num_rows = [capacity.num_rows for capacity in capacities]
+    row_bytes = drafter.hidden_size * dtype.itemsize
+    num_nodes = config.rounds.max_sequences * tree_capacity(config.tree.max_nodes)
+    features = (num_nodes + max(num_rows) + 1) * row_bytes
+    ids = 2 * sum(num_rows) * INT64_BYTES  # of features that are read and written
+    # Beside a layer's own rows: features and embedding rows, these normed, and both side by side.
+    read = max(num_rows) * 5 * row_bytes
+    return features + ids + read + graph_bytes(plan, capacities, page_size, dtype, 0, with_logits=True)
 
 
 def context_bytes(on_gpu: bool) -> int:

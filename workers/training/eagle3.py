@@ -7,7 +7,7 @@ from torch import Tensor
 
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter, Eagle3Shape, default_taps
 from outrider.workers.draft_heads.lm_head import LmHeadShape
-from outrider.workers.training.feature_store import FeatureBatch
+from outrider.workers.training.feature_batch import FeatureBatch
 from outrider.workers.training.unrolled import UnrolledTraining
 from outrider.workers.weights.config import DenseMlp, ModelConfig, RoutedMlp
 from outrider.workers.weights.source import WeightSource

@@ -20,7 +20,7 @@ from outrider.configs.training import MedusaConfig
 from outrider.kernels.transfers import upload
 from outrider.workers.draft_heads.lm_head import LmHead, LmHeadShape
 from outrider.workers.draft_heads.medusa import MedusaHeads, MedusaShape
-from outrider.workers.training.feature_store import FeatureBatch
+from outrider.workers.training.feature_batch import FeatureBatch
 from outrider.workers.training.heads import HeadLoss, start_head
 from outrider.workers.training.metrics import StepCounts
 from outrider.workers.training.vocabulary_loss import SoftTargets

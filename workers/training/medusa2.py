@@ -20,7 +20,7 @@ from outrider.configs.training import MedusaConfig, TrainingConfig
 from outrider.workers.draft_heads.medusa import MedusaHeads
 from outrider.workers.setup import torch_dtype
 from outrider.workers.training.data import Corpus
-from outrider.workers.training.feature_store import FeatureBatch, TokensOnly
+from outrider.workers.training.feature_batch import FeatureBatch, TokensOnly
 from outrider.workers.training.heads import head_shape, read_ids
 from outrider.workers.training.medusa1 import Medusa1Training, heads_shape, start_heads
 from outrider.workers.training.metrics import StepCounts

@@ -12,7 +12,7 @@ from torch import Tensor
 from outrider.configs.training import MtpConfig
 from outrider.workers.draft_heads.lm_head import LmHeadShape
 from outrider.workers.draft_heads.mtp import MtpDrafter, MtpShape, default_layer
-from outrider.workers.training.feature_store import FeatureBatch
+from outrider.workers.training.feature_batch import FeatureBatch
 from outrider.workers.training.metrics import StepCounts
 from outrider.workers.training.unrolled import UnrolledTraining
 from outrider.workers.weights.config import ModelConfig

@@ -22,7 +22,7 @@ from outrider.workers.model.rope import RotaryEmbedding
 from outrider.workers.training.block_attention import Blocks, block_attention, plan_attention, plan_blocks
 from outrider.workers.training.data import Corpus
 from outrider.workers.training.eagle3 import active_columns
-from outrider.workers.training.feature_store import FeatureBatch
+from outrider.workers.training.feature_batch import FeatureBatch
 from outrider.workers.training.heads import HeadLoss, label_weights
 from outrider.workers.training.metrics import StepCounts
 from outrider.workers.training.unrolled import rotated

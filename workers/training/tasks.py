@@ -20,17 +20,11 @@ from outrider.workers.draft_heads.medusa import MedusaHeads
 from outrider.workers.draft_heads.mtp import MtpDrafter
 from outrider.workers.draft_heads.parallel import ParallelDrafter
 from outrider.workers.setup import torch_dtype
+from outrider.workers.training.computed_rows import ComputedRows, FeatureComputer, HeldRows
 from outrider.workers.training.data import Corpus, TrainingText
 from outrider.workers.training.eagle3 import Eagle3Training, drafter_shape, start_from_last_layer
-from outrider.workers.training.feature_store import (
-    BatchReader,
-    ComputedRows,
-    FeatureBatch,
-    FeatureComputer,
-    FeatureFiles,
-    HeldRows,
-    WantedRows,
-)
+from outrider.workers.training.feature_batch import BatchReader, FeatureBatch, WantedRows
+from outrider.workers.training.feature_store import FeatureFiles
 from outrider.workers.training.features import TargetFeatures
 from outrider.workers.training.heads import head_shape, low_rank_head, read_ids, start_head
 from outrider.workers.training.medusa1 import Medusa1Training, heads_shape, start_heads

@@ -19,7 +19,7 @@ from torch import Tensor
 from outrider.configs.training import OptimizerConfig, TrainingConfig
 from outrider.workers.training import provenance
 from outrider.workers.training.data import BatchPlan, Corpus
-from outrider.workers.training.feature_store import BatchReader, FeatureBatch
+from outrider.workers.training.feature_batch import BatchReader, FeatureBatch
 from outrider.workers.training.log import EvalLine, Line, RunLog, TrainLine
 from outrider.workers.training.metrics import Measurement, measurement
 from outrider.workers.training.tasks import Task, training_device

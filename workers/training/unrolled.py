@@ -27,7 +27,7 @@ from outrider.kernels.transfers import upload
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.draft_heads.mtp import MtpDrafter
 from outrider.workers.model.rope import RotaryEmbedding
-from outrider.workers.training.feature_store import FeatureBatch
+from outrider.workers.training.feature_batch import FeatureBatch
 from outrider.workers.training.heads import HeadLoss, label_weights
 from outrider.workers.training.metrics import StepCounts
 from outrider.workers.training.unrolled_attention import unrolled_attention

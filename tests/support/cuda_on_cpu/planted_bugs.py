@@ -12,6 +12,7 @@ import torch
 
 from outrider.kernels.attention_cases import AttentionCase, narrowed
 from outrider.kernels.compiler import Sources, compile_sources, load_sources
+from outrider.kernels.int4_cases import INT4_CASES, prepare_int4_matmul
 from outrider.kernels.kernel_cases import (
     prepare_attention,
     prepare_kv_commit,
@@ -69,6 +70,10 @@ def _rounding(name: str, old: str, new: str) -> PlantedBug:
 
 def _product(name: str, old: str, new: str) -> PlantedBug:
     return PlantedBug(name, "narrow_matmul", "narrow_matmul.cu", old, new)
+
+
+def _four_bits(name: str, old: str, new: str, file: str = "int4_matmul.cu") -> PlantedBug:
+    return PlantedBug(name, "int4_matmul", file, old, new)
 
 
 SOURCE_BUGS = (
@@ -172,6 +177,33 @@ SOURCE_BUGS = (
     _product("column splits write the same place", "((i64)split * num_rows + row)", "((i64)row)"),
     _product("the bias of another feature", "bias[at % out_features]", "bias[at / out_features]"),
     _product("bias added where columns are split, too", "if (num_splits > 1) {", "if (num_splits > 2) {"),
+    _four_bits("4 bits: no barrier behind a chunk", "wait_for_chunk(num_stages);\n    __syncthreads();",
+               "wait_for_chunk(num_stages);"),
+    _four_bits("4 bits: waits for too few chunks", "<= 4) copy_async_wait<2>()", "<= 4) copy_async_wait<3>()"),
+    _four_bits("4 bits: a chunk copied over the one that is read", "stage == 0 ? num_stages - 1 : stage - 1",
+               "stage"),
+    _four_bits("4 bits: sums take the place of chunks that are read", "  __syncthreads();  // the chunks",
+               "  // the chunks"),
+    _four_bits("4 bits: sums of the warps read too early", "sum[m][j][e];\n      }\n  __syncthreads();",
+               "sum[m][j][e];\n      }"),
+    _four_bits("4 bits: a group with the scale of the one before", "pairs + first_column / group",
+               "pairs + column_warp * 64 / group"),
+    _four_bits("4 bits: the groups of the first chunk for all", "number = chunk * groups_per_chunk + thread",
+               "number = thread"),
+    _four_bits("4 bits: groups beyond the matrix are read", "valid = number * group < in_features && feature",
+               "valid = feature"),
+    _four_bits("4 bits: columns beyond x are read", "valid = in_x && row < num_rows", "valid = row < num_rows"),
+    _four_bits("4 bits: a scale for the centre", "0x3232", "0x1010"),
+    _four_bits("4 bits: features beyond the matrix are written", "if (feature >= out_features) return;", ""),
+    _four_bits("4 bits: rows and columns of a fragment swapped", "[place % 2 * 2 + r]", "[r * 2 + place % 2]"),
+    _four_bits("4 bits: columns of x of another step", "b[2 * half], b[2 * half + 1]", "b[half], b[half + 2]"),
+    _four_bits("4 bits: words of the other half of a tile", "four.z : four.x", "four.x : four.z"),
+    _four_bits("4 bits: the same tile for all columns of a chunk", "chunk * 2 + tile % 2", "chunk * 2"),
+    _four_bits("4 bits: pieces of x taken from another place", "(piece ^ (row & 7))", "(piece ^ (row & 3))"),
+    _four_bits("4 bits: column splits write the same place", "((i64)split * num_rows + row)", "((i64)row)"),
+    _four_bits("4 bits: bias added where columns are split, too", "if (num_splits > 1) {", "if (num_splits > 2) {"),
+    _four_bits("4 bits: another middle", "0xc308c308u", "0xc300c300u", "int4.cuh"),
+    _four_bits("4 bits: values in other places", "(4 * place)", "(4 * (place ^ 1))", "int4.cuh"),
     _narrow("read before all is widened", "tree_attention", "tree_attention.cu",
             "widen_tile(stage);\n      __syncthreads();", "widen_tile(stage);"),
     _narrow("a tile widened too early", "tree_attention", "tree_attention.cu",
@@ -206,6 +238,7 @@ DEVICE_BUGS = (
     _narrow("FP8 with another exponent", "tree_attention", "fp8.cuh", "0x7b807b80u", "0x7b007b00u", "sm_80"),
     PlantedBug("FP8 in the other half of a step", "narrow_matmul", "fp8.cuh", '"=r"(y) : "h"((u16)codes)',
                '"=r"(y) : "h"((u16)(codes >> 16))'),
+    _four_bits("4 bits: fma of other operands", '"r"(x), "r"(y), "r"(z)', '"r"(x), "r"(z), "r"(y)', "int4.cuh"),
     _narrow("FP8 without signs", "tree_attention", "fp8.cuh", "(spread & 0x80008000u) |", "", "sm_80"),
 )  # fmt: skip
 
@@ -240,6 +273,8 @@ def cases_for(bug: PlantedBug) -> Iterator[PreparedCase]:
     elif bug.stem == "narrow_matmul":
         yield from (prepare_narrow_matmul(case, CPU) for case in NARROW_CASES if case.num_rows <= 9)
         yield prepare_narrow_matmul(NARROW_CASES[6], CPU)
+    elif bug.stem == "int4_matmul":
+        yield from (prepare_int4_matmul(case, CPU) for case in INT4_CASES if case.num_rows <= 16)
     else:
         yield prepare_sample_shard(600, 17, CPU, step=5, coarse=True)
         yield prepare_sample_shard(1501, 152_000, CPU)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 pytest.importorskip("cuda.bindings", reason="the kernels' sources are read through the compile layer")
 
 from outrider.configs.loader import load_config
+from outrider.configs.schema import Config
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers.drafting import eagle3, feature_levels, medusa, mtp, parallel
 from outrider.workers.drafting.engine import DraftEngine
@@ -22,6 +24,9 @@ from outrider.workers.drafting.registry import METHODS
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.first_gpu.random_heads import write_heads
 from outrider.workers.model import cuda_graphs, drafter_graphs
+from outrider.workers.model.drafter_graphs import GraphedSteps
+from outrider.workers.planning.heads import heads_of
+from outrider.workers.planning.processes import GRAPH_BYTES_PER_LAYER, step_graph_bytes
 from outrider.workers.sequences.hidden import HiddenRows
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
@@ -64,11 +69,8 @@ def moved(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> 
     return module
 
 
-def proposals(
-    name: str, folder: Path, device: torch.device, kernels: KernelSelection
-) -> list[set[tuple[int, ...]]]:
-    """The paths of each sequence's tree, behind a prompt of which the target's rows came in two rounds."""
-    config = load_config(
+def configured(name: str, folder: Path) -> Config:
+    return load_config(
         "tiny-random",
         [
             f"target.model={SPEC}",
@@ -76,8 +78,17 @@ def proposals(
             f"draft.{name}.model={folder}",
             "draft.dtype=bfloat16",
             "draft.packed_weights=false",
+            f"rounds.max_sequences={len(LAWS)}",
+            "tree.max_nodes=8",
         ],
     )
+
+
+def proposals(
+    name: str, folder: Path, device: torch.device, kernels: KernelSelection
+) -> list[set[tuple[int, ...]]]:
+    """The paths of each sequence's tree, behind a prompt of which the target's rows came in two rounds."""
+    config = configured(name, folder)
     drafting = DraftEngine(DraftedSlots(len(LAWS), 8, 4))
     context = MethodContext(
         config, TARGET.config, device, drafting.slots, drafting.estimator, Tracer(name, False), silent
@@ -147,6 +158,30 @@ def test_steps_are_the_same_from_graphs_and_without(
             # Products of padded rows are added up otherwise.
             assert len(own) == len(other)
             assert len(own & other) >= 0.9 * len(own)
+
+
+@pytest.mark.parametrize("name", ["eagle3", "mtp"])
+def test_graphs_of_steps_take_what_a_plan_counts(
+    name: str, heads: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[GraphedSteps] = []
+
+    class Kept(GraphedSteps):
+        def __init__(self, *parts: Any) -> None:
+            super().__init__(*parts)
+            made.append(self)
+
+    with counted_gpu(monkeypatch) as gpu:
+        monkeypatch.setattr(drafter_graphs, "GraphedSteps", Kept)
+        proposals(name, heads[name], gpu.device, KernelSelection.of(ENTRIES))
+    (steps,) = made
+    inputs_and_logits = sum(static.num_bytes + logits.nbytes for static, _, logits in steps._graphs)
+    kept = steps.features.nbytes + inputs_and_logits + len(steps._graphs) * GRAPH_BYTES_PER_LAYER
+    config = configured(name, heads[name])
+    (described,) = heads_of(config, TARGET.config).stepping
+    planned = step_graph_bytes(config, described)
+    # And rows that are computed with: fewer than twenty at a time, as wide as the widest.
+    assert kept < planned < kept + 20 * steps.max_rows * 2 * max(300, *steps.features.shape[1:])
 
 
 def test_where_nothing_can_be_recorded_a_warning_says_why(

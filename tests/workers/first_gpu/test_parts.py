@@ -35,9 +35,10 @@ from outrider.workers.first_gpu.ncu import read_metrics
 from outrider.workers.first_gpu.report import PartReport, Row, read_all, summary, write
 from outrider.workers.first_gpu.setting import FULL, TINY, Setting
 from outrider.workers.model import cuda_graphs
-from outrider.workers.model.integer_linear import int4_works
+from outrider.workers.model.linear import ProductKernels
 from outrider.workers.model.quantized import scaled_mm_works
 from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.tiled_int4 import tinygemm_works
 from outrider.workers.sequences.sequence import Request, RequestStats, TokenEvent, TokenLogprobs
 from support.counted_gpu import counted_gpu
 from support.cuda_on_cpu.kernels import source_kernels
@@ -208,31 +209,36 @@ def test_a_part_of_one_process_runs_on_a_gpu(
 def test_a_layout_that_a_gpu_should_multiply_and_does_not_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The pretended GPU computes on the CPU, where torch has neither scales by group nor int4 packed as for CUDA.
+    # The pretended GPU computes on the CPU, where torch has neither scales by group nor int4 in tiles.
     small = replace(ON_GPU, small="hidden_size=256&num_layers=1&num_heads=2&num_kv_heads=1")
     scaled_mm_works.cache_clear()
-    int4_works.cache_clear()
+    tinygemm_works.cache_clear()
     with gpu_with_kernels(monkeypatch) as device:
         setting = Setting(device, small, tmp_path)
         rows = [
             row
             for layout in LAYOUTS
+            for kernels in (quantised.product_kernels(setting), ProductKernels())[
+                : 2 if layout.bits == 4 else 1
+            ]
             for row in quantised.attempted(
-                layout.name, partial(quantised.products_beside_cpu, setting, layout)
+                layout.name, partial(quantised.products_beside_cpu, setting, layout, kernels)
             )
         ]
     scaled_mm_works.cache_clear()
-    int4_works.cache_clear()
+    tinygemm_works.cache_clear()
     assert {row.what: row.measured for row in rows if row.verdict == "FAILED"} == {
         "FP8 by block of 128, kept as": "RoundedLinear in place of ScaledMmLinear",
-        "int4 in groups of 32, kept as": "DequantisingLinear in place of Int4Linear",
-        "int4 in groups of 128, kept as": "DequantisingLinear in place of Int4Linear",
+        "int4 in groups of 32, kept as": "torch's product does not take the layout",
+        "int4 in groups of 128, kept as": "torch's product does not take the layout",
     }
     told = [row.measured for row in rows if row.what.endswith(", warning")]
-    assert [text.split(", but dequantised: ")[0] for text in told] == [
-        "FP8 is not multiplied on cuda:0",
-        "int4 is not multiplied on cuda:0",
+    assert [text.split(": ")[0] for text in told] == [
+        "FP8 is not multiplied on cuda:0, but dequantised",
+        "torch does not multiply int4 on cuda:0",
     ]
+    by_kernel = {f"int4 in groups of {group}, 8 rows{how}" for group in (32, 128) for how in ("", ", graph")}
+    assert {row.what for row in rows if row.verdict == "passed"} >= by_kernel
 
 
 def test_an_exception_in_one_layout_leaves_the_others(

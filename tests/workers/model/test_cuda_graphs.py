@@ -116,7 +116,7 @@ def test_a_capacity_holds_what_fits() -> None:
 
 def test_capacities_cover_trees_of_every_row_count() -> None:
     model, cache = stand_ins(max_context=1000, num_pages=80, page_size=16)
-    capacities = target_capacities(model, cache)
+    capacities = target_capacities(model, cache, 2000)
     assert [c.num_rows for c in capacities] == [8, 16, 32, 64, 128, 256]
     assert [c.mask_words for c in capacities] == [1, 1, 1, 1, 2, 4]
     assert [c.num_sequences for c in capacities] == [8, 16, 32, 64, 64, 64]
@@ -125,8 +125,13 @@ def test_capacities_cover_trees_of_every_row_count() -> None:
 
 def test_no_capacity_is_larger_than_the_cache() -> None:
     model, cache = stand_ins(max_context=131072, num_pages=80, page_size=16)
-    for capacity in target_capacities(model, cache) + draft_capacities(model, cache):
+    for capacity in target_capacities(model, cache, 131072) + draft_capacities(model, cache):
         assert (capacity.max_pages, capacity.max_keys) == (80, 1280)
+
+
+def test_a_target_has_room_for_the_longest_sequence_that_is_served_and_its_tree() -> None:
+    capacities = target_capacities(*stand_ins(max_context=131072, num_pages=8192, page_size=16), 32768)
+    assert {(c.max_pages, c.max_keys) for c in capacities} == {(2064, 32768 + 256)}
 
 
 def test_a_drafter_adds_few_rows_to_large_trees() -> None:

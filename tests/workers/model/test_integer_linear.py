@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from outrider.workers.model.integer_linear import Int4Linear, Int8Linear, int8_works, make_integer_linear
+from outrider.workers.model.linear import ProductKernels
 from outrider.workers.model.quantized import make_scaled_linear
 from outrider.workers.weights.integers import in_eight_bits, in_four_bits
 from outrider.workers.weights.scaled import ScaledMatrix
@@ -28,7 +29,7 @@ def test_eight_bits_give_the_product_with_the_dequantised_matrix(dtype: torch.dt
     weight, x = weight_and_rows(40, 192, rows)
     matrix, bias = in_eight_bits(weight), torch.linspace(-1, 1, 40)
     x = x.to(dtype)
-    product = make_integer_linear(matrix, bias.to(dtype), dtype)
+    product = make_integer_linear(matrix, bias.to(dtype), dtype, ProductKernels())
     assert isinstance(product, Int8Linear)
     got = product(x)
     want = x.double() @ matrix.dequantised(torch.float64).T + bias.to(dtype).double()
@@ -49,7 +50,7 @@ def test_four_bits_give_the_product_with_the_dequantised_matrix(group: int) -> N
         assert matrix.shifts is not None
         matrix = ScaledMatrix(matrix.values, matrix.scales[:, ::2], 64, matrix.shifts[:, ::2].contiguous())
     x, bias = x.bfloat16(), torch.linspace(-1, 1, 40).bfloat16()
-    product = make_integer_linear(matrix, bias, torch.bfloat16)
+    product = make_integer_linear(matrix, bias, torch.bfloat16, ProductKernels())
     assert isinstance(product, Int4Linear)
     want = x.double() @ matrix.dequantised(torch.float64).T + bias.double()
     # The product and the sum with the bias are rounded to bfloat16.
@@ -77,8 +78,11 @@ def test_rows_of_zeros_and_matrices_of_zeros(dtype: torch.dtype) -> None:
 def test_what_has_no_fast_product_is_dequantised() -> None:
     weight, x = weight_and_rows(24, 48, 3)  # a last group of 16 columns
     matrix = in_four_bits(weight)
-    assert make_integer_linear(matrix, NO_BIAS, torch.bfloat16) is None
-    assert make_integer_linear(in_four_bits(torch.zeros(8, 64)), NO_BIAS, torch.float32) is None
+    assert make_integer_linear(matrix, NO_BIAS, torch.bfloat16, ProductKernels()) is None
+    assert (
+        make_integer_linear(in_four_bits(torch.zeros(8, 64)), NO_BIAS, torch.float32, ProductKernels())
+        is None
+    )
     got = make_scaled_linear(matrix, NO_BIAS, torch.float32, packed=True)(x)
     torch.testing.assert_close(got, x @ matrix.dequantised(torch.float32).T, atol=1e-4, rtol=0)
 

@@ -72,7 +72,7 @@ def test_the_fallback_of_attention_runs_on_a_gpu(case) -> None:  # type: ignore[
 def target_rounds(device: torch.device) -> list[object]:
     """Two prompts in one round, one of them sampled, then a tree and a lone root behind accepted paths."""
     model, cache = model_and_cache(device)
-    rank = TargetRank(model, cache, 2, Tracer("target", False))
+    rank = TargetRank(model, cache, 2, model.config.max_context, Tracer("target", False))
     starts = tuple(SequenceStart(slot, 3, 0, sampling) for slot, sampling in enumerate(SAMPLINGS))
     prompts = (
         SequenceStep(0, (), (0, 1, 2), (5, 6, 7, 8, 9), (0, 0, 1, 2, 2), 2),

@@ -159,7 +159,7 @@ def test_a_forward_holds_no_more_than_planned_and_not_much_less(spec: str, size:
 def test_graphs_have_the_inputs_that_are_planned() -> None:
     config = shipped_config(shipped_models()["meta-llama/Llama-3.3-70B-Instruct"])
     plan, pages = ShardPlan(config, 0, 7), SimpleNamespace(num_pages=2048, page_size=16)
-    capacities = target_capacities(plan, pages)
+    capacities = target_capacities(plan, pages, 32768)
     made = [StaticBatch(capacity, 16, torch.device("cpu")).batch for capacity in capacities]
     inputs = sum(
         t.nbytes for batch in made for part in (batch, vars(batch.tree).values()) for t in _tensors(part)
@@ -288,3 +288,22 @@ def test_heads_are_counted_where_they_are() -> None:
     assert found.unknown == ("the weights of draft.eagle3.model, which are not on this machine",)
     shipped = load_config("quickstart", ["draft.methods=[eagle3]", "draft.device=cpu"])
     assert heads_of(shipped, shipped_config(shipped_models()["Qwen/Qwen3-0.6B"])).num_bytes > 15e6
+
+
+def test_graphs_of_heads_are_counted_where_their_steps_are_graphs() -> None:
+    head = ["target.model=Qwen/Qwen3-0.6B", "draft.methods=[eagle3]"]
+    gpu = ["cluster.num_gpus_per_draft=1", "cluster.num_gpus_per_target=1", "draft.placement=separate"]
+    config = load_config("quickstart", head)
+    (drafter,) = heads_of(config, models_of(config).target).stepping
+    assert (drafter.num_layers, drafter.vocab_size) == (1, 8192)
+
+    def graphs(*overrides: str) -> int:
+        drafting: int = plan_of("quickstart", *head, *overrides).processes[-1].graphs
+        return drafting
+
+    assert graphs() == graphs(*gpu, "draft.device=cpu") == graphs(*gpu, "target.attention=sdpa") == 0
+    counted = graphs(*gpu, "draft.dtype=bfloat16")
+    assert 4 * GRAPH_BYTES_PER_LAYER < counted < 64 << 20
+    more = graphs(*gpu, "draft.dtype=bfloat16", "tree.max_nodes=64", "rounds.max_sequences=64")
+    assert more > counted + 64 * 8 * 32 * drafter.hidden_size
+    assert graphs(*gpu, "draft.dtype=float32") == 0

@@ -8,7 +8,7 @@ from outrider.configs.training import Eagle3Config
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.draft_heads.lm_head import LmHeadShape
 from outrider.workers.training.eagle3 import Eagle3Training, drafter_shape
-from outrider.workers.training.feature_store import FeatureBatch
+from outrider.workers.training.feature_batch import FeatureBatch
 from outrider.workers.training.losses import LOSSES, eager_loss
 from outrider.workers.training.medusa1 import plan_heads
 from outrider.workers.training.unrolled import plan_steps

@@ -7,15 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from outrider.workers.training.computed_rows import ComputedRows, FeatureComputer, HeldRows
 from outrider.workers.training.data import TrainingText
-from outrider.workers.training.feature_store import (
-    ComputedRows,
-    FeatureBatch,
-    FeatureComputer,
-    FeatureFiles,
-    HeldRows,
-    WantedRows,
-)
+from outrider.workers.training.feature_batch import FeatureBatch, WantedRows
+from outrider.workers.training.feature_store import FeatureFiles
 from outrider.workers.training.features import TargetFeatures
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.resolver import open_source

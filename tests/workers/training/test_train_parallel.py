@@ -14,7 +14,7 @@ from outrider.workers.draft_heads.lm_head import LmHeadShape
 from outrider.workers.draft_heads.parallel import BlockLayer, ParallelDrafter
 from outrider.workers.sequences.sequence import DraftOptions
 from outrider.workers.training.block_attention import plan_blocks
-from outrider.workers.training.feature_store import FeatureBatch
+from outrider.workers.training.feature_batch import FeatureBatch
 from outrider.workers.training.launch import train
 from outrider.workers.training.log import Line
 from outrider.workers.training.losses import LOSSES, eager_loss
