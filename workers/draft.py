@@ -48,6 +48,7 @@ from outrider.workers.setup import (
     torch_device,
     transport_for,
     use_device,
+    with_draft_dtype,
 )
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig
@@ -90,6 +91,7 @@ class DraftWorker:
         torch.set_num_threads(self.config.draft.num_threads)
         self._device = torch_device("draft", self.config.draft.device, self._gpus)
         use_device(self._device)
+        self.config = with_draft_dtype(self.config, self._device.type)
         self._target = target = read_model_config(self.config, "target", progress)
         self._num_pages = num_target_pages(self.config, target)
         self._drafting = self._build_drafting(target, progress)

@@ -12,7 +12,7 @@ from outrider.configs.schema import Config
 from outrider.workers.drafting.model_ranks import ModelRank, NoHead, follow, load_rank
 from outrider.workers.link.distributed import connect_store, join_group
 from outrider.workers.memory import peak_memory_bytes
-from outrider.workers.setup import torch_device, transport_for, use_device
+from outrider.workers.setup import torch_device, transport_for, use_device, with_draft_dtype
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.progress import Progress
@@ -72,6 +72,7 @@ class DraftRank:
         torch.set_num_threads(draft.num_threads)
         self._device = torch_device("draft", draft.device, self._gpus)
         use_device(self._device)
+        self.config = with_draft_dtype(self.config, self._device.type)
         head = NoHead() if draft.head else None
         self._loaded = load_rank(self.config, self.rank, self._device, progress, head)
 

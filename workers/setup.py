@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -43,6 +43,23 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def torch_dtype(name: str) -> torch.dtype:
     """The configuration's dtype as torch's."""
     return _DTYPES[name]
+
+
+def with_draft_dtype(config: Config, device_type: str) -> Config:
+    """The configuration with a `draft.dtype` of `auto` decided, for a drafter on "cpu" or "cuda"."""
+    draft = config.draft
+    if draft.dtype != "auto":
+        return config
+    # Ranks may be on machines that differ, and have to agree.
+    is_native = device_type != "cpu" or draft.tp_size > 1 or _cpu_multiplies_bfloat16()
+    return replace(config, draft=replace(draft, dtype="bfloat16" if is_native else "float32"))
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    found = torch.cpu.get_capabilities()
+    if found.get("architecture") != "x86_64":
+        return True  # what serves models on others has it
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def torch_device(role: Literal["target", "draft"], name: str, gpus: Sequence[int]) -> torch.device:

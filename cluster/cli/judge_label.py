@@ -145,10 +145,11 @@ def _mine(
 
 def _chooser(config: "Config", vocab_size: int) -> "DraftModelChooser":
     from outrider.cluster.judging.mining import DraftModelChooser
-    from outrider.workers.setup import load_model, torch_dtype
+    from outrider.workers.setup import load_model, torch_dtype, with_draft_dtype
     from outrider.workers.training.features import TargetFeatures
     from outrider.workers.weights.progress import silent
 
+    config = with_draft_dtype(config, "cpu")
     source = load_model(config, "draft", silent)
     last = (source.config.num_layers,)
     model = TargetFeatures(source, last, torch_dtype(config.draft.dtype), config.draft.num_threads)

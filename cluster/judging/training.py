@@ -14,7 +14,7 @@ from outrider.cluster.judge_chart import draw_curves
 from outrider.configs.schema import Config
 from outrider.workers.judging.head import JudgeDescription, JudgeKind, ThresholdRow, write_judge
 from outrider.workers.judging.identity import identify
-from outrider.workers.setup import load_model, torch_dtype
+from outrider.workers.setup import load_model, torch_dtype, with_draft_dtype
 from outrider.workers.training import provenance
 from outrider.workers.training.features import TargetFeatures
 from outrider.workers.training.judges import measures
@@ -99,6 +99,7 @@ def train_judge(
         ValueError: the labels do not do, see `fit_judge`.
     """
     began = time.perf_counter()
+    config = with_draft_dtype(config, "cpu")
     out.mkdir(parents=True, exist_ok=True)
     with_draft = plan.kind == "target_and_draft"
     target = load_model(config, "target", silent)

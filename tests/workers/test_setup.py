@@ -2,6 +2,7 @@
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from threading import get_ident
 from types import SimpleNamespace
@@ -15,7 +16,13 @@ from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers import target as target_module
 from outrider.workers.draft import DraftWorker
 from outrider.workers.link.communicator import Communicator, SoloCommunicator, agreed
-from outrider.workers.setup import agreed_kernels, require_memory, torch_device, transport_for
+from outrider.workers.setup import (
+    agreed_kernels,
+    require_memory,
+    torch_device,
+    transport_for,
+    with_draft_dtype,
+)
 from outrider.workers.target import TargetWorker
 from outrider.workers.weights.progress import silent
 from support.thread_group import run_ranks, thread_group
@@ -177,3 +184,28 @@ def test_a_rank_that_would_not_fit_is_told_so_before_it_reads(monkeypatch: pytes
     require_memory(CPU, 1 << 50, 3)
     with pytest.raises(ValueError, match=r"the weights of rank 3 take 61\.0 GiB, cuda:1 has 60\.0 GiB free"):
         require_memory(GPU, 61 << 30, 3)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "device", "options", "expected"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": False}, "cpu", {}, "float32"),
+        ({"architecture": "x86_64", "avx512_bf16": True}, "cpu", {}, "bfloat16"),
+        ({"architecture": "x86_64", "amx_bf16": True}, "cpu", {}, "bfloat16"),
+        ({"architecture": "aarch64"}, "cpu", {}, "bfloat16"),
+        ({"architecture": "x86_64", "avx512_bf16": False}, "cuda", {}, "bfloat16"),
+        ({"architecture": "x86_64", "avx512_bf16": False}, "cpu", {"tp_size": 2}, "bfloat16"),
+        ({"architecture": "x86_64", "avx512_bf16": True}, "cpu", {"dtype": "float32"}, "float32"),
+    ],
+)
+def test_a_draft_dtype_of_auto_is_what_the_processor_multiplies(
+    capabilities: dict[str, object],
+    device: str,
+    options: dict[str, Any],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    config = load_config("tiny-random")
+    asked = replace(config, draft=replace(config.draft, **{"dtype": "auto", **options}))
+    assert with_draft_dtype(asked, device).draft.dtype == expected

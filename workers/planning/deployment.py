@@ -9,6 +9,7 @@ from outrider.configs.processors import shares_gpus
 from outrider.configs.schema import Config
 from outrider.workers.planning.heads import heads_of, num_taps_of
 from outrider.workers.planning.processes import ProcessMemory, draft_memory, target_memory
+from outrider.workers.setup import with_draft_dtype
 from outrider.workers.weights.config import ModelConfig
 
 # Left free on each GPU: torch's allocator rounds up and keeps holes, and what is estimated may be more.
@@ -84,6 +85,7 @@ def plan_memory(config: Config, models: Models, gpu_memory_bytes: int) -> Memory
     Raises:
         ValueError: a cache does not hold a page, or the target's ranks cannot share the model.
     """
+    config = with_draft_dtype(config, "cuda" if on_gpu(config, "draft") else "cpu")
     heads = heads_of(config, models.target)
     num_taps = num_taps_of(config, models.target)
     ranks = [target_memory(config, models.target, rank, num_taps) for rank in range(config.target.tp_size)]

@@ -283,17 +283,18 @@ def test_a_folder_is_read_where_there_is_one(tmp_path: Path) -> None:
 def test_heads_are_counted_where_they_are() -> None:
     planned = plan_of("quickstart", "target.model=Qwen/Qwen3-0.6B", "draft.methods=[ngram]")
     assert planned.processes[-1].heads == 0
-    config = load_config("quickstart", ["draft.methods=[eagle3]", "draft.eagle3.model=org/heads"])
+    head = ["draft.dtype=bfloat16", "draft.methods=[eagle3]"]
+    config = load_config("quickstart", [*head, "draft.eagle3.model=org/heads"])
     found = heads_of(config, shipped_config(shipped_models()["Qwen/Qwen3-0.6B"]))
     assert found.unknown == ("the weights of draft.eagle3.model, which are not on this machine",)
-    shipped = load_config("quickstart", ["draft.methods=[eagle3]", "draft.device=cpu"])
+    shipped = load_config("quickstart", [*head, "draft.device=cpu"])
     assert heads_of(shipped, shipped_config(shipped_models()["Qwen/Qwen3-0.6B"])).num_bytes > 15e6
 
 
 def test_graphs_of_heads_are_counted_where_their_steps_are_graphs() -> None:
     head = ["target.model=Qwen/Qwen3-0.6B", "draft.methods=[eagle3]"]
     gpu = ["cluster.num_gpus_per_draft=1", "cluster.num_gpus_per_target=1", "draft.placement=separate"]
-    config = load_config("quickstart", head)
+    config = load_config("quickstart", [*head, "draft.dtype=bfloat16"])
     (drafter,) = heads_of(config, models_of(config).target).stepping
     assert (drafter.num_layers, drafter.vocab_size) == (1, 8192)
 
