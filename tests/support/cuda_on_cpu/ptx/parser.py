@@ -123,6 +123,9 @@ def _parse_statement(source: str, line: int) -> Statement:
 
 def _split_operands(text: str) -> list[str]:
     """Splits at commas outside braces and brackets."""
+    if "{" not in text and "[" not in text:
+        *others, last = map(str.strip, text.split(","))
+        return [*others, last] if last else others
     operands, depth, current = [], 0, ""
     for character in text:
         depth += (character in "{[") - (character in "}]")
