@@ -29,7 +29,8 @@ def served_head(lm_head: LmHead, vocab_size: int, packed: bool) -> Head:
     if isinstance(lm_head, LowRankLmHead):
         return LowRankHead(_linear(lm_head.down, packed), _linear(lm_head.up, packed), vocabulary)
     assert isinstance(lm_head, DenseLmHead)
-    return LinearHead(make_linear(lm_head.weight.data, torch.empty(0), packed), vocabulary)
+    matrix = make_linear(lm_head.weight.data, torch.empty(0), packed, exact_sums=False)
+    return LinearHead(matrix, vocabulary)
 
 
 def for_serving(
@@ -70,4 +71,4 @@ class _ServedLmHead(nn.Module):
 
 def _linear(linear: nn.Linear, packed: bool) -> Linear:
     bias = torch.empty(0) if linear.bias is None else linear.bias.data
-    return make_linear(linear.weight.data, bias.to(linear.weight.device), packed)
+    return make_linear(linear.weight.data, bias.to(linear.weight.device), packed, exact_sums=False)

@@ -60,7 +60,7 @@ class ProductKernels:
     selection: KernelSelection = REFERENCES
 
 
-def make_linear(weight: Tensor, bias: Tensor, packed: bool) -> Linear:
+def make_linear(weight: Tensor, bias: Tensor, packed: bool, exact_sums: bool = True) -> Linear:
     """Keeps a weight in the fastest layout that this machine has for it.
 
     Args:
@@ -68,9 +68,10 @@ def make_linear(weight: Tensor, bias: Tensor, packed: bool) -> Linear:
         bias: [out], or no elements for none.
         packed: use the blocked layout, if this machine has it for this dtype. Its blocking depends on
             `torch.get_num_threads()`: set that before.
+        exact_sums: see `PackedLinear`.
     """
     if packed and weight.device.type == "cpu" and packing_works(weight.dtype):
-        return PackedLinear(weight, bias)
+        return PackedLinear(weight, bias, exact_sums)
     return DenseLinear(weight, bias)
 
 
@@ -95,11 +96,16 @@ class PackedLinear:
 
     pads = True
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        """`weight` [out, in], `bias` [out] or no elements for none."""
+    def __init__(self, weight: Tensor, bias: Tensor, exact_sums: bool = True) -> None:
+        """
+        Args:
+            weight: [out, in]; bias: [out], or no elements for none.
+            exact_sums: in float32, see FLOAT32_SUM_COLUMNS; without, one sum over all columns: half the time of small
+                matrices, for what only drafts.
+        """
         self.out_features, self.in_features = weight.shape
         self._bias = bias if bias.numel() else None
-        self._columns = _columns_per_sum(weight)
+        self._columns = _columns_per_sum(weight) if exact_sums else self.in_features
         self._blocks = [_pack(part) for part in weight.split(self._columns, dim=1)]
 
     def __call__(self, x: Tensor) -> Tensor:

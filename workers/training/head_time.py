@@ -23,7 +23,9 @@ def head_times_ms(head: LmHead, num_rows: tuple[int, ...], dtype: torch.dtype, t
     """
     torch.set_num_threads(threads)
     matrices = [head.down.weight, head.up.weight] if isinstance(head, LowRankLmHead) else [head.matrix()]
-    linears = [make_linear(matrix.detach().to(dtype), _NO_BIAS, packed=True) for matrix in matrices]
+    linears = [
+        make_linear(matrix.detach().to(dtype), _NO_BIAS, packed=True, exact_sums=False) for matrix in matrices
+    ]
     # Between two calls in a server, a whole model passes through the caches.
     evicting = torch.zeros(64 << 20, dtype=torch.uint8)
     return [_median_ms(linears, torch.randn(n, linears[0].in_features).to(dtype), evicting) for n in num_rows]

@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ NO_BIAS = torch.empty(0)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 7, 8, 33])
-@pytest.mark.parametrize(("features", "outputs"), [(24, 40), (65, 31), (256, 512)])
+@pytest.mark.parametrize(("features", "outputs"), [(24, 40), (65, 31), (256, 512), (800, 48)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_gives_what_a_plain_product_gives(
     rows: int, features: int, outputs: int, dtype: torch.dtype
@@ -23,8 +24,8 @@ def test_packed_gives_what_a_plain_product_gives(
     weight = (torch.randn(outputs, features, generator=generator) / features**0.5).to(dtype)
     bias = torch.randn(outputs, generator=generator).to(dtype)
     x = torch.randn(rows, features, generator=generator).to(dtype)
-    for b in (bias, NO_BIAS):
-        packed = make_linear(weight, b, packed=True)
+    for b, exact_sums in itertools.product((bias, NO_BIAS), (True, False)):
+        packed = make_linear(weight, b, packed=True, exact_sums=exact_sums)
         assert isinstance(packed, PackedLinear)
         want = F.linear(x, weight, b if b.numel() else None)
         # Sums of order 1 in another order: some 1e-6 in float32, one rounding (2^-8 of up to 4) in bfloat16.
