@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.int4_matmul import CENTRE, packed_in_tiles, plan_int4_matmul
-from outrider.kernels.narrow_matmul import SHARED_BYTES, gpu_resources
-from outrider.kernels.prepared import Check, Guards, PreparedCase
-
-TOLERANCE = 4e-3  # the result is rounded to bfloat16; sums are in float32
+from outrider.kernels.narrow_cases import prepared_product
+from outrider.kernels.prepared import PreparedCase
 
 
 @dataclass(frozen=True)
@@ -78,27 +76,10 @@ class _Inputs:
 
 def prepare_int4_matmul(case: Int4Case, device: torch.device) -> PreparedCase:
     inputs = _inputs(case)
-    guards = Guards(device)
-    shape = (case.num_rows, case.out_features)
-    out = guards.empty(shape, torch.bfloat16)
-    partial_out = guards.empty((case.num_splits if case.num_splits > 1 else 0, *shape), torch.float32)
-    x = inputs.x.to(device)[:, : case.in_features]  # rows with more behind them
-    plans = plan_int4_matmul(
-        x,
-        inputs.packed.to(device),
-        inputs.of_groups.to(device),
-        case.group,
-        inputs.bias.to(device),
-        case.num_splits,
-        case.shared_bytes or (gpu_resources(device)[1] if device.type == "cuda" else SHARED_BYTES),
-        out,
-        partial_out,
-    )
-    check = Check("out", out, inputs.expected, TOLERANCE)
-    num_bytes = inputs.packed.nbytes + inputs.of_groups.nbytes + x.numel() * x.element_size() + out.nbytes
-    num_flops = 2 * case.num_rows * case.out_features * case.in_features
-    return PreparedCase(
-        case.name, "int4_matmul", plans, (check,), tuple(guards.buffers), num_bytes, num_flops
+    matrix = (inputs.packed, inputs.of_groups)
+    operands = (*matrix, case.group, inputs.bias)
+    return prepared_product(
+        case, "int4_matmul", plan_int4_matmul, inputs.x, operands, matrix, inputs.expected, device
     )
 
 

@@ -1,12 +1,14 @@
 """Cases of the product with a matrix of 8-bit numbers."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from outrider.kernels.launch_plans import FP8
+from outrider.kernels.launch_plans import FP8, LaunchPlan
 from outrider.kernels.narrow_matmul import SHARED_BYTES, gpu_resources, plan_narrow_matmul
 from outrider.kernels.prepared import Check, Guards, PreparedCase
 
@@ -93,30 +95,67 @@ class _Inputs:
     expected: Tensor
 
 
-def prepare_narrow_matmul(case: NarrowCase, device: torch.device) -> PreparedCase:
-    inputs = _inputs(case)
+class ProductCase(Protocol):
+    """What cases of products with narrow matrices have in common, see `NarrowCase`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def num_splits(self) -> int: ...
+    @property
+    def shared_bytes(self) -> int: ...
+
+
+def prepared_product(
+    case: ProductCase,
+    kernel: str,
+    plan: Callable[..., tuple[LaunchPlan, ...]],
+    x: Tensor,
+    operands: Sequence[Tensor | int],
+    read: Sequence[Tensor],
+    expected: Tensor,
+    device: torch.device,
+) -> PreparedCase:
+    """A product with a narrow matrix on a device.
+
+    Args:
+        kernel: its name in reports.
+        plan: of its launches, given x, the operands, splits, bytes of shared memory, output and partial sums.
+        x: [N, K and more], of which the kernel has K columns.
+        read: which of the operands are the matrix and what comes with it.
+        expected: [N, O].
+    """
     guards = Guards(device)
     shape = (case.num_rows, case.out_features)
     out = guards.empty(shape, torch.bfloat16)
     partial_out = guards.empty((case.num_splits if case.num_splits > 1 else 0, *shape), torch.float32)
-    x = inputs.x.to(device)[:, : case.in_features]  # rows with more behind them
-    plans = plan_narrow_matmul(
+    x = x.to(device)[:, : case.in_features]  # rows with more behind them
+    plans = plan(
         x,
-        inputs.x_scales.to(device),
-        inputs.weight.to(device),
-        inputs.weight_scales.to(device),
-        case.group or case.in_features,
-        inputs.bias.to(device),
+        *(operand.to(device) if isinstance(operand, Tensor) else operand for operand in operands),
         case.num_splits,
         case.shared_bytes or (gpu_resources(device)[1] if device.type == "cuda" else SHARED_BYTES),
         out,
         partial_out,
     )
-    check = Check("out", out, inputs.expected, TOLERANCE)
-    num_bytes = inputs.weight.nbytes + inputs.weight_scales.nbytes + x.numel() * x.element_size() + out.nbytes
+    check = Check("out", out, expected, TOLERANCE)
+    num_bytes = sum(tensor.nbytes for tensor in read) + x.numel() * x.element_size() + out.nbytes
     num_flops = 2 * case.num_rows * case.out_features * case.in_features
-    return PreparedCase(
-        case.name, "narrow_matmul", plans, (check,), tuple(guards.buffers), num_bytes, num_flops
+    return PreparedCase(case.name, kernel, plans, (check,), tuple(guards.buffers), num_bytes, num_flops)
+
+
+def prepare_narrow_matmul(case: NarrowCase, device: torch.device) -> PreparedCase:
+    inputs = _inputs(case)
+    matrix = (inputs.weight, inputs.weight_scales)
+    operands = (inputs.x_scales, *matrix, case.group or case.in_features, inputs.bias)
+    return prepared_product(
+        case, "narrow_matmul", plan_narrow_matmul, inputs.x, operands, matrix, inputs.expected, device
     )
 
 

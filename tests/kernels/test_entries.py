@@ -17,7 +17,6 @@ from outrider.kernels.attention_cases import (
 )
 from outrider.kernels.gather_rows import gather_rows, gather_rows_op
 from outrider.kernels.int4_cases import INT4_CASES, prepare_int4_matmul
-from outrider.kernels.int4_cases import TOLERANCE as INT4_TOLERANCE
 from outrider.kernels.int4_matmul import (
     int4_matmul,
     int4_matmul_op,
@@ -185,7 +184,7 @@ def test_the_reference_multiplies_4_bits_as_the_kernel_does(case):
     x, packed, of_groups, bias = prepared.plans[0].arguments[:4]
     (check,) = prepared.checks
     out = int4_matmul(x, packed, of_groups, case.group, case.out_features, bias)
-    assert replace(check, actual=out).error() <= INT4_TOLERANCE
+    assert replace(check, actual=out).error() <= TOLERANCE
 
 
 def test_values_lie_in_tiles_as_tensor_cores_read_them():

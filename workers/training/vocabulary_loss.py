@@ -132,11 +132,10 @@ class _Piece:
         # Logits relative to that of the likeliest token, which makes sums of at least 1. Where another one is so far
         # above that the sum is no number, the highest is looked for; on a GPU always: to ask whether it must be costs
         # more than the product.
-        shift = (rows * self.chosen_rows[:, 0]).sum(-1)
-        if rows.device.type == "cuda":
-            shift = (rows @ matrix.T).amax(-1)
+        looks_first = rows.device.type == "cuda"
+        shift = (rows @ matrix.T).amax(-1) if looks_first else (rows * self.chosen_rows[:, 0]).sum(-1)
         self.exponentials, self.summed = self._exponentials(rows, widened, shift)
-        if rows.device.type != "cuda" and not bool(torch.isfinite(self.summed).all()):
+        if not looks_first and not bool(torch.isfinite(self.summed).all()):
             shift = (rows @ matrix.T).amax(-1)
             self.exponentials, self.summed = self._exponentials(rows, widened, shift)
         self.normaliser = self.summed[:, rows.shape[1], None].float()  # [n, 1]
