@@ -45,6 +45,7 @@ RAN_ON = {
         "silu_mul": "9cb464f9b5dc",
         "round_rows": "a277671d0071",
         "narrow_matmul": "2a03b4274828",
+        "int4_matmul": "fac44d986880",
     },
     "H200": {"kv_commit": "e5169d34ae09", "gather_rows": "50416a878f6b"},
 }

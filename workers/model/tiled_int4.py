@@ -1,7 +1,6 @@
 """Products with matrices of 4 bits on a GPU: by our kernel `int4_matmul`, by torch's, or dequantised for each.
 
-torch's (tinygemm) is called as torchao does, after a check, and ran on an H100 (docs/gpu-report.md). The kernel has
-not run on a GPU.
+torch's (tinygemm) is called as torchao does, after a check. Both ran on an H100 (docs/gpu-report.md).
 """
 
 from __future__ import annotations
