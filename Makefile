@@ -4,9 +4,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # What running needs, and what lint and tests need besides.
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
-# Most tests keep one processor busy, in whatever thread or process. A file stays together: its tests share running
-# engines.
-TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
+# One more than the two processors of a small machine: some tests wait for processes to start and end. A file stays
+# together: its tests share running engines.
+SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest
 INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -16,10 +16,10 @@ demo: $(RUN)
 	$(VENV)/bin/outrider demo
 
 test: lint
-	$(PYTEST) -m "not slow and not gpu" $(TWO_AT_A_TIME)
+	$(PYTEST) -m "not slow and not gpu" $(SIDE_BY_SIDE)
 
 test-all: lint
-	$(PYTEST) -m "not gpu" $(TWO_AT_A_TIME)
+	$(PYTEST) -m "not gpu" $(SIDE_BY_SIDE)
 
 lint: $(DEV)
 	$(VENV)/bin/ruff check .

@@ -39,7 +39,7 @@ FIXED = default_options(fixed_budget=True)
 @pytest.fixture(scope="module")
 def smollm2() -> SmolLM2:
     smollm2 = load_smollm2()
-    smollm2.reference.prepare(smollm2.spec_bench, batch_size=8)
+    smollm2.reference.prepare(smollm2.all_cases, batch_size=8)
     return smollm2
 
 
