@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # What running needs, and what lint and tests need besides.
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
-# One more than the two processors of a small machine: some tests wait for processes to start and end. A file stays
+# One more than the two processors of a small machine, which two leave idle a tenth of the time. A file stays
 # together: its tests share running engines.
 SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest
