@@ -25,7 +25,7 @@ from outrider.kernels.round_rows import plan_round_rows, round_rows
 from outrider.kernels.row_cases import LEAST_SCALE, prepare_add_rms_norm, prepare_round_rows, prepare_silu_mul
 from outrider.kernels.sampling_cases import prepare_sample_shard
 from support.cuda_on_cpu.executor import SCHEDULES, Executor, Schedule, kernel_names
-from support.cuda_on_cpu.kernels import ptx_kernels, source_kernels
+from support.cuda_on_cpu.kernels import OFTEN, ptx_kernels, source_kernels
 
 CPU = torch.device("cpu")
 # Both executors compute the same numbers in the same order up to fused multiply-adds and the last bit of a logarithm.
@@ -107,7 +107,9 @@ def test_source_agrees_with_float64_under_every_schedule(name):
             torch.testing.assert_close(result, other, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=() if t in OFTEN else pytest.mark.slow) for t in TARGETS]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_ptx_agrees_with_float64_and_with_the_source(name, target):
     libraries = ptx_kernels(target).libraries
@@ -168,7 +170,7 @@ def fuzz(seed: int, num_cases: int, target: str) -> None:
 
 
 def test_random_batches_of_trees():
-    fuzz(seed=0, num_cases=60, target="sm_90a")
+    fuzz(seed=0, num_cases=30, target="sm_90a")
 
 
 def test_random_rows():
@@ -360,10 +362,11 @@ def test_a_product_with_4_bits_of_a_row_is_the_same_among_any_others():
         assert torch.equal(computed(rows, 96), together[rows])
 
 
-def test_random_shards_are_sampled():
+@pytest.mark.parametrize("num_cases", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_random_shards_are_sampled(num_cases):
     """Every way to cut a row, of any size, with ties and without, on both executors."""
     rnd = random.Random(3)
-    for _ in range(8):
+    for _ in range(num_cases):
         size, offset = rnd.choice((21, 40, 333, 512, 513, 1000)), rnd.choice((0, 5, 120_000))
         kind = {"step": rnd.choice((1, 1, 3)), "coarse": rnd.random() < 0.5, "seed": rnd.randrange(1 << 30)}
         results = [

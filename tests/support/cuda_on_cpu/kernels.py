@@ -7,6 +7,10 @@ from outrider.kernels.compiler import SOURCES, CompiledKernels, Sources, compile
 from support.cuda_on_cpu.executor import BUILD, Executor, kernel_names, source_executor
 from support.cuda_on_cpu.ptx.executor import ptx_executor
 
+# Compiled and executed by `make test`: the oldest target, and that of the GPU on which the kernels ran. The others,
+# whose PTX differs from theirs in little, by `make test-all`.
+OFTEN = ("sm_80", "sm_90a")
+
 
 @cache
 def compiled(target: str) -> dict[str, CompiledKernels]:
