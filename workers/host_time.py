@@ -37,7 +37,7 @@ from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
 from outrider.workers.sequences.vocabulary import VocabularyRange
-from outrider.workers.target import TargetRank
+from outrider.workers.target_rank import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig
 

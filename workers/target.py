@@ -1,4 +1,4 @@
-"""The target: one tensor-parallel rank of the large model, scoring whole trees."""
+"""A process of the target: one tensor-parallel rank of the large model, scoring whole trees."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 import torch
 
 from outrider.configs.schema import Config
-from outrider.kernels.gather_rows import gather_rows
-from outrider.kernels.transfers import upload
 from outrider.workers.drafting.registry import layers_needed
 from outrider.workers.last_resort import ABORT_GRACE_S, Interruptible
 from outrider.workers.link.communicator import (
@@ -23,18 +21,11 @@ from outrider.workers.link.link import DraftReceiver
 from outrider.workers.link.lost import LinkLostError, PeerLostError
 from outrider.workers.link.messages import Draft, Scores, Steps, decode_draft, encode_draft
 from outrider.workers.memory import peak_memory_bytes
-from outrider.workers.model.batch import TreeRows, lay_out
-from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.cuda_graphs import forward_of, target_capacities
 from outrider.workers.model.fp8_cache import read_cache_scales
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.sizes import weight_bytes
-from outrider.workers.model.transformer import Hidden, Transformer
-from outrider.workers.sampling.grammars import NO_GRAMMARS, Grammars
-from outrider.workers.sampling.sampler import NO_SAMPLES, Prepared, Sampler, Samples
-from outrider.workers.sequences.segments import Int64Array
-from outrider.workers.sequences.vocabulary import VocabularyRange
+from outrider.workers.model.transformer import Transformer
 from outrider.workers.setup import (
     agreed_kernels,
     cache_dtype,
@@ -51,122 +42,11 @@ from outrider.workers.setup import (
     transport_for,
     use_device,
 )
-from outrider.workers.target_state import TargetSequences
-from outrider.workers.timing import Stretches
+from outrider.workers.target_rank import TargetRank, serve_rounds
 from outrider.workers.trace import Tracer
 
 PAUSE = Draft(0, (), (), Steps.of([]), pause=True)
-
-
-class TargetRank:
-    """The computation of one rank. A step reads: commit, forward, sample. No branch on what the step is for."""
-
-    def __init__(
-        self,
-        model: Transformer,
-        cache: PagedCache,
-        num_slots: int,
-        max_context: int,
-        tracer: Tracer,
-        taps: Sequence[int] = (),
-        grammars: Grammars = NO_GRAMMARS,
-    ) -> None:
-        """
-        Args:
-            num_slots: sequences that run at the same time.
-            max_context: tokens of each, at most.
-            taps: layers whose inputs rounds may ask for (`Draft.layers`), besides what leaves the last one.
-            grammars: over the model's tokens.
-        """
-        self.model = model
-        self._cache = cache
-        capacities = target_capacities(model, cache, max_context)
-        self._forward = forward_of(model, cache, capacities, taps, with_logits=True)
-        self._stretches = Stretches(model.device, tracer)
-        self._num_slots, self._grammars = num_slots, grammars
-        self.forget_sequences()
-        self._sampler = Sampler(
-            model.config.vocab_size,
-            VocabularyRange(model.plan.vocab.start, model.plan.vocab.stop),
-            model.communicator,
-            model.kernels,
-        )
-
-    def forget_sequences(self) -> None:
-        """Whoever sends drafts from now on knows none of those that ran."""
-        self._sequences = TargetSequences(
-            self._num_slots, self._cache.num_pages, self._cache.page_size, self._grammars
-        )
-
-    @torch.inference_mode()
-    def step(self, draft: Draft) -> Scores:
-        """One round: keep what was accepted, compute every node, sample after the nodes that ask for it."""
-        stretches, steps, sampled = self._stretches, draft.steps, draft.steps.sampled_rows
-        stretches.begin()
-        on_host = [*self._sequences.apply(draft), *map(torch.from_numpy, (sampled, steps.hidden_rows))]
-        prepared, computed = None, self._sequences.rows(steps)
-        # What takes long to prepare, texts that are looked through, waits until the device is busy.
-        if len(sampled) and not self._sequences.follow_texts(steps):
-            prepared = self.prepare(steps, computed)
-            on_host += prepared.on_host
-        if steps.num_rows:
-            there = self._forward.take(lay_out(self._sequences.tables, computed), on_host)
-        else:
-            there = upload(on_host, self.model.device)
-        sources, targets, sampled_index, hidden_index, *asked = there
-        self._cache.commit(sources, targets)
-        stretches.end("commit")
-        sent, samples = None, NO_SAMPLES
-        if steps.num_rows:
-            hidden = self._forward.run()
-            sent = self._hidden_rows(draft, hidden, hidden_index)
-            if len(sampled):
-                logits = self._logits(hidden, sampled, sampled_index)
-        stretches.end("forward", steps.num_rows)
-        if len(sampled):
-            samples = self.sample(prepared or self.prepare(steps, computed), logits, asked)
-        stretches.end("sample", len(sampled))
-        commit_s, forward_s, sample_s = stretches.settle()
-        asking = self._sequences.asking(steps)
-        return Scores(
-            round_id=draft.round_id,
-            tokens=samples.tokens.numpy(),
-            failed=~samples.valid.numpy(),
-            logprobs=samples.logprobs.numpy()[asking],
-            top_ids=samples.top_ids.numpy()[asking],
-            top_logprobs=samples.top_logprobs.numpy()[asking],
-            child_logprobs=samples.token_logprobs.numpy(),
-            child_laws=samples.token_laws.numpy(),
-            is_pushed_down=samples.is_pushed_down.numpy(),
-            entropies=samples.entropies.numpy(),
-            commit_s=commit_s,
-            forward_s=forward_s,
-            sample_s=sample_s,
-            hidden=sent,
-        )
-
-    def prepare(self, steps: Steps, rows: TreeRows) -> Prepared:
-        """What the laws of the sampled nodes depend on besides the logits."""
-        return self._sampler.prepare(self._sequences.sampled(steps, rows), self._sequences.questions(steps))
-
-    def sample(self, prepared: Prepared, logits: torch.Tensor, asked: Sequence[torch.Tensor]) -> Samples:
-        """The target's token after every sampled node, from logits [M, vocab_shard], and what else is asked."""
-        return self._sampler.sample_prepared(logits, prepared, asked)
-
-    def _logits(self, hidden: Hidden, sampled: Int64Array, index: torch.Tensor) -> torch.Tensor:
-        """[M, vocab_shard] of the sampled rows, which are mostly all."""
-        if hidden.logits is None:
-            return self.model.logits_of(hidden.last, index)
-        if len(sampled) == len(hidden.logits):
-            return hidden.logits
-        return gather_rows(hidden.logits, index, self.model.kernels.gather_rows)
-
-    def _hidden_rows(self, draft: Draft, hidden: Hidden, index: torch.Tensor) -> torch.Tensor | None:
-        """[num_layers, num_rows, hidden_size] of the layers and rows (int64) that this round asks for, copied."""
-        if not draft.layers or not len(index):
-            return None
-        by_layer = {**hidden.taps, self.model.config.num_layers: hidden.last}
-        return torch.stack([by_layer[layer].index_select(0, index) for layer in draft.layers])
+_NOTHING = torch.empty(0, dtype=torch.int32)
 
 
 class TargetWorker:
@@ -291,14 +171,10 @@ class TargetWorker:
         assert self._rank is not None
         use_device(self._weights.device)
         self._lost_link = ""
+        # On a CPU planning takes the time of the round that it would hide behind.
+        early = self._early_draft if self._weights.device.type == "cuda" else None
         try:
-            draft = self._next_draft()
-            while not (draft.stop or draft.pause):
-                scores = self._rank.step(draft)
-                if self.rank == 0:
-                    with self._tracer.span("communicate"):
-                        self._answer(scores)
-                draft = self._next_draft()
+            draft = serve_rounds(self._rank, self._next_draft, early, self._answer)
         except BaseException:
             self._communicator.abort()
             self._communicator.close()
@@ -313,20 +189,30 @@ class TargetWorker:
 
     def _next_draft(self) -> Draft:
         with self._tracer.span("wait"):
-            message = torch.empty(0, dtype=torch.int32)
-            if self.rank == 0:
-                try:
-                    message = self._link.receive_message()
-                except PeerLostError as error:
-                    self._lost_link = str(error)
-                    message = encode_draft(PAUSE)
-            message = broadcast_message(self._communicator, message)
+            message = broadcast_message(self._communicator, self._received() if self.rank == 0 else _NOTHING)
         with self._tracer.span("communicate"):
             return decode_draft(message)
 
+    def _early_draft(self) -> Draft | None:
+        """The next draft, if it has come. Every rank calls this at the same places; rank 0 knows."""
+        with self._tracer.span("communicate"):
+            is_here = self.rank == 0 and self._link.poll()
+            message = broadcast_message(self._communicator, self._received() if is_here else _NOTHING)
+            return decode_draft(message) if len(message) else None
+
+    def _received(self) -> torch.Tensor:
+        """Rank 0: the next message, or PAUSE where no more will come."""
+        try:
+            return self._link.receive_message()
+        except PeerLostError as error:
+            self._lost_link = str(error)
+            return encode_draft(PAUSE)
+
     def _answer(self, scores: Scores) -> None:
-        with suppress(PeerLostError):  # which the next draft's absence says, too
-            self._link.send(scores)
+        if self.rank == 0:
+            # Of a loss the next draft's absence says, too.
+            with self._tracer.span("communicate"), suppress(PeerLostError):
+                self._link.send(scores)
 
     def stats(self) -> dict[str, Any]:
         """Seconds per kind of work since the start, and the peak memory of this process."""

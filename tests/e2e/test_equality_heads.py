@@ -108,6 +108,7 @@ def test_heads_give_the_text_of_transformers(
         profile=SLOW_TARGET,
         max_sequences=len(cases),
         methods=builders(target),
+        plans_early=budget == "fixed",
     ) as engine:
         spy = AheadSpy(engine)
         where = f"tp {tp_size}, {loop}, {budget}"
@@ -135,7 +136,14 @@ def test_sequences_may_be_recomputed_cancelled_and_share_prefixes(
     cases = tiny_cases(sampling=replace(GREEDY, max_tokens=32))
     cases[4:6] = [replace(case, prompt=system + case.prompt) for case in cases[4:6]]
     cancelled = {cases[3].id: 5, cases[6].id: 1}
-    with LocalEngine(target, drafter, options=options, num_pages=20, methods=builders(target)) as engine:
+    with LocalEngine(
+        target,
+        drafter,
+        options=options,
+        num_pages=20,
+        methods=builders(target),
+        plans_early=options.num_lanes > 1,
+    ) as engine:
         for name, drafts in {"mixed": ([PLAIN, *HEADS.values(), ALL] * 2)[:8], "all": [ALL] * 8}.items():
             texts = decode(engine, cases, drafts)
             assert_same_texts(reference, cases, texts, ties, f"{name}, {loop}")

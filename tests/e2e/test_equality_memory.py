@@ -56,7 +56,12 @@ def test_sequences_computed_again_for_lack_of_pages_keep_their_text(
 ) -> None:
     cases = tiny_cases(sampling=replace(sampling, max_tokens=32))
     with LocalEngine(
-        target, drafter, options=LOOPS[loop], num_pages=20, prefix_sharing=prefix_sharing
+        target,
+        drafter,
+        options=LOOPS[loop],
+        num_pages=20,
+        prefix_sharing=prefix_sharing,
+        plans_early=prefix_sharing,
     ) as engine:
         for name, draft in {"plain": PLAIN, **METHODS}.items():
             texts = decode(engine, cases, draft)
@@ -119,7 +124,7 @@ def test_sequences_that_run_share_pages_with_those_that_join(
         for i in range(9)
     ]
     order: list[str] = []
-    with LocalEngine(target, drafter, options=LOOPS[loop], max_sequences=3) as engine:
+    with LocalEngine(target, drafter, options=LOOPS[loop], max_sequences=3, plans_early=True) as engine:
         texts = decode(engine, [long, *cases], NGRAM, lambda event: order.append(event.request_id))
     for case in [long, *cases]:
         assert_same_tokens(reference, case, reference.text(case), texts[case.id].tokens, ties, loop)
@@ -141,7 +146,12 @@ def test_long_prompts_are_read_in_chunks_beside_short_ones(
     cases = tiny_cases((4, 333, 9, 250))
     events: list[TokenEvent] = []
     with LocalEngine(
-        target, drafter, options=LOOPS[loop], prefill_chunk=chunk, max_round_tokens=48
+        target,
+        drafter,
+        options=LOOPS[loop],
+        prefill_chunk=chunk,
+        max_round_tokens=48,
+        plans_early=chunk == 7,
     ) as engine:
         texts = decode(engine, cases, BOTH, events.append)
     for case in cases:
@@ -175,6 +185,7 @@ def test_a_cancelled_request_frees_its_pages_within_a_round_and_disturbs_nobody(
         max_sequences=4,
         prefill_chunk=16,
         prefix_sharing=False,
+        plans_early=tp_size == 2,
     ) as engine:
         canceller = Canceller(engine, {decoding.id: 6, reading.id: 0, waiting.id: 0})
         texts = decode(engine, cases, BOTH)

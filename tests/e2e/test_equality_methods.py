@@ -118,6 +118,7 @@ def test_methods_that_read_hidden_rows_give_the_text_of_transformers(
         options=options,
         profile=SLOW_TARGET,
         methods=toys.builders,
+        plans_early=budget == "fixed",
     ) as engine:
         spy = AheadSpy(engine)
         for name, draft in {"probe": PROBE, "taps": TAPS, "all": ALL}.items():

@@ -65,7 +65,12 @@ def test_all_methods_give_the_text_of_transformers(
     cases = tiny_cases()
     few = cases[1:3]
     with LocalEngine(
-        target, drafter, communicators=thread_group(tp_size), options=options, profile=SLOW_TARGET
+        target,
+        drafter,
+        communicators=thread_group(tp_size),
+        options=options,
+        profile=SLOW_TARGET,
+        plans_early=budget == "fixed",
     ) as engine:
         spy = AheadSpy(engine)
         assert_same_texts(
@@ -84,6 +89,8 @@ def test_all_methods_give_the_text_of_transformers(
             reference, cases, decode(engine, cases, mixed), ties, f"mixed, tp {tp_size}, {loop}, {budget}"
         )
         assert (spy.num_steps > 0) == options.growth.draft_ahead
+        if budget == "fixed" and options.overlapped and options.num_lanes > 1:
+            assert engine.num_early > 0
     assert engine.pool.num_available == engine.pool.num_pages
 
 

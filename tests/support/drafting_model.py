@@ -18,7 +18,7 @@ from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.cuda_graphs import Forward
+from outrider.workers.model.cuda_graphs import Forward, Staged
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Hidden, Transformer
@@ -111,7 +111,7 @@ class RecordingSampler(Sampler):
         return super().propose_prepared(logits, prepared, num, there)
 
 
-class InOneBuffer:
+class InOneBuffer(Forward):
     """A forward whose result is overwritten by the next call, as graphs do it."""
 
     def __init__(self, forward: Forward) -> None:
@@ -119,8 +119,11 @@ class InOneBuffer:
         self._forward = forward
         self._buffer = torch.empty(0)
 
-    def take(self, batch: ForwardBatch, others: SequenceABC[torch.Tensor] = ()) -> list[torch.Tensor]:
-        return self._forward.take(batch, others)
+    def stage(self, batch: ForwardBatch, others: SequenceABC[torch.Tensor] = ()) -> Staged:
+        return self._forward.stage(batch, others)
+
+    def send(self, staged: Staged) -> list[torch.Tensor]:
+        return self._forward.send(staged)
 
     @torch.inference_mode()
     def run(self) -> Hidden:
@@ -129,10 +132,6 @@ class InOneBuffer:
         hidden = self._forward.run()
         self._buffer = hidden.last
         return hidden
-
-    def __call__(self, batch: ForwardBatch) -> Hidden:
-        self.take(batch)
-        return self.run()
 
 
 class Drafting:

@@ -21,7 +21,7 @@ from outrider.workers.drafting.ngram import NgramMethod
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import Communicator, SoloCommunicator, broadcast_message
 from outrider.workers.link.link import DraftReceiver, DraftSender, Packet
-from outrider.workers.link.messages import decode_draft
+from outrider.workers.link.messages import Draft, Scores, decode_draft
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.fp8_cache import Fp8PagedCache, read_cache_scales
 from outrider.workers.model.head import Head
@@ -39,7 +39,7 @@ from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.rules import RULES, RuleMaker
 from outrider.workers.sequences.sequence import Request, TokenEvent
 from outrider.workers.sequences.vocabulary import VocabularyRange
-from outrider.workers.target import TargetRank
+from outrider.workers.target_rank import TargetRank, serve_rounds
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig
@@ -105,10 +105,13 @@ class LocalEngine:
         taps: tuple[int, ...] = (),
         grammars: Grammars = NO_GRAMMARS,
         fp8_cache: bool = False,
+        plans_early: bool = False,
     ) -> None:
         """`draft_head`: instead of the drafter's own; `communicators`, `draft_communicators`: of the ranks of both
         models; `methods`: further ones; `rules`: those that requests name; `taps`: layers that rules read;
-        `fp8_cache`: of the target."""
+        `fp8_cache`: of the target; `plans_early`: a round while the one before is computed, as on a GPU."""
+        self._plans_early = plans_early
+        self.num_early = 0  # rounds that were planned while another was computed
         draft_end, target_end = queue_links()
         self._target_end = DraftReceiver(target_end)
         ngram = ngram or NgramConfig()
@@ -241,17 +244,24 @@ class LocalEngine:
 
     def _serve(self, rank: int) -> None:
         communicator = self.ranks[rank].model.communicator
-        message = torch.empty(0, dtype=torch.int32)
-        while True:
-            if rank == 0:
-                message = self._target_end.receive_message()
+        nothing = torch.empty(0, dtype=torch.int32)
+
+        def receive() -> Draft:
+            message = self._target_end.receive_message() if rank == 0 else nothing
+            return decode_draft(broadcast_message(communicator, message))
+
+        def receive_early() -> Draft | None:
+            is_here = rank == 0 and self._target_end.poll()
+            self.num_early += is_here
+            message = self._target_end.receive_message() if is_here else nothing
             message = broadcast_message(communicator, message)
-            draft = decode_draft(message)
-            if draft.stop:
-                return
-            scores = self.ranks[rank].step(draft)
+            return decode_draft(message) if len(message) else None
+
+        def answer(scores: Scores) -> None:
             if rank == 0:
                 self._target_end.send(scores)
+
+        serve_rounds(self.ranks[rank], receive, receive_early if self._plans_early else None, answer)
 
     def _guard(self, run: Callable[[], None]) -> None:
         try:

@@ -27,7 +27,7 @@ from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling import device_shard
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
-from outrider.workers.target import TargetRank
+from outrider.workers.target_rank import TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.random_source import RandomSource

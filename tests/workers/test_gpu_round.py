@@ -6,9 +6,10 @@ import torch
 pytest.importorskip("cuda.bindings", reason="the kernels' sources are read through the compile layer")
 
 from outrider.workers.model.cache import CacheScales
-from outrider.workers.model.cuda_graphs import GraphCapacity, GraphedForward, can_be_captured
+from outrider.workers.model.cuda_graphs import GraphedForward, can_be_captured
 from outrider.workers.model.fp8_cache import Fp8PagedCache
 from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.static_batch import GraphCapacity
 from support.counted_gpu import Counts, counted_gpu
 from support.round_counts import counts_of_rounds, model_and_cache
 from support.round_table import TABLE, document

@@ -15,7 +15,7 @@ from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Hidden, Transformer
 from outrider.workers.sequences.params import SamplingParams
-from outrider.workers.target import TargetRank
+from outrider.workers.target_rank import TargetRank
 from outrider.workers.timing import Stretches
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.random_source import RandomSource

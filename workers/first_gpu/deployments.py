@@ -21,7 +21,7 @@ from outrider.workers.link.messages import Draft, SequenceStep, Steps
 from outrider.workers.link.starts import SequenceStart
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
-from outrider.workers.target import TargetRank
+from outrider.workers.target_rank import TargetRank
 from outrider.workers.trace import Tracer, write_chrome_trace
 
 SPECULATIVE, PLAIN = DraftOptions(("ngram", "model"), 8, 8), DraftOptions((), 0, 1)

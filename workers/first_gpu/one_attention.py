@@ -24,13 +24,8 @@ from outrider.workers.first_gpu.report import Row, milliseconds, not_run
 from outrider.workers.first_gpu.setting import Setting
 from outrider.workers.first_gpu.trees import PAGE_SIZE, chain, trees_of
 from outrider.workers.model.batch import build_batch, lay_out
-from outrider.workers.model.cuda_graphs import (
-    MAX_SEQUENCES,
-    TARGET_ROWS,
-    GraphCapacity,
-    StaticBatch,
-    words_for,
-)
+from outrider.workers.model.cuda_graphs import MAX_SEQUENCES, TARGET_ROWS, words_for
+from outrider.workers.model.static_batch import GraphCapacity, StaticBatch
 
 HEADS, KV_HEADS, HEAD_DIM = 16, 2, 128
 SCALE = HEAD_DIM**-0.5

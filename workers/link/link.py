@@ -63,6 +63,10 @@ class DraftReceiver:
         """An encoded draft."""
         return self._link.receive().message
 
+    def poll(self) -> bool:
+        """Whether a draft is here."""
+        return self._link.poll()
+
     def send(self, scores: Scores) -> None:
         payload = NO_PAYLOAD
         if scores.hidden is not None:

@@ -131,6 +131,11 @@ class Draft(NamedTuple):
     stop: bool = False  # the loop ends; everything else is empty
     pause: bool = False  # likewise, but the group stays together: rank 0 has lost its DraftWorker
 
+    @property
+    def ends(self) -> bool:
+        """Whether no round is asked for, nor any after it."""
+        return self.stop or self.pause
+
 
 class Scores(NamedTuple):
     """Target to DraftWorker: what the target knows after the nodes that it was asked about, and its times.

@@ -1,23 +1,26 @@
 """The forward as CUDA graphs of fixed capacities: a batch is padded to the smallest that holds it and replayed.
 
-`StaticBatch`, the padding, is tested on the CPU executors; graphs ran on an H100 (docs/gpu-report.md).
+Graphs ran on an H100 (docs/gpu-report.md).
 """
 
+from __future__ import annotations
+
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from outrider.kernels.transfers import Part, num_bytes_of, stage, upload, views_of
-from outrider.kernels.tree_batch import MASK_WORD_BITS, TreeBatch
+from outrider.kernels.tree_batch import MASK_WORD_BITS
 from outrider.workers.link.communicator import Communicator, SoloCommunicator, agreed
 from outrider.workers.link.distributed import GroupCommunicator
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.static_batch import GraphCapacity, StagedBytes, StaticBatch
 from outrider.workers.model.transformer import Hidden, Transformer
 from outrider.workers.weights.config import ModelConfig
 
@@ -29,38 +32,6 @@ DRAFT_ROWS = (8, 16, 32, 64)  # a step expands few nodes of each tree, after the
 MAX_DRAFT_TREE_ROWS = 256  # of a tree that a drafter grows by graphs
 MAX_SEQUENCES = 64
 WARM_UP_RUNS = 3
-# Of a graph, for what comes along with a batch: 64 bytes for each row that is sampled, and some.
-ROOM_BYTES = 1 << 15
-
-
-@dataclass(frozen=True)
-class GraphCapacity:
-    """The largest batch a graph takes.
-
-    Attributes:
-        num_rows: query rows of all sequences.
-        num_sequences: sequences.
-        max_pages: pages of a sequence.
-        mask_words: words of an ancestor mask, 64 tree rows each.
-        max_keys: cache rows of a sequence, tree included; the kernel's split is chosen for it.
-    """
-
-    num_rows: int
-    num_sequences: int
-    max_pages: int
-    mask_words: int
-    max_keys: int
-
-    def holds(self, batch: ForwardBatch) -> bool:
-        tree = batch.tree
-        keys = (c + t for c, t in zip(tree.host_context_lens, tree.host_tree_lens, strict=True))
-        return (
-            tree.num_queries <= self.num_rows
-            and tree.num_sequences <= self.num_sequences
-            and tree.page_table.shape[1] <= self.max_pages
-            and tree.ancestors.shape[1] <= self.mask_words
-            and max(keys, default=0) <= self.max_keys
-        )
 
 
 class Described(Protocol):
@@ -80,126 +51,73 @@ class Pages(Protocol):
     def page_size(self) -> int: ...
 
 
-class StaticBatch:
-    """A batch of constant shape and address, in one buffer. Rows and sequences beyond the real ones are padding:
-    their KV rows are negative, so that nothing is written, and their sequences have no queries, so that nothing is
-    attended."""
+@dataclass(frozen=True)
+class StagedBatch:
+    """For a forward without a graph, whose arrays have no place yet."""
 
-    def __init__(
-        self,
-        capacity: GraphCapacity,
-        page_size: int,
-        device: torch.device,
-        extras: Sequence[tuple[Part, int]] = (),
-    ) -> None:
-        """extras: further arrays of constant shape, and what they hold behind what `fill` is given."""
-        B, N = capacity.num_sequences, capacity.num_rows
-        rows, lens = Part((N,), torch.int64), Part((B,), torch.int32)
-        masks, pages = Part((N, capacity.mask_words), torch.int64), Part((B, capacity.max_pages), torch.int32)
-        depths, indptr = Part((N,), torch.int32), Part((B + 1,), torch.int32)
-        # Behind the extras in the order of `ForwardBatch.tensors`.
-        own = (rows, rows, rows, masks, depths, lens, lens, indptr, pages)
-        self._parts = (*(part for part, _ in extras), *own)
-        self._padding = (*(padding for _, padding in extras), 0, 0, -1, 0, 0, 0, 0, 0)
-        self._device = device
-        # What comes along with a batch stands right before it, behind free room.
-        self.num_bytes = ROOM_BYTES + num_bytes_of(self._parts)
-        self._buffer = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device)
-        views = views_of(self._buffer[ROOM_BYTES:], self._parts)
-        self.extras = views[: len(extras)]
-        for view, (_, padding) in zip(self.extras, extras, strict=True):
-            view.fill_(padding)
-        tokens, positions, kv_rows, ancestors, tree_depths, *of_sequences, page_table = views[len(extras) :]
-        kv_rows.fill_(-1)
-        context_lens, tree_lens, query_indptr = of_sequences
-        self.capacity = capacity
-        self.batch = ForwardBatch(
-            tokens=tokens,
-            positions=positions,
-            kv_rows=kv_rows,
-            tree=TreeBatch(
-                page_table=page_table,
-                context_lens=context_lens,
-                tree_lens=tree_lens,
-                query_indptr=query_indptr,
-                ancestors=ancestors,
-                depths=tree_depths,
-                page_size=page_size,
-                # The launch is planned for the largest: one sequence may bring all rows, and all may be long.
-                host_context_lens=(capacity.max_keys,) * B,
-                host_tree_lens=(0,) * B,
-                host_query_lens=(N,) * B,
-            ),
-        )
-
-    def fill(
-        self, batch: ForwardBatch, others: Sequence[Tensor] = (), extras: Sequence[Tensor] = ()
-    ) -> list[Tensor]:
-        """Takes in a batch of the host that fits, the first parts of the extras, and other tensors, in one copy that
-        is not waited for; returns the others on the device, where they are until the next call."""
-        assert self.capacity.holds(batch)
-        with_them = [Part(tuple(tensor.shape), tensor.dtype) for tensor in others]
-        before = num_bytes_of(with_them)
-        if before > ROOM_BYTES:
-            self.fill(batch, extras=extras)
-            return upload(others, self._device)
-        *of_batch, page_table = batch.tensors()
-        tensors = [*extras, *of_batch]
-        # Of the page table, the last part, only rows of real sequences: nothing looks at the others.
-        table = Part((len(page_table), self.capacity.max_pages), torch.int32)
-        sent = (*with_them, *self._parts[:-1], table)
-        staged = stage(num_bytes_of(sent), self._device)
-        views = views_of(staged, sent)
-        for target, source in zip(views[: len(others)], others, strict=True):
-            target.copy_(source)
-        *targets, pages = views[len(others) :]
-        for target, source, padding in zip(targets, tensors, self._padding, strict=True):
-            target.fill_(padding)
-            target[tuple(slice(size) for size in source.shape)] = source
-        targets[-1][len(tensors[-1]) :] = batch.tree.num_queries  # query_indptr
-        pages[:, : page_table.shape[1]] = page_table
-        start = ROOM_BYTES - before
-        self._buffer[start : start + len(staged)].copy_(staged, non_blocking=True)
-        return views_of(self._buffer[start:], with_them)
+    batch: ForwardBatch
+    others: Sequence[Tensor]
 
 
-class Forward(Protocol):
+@dataclass(frozen=True)
+class StagedReplay:
+    """For a graph, with what it reads and writes.
+
+    Attributes:
+        num_rows: of the batch.
+    """
+
+    content: StagedBytes
+    graphed: Graphed
+    num_rows: int
+
+
+class Forward(ABC):
     """A model's forward over a cache, of batches that `lay_out` made."""
 
-    def take(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Takes a batch of the host, for `run`, and other tensors of it to the device in one copy; returns these,
-        valid until the next call."""
-        ...
+    @abstractmethod
+    def stage(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> Staged:
+        """A batch of the host, and other tensors of it, made ready for `send`. The device may still be at the batch
+        before, and its results in use."""
 
+    @abstractmethod
+    def send(self, staged: Staged) -> list[Tensor]:
+        """Both to the device in one copy, the batch for `run`; returns the others, valid until the next call."""
+
+    @abstractmethod
     def run(self) -> Hidden:
-        """Of the batch that was taken; valid until the next call."""
-        ...
+        """Of the batch that was sent; valid until the next call."""
+
+    def take(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> list[Tensor]:
+        """`stage` and `send`."""
+        return self.send(self.stage(batch, others))
 
     def __call__(self, batch: ForwardBatch) -> Hidden:
-        """Both."""
-        ...
+        """All of them."""
+        self.take(batch)
+        return self.run()
 
 
-class EagerForward:
+class EagerForward(Forward):
     """Operation by operation."""
 
     def __init__(self, model: Transformer, cache: PagedCache, taps: Sequence[int]) -> None:
         self._device = model.device
         self._forward = partial(model.forward, cache=cache, taps=tuple(taps))
 
-    def take(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> list[Tensor]:
-        self._batch, there = batch.along_with(others, self._device)
+    def stage(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> Staged:
+        return StagedBatch(batch, others)
+
+    def send(self, staged: Staged) -> list[Tensor]:
+        assert isinstance(staged, StagedBatch)
+        self._batch, there = staged.batch.along_with(staged.others, self._device)
         return there
 
     def run(self) -> Hidden:
         return self._forward(self._batch)
 
-    def __call__(self, batch: ForwardBatch) -> Hidden:
-        self.take(batch)
-        return self.run()
 
-
-class GraphedForward:
+class GraphedForward(Forward):
     """`Transformer.forward` for decoding and verification, replayed from graphs; everything else runs as it is.
 
     Every rank of a target must use the same capacities: the sums over ranks are part of the graphs. So every rank
@@ -223,15 +141,22 @@ class GraphedForward:
         self._taps = tuple(taps)
         self._capacities = sorted(capacities, key=lambda capacity: capacity.num_rows)
         self._statics: list[StaticBatch] = []
-        self._graphs: list[tuple[StaticBatch, torch.cuda.CUDAGraph, Hidden]] = []
+        self._graphs: list[Graphed] = []
 
-    def take(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> list[Tensor]:
-        for static, graph, hidden in self._graphs:
+    def stage(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> Staged:
+        for graphed in self._graphs:
+            static = graphed[0]
             if static.capacity.holds(batch):
-                self._taken = graph, hidden.first(batch.tree.num_queries)
-                return static.fill(batch, others)
-        self._taken = None
-        return self._eager.take(batch, others)
+                return StagedReplay(static.stage(batch, others), graphed, batch.tree.num_queries)
+        return self._eager.stage(batch, others)
+
+    def send(self, staged: Staged) -> list[Tensor]:
+        if not isinstance(staged, StagedReplay):
+            self._taken = None
+            return self._eager.send(staged)
+        static, graph, hidden = staged.graphed
+        self._taken = graph, hidden.first(staged.num_rows)
+        return static.send(staged.content)
 
     def run(self) -> Hidden:
         """A graph writes its results where it did before."""
@@ -240,10 +165,6 @@ class GraphedForward:
         graph, hidden = self._taken
         graph.replay()
         return hidden
-
-    def __call__(self, batch: ForwardBatch) -> Hidden:
-        self.take(batch)
-        return self.run()
 
     def rehearse(self) -> None:
         """What can fail on this rank: memory, compiling and loading kernels. Says nothing to the other ranks.
@@ -273,6 +194,10 @@ class GraphedForward:
     def _computed(self, model: Transformer, static: StaticBatch) -> Hidden:
         hidden = model.forward(static.batch, self._cache, self._taps)
         return replace(hidden, logits=model.logits(hidden.last)) if self._with_logits else hidden
+
+
+Graphed: TypeAlias = tuple[StaticBatch, torch.cuda.CUDAGraph, Hidden]
+Staged: TypeAlias = StagedBatch | StagedReplay
 
 
 def warm_up(

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from outrider.kernels.transfers import Part
 from outrider.workers.model.batch import ForwardBatch
-from outrider.workers.model.cuda_graphs import StaticBatch, draft_capacities, recorded, warm_up
+from outrider.workers.model.cuda_graphs import draft_capacities, recorded, warm_up
 from outrider.workers.model.embedding import MatrixEmbedding
 from outrider.workers.model.feature_drafter import CachedDrafter
+from outrider.workers.model.static_batch import StaticBatch
 
 
 class GraphedSteps:

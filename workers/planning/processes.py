@@ -10,14 +10,10 @@ from outrider.configs.schema import Config
 from outrider.kernels.launch_plans import TYPE_NAMES
 from outrider.kernels.tree_attention import HEAD_DIMS
 from outrider.workers.capacity import num_draft_pages, num_target_pages
-from outrider.workers.model.cuda_graphs import (
-    GraphCapacity,
-    StaticBatch,
-    draft_capacities,
-    target_capacities,
-)
+from outrider.workers.model.cuda_graphs import draft_capacities, target_capacities
 from outrider.workers.model.shard import ShardPlan, bytes_per_page
 from outrider.workers.model.sizes import WeightBytes, weight_bytes
+from outrider.workers.model.static_batch import GraphCapacity, StaticBatch
 from outrider.workers.planning.activations import FLOAT32_BYTES, forward_bytes, gathered_bytes, logits_bytes
 from outrider.workers.planning.heads import Heads
 from outrider.workers.setup import cache_dtype, target_cache_bytes, torch_dtype

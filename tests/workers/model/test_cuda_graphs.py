@@ -23,14 +23,13 @@ from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model import cuda_graphs
 from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cuda_graphs import (
-    GraphCapacity,
     GraphedForward,
-    StaticBatch,
     can_be_captured,
     draft_capacities,
     forward_of,
     target_capacities,
 )
+from outrider.workers.model.static_batch import GraphCapacity, StaticBatch
 from outrider.workers.model.transformer import Hidden
 from support.cuda_on_cpu.executor import SCHEDULES
 from support.cuda_on_cpu.kernels import source_kernels

@@ -15,10 +15,11 @@ from outrider.kernels.shard_logits import ShardLogits
 from outrider.kernels.token_rows import unpack_tokens
 from outrider.workers.link.communicator import Communicator, SoloCommunicator
 from outrider.workers.model.cache import CacheScales, PagedCache
-from outrider.workers.model.cuda_graphs import GraphCapacity, GraphedForward
+from outrider.workers.model.cuda_graphs import GraphedForward
 from outrider.workers.model.fp8_cache import Fp8PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.static_batch import GraphCapacity
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling.device_shard import DeviceShard
 from support.counted_gpu import KERNEL_MODULES

@@ -20,9 +20,10 @@ from outrider.workers.first_gpu.trees import chain, trees_of
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import build_batch
 from outrider.workers.model.cache import CacheScales, PagedCache
-from outrider.workers.model.cuda_graphs import ROOM_BYTES, StaticBatch, target_capacities
+from outrider.workers.model.cuda_graphs import target_capacities
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.static_batch import ROOM_BYTES, StaticBatch
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.planning import gpus
 from outrider.workers.planning.activations import forward_bytes, gathered_bytes, logits_bytes
