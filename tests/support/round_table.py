@@ -80,6 +80,10 @@ which the ranks' hosts agree as without a GPU; a nucleus wider than that takes f
 questions of lossy rules. Each step of a draft model, an EAGLE-3 drafter or an MTP head is a graph of up to 64 rows.
 All of these graphs ran on a GPU, those of EAGLE-3 and MTP in part 12 of its check, in bfloat16.
 
+While a GPU computes a lane's round, the host plans the next one's, if its draft is here: pages, rows, masks, laws,
+and the copy itself, up to pinned memory. Behind the answer to the round before remain one upload, the move of rows
+and the replay, for none of which it waits (`serve_rounds`; tested on the pretended GPU, not run on a GPU).
+
 Within a replay: {PER_LAYER_BEFORE} → {found.per_layer} launches a layer (besides sums over ranks), and {before} → \
 {replayed} before, between and behind the layers.
 """
