@@ -161,7 +161,8 @@ class DraftConfig:
     has no instructions for it, where a drafter of one rank is twice as fast in float32."""
 
     weights: Weights = "auto"
-    """As `target.weights`, for `draft.model`. The text is the same with any of them: a drafter only drafts."""
+    """As `target.weights`, for `draft.model`. `int8` rounds trained heads and a `draft.head`, too, on a CPU, where
+    they are multiplied in 8 bits. The text is the same with any of them: a drafter only drafts."""
 
     device: Device = "auto"
     """Where the drafter computes; `auto` is `cuda` where Ray gave the DraftWorker a GPU, else `cpu`."""
@@ -203,6 +204,11 @@ class DraftConfig:
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Options of method `parallel`."""
+
+    @property
+    def rounds_heads(self) -> bool:
+        """Whether trained heads are rounded to 8 bits where that can be multiplied."""
+        return self.weights == "int8"
 
     def __post_init__(self) -> None:
         _require_at_least(self, "draft", 1, "tp_size", "num_threads", "kv_cache_bytes")

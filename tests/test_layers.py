@@ -68,7 +68,7 @@ FLOORS = (
     {"model", "sampling", "judging"},
     {"capacity"},
     {"setup", "target_state"},
-    {"drafting", "training"},
+    {"drafting", "training", "target_rank"},
     {"rounds", "target"},
     {"draft_rank", "doctor", "baselines", "planning"},
     {"draft"},

@@ -1,4 +1,4 @@
-"""A round is planned while the one before is computed; on a pretended GPU, so that what it is asked can be counted."""
+"""A round is planned while the one before is computed; on a pretended GPU, which counts what it is asked."""
 
 from collections.abc import Iterator
 

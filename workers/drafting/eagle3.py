@@ -40,7 +40,8 @@ class Eagle3Method(FeatureMethod):
         source = load_target_tensors(config, [EMBEDDING], context.progress)
         check_fingerprint(_FIELD, description, source)
         dtype = torch_dtype(config.draft.dtype)
-        served = for_serving(drafter, shape.vocab_size, dtype, device, config.draft.packed_weights)
+        layout = config.draft.packed_weights, config.draft.rounds_heads
+        served = for_serving(drafter, shape.vocab_size, dtype, device, *layout)
         vocabulary = vocabulary_of(served.lm_head.ids, shape.vocab_size)
         embedding = embedding_of(source, dtype, device)
         return cls.over_pages(context, shape.taps, served, embedding, vocabulary)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from outrider.workers.draft_heads.lm_head import DenseLmHead, LmHead, LowRankLmHead
 from outrider.workers.model.head import Head, LinearHead, LowRankHead
 from outrider.workers.model.linear import Linear, make_linear
+from outrider.workers.model.rounded_linear import RoundedLinear, rounding_works
 from outrider.workers.sequences.vocabulary import Vocabulary, VocabularyRange, VocabularyTable
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -20,31 +21,39 @@ def vocabulary_of(ids: Tensor, vocab_size: int) -> Vocabulary:
     return VocabularyTable(ids.tolist(), ids.device)
 
 
-def served_head(lm_head: LmHead, vocab_size: int, packed: bool) -> Head:
+def served_head(lm_head: LmHead, vocab_size: int, packed: bool, rounded: bool = False) -> Head:
     """A drafter's LM head, in the dtype and on the device of its weights.
 
-    packed: keep matrices in the processor's blocked layout, see `make_linear`.
+    packed: keep matrices in the processor's blocked layout, see `make_linear`; rounded: in 8 bits, see `for_serving`.
     """
     vocabulary = vocabulary_of(lm_head.ids, vocab_size)
     if isinstance(lm_head, LowRankLmHead):
-        return LowRankHead(_linear(lm_head.down, packed), _linear(lm_head.up, packed), vocabulary)
+        down, up = (_linear(part, packed, rounded) for part in (lm_head.down, lm_head.up))
+        return LowRankHead(down, up, vocabulary)
     assert isinstance(lm_head, DenseLmHead)
-    matrix = make_linear(lm_head.weight.data, torch.empty(0), packed, exact_sums=False)
-    return LinearHead(matrix, vocabulary)
+    return LinearHead(_product(lm_head.weight.data, torch.empty(0), packed, rounded), vocabulary)
 
 
 def for_serving(
-    module: _Module, vocab_size: int, dtype: torch.dtype, device: torch.device, packed: bool
+    module: _Module,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    packed: bool,
+    rounded: bool = False,
 ) -> _Module:
     """The module itself, cast and moved, with its linear layers and LM heads replaced: what it computes is written
-    once, for the trainer and here. Its LM heads give float32 logits."""
+    once, for the trainer and here. Its LM heads give float32 logits.
+
+    rounded: multiply in 8 bits, where that works on the device, see `rounded_linear`.
+    """
     module.to(device, dtype).requires_grad_(False).eval()
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LmHead):
-                setattr(parent, name, _ServedLmHead(child, vocab_size, packed))
+                setattr(parent, name, _ServedLmHead(child, vocab_size, packed, rounded))
             elif isinstance(child, nn.Linear):
-                setattr(parent, name, _Product(_linear(child, packed)))
+                setattr(parent, name, _Product(_linear(child, packed, rounded)))
     return module
 
 
@@ -60,15 +69,21 @@ class _Product(nn.Module):
 class _ServedLmHead(nn.Module):
     """In the place of an `LmHead`: its logits and its ids."""
 
-    def __init__(self, lm_head: LmHead, vocab_size: int, packed: bool) -> None:
+    def __init__(self, lm_head: LmHead, vocab_size: int, packed: bool, rounded: bool) -> None:
         super().__init__()
         self.ids = lm_head.ids
-        self._head = served_head(lm_head, vocab_size, packed)
+        self._head = served_head(lm_head, vocab_size, packed, rounded)
 
     def forward(self, normed: Tensor) -> Tensor:
         return self._head(normed)
 
 
-def _linear(linear: nn.Linear, packed: bool) -> Linear:
+def _linear(linear: nn.Linear, packed: bool, rounded: bool) -> Linear:
     bias = torch.empty(0) if linear.bias is None else linear.bias.data
-    return make_linear(linear.weight.data, bias.to(linear.weight.device), packed, exact_sums=False)
+    return _product(linear.weight.data, bias.to(linear.weight.device), packed, rounded)
+
+
+def _product(weight: Tensor, bias: Tensor, packed: bool, rounded: bool) -> Linear:
+    if rounded and weight.device.type == "cpu" and rounding_works():
+        return RoundedLinear(weight, bias)
+    return make_linear(weight, bias, packed, exact_sums=False)
