@@ -1,6 +1,7 @@
 """Draft heads on the target's hidden rows give the text of transformers, in every way to run a round."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ from outrider.cluster.bench.identity import Mismatch
 from outrider.workers.draft_heads.convolutions import ConvolutionShape
 from outrider.workers.draft_heads.pairs import PairShape
 from outrider.workers.draft_heads.parallel import BlockLayer
+from outrider.workers.model.draft_heads import for_serving
+from outrider.workers.model.rounded_linear import rounding_works
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions
 from outrider.workers.weights.source import WeightSource
+from support import tiny_heads
 from support.ahead import AheadSpy
 from support.equality import PLAIN, Reference, assert_same_texts, decode, decode_singly, num_accepted
 from support.local_engine import LocalEngine, MethodBuilder
@@ -167,6 +171,24 @@ def test_sequences_may_be_recomputed_cancelled_and_share_prefixes(
             if case.id in cancelled:
                 assert texts[case.id].tokens == reference.text(case)[: len(texts[case.id].tokens)]
     assert engine.pool.num_available == engine.pool.num_pages
+
+
+@pytest.mark.skipif(not rounding_works(), reason="this build of torch has no product in 8 bits")
+def test_heads_in_8_bits_give_the_text_of_transformers(
+    target: WeightSource,
+    drafter: WeightSource,
+    reference: Reference,
+    ties: list[Mismatch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiny_heads, "for_serving", partial(for_serving, rounded=True))
+    cases, sampled = tiny_cases(), tiny_cases(sampling=SAMPLED)
+    with LocalEngine(target, drafter, methods=builders(target), profile=SLOW_TARGET) as engine:
+        for name, draft in HEADS.items():
+            texts = decode(engine, cases, draft)
+            assert_same_texts(reference, cases, texts, ties, f"{name} in 8 bits")
+            assert num_accepted(texts) > 0
+        assert_same_texts(reference, sampled, decode(engine, sampled, ALL), ties, "all in 8 bits, sampled")
 
 
 @pytest.mark.parametrize("kind", OTHER_BLOCKS)
