@@ -107,6 +107,7 @@ def test_spares_take_the_places_of_a_rank_and_of_the_coordinator(ray_with_room: 
     wait_until(lambda: not any(map(psutil.pid_exists, pids)), LONG_S)
 
 
+@pytest.mark.slow  # eight processes, for what test_draft_rank.py shows without Ray
 def test_a_drafter_of_several_ranks_goes_as_one_and_the_target_stays(ray_with_room: None) -> None:
     with Engine.start(load_config("tiny-random", [*TWO_RANKS, "draft.tp_size=3"])) as engine:
         requests = [asked(number, 300) for number in range(4)]
