@@ -206,7 +206,7 @@ class DraftConfig:
     """Options of method `parallel`."""
 
     @property
-    def rounds_heads(self) -> bool:
+    def int8_heads(self) -> bool:
         """Whether trained heads are rounded to 8 bits where that can be multiplied."""
         return self.weights == "int8"
 

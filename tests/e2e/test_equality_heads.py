@@ -12,7 +12,7 @@ from outrider.workers.draft_heads.convolutions import ConvolutionShape
 from outrider.workers.draft_heads.pairs import PairShape
 from outrider.workers.draft_heads.parallel import BlockLayer
 from outrider.workers.model.draft_heads import for_serving
-from outrider.workers.model.rounded_linear import rounding_works
+from outrider.workers.model.dynamic_int8 import dynamic_int8_works
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions
 from outrider.workers.weights.source import WeightSource
@@ -173,7 +173,7 @@ def test_sequences_may_be_recomputed_cancelled_and_share_prefixes(
     assert engine.pool.num_available == engine.pool.num_pages
 
 
-@pytest.mark.skipif(not rounding_works(), reason="this build of torch has no product in 8 bits")
+@pytest.mark.skipif(not dynamic_int8_works(), reason="this build of torch has no product in 8 bits")
 def test_heads_in_8_bits_give_the_text_of_transformers(
     target: WeightSource,
     drafter: WeightSource,
@@ -181,7 +181,7 @@ def test_heads_in_8_bits_give_the_text_of_transformers(
     ties: list[Mismatch],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tiny_heads, "for_serving", partial(for_serving, rounded=True))
+    monkeypatch.setattr(tiny_heads, "for_serving", partial(for_serving, int8=True))
     cases, sampled = tiny_cases(), tiny_cases(sampling=SAMPLED)
     with LocalEngine(target, drafter, methods=builders(target), profile=SLOW_TARGET) as engine:
         for name, draft in HEADS.items():

@@ -40,7 +40,7 @@ class Eagle3Method(FeatureMethod):
         source = load_target_tensors(config, [EMBEDDING], context.progress)
         check_fingerprint(_FIELD, description, source)
         dtype = torch_dtype(config.draft.dtype)
-        layout = config.draft.packed_weights, config.draft.rounds_heads
+        layout = config.draft.packed_weights, config.draft.int8_heads
         served = for_serving(drafter, shape.vocab_size, dtype, device, *layout)
         vocabulary = vocabulary_of(served.lm_head.ids, shape.vocab_size)
         embedding = embedding_of(source, dtype, device)

@@ -120,9 +120,7 @@ class MedusaMethod(DraftMethod):
             slots=context.slots,
             estimator=context.estimator,
             target=target,
-            heads=for_serving(
-                heads, shape.vocab_size, dtype, device, draft.packed_weights, draft.rounds_heads
-            ),
+            heads=for_serving(heads, shape.vocab_size, dtype, device, draft.packed_weights, draft.int8_heads),
             final_norm=source.read(FINAL_NORM, slice(None), slice(None), dtype).to(device),
             accuracies=table_of(description.accuracies),
             sampler=Sampler(len(vocabulary), vocabulary, SoloCommunicator(), kernels),

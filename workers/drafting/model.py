@@ -164,4 +164,4 @@ def _load_head(context: MethodContext) -> Head:
             f"vocabulary has {model.vocab_size} tokens, got one for {found[0]} columns and {found[1]} tokens"
         )
     lm_head.to(context.device, torch_dtype(draft.dtype)).requires_grad_(False)
-    return served_head(lm_head, model.vocab_size, draft.packed_weights, draft.rounds_heads)
+    return served_head(lm_head, model.vocab_size, draft.packed_weights, draft.int8_heads)

@@ -49,7 +49,7 @@ class MtpMethod(FeatureMethod):
             source.read(head, _ALL, _ALL, torch.float32) if drafter.shares_lm_head else None,
         )
         dtype = torch_dtype(config.draft.dtype)
-        layout = config.draft.packed_weights, config.draft.rounds_heads
+        layout = config.draft.packed_weights, config.draft.int8_heads
         served = for_serving(drafter, target.vocab_size, dtype, device, *layout)
         vocabulary = vocabulary_of(served.lm_head.ids, target.vocab_size)
         embedding = embedding_of(source, dtype, device)

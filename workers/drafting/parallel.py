@@ -123,7 +123,7 @@ class ParallelMethod(DraftMethod):
         if drafter.shares_lm_head:
             drafter.take_target(source.read_rows(head, drafter.lm_head.ids, torch.float32))
         dtype, page_size = torch_dtype(config.draft.dtype), config.target.page_size
-        layout = config.draft.packed_weights, config.draft.rounds_heads
+        layout = config.draft.packed_weights, config.draft.int8_heads
         served = for_serving(drafter, shape.vocab_size, dtype, device, *layout)
         vocabulary = vocabulary_of(served.lm_head.ids, shape.vocab_size)
         own = shape.model

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from outrider.workers.draft_heads.lm_head import DenseLmHead, LmHead, LowRankLmHead
+from outrider.workers.model.dynamic_int8 import DynamicInt8Linear, dynamic_int8_works
 from outrider.workers.model.head import Head, LinearHead, LowRankHead
 from outrider.workers.model.linear import Linear, make_linear
-from outrider.workers.model.rounded_linear import RoundedLinear, rounding_works
 from outrider.workers.sequences.vocabulary import Vocabulary, VocabularyRange, VocabularyTable
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -21,17 +21,18 @@ def vocabulary_of(ids: Tensor, vocab_size: int) -> Vocabulary:
     return VocabularyTable(ids.tolist(), ids.device)
 
 
-def served_head(lm_head: LmHead, vocab_size: int, packed: bool, rounded: bool = False) -> Head:
+def served_head(lm_head: LmHead, vocab_size: int, packed: bool, int8: bool = False) -> Head:
     """A drafter's LM head, in the dtype and on the device of its weights.
 
-    packed: keep matrices in the processor's blocked layout, see `make_linear`; rounded: in 8 bits, see `for_serving`.
+    packed: keep matrices in the processor's blocked layout, see `make_linear`.
+    int8: multiply in 8 bits, see `for_serving`.
     """
     vocabulary = vocabulary_of(lm_head.ids, vocab_size)
     if isinstance(lm_head, LowRankLmHead):
-        down, up = (_linear(part, packed, rounded) for part in (lm_head.down, lm_head.up))
+        down, up = (_linear(part, packed, int8) for part in (lm_head.down, lm_head.up))
         return LowRankHead(down, up, vocabulary)
     assert isinstance(lm_head, DenseLmHead)
-    return LinearHead(_product(lm_head.weight.data, torch.empty(0), packed, rounded), vocabulary)
+    return LinearHead(_product(lm_head.weight.data, torch.empty(0), packed, int8), vocabulary)
 
 
 def for_serving(
@@ -40,20 +41,20 @@ def for_serving(
     dtype: torch.dtype,
     device: torch.device,
     packed: bool,
-    rounded: bool = False,
+    int8: bool = False,
 ) -> _Module:
     """The module itself, cast and moved, with its linear layers and LM heads replaced: what it computes is written
     once, for the trainer and here. Its LM heads give float32 logits.
 
-    rounded: multiply in 8 bits, where that works on the device, see `rounded_linear`.
+    int8: multiply in 8 bits, where that works on the device, see `dynamic_int8`.
     """
     module.to(device, dtype).requires_grad_(False).eval()
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LmHead):
-                setattr(parent, name, _ServedLmHead(child, vocab_size, packed, rounded))
+                setattr(parent, name, _ServedLmHead(child, vocab_size, packed, int8))
             elif isinstance(child, nn.Linear):
-                setattr(parent, name, _Product(_linear(child, packed, rounded)))
+                setattr(parent, name, _Product(_linear(child, packed, int8)))
     return module
 
 
@@ -69,21 +70,21 @@ class _Product(nn.Module):
 class _ServedLmHead(nn.Module):
     """In the place of an `LmHead`: its logits and its ids."""
 
-    def __init__(self, lm_head: LmHead, vocab_size: int, packed: bool, rounded: bool) -> None:
+    def __init__(self, lm_head: LmHead, vocab_size: int, packed: bool, int8: bool) -> None:
         super().__init__()
         self.ids = lm_head.ids
-        self._head = served_head(lm_head, vocab_size, packed, rounded)
+        self._head = served_head(lm_head, vocab_size, packed, int8)
 
     def forward(self, normed: Tensor) -> Tensor:
         return self._head(normed)
 
 
-def _linear(linear: nn.Linear, packed: bool, rounded: bool) -> Linear:
+def _linear(linear: nn.Linear, packed: bool, int8: bool) -> Linear:
     bias = torch.empty(0) if linear.bias is None else linear.bias.data
-    return _product(linear.weight.data, bias.to(linear.weight.device), packed, rounded)
+    return _product(linear.weight.data, bias.to(linear.weight.device), packed, int8)
 
 
-def _product(weight: Tensor, bias: Tensor, packed: bool, rounded: bool) -> Linear:
-    if rounded and weight.device.type == "cpu" and rounding_works():
-        return RoundedLinear(weight, bias)
+def _product(weight: Tensor, bias: Tensor, packed: bool, int8: bool) -> Linear:
+    if int8 and weight.device.type == "cpu" and dynamic_int8_works():
+        return DynamicInt8Linear.rounding(weight, bias)
     return make_linear(weight, bias, packed, exact_sums=False)

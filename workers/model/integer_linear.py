@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.workers.model import memory
+from outrider.workers.model.dynamic_int8 import DynamicInt8Linear, dynamic_int8_works
 from outrider.workers.model.linear import Linear, ProductKernels, padded_rows
 from outrider.workers.model.tiled_int4 import COLUMNS, TiledInt4Linear
 from outrider.workers.weights.scaled import ScaledMatrix
@@ -26,7 +27,7 @@ _INT4_ROWS = 16  # torch packs so many rows of a matrix at a time
 
 
 def make_integer_linear(
-    matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, kernels: ProductKernels
+    matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, kernels: ProductKernels, only_drafts: bool = False
 ) -> Linear | None:
     """The product for a matrix of integers; None where there is no fast one for its groups, `dtype` or this machine.
 
@@ -35,6 +36,7 @@ def make_integer_linear(
         bias: [out], or no elements for none.
         dtype: of the rows that go in and come out.
         kernels: those that its products may run.
+        only_drafts: where there is no exact product of 8 bits, another will do, see `dynamic_int8`.
     """
     device = matrix.values.device.type
     if matrix.inputs is not None or device not in ("cpu", "cuda"):
@@ -42,6 +44,8 @@ def make_integer_linear(
     if matrix.values.dtype == torch.int8 and matrix.scales.shape[1] == 1 and matrix.shifts is None:
         if device == "cpu" and int8_works():
             return Int8Linear(matrix, bias, dtype)
+        if device == "cpu" and only_drafts and dynamic_int8_works():
+            return DynamicInt8Linear(matrix.values, matrix.scales[:, 0], bias)
         return None
     if not multiplies_int4(matrix, dtype, device):
         return None

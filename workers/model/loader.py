@@ -209,7 +209,8 @@ class WeightLoader:
     def scaled_linear(self, matrix: ScaledMatrix, bias: Tensor) -> Linear:
         """As `linear`, of narrow numbers."""
         matrix, bias = matrix.to(self.device), bias.to(self.device)
-        return make_scaled_linear(matrix, bias, self.dtype, self.packed, self.product_kernels)
+        only_drafts = self.plan.role == "draft"
+        return make_scaled_linear(matrix, bias, self.dtype, self.packed, self.product_kernels, only_drafts)
 
     def _joined(self, parts: Sequence[tuple[ScaledMatrix | Tensor, Tensor]]) -> Linear:
         """Matrices [out, in] with their biases as one product; as several, where they are not stored alike."""

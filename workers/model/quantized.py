@@ -38,6 +38,7 @@ def make_scaled_linear(
     dtype: torch.dtype,
     packed: bool,
     kernels: ProductKernels | None = None,
+    only_drafts: bool = False,
 ) -> Linear:
     """Keeps a matrix in the way that this machine multiplies with it fastest.
 
@@ -48,15 +49,21 @@ def make_scaled_linear(
         packed: on a CPU, use a layout for fast products: integers', where torch has one, see `make_integer_linear`;
             else dequantise it once, into that of `PackedLinear`, and what it saved in memory is gone.
         kernels: those that its products may run; None: none.
+        only_drafts: its products need not be exact, see `dynamic_int8`.
     """
-    inner = _linear_of_torch(matrix, bias, dtype, packed, kernels or ProductKernels())
+    inner = _linear_of_torch(matrix, bias, dtype, packed, kernels or ProductKernels(), only_drafts)
     if kernels is not None and NarrowLinear.takes(matrix, dtype):
         return NarrowLinear(matrix, bias, inner, kernels)
     return inner
 
 
 def _linear_of_torch(
-    matrix: ScaledMatrix, bias: Tensor, dtype: torch.dtype, packed: bool, kernels: ProductKernels
+    matrix: ScaledMatrix,
+    bias: Tensor,
+    dtype: torch.dtype,
+    packed: bool,
+    kernels: ProductKernels,
+    only_drafts: bool,
 ) -> Linear:
     """As `make_scaled_linear`, without `narrow_matmul`."""
     device = matrix.values.device
@@ -68,7 +75,7 @@ def _linear_of_torch(
     ):
         return ScaledMmLinear(matrix, bias, dtype, kernels)
     if packed or device.type == "cuda":
-        integers = make_integer_linear(matrix, bias, dtype, kernels)
+        integers = make_integer_linear(matrix, bias, dtype, kernels, only_drafts)
         if integers is not None:
             return integers
     if packed and device.type == "cpu":

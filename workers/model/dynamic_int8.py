@@ -8,6 +8,7 @@ not have it, and rows that differ by who else is in a batch neither: see `intege
 
 import functools
 import warnings
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ _LARGEST = 127  # of int8, with a scale for each row of the matrix
 _TINY = 1e-30  # for rows of zeros
 
 
-class RoundedLinear:
+class DynamicInt8Linear:
     """y = x W^T + b, of float32 or bfloat16 rows.
 
     FBGEMM gives all rows of a call one scale. Here each row is brought to the same largest magnitude before, and its
@@ -25,17 +26,25 @@ class RoundedLinear:
 
     pads = False
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        """`weight` [out, in] and `bias` [out], or no elements for none, on the CPU."""
-        self.out_features, self.in_features = weight.shape
+    def __init__(self, values: Tensor, scales: Tensor, bias: Tensor) -> None:
+        """
+        Args:
+            values: int8 [out, in], and `scales`, float32 [out], by which its rows are multiplied.
+            bias: [out], or no elements for none. All are on the CPU.
+        """
+        self.out_features, self.in_features = values.shape
         self._bias = bias.float() if bias.numel() else None
-        scales = weight.float().abs().amax(dim=1).clamp_min(_TINY) / _LARGEST
-        values = (weight.float() / scales[:, None]).round_().to(torch.int8)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that torch moves its tools for quantisation elsewhere
             zeros = torch.zeros(len(scales), dtype=torch.int64)
             matrix = torch._make_per_channel_quantized_tensor(values, scales.double(), zeros, 0)
             self._packed = torch.ops.quantized.linear_prepack(matrix, None)
+
+    @classmethod
+    def rounding(cls, weight: Tensor, bias: Tensor) -> Self:
+        """Of a matrix [out, in] that is rounded here."""
+        scales = weight.float().abs().amax(dim=1).clamp_min(_TINY) / _LARGEST
+        return cls((weight.float() / scales[:, None]).round_().to(torch.int8), scales, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.float()
@@ -49,13 +58,13 @@ class RoundedLinear:
 
 
 @functools.cache
-def rounding_works() -> bool:
+def dynamic_int8_works() -> bool:
     """Whether this build of torch has the product, and it gives what it should."""
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(size, 64, generator=generator) for size in (32, 5))
     try:
         with torch.inference_mode():
-            got = RoundedLinear(weight, torch.empty(0))(x)
+            got = DynamicInt8Linear.rounding(weight, torch.empty(0))(x)
     except (RuntimeError, AttributeError):
         return False
     want = x @ weight.T
