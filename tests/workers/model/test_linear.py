@@ -65,7 +65,7 @@ def test_the_sums_of_a_product_have_one_kind_of_code(monkeypatch: pytest.MonkeyP
     """Each kind is kept for each number of rows: the first block is added to the bias, or to nothing, as the others
     are to the first."""
     random = torch.Generator().manual_seed(0)
-    weight, bias, x = (torch.randn(*size, generator=random) for size in ((40, 600), (40,), (5, 600)))
+    weight, bias, x = (torch.randn(*size, generator=random) for size in ((40, 1200), (40,), (5, 1200)))
     product = make_linear(weight, bias, packed=True)
     without = make_linear(weight, NO_BIAS, packed=True)
     monkeypatch.setattr(linear, "_multiply", lambda *arguments: pytest.fail("two kinds of code"))
