@@ -27,10 +27,11 @@ MIN_ROWS = 4
 # by its rows, and from 256 on, which only several texts have together, eight of each doubling: 65 up to 512.
 EXACT_ROWS = 32
 _STEP, _STEP_UP_TO = 8, 256
-# A float32 sum over all columns in one accumulator is farther off than MKL's, which transformers uses; sums over fewer
-# columns, added up, are closer, but each product costs 30 us of calls whatever its size. Logits of SmolLM2 behind 350
-# tokens, root mean square from float64: 1.3e-5 over 1024 columns at most, 1.0e-5 over 384 and over 256, 0.9e-5 by
-# transformers; the farthest 1.0e-4 to 1.3e-4 and 0.9e-4. All products of a row of half the model take 29 ms, 38 and 43.
+# A float32 sum over all columns in one accumulator is farther off than MKL's, which transformers uses; sums over
+# fewer columns, added up, are closer, but each product costs 30 us of calls whatever its size. Logits of SmolLM2
+# behind 350 tokens, root mean square from float64: 1.3e-5 over at most 1024 columns, 1.0e-5 over 384 and over 256,
+# 0.9e-5 by transformers; the farthest 1.0e-4 to 1.3e-4, and 0.9e-4. All products of a row with half of that model
+# take 29 ms, 38 and 43.
 FLOAT32_SUM_COLUMNS = 1024
 
 
