@@ -31,7 +31,7 @@ _STEP, _STEP_UP_TO = 8, 256
 # fewer columns, added up, are closer, but each product costs 30 us of calls whatever its size. Logits of SmolLM2
 # behind 350 tokens, root mean square from float64: 1.3e-5 over at most 1024 columns, 1.0e-5 over 384 and over 256,
 # 0.9e-5 by transformers; the farthest 1.0e-4 to 1.3e-4, and 0.9e-4. All products of a row with half of that model
-# take 29 ms, 38 and 43.
+# take 29 ms, 38 and 43 (tests/support/packed_sums.py).
 FLOAT32_SUM_COLUMNS = 1024
 
 
