@@ -75,3 +75,15 @@ def test_a_drafter_multiplies_its_8_bits_so_where_there_is_no_exact_product(
     expected = x @ matrix.dequantised(torch.float32).T
     assert bool((relative_errors(drafts(x), expected) < 0.05).all())
     assert bool((relative_errors(exact(x), expected) < 1e-5).all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_no_number_harms_no_other(bad: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    product = DynamicInt8Linear.rounding(torch.randn(8, 16, generator=random), NO_BIAS)
+    x = torch.randn(3, 16, generator=random)
+    alone = product(x[[0, 2]])
+    x[1, 2] = bad
+    y = product(x)
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[[0, 2]], alone)
