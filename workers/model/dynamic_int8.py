@@ -49,8 +49,10 @@ class DynamicInt8Linear:
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.float()
         sizes = rows.abs().amax(dim=1, keepdim=True).clamp_min_(_TINY)
+        # A row that is no number is zeros in the product, whose scale it would spoil, and no number again behind it.
+        scaled = (rows / sizes).nan_to_num_(0.0)
         # Seven bits for the rows, since without VNNI sums of two products are cut off at 16 bits.
-        y: Tensor = torch.ops.quantized.linear_dynamic(rows / sizes, self._packed, True)
+        y: Tensor = torch.ops.quantized.linear_dynamic(scaled, self._packed, True)
         y *= sizes
         if self._bias is not None:
             y += self._bias
