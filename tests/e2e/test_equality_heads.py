@@ -131,9 +131,17 @@ def test_heads_give_the_text_of_transformers(
     assert engine.pool.num_available == engine.pool.num_pages
 
 
-@pytest.mark.parametrize("loop", ["serial, 1 lane", "2 lanes, ahead"])
+@pytest.mark.parametrize(
+    ("loop", "plans_early"),
+    [("serial, 1 lane", False), ("2 lanes, ahead", False), ("2 lanes, ahead", True)],
+)
 def test_sequences_may_be_recomputed_cancelled_and_share_prefixes(
-    target: WeightSource, drafter: WeightSource, reference: Reference, ties: list[Mismatch], loop: str
+    target: WeightSource,
+    drafter: WeightSource,
+    reference: Reference,
+    ties: list[Mismatch],
+    loop: str,
+    plans_early: bool,
 ) -> None:
     options = loop_options(loop, True)
     system = tuple(random_tokens(100, 2 * PAGE_SIZE + 6))
@@ -146,7 +154,7 @@ def test_sequences_may_be_recomputed_cancelled_and_share_prefixes(
         options=options,
         num_pages=20,
         methods=builders(target),
-        plans_early=options.num_lanes > 1,
+        plans_early=plans_early,
     ) as engine:
         for name, drafts in {"mixed": ([PLAIN, *HEADS.values(), ALL] * 2)[:8], "all": [ALL] * 8}.items():
             texts = decode(engine, cases, drafts)

@@ -61,7 +61,7 @@ def test_sequences_computed_again_for_lack_of_pages_keep_their_text(
         options=LOOPS[loop],
         num_pages=20,
         prefix_sharing=prefix_sharing,
-        plans_early=prefix_sharing,
+        plans_early=not sampling.is_greedy,
     ) as engine:
         for name, draft in {"plain": PLAIN, **METHODS}.items():
             texts = decode(engine, cases, draft)
@@ -112,9 +112,14 @@ def test_prompts_that_share_a_prefix_share_its_pages(
     assert engine.pool.num_available == engine.pool.num_pages
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(("loop", "plans_early"), [*((loop, False) for loop in LOOPS), ("2 lanes", True)])
 def test_sequences_that_run_share_pages_with_those_that_join(
-    target: WeightSource, drafter: WeightSource, reference: Reference, ties: list[Mismatch], loop: str
+    target: WeightSource,
+    drafter: WeightSource,
+    reference: Reference,
+    ties: list[Mismatch],
+    loop: str,
+    plans_early: bool,
 ) -> None:
     """More requests than slots: they join as others leave, while the owner of the shared pages still decodes."""
     system = tuple(random_tokens(100, 3 * PAGE_SIZE))
@@ -124,7 +129,9 @@ def test_sequences_that_run_share_pages_with_those_that_join(
         for i in range(9)
     ]
     order: list[str] = []
-    with LocalEngine(target, drafter, options=LOOPS[loop], max_sequences=3, plans_early=True) as engine:
+    with LocalEngine(
+        target, drafter, options=LOOPS[loop], max_sequences=3, plans_early=plans_early
+    ) as engine:
         texts = decode(engine, [long, *cases], NGRAM, lambda event: order.append(event.request_id))
     for case in [long, *cases]:
         assert_same_tokens(reference, case, reference.text(case), texts[case.id].tokens, ties, loop)

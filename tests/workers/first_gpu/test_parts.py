@@ -186,15 +186,9 @@ ON_GPU = replace(
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available, disabling CUDA profiling")
+# 11 takes as long as the rest.
 @pytest.mark.parametrize(
-    ("number", "expected"),
-    [
-        (1, 8),
-        (4, 6),
-        (7, 11),
-        (8, 12),
-        pytest.param(11, 43, marks=pytest.mark.slow),
-    ],  # 11 takes as long as the rest
+    ("number", "expected"), [(1, 8), (4, 6), (7, 11), (8, 12), pytest.param(11, 43, marks=pytest.mark.slow)]
 )
 def test_a_part_of_one_process_runs_on_a_gpu(
     number: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
