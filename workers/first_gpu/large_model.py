@@ -23,6 +23,7 @@ from outrider.workers.first_gpu.report import Row, milliseconds, not_run
 from outrider.workers.first_gpu.setting import Setting
 from outrider.workers.first_gpu.small_model import ALL_KERNELS
 from outrider.workers.first_gpu.trees import PAGE_SIZE, chain, trees_of
+from outrider.workers.first_gpu.two_lanes import two_lanes
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import ForwardBatch, TreeRows, lay_out
 from outrider.workers.model.cache import PagedCache
@@ -125,7 +126,9 @@ def replays(setting: Setting) -> list[Row]:
                     continue
                 batch = lay_out(*sequences)
                 rows.append(milliseconds(name, timed(setting, forward, batch)))
-    return rows + breakdown(setting, forward, cache)
+    rows += breakdown(setting, forward, cache)
+    del forward
+    return rows + two_lanes(setting, model, cache)
 
 
 def timed(setting: Setting, forward: Callable[[ForwardBatch], Hidden], batch: ForwardBatch) -> float:
