@@ -58,6 +58,7 @@ class TargetRank:
         tracer: Tracer,
         taps: Sequence[int] = (),
         grammars: Grammars = NO_GRAMMARS,
+        sampler: Sampler | None = None,
     ) -> None:
         """
         Args:
@@ -65,6 +66,7 @@ class TargetRank:
             max_context: tokens of each, at most.
             taps: layers whose inputs rounds may ask for (`Draft.layers`), besides what leaves the last one.
             grammars: over the model's tokens.
+            sampler: of what this rank's logits are; by default, of its share of the vocabulary.
         """
         self.model = model
         self._cache = cache
@@ -73,7 +75,7 @@ class TargetRank:
         self._stretches = Stretches(model.device, tracer)
         self._num_slots, self._grammars = num_slots, grammars
         self.forget_sequences()
-        self._sampler = Sampler(
+        self._sampler = sampler or Sampler(
             model.config.vocab_size,
             VocabularyRange(model.plan.vocab.start, model.plan.vocab.stop),
             model.communicator,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from statistics import median
@@ -9,11 +10,14 @@ from statistics import median
 from outrider.workers.first_gpu.report import Row, milliseconds
 from outrider.workers.first_gpu.setting import Setting
 from outrider.workers.first_gpu.trees import PAGE_SIZE, chain
+from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.link.messages import Draft, Scores, SequenceStep, Steps
 from outrider.workers.link.starts import SequenceStart
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.transformer import Transformer
+from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.target_rank import TargetRank, serve_rounds
 from outrider.workers.trace import Tracer
 
@@ -25,19 +29,20 @@ def two_lanes(setting: Setting, model: Transformer, cache: PagedCache) -> list[R
     """Wall clock of a round from one answer to the next, drafts always there: what a GPU waits for its host, less
     what planning early hides. A lane has one sequence, with the tree and the context of `Sizes.one`."""
     num_rows, _, context = setting.sizes.one
-    rank = TargetRank(model, cache, NUM_LANES, model.config.max_context, Tracer("target 0", False))
+    # One rank of several has nobody here to agree with: it samples from its own share, as if that were all.
+    share = len(model.plan.vocab)
+    sampler = Sampler(share, VocabularyRange(0, share), SoloCommunicator(), model.kernels)
+    tracer = Tracer("target 0", False)
+    rank = TargetRank(model, cache, NUM_LANES, model.config.max_context, tracer, sampler=sampler)
     num_rounds = NUM_LANES * (setting.sizes.replays + 1)
     pages_each = -(-(context + (2 + setting.sizes.replays) * 2 + num_rows) // PAGE_SIZE)
-    prompts = []
     for slot in range(NUM_LANES):
         sampling = SamplingParams(temperature=0.8, top_p=0.9, seed=slot)
         pages = tuple(range(slot * pages_each, (slot + 1) * pages_each))
         tokens = tuple(range(3, 3 + context))
         prompt = SequenceStep(slot, (), pages, tokens, tuple(chain(context)), context - 1)
-        prompts.append(Draft(slot, (SequenceStart(slot, context, 0, sampling),), (), Steps.of([prompt])))
-    for prompt in prompts:
-        rank.step(prompt)
-    rows = []
+        rank.step(Draft(slot, (SequenceStart(slot, context, 0, sampling),), (), Steps.of([prompt])))
+    rows: list[Row] = []
     for name, is_early in (("one after the other", False), ("planned early", True)):
         # Of each tree the root is kept, and of the prompt the first time its last row too: they are there already.
         drafts = _rounds(num_rounds, num_rows, kept=range(context) if not rows else (0,))
@@ -50,8 +55,9 @@ def two_lanes(setting: Setting, model: Transformer, cache: PagedCache) -> list[R
             answers.append(time.perf_counter())
 
         serve_rounds(rank, receive, receive if is_early else None, answer)
-        seconds = [later - earlier for earlier, later in zip(answers, answers[1:], strict=False)]
-        rows.append(milliseconds(f"a round, lanes {name}: {num_rows} rows, context {context}", median(seconds)))
+        seconds = [later - earlier for earlier, later in itertools.pairwise(answers)]
+        what = f"a round, two lanes {name}: {num_rows} rows, context {context}"
+        rows.append(milliseconds(what, median(seconds)))
     return rows
 
 
