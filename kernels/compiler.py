@@ -30,6 +30,7 @@ SOURCES = (
     "round_rows",
     "narrow_matmul",
     "int4_matmul",
+    "grow_trees",
 )
 _TARGET_OF_MAJOR = {8: "sm_80", 9: "sm_90a", 10: "sm_100", 12: "sm_120"}  # compute capability
 TARGETS = tuple(_TARGET_OF_MAJOR.values())

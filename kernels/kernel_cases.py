@@ -18,6 +18,7 @@ from outrider.kernels.attention_cases import (
 )
 from outrider.kernels.attention_work import AttentionShape, shape_of_tiles
 from outrider.kernels.gather_rows import plan_gather_rows
+from outrider.kernels.grow_cases import prepare_grow_trees
 from outrider.kernels.int4_cases import INT4_CASES, Int4Case, prepare_int4_matmul
 from outrider.kernels.kv_commit import plan_kv_commit
 from outrider.kernels.launch_plans import FP8
@@ -262,4 +263,6 @@ def kernel_cases(
         partial(prepare_sample_shard, 5, 0),
         partial(prepare_sample_shard, 1501, 152_000),
         partial(prepare_sample_shard, 600, 17, step=5, coarse=True),
+        partial(prepare_grow_trees, 1, 6, 4),
+        partial(prepare_grow_trees, 5, 3, 2, has_table=True),
     ]

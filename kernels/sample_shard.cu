@@ -8,32 +8,12 @@
 // `pack_tokens` does). What is kept, or likeliest, is all up to one such integer, which a search over them finds; sums
 // are whole numbers of 2^-40, so no result depends on the order of anything.
 #include "noise.cuh"
+#include "sampled.cuh"
 
-struct Row {  // of what is asked; ROW in sample_shard.py
-  double top_p;      // 1: no limit
-  double log_min_p;  // -infinity: no limit
-  float temperature;
-  u32 key0, key1;    // halves of the noise's key
-  int source;        // the row of the logits; -1: nothing is asked
-  int top_k;         // 0: no limit
-  int num_best;      // of the winners that are asked for; the others are not written
-  int first_edit, end_edit;
-  int likeliest, raw_likeliest;  // the lists for the likeliest tokens, edited and not; -1: not asked for
-  int wants_sum, wants_raw;
-};
-struct Sums {  // SUMS there
-  double sum, kept_sum, raw_sum;  // of exp; of the tokens that are kept; of logits as they came, at temperature 1
-  float maximum, raw_maximum;     // NaN where a logit is
-};
 struct Edit {  // EDIT there: add `bias`, then the penalties
   int column;
   float bias, repetition, presence, frequency;
 };
-struct Winner {  // WINNER there
-  float score, logit, raw_logit;
-  int column;
-};
-
 constexpr int MIDS = 3;  // places that a sweep of the search compares
 constexpr int MAX_SWEEPS = 40;  // a quarter of 2^64 places is left after each
 constexpr int NO_COLUMN = 0x7fffffff;

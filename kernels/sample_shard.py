@@ -58,6 +58,9 @@ SUMS = np.dtype(
     [("sum", "f8"), ("kept_sum", "f8"), ("raw_sum", "f8"), ("maximum", "f4"), ("raw_maximum", "f4")]
 )
 WINNER = np.dtype([("score", "f4"), ("logit", "f4"), ("raw_logit", "f4"), ("column", "i4")])
+MAX_LOGIT = 1e36
+"""A row whose largest logit, edited, is not within ±MAX_LOGIT is no law: divided by the lowest temperature it would
+leave float32."""
 _THREADS = 512
 _SHARED_BYTES = 16 * 8 * 8 + 4 * _THREADS  # of sums and counts; lists come behind them
 MAX_LIST = 2048

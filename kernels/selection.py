@@ -39,6 +39,7 @@ class KernelSelection:
     round_rows: bool
     narrow_matmul: bool
     int4_matmul: bool
+    grow_trees: bool
 
     @staticmethod
     def of(names: Sequence[str]) -> "KernelSelection":

@@ -30,6 +30,7 @@ ENTRIES = (
     "round_rows",
     "narrow_matmul",
     "int4_matmul",
+    "grow_trees",
 )
 READY = {"ready": True}  # said once the GPU and the kernels' compiler are there
 LIMIT_S = (

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from outrider.kernels.proposals import NUM_SAMPLED_KINDS, priors_and_kinds
 from outrider.workers.drafting.acceptance import (
-    NUM_SAMPLED_KINDS,
     AcceptanceEstimator,
     follow_errors,
-    priors_and_kinds,
 )
 from outrider.workers.drafting.frontier import Frontier, add_ancestors, with_ancestors
 from outrider.workers.drafting.laws import SlotLaws

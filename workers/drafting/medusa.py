@@ -19,10 +19,9 @@ from torch import Tensor
 from outrider.configs.schema import Config
 from outrider.workers.draft_heads.checkpoint import read_medusa
 from outrider.workers.draft_heads.medusa import MedusaHeads
+from outrider.kernels.proposals import NUM_SAMPLED_KINDS, priors_and_kinds
 from outrider.workers.drafting.acceptance import (
-    NUM_SAMPLED_KINDS,
     AcceptanceEstimator,
-    priors_and_kinds,
 )
 from outrider.workers.drafting.heads import check_target, read_for
 from outrider.workers.drafting.laws import SlotLaws

@@ -23,11 +23,6 @@ from outrider.kernels.token_rows import count_true, exponentials
 from outrider.kernels.transfers import upload
 from outrider.workers.sampling.context import RowParameters, SampledRows
 
-MAX_LOGIT = 1e36
-"""A row whose largest logit, edited, is not within ±MAX_LOGIT is no law: divided by the lowest temperature it would
-leave float32."""
-
-
 class Edits(NamedTuple):
     """What `edit_rows` overwrote: logits float32 [num_edited] at (rows, columns), int64 [num_edited]."""
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import AskedRows
+from outrider.kernels.sample_shard import MAX_LOGIT, AskedRows
 from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.shard_logits import DENSE, ShardLogits
@@ -28,7 +28,7 @@ from outrider.workers.link.communicator import Communicator
 from outrider.workers.sampling.candidates import best_if_kept, foresee, kept_tokens
 from outrider.workers.sampling.context import RowParameters, SampledRows
 from outrider.workers.sampling.device_shard import NOTHING_FORESEEN, DeviceShard
-from outrider.workers.sampling.law import MAX_LOGIT, NO_EDITS, Edits, PlannedEdits, planned_edits
+from outrider.workers.sampling.law import NO_EDITS, Edits, PlannedEdits, planned_edits
 from outrider.workers.sampling.logprobs import NO_QUESTIONS, LawQuestions, raw_logprobs
 from outrider.workers.sampling.masking import Masked, mask_rows
 from outrider.workers.sampling.request_laws import request_laws

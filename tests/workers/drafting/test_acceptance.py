@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.workers.drafting.acceptance import NUM_SAMPLED_KINDS, AcceptanceEstimator, priors_and_kinds
+from outrider.kernels.proposals import NUM_SAMPLED_KINDS, priors_and_kinds
+from outrider.workers.drafting.acceptance import AcceptanceEstimator
 
 A, B = 3, 7
 

@@ -14,7 +14,7 @@ from scipy import stats
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.sampling.context import PenaltyState, SampledRows
-from outrider.workers.sampling.law import MAX_LOGIT
+from outrider.kernels.sample_shard import MAX_LOGIT
 from outrider.workers.sampling.sampler import Sampler, Samples
 from outrider.workers.sequences.params import MIN_REPETITION_PENALTY, MIN_TEMPERATURE, SamplingParams
 from outrider.workers.sequences.vocabulary import VocabularyRange
