@@ -18,7 +18,7 @@ from outrider.kernels.grow_trees import (
 )
 from outrider.kernels.prepared import Check, Guards, PreparedCase
 from outrider.kernels.proposals import NUM_KINDS_OF_LAW
-from outrider.kernels.sample_shard import ROW, SUMS, WINNER, AskedRows
+from outrider.kernels.sample_shard import SUMS, WINNER, AskedRows
 
 _PAGE_SIZE, _NUM_PAGES = 4, 40
 _VOCAB_SIZE = 500
@@ -60,9 +60,7 @@ def prepare_grow_trees(
         numbers = [*shape, *places, int(step == 0)]
         grow_trees_op(list(first), *given, table, pages, *map(list, expected), numbers)
         moved = [x.to(device) for x in given]
-        plans.append(
-            plan_grow_trees(fixed[:6], *moved, fixed[6], fixed[7][:, :_NUM_PAGES], *there, numbers)
-        )
+        plans.append(plan_grow_trees(fixed[:6], *moved, fixed[6], fixed[7][:, :_NUM_PAGES], *there, numbers))
     return PreparedCase(
         f"grow_trees: {num_sequences} sequences, {num_each} rows, {num_best} proposals"
         f"{', with a table' if has_table else ''}, {seed}",
@@ -132,21 +130,8 @@ def _answers(random: np.random.Generator, shape: GrowthShape) -> tuple[Tensor, T
 
 def _next_step(shape: GrowthShape) -> NextStep:
     """With something in it that must go."""
-    rows, each = shape.max_rows, shape.num_sequences
-    longs = torch.full((5, rows), 77)
-    ints = torch.full((2, rows), 77, dtype=torch.int32)
-    return NextStep(
-        longs[0].clone(),
-        longs[1].clone(),
-        longs[2].clone(),
-        torch.full((rows, shape.mask_words), 77),
-        ints[0].clone(),
-        torch.full((each,), 77, dtype=torch.int32),
-        torch.full((each + 1,), 77, dtype=torch.int32),
-        longs[3].clone(),
-        longs[4].clone(),
-        torch.zeros(rows, ROW.itemsize, dtype=torch.uint8),
-    )
+    empty = NextStep.empty(shape, torch.device("cpu"))
+    return NextStep(*(x.fill_(77) for x in empty[:-1]), empty.rows)
 
 
 def _checks(there: list, expected: list, shape: GrowthShape) -> list[Check]:  # type: ignore[type-arg]

@@ -121,6 +121,27 @@ class NextStep(NamedTuple):
     writes: Tensor  # int64 [N]
     rows: Tensor  # uint8 [N, ROW]
 
+    @staticmethod
+    def empty(shape: GrowthShape, device: torch.device) -> NextStep:
+        """Of no rows, but that there is room for them."""
+        rows, each = shape.max_rows, shape.num_sequences
+
+        def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        return NextStep(
+            zeros(rows),
+            zeros(rows),
+            zeros(rows) - 1,
+            zeros(rows, shape.mask_words),
+            zeros(rows, dtype=torch.int32),
+            zeros(each, dtype=torch.int32),
+            zeros(each + 1, dtype=torch.int32),
+            zeros(rows),
+            zeros(rows),
+            zeros(rows, ROW.itemsize, dtype=torch.uint8),
+        )
+
 
 class Places(NamedTuple):
     """Where things are.
@@ -252,7 +273,7 @@ def _take_in(
     priors, kinds = priors_and_kinds(exact, np.full(len(found), is_greedy))
     kinds = kinds - NUM_KINDS_OF_LAW * is_greedy
     worth = values[:, None] * acceptances(priors, seen[kinds, 0].astype(np.float64), seen[kinds, 1])
-    ids = (table[torch.from_numpy(asked).long().clamp(min=0)] if len(table) else asked + places.first_id)
+    ids = table[torch.from_numpy(asked).long().clamp(min=0)] if len(table) else asked + places.first_id
     may_grow = (found > -np.inf) & (np.asarray(ids) < places.num_target_tokens)
     may_grow &= (kept.depths[step, own].numpy() + 1 < grown["max_depth"])[:, None]
     worth = np.where(may_grow & (worth > grown["least_value"]), worth, 0.0)
@@ -299,7 +320,9 @@ def _fill(
             column = int(columns.reshape(-1)[place - at_step * shape.max_rows * C])
             token = int(table[column]) if len(table) else places.first_id + column
         following.tokens[r], following.positions[r] = token, root + depth
-        following.kv_rows[r] = int(pages[index // places.page_size]) * places.page_size + index % places.page_size
+        following.kv_rows[r] = (
+            int(pages[index // places.page_size]) * places.page_size + index % places.page_size
+        )
         following.masks[r] = flat_masks[next_row] = mask
         following.depths[r], flat_depths[next_row] = int(grown["num_known"]) + depth, depth
         kept.row_values[r] = flat_values[place] if is_node else 0.0
@@ -391,7 +414,14 @@ def plan_grow_trees(
             *next_step,
             *map(
                 np.int32,
-                (is_first, shape.max_rows, shape.num_best, shape.num_steps, shape.mask_words, places.page_size),
+                (
+                    is_first,
+                    shape.max_rows,
+                    shape.num_best,
+                    shape.num_steps,
+                    shape.mask_words,
+                    places.page_size,
+                ),
             ),
             np.int32(page_table.stride(0)),
             *map(np.int64, places[1:]),

@@ -21,11 +21,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from outrider.kernels import (
     add_rms_norm,
     gather_rows,
+    grow_trees,
     int4_matmul,
     kv_commit,
     launch_plans,
@@ -53,6 +54,7 @@ KERNEL_MODULES = (
     round_rows,
     narrow_matmul,
     int4_matmul,
+    grow_trees,
 )
 # What torch has one CUDA kernel for, and takes apart on a CPU.
 _ONE_KERNEL = ("rms_norm", "linear", "scaled_dot_product_attention", "softmax", "log_softmax")
@@ -282,7 +284,7 @@ def on_values(body: Callable[..., Any]) -> Callable[..., Any]:
     """What an operator of ours does on a GPU, with the pretended tensors' values."""
 
     def call(*arguments: Any) -> Any:
-        values = [x.inner if isinstance(x, PretendTensor) else x for x in arguments]
+        values = tree_map(lambda x: x.inner if isinstance(x, PretendTensor) else x, arguments)
         with torch._C.DisableTorchFunction():
             results = body(*values)
         if isinstance(results, tuple):

@@ -22,8 +22,9 @@ from outrider.workers.drafting.acceptance import (
     follow_errors,
 )
 from outrider.workers.drafting.frontier import Frontier, add_ancestors, with_ancestors
+from outrider.workers.drafting.grown_levels import Level
 from outrider.workers.drafting.laws import SlotLaws
-from outrider.workers.drafting.method import DraftMethod, Forecast
+from outrider.workers.drafting.method import NO_FURTHER_STEPS, DraftMethod, Following, Forecast
 from outrider.workers.drafting.row_cache import Expansion, RowCache, chains
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.model.batch import TreeRows
@@ -36,7 +37,7 @@ from outrider.workers.timing import Stretches
 
 ROWS_PER_STEP = 6  # nodes of one sequence that a step expands
 MAX_LAG = 32  # tokens that are read on the way to drafting; more are read in chunks beforehand
-_MIN_GAIN = 0.01  # expected accepted tokens below which a node is not worth a row
+MIN_GAIN = 0.01  # expected accepted tokens below which a node is not worth a row
 _TRUE = np.ones(1, dtype=np.bool_)
 _FIRST_YIELD = 0.5  # assumed of the best proposals before any was seen
 
@@ -154,7 +155,18 @@ class LevelMethod(DraftMethod):
     def forecast(self, slots: Ints) -> Forecast:
         """What the next step over these slots would do."""
         frontier = self._frontier(slots)
-        return Forecast(lambda: self._gains(frontier), frontier.num_rows, frontier.slots)
+        return Forecast(
+            lambda: self._gains(frontier), frontier.num_rows, frontier.slots, self._following(frontier)
+        )
+
+    def _following(self, frontier: Frontier) -> Following:
+        """Steps that can follow without the host."""
+        return NO_FURTHER_STEPS
+
+    def _grow_levels(self, expansion: Expansion, prepared: Prepared, num_further: int) -> bool:
+        """Takes the step, with what can follow without the host, at most `num_further` more; False: nothing was done,
+        the host has to take it."""
+        return False
 
     def root_gains(self, laws: Ints) -> Floats:
         """The gains of a step over roots, at least those assumed at first."""
@@ -185,9 +197,13 @@ class LevelMethod(DraftMethod):
         pool.release(pages)
         return seconds
 
-    @torch.inference_mode()
     def expand(self, slots: Ints) -> bool:
         """Expand the most promising nodes of these trees in one forward."""
+        return self.expand_levels(slots, 0)
+
+    @torch.inference_mode()
+    def expand_levels(self, slots: Ints, num_further: int) -> bool:
+        """`expand`, and what can follow it without the host."""
         frontier = self._within_room(self._frontier(slots))
         if not len(frontier.nodes):
             return False
@@ -196,6 +212,8 @@ class LevelMethod(DraftMethod):
         # What takes long to prepare, texts that are looked through, waits until the device is busy.
         if not any(self._laws[slot][0].follows_text for slot in expansion.slots.tolist()):
             prepared = self._prepared(expansion)
+            if self._grow_levels(expansion, prepared, num_further):
+                return True
         logits, asked = self._logits(expansion, prepared.on_host if prepared else [])
         self._stretches.end("forward", len(expansion.rows.tokens))
         tokens, log_probs = self._sampler.propose_prepared(
@@ -221,7 +239,7 @@ class LevelMethod(DraftMethod):
 
     def _find_frontier(self, slots: Ints) -> Frontier:
         trees, rows, window = self.trees, self._rows, self.trees.window(slots)
-        most = max(1, min(self._limits.rows_per_sequence, self._limits.max_rows // max(1, len(slots))))
+        most = self._rows_per_sequence(len(slots))
         # A node whose children do not fit would never get them: it is expanded once.
         limits = np.minimum(most, trees.room(slots) // self._limits.max_children)
         num_unread = rows.num_unread(slots)
@@ -234,7 +252,7 @@ class LevelMethod(DraftMethod):
         gains *= trees.flat.depths[window.places] < self.slots.growth_depths(slots)[:, None]
         gains[has_row] = 0.0
         gains = self._reachable(window, gains, has_row)
-        chosen = gains > _MIN_GAIN
+        chosen = gains > MIN_GAIN
         counts = np.add.reduce(chosen, axis=1, dtype=np.int64)
         if np.count_nonzero(counts > limits):
             order = (-gains).argsort(axis=1, kind="stable")
@@ -249,7 +267,7 @@ class LevelMethod(DraftMethod):
             all_parents = trees.flat.parents[window.places]
             add_ancestors(all_parents, chosen, has_row)
             for row in np.flatnonzero(chosen.sum(axis=1) > limits).tolist():
-                own = gains[row] * (gains[row] > _MIN_GAIN)
+                own = gains[row] * (gains[row] > MIN_GAIN)
                 chosen[row] = with_ancestors(all_parents[row], own, has_row[row], int(limits[row]))
             counts = np.add.reduce(chosen, axis=1, dtype=np.int64)
             at = chosen.reshape(-1).nonzero()[0]
@@ -259,6 +277,10 @@ class LevelMethod(DraftMethod):
             grows = counts > 0
             slots, counts, num_unread = slots[grows], counts[grows], num_unread[grows]
         return Frontier(slots, counts, num_unread, slots.repeat(counts), nodes, places, gains)
+
+    def _rows_per_sequence(self, num_sequences: int) -> int:
+        """The most nodes of each that a step expands."""
+        return max(1, min(self._limits.rows_per_sequence, self._limits.max_rows // max(1, num_sequences)))
 
     def _gains(self, frontier: Frontier) -> Floats:
         """[M], descending: expected accepted tokens of each proposal below nodes, less what is there already."""
@@ -308,9 +330,9 @@ class LevelMethod(DraftMethod):
             begin = end
         return sampled
 
-    def _propose(self, expansion: Expansion, tokens: Ints, log_probs: Floats) -> None:
+    def _propose(self, expanded: Expansion | Level, tokens: Ints, log_probs: Floats) -> None:
         """Put proposals ([M, children], best first) below the nodes, and learn what proposals are worth."""
-        slots, nodes = expansion.node_slots, expansion.nodes
+        slots, nodes = expanded.node_slots, expanded.nodes
         is_greedy = self.slots.is_greedy[slots]
         log_probs = log_probs.astype(np.float64)
         priors, kinds = priors_and_kinds(log_probs, is_greedy)
@@ -319,7 +341,7 @@ class LevelMethod(DraftMethod):
         # A mask, top-k, top-p or min-p removed what has no probability: the target cannot pick it.
         met = log_probs > -np.inf
         possible = met & (tokens < self._num_target_tokens)
-        promised = self.trees.flat.values[expansion.places]
+        promised = self.trees.flat.values[expanded.places]
         at = possible.nonzero()[0]
         values = np.zeros(tokens.shape)
         values[possible] = self.trees.add_children(

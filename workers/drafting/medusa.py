@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.configs.schema import Config
+from outrider.kernels.proposals import NUM_SAMPLED_KINDS, priors_and_kinds
 from outrider.workers.draft_heads.checkpoint import read_medusa
 from outrider.workers.draft_heads.medusa import MedusaHeads
-from outrider.kernels.proposals import NUM_SAMPLED_KINDS, priors_and_kinds
 from outrider.workers.drafting.acceptance import (
     AcceptanceEstimator,
 )

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -56,19 +56,45 @@ class MethodContext:
     join_ranks: JoinRanks = alone
 
 
+class Following(NamedTuple):
+    """Steps that are taken without a look at the trees in between.
+
+    Attributes:
+        most: how many, behind the first.
+        decay: gains of each over those of the one before: how often the best proposal is accepted.
+        rows_per_sequence: nodes that each expands, of which each gets `num_proposals`.
+    """
+
+    most: int
+    decay: float = 0.0
+    rows_per_sequence: int = 0
+    num_proposals: int = 0
+
+
+NO_FURTHER_STEPS = Following(0)
+
+
 class Forecast:
     """What a method's next `expand` would do.
 
     Attributes:
         num_rows: rows of its forward, tokens included that the method has not read yet; 0: nothing is left to expand.
         slots: int64 [b], those whose trees would grow.
+        following: what is known of the steps that the same `expand` can take behind it.
     """
 
-    def __init__(self, gains: Floats | Callable[[], Floats], num_rows: int, slots: Ints) -> None:
+    def __init__(
+        self,
+        gains: Floats | Callable[[], Floats],
+        num_rows: int,
+        slots: Ints,
+        following: Following = NO_FURTHER_STEPS,
+    ) -> None:
         """gains: themselves, or what finds them, before the trees change: a fixed budget never asks."""
         self._gains = gains
         self.num_rows = num_rows
         self.slots = slots
+        self.following = following
 
     @cached_property
     def gains(self) -> Floats:
@@ -165,6 +191,10 @@ class DraftMethod(ABC):
     @abstractmethod
     def expand(self, slots: Ints) -> bool:
         """Add proposals to the trees of these slots; False when there was nothing to add."""
+
+    def expand_levels(self, slots: Ints, num_further: int) -> bool:
+        """`expand`, and up to so many further steps right behind it, at most `Forecast.following.most`."""
+        return self.expand(slots)
 
     def observe(self, verified: Verified) -> None:
         """A round was verified: true hidden rows are here."""

@@ -177,6 +177,23 @@ class RowCache:
         )
         return Expansion(slots, num_nodes, extra, nodes, frontier.node_slots, places, node_rows, rows)
 
+    def num_free_rows(self, slots: Ints) -> Ints:
+        """[B]: tree rows that these slots' masks can still tell of."""
+        return self._trees.capacity - self._num_rows[slots]
+
+    def grown(
+        self, slots: Ints, num_each: int, nodes: Ints, places: Ints, owners: Ints, columns: Ints
+    ) -> None:
+        """Further rows were computed, `num_each` behind those of each of these slots; nodes ([M], parents have rows)
+        have those of the slots `owners` at `columns`, the others stand for none."""
+        begins = np.zeros(len(self._num_rows), dtype=np.int64)
+        begins[slots] = self._num_rows[slots]
+        tree_rows = begins[owners] + columns
+        self._flat_row_of[places] = tree_rows
+        self._new_masks(nodes, places, tree_rows)
+        self.flat_has_row[places] = True
+        self._num_rows[slots] += num_each
+
     def _texts(self, sequence: Sequence) -> SequenceABC[int]:
         """Numbers of which the first n tell all that rows 0 to n - 1 depend on, in order."""
         tokens = sequence.tokens

@@ -214,14 +214,14 @@ def warm_up(
 
 
 def recorded(
-    statics: Sequence[StaticBatch], compute: Callable[[StaticBatch], Result]
+    statics: Sequence[StaticBatch], compute: Callable[[StaticBatch], Result], pool: object = None
 ) -> list[tuple[StaticBatch, torch.cuda.CUDAGraph, Result]]:
     """A graph for each batch, in their order, with what it writes.
 
-    One graph runs at a time and its result is used before the next runs, so all share one pool of memory. The
-    largest, the last, is recorded first: what it freed is enough for the others.
+    One graph runs at a time and its result is used before the next runs, so all share one pool of memory, and may
+    share that of others. The largest, the last, is recorded first: what it freed is enough for the others.
     """
-    pool = torch.cuda.graph_pool_handle()
+    pool = pool or torch.cuda.graph_pool_handle()
     graphs = []
     for static in reversed(statics):
         graph = torch.cuda.CUDAGraph()

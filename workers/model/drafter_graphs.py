@@ -16,14 +16,20 @@ from outrider.workers.model.embedding import MatrixEmbedding
 from outrider.workers.model.feature_drafter import CachedDrafter
 from outrider.workers.model.static_batch import StaticBatch
 
+MAX_GROWN_STEPS = 8
+"""That follow each other without the host."""
+
 
 class GraphedSteps:
     """One table of features: of nodes, kept by earlier steps; then of the rows of a step, for known tokens, whose
-    features the target gave; then one row that takes what nobody reads.
+    features the target gave; then of rows that have no node yet, see `GrownSteps`; then one row that takes what
+    nobody reads.
 
     Attributes:
-        features: [num_nodes + max_rows + 1, hidden].
+        features: [num_nodes + max_rows + num_nodeless + 1, hidden].
         max_rows: of a step that fits a graph.
+        capacities: of the graphs, the smallest first.
+        pool: their memory.
     """
 
     def __init__(self, drafter: CachedDrafter, num_nodes: int) -> None:
@@ -33,24 +39,25 @@ class GraphedSteps:
             Exception: something cannot be captured, a kernel does not run, or there is no memory left.
         """
         capacities = sorted(draft_capacities(drafter, drafter.cache), key=lambda capacity: capacity.num_rows)
+        self.capacities = capacities
         self.max_rows = capacities[-1].num_rows
         self._drafter = drafter
         self._num_nodes = num_nodes
         self.features = torch.zeros(
-            num_nodes + self.max_rows + 1,
+            num_nodes + self.max_rows * (1 + MAX_GROWN_STEPS) + 1,
             drafter.model.hidden_size,
             dtype=drafter.dtype,
             device=drafter.device,
         )
-        nobodys = len(self.features) - 1
         statics = []
         for capacity in capacities:
-            rows = (Part((capacity.num_rows,), torch.int64), nobodys)
+            rows = (Part((capacity.num_rows,), torch.int64), self.nobodys)
             statics.append(StaticBatch(capacity, drafter.cache.page_size, drafter.device, (rows, rows)))
         for static in statics:
             self._computed(static).cpu()  # waits, so that errors come up here
         warm_up(statics, self._computed, drafter.device)
-        self._graphs = recorded(statics, self._computed)
+        self.pool = torch.cuda.graph_pool_handle()
+        self._graphs = recorded(statics, self._computed, self.pool)
 
     @property
     def of_nodes(self) -> Tensor:
@@ -60,7 +67,23 @@ class GraphedSteps:
     @property
     def of_known(self) -> Tensor:
         """[max_rows, hidden]: row i is read by row i of a step, unless `take` was told otherwise."""
-        return self.features[self._num_nodes : -1]
+        return self.features[self._num_nodes : self._num_nodes + self.max_rows]
+
+    @property
+    def first_nodeless(self) -> int:
+        """Index of the first of the features without nodes."""
+        return self._num_nodes + self.max_rows
+
+    @property
+    def nobodys(self) -> int:
+        """Index of what nobody reads."""
+        return len(self.features) - 1
+
+    def reads(self, num_rows: int, below: tuple[Tensor, Tensor]) -> Tensor:
+        """int64 [num_rows]: what the rows of a step read; `below` as in `take`."""
+        reads = torch.arange(self._num_nodes, self._num_nodes + num_rows)
+        reads[below[0]] = below[1]
+        return reads
 
     def take(
         self,
@@ -82,9 +105,8 @@ class GraphedSteps:
         num_rows = batch.tree.num_queries
         for static, graph, logits in self._graphs:
             if static.capacity.holds(batch):
-                reads = torch.arange(self._num_nodes, self._num_nodes + num_rows)
-                reads[below[0]] = below[1]
-                writes = torch.full((num_rows,), len(self.features) - 1)
+                reads = self.reads(num_rows, below)
+                writes = torch.full((num_rows,), self.nobodys)
                 writes[kept[0]] = kept[1]
                 self._taken = graph, logits[:num_rows]
                 return static.fill(batch, others, (reads, writes))

@@ -75,7 +75,10 @@ class TreeGrower:
                 return _without_drafts(steps)
             self.drafting.look_up(drafted.slots)
             while chosen := self._next_step(drafted):
-                if not self._step(*chosen, drafted.slots):
+                method, forecast = chosen
+                if not self._step(
+                    method, forecast, drafted.slots, self._num_further(method, forecast, drafted)
+                ):
                     break
             trees = self._cut(steps, drafted)
         self.cost.observe_draft_round(self._clock() - drafted.begun)
@@ -161,13 +164,49 @@ class TreeGrower:
             begun=self._clock(),
         )
 
-    def _step(self, method: DraftMethod, forecast: Forecast, slots: Ints) -> bool:
-        """One step of a method; False when nothing was left to do."""
+    def _step(self, method: DraftMethod, forecast: Forecast, slots: Ints, num_further: int = 0) -> bool:
+        """A step of a method, and further ones behind it; False when nothing was left to do."""
         begun = self._clock()
-        if not self.drafting.expand(method, slots):
+        if not self.drafting.expand(method, slots, num_further):
             return False
-        self.cost.observe_step(method.name, forecast.num_rows, self._clock() - begun)
+        # All have as much to read of the drafter's weights.
+        step_s = (self._clock() - begun) / (1 + num_further)
+        self.cost.observe_step(method.name, forecast.num_rows, step_s)
         return True
+
+    def _num_further(self, method: DraftMethod, forecast: Forecast, drafted: _Drafted) -> int:
+        """How many steps pay behind one that does, where the method takes them without a look at the trees."""
+        following = forecast.following
+        if following.most < 1:
+            return 0
+        if self._options.fixed_budget:
+            num_nodes = self.drafting.trees.num_nodes[drafted.slots].min()
+            num_rows, count = 1, 0
+            while count < following.most:
+                num_nodes += num_rows * following.num_proposals
+                if num_nodes > drafted.max_nodes.max():
+                    break
+                num_rows, count = following.rows_per_sequence, count + 1
+            return count
+        offers = self._offers(drafted)
+        values, gains = offers.values[offers.values > 0.0], forecast.gains
+        now, step_s = self._clock(), self.cost.step_s(method.name, forecast.num_rows)
+        for count in range(following.most):
+            values, gains = np.sort(np.concatenate([values, gains]))[::-1], gains * following.decay
+            drafted_s, later_s = (
+                self._charged_s(drafted.begun, now + steps * step_s) for steps in (count + 1, count + 2)
+            )
+            saved_s = self.cost.saved_by_step(
+                values,
+                drafted.num_base_rows,
+                drafted.num_sampling,
+                drafted_s,
+                gains,
+                later_s - drafted_s,
+            )
+            if saved_s <= 0.0:
+                return count
+        return following.most
 
     def _charged_s(self, begun: float, now: float) -> float:
         """Seconds since `begun` that drafting keeps the target from working; none while it has work anyway."""

@@ -23,6 +23,7 @@ from outrider.kernels.token_rows import count_true, exponentials
 from outrider.kernels.transfers import upload
 from outrider.workers.sampling.context import RowParameters, SampledRows
 
+
 class Edits(NamedTuple):
     """What `edit_rows` overwrote: logits float32 [num_edited] at (rows, columns), int64 [num_edited]."""
 

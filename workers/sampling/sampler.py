@@ -134,6 +134,11 @@ class Sampler:
         self._communicator = communicator
         self._kernels = kernels
 
+    @property
+    def ids(self) -> ShardIds:
+        """Of the logits' columns."""
+        return self._ids
+
     def prepare(
         self, groups: Sequence[SampledRows], questions: LawQuestions = NO_QUESTIONS, num: int = 1
     ) -> Prepared:

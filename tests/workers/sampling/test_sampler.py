@@ -11,10 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from outrider.kernels.sample_shard import MAX_LOGIT
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.sampling.context import PenaltyState, SampledRows
-from outrider.kernels.sample_shard import MAX_LOGIT
 from outrider.workers.sampling.sampler import Sampler, Samples
 from outrider.workers.sequences.params import MIN_REPETITION_PENALTY, MIN_TEMPERATURE, SamplingParams
 from outrider.workers.sequences.vocabulary import VocabularyRange
