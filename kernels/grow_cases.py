@@ -1,21 +1,16 @@
-"""Cases of `grow_trees`: two steps of several sequences, of which some have known tokens first, some few proposals."""
+"""Cases of `grow_trees`: three steps of several sequences, of which some have known tokens before their nodes."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from outrider.kernels.grow_trees import (
-    GROWN,
-    FirstStep,
-    Growth,
-    GrowthShape,
-    NextStep,
-    Places,
-    grow_trees_op,
-    plan_grow_trees,
-)
+from outrider.kernels.grow_trees import grow_trees_op, plan_grow_trees
+from outrider.kernels.growth import GROWN, FirstStep, Growth, GrowthShape, NextStep, Places
 from outrider.kernels.prepared import Check, Guards, PreparedCase
 from outrider.kernels.proposals import NUM_KINDS_OF_LAW
 from outrider.kernels.sample_shard import SUMS, WINNER, AskedRows
@@ -40,8 +35,7 @@ def prepare_grow_trees(
     has_table: bool = False,
     seed: int = 9,
 ) -> PreparedCase:
-    """A first step and two later ones. In the last row of the first step the logits are no numbers; the last sequence
-    may grow little, and some tokens are none of the target's."""
+    """A first step and two later ones. The last sequence may grow little, and some tokens are none of the target's."""
     random = np.random.default_rng(seed)
     shape = GrowthShape(num_sequences * num_each + 5, num_sequences + 2, num_best, 3, 3)
     first = _first_step(random, shape, num_sequences, num_each)
@@ -50,17 +44,21 @@ def prepare_grow_trees(
     num_target_tokens = 2 * _VOCAB_SIZE if has_table else 7 + _VOCAB_SIZE // 2
     places = Places(_PAGE_SIZE, 7, num_target_tokens, 1000, 5000)
     pages = torch.from_numpy(random.integers(0, 99, (shape.num_sequences, _NUM_PAGES + 3))).int()
-    answers = [_answers(random, shape) for _ in range(shape.num_steps)]
-    expected = [Growth.empty(shape, torch.device("cpu")), _next_step(shape)]
+    answers = [_answers(random, shape, num_each) for _ in range(shape.num_steps)]
+    expected = (list(Growth.empty(shape, torch.device("cpu"))), _next_step(shape))
     guards = Guards(device)
-    there = [type(each)(*map(guards.copy, each)) for each in expected]
+    there = [[guards.copy(x) for x in each] for each in expected]
     fixed = [x.to(device) for x in (*first, table, pages)]
     plans = []
     for step, given in enumerate(answers):
         numbers = [*shape, *places, int(step == 0)]
-        grow_trees_op(list(first), *given, table, pages, *map(list, expected), numbers)
+        grow_trees_op(list(first), *given, table, pages, *expected, numbers)
         moved = [x.to(device) for x in given]
-        plans.append(plan_grow_trees(fixed[:6], *moved, fixed[6], fixed[7][:, :_NUM_PAGES], *there, numbers))
+        plans.append(
+            plan_grow_trees(
+                fixed[:6], moved[0], moved[1], fixed[6], fixed[7][:, :_NUM_PAGES], there[0], there[1], numbers
+            )
+        )
     return PreparedCase(
         f"grow_trees: {num_sequences} sequences, {num_each} rows, {num_best} proposals"
         f"{', with a table' if has_table else ''}, {seed}",
@@ -84,7 +82,7 @@ def _first_step(
     grown["is_greedy"] = rows["temperature"] == 0.0
     grown["seed"] = random.integers(0, 2**63, len(grown), dtype=np.uint64) * 2 + 1
     grown["least_value"] = 0.02
-    grown["num_rows"][:num_sequences] = 1 + np.arange(num_sequences) % num_each
+    grown["num_rows"][:num_sequences] = 1 + (np.arange(num_sequences) + 2) % num_each
     grown["first_row"] = np.concatenate([[0], grown["num_rows"].cumsum()[:-1]])
     grown["num_known"][:num_sequences] = np.where(grown["num_rows"][:num_sequences] > 1, 1, 0)
     grown["context_len"] = 3 + 5 * np.arange(len(grown))
@@ -110,41 +108,37 @@ def _first_step(
     )
 
 
-def _answers(random: np.random.Generator, shape: GrowthShape) -> tuple[Tensor, Tensor]:
-    """Of rows at all confidences; in some a proposal has run out."""
-    sums = np.zeros((shape.max_rows, 1), dtype=SUMS)
+def _answers(random: np.random.Generator, shape: GrowthShape, num_each: int) -> tuple[Tensor, ...]:
+    """Of rows at all confidences; in some a proposal has run out, in one no logit is a number."""
+    sums = np.zeros(shape.max_rows, dtype=SUMS)
     winners = np.zeros((shape.max_rows, shape.num_best), dtype=WINNER)
     sums["maximum"] = random.normal(3.0, 2.0, sums.shape)
     below = random.exponential(1.0, winners.shape).cumsum(axis=1) - 0.5 * random.random((len(winners), 1))
-    winners["logit"] = sums["maximum"] - np.maximum(below, 0.0)
+    winners["logit"] = sums["maximum"][:, None] - np.maximum(below, 0.0)
     winners["score"] = -np.arange(shape.num_best)
     winners["score"][random.random(winners.shape) < 0.1] = -np.inf
     winners["column"] = random.integers(0, _VOCAB_SIZE, winners.shape)
     sums["kept_sum"] = 1.0 + random.exponential(0.5, sums.shape)
-    sums["maximum"][0, 0] = np.nan
-    return tuple(
-        torch.from_numpy(x.view(np.uint8).reshape(*x.shape[: x.ndim - is_flat], -1))
-        for x, is_flat in ((sums, 1), (winners[..., None], 1))
-    )  # type: ignore[return-value]
+    sums["maximum"][min(2, num_each - 1)] = np.nan
+    return tuple(torch.from_numpy(x.view(np.uint8).reshape(*x.shape, -1)) for x in (sums, winners))
 
 
-def _next_step(shape: GrowthShape) -> NextStep:
+def _next_step(shape: GrowthShape) -> list[Tensor]:
     """With something in it that must go."""
-    empty = NextStep.empty(shape, torch.device("cpu"))
-    return NextStep(*(x.fill_(77) for x in empty[:-1]), empty.rows)
+    *arrays, rows = NextStep.empty(shape, torch.device("cpu"))
+    return [*(x.fill_(77) for x in arrays), rows]
 
 
-def _checks(there: list, expected: list, shape: GrowthShape) -> list[Check]:  # type: ignore[type-arg]
-    checks = []
-    for actual, wanted in zip(there, expected, strict=True):
-        for name in actual._fields:
-            own, other = getattr(actual, name), getattr(wanted, name)
-            if name == "history":
-                size = shape.max_rows * shape.num_best
-                for part, at in (("columns", slice(0, size)), ("what rows stand for", slice(2 * size, None))):
-                    checks.append(Check(part, own[:, at], other[:, at], 0))
-                log_probs = (x[:, size : 2 * size].view(torch.float32) for x in (own, other))
-                checks.append(_Exponentials("p", *log_probs, _TOLERANCE))
-            else:
-                checks.append(Check(name, own, other, _TOLERANCE if own.is_floating_point() else 0))
-    return checks
+def _checks(
+    there: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]], shape: GrowthShape
+) -> Iterator[Check]:
+    names = (*Growth._fields, *NextStep._fields)
+    size = shape.max_rows * shape.num_best
+    for name, own, other in zip(names, chain(*there), chain(*expected), strict=True):
+        if name == "history":
+            for part, at in (("columns", slice(0, size)), ("what rows stand for", slice(2 * size, None))):
+                yield Check(part, own[:, at], other[:, at], 0)
+            own, other = (x[:, size : 2 * size].view(torch.float32) for x in (own, other))
+            yield _Exponentials("p", own, other, _TOLERANCE)
+        else:
+            yield Check(name, own, other, _TOLERANCE if own.is_floating_point() else 0)

@@ -1,5 +1,4 @@
-"""What a draft model's proposals are worth before anything was seen of them: shared by the host, which learns, and the
-kernel that grows trees."""
+"""What a draft model's proposals are worth: shared by the host, which learns it, and the kernel that grows trees."""
 
 from __future__ import annotations
 

@@ -238,8 +238,8 @@ class FeatureMethod(LevelMethod):
         return all(can_grow(self._laws[slot][0]) for slot in slots.tolist())
 
     def _grow_levels(self, expansion: Expansion, prepared: Prepared, num_further: int) -> bool:
-        slots, grown = expansion.slots, self._grown
-        if grown is None or not self._can_follow(slots):
+        slots, grown, graphs = expansion.slots, self._grown, self._graphs
+        if grown is None or graphs is None or not self._can_follow(slots):
             return False
         num_each = self._rows_per_sequence(len(slots))
         num_free = self._rows.num_free_rows(slots) - expansion.num_nodes
@@ -272,9 +272,9 @@ class FeatureMethod(LevelMethod):
             outcomes=outcomes[np.arange(len(slots)), self.slots.is_greedy[slots].astype(np.int64)],
         )
         rows_below, parents = self._below(expansion)
-        moves = tuple(map(torch.from_numpy, self._moves))
+        moves = (torch.from_numpy(self._moves[0]), torch.from_numpy(self._moves[1]))
         node_rows = torch.from_numpy(expansion.node_rows)
-        self._put_known(expansion, self._graphs.of_known)
+        self._put_known(expansion, graphs.of_known)
         self._stretches.begin()
         grown.take(place, batch, (rows_below, parents), node_rows, moves, asked, given)
         history = grown.run(1 + num_further)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from outrider.kernels.grow_trees import GROWN, FirstStep
+from outrider.kernels.growth import GROWN
 from outrider.kernels.proposals import NUM_KINDS_OF_LAW
 from outrider.kernels.sample_shard import ROW
 from outrider.kernels.shard_ids import ShardIds
@@ -21,8 +21,8 @@ from outrider.workers.sequences.tree import Floats, GrowingTrees, Ints
 
 
 class Level(NamedTuple):
-    """Nodes that a step expanded, [M] each, with what was proposed below them, [M, C], best first: ids and log p, -inf
-    where a law removed it."""
+    """Nodes that a step expanded, [M] each, with what was proposed below them, [M, C], best first: ids, and log p,
+    which is -inf where a law removed the token."""
 
     node_slots: Ints
     nodes: Ints
@@ -84,7 +84,7 @@ def first_step(
         values,
         depths,
     )
-    assert len(given) == len(FirstStep._fields) - 1 and outcomes.shape[1] == NUM_KINDS_OF_LAW
+    assert outcomes.shape[1:] == (NUM_KINDS_OF_LAW, 2)
     return torch.from_numpy(asked), [torch.from_numpy(x) for x in given]
 
 

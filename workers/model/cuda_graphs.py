@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -214,7 +214,7 @@ def warm_up(
 
 
 def recorded(
-    statics: Sequence[StaticBatch], compute: Callable[[StaticBatch], Result], pool: object = None
+    statics: Sequence[StaticBatch], compute: Callable[[StaticBatch], Result], pool: Any = None
 ) -> list[tuple[StaticBatch, torch.cuda.CUDAGraph, Result]]:
     """A graph for each batch, in their order, with what it writes.
 

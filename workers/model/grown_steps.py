@@ -15,7 +15,7 @@ from torch import Tensor
 
 from outrider.kernels import grow_trees as growing
 from outrider.kernels import sample_shard as sampling
-from outrider.kernels.grow_trees import FirstStep, Growth, GrowthShape, NextStep, Places
+from outrider.kernels.growth import FirstStep, Growth, GrowthShape, NextStep, Places, steps_of
 from outrider.kernels.sample_shard import ROW, answer_parts
 from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.transfers import Part, views_of
@@ -135,7 +135,7 @@ class GrownSteps:
         for _ in range(num_steps - 1):
             later.replay()
         buffers = self._buffers[self._taken]
-        return growing.steps_of(buffers.growth.history[:num_steps].cpu(), buffers.shape)
+        return steps_of(buffers.growth.history[:num_steps].cpu(), buffers.shape)
 
     def _buffers_of(self, capacity: GraphCapacity) -> _Buffers:
         device, rows = self._drafter.device, capacity.num_rows
@@ -159,7 +159,8 @@ class GrownSteps:
             depths=next_step.depths,
         )
         own = (next_step.tokens, next_step.positions, next_step.kv_rows)
-        first = FirstStep(*static.extras[5:], batch.tree.ancestors)
+        header, sequences, seen, values, depths = static.extras[5:]
+        first = FirstStep(header, sequences, seen, values, depths, batch.tree.ancestors)
         return _Buffers(
             shape, static, first, Growth.empty(shape, device), next_step, ForwardBatch(*own, tree)
         )

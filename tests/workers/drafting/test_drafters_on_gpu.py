@@ -184,6 +184,73 @@ def test_graphs_of_steps_take_what_a_plan_counts(
     assert kept < planned < kept + 20 * steps.max_rows * 2 * max(300, *steps.features.shape[1:])
 
 
+def grown_trees(
+    name: str,
+    folder: Path,
+    device: torch.device,
+    num_further: tuple[int, ...],
+    laws: tuple[SamplingParams, ...],
+) -> list[dict[tuple[int, ...], float]]:
+    """By path, what the nodes of each sequence's tree are worth, after steps that each have so many behind them."""
+    config = configured(name, folder)
+    drafting = DraftEngine(DraftedSlots(len(laws), 16, 5))
+    context = MethodContext(
+        config, TARGET.config, device, drafting.slots, drafting.estimator, Tracer(name, False), silent
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for module in MODULES[name]:
+            if hasattr(module, "kernels_for"):
+                patch.setattr(module, "kernels_for", lambda *_: KernelSelection.of(ENTRIES))
+        patch.setattr(torch.nn.Module, "to", moved)
+        patch.setattr(torch.nn.Module, "requires_grad_", lambda module, _: module)
+        method = METHODS[name].build(context)
+    drafting.add(method)
+    generator = torch.Generator().manual_seed(3)
+    slots, count = np.arange(len(laws)), len(PROMPT) - 1
+    steps = []
+    for slot, sampling in enumerate(laws):
+        request = Request(str(slot), tuple(PROMPT), sampling, DraftOptions((name,), 16, 5))
+        sequence = Sequence(request, [*PROMPT[:-1], 3 + slot], slot=slot)
+        drafting.start(sequence)
+        growing = np.zeros(1, dtype=np.int64)
+        steps.append(VerifiedStep(sequence, slot, 0, np.arange(count), count, growing))
+    layers = {
+        layer: torch.randn(len(laws) * count, 64, generator=generator).to(device) for layer in range(1, 5)
+    }
+    drafting.observe(Verified(tuple(steps), HiddenRows(layers, slots * 0, slots * count)))
+    for num in num_further:
+        assert drafting.expand(method, slots, num)
+    drafting.close()
+    trees = drafting.trees
+    return [
+        {
+            tuple(trees.path(slot, node)): float(trees.values[slot, node])
+            for node in range(int(trees.num_nodes[slot]))
+        }
+        for slot in range(len(laws))
+    ]
+
+
+@pytest.mark.parametrize("name", ["eagle3", "mtp"])
+@pytest.mark.parametrize("num_further", [(1,), (3,), (2, 0), (0, 2)])
+def test_trees_that_grow_on_the_device_are_those_that_the_host_grows(
+    name: str, num_further: tuple[int, ...], heads: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laws = (LAWS[0], LAWS[1], SamplingParams(temperature=1.2, seed=7))
+    num_steps = len(num_further) + sum(num_further)
+    with counted_gpu(monkeypatch) as gpu:
+        monkeypatch.setattr(cuda_graphs, "DRAFT_ROWS", (16, 64))
+        with gpu.counted() as counts:
+            grown = grown_trees(name, heads[name], gpu.device, num_further, laws)
+        assert counts.replays == num_steps
+        monkeypatch.setattr(feature_levels, "grown_steps", lambda *_: None)
+        by_host = grown_trees(name, heads[name], gpu.device, (0,) * num_steps, laws)
+    for own, other in zip(grown, by_host, strict=True):
+        assert own.keys() == other.keys()
+        for path, value in own.items():
+            assert value == pytest.approx(other[path], rel=1e-4)
+
+
 def test_where_nothing_can_be_recorded_a_warning_says_why(
     heads: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
