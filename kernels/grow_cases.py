@@ -35,7 +35,7 @@ def prepare_grow_trees(
     has_table: bool = False,
     seed: int = 9,
 ) -> PreparedCase:
-    """A first step and two later ones. The last sequence may grow little, and some tokens are none of the target's."""
+    """A first step and two later ones. The last sequence may grow little; some tokens are none of the target's."""
     random = np.random.default_rng(seed)
     shape = GrowthShape(num_sequences * num_each + 5, num_sequences + 2, num_best, 3, 3)
     first = _first_step(random, shape, num_sequences, num_each)

@@ -89,8 +89,8 @@ class DraftEngine:
         return [(method, forecast) for method, forecast in found if forecast.num_rows]
 
     def expand(self, method: DraftMethod, slots: Ints, num_further: int = 0) -> bool:
-        """One step of a method on the trees of these slots, and up to so many further ones right behind it; False when
-        there was nothing to do."""
+        """One step of a method on the trees of these slots, and up to so many right behind it; False when there was
+        nothing to do."""
         using = self._using(method, slots)
         if not (method.expand_levels(using, num_further) if num_further else method.expand(using)):
             return False

@@ -125,6 +125,11 @@ class FeatureMethod(LevelMethod):
             tracer=context.tracer,
         )
 
+    @property
+    def grows_alone(self) -> bool:
+        """Whether levels can follow each other without the host."""
+        return self._grown is not None
+
     def prefix_kept(self, sequence: Sequence) -> int:
         """Rows in shared pages: each was made of the feature at its own index, so that these are not needed again."""
         return self._rows.num_shared(sequence)

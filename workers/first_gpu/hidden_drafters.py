@@ -18,6 +18,7 @@ from outrider.configs.schema import Config
 from outrider.kernels.selection import REFERENCES
 from outrider.workers.first_gpu.deployments import LIMIT_S, configuration, gpus_of
 from outrider.workers.first_gpu.expected import TOKENS_PER_ROUND
+from outrider.workers.first_gpu.grown_drafts import grown_drafts
 from outrider.workers.first_gpu.processes import Deployment, deployed
 from outrider.workers.first_gpu.random_heads import write_heads
 from outrider.workers.first_gpu.report import Row, not_run, passed_or_failed
@@ -117,7 +118,7 @@ def hidden_drafters(setting: Setting) -> list[Row]:
     rows = []
     for variant in VARIANTS if setting.on_gpu else VARIANTS[:1]:
         rows += drafted(setting, variant, heads, CASES)
-    return rows + samplers(setting)
+    return rows + grown_drafts(setting, folders["eagle3"]) + samplers(setting)
 
 
 def drafted(setting: Setting, variant: Variant, heads: Sequence[str], cases: Sequence[Case]) -> list[Row]:
