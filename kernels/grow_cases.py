@@ -87,9 +87,9 @@ def _first_step(
     grown["num_known"][:num_sequences] = np.where(grown["num_rows"][:num_sequences] > 1, 1, 0)
     grown["context_len"] = 3 + 5 * np.arange(len(grown))
     grown["tree_len"] = grown["num_rows"] + 60
-    grown["max_depth"] = 2 + np.arange(len(grown)) % 2
+    grown["max_depth"] = 4 - np.arange(len(grown)) % 3
     grown["most_rows"] = 2 * num_each
-    grown["most_rows"][num_sequences - 1] = num_each // 2 + 1
+    grown["most_rows"][num_sequences - 1] = 2
     grown["root_position"] = grown["context_len"] + 17
     values = random.uniform(0.2, 1.0, shape.max_rows).astype(np.float32)
     depths = random.integers(0, 2, shape.max_rows).astype(np.int32)

@@ -12,6 +12,7 @@ import torch
 
 from outrider.kernels.attention_cases import AttentionCase, narrowed
 from outrider.kernels.compiler import Sources, compile_sources, load_sources
+from outrider.kernels.grow_cases import prepare_grow_trees
 from outrider.kernels.int4_cases import INT4_CASES, prepare_int4_matmul
 from outrider.kernels.kernel_cases import (
     prepare_attention,
@@ -50,6 +51,10 @@ class PlantedBug:
             f"{self.name}: {sources[self.file].count(self.old)} places"
         )
         return {**sources, self.file: sources[self.file].replace(self.old, self.new)}
+
+
+def _growing(name: str, old: str, new: str) -> PlantedBug:
+    return PlantedBug(f"growing: {name}", "grow_trees", "grow_trees.cu", old, new)
 
 
 def _attention(name: str, old: str, new: str) -> PlantedBug:
@@ -204,6 +209,25 @@ SOURCE_BUGS = (
     _four_bits("4 bits: bias added where columns are split, too", "if (num_splits > 1) {", "if (num_splits > 2) {"),
     _four_bits("4 bits: another middle", "0xc308c308u", "0xc300c300u", "int4.cuh"),
     _four_bits("4 bits: values in other places", "(4 * place)", "(4 * (place ^ 1))", "int4.cuh"),
+    _growing("what was chosen is chosen again", "if (is_there) values[place] = 0.f;", ";"),
+    _growing("more rows than the tree has room for", "min(num_each, grown.most_rows - num_before)", "num_each"),
+    _growing("a mask of the first step's rows", "masks[(i64)parent * mask_words + w]",
+             "masks[(i64)(parent % max_rows) * mask_words + w]"),
+    _growing("rows of two steps in one place", "grown.tree_len + step * num_each + j;", "grown.tree_len + j;"),
+    _growing("the noise of the token before", "grown.root_position + depth + 1", "grown.root_position + depth"),
+    _growing("pages of the first sequence", "(i64)b * max_pages + index", "index"),
+    _growing("tokens that the target does not have", " && token < num_target_tokens", ""),
+    _growing("nodes too deep", "depth + 1 < grown.max_depth", "depth < grown.max_depth"),
+    _growing("kinds one off", "NUM_EDGES - num_edges_up_to", "NUM_EDGES - 1 - num_edges_up_to"),
+    _growing("chosen before all proposals are in", "  __syncthreads();\n  if (step + 1 == num_steps) return;",
+             "  if (step + 1 == num_steps) return;"),
+    _growing("best of the warps read too early", "shared[threadIdx.x >> 5] = x;\n  __syncthreads();",
+             "shared[threadIdx.x >> 5] = x;"),
+    _growing("rows of nobody are written", "kv_rows[r] = -1;", "kv_rows[r] = 0;"),
+    _growing("log p over all tokens", "log(sums.kept_sum)", "log(sums.sum + 1.0)"),
+    _growing("a removed token has a law", " || winner.score == NEGATIVE_INFINITY", ""),
+    _growing("the token of another step", "(i64)at_step * max_rows * (2 * num_best + 1) + place - at_step * max_rows",
+             "place - at_step * max_rows"),
     _narrow("read before all is widened", "tree_attention", "tree_attention.cu",
             "widen_tile(stage);\n      __syncthreads();", "widen_tile(stage);"),
     _narrow("a tile widened too early", "tree_attention", "tree_attention.cu",
@@ -273,6 +297,9 @@ def cases_for(bug: PlantedBug) -> Iterator[PreparedCase]:
     elif bug.stem == "narrow_matmul":
         yield from (prepare_narrow_matmul(case, CPU) for case in NARROW_CASES if case.num_rows <= 9)
         yield prepare_narrow_matmul(NARROW_CASES[6], CPU)
+    elif bug.stem == "grow_trees":
+        yield prepare_grow_trees(1, 6, 4, CPU)
+        yield prepare_grow_trees(5, 3, 2, CPU, has_table=True)
     elif bug.stem == "int4_matmul":
         yield from (prepare_int4_matmul(case, CPU) for case in INT4_CASES if case.num_rows <= 16)
     else:
