@@ -296,3 +296,13 @@ def on_values(body: Callable[..., Any]) -> Callable[..., Any]:
 
 def _there(result: Any) -> Any:
     return PretendTensor(result) if isinstance(result, torch.Tensor) else result
+
+
+def moved(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """As `Module.to`, which cannot make parameters of pretended tensors."""
+    for part in module.modules():
+        for own in (part._parameters, part._buffers):
+            for name, value in own.items():
+                if value is not None:
+                    own[name] = value.detach().to(device, dtype if value.is_floating_point() else None)  # type: ignore[assignment]
+    return module

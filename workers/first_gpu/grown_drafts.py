@@ -10,6 +10,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from outrider.kernels.proposals import NUM_SAMPLED_KINDS
 from outrider.workers.drafting.eagle3 import Eagle3Method
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.method import MethodContext, Verified, VerifiedStep
@@ -24,7 +25,8 @@ from outrider.workers.trace import Tracer
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.random_source import RandomSource
 
-NUM_LEVELS, MAX_NODES = 5, 32
+NUM_LEVELS, MAX_NODES = 5, 64
+NUM_SEEN = 20  # proposals of each kind, all accepted
 PROMPT = tuple(range(5, 75))
 LAWS = {
     "greedy": SamplingParams(temperature=0.0),
@@ -43,6 +45,9 @@ def grown_drafts(setting: Setting, head: Path) -> list[Row]:
     context = MethodContext(config, target, setting.device, slots, drafting.estimator, tracer, silent)
     method = Eagle3Method.build(context)
     drafting.add(method)
+    # Untrained, it would not be trusted further than a level or two.
+    kinds = np.arange(1, 1 + NUM_SAMPLED_KINDS).repeat(NUM_SEEN)
+    drafting.estimator.observe(kinds, np.ones(len(kinds), dtype=np.bool_))
     count = len(PROMPT)
     taps = dict.fromkeys(method.needs.layers, torch.randn(count, target.hidden_size).to(setting.device))
     rows, zero = [], np.zeros(1, dtype=np.int64)

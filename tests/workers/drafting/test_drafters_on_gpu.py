@@ -4,6 +4,7 @@ the CPU meets one of the GPU, and they propose what they propose on a CPU."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +34,7 @@ from outrider.workers.sequences.sequence import DraftOptions, Request, Sequence
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.random_source import RandomSource
-from support.counted_gpu import counted_gpu
+from support.counted_gpu import counted_gpu, moved
 from support.drafted import paths_of
 
 # Heads of 64, which the kernels take.
@@ -57,16 +58,6 @@ MODULES: Mapping[str, tuple[ModuleType, ...]] = {
 def heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.set_num_threads(1)
     return write_heads(TARGET, tmp_path_factory.mktemp("heads"))
-
-
-def moved(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """As `Module.to`, which cannot make parameters of pretended tensors."""
-    for part in module.modules():
-        for own in (part._parameters, part._buffers):
-            for name, value in own.items():
-                if value is not None:
-                    own[name] = value.detach().to(device, dtype if value.is_floating_point() else None)  # type: ignore[assignment]
-    return module
 
 
 def configured(name: str, folder: Path) -> Config:
@@ -249,6 +240,19 @@ def test_trees_that_grow_on_the_device_are_those_that_the_host_grows(
         assert own.keys() == other.keys()
         for path, value in own.items():
             assert value == pytest.approx(other[path], rel=1e-4)
+
+
+def test_where_no_proposal_may_have_a_row_nothing_grows(
+    heads: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laws = tuple(replace(law, max_tokens=2) for law in LAWS[:2])
+    with counted_gpu(monkeypatch) as gpu:
+        monkeypatch.setattr(cuda_graphs, "DRAFT_ROWS", (16,))
+        grown = grown_trees("eagle3", heads["eagle3"], gpu.device, (3,), laws)
+        monkeypatch.setattr(feature_levels, "grown_steps", lambda *_: None)
+        by_host = grown_trees("eagle3", heads["eagle3"], gpu.device, (0,), laws)
+    assert all(max(map(len, tree)) == 1 for tree in grown)
+    assert [tree.keys() for tree in grown] == [tree.keys() for tree in by_host]
 
 
 def test_where_nothing_can_be_recorded_a_warning_says_why(

@@ -18,7 +18,9 @@ import torch
 
 from outrider.configs.schema import Config
 from outrider.kernels.kernel_cases import kernel_cases
+from outrider.kernels.selection import KernelSelection
 from outrider.kernels.self_test import ENTRIES
+from outrider.workers.drafting import feature_levels
 from outrider.workers.first_gpu import __main__ as command
 from outrider.workers.first_gpu import (
     deployments,
@@ -29,9 +31,11 @@ from outrider.workers.first_gpu import (
     quantised,
 )
 from outrider.workers.first_gpu.__main__ import PARTS, TITLES, main, missing_wheels, run_part
+from outrider.workers.first_gpu.grown_drafts import grown_drafts
 from outrider.workers.first_gpu.large_model import RepeatedSource
 from outrider.workers.first_gpu.narrow import LAYOUTS
 from outrider.workers.first_gpu.ncu import read_metrics
+from outrider.workers.first_gpu.random_heads import write_heads
 from outrider.workers.first_gpu.report import PartReport, Row, read_all, summary, write
 from outrider.workers.first_gpu.setting import FULL, TINY, Setting
 from outrider.workers.model import cuda_graphs
@@ -40,7 +44,8 @@ from outrider.workers.model.quantized import scaled_mm_works
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.tiled_int4 import tinygemm_works
 from outrider.workers.sequences.sequence import Request, RequestStats, TokenEvent, TokenLogprobs
-from support.counted_gpu import counted_gpu
+from outrider.workers.weights.random_source import RandomSource
+from support.counted_gpu import counted_gpu, moved
 from support.cuda_on_cpu.kernels import source_kernels
 
 CPU = torch.device("cpu")
@@ -173,6 +178,19 @@ def gpu_with_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     monkeypatch.setattr(cuda_graphs, "TARGET_ROWS", (8,))
     with counted_gpu(monkeypatch) as gpu:
         yield gpu.device
+
+
+def test_trees_that_grow_alone_are_timed_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = write_heads(RandomSource(Setting(CPU, ON_GPU, tmp_path).model_spec()), tmp_path)
+    monkeypatch.setattr(cuda_graphs, "DRAFT_ROWS", (8, 64))
+    monkeypatch.setattr(feature_levels, "kernels_for", lambda *_: KernelSelection.of(ENTRIES))
+    monkeypatch.setattr(torch.nn.Module, "to", moved)
+    monkeypatch.setattr(torch.nn.Module, "requires_grad_", lambda module, _: module)
+    with gpu_with_kernels(monkeypatch) as device:
+        rows = grown_drafts(Setting(device, ON_GPU, tmp_path), folders["eagle3"])
+    assert [row.verdict for row in rows] == ["measured", "measured", "passed"] * 2, rows
 
 
 # Heads of 64, which the kernels take.
