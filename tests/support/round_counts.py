@@ -37,7 +37,7 @@ KERNELS = KernelSelection.of(ENTRIES)
 MODEL = (
     "random:llama?hidden_size=64&intermediate_size=64&num_heads=1&num_kv_heads=1&head_dim=64&vocab_size=1000"
 )
-NUM_SEQUENCES = 2
+NUM_SEQUENCES, NUM_LEVELS = 2, 4
 GREEDY = SamplingParams(temperature=0.0)
 SAMPLINGS = {
     "greedy": GREEDY,
@@ -94,6 +94,16 @@ def drafter_step(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> 
 
 def feature_step(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> Counts:
     """The second level of two sequences' trees, by an EAGLE-3 drafter."""
+    return _feature_levels(gpu, sampling, 1, 1)
+
+
+def feature_levels(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> Counts:
+    """The first `NUM_LEVELS` levels of two sequences' trees, by an EAGLE-3 drafter."""
+    return _feature_levels(gpu, sampling, 0, NUM_LEVELS)
+
+
+def _feature_levels(gpu: CountedGpu, sampling: SamplingParams, num_before: int, num_levels: int) -> Counts:
+    """So many levels, behind others."""
     slots = DraftedSlots(NUM_SEQUENCES, 8, 4)
     drafting = DraftEngine(slots)
     drafter = eagle3_drafter(TARGET, TAPS, head_dim=64)
@@ -111,9 +121,13 @@ def feature_step(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> 
     starts = np.arange(NUM_SEQUENCES) * 2
     drafting.observe(Verified(tuple(steps), HiddenRows(dict.fromkeys(TAPS, rows), starts * 0, starts)))
     both = np.arange(NUM_SEQUENCES)
-    assert method.expand(both)
-    with gpu.counted() as counts:
+    for _ in range(num_before):
         assert method.expand(both)
+    with gpu.counted() as counts:
+        while num_levels > 0:
+            num_taken = method.expand_levels(both, num_levels - 1)
+            assert num_taken
+            num_levels -= num_taken
     return counts
 
 
@@ -121,6 +135,7 @@ WORKS: dict[str, Callable[[CountedGpu, int, SamplingParams], Counts]] = {
     "target, a round": target_round,
     "drafter, a step": drafter_step,
     "EAGLE-3, a step": feature_step,
+    "EAGLE-3, four levels": feature_levels,
 }
 
 

@@ -88,14 +88,15 @@ class DraftEngine:
         ]
         return [(method, forecast) for method, forecast in found if forecast.num_rows]
 
-    def expand(self, method: DraftMethod, slots: Ints, num_further: int = 0) -> bool:
-        """One step of a method on the trees of these slots, and up to so many right behind it; False when there was
-        nothing to do."""
+    def expand(self, method: DraftMethod, slots: Ints, num_further: int = 0) -> int:
+        """One step of a method on the trees of these slots, and up to so many right behind it; returns how many were
+        taken, 0 when there was nothing to do."""
         using = self._using(method, slots)
-        if not (method.expand_levels(using, num_further) if num_further else method.expand(using)):
-            return False
+        num_steps = method.expand_levels(using, num_further) if num_further else int(method.expand(using))
+        if not num_steps:
+            return 0
         self.look_up(slots)
-        return True
+        return num_steps
 
     def survival(self, method: DraftMethod, slots: Ints, sent: DraftTrees) -> float:
         """Probability that a step of the method, taken before the verdict about `sent` ([B] rows) is known, spares

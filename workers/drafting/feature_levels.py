@@ -227,25 +227,31 @@ class FeatureMethod(LevelMethod):
         return self._drafter.logits(output), asked
 
     def _following(self, frontier: Frontier) -> Following:
-        slots = frontier.slots
-        if self._grown is None or not len(slots) or not self._can_follow(slots):
+        if self._grown is None or not np.count_nonzero(self._can_follow(frontier.slots)):
             return NO_FURTHER_STEPS
+        frontier = self._of_followed(frontier)
         below = self.slots.growth_depths(frontier.node_slots) - self.trees.flat.depths[frontier.places]
-        num_each = self._rows_per_sequence(len(slots))
         return Following(
             most=min(MAX_GROWN_STEPS, int(below.max())) - 1,
-            decay=float(self._yields[self.slots.laws[slots], 0].max()),
-            rows_per_sequence=num_each,
+            decay=float(self._yields[self.slots.laws[frontier.slots], 0].max()),
+            rows_per_sequence=self._rows_per_sequence(len(frontier.slots)),
             num_proposals=self._limits.max_children,
         )
 
-    def _can_follow(self, slots: Ints) -> bool:
-        return all(can_grow(self._laws[slot][0]) for slot in slots.tolist())
+    def _of_followed(self, frontier: Frontier) -> Frontier:
+        can_follow = self._can_follow(frontier.slots)
+        if self._grown is None or not 0 < np.count_nonzero(can_follow) < len(can_follow):
+            return frontier
+        return frontier.of(can_follow, can_follow.repeat(frontier.counts))
 
-    def _grow_levels(self, expansion: Expansion, prepared: Prepared, num_further: int) -> bool:
+    def _can_follow(self, slots: Ints) -> Bools:
+        """[B]: whose laws a level without the host can be ranked by."""
+        return np.array([can_grow(self._laws[slot][0]) for slot in slots.tolist()], dtype=np.bool_)
+
+    def _grow_levels(self, expansion: Expansion, prepared: Prepared, num_further: int) -> int:
         slots, grown, graphs = expansion.slots, self._grown, self._graphs
-        if grown is None or graphs is None or not self._can_follow(slots):
-            return False
+        if grown is None or graphs is None or not self._can_follow(slots).all():
+            return 0
         num_each = self._rows_per_sequence(len(slots))
         num_free = self._rows.num_free_rows(slots) - expansion.num_nodes
         num_further = min(num_further, MAX_GROWN_STEPS - 1, int(num_free.min()) // num_each)
@@ -257,7 +263,7 @@ class FeatureMethod(LevelMethod):
         if place is None:
             num_further, place = 0, grown.place_for(batch, num_each, 1)
         if place is None:
-            return False
+            return 0
         laws = [self._laws[slot][0] for slot in slots.tolist()]
         promised = np.add.reduce(self._yields, axis=1)[self.slots.laws[slots]]
         outcomes = self.estimator.outcomes(
@@ -297,7 +303,7 @@ class FeatureMethod(LevelMethod):
                 self._propose(level, level.tokens, level.log_probs)
         outputs = np.array(joined.outputs, dtype=np.int64)
         self._moves = (grown.features_of(outputs[:, 0]), outputs[:, 1])
-        return True
+        return 1 + num_further
 
     def _below(self, expansion: Expansion) -> tuple[Tensor, Tensor]:
         """int64 on the host: the rows of nodes below roots, and the places of their parents."""

@@ -163,10 +163,14 @@ class LevelMethod(DraftMethod):
         """Steps that can follow without the host."""
         return NO_FURTHER_STEPS
 
-    def _grow_levels(self, expansion: Expansion, prepared: Prepared, num_further: int) -> bool:
-        """Takes the step, with what can follow without the host, at most `num_further` more; False: nothing was done,
-        the host has to take it."""
-        return False
+    def _of_followed(self, frontier: Frontier) -> Frontier:
+        """The part of it whose steps can be followed by others without the host; all of it where there is none."""
+        return frontier
+
+    def _grow_levels(self, expansion: Expansion, prepared: Prepared, num_further: int) -> int:
+        """Takes the step, with what can follow without the host, at most `num_further` more; returns how many steps
+        were taken, 0: the host has to take it."""
+        return 0
 
     def root_gains(self, laws: Ints) -> Floats:
         """The gains of a step over roots, at least those assumed at first."""
@@ -199,21 +203,24 @@ class LevelMethod(DraftMethod):
 
     def expand(self, slots: Ints) -> bool:
         """Expand the most promising nodes of these trees in one forward."""
-        return self.expand_levels(slots, 0)
+        return self.expand_levels(slots, 0) > 0
 
     @torch.inference_mode()
-    def expand_levels(self, slots: Ints, num_further: int) -> bool:
+    def expand_levels(self, slots: Ints, num_further: int) -> int:
         """`expand`, and what can follow it without the host."""
-        frontier = self._within_room(self._frontier(slots))
+        frontier = self._frontier(slots)
+        if num_further:
+            frontier = self._of_followed(frontier)
+        frontier = self._within_room(frontier)
         if not len(frontier.nodes):
-            return False
+            return 0
         expansion = self._rows.plan(frontier)
         prepared = None
         # What takes long to prepare, texts that are looked through, waits until the device is busy.
         if not any(self._laws[slot][0].follows_text for slot in expansion.slots.tolist()):
             prepared = self._prepared(expansion)
-            if self._grow_levels(expansion, prepared, num_further):
-                return True
+            if num_steps := self._grow_levels(expansion, prepared, num_further):
+                return num_steps
         logits, asked = self._logits(expansion, prepared.on_host if prepared else [])
         self._stretches.end("forward", len(expansion.rows.tokens))
         tokens, log_probs = self._sampler.propose_prepared(
@@ -224,7 +231,7 @@ class LevelMethod(DraftMethod):
         self._rows.computed(expansion)
         self._planned = None  # also where the trees have all the proposals already
         self._propose(expansion, tokens.numpy(), log_probs.numpy())
-        return True
+        return 1
 
     def _frontier(self, slots: Ints) -> Frontier:
         """The nodes that the next step expands; for a few sequences more of each than for many.

@@ -192,9 +192,10 @@ class DraftMethod(ABC):
     def expand(self, slots: Ints) -> bool:
         """Add proposals to the trees of these slots; False when there was nothing to add."""
 
-    def expand_levels(self, slots: Ints, num_further: int) -> bool:
-        """`expand`, and up to so many further steps right behind it, at most `Forecast.following.most`."""
-        return self.expand(slots)
+    def expand_levels(self, slots: Ints, num_further: int) -> int:
+        """`expand`, and up to so many further steps right behind it, at most `Forecast.following.most`; returns how
+        many steps that were."""
+        return int(self.expand(slots))
 
     def observe(self, verified: Verified) -> None:
         """A round was verified: true hidden rows are here."""

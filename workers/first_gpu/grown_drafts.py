@@ -71,7 +71,7 @@ def grown_drafts(setting: Setting, head: Path) -> list[Row]:
             drafting.finish(sequence)
         return median(seconds), tree
 
-    def one_by_one() -> list[bool]:
+    def one_by_one() -> list[int]:
         return [drafting.expand(method, zero) for _ in range(NUM_LEVELS)]
 
     for law, sampling in LAWS.items():

@@ -7,10 +7,14 @@ import torch
 
 from outrider.configs.processors import shares_gpus
 from outrider.configs.schema import Config
+from outrider.kernels.growth import FirstStep, Growth, GrowthShape, NextStep
 from outrider.kernels.launch_plans import TYPE_NAMES
+from outrider.kernels.sample_shard import ROW
+from outrider.kernels.transfers import num_bytes_of
 from outrider.kernels.tree_attention import HEAD_DIMS
 from outrider.workers.capacity import num_draft_pages, num_target_pages
 from outrider.workers.model.cuda_graphs import draft_capacities, target_capacities
+from outrider.workers.model.drafter_graphs import MAX_GROWN_STEPS
 from outrider.workers.model.shard import ShardPlan, bytes_per_page
 from outrider.workers.model.sizes import WeightBytes, weight_bytes
 from outrider.workers.model.static_batch import GraphCapacity, StaticBatch
@@ -207,11 +211,30 @@ def step_graph_bytes(config: Config, drafter: ModelConfig) -> int:
     num_rows = [capacity.num_rows for capacity in capacities]
     row_bytes = drafter.hidden_size * dtype.itemsize
     num_nodes = config.rounds.max_sequences * tree_capacity(config.tree.max_nodes)
-    features = (num_nodes + max(num_rows) + 1) * row_bytes
+    features = (num_nodes + max(num_rows) * (1 + MAX_GROWN_STEPS) + 1) * row_bytes
     ids = 2 * sum(num_rows) * INT64_BYTES  # of features that are read and written
     # Beside a layer's own rows: features and embedding rows, these normed, and both side by side.
     read = max(num_rows) * 5 * row_bytes
-    return features + ids + read + graph_bytes(plan, capacities, page_size, dtype, 0, with_logits=True)
+    levels = sum(
+        _levels_bytes(capacity, config.tree.max_children, max(num_rows), page_size) for capacity in capacities
+    )
+    return (
+        features + ids + read + levels + graph_bytes(plan, capacities, page_size, dtype, 0, with_logits=True)
+    )
+
+
+def _levels_bytes(capacity: GraphCapacity, num_best: int, most_rows: int, page_size: int) -> int:
+    """Of the two graphs more that levels without the host take, see `GrownSteps`: a batch with what is known of the
+    first step, and what steps leave to each other. What is computed shares the memory of the other graphs."""
+    shape = GrowthShape(
+        capacity.num_rows, capacity.num_sequences, num_best, MAX_GROWN_STEPS, capacity.mask_words
+    )
+    cpu = torch.device("cpu")
+    kept = sum(x.nbytes for x in (*Growth.empty(shape, cpu), *NextStep.empty(shape, cpu)))
+    moved = 2 * MAX_GROWN_STEPS * most_rows * INT64_BYTES
+    asked = capacity.num_rows * (ROW.itemsize + 2 * INT64_BYTES)
+    inputs = StaticBatch(capacity, page_size, cpu).num_bytes + num_bytes_of(FirstStep.parts(shape))
+    return inputs + moved + asked + kept + 2 * GRAPH_BYTES_PER_LAYER
 
 
 def context_bytes(on_gpu: bool) -> int:

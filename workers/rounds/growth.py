@@ -167,10 +167,11 @@ class TreeGrower:
     def _step(self, method: DraftMethod, forecast: Forecast, slots: Ints, num_further: int = 0) -> bool:
         """A step of a method, and further ones behind it; False when nothing was left to do."""
         begun = self._clock()
-        if not self.drafting.expand(method, slots, num_further):
+        num_steps = self.drafting.expand(method, slots, num_further)
+        if not num_steps:
             return False
         # All have as much to read of the drafter's weights.
-        step_s = (self._clock() - begun) / (1 + num_further)
+        step_s = (self._clock() - begun) / num_steps
         self.cost.observe_step(method.name, forecast.num_rows, step_s)
         return True
 
@@ -180,14 +181,7 @@ class TreeGrower:
         if following.most < 1:
             return 0
         if self._options.fixed_budget:
-            num_nodes = self.drafting.trees.num_nodes[drafted.slots].min()
-            num_rows, count = 1, 0
-            while count < following.most:
-                num_nodes += num_rows * following.num_proposals
-                if num_nodes > drafted.max_nodes.max():
-                    break
-                num_rows, count = following.rows_per_sequence, count + 1
-            return count
+            return self._num_filling(forecast, drafted)
         offers = self._offers(drafted)
         values, gains = offers.values[offers.values > 0.0], forecast.gains
         now, step_s = self._clock(), self.cost.step_s(method.name, forecast.num_rows)
@@ -206,6 +200,18 @@ class TreeGrower:
             )
             if saved_s <= 0.0:
                 return count
+        return following.most
+
+    def _num_filling(self, forecast: Forecast, drafted: _Drafted) -> int:
+        """How many steps behind the next one a fixed budget needs, if proposals fall on nodes of their own."""
+        following, room = forecast.following, int(drafted.max_nodes.max()) + 1
+        num_nodes = int(self.drafting.trees.num_nodes[forecast.slots].min())
+        num_rows = -(-forecast.num_rows // len(forecast.slots))
+        for count in range(following.most):
+            num_nodes += num_rows * following.num_proposals
+            if num_nodes >= room:
+                return count
+            num_rows = following.rows_per_sequence
         return following.most
 
     def _charged_s(self, begun: float, now: float) -> float:

@@ -24,7 +24,7 @@ from outrider.workers.drafting.method import MethodContext, Verified, VerifiedSt
 from outrider.workers.drafting.registry import METHODS
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.first_gpu.random_heads import write_heads
-from outrider.workers.model import cuda_graphs, drafter_graphs
+from outrider.workers.model import cuda_graphs, drafter_graphs, grown_steps
 from outrider.workers.model.drafter_graphs import GraphedSteps
 from outrider.workers.planning.heads import heads_of
 from outrider.workers.planning.processes import GRAPH_BYTES_PER_LAYER, step_graph_bytes
@@ -155,19 +155,27 @@ def test_steps_are_the_same_from_graphs_and_without(
 def test_graphs_of_steps_take_what_a_plan_counts(
     name: str, heads: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[GraphedSteps] = []
+    made: list[Any] = []
 
-    class Kept(GraphedSteps):
-        def __init__(self, *parts: Any) -> None:
-            super().__init__(*parts)
-            made.append(self)
+    def kept_of(kind: type) -> type:
+        class Kept(kind):  # type: ignore[misc]
+            def __init__(self, *parts: Any) -> None:
+                super().__init__(*parts)
+                made.append(self)
+
+        return Kept
 
     with counted_gpu(monkeypatch) as gpu:
-        monkeypatch.setattr(drafter_graphs, "GraphedSteps", Kept)
+        monkeypatch.setattr(drafter_graphs, "GraphedSteps", kept_of(GraphedSteps))
+        monkeypatch.setattr(grown_steps, "GrownSteps", kept_of(grown_steps.GrownSteps))
         proposals(name, heads[name], gpu.device, KernelSelection.of(ENTRIES))
-    (steps,) = made
+    steps, grown = made
     inputs_and_logits = sum(static.num_bytes + logits.nbytes for static, _, logits in steps._graphs)
-    kept = steps.features.nbytes + inputs_and_logits + len(steps._graphs) * GRAPH_BYTES_PER_LAYER
+    for buffers in grown._buffers:
+        inputs_and_logits += buffers.static.num_bytes
+        inputs_and_logits += sum(x.nbytes for x in (*buffers.growth, *buffers.next_step))
+    num_graphs = 3 * len(steps._graphs)
+    kept = steps.features.nbytes + inputs_and_logits + num_graphs * GRAPH_BYTES_PER_LAYER
     config = configured(name, heads[name])
     (described,) = heads_of(config, TARGET.config).stepping
     planned = step_graph_bytes(config, described)

@@ -1,0 +1,90 @@
+"""Rounds whose drafts grow on a device, a pretended one: the text is that of plain decoding, and levels follow each
+other without the host where requests allow it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("cuda.bindings", reason="the kernels' sources are read through the compile layer")
+
+from outrider.kernels.selection import ENTRIES, KernelSelection
+from outrider.workers.drafting.acceptance import AcceptanceEstimator
+from outrider.workers.drafting.method import DraftMethod
+from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.model import cuda_graphs
+from outrider.workers.model.grown_steps import GrownSteps
+from outrider.workers.sequences.params import SamplingParams
+from outrider.workers.sequences.sequence import DraftOptions, Request
+from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.random_source import RandomSource
+from support.counted_gpu import counted_gpu
+from support.local_engine import LocalEngine, default_options, output_tokens
+from support.pretend_gpu import pretend_gpu
+from support.tiny import SLOW_TARGET
+from support.tiny_heads import eagle3_drafter, eagle3_method
+
+TARGET = RandomSource(
+    "random:llama?hidden_size=64&num_layers=2&num_heads=1&num_kv_heads=1&head_dim=64&vocab_size=300"
+)
+PLAIN, EAGLE3 = DraftOptions((), 0, 1), DraftOptions(("eagle3",), 12, 5)
+BOTH = DraftOptions(("ngram", "eagle3"), 12, 5)
+PROMPTS = ((5, 6, 7, 8, 9, 10, 7, 8), tuple(range(20, 60)), (100, 3))
+LAWS = (
+    SamplingParams(temperature=0.0, max_tokens=9),
+    SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=9),
+    SamplingParams(temperature=1.1, seed=2, max_tokens=8),
+)
+PENALTIES = SamplingParams(temperature=0.7, repetition_penalty=1.2, seed=3, max_tokens=8)
+
+
+class OnGpu(LocalEngine):
+    """Whose drafts are made on the pretended GPU."""
+
+    def _draft(self) -> None:
+        with pretend_gpu():
+            super()._draft()
+
+
+def requests(draft: DraftOptions, laws: tuple[SamplingParams, ...]) -> list[Request]:
+    return [
+        Request(f"{i}, {j}", prompt, law, draft)
+        for i, prompt in enumerate(PROMPTS)
+        for j, law in enumerate(laws)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("laws", "draft", "fixed_budget"),
+    [(LAWS, EAGLE3, False), (LAWS[1:2], BOTH, True), ((LAWS[0], PENALTIES), BOTH, False)],
+    ids=["budget", "fixed, with lookup", "penalties among them"],
+)
+def test_drafts_that_grow_alone_give_the_text_of_plain_decoding(
+    laws: tuple[SamplingParams, ...],
+    draft: DraftOptions,
+    fixed_budget: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.set_num_threads(1)
+    with LocalEngine(TARGET) as plain:
+        expected = plain.generate(requests(PLAIN, laws))
+    steps: list[int] = []
+    run = GrownSteps.run
+    monkeypatch.setattr(GrownSteps, "run", lambda self, num: (steps.append(num), run(self, num))[1])
+    monkeypatch.setattr(cuda_graphs, "DRAFT_ROWS", (16, 64))
+    drafter = eagle3_drafter(TARGET, (0, 1, 2), head_dim=64)
+    with counted_gpu(monkeypatch) as gpu:
+
+        def build(slots: DraftedSlots, estimator: AcceptanceEstimator, _: ModelConfig) -> DraftMethod:
+            where = (gpu.device, torch.bfloat16, KernelSelection.of(ENTRIES))
+            return eagle3_method(slots, estimator, TARGET, drafter, 40, 4, False, *where)
+
+        options = default_options(fixed_budget=fixed_budget)
+        with OnGpu(TARGET, methods=(build,), options=options, profile=SLOW_TARGET) as engine:
+            found = engine.generate(requests(draft, laws))
+    assert {name: output_tokens(events) for name, events in found.items()} == {
+        name: output_tokens(events) for name, events in expected.items()
+    }
+    assert max(steps) > 1
+    accepted = sum(events[-1].stats.num_accepted for events in found.values())
+    assert accepted > 0
