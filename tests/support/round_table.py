@@ -92,10 +92,9 @@ questions of lossy rules. Each step of a draft model, an EAGLE-3 drafter or an M
 Levels of an EAGLE-3 drafter or an MTP head follow each other without the host (`workers/model/grown_steps.py`): the
 graph of a step has its sampling in it, and behind that `grow_trees`, which makes the rows of the next step of the
 proposals that are worth most. The host hands over the first step and one replay for each level, and waits once, for
-all that was proposed. What a proposal is worth is worked out as on the host, from the same counts: the tree is the one
-that the host would have grown. Where a law follows the text (penalties, grammars) or has a bias, the sequence takes
-its steps one by one. All of these graphs ran on a GPU, those of EAGLE-3 and MTP in part 12 of its
-check, in bfloat16.
+all that was proposed. What a proposal is worth is worked out as on the host, from the same counts: the tree is that
+which the host would have grown. Where a law follows the text (penalties, grammars) or has a bias, the sequence takes
+its steps one by one. All of these graphs ran on a GPU, those of EAGLE-3 and MTP in part 12 of its check, in bfloat16.
 
 While a GPU computes a lane's round, the host plans the next one's, if its draft is here: pages, rows, masks, laws,
 and the copy itself, up to pinned memory. Behind the answer to the round before remain one upload, the move of rows

@@ -142,7 +142,9 @@ class JoinedLevels:
             [self._tokens[s][r, c] for s, r, c in zip(at_step, at_row, ranks, strict=True)], dtype=np.int64
         )
         node_slots = above[:, 0]
-        nodes, found = self._trees.find_children(node_slots, above[:, 1], tokens)
+        nodes, found = rows, rows >= 0
+        if len(rows):
+            nodes, found = self._trees.find_children(node_slots, above[:, 1], tokens)
         places = node_slots * self._trees.capacity + nodes
         found &= ~self._rows.flat_has_row[places]
         rows, node_slots, nodes, places = rows[found], node_slots[found], nodes[found], places[found]

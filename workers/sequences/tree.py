@@ -85,8 +85,6 @@ class GrowingTrees:
 
     def find_children(self, slots: Ints, parents: Ints, tokens: Ints) -> tuple[Ints, Bools]:
         """The children of `parents` that hold `tokens`, and whether there are any; [M] each."""
-        if not len(slots):
-            return slots, slots > 0
         width = self.width(slots)
         match = self.tokens[slots, :width] == tokens[:, None]
         match &= self.parents[slots, :width] == parents[:, None]
