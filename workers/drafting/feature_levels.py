@@ -16,26 +16,23 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.gather_rows import gather_rows
-from outrider.kernels.proposals import NUM_KINDS_OF_LAW, NUM_SAMPLED_KINDS
 from outrider.kernels.transfers import upload
 from outrider.workers.capacity import num_draft_pages
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.features import FeatureStore
-from outrider.workers.drafting.frontier import Frontier
-from outrider.workers.drafting.grown_levels import JoinedLevels, can_grow, first_step
-from outrider.workers.drafting.levels import MIN_GAIN, ROWS_PER_STEP, LevelLimits, LevelMethod
-from outrider.workers.drafting.method import NO_FURTHER_STEPS, Following, MethodContext, Verified
+from outrider.workers.drafting.growing_levels import GrowingLevelMethod
+from outrider.workers.drafting.levels import ROWS_PER_STEP, LevelLimits
+from outrider.workers.drafting.method import MethodContext, Verified
 from outrider.workers.drafting.row_cache import Expansion, RowCache
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import TreeRows, build_batch, lay_out
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.drafter_graphs import MAX_GROWN_STEPS, graphed_steps
+from outrider.workers.model.drafter_graphs import graphed_steps
 from outrider.workers.model.embedding import Embedding
 from outrider.workers.model.feature_drafter import CachedDrafter, FeatureDrafter
-from outrider.workers.model.grown_steps import grown_steps
 from outrider.workers.model.shard import ShardPlan
-from outrider.workers.sampling.sampler import Prepared, Sampler
+from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.hidden import HiddenNeeds
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.segments import starts_of
@@ -49,7 +46,7 @@ from outrider.workers.trace import Tracer
 _NO_INTS = np.zeros(0, dtype=np.int64)
 
 
-class FeatureMethod(LevelMethod):
+class FeatureMethod(GrowingLevelMethod):
     """Grows trees with a drafter of one layer. Who derives from this builds the drafter."""
 
     is_trained = True
@@ -82,9 +79,9 @@ class FeatureMethod(LevelMethod):
             if self._graphs is not None
             else torch.zeros(num_nodes, drafter.model.hidden_size, dtype=drafter.dtype, device=drafter.device)
         )
-        self._grown = grown_steps(
-            drafter, self._graphs, sampler.ids, limits.max_children, self._num_target_tokens
-        )
+        if self._graphs is not None:
+            graphs = self._graphs
+            self.grow_by(graphs, drafter.kernels, drafter.cache, graphs.capacities, graphs.pool)
         self._moves = (_NO_INTS, _NO_INTS)  # features that steps without the host left for nodes, and theirs
         # By node that can be expanded: the place of the node that promises most for each step on the way to it.
         self._goal_of, self._steps_to = (np.zeros(self.trees.tokens.size, dtype=np.int64) for _ in range(2))
@@ -124,11 +121,6 @@ class FeatureMethod(LevelMethod):
             ),
             tracer=context.tracer,
         )
-
-    @property
-    def grows_alone(self) -> bool:
-        """Whether levels can follow each other without the host."""
-        return self._grown is not None
 
     def prefix_kept(self, sequence: Sequence) -> int:
         """Rows in shared pages: each was made of the feature at its own index, so that these are not needed again."""
@@ -226,85 +218,6 @@ class FeatureMethod(LevelMethod):
         self._outputs[places] = output
         return self._drafter.logits(output), asked
 
-    def _following(self, frontier: Frontier) -> Following:
-        if self._grown is None or not np.count_nonzero(self._can_follow(frontier.slots)):
-            return NO_FURTHER_STEPS
-        frontier = self._of_followed(frontier)
-        below = self.slots.growth_depths(frontier.node_slots) - self.trees.flat.depths[frontier.places]
-        return Following(
-            most=min(MAX_GROWN_STEPS, int(below.max())) - 1,
-            decay=float(self._yields[self.slots.laws[frontier.slots], 0].max()),
-            rows_per_sequence=self._rows_per_sequence(len(frontier.slots)),
-            num_proposals=self._limits.max_children,
-        )
-
-    def _of_followed(self, frontier: Frontier) -> Frontier:
-        can_follow = self._can_follow(frontier.slots)
-        if self._grown is None or not 0 < np.count_nonzero(can_follow) < len(can_follow):
-            return frontier
-        return frontier.of(can_follow, can_follow.repeat(frontier.counts))
-
-    def _can_follow(self, slots: Ints) -> Bools:
-        """[B]: whose laws a level without the host can be ranked by."""
-        return np.array([can_grow(self._laws[slot][0]) for slot in slots.tolist()], dtype=np.bool_)
-
-    def _grow_levels(self, expansion: Expansion, prepared: Prepared, num_further: int) -> int:
-        slots, grown, graphs = expansion.slots, self._grown, self._graphs
-        if grown is None or graphs is None or not self._can_follow(slots).all():
-            return 0
-        num_each = self._rows_per_sequence(len(slots))
-        num_free = self._rows.num_free_rows(slots) - expansion.num_nodes
-        num_further = min(num_further, MAX_GROWN_STEPS - 1, int(num_free.min()) // num_each)
-        sizes = zip(slots.tolist(), expansion.num_nodes.tolist(), strict=True)
-        if not all(self._rows.take_rows(slot, num + num_further * num_each) for slot, num in sizes):
-            num_further = 0
-        batch = lay_out(self._rows.tables, expansion.rows)
-        place = grown.place_for(batch, num_each, 1 + num_further)
-        if place is None:
-            num_further, place = 0, grown.place_for(batch, num_each, 1)
-        if place is None:
-            return 0
-        laws = [self._laws[slot][0] for slot in slots.tolist()]
-        promised = np.add.reduce(self._yields, axis=1)[self.slots.laws[slots]]
-        outcomes = self.estimator.outcomes(
-            self._first_source, NUM_SAMPLED_KINDS, self.slots.rules[slots]
-        ).reshape(len(slots), 2, NUM_KINDS_OF_LAW, 2)
-        asked, given = first_step(
-            expansion,
-            self.trees,
-            prepared,
-            laws,
-            num_each,
-            most_rows=np.maximum(
-                self.trees.room(slots) // self._limits.max_children - expansion.num_nodes, 0
-            ),
-            max_depths=self.slots.growth_depths(slots),
-            least_values=MIN_GAIN / np.maximum(promised, 1e-9),
-            outcomes=outcomes[np.arange(len(slots)), self.slots.is_greedy[slots].astype(np.int64)],
-        )
-        rows_below, parents = self._below(expansion)
-        moves = (torch.from_numpy(self._moves[0]), torch.from_numpy(self._moves[1]))
-        node_rows = torch.from_numpy(expansion.node_rows)
-        self._put_known(expansion, graphs.of_known)
-        self._stretches.begin()
-        grown.take(place, batch, (rows_below, parents), node_rows, moves, asked, given)
-        history = grown.run(1 + num_further)
-        self._stretches.end("forward", len(expansion.rows.tokens) + num_further * num_each * len(slots))
-        self._stretches.settle()
-        self._rows.computed(expansion)
-        self._planned = None  # also where the trees have all the proposals already
-        shape = grown.shape(place)
-        joined = JoinedLevels(
-            self.trees, self._rows, self._sampler.ids, expansion, num_each, shape.max_rows, shape.num_best
-        )
-        for columns, log_probs, stands_for in history:
-            level = joined.next(columns, log_probs, stands_for)
-            if len(level.nodes):
-                self._propose(level, level.tokens, level.log_probs)
-        outputs = np.array(joined.outputs, dtype=np.int64)
-        self._moves = (grown.features_of(outputs[:, 0]), outputs[:, 1])
-        return 1 + num_further
-
     def _below(self, expansion: Expansion) -> tuple[Tensor, Tensor]:
         """int64 on the host: the rows of nodes below roots, and the places of their parents."""
         below = expansion.nodes > 0
@@ -314,6 +227,16 @@ class FeatureMethod(LevelMethod):
             + self.trees.flat.parents[expansion.places[below]]
         )
         return torch.from_numpy(expansion.node_rows[below]), torch.from_numpy(parents)
+
+    def _growing_inputs(self, expansion: Expansion) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        graphs = self._graphs
+        assert graphs is not None
+        self._put_known(expansion, graphs.of_known)
+        moves = (torch.from_numpy(self._moves[0]), torch.from_numpy(self._moves[1]))
+        return graphs.reads(len(expansion.rows.tokens), self._below(expansion)), moves
+
+    def _has_grown(self, features: Ints, places: Ints) -> None:
+        self._moves = (features, places)
 
     def _put_moved(self) -> None:
         """What steps without the host left for nodes, to where steps by the host look for it."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from outrider.kernels.transfers import upload
 from outrider.workers.draft_heads.checkpoint import read_lm_head
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
-from outrider.workers.drafting.levels import ROWS_PER_STEP, LevelLimits, LevelMethod
+from outrider.workers.drafting.growing_levels import GrowingLevelMethod
+from outrider.workers.drafting.levels import ROWS_PER_STEP, LevelLimits
 from outrider.workers.drafting.method import MethodContext
 from outrider.workers.drafting.model_ranks import load_rank, rank_0_of
 from outrider.workers.drafting.row_cache import Expansion, RowCache
@@ -23,7 +24,9 @@ from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import TreeRows
 from outrider.workers.model.cache import PagedCache
+from outrider.workers.model.cuda_graphs import draft_capacities
 from outrider.workers.model.draft_heads import served_head
+from outrider.workers.model.grown_steps import TransformerLevels
 from outrider.workers.model.head import Head
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling.sampler import Sampler
@@ -36,7 +39,7 @@ from outrider.workers.trace import Tracer
 from outrider.workers.weights.resolver import resolve_head
 
 
-class ModelMethod(LevelMethod):
+class ModelMethod(GrowingLevelMethod):
     """Grows trees with a draft model. Without pages it just proposes nothing."""
 
     name = "model"
@@ -70,6 +73,9 @@ class ModelMethod(LevelMethod):
         super().__init__(slots, estimator, rows, sampler, num_target_tokens, limits, stretches)
         self._model = model
         self._rank = rank_0_of(model, cache, len(slots))
+        if self._rank.pool is not None:
+            levels, capacities = TransformerLevels(model, cache), draft_capacities(model, cache)
+            self.grow_by(levels, model.kernels, cache, capacities, self._rank.pool)
         # By slot and node, what left the last layer, where somebody reads it.
         self._node_rows: Tensor | None = None
 
@@ -98,7 +104,8 @@ class ModelMethod(LevelMethod):
         )
 
     def keep_node_rows(self) -> None:
-        """A row for each place in a tree."""
+        """A row for each place in a tree. Levels wait for the host then, which keeps them."""
+        self._grown = None
         model, num_places = self._model, self.trees.tokens.size
         self._node_rows = torch.zeros(
             num_places, model.config.hidden_size, dtype=model.dtype, device=model.device

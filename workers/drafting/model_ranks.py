@@ -27,7 +27,7 @@ from outrider.workers.link.communicator import Communicator, broadcast_message
 from outrider.workers.link.lost import PeerLostError, RankLostError
 from outrider.workers.model.batch import ForwardBatch, TreeRows, lay_out
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.cuda_graphs import draft_capacities, forward_of
+from outrider.workers.model.cuda_graphs import GraphedForward, draft_capacities, forward_of
 from outrider.workers.model.head import Head
 from outrider.workers.model.loader import ModelWeights, load_weights
 from outrider.workers.model.shard import ShardPlan
@@ -98,6 +98,12 @@ class ModelRank:
         # Ranks that share a vocabulary gather the logits that are asked for.
         with_logits = model.communicator.size == 1
         self.run = forward_of(model, cache, draft_capacities(model, cache), with_logits=with_logits)
+
+    @property
+    def pool(self) -> object:
+        """Memory of the graphs of its forwards; None where there are none, or this is not all of the model."""
+        is_alone = self.model.communicator.size == 1
+        return self.run.pool if is_alone and isinstance(self.run, GraphedForward) else None
 
     def batch(self, tables: PageTables, rows: TreeRows, wanted: Int64Array = _NO_ROWS) -> ForwardBatch:
         """Rows for one `forward`; `wanted`: those of which `logits` are asked after it."""

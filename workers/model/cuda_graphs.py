@@ -142,6 +142,7 @@ class GraphedForward(Forward):
         self._capacities = sorted(capacities, key=lambda capacity: capacity.num_rows)
         self._statics: list[StaticBatch] = []
         self._graphs: list[Graphed] = []
+        self.pool: object = None  # the graphs' memory
 
     def stage(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> Staged:
         for graphed in self._graphs:
@@ -189,7 +190,8 @@ class GraphedForward(Forward):
         Raises:
             Exception: something in the forward cannot be captured, or there is no memory left.
         """
-        self._graphs = recorded(self._statics, partial(self._computed, self._model))
+        self.pool = torch.cuda.graph_pool_handle()
+        self._graphs = recorded(self._statics, partial(self._computed, self._model), self.pool)
 
     def _computed(self, model: Transformer, static: StaticBatch) -> Hidden:
         hidden = model.forward(static.batch, self._cache, self._taps)

@@ -14,16 +14,14 @@ from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cuda_graphs import draft_capacities, recorded, warm_up
 from outrider.workers.model.embedding import MatrixEmbedding
 from outrider.workers.model.feature_drafter import CachedDrafter
+from outrider.workers.model.grown_steps import MAX_GROWN_STEPS
 from outrider.workers.model.static_batch import StaticBatch
-
-MAX_GROWN_STEPS = 8
-"""That follow each other without the host."""
 
 
 class GraphedSteps:
     """One table of features: of nodes, kept by earlier steps; then of the rows of a step, for known tokens, whose
     features the target gave; then of rows that have no node yet, see `GrownSteps`; then one row that takes what
-    nobody reads.
+    nobody reads. A `LevelForward`.
 
     Attributes:
         features: [num_nodes + max_rows + num_nodeless + 1, hidden].
@@ -79,6 +77,22 @@ class GraphedSteps:
         """Index of what nobody reads."""
         return len(self.features) - 1
 
+    @property
+    def num_moves(self) -> int:
+        """As many as rows may have had no node."""
+        return MAX_GROWN_STEPS * self.max_rows
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Features, by index."""
+        self.features.index_copy_(0, targets, self.features[sources])
+
+    @torch.inference_mode()
+    def level(self, batch: ForwardBatch, reads: Tensor, writes: Tensor) -> Tensor:
+        """float32 [N, V'] of rows that read and leave these features (int64 [N])."""
+        output = self._drafter.forward(batch, self.features[reads])
+        self.features.index_copy_(0, writes, output)
+        return self._drafter.logits(output)
+
     def reads(self, num_rows: int, below: tuple[Tensor, Tensor]) -> Tensor:
         """int64 [num_rows]: what the rows of a step read; `below` as in `take`."""
         reads = torch.arange(self._num_nodes, self._num_nodes + num_rows)
@@ -118,12 +132,8 @@ class GraphedSteps:
         graph.replay()
         return logits
 
-    @torch.inference_mode()
     def _computed(self, static: StaticBatch) -> Tensor:
-        reads, writes = static.extras
-        output = self._drafter.forward(static.batch, self.features[reads])
-        self.features.index_copy_(0, writes, output)
-        return self._drafter.logits(output)
+        return self.level(static.batch, *static.extras)
 
 
 def graphed_steps(drafter: CachedDrafter, num_nodes: int) -> GraphedSteps | None:

@@ -1,13 +1,13 @@
-"""Several steps of a drafter on the target's hidden rows that follow each other without the host: behind each, a
-kernel picks what is worth most of what was proposed, and makes the next step's rows of it. The host hands over the
-first step, and gets all that was proposed by all of them in one copy."""
+"""Several steps of a drafter that follow each other without the host: behind each, a kernel picks what is worth most
+of what was proposed, and makes the next step's rows of it. The host hands over the first step, and gets all that was
+proposed by all of them in one copy."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,12 +20,14 @@ from outrider.kernels.sample_shard import ROW, answer_parts
 from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.transfers import Part, views_of
 from outrider.workers.model.batch import ForwardBatch
+from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import recorded, warm_up
-from outrider.workers.model.drafter_graphs import MAX_GROWN_STEPS, GraphedSteps
-from outrider.workers.model.feature_drafter import CachedDrafter
 from outrider.workers.model.static_batch import GraphCapacity, StaticBatch
+from outrider.workers.model.transformer import Transformer
 from outrider.workers.sequences.tree import Ints
 
+MAX_GROWN_STEPS = 8
+"""That follow each other without the host."""
 _NO_ROW = 255  # in every byte: a record that asks for nothing
 
 
@@ -40,47 +42,100 @@ class _Buffers(NamedTuple):
     next_batch: ForwardBatch
 
 
+class LevelForward(Protocol):
+    """A drafter's forward over rows of trees, as graphs record it. One that is made of features reads and writes them
+    by index, others take no notice.
+
+    Attributes:
+        num_moves: features that may have to move before a first step reads them.
+        first_nodeless: index of the first feature for rows that have no node yet.
+        nobodys: index of what nobody reads.
+    """
+
+    @property
+    def num_moves(self) -> int: ...
+
+    @property
+    def first_nodeless(self) -> int: ...
+
+    @property
+    def nobodys(self) -> int: ...
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Features, by index, int64 [num_moves] each."""
+        ...
+
+    def level(self, batch: ForwardBatch, reads: Tensor, writes: Tensor) -> Tensor:
+        """float32 [N, V']: the logits of all rows of a batch, which read and leave these features (int64 [N])."""
+        ...
+
+
+@dataclass(frozen=True)
+class TransformerLevels:
+    """Of a whole model on one rank. A `LevelForward`."""
+
+    model: Transformer
+    cache: PagedCache
+    num_moves: int = 0
+    first_nodeless: int = 0
+    nobodys: int = 0
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """There are no features."""
+
+    def level(self, batch: ForwardBatch, reads: Tensor, writes: Tensor) -> Tensor:
+        """By tokens alone."""
+        return self.model.logits(self.model.forward(batch, self.cache, ()).last)
+
+
 class GrownSteps:
     """Steps of up to `MAX_GROWN_STEPS` levels. One graph is of a first step, one of each that follows it."""
 
     def __init__(
         self,
-        drafter: CachedDrafter,
-        steps: GraphedSteps,
+        forward: LevelForward,
+        capacities: Sequence[GraphCapacity],
+        cache: PagedCache,
         ids: ShardIds,
         num_best: int,
         num_target_tokens: int,
+        pool: object = None,
     ) -> None:
         """
         Args:
-            steps: whose features are read and written.
+            capacities: of first steps, and of each later one.
+            cache: the drafter's.
             ids: of the drafter's LM head.
             num_best: proposals below a node.
             num_target_tokens: ids from there on are never expanded.
+            pool: memory of other graphs, which these may share.
 
         Raises:
-            Exception: as `GraphedSteps`.
+            Exception: something cannot be captured, a kernel does not run, or there is no memory left.
         """
-        self._drafter, self._steps, self._ids, self._num_best = drafter, steps, ids, num_best
-        self._table = ids.table_on(drafter.device)
+        self._forward, self._ids, self._num_best = forward, ids, num_best
+        self._page_size, self._device = cache.page_size, cache.kv.device
+        self._table = ids.table_on(self._device)
         self._places = Places(
-            drafter.cache.page_size, ids.first, num_target_tokens, steps.first_nodeless, steps.nobodys
+            cache.page_size, ids.first, num_target_tokens, forward.first_nodeless, forward.nobodys
         )
-        self._no_edits = torch.empty(0, dtype=torch.uint8, device=drafter.device)
-        self._buffers = [self._buffers_of(capacity) for capacity in steps.capacities]
+        self._no_edits = torch.empty(0, dtype=torch.uint8, device=self._device)
+        capacities = sorted(capacities, key=lambda capacity: capacity.num_rows)
+        self._buffers = [self._buffers_of(capacity) for capacity in capacities]
         by_static = {id(buffers.static): buffers for buffers in self._buffers}
+        statics = [buffers.static for buffers in self._buffers]
         self._graphs = []
+        pool = pool or torch.cuda.graph_pool_handle()
         for compute in (self._first, self._later):
 
             def of_static(static: StaticBatch, compute=compute) -> None:  # type: ignore[no-untyped-def]
                 compute(by_static[id(static)])
 
-            statics = [buffers.static for buffers in self._buffers]
             for static in statics:
                 of_static(static)
-            steps.features.sum().cpu()  # waits, so that errors come up here
-            warm_up(statics, of_static, drafter.device)
-            self._graphs.append([graph for _, graph, _ in recorded(statics, of_static, steps.pool)])
+            self._buffers[0].growth.num_done.cpu()  # waits, so that errors come up here
+            warm_up(statics, of_static, self._device)
+            self._graphs.append([graph for _, graph, _ in recorded(statics, of_static, pool)])
 
     def place_for(self, batch: ForwardBatch, num_each: int, num_steps: int) -> int | None:
         """Which graphs take this first step and so many steps in all of `num_each` rows for each sequence."""
@@ -105,7 +160,7 @@ class GrownSteps:
         self,
         place: int,
         batch: ForwardBatch,
-        below: tuple[Tensor, Tensor],
+        reads: Tensor,
         node_rows: Tensor,
         moved: tuple[Tensor, Tensor],
         asked: Tensor,
@@ -115,16 +170,15 @@ class GrownSteps:
 
         Args:
             place: of `place_for`.
-            below: as in `GraphedSteps.take`.
+            reads: int64 [rows], the features that rows read.
             node_rows: int64, rows of nodes.
             moved: int64 each, features that move before anything is read: from, to.
             asked: uint8 [rows, ROW], of all rows of the batch.
             given: `FirstStep.parts`, on the host, the first of them.
         """
         static, num_rows = self._buffers[place].static, batch.tree.num_queries
-        writes = torch.full((num_rows,), self._steps.nobodys)
+        writes = torch.full((num_rows,), self._places.nobodys_feature)
         writes[node_rows] = node_rows + self._places.first_feature
-        reads = self._steps.reads(num_rows, below)
         static.fill(batch, (), (*moved, reads, writes, asked, *given))
         self._taken = place
 
@@ -138,17 +192,17 @@ class GrownSteps:
         return steps_of(buffers.growth.history[:num_steps].cpu(), buffers.shape)
 
     def _buffers_of(self, capacity: GraphCapacity) -> _Buffers:
-        device, rows = self._drafter.device, capacity.num_rows
+        device, rows = self._device, capacity.num_rows
         shape = GrowthShape(
             rows, capacity.num_sequences, self._num_best, MAX_GROWN_STEPS, capacity.mask_words
         )
-        nobodys = self._steps.nobodys
-        moves = (Part((MAX_GROWN_STEPS * self._steps.max_rows,), torch.int64), nobodys)
+        nobodys = self._forward.nobodys
+        moves = (Part((self._forward.num_moves,), torch.int64), nobodys)
         of_rows = (Part((rows,), torch.int64), nobodys)
         asked = (Part((rows, ROW.itemsize), torch.uint8), _NO_ROW)
         given = [(part, 0) for part in FirstStep.parts(shape)]
         extras = (moves, moves, of_rows, of_rows, asked, *given)
-        static = StaticBatch(capacity, self._drafter.cache.page_size, device, extras)
+        static = StaticBatch(capacity, self._page_size, device, extras)
         next_step = NextStep.empty(shape, device)
         batch = static.batch
         tree = replace(
@@ -168,8 +222,7 @@ class GrownSteps:
     @torch.inference_mode()
     def _first(self, buffers: _Buffers) -> None:
         sources, targets, reads, writes, asked = buffers.static.extras[:5]
-        features = self._steps.features
-        features.index_copy_(0, targets, features[sources])
+        self._forward.move(sources, targets)
         self._step(buffers, buffers.static.batch, reads, writes, asked, is_first=True)
 
     @torch.inference_mode()
@@ -188,10 +241,8 @@ class GrownSteps:
         asked: Tensor,
         is_first: bool,
     ) -> None:
-        features, shape = self._steps.features, buffers.shape
-        output = self._drafter.forward(batch, features[reads])
-        features.index_copy_(0, writes, output)
-        logits = self._drafter.logits(output)
+        shape = buffers.shape
+        logits = self._forward.level(batch, reads, writes)
         counts = [shape.max_rows, shape.num_best, 0, 0, 0, 0]
         answers = sampling.sample_shard_op(
             logits, asked, self._no_edits, self._table, self._ids.first, counts
@@ -213,13 +264,17 @@ class GrownSteps:
 
 
 def grown_steps(
-    drafter: CachedDrafter, steps: GraphedSteps | None, ids: ShardIds, num_best: int, num_target_tokens: int
+    forward: LevelForward,
+    capacities: Sequence[GraphCapacity],
+    cache: PagedCache,
+    ids: ShardIds,
+    num_best: int,
+    num_target_tokens: int,
+    pool: object = None,
 ) -> GrownSteps | None:
-    """None where steps are not captured, or these cannot be: then a warning says why."""
-    if steps is None or not (drafter.kernels.sample_shard and drafter.kernels.grow_trees):
-        return None
+    """`GrownSteps`, or None, and a warning that says why, where they cannot be captured."""
     try:
-        return GrownSteps(drafter, steps, ids, num_best, num_target_tokens)
+        return GrownSteps(forward, capacities, cache, ids, num_best, num_target_tokens, pool)
     except Exception as error:  # of torch, the CUDA driver or NVRTC, which have no class in common
         warnings.warn(f"the drafter's steps run one by one: {error}", stacklevel=2)
         return None

@@ -14,7 +14,7 @@ from outrider.kernels.transfers import num_bytes_of
 from outrider.kernels.tree_attention import HEAD_DIMS
 from outrider.workers.capacity import num_draft_pages, num_target_pages
 from outrider.workers.model.cuda_graphs import draft_capacities, target_capacities
-from outrider.workers.model.drafter_graphs import MAX_GROWN_STEPS
+from outrider.workers.model.grown_steps import MAX_GROWN_STEPS
 from outrider.workers.model.shard import ShardPlan, bytes_per_page
 from outrider.workers.model.sizes import WeightBytes, weight_bytes
 from outrider.workers.model.static_batch import GraphCapacity, StaticBatch
@@ -150,6 +150,8 @@ def draft_memory(
         if on_gpu and config.target.attention != "sdpa" and attention_kernel_fits(model, dtype):
             capacities = draft_capacities(plan, _Pages(num_pages, page_size))
             graphs = graph_bytes(plan, capacities, page_size, dtype, 0, with_logits=draft.tp_size == 1)
+            if draft.tp_size == 1:
+                graphs += levels_bytes(plan, capacities, page_size, config.tree.max_children, 0)
     if rank == 0 and on_gpu and config.target.attention != "sdpa":
         fitting = [drafter for drafter in heads.stepping if attention_kernel_fits(drafter, dtype)]
         graphs += sum(step_graph_bytes(config, drafter) for drafter in fitting)
@@ -215,26 +217,27 @@ def step_graph_bytes(config: Config, drafter: ModelConfig) -> int:
     ids = 2 * sum(num_rows) * INT64_BYTES  # of features that are read and written
     # Beside a layer's own rows: features and embedding rows, these normed, and both side by side.
     read = max(num_rows) * 5 * row_bytes
-    levels = sum(
-        _levels_bytes(capacity, config.tree.max_children, max(num_rows), page_size) for capacity in capacities
+    levels = levels_bytes(
+        plan, capacities, page_size, config.tree.max_children, MAX_GROWN_STEPS * max(num_rows)
     )
     return (
         features + ids + read + levels + graph_bytes(plan, capacities, page_size, dtype, 0, with_logits=True)
     )
 
 
-def _levels_bytes(capacity: GraphCapacity, num_best: int, most_rows: int, page_size: int) -> int:
-    """Of the two graphs more that levels without the host take, see `GrownSteps`: a batch with what is known of the
-    first step, and what steps leave to each other. What is computed shares the memory of the other graphs."""
-    shape = GrowthShape(
-        capacity.num_rows, capacity.num_sequences, num_best, MAX_GROWN_STEPS, capacity.mask_words
-    )
-    cpu = torch.device("cpu")
-    kept = sum(x.nbytes for x in (*Growth.empty(shape, cpu), *NextStep.empty(shape, cpu)))
-    moved = 2 * MAX_GROWN_STEPS * most_rows * INT64_BYTES
-    asked = capacity.num_rows * (ROW.itemsize + 2 * INT64_BYTES)
-    inputs = StaticBatch(capacity, page_size, cpu).num_bytes + num_bytes_of(FirstStep.parts(shape))
-    return inputs + moved + asked + kept + 2 * GRAPH_BYTES_PER_LAYER
+def levels_bytes(
+    plan: ShardPlan, capacities: list[GraphCapacity], page_size: int, num_best: int, num_moves: int
+) -> int:
+    """Of the graphs more that levels without the host take, two of each size, see `GrownSteps`: a batch with what is
+    known of the first step, and what steps leave to each other. What is computed shares the memory of the others."""
+    cpu, kept = torch.device("cpu"), 0
+    for capacity in capacities:
+        rows, words = capacity.num_rows, capacity.mask_words
+        shape = GrowthShape(rows, capacity.num_sequences, num_best, MAX_GROWN_STEPS, words)
+        kept += sum(x.nbytes for x in (*Growth.empty(shape, cpu), *NextStep.empty(shape, cpu)))
+        kept += StaticBatch(capacity, page_size, cpu).num_bytes + num_bytes_of(FirstStep.parts(shape))
+        kept += 2 * num_moves * INT64_BYTES + rows * (ROW.itemsize + 2 * INT64_BYTES)
+    return kept + 2 * len(capacities) * plan.config.num_layers * GRAPH_BYTES_PER_LAYER
 
 
 def context_bytes(on_gpu: bool) -> int:

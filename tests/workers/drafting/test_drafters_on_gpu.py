@@ -18,7 +18,7 @@ pytest.importorskip("cuda.bindings", reason="the kernels' sources are read throu
 from outrider.configs.loader import load_config
 from outrider.configs.schema import Config
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
-from outrider.workers.drafting import eagle3, feature_levels, medusa, mtp, parallel
+from outrider.workers.drafting import eagle3, feature_levels, growing_levels, medusa, mtp, parallel
 from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.method import MethodContext, Verified, VerifiedStep
 from outrider.workers.drafting.registry import METHODS
@@ -242,7 +242,7 @@ def test_trees_that_grow_on_the_device_are_those_that_the_host_grows(
         with gpu.counted() as counts:
             grown = grown_trees(name, heads[name], gpu.device, num_further, laws)
         assert counts.replays == num_steps
-        monkeypatch.setattr(feature_levels, "grown_steps", lambda *_: None)
+        monkeypatch.setattr(growing_levels, "grown_steps", lambda *_: None)
         by_host = grown_trees(name, heads[name], gpu.device, (0,) * num_steps, laws)
     for own, other in zip(grown, by_host, strict=True):
         assert own.keys() == other.keys()
@@ -257,7 +257,7 @@ def test_where_no_proposal_may_have_a_row_nothing_grows(
     with counted_gpu(monkeypatch) as gpu:
         monkeypatch.setattr(cuda_graphs, "DRAFT_ROWS", (16,))
         grown = grown_trees("eagle3", heads["eagle3"], gpu.device, (3,), laws)
-        monkeypatch.setattr(feature_levels, "grown_steps", lambda *_: None)
+        monkeypatch.setattr(growing_levels, "grown_steps", lambda *_: None)
         by_host = grown_trees("eagle3", heads["eagle3"], gpu.device, (0,), laws)
     assert all(max(map(len, tree)) == 1 for tree in grown)
     assert [tree.keys() for tree in grown] == [tree.keys() for tree in by_host]

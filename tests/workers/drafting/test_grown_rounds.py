@@ -3,6 +3,8 @@ other without the host where requests allow it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -11,22 +13,33 @@ pytest.importorskip("cuda.bindings", reason="the kernels' sources are read throu
 from outrider.kernels.selection import ENTRIES, KernelSelection
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.method import DraftMethod
+from outrider.workers.drafting.model import ModelMethod
 from outrider.workers.drafting.slots import DraftedSlots
+from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model import cuda_graphs
+from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.grown_steps import GrownSteps
+from outrider.workers.model.loader import load_weights
+from outrider.workers.model.shard import ShardPlan
+from outrider.workers.model.transformer import Transformer
+from outrider.workers.sampling.sampler import Sampler
+from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request
+from outrider.workers.sequences.vocabulary import VocabularyRange
+from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.random_source import RandomSource
-from support.counted_gpu import counted_gpu
-from support.local_engine import LocalEngine, default_options, output_tokens
+from support.counted_gpu import CountedGpu, counted_gpu
+from support.local_engine import LocalEngine, MethodBuilder, default_options, output_tokens
 from support.pretend_gpu import pretend_gpu
 from support.tiny import SLOW_TARGET
 from support.tiny_heads import eagle3_drafter, eagle3_method
 
-TARGET = RandomSource(
-    "random:llama?hidden_size=64&num_layers=2&num_heads=1&num_kv_heads=1&head_dim=64&vocab_size=300"
-)
+SPEC = "random:llama?hidden_size=64&num_layers=2&num_heads=1&num_kv_heads=1&head_dim=64&vocab_size=300"
+TARGET = RandomSource(SPEC)
+KERNELS = KernelSelection.of(ENTRIES)
+MODEL, MODEL_AND_NGRAM = DraftOptions(("model",), 12, 5), DraftOptions(("ngram", "model"), 12, 5)
 PLAIN, EAGLE3 = DraftOptions((), 0, 1), DraftOptions(("eagle3",), 12, 5)
 BOTH = DraftOptions(("ngram", "eagle3"), 12, 5)
 PROMPTS = ((5, 6, 7, 8, 9, 10, 7, 8), tuple(range(20, 60)), (100, 3))
@@ -54,12 +67,62 @@ def requests(draft: DraftOptions, laws: tuple[SamplingParams, ...]) -> list[Requ
     ]
 
 
+def eagle3(gpu: CountedGpu) -> MethodBuilder:
+    drafter = eagle3_drafter(TARGET, (0, 1, 2), head_dim=64)
+
+    def build(slots: DraftedSlots, estimator: AcceptanceEstimator, _: ModelConfig) -> DraftMethod:
+        return eagle3_method(
+            slots, estimator, TARGET, drafter, 40, 4, False, gpu.device, torch.bfloat16, KERNELS
+        )
+
+    return build
+
+
+def model(gpu: CountedGpu) -> MethodBuilder:
+    """The target with noise."""
+    source = RandomSource(f"{SPEC}&perturb=0.1")
+    plan = ShardPlan(source.config, 0, 1)
+
+    def build(slots: DraftedSlots, estimator: AcceptanceEstimator, _: ModelConfig) -> DraftMethod:
+        weights = load_weights(plan, source, torch.bfloat16, gpu.device, packed=False)
+        cache = PagedCache(source.config, plan, 60, 4, torch.bfloat16, gpu.device, KERNELS.kv_commit)
+        return ModelMethod(
+            slots=slots,
+            estimator=estimator,
+            model=Transformer(weights, SoloCommunicator(), KERNELS),
+            cache=cache,
+            pool=PagePool(60, 4, True),
+            sampler=Sampler(300, VocabularyRange(0, 300), SoloCommunicator(), KERNELS),
+            num_target_tokens=300,
+            max_children=3,
+            rows_per_sequence=4,
+            max_rows=8,
+            prefill_chunk=64,
+            tracer=Tracer("draft model", False),
+        )
+
+    return build
+
+
 @pytest.mark.parametrize(
-    ("laws", "draft", "fixed_budget"),
-    [(LAWS, EAGLE3, False), (LAWS[1:2], BOTH, True), ((LAWS[0], PENALTIES), BOTH, False)],
-    ids=["budget", "fixed, with lookup", "penalties among them"],
+    ("drafter", "laws", "draft", "fixed_budget"),
+    [
+        (eagle3, LAWS, EAGLE3, False),
+        (eagle3, LAWS[1:2], BOTH, True),
+        (eagle3, (LAWS[0], PENALTIES), BOTH, False),
+        (model, LAWS, MODEL, False),
+        (model, (LAWS[1], PENALTIES), MODEL_AND_NGRAM, True),
+    ],
+    ids=[
+        "eagle3",
+        "eagle3, fixed, with lookup",
+        "eagle3, penalties among them",
+        "model",
+        "model, fixed, with lookup, penalties among them",
+    ],
 )
 def test_drafts_that_grow_alone_give_the_text_of_plain_decoding(
+    drafter: Callable[[CountedGpu], MethodBuilder],
     laws: tuple[SamplingParams, ...],
     draft: DraftOptions,
     fixed_budget: bool,
@@ -72,19 +135,12 @@ def test_drafts_that_grow_alone_give_the_text_of_plain_decoding(
     run = GrownSteps.run
     monkeypatch.setattr(GrownSteps, "run", lambda self, num: (steps.append(num), run(self, num))[1])
     monkeypatch.setattr(cuda_graphs, "DRAFT_ROWS", (16, 64))
-    drafter = eagle3_drafter(TARGET, (0, 1, 2), head_dim=64)
     with counted_gpu(monkeypatch) as gpu:
-
-        def build(slots: DraftedSlots, estimator: AcceptanceEstimator, _: ModelConfig) -> DraftMethod:
-            where = (gpu.device, torch.bfloat16, KernelSelection.of(ENTRIES))
-            return eagle3_method(slots, estimator, TARGET, drafter, 40, 4, False, *where)
-
         options = default_options(fixed_budget=fixed_budget)
-        with OnGpu(TARGET, methods=(build,), options=options, profile=SLOW_TARGET) as engine:
+        with OnGpu(TARGET, methods=(drafter(gpu),), options=options, profile=SLOW_TARGET) as engine:
             found = engine.generate(requests(draft, laws))
     assert {name: output_tokens(events) for name, events in found.items()} == {
         name: output_tokens(events) for name, events in expected.items()
     }
     assert max(steps) > 1
-    accepted = sum(events[-1].stats.num_accepted for events in found.values())
-    assert accepted > 0
+    assert sum(events[-1].stats.num_accepted for events in found.values()) > 0
