@@ -4,14 +4,18 @@ other without the host where requests allow it."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("cuda.bindings", reason="the kernels' sources are read through the compile layer")
 
 from outrider.kernels.selection import ENTRIES, KernelSelection
+from outrider.workers.drafting import growing_levels
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
+from outrider.workers.drafting.engine import DraftEngine
 from outrider.workers.drafting.method import DraftMethod
 from outrider.workers.drafting.model import ModelMethod
 from outrider.workers.drafting.slots import DraftedSlots
@@ -26,11 +30,13 @@ from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request
+from outrider.workers.sequences.tree import GrowingTrees
 from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.random_source import RandomSource
 from support.counted_gpu import CountedGpu, counted_gpu
+from support.drafted import answer, cut_of, node_at, path_of, sequence_of
 from support.local_engine import LocalEngine, MethodBuilder, default_options, output_tokens
 from support.pretend_gpu import pretend_gpu
 from support.tiny import SLOW_TARGET
@@ -39,6 +45,7 @@ from support.tiny_heads import eagle3_drafter, eagle3_method
 SPEC = "random:llama?hidden_size=64&num_layers=2&num_heads=1&num_kv_heads=1&head_dim=64&vocab_size=300"
 TARGET = RandomSource(SPEC)
 KERNELS = KernelSelection.of(ENTRIES)
+Tree = dict[tuple[int, ...], float]
 MODEL, MODEL_AND_NGRAM = DraftOptions(("model",), 12, 5), DraftOptions(("ngram", "model"), 12, 5)
 PLAIN, EAGLE3 = DraftOptions((), 0, 1), DraftOptions(("eagle3",), 12, 5)
 BOTH = DraftOptions(("ngram", "eagle3"), 12, 5)
@@ -144,3 +151,50 @@ def test_drafts_that_grow_alone_give_the_text_of_plain_decoding(
     }
     assert max(steps) > 1
     assert sum(events[-1].stats.num_accepted for events in found.values()) > 0
+
+
+def trees_around_a_verdict(gpu: CountedGpu, before: tuple[int, ...], after: tuple[int, ...]) -> list[Tree]:
+    """By path, what the nodes of two sequences' trees are worth: grown by steps that each have so many behind them,
+    cut back by a verdict that follows the best path for two tokens, and grown again."""
+    slots = DraftedSlots(2, 16, 5)
+    drafting = DraftEngine(slots)
+    method = model(gpu)(slots, drafting.estimator, TARGET.config)
+    drafting.add(method)
+    both, trees = np.arange(2), drafting.trees
+    for slot, law in enumerate((LAWS[0], LAWS[2])):
+        drafting.start(sequence_of([5, 6, 7 + slot], slot, ("model",), 16, 5, replace(law, max_tokens=100)))
+    for num in before:
+        assert drafting.expand(method, both, num)
+    found = [tree_of(trees, slot) for slot in (0, 1)]
+    paths = [max((path for path in tree if len(path) == 2), key=lambda p, t=tree: t[p]) for tree in found]
+    nodes = [[node_at(trees, slot, path[:end]) for end in (1, 2)] for slot, path in enumerate(paths)]
+    sent = cut_of(trees, dict(enumerate(nodes)))
+    said = [{0: path[0], first: path[1]} for path, (first, _) in zip(paths, nodes, strict=True)]
+    for slot, (own, path) in enumerate(zip(said, paths, strict=True)):
+        below = [longer for longer in found[slot] if len(longer) == 3 and longer[:2] == path]
+        own[nodes[slot][1]] = max(below, key=lambda p, t=found[slot]: t[p])[2]
+    assert [len(emitted) for emitted in answer(drafting, (0, 1), sent, said)] == [3, 3]
+    for num in after:
+        assert drafting.expand(method, both, num)
+    return [*found, *(tree_of(trees, slot) for slot in (0, 1))]
+
+
+def tree_of(trees: GrowingTrees, slot: int) -> Tree:
+    return {
+        tuple(path_of(trees, slot, node)): float(trees.values[slot, node])
+        for node in range(int(trees.num_nodes[slot]))
+    }
+
+
+def test_what_a_model_has_read_without_the_host_outlives_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(cuda_graphs, "DRAFT_ROWS", (64,))
+    with counted_gpu(monkeypatch) as gpu:
+        with gpu.counted() as counts:
+            grown = trees_around_a_verdict(gpu, (3,), (1, 1))
+        assert counts.replays == 8
+        monkeypatch.setattr(growing_levels, "grown_steps", lambda *_: None)
+        by_host = trees_around_a_verdict(gpu, (0,) * 4, (0,) * 4)
+    for own, other in zip(grown, by_host, strict=True):
+        assert own.keys() == other.keys()
+        assert list(own.values()) == pytest.approx([other[path] for path in own], rel=1e-3)
