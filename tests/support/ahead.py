@@ -23,10 +23,11 @@ class AheadSpy:
         engine.loop._link.poll = self.poll  # type: ignore[method-assign]
         engine.loop._link.receive = self.receive  # type: ignore[method-assign]
 
-    def expand(self, method: DraftMethod, slots: Ints) -> bool:
-        grew = self._expand(method, slots)
-        self.num_steps += grew and any(self._drafting.slots.sequence(s).in_flight for s in slots.tolist())
-        return grew
+    def expand(self, method: DraftMethod, slots: Ints, num_further: int = 0) -> int:
+        num_steps = self._expand(method, slots, num_further)
+        is_ahead = any(self._drafting.slots.sequence(s).in_flight for s in slots.tolist())
+        self.num_steps += num_steps * is_ahead
+        return num_steps
 
     def poll(self) -> bool:
         was_asked, self._was_asked = self._was_asked, True
