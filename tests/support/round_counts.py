@@ -12,7 +12,7 @@ import torch
 
 from outrider.kernels.selection import ENTRIES, KernelSelection
 from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.drafting.method import Verified, VerifiedStep
+from outrider.workers.drafting.method import DraftMethod, Verified, VerifiedStep
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.link.messages import Draft, SequenceStep, Steps
@@ -76,6 +76,18 @@ def target_round(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> 
 
 def drafter_step(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> Counts:
     """The second level of two sequences' trees."""
+    return _drafter_levels(gpu, num_layers, sampling, 1, 1)
+
+
+def drafter_levels(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> Counts:
+    """The first `NUM_LEVELS` levels of two sequences' trees."""
+    return _drafter_levels(gpu, num_layers, sampling, 0, NUM_LEVELS)
+
+
+def _drafter_levels(
+    gpu: CountedGpu, num_layers: int, sampling: SamplingParams, num_before: int, num_levels: int
+) -> Counts:
+    """So many levels, behind others."""
     model, cache = model_and_cache(gpu, num_layers)
     slots = DraftedSlots(NUM_SEQUENCES, 8, 4)
     drafting = DraftEngine(slots)
@@ -85,11 +97,7 @@ def drafter_step(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> 
         prompt = [3, 5, 7 + slot]
         request = Request(str(slot), tuple(prompt), sampling, DraftOptions(("model",), 8, 4))
         drafting.start(Sequence(request, prompt, slot=slot))
-    both = np.arange(NUM_SEQUENCES)
-    assert drafter.expand(both)
-    with gpu.counted() as counts:
-        assert drafter.expand(both)
-    return counts
+    return _counted_levels(gpu, drafter, num_before, num_levels)
 
 
 def feature_step(gpu: CountedGpu, num_layers: int, sampling: SamplingParams) -> Counts:
@@ -120,6 +128,10 @@ def _feature_levels(gpu: CountedGpu, sampling: SamplingParams, num_before: int, 
     rows = torch.randn(2 * NUM_SEQUENCES, HIDDEN).to(gpu.device)
     starts = np.arange(NUM_SEQUENCES) * 2
     drafting.observe(Verified(tuple(steps), HiddenRows(dict.fromkeys(TAPS, rows), starts * 0, starts)))
+    return _counted_levels(gpu, method, num_before, num_levels)
+
+
+def _counted_levels(gpu: CountedGpu, method: DraftMethod, num_before: int, num_levels: int) -> Counts:
     both = np.arange(NUM_SEQUENCES)
     for _ in range(num_before):
         assert method.expand(both)
@@ -134,6 +146,7 @@ def _feature_levels(gpu: CountedGpu, sampling: SamplingParams, num_before: int, 
 WORKS: dict[str, Callable[[CountedGpu, int, SamplingParams], Counts]] = {
     "target, a round": target_round,
     "drafter, a step": drafter_step,
+    "drafter, four levels": drafter_levels,
     "EAGLE-3, a step": feature_step,
     "EAGLE-3, four levels": feature_levels,
 }

@@ -13,12 +13,8 @@ from support.counted_gpu import Counts
 from support.round_counts import NUM_LEVELS, RoundCounts, counts_of_rounds
 
 TABLE = Path(__file__).parents[2] / "docs" / "gpu-round.md"
-TARGET, DRAFTER, FEATURES, LEVELS = (
-    "target, a round",
-    "drafter, a step",
-    "EAGLE-3, a step",
-    "EAGLE-3, four levels",
-)
+TARGET, DRAFTER, FEATURES = "target, a round", "drafter, a step", "EAGLE-3, a step"
+LEVELS = {DRAFTER: "drafter, four levels", FEATURES: "EAGLE-3, four levels"}
 # As this counted at commit 416d3de, EAGLE-3 at 786f544; and the launches that a layer added to a replay.
 BEFORE = {
     (TARGET, "greedy"): Counts(30, 1, 19, 15, 3, 19),
@@ -41,9 +37,9 @@ BEFORE = {
     (FEATURES, "log-probabilities"): Counts(57, 0, 0, 6, 1, 6),
 }
 BEFORE |= {
-    (LEVELS, sampling): Counts(*(NUM_LEVELS * number for number in vars(counts).values()))
+    (LEVELS[work], sampling): Counts(*(NUM_LEVELS * number for number in vars(counts).values()))
     for (work, sampling), counts in BEFORE.items()
-    if work == FEATURES
+    if work in LEVELS
 }
 PER_LAYER_BEFORE = 12
 
@@ -89,12 +85,13 @@ can say alone what is kept: the same launch gives the likeliest (128, or top-k a
 which the ranks' hosts agree as without a GPU; a nucleus wider than that takes further looks, and so do the
 questions of lossy rules. Each step of a draft model, an EAGLE-3 drafter or an MTP head is a graph of up to 64 rows.
 
-Levels of an EAGLE-3 drafter or an MTP head follow each other without the host (`workers/model/grown_steps.py`): the
-graph of a step has its sampling in it, and behind that `grow_trees`, which makes the rows of the next step of the
-proposals that are worth most. The host hands over the first step and one replay for each level, and waits once, for
-all that was proposed. What a proposal is worth is worked out as on the host, from the same counts: the tree is that
-which the host would have grown. Where a law follows the text (penalties, grammars) or has a bias, the sequence takes
-its steps one by one. All of these graphs ran on a GPU, those of EAGLE-3 and MTP in part 12 of its check, in bfloat16.
+Levels of a draft model on one GPU, an EAGLE-3 drafter or an MTP head follow each other without the host
+(`workers/model/grown_steps.py`): the graph of a step has its sampling in it, and behind that `grow_trees`, which
+makes the rows of the next step of the proposals that are worth most. The host hands over the first step and one
+replay for each level, and waits once, for all that was proposed. What a proposal is worth is worked out as on the
+host, from the same counts: the tree is that which the host would have grown. Where a law follows the text (penalties,
+grammars) or has a bias, the sequence takes its steps one by one. All of these graphs ran on a GPU, those of EAGLE-3
+and MTP in part 12 of its check, in bfloat16, but not those of a draft model's levels.
 
 While a GPU computes a lane's round, the host plans the next one's, if its draft is here: pages, rows, masks, laws,
 and the copy itself, up to pinned memory. Behind the answer to the round before remain one upload, the move of rows

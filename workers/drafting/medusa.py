@@ -20,9 +20,7 @@ from outrider.configs.schema import Config
 from outrider.kernels.proposals import NUM_SAMPLED_KINDS, priors_and_kinds
 from outrider.workers.draft_heads.checkpoint import read_medusa
 from outrider.workers.draft_heads.medusa import MedusaHeads
-from outrider.workers.drafting.acceptance import (
-    AcceptanceEstimator,
-)
+from outrider.workers.drafting.acceptance import AcceptanceEstimator
 from outrider.workers.drafting.heads import check_target, read_for
 from outrider.workers.drafting.laws import SlotLaws
 from outrider.workers.drafting.medusa_tree import best_trees

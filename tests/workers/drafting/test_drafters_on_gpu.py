@@ -230,8 +230,10 @@ def grown_trees(
     ]
 
 
-@pytest.mark.parametrize("name", ["eagle3", "mtp"])
-@pytest.mark.parametrize("num_further", [(1,), (3,), (2, 0), (0, 2)])
+@pytest.mark.parametrize(
+    ("name", "num_further"),
+    [("eagle3", (1,)), ("eagle3", (3,)), ("eagle3", (2, 0)), ("eagle3", (0, 2)), ("mtp", (3,))],
+)
 def test_trees_that_grow_on_the_device_are_those_that_the_host_grows(
     name: str, num_further: tuple[int, ...], heads: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

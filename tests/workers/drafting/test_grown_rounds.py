@@ -117,7 +117,7 @@ def model(gpu: CountedGpu) -> MethodBuilder:
         (eagle3, LAWS, EAGLE3, False),
         (eagle3, LAWS[1:2], BOTH, True),
         (eagle3, (LAWS[0], PENALTIES), BOTH, False),
-        (model, LAWS, MODEL, False),
+        (model, LAWS[1:], MODEL, False),
         (model, (LAWS[1], PENALTIES), MODEL_AND_NGRAM, True),
     ],
     ids=[
