@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence as SequenceABC
 
 import numpy as np
@@ -17,7 +18,7 @@ from outrider.workers.drafting.method import NO_FURTHER_STEPS, Following
 from outrider.workers.drafting.row_cache import Expansion
 from outrider.workers.model.batch import lay_out
 from outrider.workers.model.cache import PagedCache
-from outrider.workers.model.grown_steps import MAX_GROWN_STEPS, GrownSteps, LevelForward, grown_steps
+from outrider.workers.model.grown_steps import MAX_GROWN_STEPS, GrownSteps, LevelForward
 from outrider.workers.model.static_batch import GraphCapacity
 from outrider.workers.sampling.sampler import Prepared
 from outrider.workers.sequences.tree import Bools, Ints
@@ -36,22 +37,22 @@ class GrowingLevelMethod(LevelMethod):
         capacities: SequenceABC[GraphCapacity],
         pool: object = None,
     ) -> None:
-        """From now on levels follow each other without the host, if these graphs can be captured.
+        """From now on levels follow each other without the host, if these graphs can be captured; else a warning says
+        why not.
 
         Args:
             kernels: those that the drafter uses.
             capacities, pool: as in `GrownSteps`.
         """
-        if kernels.sample_shard and kernels.grow_trees:
-            self._grown = grown_steps(
-                forward,
-                capacities,
-                cache,
-                self._sampler.ids,
-                self._limits.max_children,
-                self._num_target_tokens,
-                pool,
+        if not (kernels.sample_shard and kernels.grow_trees):
+            return
+        num_best, num_tokens = self._limits.max_children, self._num_target_tokens
+        try:
+            self._grown = GrownSteps(
+                forward, capacities, cache, self._sampler.ids, num_best, num_tokens, pool
             )
+        except Exception as error:  # of torch, the CUDA driver or NVRTC, which have no class in common
+            warnings.warn(f"the drafter's steps run one by one: {error}", stacklevel=2)
 
     @property
     def grows_alone(self) -> bool:

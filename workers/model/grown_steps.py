@@ -4,7 +4,6 @@ proposed by all of them in one copy."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -261,20 +260,3 @@ class GrownSteps:
             is_first,
             use_kernel=True,
         )
-
-
-def grown_steps(
-    forward: LevelForward,
-    capacities: Sequence[GraphCapacity],
-    cache: PagedCache,
-    ids: ShardIds,
-    num_best: int,
-    num_target_tokens: int,
-    pool: object = None,
-) -> GrownSteps | None:
-    """`GrownSteps`, or None, and a warning that says why, where they cannot be captured."""
-    try:
-        return GrownSteps(forward, capacities, cache, ids, num_best, num_target_tokens, pool)
-    except Exception as error:  # of torch, the CUDA driver or NVRTC, which have no class in common
-        warnings.warn(f"the drafter's steps run one by one: {error}", stacklevel=2)
-        return None

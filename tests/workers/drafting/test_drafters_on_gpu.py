@@ -24,8 +24,9 @@ from outrider.workers.drafting.method import MethodContext, Verified, VerifiedSt
 from outrider.workers.drafting.registry import METHODS
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.first_gpu.random_heads import write_heads
-from outrider.workers.model import cuda_graphs, drafter_graphs, grown_steps
+from outrider.workers.model import cuda_graphs, drafter_graphs
 from outrider.workers.model.drafter_graphs import GraphedSteps
+from outrider.workers.model.grown_steps import GrownSteps
 from outrider.workers.planning.heads import heads_of
 from outrider.workers.planning.processes import GRAPH_BYTES_PER_LAYER, step_graph_bytes
 from outrider.workers.sequences.hidden import HiddenRows
@@ -167,7 +168,7 @@ def test_graphs_of_steps_take_what_a_plan_counts(
 
     with counted_gpu(monkeypatch) as gpu:
         monkeypatch.setattr(drafter_graphs, "GraphedSteps", kept_of(GraphedSteps))
-        monkeypatch.setattr(grown_steps, "GrownSteps", kept_of(grown_steps.GrownSteps))
+        monkeypatch.setattr(growing_levels, "GrownSteps", kept_of(GrownSteps))
         proposals(name, heads[name], gpu.device, KernelSelection.of(ENTRIES))
     steps, grown = made
     inputs_and_logits = sum(static.num_bytes + logits.nbytes for static, _, logits in steps._graphs)
@@ -244,7 +245,7 @@ def test_trees_that_grow_on_the_device_are_those_that_the_host_grows(
         with gpu.counted() as counts:
             grown = grown_trees(name, heads[name], gpu.device, num_further, laws)
         assert counts.replays == num_steps
-        monkeypatch.setattr(growing_levels, "grown_steps", lambda *_: None)
+        monkeypatch.setattr(growing_levels.GrowingLevelMethod, "grow_by", lambda *_: None)
         by_host = grown_trees(name, heads[name], gpu.device, (0,) * num_steps, laws)
     for own, other in zip(grown, by_host, strict=True):
         assert own.keys() == other.keys()
@@ -259,7 +260,7 @@ def test_where_no_proposal_may_have_a_row_nothing_grows(
     with counted_gpu(monkeypatch) as gpu:
         monkeypatch.setattr(cuda_graphs, "DRAFT_ROWS", (16,))
         grown = grown_trees("eagle3", heads["eagle3"], gpu.device, (3,), laws)
-        monkeypatch.setattr(growing_levels, "grown_steps", lambda *_: None)
+        monkeypatch.setattr(growing_levels.GrowingLevelMethod, "grow_by", lambda *_: None)
         by_host = grown_trees("eagle3", heads["eagle3"], gpu.device, (0,), laws)
     assert all(max(map(len, tree)) == 1 for tree in grown)
     assert [tree.keys() for tree in grown] == [tree.keys() for tree in by_host]
@@ -278,3 +279,17 @@ def test_where_nothing_can_be_recorded_a_warning_says_why(
             there = proposals("eagle3", heads["eagle3"], gpu.device, kernels)
     assert counts.replays == 0
     assert all(len(paths) > 1 for paths in there)
+
+
+def test_where_levels_cannot_be_recorded_they_are_taken_one_by_one(
+    heads: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with counted_gpu(monkeypatch) as gpu:
+        monkeypatch.setattr(cuda_graphs, "DRAFT_ROWS", (64,))
+        monkeypatch.setattr(growing_levels, "GrownSteps", fail)
+        with pytest.warns(UserWarning, match="one by one: out of memory"), gpu.counted() as counts:
+            proposals("eagle3", heads["eagle3"], gpu.device, KernelSelection.of(ENTRIES))
+    assert counts.replays == 2

@@ -193,7 +193,7 @@ def test_what_a_model_has_read_without_the_host_outlives_a_verdict(monkeypatch: 
         with gpu.counted() as counts:
             grown = trees_around_a_verdict(gpu, (3,), (1, 1))
         assert counts.replays == 8
-        monkeypatch.setattr(growing_levels, "grown_steps", lambda *_: None)
+        monkeypatch.setattr(growing_levels.GrowingLevelMethod, "grow_by", lambda *_: None)
         by_host = trees_around_a_verdict(gpu, (0,) * 4, (0,) * 4)
     for own, other in zip(grown, by_host, strict=True):
         assert own.keys() == other.keys()
