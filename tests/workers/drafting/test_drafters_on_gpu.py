@@ -20,7 +20,7 @@ from outrider.configs.schema import Config
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
 from outrider.workers.drafting import eagle3, feature_levels, growing_levels, medusa, mtp, parallel
 from outrider.workers.drafting.engine import DraftEngine
-from outrider.workers.drafting.method import MethodContext, Verified, VerifiedStep
+from outrider.workers.drafting.method import DraftMethod, MethodContext, Verified, VerifiedStep
 from outrider.workers.drafting.registry import METHODS
 from outrider.workers.drafting.slots import DraftedSlots
 from outrider.workers.first_gpu.random_heads import write_heads
@@ -76,14 +76,13 @@ def configured(name: str, folder: Path) -> Config:
     )
 
 
-def proposals(
-    name: str, folder: Path, device: torch.device, kernels: KernelSelection
-) -> list[set[tuple[int, ...]]]:
-    """The paths of each sequence's tree, behind a prompt of which the target's rows came in two rounds."""
-    config = configured(name, folder)
-    drafting = DraftEngine(DraftedSlots(len(LAWS), 8, 4))
+def built(
+    name: str, folder: Path, device: torch.device, kernels: KernelSelection, slots: DraftedSlots
+) -> tuple[DraftEngine, DraftMethod]:
+    """A method of a checkpoint, alone in an engine."""
+    config, drafting = configured(name, folder), DraftEngine(slots)
     context = MethodContext(
-        config, TARGET.config, device, drafting.slots, drafting.estimator, Tracer(name, False), silent
+        config, TARGET.config, device, slots, drafting.estimator, Tracer(name, False), silent
     )
     with pytest.MonkeyPatch.context() as patch:
         for module in MODULES[name]:
@@ -94,6 +93,14 @@ def proposals(
             patch.setattr(torch.nn.Module, "requires_grad_", lambda module, _: module)
         method = METHODS[name].build(context)
     drafting.add(method)
+    return drafting, method
+
+
+def proposals(
+    name: str, folder: Path, device: torch.device, kernels: KernelSelection
+) -> list[set[tuple[int, ...]]]:
+    """The paths of each sequence's tree, behind a prompt of which the target's rows came in two rounds."""
+    drafting, method = built(name, folder, device, kernels, DraftedSlots(len(LAWS), 8, 4))
     assert method.time_step(3) is not None
     sequences = []
     for slot, sampling in enumerate(LAWS):
@@ -192,19 +199,8 @@ def grown_trees(
     laws: tuple[SamplingParams, ...],
 ) -> list[dict[tuple[int, ...], float]]:
     """By path, what the nodes of each sequence's tree are worth, after steps that each have so many behind them."""
-    config = configured(name, folder)
-    drafting = DraftEngine(DraftedSlots(len(laws), 16, 5))
-    context = MethodContext(
-        config, TARGET.config, device, drafting.slots, drafting.estimator, Tracer(name, False), silent
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        for module in MODULES[name]:
-            if hasattr(module, "kernels_for"):
-                patch.setattr(module, "kernels_for", lambda *_: KernelSelection.of(ENTRIES))
-        patch.setattr(torch.nn.Module, "to", moved)
-        patch.setattr(torch.nn.Module, "requires_grad_", lambda module, _: module)
-        method = METHODS[name].build(context)
-    drafting.add(method)
+    kernels = KernelSelection.of(ENTRIES)
+    drafting, method = built(name, folder, device, kernels, DraftedSlots(len(laws), 16, 5))
     generator = torch.Generator().manual_seed(3)
     slots, count = np.arange(len(laws)), len(PROMPT) - 1
     steps = []

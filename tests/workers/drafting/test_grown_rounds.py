@@ -1,4 +1,4 @@
-"""Rounds whose drafts grow on a device, a pretended one: the text is that of plain decoding, and levels follow each
+"""Rounds whose drafts grow on a device, a pretended one: texts are those of plain decoding, and levels follow each
 other without the host where requests allow it."""
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("cuda.bindings", reason="the kernels' sources are read through the compile layer")
 
+from outrider.cluster.bench.identity import Mismatch
 from outrider.kernels.selection import ENTRIES, KernelSelection
 from outrider.workers.drafting import growing_levels
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
@@ -29,7 +30,7 @@ from outrider.workers.model.transformer import Transformer
 from outrider.workers.sampling.sampler import Sampler
 from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
-from outrider.workers.sequences.sequence import DraftOptions, Request
+from outrider.workers.sequences.sequence import DraftOptions
 from outrider.workers.sequences.tree import GrowingTrees
 from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.trace import Tracer
@@ -37,17 +38,20 @@ from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.random_source import RandomSource
 from support.counted_gpu import CountedGpu, counted_gpu
 from support.drafted import answer, cut_of, node_at, path_of, sequence_of
-from support.local_engine import LocalEngine, MethodBuilder, default_options, output_tokens
+from support.equality import PLAIN, Case, Reference, assert_same_texts, decode, num_accepted
+from support.local_engine import LocalEngine, MethodBuilder, default_options
+from support.models import random_model
 from support.pretend_gpu import pretend_gpu
 from support.tiny import SLOW_TARGET
 from support.tiny_heads import eagle3_drafter, eagle3_method
 
-SPEC = "random:llama?hidden_size=64&num_layers=2&num_heads=1&num_kv_heads=1&head_dim=64&vocab_size=300"
+SHAPE = "hidden_size=64&num_layers=2&num_heads=1&num_kv_heads=1&head_dim=64&vocab_size=300"
+SPEC = f"random:llama?{SHAPE}"
 TARGET = RandomSource(SPEC)
 KERNELS = KernelSelection.of(ENTRIES)
 Tree = dict[tuple[int, ...], float]
 MODEL, MODEL_AND_NGRAM = DraftOptions(("model",), 12, 5), DraftOptions(("ngram", "model"), 12, 5)
-PLAIN, EAGLE3 = DraftOptions((), 0, 1), DraftOptions(("eagle3",), 12, 5)
+EAGLE3 = DraftOptions(("eagle3",), 12, 5)
 BOTH = DraftOptions(("ngram", "eagle3"), 12, 5)
 PROMPTS = ((5, 6, 7, 8, 9, 10, 7, 8), tuple(range(20, 60)), (100, 3))
 LAWS = (
@@ -66,12 +70,8 @@ class OnGpu(LocalEngine):
             super()._draft()
 
 
-def requests(draft: DraftOptions, laws: tuple[SamplingParams, ...]) -> list[Request]:
-    return [
-        Request(f"{i}, {j}", prompt, law, draft)
-        for i, prompt in enumerate(PROMPTS)
-        for j, law in enumerate(laws)
-    ]
+def cases_of(laws: tuple[SamplingParams, ...]) -> list[Case]:
+    return [Case(f"{i}, {j}", prompt, law) for i, prompt in enumerate(PROMPTS) for j, law in enumerate(laws)]
 
 
 def eagle3(gpu: CountedGpu) -> MethodBuilder:
@@ -128,16 +128,18 @@ def model(gpu: CountedGpu) -> MethodBuilder:
         "model, fixed, with lookup, penalties among them",
     ],
 )
-def test_drafts_that_grow_alone_give_the_text_of_plain_decoding(
+def test_drafts_that_grow_alone_give_the_text_of_plain_decoding_and_of_transformers(
     drafter: Callable[[CountedGpu], MethodBuilder],
     laws: tuple[SamplingParams, ...],
     draft: DraftOptions,
     fixed_budget: bool,
+    ties: list[Mismatch],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.set_num_threads(1)
+    cases, reference = cases_of(laws), Reference(random_model(SHAPE))
     with LocalEngine(TARGET) as plain:
-        expected = plain.generate(requests(PLAIN, laws))
+        expected = decode(plain, cases, PLAIN)
     steps: list[int] = []
     run = GrownSteps.run
     monkeypatch.setattr(GrownSteps, "run", lambda self, num: (steps.append(num), run(self, num))[1])
@@ -145,12 +147,12 @@ def test_drafts_that_grow_alone_give_the_text_of_plain_decoding(
     with counted_gpu(monkeypatch) as gpu:
         options = default_options(fixed_budget=fixed_budget)
         with OnGpu(TARGET, methods=(drafter(gpu),), options=options, profile=SLOW_TARGET) as engine:
-            found = engine.generate(requests(draft, laws))
-    assert {name: output_tokens(events) for name, events in found.items()} == {
-        name: output_tokens(events) for name, events in expected.items()
-    }
+            found = decode(engine, cases, draft)
+    for case in cases:
+        assert found[case.id].tokens == expected[case.id].tokens
+    assert_same_texts(reference, cases, found, ties, "grown without the host")
     assert max(steps) > 1
-    assert sum(events[-1].stats.num_accepted for events in found.values()) > 0
+    assert num_accepted(found) > 0
 
 
 def trees_around_a_verdict(gpu: CountedGpu, before: tuple[int, ...], after: tuple[int, ...]) -> list[Tree]:
