@@ -166,19 +166,21 @@ def sample_shard(
     else:
         rows, edits = asked.on_host()
         answers = _plain(logits, rows, edits, table, shard_ids.first, list(asked.counts))
-    return answers_in(answers, asked, shard_ids)
+    return answers_in(answers, asked, shard_ids, len(asked.rows))
 
 
-def answers_in(buffer: Tensor, asked: AskedRows, shard_ids: ShardIds) -> Answers:
-    """What stands in a buffer of the host that was an operator's."""
-    sums, winners, lists, raw_lists = (view.numpy() for view in views_of(buffer, answer_parts(*asked.counts)))
-    won = winners.view(WINNER)[..., 0]
+def answers_in(buffer: Tensor, asked: AskedRows, shard_ids: ShardIds, num_rows: int) -> Answers:
+    """What stands in a buffer of the host that was an operator's for `num_rows` records, those asked about first."""
+    parts = answer_parts(num_rows, *asked.counts[1:])
+    sums, winners, lists, raw_lists = (view.numpy() for view in views_of(buffer, parts))
+    num_asked = len(asked.rows)
+    won = winners.view(WINNER)[:num_asked, :, 0]
     won["column"][np.arange(asked.num_best) >= asked.rows["num_best"][:, None]] = -1
     packed = (each.view(np.uint64) for each in (lists, raw_lists))
     with_token = (
         with_ids(each, shard_ids.of((each & np.uint64(2**32 - 1)).view(np.int64))) for each in packed
     )
-    return Answers(sums.view(SUMS)[:, 0], won, *with_token)
+    return Answers(sums.view(SUMS)[:num_asked, 0], won, *with_token)
 
 
 def answer_parts(

@@ -37,7 +37,7 @@ from outrider.workers.sequences.pages import PagePool
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.sequences.sequence import DraftOptions, Request, TokenEvent
 from outrider.workers.sequences.vocabulary import VocabularyRange
-from outrider.workers.target_rank import TargetRank
+from outrider.workers.target_rank import RunningRound, TargetRank
 from outrider.workers.trace import Tracer
 from outrider.workers.weights.config import ModelConfig
 
@@ -150,9 +150,9 @@ class _TimedRank(TargetRank):
         with self.clock:
             return super().prepare(steps, rows)
 
-    def sample(self, prepared: Prepared, logits: torch.Tensor, asked: Sequence[torch.Tensor]) -> Samples:
+    def sample(self, running: RunningRound, logits: torch.Tensor) -> Samples:
         with self.clock:
-            return super().sample(prepared, logits, asked)
+            return super().sample(running, logits)
 
 
 class _DirectLink:

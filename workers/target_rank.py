@@ -16,6 +16,7 @@ from outrider.workers.model.batch import TreeRows, lay_out
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.cuda_graphs import Staged, forward_of, target_capacities
 from outrider.workers.model.transformer import Hidden, Transformer
+from outrider.workers.model.whole_rounds import Around, WholeRounds, Written
 from outrider.workers.sampling.grammars import NO_GRAMMARS, Grammars
 from outrider.workers.sampling.sampler import NO_SAMPLES, Prepared, Sampler, Samples
 from outrider.workers.sequences.segments import Int64Array
@@ -32,7 +33,7 @@ class PlannedRound(NamedTuple):
     rows: TreeRows
     asking: npt.NDArray[np.bool_]  # [M], of the sampled nodes those that want log-probabilities
     prepared: Prepared | None  # None: nothing is sampled, or its law depends on the text before
-    on_host: list[torch.Tensor]  # what travels with the rows: see `TargetRank._launch`
+    on_host: list[torch.Tensor]  # what travels with the rows, and `Around.on_host`: see `TargetRank._launch`
     staged: Staged | None  # None: there are no rows
 
 
@@ -42,7 +43,8 @@ class RunningRound(NamedTuple):
     planned: PlannedRound
     prepared: Prepared | None
     logits: torch.Tensor | None  # [M, vocab_shard]; None: nothing is sampled
-    asked: Sequence[torch.Tensor]  # `Prepared.on_host`, on the device
+    asked: Sequence[torch.Tensor]  # `Prepared.on_host`, on the device, if it was not in a graph
+    sampled: Written | None  # what was sampled within a graph
     hidden: torch.Tensor | None
 
 
@@ -70,8 +72,6 @@ class TargetRank:
         """
         self.model = model
         self._cache = cache
-        capacities = target_capacities(model, cache, max_context)
-        self._forward = forward_of(model, cache, capacities, taps, with_logits=True)
         self._stretches = Stretches(model.device, tracer)
         self._num_slots, self._grammars = num_slots, grammars
         self.forget_sequences()
@@ -81,6 +81,11 @@ class TargetRank:
             model.communicator,
             model.kernels,
         )
+        whole = None
+        if model.kernels.kv_commit and model.kernels.sample_shard:
+            whole = WholeRounds(cache, self._sampler.ids, self._sampler.list_size)
+        capacities = target_capacities(model, cache, max_context)
+        self._forward = forward_of(model, cache, capacities, taps, with_logits=True, whole=whole)
 
     def forget_sequences(self) -> None:
         """Whoever sends drafts from now on knows none of those that ran."""
@@ -102,15 +107,18 @@ class TargetRank:
         """A round of sequences that no round which is not finished computes. Asks nothing of the device."""
         steps, sequences = draft.steps, self._sequences
         sampled = steps.sampled_rows
-        on_host = [*sequences.apply(draft), *map(torch.from_numpy, (sampled, steps.hidden_rows))]
+        moves = sequences.apply(draft)
         rows = sequences.rows(steps)
         prepared, staged = None, None
         # What takes long to prepare, texts that are looked through, waits until the device is busy.
         if len(sampled) and not sequences.follow_texts(steps):
             prepared = self.prepare(steps, rows)
-            on_host += prepared.on_host
+        around = Around(*moves, sampled, prepared.foreseen if prepared else None)
+        on_host = [torch.from_numpy(sampled), torch.from_numpy(steps.hidden_rows)]
         if steps.num_rows:
-            staged = self._forward.stage(lay_out(sequences.tables, rows), on_host)
+            staged = self._forward.stage(lay_out(sequences.tables, rows), on_host, around)
+        else:
+            on_host += around.on_host()
         return PlannedRound(draft, rows, sequences.asking(steps), prepared, on_host, staged)
 
     def launch(self, planned: PlannedRound) -> RunningRound:
@@ -123,28 +131,31 @@ class TargetRank:
         stretches, draft, staged = self._stretches, planned.draft, planned.staged
         steps, sampled = draft.steps, draft.steps.sampled_rows
         there = self._forward.send(staged) if staged else upload(planned.on_host, self.model.device)
-        sources, targets, sampled_index, hidden_index, *asked = there
-        self._cache.commit(sources, targets)
+        sampled_index, hidden_index, *asked = there
+        is_whole = staged is not None and staged.is_whole
+        if not is_whole:
+            sources, targets, *asked = asked
+            self._cache.commit(sources, targets)
         stretches.end("commit")
-        sent, logits = None, None
+        sent, logits, written = None, None, None
         if staged:
             hidden = self._forward.run()
             sent = self._hidden_rows(draft, hidden, hidden_index)
             if len(sampled):
                 logits = self._logits(hidden, sampled, sampled_index)
+                written = hidden.sampled if is_whole and planned.prepared else None
         stretches.end("forward", steps.num_rows)
         prepared = planned.prepared
         if len(sampled) and prepared is None:
             prepared = self.prepare(steps, planned.rows)
-        return RunningRound(planned, prepared, logits, asked, sent)
+        return RunningRound(planned, prepared, logits, asked, written, sent)
 
     @torch.inference_mode()
     def finish(self, running: RunningRound) -> Scores:
         """Waits for the device."""
         stretches, draft, samples = self._stretches, running.planned.draft, NO_SAMPLES
         if running.logits is not None:
-            assert running.prepared is not None
-            samples = self.sample(running.prepared, running.logits, running.asked)
+            samples = self.sample(running, running.logits)
         stretches.end("sample", len(draft.steps.sampled_rows))
         commit_s, forward_s, sample_s = stretches.settle()
         asking = running.planned.asking
@@ -169,9 +180,12 @@ class TargetRank:
         """What the laws of the sampled nodes depend on besides the logits."""
         return self._sampler.prepare(self._sequences.sampled(steps, rows), self._sequences.questions(steps))
 
-    def sample(self, prepared: Prepared, logits: torch.Tensor, asked: Sequence[torch.Tensor]) -> Samples:
+    def sample(self, running: RunningRound, logits: torch.Tensor) -> Samples:
         """The target's token after every sampled node, from logits [M, vocab_shard], and what else is asked."""
-        return self._sampler.sample_prepared(logits, prepared, asked)
+        prepared, sampled = running.prepared, running.sampled
+        assert prepared is not None
+        seen = sampled.answers(prepared.foreseen) if sampled else None
+        return self._sampler.sample_prepared(logits, prepared, running.asked, seen)
 
     def _logits(self, hidden: Hidden, sampled: Int64Array, index: torch.Tensor) -> torch.Tensor:
         """[M, vocab_shard] of the sampled rows, which are mostly all."""

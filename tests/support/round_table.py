@@ -76,14 +76,17 @@ accepted paths that move in the cache; a model without other ranks.
 {chr(10).join(rows_of(found))}
 
 The one upload holds a round's rows, which cache rows move, and what sampling is asked; where a law depends on the
-text before (penalties, grammars) that is worked out while the device is busy, and goes up on its own. The target's
-two launches are the move of cache rows before the graph, and sampling behind it: the head is in the graph. One
-launch of `sample_shard` makes bias and penalties, and takes them back; finds what top-k, top-p and min-p keep,
-however much that is; and gives each row's best tokens, sums, and for log-probabilities the likeliest before the
-edits. Two waits: for what sampling brings back, and for the round's times. Where ranks share the vocabulary none
-can say alone what is kept: the same launch gives the likeliest (128, or top-k and one, up to 1,025) instead, of
-which the ranks' hosts agree as without a GPU; a nucleus wider than that takes further looks, and so do the
-questions of lossy rules. Each step of a draft model, an EAGLE-3 drafter or an MTP head is a graph of up to 64 rows.
+text before (penalties, grammars) that is worked out while the device is busy, and goes up on its own. The move of
+cache rows, the head and sampling are in the target's graph (`workers/model/whole_rounds.py`; the move and sampling
+have not run within a graph on a GPU, where each was a launch of its own). Sampling is a launch behind the graph where
+a law has a bias or penalties, where the likeliest tokens are reported, and where ranks share the vocabulary and top-k
+is 128 or more. One launch of `sample_shard` makes bias and penalties, and takes them back; finds what top-k, top-p
+and min-p keep, however much that is; and gives each row's best tokens, sums, and for log-probabilities the likeliest
+before the edits. Two waits: for what sampling brings back, and for the round's times. Where ranks share the
+vocabulary none can say alone what is kept: the same launch gives the likeliest (128, or top-k and one, up to 1,025)
+instead, of which the ranks' hosts agree as without a GPU; a nucleus wider than that takes further looks, and so do
+the questions of lossy rules. Each step of a draft model, an EAGLE-3 drafter or an MTP head is a graph of up to 64
+rows.
 
 Levels of a draft model on one GPU, an EAGLE-3 drafter or an MTP head follow each other without the host
 (`workers/model/grown_steps.py`): the graph of a step has its sampling in it, and behind that `grow_trees`, which
@@ -94,8 +97,9 @@ grammars) or has a bias, the sequence takes its steps one by one. All of these g
 and MTP in part 12 of its check, in bfloat16, but not those of a draft model's levels.
 
 While a GPU computes a lane's round, the host plans the next one's, if its draft is here: pages, rows, masks, laws,
-and the copy itself, up to pinned memory. Behind the answer to the round before remain one upload, the move of rows
-and the replay, for none of which it waits (`serve_rounds`; on an H100 a round of a 70B's rank takes 0.8 ms less).
+and the copy itself, up to pinned memory. Behind the answer to the round before remain one upload and the replay, for
+neither of which it waits (`serve_rounds`; on an H100 a round of a 70B's rank took 0.8 ms less, the move of rows a
+launch before the replay).
 
 Within a replay: {PER_LAYER_BEFORE} → {found.per_layer} launches a layer (besides sums over ranks), and {before} → \
 {replayed} before, between and behind the layers.

@@ -10,6 +10,7 @@ pytest.importorskip("cuda.bindings", reason="the kernels' sources are read throu
 from outrider.workers.link.messages import Draft, Scores, SequenceStep, Steps
 from outrider.workers.link.starts import SequenceStart
 from outrider.workers.model import cuda_graphs
+from outrider.workers.model.whole_rounds import WholeRounds
 from outrider.workers.sequences.params import SamplingParams
 from outrider.workers.target_rank import PlannedRound, RunningRound, TargetRank, serve_rounds
 from outrider.workers.trace import Tracer
@@ -96,6 +97,21 @@ def test_rounds_planned_early_say_what_they_say_one_after_the_other(gpu: Counted
         assert scores.round_id == other.round_id
         assert scores.tokens.tolist() == other.tokens.tolist()
         assert scores.logprobs.tolist() == other.logprobs.tolist()
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_rounds_that_are_one_graph_say_what_they_say_with_launches_around_it(
+    gpu: CountedGpu, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafts = two_lanes(SAMPLINGS[name])
+    whole, apart = new_rank(gpu), new_rank(gpu)
+    expected = [whole.step(draft) for draft in drafts]
+    monkeypatch.setattr(WholeRounds, "takes", lambda self, around, num_rows: False)
+    for draft, scores in zip(drafts, expected, strict=True):
+        other = apart.step(draft)
+        for field in ("tokens", "failed", "logprobs", "top_ids", "top_logprobs"):
+            assert getattr(scores, field).tolist() == getattr(other, field).tolist()
+    assert torch.equal(whole._cache.kv.cpu(), apart._cache.kv.cpu())
 
 
 def test_a_round_is_planned_before_the_one_before_is_waited_for_and_launched_after_its_answer(

@@ -22,6 +22,7 @@ from outrider.workers.model.batch import ForwardBatch
 from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.static_batch import GraphCapacity, StagedBytes, StaticBatch
 from outrider.workers.model.transformer import Hidden, Transformer
+from outrider.workers.model.whole_rounds import Around, WholeRounds, extras_of
 from outrider.workers.weights.config import ModelConfig
 
 Result = TypeVar("Result")
@@ -57,6 +58,7 @@ class StagedBatch:
 
     batch: ForwardBatch
     others: Sequence[Tensor]
+    is_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,20 +67,28 @@ class StagedReplay:
 
     Attributes:
         num_rows: of the batch.
+        is_whole: what is around the forward is in the graph.
     """
 
     content: StagedBytes
     graphed: Graphed
     num_rows: int
+    is_whole: bool
 
 
 class Forward(ABC):
     """A model's forward over a cache, of batches that `lay_out` made."""
 
     @abstractmethod
-    def stage(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> Staged:
+    def stage(
+        self, batch: ForwardBatch, others: Sequence[Tensor] = (), around: Around | None = None
+    ) -> Staged:
         """A batch of the host, and other tensors of it, made ready for `send`. The device may still be at the batch
-        before, and its results in use."""
+        before, and its results in use.
+
+        around: what `run` is to do besides, if it can (`Staged.is_whole`); if not, its tensors are sent behind the
+            others.
+        """
 
     @abstractmethod
     def send(self, staged: Staged) -> list[Tensor]:
@@ -105,8 +115,10 @@ class EagerForward(Forward):
         self._device = model.device
         self._forward = partial(model.forward, cache=cache, taps=tuple(taps))
 
-    def stage(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> Staged:
-        return StagedBatch(batch, others)
+    def stage(
+        self, batch: ForwardBatch, others: Sequence[Tensor] = (), around: Around | None = None
+    ) -> Staged:
+        return StagedBatch(batch, [*others, *around.on_host()] if around else others)
 
     def send(self, staged: Staged) -> list[Tensor]:
         assert isinstance(staged, StagedBatch)
@@ -131,8 +143,12 @@ class GraphedForward(Forward):
         capacities: Sequence[GraphCapacity],
         taps: Sequence[int] = (),
         with_logits: bool = False,
+        whole: WholeRounds | None = None,
     ) -> None:
-        """`taps` and logits are recorded with the graphs, so they are the same for every batch."""
+        """`taps`, logits and what is around (`whole`, with logits) are recorded with the graphs, so they are the same
+        for every batch."""
+        assert with_logits or whole is None
+        self._whole = whole
         self._model = model
         self._eager = EagerForward(model, cache, taps)
         self._with_logits = with_logits
@@ -144,12 +160,20 @@ class GraphedForward(Forward):
         self._graphs: list[Graphed] = []
         self.pool: object = None  # the graphs' memory
 
-    def stage(self, batch: ForwardBatch, others: Sequence[Tensor] = ()) -> Staged:
+    def stage(
+        self, batch: ForwardBatch, others: Sequence[Tensor] = (), around: Around | None = None
+    ) -> Staged:
         for graphed in self._graphs:
             static = graphed[0]
             if static.capacity.holds(batch):
-                return StagedReplay(static.stage(batch, others), graphed, batch.tree.num_queries)
-        return self._eager.stage(batch, others)
+                num_rows = static.capacity.num_rows
+                is_whole = bool(self._whole and around and self._whole.takes(around, num_rows))
+                if around and not is_whole:
+                    others = [*others, *around.on_host()]
+                extras = self._whole.given(around if is_whole else None) if self._whole else ()
+                content = static.stage(batch, others, extras)
+                return StagedReplay(content, graphed, batch.tree.num_queries, is_whole)
+        return self._eager.stage(batch, others, around)
 
     def send(self, staged: Staged) -> list[Tensor]:
         if not isinstance(staged, StagedReplay):
@@ -174,7 +198,11 @@ class GraphedForward(Forward):
             Exception: there is no memory left, or a kernel cannot be compiled, loaded or run.
         """
         page_size, device = self._cache.page_size, self._model.device
-        self._statics = [StaticBatch(capacity, page_size, device) for capacity in self._capacities]
+        whole = self._whole
+        self._statics = [
+            StaticBatch(capacity, page_size, device, extras_of(capacity.num_rows) if whole else ())
+            for capacity in self._capacities
+        ]
         alone = Transformer(self._model.weights, SoloCommunicator(), self._model.kernels)
         for static in self._statics:
             hidden = self._computed(alone, static)
@@ -194,8 +222,14 @@ class GraphedForward(Forward):
         self._graphs = recorded(self._statics, partial(self._computed, self._model), self.pool)
 
     def _computed(self, model: Transformer, static: StaticBatch) -> Hidden:
+        if self._whole:
+            self._whole.before(static.extras)
         hidden = model.forward(static.batch, self._cache, self._taps)
-        return replace(hidden, logits=model.logits(hidden.last)) if self._with_logits else hidden
+        if not self._with_logits:
+            return hidden
+        logits = model.logits(hidden.last)
+        sampled = self._whole.behind(logits, static.extras) if self._whole else None
+        return replace(hidden, logits=logits, sampled=sampled)
 
 
 Graphed: TypeAlias = tuple[StaticBatch, torch.cuda.CUDAGraph, Hidden]
@@ -251,11 +285,12 @@ def forward_of(
     capacities: Sequence[GraphCapacity],
     taps: Sequence[int] = (),
     with_logits: bool = False,
+    whole: WholeRounds | None = None,
 ) -> Forward:
     """By graphs where every rank can have them. Ranks must call it, and what it returns, together.
 
     `taps`: layers whose inputs every call returns beside the last hidden rows, see `Hidden`; `with_logits`: graphs
-    give the logits of all rows, too. Both are the same on every rank.
+    give the logits of all rows, too; `whole`: and do what is around a round's forward. The same on every rank, all.
 
     A rank that replays sums over ranks needs partners that replay them as well. So before the first sum the ranks
     agree that nothing is wrong with any of them alone, and after the captures that all have succeeded.
@@ -266,7 +301,7 @@ def forward_of(
     eager = EagerForward(model, cache, taps)
     if model.device.type != "cuda":
         return eager
-    graphed = GraphedForward(model, cache, capacities, taps, with_logits)
+    graphed = GraphedForward(model, cache, capacities, taps, with_logits, whole)
     (possible,) = agreed(model.communicator, [can_be_captured(model)])
     if possible and _all_manage(graphed.rehearse, model.communicator):
         graphed.warm_up()

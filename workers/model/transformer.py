@@ -16,6 +16,7 @@ from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.linear import pad_rows
 from outrider.workers.model.loader import ModelWeights
 from outrider.workers.model.rope import RotaryEmbedding
+from outrider.workers.model.whole_rounds import Written
 from outrider.workers.weights.config import RoutedMlp
 
 
@@ -28,16 +29,19 @@ class Hidden:
         taps: by layer, [N, hidden] that enter it, for the layers asked for. Layer 0 reads the embedding; the number
             of layers stands for `last`.
         logits: of this rank, float32 [N, vocab_shard], where they came along.
+        sampled: what was sampled of these, where that came along, too.
     """
 
     last: Tensor
     taps: Mapping[int, Tensor]
     logits: Tensor | None = None
+    sampled: Written | None = None
 
     def first(self, num_rows: int) -> "Hidden":
         """Of the first `num_rows` rows; no copy."""
         taps = {layer: rows[:num_rows] for layer, rows in self.taps.items()}
-        return Hidden(self.last[:num_rows], taps, None if self.logits is None else self.logits[:num_rows])
+        logits = None if self.logits is None else self.logits[:num_rows]
+        return Hidden(self.last[:num_rows], taps, logits, self.sampled)
 
 
 class Transformer:

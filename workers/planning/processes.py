@@ -18,6 +18,7 @@ from outrider.workers.model.grown_steps import MAX_GROWN_STEPS
 from outrider.workers.model.shard import ShardPlan, bytes_per_page
 from outrider.workers.model.sizes import WeightBytes, weight_bytes
 from outrider.workers.model.static_batch import GraphCapacity, StaticBatch
+from outrider.workers.model.whole_rounds import answer_bytes, extras_of
 from outrider.workers.planning.activations import FLOAT32_BYTES, forward_bytes, gathered_bytes, logits_bytes
 from outrider.workers.planning.heads import Heads
 from outrider.workers.setup import cache_dtype, target_cache_bytes, torch_dtype
@@ -105,6 +106,10 @@ def target_memory(config: Config, model: ModelConfig, rank: int, num_taps: int) 
         context = min(target.max_context, model.max_context, num_pages * target.page_size)
         activations += gathered_bytes(plan, rounds.max_round_tokens, context, dtype, cache)
     logits = logits_bytes(plan, min(nodes, rounds.max_round_tokens), dtype)
+    graphs = 0
+    if by_kernel:
+        graphs = graph_bytes(plan, capacities, target.page_size, dtype, num_taps, with_logits=True)
+        graphs += whole_round_bytes(plan, capacities)
     communication = RANKS_BYTES if target.tp_size > 1 else 0
     if rank == 0 and num_taps and _links_gpus(config):
         communication += LINK_BYTES
@@ -114,7 +119,7 @@ def target_memory(config: Config, model: ModelConfig, rank: int, num_taps: int) 
         heads=0,
         kv_cache=target_cache_bytes(config, plan),
         kv_tokens=num_pages * target.page_size,
-        graphs=graph_bytes(plan, capacities, target.page_size, dtype, num_taps, True) if by_kernel else 0,
+        graphs=graphs,
         activations=activations + logits,
         communication=communication if on_gpu else 0,
         context=context_bytes(on_gpu),
@@ -198,6 +203,17 @@ def graph_bytes(
         others = sum(num_rows) - max(num_rows)
         pool += logits_bytes(plan, max(num_rows), dtype) + others * len(plan.vocab) * FLOAT32_BYTES
     return inputs + pool + len(capacities) * plan.config.num_layers * GRAPH_BYTES_PER_LAYER
+
+
+def whole_round_bytes(plan: ShardPlan, capacities: list[GraphCapacity]) -> int:
+    """Of what graphs of the target's rounds have around their forwards, see `WholeRounds`."""
+    from outrider.workers.sampling.candidates import usual_list_size
+
+    list_size, num_bytes = usual_list_size(plan.config.vocab_size, len(plan.vocab)), 0
+    for capacity in capacities:
+        num_bytes += num_bytes_of([part for part, _ in extras_of(capacity.num_rows)])
+        num_bytes += answer_bytes(capacity.num_rows, list_size)
+    return num_bytes
 
 
 def step_graph_bytes(config: Config, drafter: ModelConfig) -> int:

@@ -137,11 +137,22 @@ def foresee(
     return AskedRows(rows, edits.edits, num if len(rows) else 0, list_size, raw_list_size)
 
 
+def usual_list_size(vocab_size: int, shard_size: int) -> int:
+    """Of the likeliest tokens that `foresee` asks for where rows are truncated, but with a large top-k; 0: none."""
+    return 0 if shard_size == vocab_size else min(_fewest(vocab_size), shard_size)
+
+
 def _first_count(params: RowParameters, rows: Int64Array, vocab_size: int) -> int:
     """How many logits a rank sends at first."""
-    if vocab_size <= _SMALL_VOCABULARY:
-        return vocab_size + 1  # a rank that has sent all it has ends with -inf
-    return max(_FIRST_COUNT, 1 + int(params.top_k[rows].max(initial=0)))
+    fewest = _fewest(vocab_size)
+    return (
+        fewest if vocab_size <= _SMALL_VOCABULARY else max(fewest, 1 + int(params.top_k[rows].max(initial=0)))
+    )
+
+
+def _fewest(vocab_size: int) -> int:
+    """Of a small vocabulary, all and one: a rank that has sent all it has ends with -inf."""
+    return vocab_size + 1 if vocab_size <= _SMALL_VOCABULARY else _FIRST_COUNT
 
 
 def _are_summed(params: RowParameters, rows: Int64Array) -> npt.NDArray[np.bool_]:

@@ -48,6 +48,7 @@ class DeviceShard:
         kernels: KernelSelection,
         foreseen: AskedRows = NOTHING_FORESEEN,
         there: Sequence[torch.Tensor] = (),
+        seen: Answers | None = None,
     ) -> None:
         """
         Args:
@@ -55,6 +56,7 @@ class DeviceShard:
             foreseen: of all rows in their order, or of none. With the edits that the law asks for; top-k, top-p and
                 min-p only where this is the whole vocabulary.
             there: what is foreseen, if it has been copied already, see `sample_shard`.
+            seen: the answers to it, if they are there already.
         """
         assert kernels.sample_shard
         self._logits = logits
@@ -65,6 +67,8 @@ class DeviceShard:
         self._edits: Edits | None = None
         # What is known of each row without a further look.
         self._has_maximum = np.ones(len(foreseen.rows), dtype=np.bool_)
+        if seen is not None:
+            self._seen = seen
 
     @cached_property
     def _seen(self) -> Answers:
@@ -86,8 +90,8 @@ class DeviceShard:
         sums["sum"], sums["maximum"] = sums["raw_sum"], sums["raw_maximum"]
         winners["logit"] = winners["raw_logit"]
         foreseen = replace(asked, rows=rows, edits=asked.edits[:0], list_size=asked.raw_list_size)
-        shard = DeviceShard(self._logits, self._ids, self._kernels, foreseen)
-        shard._seen = Answers(sums, winners, seen.raw_lists, seen.raw_lists)
+        answers = Answers(sums, winners, seen.raw_lists, seen.raw_lists)
+        shard = DeviceShard(self._logits, self._ids, self._kernels, foreseen, seen=answers)
         shard._has_maximum = rows["wants_raw"] > 0
         return shard
 

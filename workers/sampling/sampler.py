@@ -19,13 +19,13 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.noise import Float32Array, Int64Array
-from outrider.kernels.sample_shard import MAX_LOGIT, AskedRows
+from outrider.kernels.sample_shard import MAX_LOGIT, Answers, AskedRows
 from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.shard_logits import DENSE, ShardLogits
 from outrider.kernels.token_rows import REMOVED, UInt64Array, ids_of
 from outrider.workers.link.communicator import Communicator
-from outrider.workers.sampling.candidates import best_if_kept, foresee, kept_tokens
+from outrider.workers.sampling.candidates import best_if_kept, foresee, kept_tokens, usual_list_size
 from outrider.workers.sampling.context import RowParameters, SampledRows
 from outrider.workers.sampling.device_shard import NOTHING_FORESEEN, DeviceShard
 from outrider.workers.sampling.law import NO_EDITS, Edits, PlannedEdits, planned_edits
@@ -139,6 +139,11 @@ class Sampler:
         """Of the logits' columns."""
         return self._ids
 
+    @property
+    def list_size(self) -> int:
+        """Of the likeliest tokens, where `prepare` foresees that they are asked for; a large top-k asks for more."""
+        return usual_list_size(self._vocab_size, len(self._ids))
+
     def prepare(
         self, groups: Sequence[SampledRows], questions: LawQuestions = NO_QUESTIONS, num: int = 1
     ) -> Prepared:
@@ -163,7 +168,11 @@ class Sampler:
 
     @np.errstate(over="ignore")  # what leaves float32 downwards is as good as removed
     def sample_prepared(
-        self, logits: torch.Tensor, prepared: Prepared, there: Sequence[torch.Tensor] = ()
+        self,
+        logits: torch.Tensor,
+        prepared: Prepared,
+        there: Sequence[torch.Tensor] = (),
+        seen: Answers | None = None,
     ) -> Samples:
         """Sample one token per row.
 
@@ -171,8 +180,9 @@ class Sampler:
             logits: float32 [num_rows, len(vocabulary)], straight from the model. Edited while this runs, and as
                 before when it returns.
             there: `prepared.on_host` on the logits' device, if it has been copied already.
+            seen: what was foreseen, if it is known already.
         """
-        batch, questions = self._edit(logits, prepared, there), prepared.questions
+        batch, questions = self._edit(logits, prepared, there, seen), prepared.questions
         best = np.zeros(len(batch.maxima), dtype=np.uint64)  # token 0 where a row is invalid
         valid = np.zeros(len(best), dtype=np.bool_)
         if len(batch.whole):
@@ -265,7 +275,13 @@ class Sampler:
         batch.undo()
         return torch.from_numpy(ids), torch.from_numpy(log_probs)
 
-    def _edit(self, logits: torch.Tensor, prepared: Prepared, there: Sequence[torch.Tensor]) -> _Edited:
+    def _edit(
+        self,
+        logits: torch.Tensor,
+        prepared: Prepared,
+        there: Sequence[torch.Tensor],
+        seen: Answers | None = None,
+    ) -> _Edited:
         params = prepared.params
         assert logits.shape == (params.num_rows, len(self._ids))
         if not self._kernels.sample_shard:
@@ -273,7 +289,7 @@ class Sampler:
         masked, edits = mask_rows(logits, prepared.groups, self._ids), NO_EDITS
         shard: Shard
         if self._kernels.sample_shard:
-            shard = DeviceShard(logits, self._ids, self._kernels, prepared.foreseen, there)
+            shard = DeviceShard(logits, self._ids, self._kernels, prepared.foreseen, there, seen)
         else:
             edits = prepared.edits.make(logits)
             shard = ShardLogits(logits, self._ids)

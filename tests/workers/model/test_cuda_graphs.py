@@ -194,7 +194,7 @@ class ScriptedGraphs:
 
     fails: tuple[str, int] = ("nothing", 0)
 
-    def __init__(self, model: Any, cache: Any, capacities: Any, taps: Any, with_logits: Any) -> None:
+    def __init__(self, model: Any, *others: Any) -> None:
         self.communicator: Communicator = model.communicator
         self.warmed_up = False
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from outrider.cluster.cli.main import app
 from outrider.configs.loader import load_config, preset_names
 from outrider.configs.schema import Config
+from outrider.kernels.sample_shard import SUMS, WINNER
 from outrider.kernels.selection import REFERENCES
 from outrider.workers.first_gpu.trees import chain, trees_of
 from outrider.workers.link.communicator import SoloCommunicator
@@ -25,11 +26,12 @@ from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.static_batch import ROOM_BYTES, StaticBatch
 from outrider.workers.model.transformer import Transformer
+from outrider.workers.model.whole_rounds import extras_of
 from outrider.workers.planning import gpus
 from outrider.workers.planning.activations import forward_bytes, gathered_bytes, logits_bytes
 from outrider.workers.planning.deployment import Models, plan_memory
 from outrider.workers.planning.heads import heads_of
-from outrider.workers.planning.processes import GRAPH_BYTES_PER_LAYER, graph_bytes
+from outrider.workers.planning.processes import GRAPH_BYTES_PER_LAYER, graph_bytes, whole_round_bytes
 from outrider.workers.setup import cache_dtype, target_cache, torch_dtype
 from outrider.workers.weights import resolver
 from outrider.workers.weights.random_source import RandomSource
@@ -172,6 +174,13 @@ def test_graphs_have_the_inputs_that_are_planned() -> None:
     assert kept < logits < 2 * kept
     assert 0 <= without - (inputs + pool + len(capacities) * 80 * GRAPH_BYTES_PER_LAYER) < 4096  # alignment
     assert without >= inputs + pool + len(capacities) * 80 * GRAPH_BYTES_PER_LAYER
+    whole = [
+        StaticBatch(capacity, 16, torch.device("cpu"), extras_of(capacity.num_rows))
+        for capacity in capacities
+    ]
+    added = sum(static.num_bytes for static in whole) - (inputs + len(capacities) * ROOM_BYTES)
+    answers = (8 + 16 + 32 + 64 + 128 + 256) * (SUMS.itemsize + WINNER.itemsize + 128 * 8)
+    assert 0 <= added + answers - whole_round_bytes(plan, capacities) < 4096  # alignment of the inputs
 
 
 def run(*arguments: str) -> Any:
