@@ -38,6 +38,7 @@ from outrider.kernels import (
     tree_attention,
 )
 from outrider.kernels.launch_plans import LaunchPlan
+from outrider.workers.model import cuda_graphs
 from support import pretend_gpu as pretended
 from support.cuda_on_cpu.kernels import source_kernels
 from support.pretend_gpu import PretendTensor, device_in, is_gpu, pretend_gpu
@@ -271,8 +272,10 @@ def counted_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountedGpu]:
     monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: (gpu.wait(), plain_wait(event)))
     monkeypatch.setattr(pretended, "run", lambda *call: gpu.run(run, *call))
     monkeypatch.setattr(launch_plans, "_launcher", lambda device: gpu)
-    monkeypatch.setattr(tree_attention, "_num_sms", lambda device: 132)
-    monkeypatch.setattr(narrow_matmul, "gpu_resources", lambda device: (132, 227 << 10))
+    # Few: a block that finds nothing to do is executed thread by thread all the same.
+    monkeypatch.setattr(tree_attention, "_num_sms", lambda device: 2)
+    monkeypatch.setattr(narrow_matmul, "gpu_resources", lambda device: (2, 227 << 10))
+    monkeypatch.setattr(cuda_graphs, "WARM_UP_RUNS", 1)
     for module in KERNEL_MODULES:
         name = module.__name__.split(".")[-1]
         monkeypatch.setattr(module, f"{name}_op", on_values(getattr(module, f"{name}_on_gpu")))

@@ -50,8 +50,8 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> CountingLauncher:
     torch.set_num_threads(1)
     counting = CountingLauncher()
     monkeypatch.setattr(launch_plans, "_launcher", lambda device: counting)
-    monkeypatch.setattr(tree_attention, "_num_sms", lambda device: 132)
-    monkeypatch.setattr(narrow_matmul, "gpu_resources", lambda device: (132, 227 << 10))
+    monkeypatch.setattr(tree_attention, "_num_sms", lambda device: 2)
+    monkeypatch.setattr(narrow_matmul, "gpu_resources", lambda device: (2, 227 << 10))
     # The bodies that run on a GPU; on CPU tensors the operators would choose the references.
     for module in KERNEL_MODULES:
         name = module.__name__.split(".")[-1]
