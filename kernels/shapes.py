@@ -1,6 +1,10 @@
 """Checks arguments by name: which of them disagrees, and with which."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import chain
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,21 +22,54 @@ def check_shapes(tensors: Sequence[NamedTensor]) -> None:
     Raises:
         ValueError: e.g. "k_pages must be [P, PAGE, HK, D], got [9, 16, 2, 64]; D is 128 in q".
     """
+    _, values, dimensions = zip(*tensors, strict=True)
+    ranks, pick, equals, numbers = _pairs(dimensions)
+    shapes = [tensor.shape for tensor in values]
+    if [*map(len, shapes)] == ranks:
+        sizes = (*chain.from_iterable(shapes), *numbers, 0)
+        if pick(sizes) == equals(sizes):
+            return
+    raise ValueError(_disagreement(tensors))
+
+
+@cache
+def _pairs(
+    dimensions: tuple[tuple[Dimension, ...], ...],
+) -> tuple[list[int], Callable[[Any], Any], Callable[[Any], Any], list[int]]:
+    """What `check_shapes` compares, found once for each list of dimensions, since every layer of every forward asks:
+    the lengths of shapes; of all sizes and behind them the numbers that are returned last, those that must equal
+    others; the others."""
+    flat = [dimension for each in dimensions for dimension in each]
+    numbers = [dimension for dimension in flat if isinstance(dimension, int)]
+    first: dict[str, int] = {}
+    where, equals, num_numbers = [-1], [-1], 0  # one is always there
+    for place, dimension in enumerate(flat):
+        if isinstance(dimension, int):
+            other = len(flat) + num_numbers
+            num_numbers += 1
+        else:
+            other = first.setdefault(dimension, place)
+        if other != place:
+            where.append(place)
+            equals.append(other)
+    return [len(each) for each in dimensions], itemgetter(*where), itemgetter(*equals), numbers
+
+
+def _disagreement(tensors: Sequence[NamedTensor]) -> str:
+    """The first there is."""
     sizes: dict[str, tuple[int, str]] = {}
     for name, tensor, dimensions in tensors:
-        shape = tensor.shape
-        if len(shape) != len(dimensions):
-            raise ValueError(_message(name, tensor, dimensions, f"{len(dimensions)} dimensions are needed"))
-        for dimension, size in zip(dimensions, shape, strict=True):
+        if len(tensor.shape) != len(dimensions):
+            return _message(name, tensor, dimensions, f"{len(dimensions)} dimensions are needed")
+        for dimension, size in zip(dimensions, tensor.shape, strict=True):
             if isinstance(dimension, int):
                 if size != dimension:
-                    raise ValueError(_message(name, tensor, dimensions, f"{size} where {dimension} must be"))
+                    return _message(name, tensor, dimensions, f"{size} where {dimension} must be")
             else:
                 expected, where = sizes.setdefault(dimension, (size, name))
                 if size != expected:
-                    raise ValueError(
-                        _message(name, tensor, dimensions, f"{dimension} is {expected} in {where}")
-                    )
+                    return _message(name, tensor, dimensions, f"{dimension} is {expected} in {where}")
+    raise AssertionError("all of them agree")
 
 
 def _message(name: str, tensor: Tensor, dimensions: Sequence[Dimension], reason: str) -> str:

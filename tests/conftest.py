@@ -1,5 +1,6 @@
 """Settings of all tests, and the count of numerical ties at the end of the run."""
 
+import gc
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +15,9 @@ from outrider.cluster.bench.identity import Mismatch
 settings.register_profile("outrider", deadline=None, derandomize=True)
 settings.load_profile("outrider")
 
+# Until all is imported and collected nothing becomes garbage, and looking for it takes a tenth of the time.
+gc.disable()
+
 _TIES: pytest.StashKey[list[Mismatch]] = pytest.StashKey()
 
 
@@ -21,6 +25,13 @@ def pytest_configure() -> None:
     """One thread from the start: cases are prepared while tests are collected, and two processes share the machine.
     Threads that wait for each other on processors which both processes want take far longer than one alone."""
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays, and is not looked at again; and tests make much that is soon gone."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 10)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

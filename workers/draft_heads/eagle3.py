@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from outrider.kernels.rms_norm import rms_norm
 from outrider.workers.draft_heads.lm_head import LmHeadShape, make_lm_head
 from outrider.workers.weights.config import DenseMlp, LayerConfig, ModelConfig, Rope
 
@@ -86,7 +87,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # In training x may be narrower than the weight; the fused norm wants one dtype.
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class Eagle3Attention(nn.Module):

@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from outrider.kernels.rms_norm import rms_norm
 from outrider.workers.draft_heads.eagle3 import Attend, GatedMlp, RmsNorm
 from outrider.workers.draft_heads.lm_head import LmHeadShape, make_lm_head
 from outrider.workers.draft_heads.start_values import fill_normal
@@ -174,7 +174,7 @@ class MtpDrafter(nn.Module):
 
     def features(self, taps: Tensor) -> Tensor:
         """Rows [N, hidden] that leave the target's last layer -> features [N, hidden]."""
-        return F.rms_norm(taps, (taps.shape[-1],), self.target_norm.to(taps.dtype), self.eps)
+        return rms_norm(taps, self.target_norm.to(taps.dtype), self.eps)
 
     def forward(self, embedded: Tensor, features: Tensor, attend: Attend) -> Tensor:
         """Embedding rows [N, hidden] of tokens and the features [N, hidden] of the positions before them -> output

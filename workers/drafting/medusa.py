@@ -13,11 +13,11 @@ from collections.abc import Sequence as SequenceABC
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.configs.schema import Config
 from outrider.kernels.proposals import NUM_SAMPLED_KINDS, priors_and_kinds
+from outrider.kernels.rms_norm import rms_norm
 from outrider.workers.draft_heads.checkpoint import read_medusa
 from outrider.workers.draft_heads.medusa import MedusaHeads
 from outrider.workers.drafting.acceptance import AcceptanceEstimator
@@ -208,7 +208,7 @@ class MedusaMethod(DraftMethod):
 
     def _logits(self, rows: Tensor) -> Tensor:
         """float32 [B * K, V] of rows [B, hidden], a sequence's heads together."""
-        normed = F.rms_norm(rows, (rows.shape[1],), self._final_norm, self._eps)
+        normed = rms_norm(rows, self._final_norm, self._eps)
         logits = [self._heads.logits(head, normed) for head in range(self._num_heads)]
         return torch.stack(logits, dim=1).flatten(0, 1).float()
 

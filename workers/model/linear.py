@@ -110,7 +110,9 @@ class PackedLinear:
         self._blocks = [_pack(part) for part in weight.split(self._columns, dim=1)]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._product(pad_rows(x))[: len(x)]
+        rows = x.shape[0]
+        padded = pad_rows(x)
+        return self._product(padded) if padded is x else self._product(padded)[:rows]
 
     def _product(self, x: Tensor) -> Tensor:
         if len(self._blocks) == 1:

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.kernels.add_rms_norm import add_rms_norm
 from outrider.kernels.gather_rows import gather_rows
+from outrider.kernels.rms_norm import rms_norm
 from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.workers.link.communicator import Communicator
 from outrider.workers.model.batch import ForwardBatch
@@ -99,10 +99,10 @@ class Transformer:
         """
         hidden = self._padded(self.embed(batch.tokens))
         rotations = [rope(batch.positions) for rope in self._ropes]
-        eps, width = self.config.rms_norm_eps, (self.config.hidden_size,)
+        eps = self.config.rms_norm_eps
         tapped: dict[int, Tensor] = {}
         layers = self.weights.layers
-        normed = F.rms_norm(hidden, width, layers[0].attention_norm, eps)
+        normed = rms_norm(hidden, layers[0].attention_norm, eps)
         for index, layer in enumerate(layers):
             if index in taps:
                 tapped[index] = hidden
@@ -122,8 +122,7 @@ class Transformer:
     @torch.inference_mode()
     def normed(self, hidden: Tensor) -> Tensor:
         """Rows [M, hidden] of `Hidden.last` after the final norm, as the head reads them."""
-        width, eps = (self.config.hidden_size,), self.config.rms_norm_eps
-        return F.rms_norm(hidden, width, self.weights.final_norm, eps)
+        return rms_norm(hidden, self.weights.final_norm, self.config.rms_norm_eps)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -148,8 +147,8 @@ class Transformer:
         heads = layer.qkv(normed).view(-1, Q + 2 * HK, D)[: batch.tree.num_queries]
         q, k, v = heads.split((Q, HK, HK), dim=1)
         if self.config.qk_norm:
-            q = F.rms_norm(q, (D,), layer.q_norm, self.config.rms_norm_eps)
-            k = F.rms_norm(k, (D,), layer.k_norm, self.config.rms_norm_eps)
+            q = rms_norm(q, layer.q_norm, self.config.rms_norm_eps)
+            k = rms_norm(k, layer.k_norm, self.config.rms_norm_eps)
         q = cache.append(index, q, k, v, rotation, batch.kv_rows, self.kernels.rope_append)
         if self._query_places is not None:
             places = q.new_zeros(len(q), self.plan.num_query_places, D)
