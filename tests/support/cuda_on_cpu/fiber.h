@@ -31,7 +31,15 @@ inline void* prepare_stack(char* stack, size_t bytes, void (*entry)()) {
 }
 
 inline void raw_copy(void* target, const void* source, size_t bytes) {
-  asm volatile("rep movsb" : "+D"(target), "+S"(source), "+c"(bytes)::"memory");
+  auto* to = (unsigned char*)target;
+  auto* from = (const unsigned char*)source;
+  unsigned long long word;
+  for (; bytes >= 8; bytes -= 8, to += 8, from += 8)
+    asm volatile("movq (%2), %0\n\tmovq %0, (%1)" : "=&r"(word) : "r"(to), "r"(from) : "memory");
+  for (; bytes >= 4; bytes -= 4, to += 4, from += 4)
+    asm volatile("movl (%2), %k0\n\tmovl %k0, (%1)" : "=&r"(word) : "r"(to), "r"(from) : "memory");
+  for (; bytes > 0; bytes--, to++, from++)
+    asm volatile("movb (%2), %b0\n\tmovb %b0, (%1)" : "=&q"(word) : "r"(to), "r"(from) : "memory");
 }
 
 // Brings `in` (at most 64 bytes) to a warp operation; returns the slots of all lanes once they have arrived, after

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <numeric>
 #include <random>
 #include <string>
@@ -68,7 +69,7 @@ struct Fiber {
     index = thread_index;
     stack_pointer = stack;
     tsan = __tsan_create_fiber(0);
-    num_block_barriers = num_warp_barriers = num_operations = 0;
+    mask = num_block_barriers = num_warp_barriers = num_operations = 0;
     num_queued = num_taken = num_groups = 0;
   }
 
@@ -123,7 +124,8 @@ bool complete_operation(u32 warp, u32 lane) {
   for (u32 l = 0; l < 32; l++) {
     if (!(mask >> l & 1)) continue;
     Fiber& other = lanes[l];
-    if (other.state != first.state || other.mask != mask || strcmp(other.operation, first.operation)) return false;
+    if (other.state != first.state || other.mask != mask) return false;
+    if (other.operation != first.operation && strcmp(other.operation, first.operation)) return false;
     inputs[l] = other.slot();
   }
   if (first.combine) first.combine(inputs);
@@ -148,7 +150,14 @@ bool step_warp(u32 warp) {
     moved = true;
     if (!current->error.empty()) return false;
   }
-  for (u32 lane = 0; lane < 32; lane++) moved |= complete_operation(warp, lane);
+  u32 incomplete = 0;  // the mask that was looked at last: its other lanes wait for the same
+  for (u32 lane = 0; lane < 32; lane++) {
+    const u32 mask = current->fibers[warp * 32 + lane].mask;
+    if (mask == incomplete && mask >> lane & 1) continue;
+    const bool completed = complete_operation(warp, lane);
+    incomplete = completed ? 0 : mask;
+    moved |= completed;
+  }
   return moved;
 }
 
@@ -207,6 +216,15 @@ char* map_stacks(size_t num) {
   return (char*)mmap(nullptr, STACK_BYTES * num, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
                      -1, 0);
 }
+// What launches of one size leave to the next ones of a thread: fibers are large, and fresh stacks are pages to fault.
+struct Kept {
+  std::vector<Fiber> fibers;
+  char* stacks;
+
+  explicit Kept(size_t num) : fibers(num), stacks(map_stacks(num)) {}
+  ~Kept() { munmap(stacks, STACK_BYTES * fibers.size()); }
+};
+thread_local std::map<size_t, Kept> kept;
 }  // namespace
 
 unsigned char* dynamic_shared() { return current->shared; }
@@ -285,7 +303,9 @@ int launch(void (*body)(void*), void* context, Index grid, Index block, size_t s
   state.context = context;
   state.schedule = schedule;
   state.random.seed(schedule.seed);
-  state.fibers.resize((size_t)block.x * block.y * block.z);
+  const size_t num_threads = (size_t)block.x * block.y * block.z;
+  Kept& own = kept.try_emplace(num_threads, num_threads).first->second;
+  state.fibers.swap(own.fibers);
   if (state.fibers.empty() || state.fibers.size() % 32 || state.fibers.size() > 1024) state.error = "bad block size";
   state.scheduler_tsan = __tsan_get_current_fiber();
   __tsan_release(&state.start_tag);
@@ -299,7 +319,6 @@ int launch(void (*body)(void*), void* context, Index grid, Index block, size_t s
   const size_t padded_bytes = (shared_bytes + 127) / 128 * 128;
   std::vector<unsigned char*> used;
   std::vector<void*> used_fibers;
-  char* stacks = map_stacks(state.fibers.size());
   for (size_t number : order) {
     if (!state.error.empty()) break;
     Index index = {(u32)(number % grid.x), (u32)(number / grid.x % grid.y), (u32)(number / grid.x / grid.y)};
@@ -310,10 +329,10 @@ int launch(void (*body)(void*), void* context, Index grid, Index block, size_t s
       used.push_back(state.shared);
     }
 #ifdef OUTRIDER_TSAN
-    munmap(stacks, STACK_BYTES * state.fibers.size());
-    stacks = map_stacks(state.fibers.size());
+    munmap(own.stacks, STACK_BYTES * state.fibers.size());
+    own.stacks = map_stacks(state.fibers.size());
 #endif
-    run_block(stacks);
+    run_block(own.stacks);
     for (Fiber& f : state.fibers) used_fibers.push_back(f.tsan);
 #ifndef OUTRIDER_TSAN
     free(state.shared);
@@ -324,7 +343,7 @@ int launch(void (*body)(void*), void* context, Index grid, Index block, size_t s
   __tsan_acquire(&state.end_tag);
   for (void* fiber : used_fibers) __tsan_destroy_fiber(fiber);
   for (unsigned char* shared : used) free(shared);
-  munmap(stacks, STACK_BYTES * state.fibers.size());
+  state.fibers.swap(own.fibers);
   snprintf(error, error_size, "%s", state.error.c_str());
   return !state.error.empty();
 }
