@@ -290,7 +290,7 @@ def forward_of(
     """By graphs where every rank can have them. Ranks must call it, and what it returns, together.
 
     `taps`: layers whose inputs every call returns beside the last hidden rows, see `Hidden`; `with_logits`: graphs
-    give the logits of all rows, too; `whole`: and do what is around a round's forward. The same on every rank, all.
+    give the logits of all rows, too; `whole`: and do what is around a round's forward. All the same on every rank.
 
     A rank that replays sums over ranks needs partners that replay them as well. So before the first sum the ranks
     agree that nothing is wrong with any of them alone, and after the captures that all have succeeded.

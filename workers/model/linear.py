@@ -110,9 +110,9 @@ class PackedLinear:
         self._blocks = [_pack(part) for part in weight.split(self._columns, dim=1)]
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.shape[0]
         padded = pad_rows(x)
-        return self._product(padded) if padded is x else self._product(padded)[:rows]
+        product = self._product(padded)
+        return product if padded is x else product[: len(x)]
 
     def _product(self, x: Tensor) -> Tensor:
         if len(self._blocks) == 1:

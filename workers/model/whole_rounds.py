@@ -1,5 +1,5 @@
 """A target's round as one graph: cache rows of accepted paths move, forward and head run, rows are sampled where laws
-ask what they mostly do. The host launches nothing besides.
+ask what they mostly do. The host launches nothing besides, and all of it counts as the forward's time.
 
 Not run on a GPU.
 """
@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels import sample_shard as sampling
-from outrider.kernels.sample_shard import (
-    ROW,
-    Answers,
-    AskedRows,
-    answer_parts,
-    answers_in,
-)
+from outrider.kernels.sample_shard import ROW, Answers, AskedRows, answer_parts, answers_in
 from outrider.kernels.shard_ids import ShardIds
 from outrider.kernels.transfers import Part, num_bytes_of
 from outrider.workers.model.cache import PagedCache
@@ -29,9 +23,8 @@ from outrider.workers.sequences.segments import Int64Array
 _NOT_MOVED = -1
 _NOT_ASKED = 255  # in every byte: the row of the logits is negative
 _NO_MOVES = torch.empty(0, dtype=torch.int64)
-_FEWEST_MOVES = (
-    64  # that a graph has room for: the paths of the round before may have had more rows than this one
-)
+_FEWEST_MOVES = 64
+"""That a graph has room for: the paths of the round before may have had more rows than this one."""
 
 
 class Around(NamedTuple):
