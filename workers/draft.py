@@ -45,6 +45,7 @@ from outrider.workers.setup import (
     load_target_tensors,
     read_model_config,
     target_grammars,
+    target_row_step,
     torch_device,
     transport_for,
     use_device,
@@ -142,7 +143,8 @@ class DraftWorker:
                     step_times.setdefault(method.name, []).append(median(known))
         progress("profile", len(counts), len(counts))
         steps = {name: PassProfile(tuple(counts), tuple(times)) for name, times in step_times.items()}
-        return Profiles(PassProfile(tuple(counts), tuple(target_times)), steps)
+        target = PassProfile(tuple(counts), tuple(target_times), target_row_step(self.config))
+        return Profiles(target, steps)
 
     def take_over(self, measured: Profiles) -> None:
         """In place of `profile`, where an earlier DraftWorker has measured."""

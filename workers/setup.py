@@ -17,6 +17,7 @@ from outrider.workers.capacity import cache_is_fp8, num_target_pages
 from outrider.workers.link.communicator import Communicator, Role, agreed
 from outrider.workers.model.cache import CacheScales, PagedCache
 from outrider.workers.model.fp8_cache import Fp8PagedCache
+from outrider.workers.model.linear import row_step
 from outrider.workers.model.loader import ModelWeights
 from outrider.workers.model.shard import ShardPlan, bytes_per_page
 from outrider.workers.sampling.grammars import Grammars
@@ -206,6 +207,14 @@ def _read_texts(model: ModelConfig, speaks: ResolvedModel) -> TokenTexts:
 
     tokenizer = load_tokenizer(speaks)
     return token_texts(tokenizer, model.vocab_size, end_token_ids(model, tokenizer, speaks))
+
+
+def target_row_step(config: Config) -> int:
+    """Multiples of rows that the target computes, its processors taken to be like this process's."""
+    target = config.target
+    is_on_cpu = target.device == "cpu" or (target.device == "auto" and not config.cluster.num_gpus_per_target)
+    packs = target.packed_weights and target.weights == "auto"
+    return row_step(torch_dtype(target.dtype)) if is_on_cpu and packs else 1
 
 
 def cache_dtype(config: Config, model: ModelConfig) -> torch.dtype:

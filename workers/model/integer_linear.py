@@ -93,7 +93,7 @@ class Int8Linear:
     def __call__(self, x: Tensor) -> Tensor:
         num_rows, planes = x.shape[0], self._planes
         # oneDNN's code for four rows is its fastest, see `padded_rows` for the rest.
-        padded = 2 if num_rows <= 2 else padded_rows(num_rows)
+        padded = 2 if num_rows <= 2 else padded_rows(num_rows, torch.uint8)
         values = F.pad(x, (0, 0, 0, padded - num_rows)).float() if padded > num_rows else x.float()
         # `vector_norm` takes up to ten times as long as `abs().amax()`.
         largest = values.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)

@@ -1,9 +1,9 @@
 """Matrix times rows, from weights kept in the layout the processor reads fastest.
 
 On a CPU one row times a matrix is bound by reading the matrix. oneDNN's blocked layout in huge pages reads it at
-the speed of memory, `F.linear` at about half of it. torch offers the layout as private operators (those that
-`torch.compile` uses with freezing); they are called in this file only, after a check that they compute what
-`F.linear` does.
+the speed of memory, `F.linear` at about half of it; large matrices in float32 are convolutions where that is faster
+still (`convolved_linear.py`). torch offers the layout as private operators (those that `torch.compile` uses with
+freezing); they are called in this file only, after a check that they compute what `F.linear` does.
 """
 
 import functools
@@ -16,6 +16,11 @@ from torch import Tensor
 
 from outrider.kernels.selection import REFERENCES, KernelSelection
 from outrider.workers.model import memory
+from outrider.workers.model.convolved_linear import (
+    ConvolvedLinear,
+    convolution_suits,
+    convolutions_are_faster,
+)
 
 # oneDNN blocks the matrix alike for every hint of 8 rows or more; a hint of 1 makes float32 several times slower.
 ROWS_HINT = 8
@@ -27,6 +32,8 @@ MIN_ROWS = 4
 # by its rows, and from 256 on, which only several texts have together, eight of each doubling: 65 up to 512.
 EXACT_ROWS = 32
 _STEP, _STEP_UP_TO = 8, 256
+# Where matrices are convolutions those have code for 4, 8, 12, … rows, and all others are padded alike, once.
+_CONVOLVED_STEP = 4
 # A float32 sum over all columns in one accumulator is farther off than MKL's, which transformers uses; sums over
 # fewer columns, added up, are closer, but each product costs 30 us of calls whatever its size. Logits of SmolLM2
 # behind 350 tokens, root mean square from float64: 1.3e-5 over at most 1024 columns, 1.0e-5 over 384 and over 256,
@@ -71,6 +78,8 @@ def make_linear(weight: Tensor, bias: Tensor, packed: bool, exact_sums: bool = T
             `torch.get_num_threads()`: set that before.
         exact_sums: see `PackedLinear`.
     """
+    if packed and convolution_suits(weight):
+        return ConvolvedLinear(weight, bias, _columns_per_sum(weight))
     if packed and weight.device.type == "cpu" and packing_works(weight.dtype):
         return PackedLinear(weight, bias, exact_sums)
     return DenseLinear(weight, bias)
@@ -126,17 +135,23 @@ class PackedLinear:
         return total
 
 
-def padded_rows(rows: int) -> int:
+def row_step(dtype: torch.dtype) -> int:
+    """Up to EXACT_ROWS rows, products on this machine's CPU are made of multiples of this, 1 or more."""
+    return _CONVOLVED_STEP if dtype == torch.float32 and convolutions_are_faster() else 1
+
+
+def padded_rows(rows: int, dtype: torch.dtype) -> int:
     """How many rows a product of `rows` is made of: see EXACT_ROWS."""
     if rows <= EXACT_ROWS:
-        return max(rows, MIN_ROWS)
+        step = row_step(dtype)
+        return max(-(-rows // step) * step, MIN_ROWS)
     step = _STEP if rows <= _STEP_UP_TO else 1 << ((rows - 1).bit_length() - 4)
     return -(-rows // step) * step
 
 
 def pad_rows(x: Tensor) -> Tensor:
     """x [rows, n] with rows of zeros behind it, `padded_rows` in all."""
-    rows, padded = x.shape[0], padded_rows(x.shape[0])
+    rows, padded = x.shape[0], padded_rows(x.shape[0], x.dtype)
     return x if rows == padded else F.pad(x, (0, 0, 0, padded - rows))
 
 

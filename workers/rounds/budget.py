@@ -9,29 +9,35 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TypeVar
 
 import numpy as np
 
-from outrider.workers.sequences.tree import Floats
+from outrider.workers.sequences.tree import Floats, Ints
 
 _SMOOTHING = 0.1  # weight of the newest measurement
 _SHAPE_SMOOTHING = 0.03  # its further weight for the row counts next to its own
 _SHAPE_RANGE = 0.3  # relative error beyond which a whole profile is off, not its shape
+_Rows = TypeVar("_Rows", int, Ints)
 _FADING = 0.995  # of what a drafter step is taken to cost, each time it seems too much
 
 
 @dataclass(frozen=True)
 class PassProfile:
-    """Seconds of one pass, of the target or the drafter, for increasing numbers of rows."""
+    """Seconds of one pass, of the target or the drafter, for increasing numbers of rows.
+
+    row_step: it computes multiples of so many rows, whatever it is given.
+    """
 
     num_rows: tuple[int, ...]
     seconds: tuple[float, ...]
+    row_step: int = 1
 
     def at(self, rows: int) -> float:
         """Linear between the measured counts, and beyond them with the last slope."""
-        counts, times = self.num_rows, self.seconds
+        counts, times, rows = self.num_rows, self.seconds, self._computed(rows)
         if rows <= counts[0] or len(counts) == 1:
             return times[0]
         right = min(bisect_left(counts, rows), len(counts) - 1)
@@ -41,9 +47,9 @@ class PassProfile:
 
     def of_range(self, first: int, count: int) -> Floats:
         """[count]: seconds for `first`, `first` + 1, … rows."""
-        rows = np.arange(first, first + count)
+        rows = self._computed(np.arange(first, first + count))
         seconds: Floats = np.interp(rows, self.num_rows, self.seconds)
-        if len(self.num_rows) > 1 and first + count - 1 > self.num_rows[-1]:
+        if len(self.num_rows) > 1 and rows[-1] > self.num_rows[-1]:
             slope = (self.seconds[-1] - self.seconds[-2]) / (self.num_rows[-1] - self.num_rows[-2])
             seconds += slope * np.maximum(rows - self.num_rows[-1], 0)
         return seconds
@@ -53,7 +59,7 @@ class PassProfile:
 
         Beyond the last count none has.
         """
-        counts = self.num_rows
+        counts, rows = self.num_rows, self._computed(rows)
         if rows <= counts[0]:
             return [1.0] + [0.0] * (len(counts) - 1)
         shares = [0.0] * len(counts)
@@ -62,6 +68,13 @@ class PassProfile:
             shares[right] = (rows - counts[right - 1]) / (counts[right] - counts[right - 1])
             shares[right - 1] = 1.0 - shares[right]
         return shares
+
+    def _computed(self, rows: _Rows) -> _Rows:
+        return -(-rows // self.row_step) * self.row_step
+
+    def with_seconds(self, seconds: SequenceABC[float]) -> PassProfile:
+        """Another measurement of the same counts. More rows are never cheaper; a noisy one must not say so."""
+        return replace(self, seconds=tuple(accumulate(seconds, max)))
 
 
 @dataclass(frozen=True)
@@ -82,8 +95,8 @@ class CostModel:
 
     def __init__(self, target: PassProfile, methods: Mapping[str, PassProfile] | None = None) -> None:
         """`methods`: profiles of steps by method; one that is missing counts as free until its first step is seen."""
-        self.target = _monotone(target.num_rows, target.seconds)
-        self.methods = {name: _monotone(p.num_rows, p.seconds) for name, p in (methods or {}).items()}
+        self.target = target.with_seconds(target.seconds)
+        self.methods = {name: p.with_seconds(p.seconds) for name, p in (methods or {}).items()}
         self.draft_round_s = 0.0  # all drafting of one lane in one round
         self._read_token_s: dict[str, float] = {}  # one token of a prompt, read by a method
 
@@ -119,8 +132,7 @@ class CostModel:
         """A step was not worth it; let its cost fade, so that one bad measurement is tried again some day."""
         if method in self.methods:
             profile = self.methods[method]
-            faded = [_FADING * seconds for seconds in profile.seconds]
-            self.methods[method] = PassProfile(profile.num_rows, tuple(faded))
+            self.methods[method] = profile.with_seconds([_FADING * seconds for seconds in profile.seconds])
 
     def observe_draft_round(self, seconds: float) -> None:
         self.draft_round_s = self._smooth(self.draft_round_s, seconds)
@@ -186,11 +198,6 @@ class CostModel:
         return new if old == 0.0 else old + _SMOOTHING * (min(new, 2.0 * old) - old)
 
 
-def _monotone(num_rows: tuple[int, ...], seconds: SequenceABC[float]) -> PassProfile:
-    """A pass over more rows is never cheaper; a noisy measurement must not say so."""
-    return PassProfile(num_rows, tuple(accumulate(seconds, max)))
-
-
 def _learned(profile: PassProfile, rows: int, seconds: float) -> PassProfile:
     """The profile after one more measurement.
 
@@ -200,6 +207,4 @@ def _learned(profile: PassProfile, rows: int, seconds: float) -> PassProfile:
     excess = min(seconds / max(profile.at(rows), 1e-9), 2.0) - 1.0
     near = _SHAPE_SMOOTHING if abs(excess) < _SHAPE_RANGE else 0.0
     shares = zip(profile.seconds, profile.shares(rows), strict=True)
-    return _monotone(
-        profile.num_rows, [s * (1.0 + (_SMOOTHING + near * share) * excess) for s, share in shares]
-    )
+    return profile.with_seconds([s * (1.0 + (_SMOOTHING + near * share) * excess) for s, share in shares])
