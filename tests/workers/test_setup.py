@@ -13,12 +13,14 @@ import torch
 
 from outrider.configs.loader import load_config
 from outrider.kernels.selection import ENTRIES, REFERENCES, KernelSelection
+from outrider.workers import setup
 from outrider.workers import target as target_module
 from outrider.workers.draft import DraftWorker
 from outrider.workers.link.communicator import Communicator, SoloCommunicator, agreed
 from outrider.workers.setup import (
     agreed_kernels,
     require_memory,
+    target_row_step,
     torch_device,
     transport_for,
     with_draft_dtype,
@@ -53,6 +55,20 @@ def test_only_a_rank_that_loses_a_kernel_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert agreed_kernels(ALL, SoloCommunicator()) == ALL
+
+
+def test_rows_come_in_steps_where_packed_float32_on_a_cpu_computes_them_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(setup, "row_step", lambda dtype: 4 if dtype == torch.float32 else 1)
+
+    def step(*overrides: str) -> int:
+        return target_row_step(load_config("tiny-random", list(overrides)))
+
+    assert step() == step("target.device=auto") == 4
+    assert step("target.dtype=bfloat16") == step("target.packed_weights=false") == 1
+    assert step("target.weights=int8") == 1
+    assert step("target.device=auto", "cluster.num_gpus_per_target=1") == 1
 
 
 GPU, CPU = torch.device("cuda", 1), torch.device("cpu")

@@ -25,6 +25,24 @@ def test_a_profile_of_one_count_is_flat() -> None:
     assert PassProfile((1,), (0.05,)).at(100) == 0.05
 
 
+def test_a_pass_that_computes_multiples_of_rows_costs_what_it_computes() -> None:
+    """The matrices of a target on a CPU with AVX2 alone."""
+    stepped = PassProfile((1, 4, 16), (0.040, 0.040, 0.064), row_step=4)
+    assert [stepped.at(rows) for rows in (1, 4, 5, 8, 9, 17)] == pytest.approx(
+        [0.040, 0.040, 0.048, 0.048, 0.056, 0.072]
+    )
+    assert stepped.of_range(3, 15).tolist() == pytest.approx([stepped.at(rows) for rows in range(3, 18)])
+    assert stepped.shares(5) == stepped.shares(8) != stepped.shares(9)
+    # Three nodes fill the first pass; a fourth pays with those that come for nothing beside it, and not alone.
+    values = np.array([0.6, 0.4, 0.3, 0.09, 0.08, 0.07, 0.06])
+    cost = CostModel(stepped)
+    assert cost.best_num_nodes(values[:4], 1, 1, 0.0) == 3
+    assert cost.best_num_nodes(np.append(values[:3], [0.2, 0.18, 0.15, 0.14]), 1, 1, 0.0) == 7
+    for _ in range(50):  # what is learned keeps the step
+        cost.observe_target(5, 0.060)
+    assert cost.target_s(8) == pytest.approx(0.060, rel=0.01)
+
+
 def test_a_noisy_profile_never_says_that_more_rows_are_cheaper() -> None:
     cost = CostModel(PassProfile((1, 2, 4, 8), (0.050, 0.045, 0.060, 0.055)))
     assert cost.target.seconds == (0.050, 0.050, 0.060, 0.060)
