@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from outrider.kernels import (
     add_rms_norm,
@@ -41,7 +40,7 @@ from outrider.kernels.launch_plans import LaunchPlan
 from outrider.workers.model import cuda_graphs
 from support import pretend_gpu as pretended
 from support.cuda_on_cpu.kernels import source_kernels
-from support.pretend_gpu import PretendTensor, device_in, is_gpu, pretend_gpu
+from support.pretend_gpu import PretendTensor, device_in, is_gpu, leaves_of, mapped, pretend_gpu
 from support.stand_in_cuda import StandInCuda
 
 KERNEL_MODULES = (
@@ -136,7 +135,7 @@ class CountedGpu:
         if kwargs.get("pin_memory"):
             self._pinned.append(result)
         if direction:
-            here = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and not is_there(x)]
+            here = [x for x in leaves_of((args, kwargs)) if isinstance(x, torch.Tensor) and not is_there(x)]
             asynchronous = bool(kwargs.get("non_blocking")) and all(self._is_pinned(x) for x in here)
             self._forbid_in_capture("a copy between host and device")
             setattr(self.counts, direction, getattr(self.counts, direction) + 1)
@@ -149,7 +148,7 @@ class CountedGpu:
     ) -> int:
         """An operator ran on the device's values; returns its launches, at most `most`."""
         name = operator.overloadpacket.__name__
-        waits = name in _BY_VALUE or (name == "index" and any(_is_mask(x) for x in tree_leaves(args[1])))
+        waits = name in _BY_VALUE or (name == "index" and any(_is_mask(x) for x in leaves_of(args[1])))
         if waits:
             self.wait()
         outputs = _storages(result)
@@ -205,14 +204,14 @@ class _Kernels(TorchDispatchMode):
         self, operator: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = operator(*args, **(kwargs or {}))
-        if not any(map(is_there, tree_leaves((args, kwargs, result)))):
+        if not any(map(is_there, leaves_of((args, kwargs, result)))):
             self._num_left -= self._gpu.op(operator, args, kwargs or {}, result, self._num_left)
         return result
 
 
 def _direction(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """The count that a call adds to as a copy between host and device; "" for any other."""
-    leaves = tree_leaves((args, kwargs))
+    leaves = leaves_of((args, kwargs))
     from_device = any(map(is_there, leaves))
     if name == "copy_":
         if is_there(args[0]) == is_there(args[1]):
@@ -231,7 +230,7 @@ def is_there(leaf: Any) -> bool:
 
 def _storages(tree: Any) -> dict[int, torch.Tensor]:
     """The tensors in it by the address of their memory; of several in one memory the last."""
-    tensors = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+    tensors = [x for x in leaves_of(tree) if isinstance(x, torch.Tensor)]
     return {x.untyped_storage().data_ptr(): x for x in tensors}
 
 
@@ -287,7 +286,7 @@ def on_values(body: Callable[..., Any]) -> Callable[..., Any]:
     """What an operator of ours does on a GPU, with the pretended tensors' values."""
 
     def call(*arguments: Any) -> Any:
-        values = tree_map(lambda x: x.inner if isinstance(x, PretendTensor) else x, arguments)
+        values = mapped(lambda x: x.inner if isinstance(x, PretendTensor) else x, arguments)
         with torch._C.DisableTorchFunction():
             results = body(*values)
         if isinstance(results, tuple):
