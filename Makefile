@@ -7,7 +7,8 @@ DEV := $(VENV)/.installed-dev
 # One more than the two processors of a small machine, which two leave idle a tenth of the time. A file stays
 # together: its tests share running engines.
 SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+# The tests start some hundred processes: they need not compile every module again, whatever a machine prefers.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/pytest
 INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-all lint format clean

@@ -47,7 +47,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 def test_texts_are_those_of_plain_decoding_whoever_is_killed_meanwhile(ray_with_room: None) -> None:
     with Engine.start(load_config("tiny-random", TWO_RANKS)) as engine:
-        requests = [asked(number, 400) for number in range(6)]
+        requests = [asked(number, 200) for number in range(6)]
         plain = engine.generate([GenerationRequest(r.prompt, r.sampling, PLAIN) for r in requests])
         pids = set(worker_pids(engine).values())
         for name in ("draft", "target 1"):
@@ -70,7 +70,7 @@ def test_texts_are_those_of_plain_decoding_whoever_is_killed_meanwhile(ray_with_
 
 def test_spares_take_the_places_of_a_rank_and_of_the_coordinator(ray_with_room: None) -> None:
     with Engine.start(load_config("tiny-random", [*TWO_RANKS, "cluster.spares=true"])) as engine:
-        requests = [asked(number, 300) for number in range(4)]
+        requests = [asked(number, 150) for number in range(4)]
         plain = engine.generate([GenerationRequest(r.prompt, r.sampling, PLAIN) for r in requests])
         ranks = {worker_pids(engine)[f"target {rank}"] for rank in (0, 1)}
         wait_until(lambda: len(coordinator_pids()) == 2 and len(actor_pids("TargetActor")) == 4, LONG_S)
@@ -110,7 +110,7 @@ def test_spares_take_the_places_of_a_rank_and_of_the_coordinator(ray_with_room: 
 @pytest.mark.slow  # eight processes, for what test_draft_rank.py shows without Ray
 def test_a_drafter_of_several_ranks_goes_as_one_and_the_target_stays(ray_with_room: None) -> None:
     with Engine.start(load_config("tiny-random", [*TWO_RANKS, "draft.tp_size=3"])) as engine:
-        requests = [asked(number, 300) for number in range(4)]
+        requests = [asked(number, 150) for number in range(4)]
         plain = engine.generate([GenerationRequest(r.prompt, r.sampling, PLAIN) for r in requests])
         before = worker_pids(engine)
         drafters = ("draft", "draft 1", "draft 2")
@@ -136,7 +136,7 @@ def test_another_coordinator_goes_on_with_the_same_workers_until_too_many_were_l
     ray_with_room: None,
 ) -> None:
     with Engine.start(load_config("tiny-random", [*TWO_RANKS, "cluster.max_restarts=1"])) as engine:
-        requests = [asked(number, 400) for number in range(5)]
+        requests = [asked(number, 200) for number in range(5)]
         texts = [answer.text for answer in engine.generate(requests[:1])]
         stop = texts[0][len(texts[0]) * 3 // 4 :][:3]
         requests[0] = GenerationRequest(requests[0].prompt, {**requests[0].sampling, "stop": [stop]})
