@@ -1,12 +1,14 @@
-"""What `FLOAT32_SUM_COLUMNS` costs and brings, for SmolLM2-135M in float32 on this machine.
+"""What packed matrices bring in float32 on this machine, and what `FLOAT32_SUM_COLUMNS` costs and brings.
 
 `PYTHONPATH=src:tests python -m support.packed_sums` prints, for several numbers of columns that a packed product adds
-up in one sum: milliseconds of all products of 1, 4 and 16 rows with half of the model on one thread, as one of two
-ranks makes them, and how far its logits are from those in float64 behind a prompt of some 350 tokens.
+up in one sum: milliseconds of all products of 1, 4 and 16 rows with half of SmolLM2-135M on one thread, as one of two
+ranks makes them, and how far its logits are from those in float64 behind a prompt of some 350 tokens. Then, with half
+of SmolLM2 on one thread and six layers and the head of Qwen2.5-Coder-1.5B on two, products of several numbers of rows
+with matrices as they are (MKL), packed for oneDNN's products, and for its convolutions where those are faster.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,6 +32,8 @@ NUM_LAYERS = 30
 # [out, in] of a layer's matrices and of the head, on one of two ranks.
 LAYER = ((480, 576), (576, 288), (1536, 576), (576, 768))
 HEAD = (24576, 576)
+QWEN_1_5B = [*((2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)) * 6, (151936, 1536)]
+ROWS = (1, 4, 8, 16, 64)
 RUNS = 11
 LONGEST = 600  # tokens
 
@@ -42,11 +46,23 @@ def summing(columns: int) -> Iterator[None]:
     linear.FLOAT32_SUM_COLUMNS = before
 
 
-def half_of_smollm2(packed: bool) -> list[Linear]:
-    """Random matrices of its sizes, each in memory of its own."""
-    shapes = [*LAYER * NUM_LAYERS, HEAD]
-    matrices = [torch.randn(shape) for shape in shapes]
+SMOLLM2 = [*LAYER * NUM_LAYERS, HEAD]
+
+
+def linears_of(shapes: Sequence[tuple[int, int]], packed: bool = True) -> list[Linear]:
+    """Random matrices of these sizes, each in memory of its own."""
+    matrices = (torch.randn(shape) for shape in shapes)
     return [make_linear(m, NO_BIAS, True) if packed else DenseLinear(m, NO_BIAS) for m in matrices]
+
+
+def compare_kinds(name: str, shapes: Sequence[tuple[int, int]], num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    suits = linear.convolution_suits
+    for kind in ("as they are", "products", "convolutions"):
+        linear.convolution_suits = suits if kind == "convolutions" else lambda weight: False
+        linears = linears_of(shapes, kind != "as they are")
+        times = ", ".join(f"{milliseconds(linears, rows):.1f} ms of {rows}" for rows in ROWS)
+        print(f"{name}, {kind}: {times}", flush=True)
 
 
 def milliseconds(linears: list[Linear], num_rows: int) -> float:
@@ -81,13 +97,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for columns in COLUMNS:
         with summing(columns):
-            linears = half_of_smollm2(packed=True)
+            linears = linears_of(SMOLLM2)
         times = ", ".join(f"{milliseconds(linears, rows):.1f} ms of {rows}" for rows in (1, 4, 16))
         print(f"sums over {columns}: {times}", flush=True)
-    linears = half_of_smollm2(packed=False)
-    print(
-        "not packed: " + ", ".join(f"{milliseconds(linears, rows):.1f} ms of {rows}" for rows in (1, 4, 16))
-    )
     prompts = [case.prompt for case in load_smollm2().all_cases]
     tokens = max((prompt for prompt in prompts if len(prompt) < LONGEST), key=len)
     model = load_transformers(smollm2(), torch.float32)
@@ -97,6 +109,8 @@ def main() -> None:
     for columns in COLUMNS:
         with summing(columns):
             print(f"sums over {columns}: {distance(logits_of(tokens), exact)}", flush=True)
+    compare_kinds("half of SmolLM2", SMOLLM2, 1)
+    compare_kinds("six layers and the head of a 1.5B", QWEN_1_5B, 2)
 
 
 if __name__ == "__main__":

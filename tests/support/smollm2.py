@@ -41,7 +41,7 @@ def load_smollm2() -> SmolLM2:
     source = open_source(resolved)
     tokenizer = load_tokenizer(resolved)
     sampling = SamplingParams(
-        temperature=0.0, max_tokens=20, stop_token_ids=tuple(source.config.eos_token_ids)
+        temperature=0.0, max_tokens=16, stop_token_ids=tuple(source.config.eos_token_ids)
     )
 
     def cases(path: Path) -> list[Case]:

@@ -16,7 +16,7 @@ from support.local_engine import default_options
 from support.models import random_model
 
 VOCAB_SIZE = 320
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 
 NGRAM = DraftOptions(("ngram",), 8, 6)
 MODEL = DraftOptions(("model",), 8, 6)
