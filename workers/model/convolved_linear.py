@@ -21,7 +21,7 @@ from outrider.workers.model import memory
 # wants the matrix to lie: those that one layout serves are used, see `_served_rows`.
 ROWS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 _LAYOUT_ROWS = 8
-# Above these, some numbers of rows have no fast code for the layout.
+# With more in a block, some numbers of rows have no fast code for the layout.
 _MAX_COLUMNS = 1024
 # A call takes 15 us more than one of oneDNN's products, so that those with small matrices are faster.
 _MIN_ELEMENTS = 400_000
@@ -59,7 +59,8 @@ class ConvolvedLinear:
         for block in self._blocks:
             memory.collapse(torch.ops.mkldnn.data_ptr(block), torch.ops.mkldnn._nbytes(block))
         tried = max(1, _MAX_TRIED // self._columns)
-        served = [_served_rows(min(self.out_features, tried), width) for width in {p.shape[1] for p in parts}]
+        outputs, threads = min(self.out_features, tried), torch.get_num_threads()
+        served = [_served_rows(outputs, width, threads) for width in {part.shape[1] for part in parts}]
         self._rows = sorted(set.intersection(*map(set, served)))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ def convolutions_work() -> bool:
             block = _laid_out(weight, _LAYOUT_ROWS)
             got = _convolve(x, block, bias)
             _convolve_add(x, block, got)
-            rows = _served_rows(*weight.shape)
+            rows = _served_rows(*weight.shape, torch.get_num_threads())
     except (RuntimeError, AttributeError):
         return False
     want = F.linear(x, weight, bias) + F.linear(x, weight)
@@ -107,9 +108,12 @@ def convolutions_work() -> bool:
 
 
 @functools.cache
-def _served_rows(outputs: int, columns: int) -> tuple[int, ...]:
+def _served_rows(outputs: int, columns: int, num_threads: int) -> tuple[int, ...]:
     """Of `ROWS`, those for which oneDNN lays a matrix of this size out as for `_LAYOUT_ROWS`: it multiplies others by
-    plain loops, some hundred times slower. Which they are depends on `torch.get_num_threads()`, too."""
+    plain loops, some hundred times slower.
+
+    num_threads: those of this process, on which the layouts depend, too.
+    """
     matrix = torch.arange(outputs * columns, dtype=torch.float32).view(outputs, columns)
     wanted = _bytes_of(_laid_out(matrix, _LAYOUT_ROWS))
     return tuple(rows for rows in ROWS if _bytes_of(_laid_out(matrix, rows)) == wanted)

@@ -20,8 +20,9 @@ from outrider.workers.sequences.tree import Floats, Ints
 _SMOOTHING = 0.1  # weight of the newest measurement
 _SHAPE_SMOOTHING = 0.03  # its further weight for the row counts next to its own
 _SHAPE_RANGE = 0.3  # relative error beyond which a whole profile is off, not its shape
-_Rows = TypeVar("_Rows", int, Ints)
 _FADING = 0.995  # of what a drafter step is taken to cost, each time it seems too much
+
+_Rows = TypeVar("_Rows", int, Ints)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(columns: int) -> No
 @needs_convolutions
 def test_few_numbers_of_rows_are_computed_and_no_slow_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where oneDNN wants another layout for 12 rows it would take plain loops for them."""
-    served = {*convolved_linear._served_rows(104, 72)}
+    served = {*convolved_linear._served_rows(104, 72, torch.get_num_threads())}
     convolved_linear._served_rows.cache_clear()
     bytes_of = convolved_linear._bytes_of
     lay_out = convolved_linear._laid_out
