@@ -2,9 +2,10 @@
 
 `PYTHONPATH=src:tests python -m support.packed_sums` prints, for several numbers of columns that a packed product adds
 up in one sum: milliseconds of all products of 1, 4 and 16 rows with half of SmolLM2-135M on one thread, as one of two
-ranks makes them, and how far its logits are from those in float64 behind a prompt of some 350 tokens. Then, with half
-of SmolLM2 on one thread and six layers and the head of Qwen2.5-Coder-1.5B on two, products of several numbers of rows
-with matrices as they are (MKL), packed for oneDNN's products, and for its convolutions where those are faster.
+ranks makes them, and how far its logits are from those in float64 behind a prompt of several hundred tokens. Then,
+with half of SmolLM2 on one thread and six layers and the head of Qwen2.5-Coder-1.5B on two, products of several
+numbers of rows with matrices as they are (MKL), packed for oneDNN's products, and for its convolutions where those
+are faster.
 """
 
 import time

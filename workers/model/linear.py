@@ -36,10 +36,10 @@ _STEP, _STEP_UP_TO = 8, 256
 _CONVOLVED_STEP = 4
 # A float32 sum over all columns in one accumulator is farther off than MKL's, which transformers uses; sums over
 # fewer columns, added up, are closer, but each product costs 30 us of calls whatever its size. Logits of SmolLM2
-# behind 350 tokens, root mean square from float64, on a processor with AVX2 (with oneDNN's products for large
-# matrices, too): 1.5e-5 (1.3e-5) over at most 1024 columns, 0.9e-5 (1.0e-5) over 384, 0.9e-5 by transformers; the
-# farthest 1.5e-4, 0.9e-4 and 0.9e-4. All products of a row with half of that model take 27 ms over 1024, 36 over 384
-# and 44 over 256 (tests/support/packed_sums.py).
+# behind several hundred tokens, root mean square from float64, on a processor with AVX2 (with oneDNN's products for
+# large matrices, too): 1.5e-5 (1.3e-5) over at most 1024 columns, 0.9e-5 (1.0e-5) over 384, 0.9e-5 by transformers;
+# the farthest 1.5e-4, 0.9e-4 and 0.9e-4. All products of a row with half of that model take 27 ms over 1024, 36 over
+# 384 and 44 over 256 (tests/support/packed_sums.py).
 FLOAT32_SUM_COLUMNS = 1024
 
 
