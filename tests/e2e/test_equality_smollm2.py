@@ -199,7 +199,7 @@ def chosen(smollm2: SmolLM2, data: str) -> list[Case]:
     if not smollm2.spec_bench:
         pytest.skip(f"no {SPEC_BENCH}")
     assert len(smollm2.spec_bench) == NUM_SPEC_BENCH
-    assert max(len(case.prompt) for case in smollm2.spec_bench) > 512  # several chunks
+    assert max(len(case.prompt) for case in smollm2.spec_bench) > 1024
     return smollm2.spec_bench
 
 

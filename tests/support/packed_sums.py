@@ -33,6 +33,7 @@ NUM_LAYERS = 30
 # [out, in] of a layer's matrices and of the head, on one of two ranks.
 LAYER = ((480, 576), (576, 288), (1536, 576), (576, 768))
 HEAD = (24576, 576)
+SMOLLM2 = [*LAYER * NUM_LAYERS, HEAD]
 QWEN_1_5B = [*((2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)) * 6, (151936, 1536)]
 ROWS = (1, 4, 8, 16, 64)
 RUNS = 11
@@ -45,9 +46,6 @@ def summing(columns: int) -> Iterator[None]:
     before, linear.FLOAT32_SUM_COLUMNS = linear.FLOAT32_SUM_COLUMNS, columns
     yield
     linear.FLOAT32_SUM_COLUMNS = before
-
-
-SMOLLM2 = [*LAYER * NUM_LAYERS, HEAD]
 
 
 def linears_of(shapes: Sequence[tuple[int, int]], packed: bool = True) -> list[Linear]:

@@ -56,7 +56,7 @@ class ConvolvedLinear:
         parts = weight.split(self._columns, dim=1)
         self._blocks = [_laid_out(part, _LAYOUT_ROWS) for part in parts]
         for block in self._blocks:
-            memory.collapse(torch.ops.mkldnn.data_ptr(block), torch.ops.mkldnn._nbytes(block))
+            memory.collapse_packed(block)
         tried = max(1, _MAX_TRIED // self._columns)
         outputs, threads = min(self.out_features, tried), torch.get_num_threads()
         served = [_served_rows(outputs, width, threads) for width in {part.shape[1] for part in parts}]

@@ -83,7 +83,7 @@ class Int8Linear:
         """`matrix` as in `make_integer_linear`; `bias` [out], or no elements for none."""
         self.out_features, self.in_features = matrix.values.shape
         self._packed = torch.ops.onednn.qlinear_prepack(matrix.values.contiguous(), None)
-        memory.collapse(torch.ops.mkldnn.data_ptr(self._packed), torch.ops.mkldnn._nbytes(self._packed))
+        memory.collapse_packed(self._packed)
         self._scales = matrix.scales.flatten().contiguous()
         self._zeros = torch.zeros(self.out_features, dtype=torch.int64)
         self._bias = bias.float() if bias.numel() else None

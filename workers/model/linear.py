@@ -142,7 +142,7 @@ def row_step(dtype: torch.dtype) -> int:
 
 
 def padded_rows(rows: int, dtype: torch.dtype) -> int:
-    """How many rows a product of `rows` is made of: see EXACT_ROWS."""
+    """How many rows a product of `rows` with a matrix of this dtype is made of: see EXACT_ROWS."""
     if rows <= EXACT_ROWS:
         step = row_step(dtype)
         return max(-(-rows // step) * step, MIN_ROWS)
@@ -187,7 +187,7 @@ def _columns_per_sum(weight: Tensor) -> int:
 
 def _pack(weight: Tensor) -> Tensor:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
-    memory.collapse(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
+    memory.collapse_packed(packed)
     return packed
 
 

@@ -8,6 +8,7 @@ afterwards.
 import ctypes
 import sys
 
+import torch
 from torch import Tensor
 
 HUGE_PAGE_BYTES = 2 << 20
@@ -22,6 +23,11 @@ def collapse(address: int, num_bytes: int) -> bool:
         Whether the kernel did; when it did not, nothing has changed but the speed that is not gained.
     """
     return _advise(address, num_bytes, MADV_COLLAPSE)
+
+
+def collapse_packed(packed: Tensor) -> bool:
+    """`collapse` of a matrix in one of oneDNN's layouts."""
+    return collapse(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
 
 
 def prefer(tensor: Tensor) -> bool:
