@@ -7,10 +7,10 @@ with Engine.start(load_config("quickstart")) as engine:
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import ray
@@ -18,15 +18,15 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from outrider.cluster.api import EngineError, GenerationRequest, Progress, Prompt, ServedModel
 from outrider.cluster.calls import CLOSED, FORKED
+from outrider.cluster.engine_requests import Asked, Sampling, as_sent, fields_of, requests_of, require_config
 from outrider.cluster.inbox import Box, CompletionStream, Inbox, PieceStream
 from outrider.cluster.interrupts import interrupts_deferred
 from outrider.cluster.placement import check_cpus, reserve
+from outrider.cluster.request_options import NOTHING_ASKED
 from outrider.cluster.session import RaySession
 from outrider.cluster.succession import Succession
 from outrider.configs.schema import Config, Eagle3Config, MedusaConfig, MtpConfig, ParallelConfig
 from outrider.workers.answer import Completion
-
-NOTHING_SPECIAL: Mapping[str, object] = MappingProxyType({})
 
 _log = logging.getLogger("outrider")
 
@@ -57,6 +57,7 @@ class Engine:
     @classmethod
     def start(cls, config: Config, progress: Callable[[Sequence[Progress]], None] = no_progress) -> "Engine":
         """Brings up what `config` describes; `progress` is called several times a second until it stands."""
+        require_config(config)
         config = _with_absolute_paths(config)
         num_cpus = _num_cpus()
         if config.cluster.ray_address == "local" and not ray.is_initialized():
@@ -82,30 +83,47 @@ class Engine:
     def stream(
         self,
         prompt: Prompt,
-        sampling: Mapping[str, object] = NOTHING_SPECIAL,
-        draft: Mapping[str, object] = NOTHING_SPECIAL,
-        acceptance: Mapping[str, object] = NOTHING_SPECIAL,
-        template: Mapping[str, object] = NOTHING_SPECIAL,
+        sampling: Sampling = NOTHING_ASKED,
+        draft: Mapping[str, object] = NOTHING_ASKED,
+        acceptance: Mapping[str, object] = NOTHING_ASKED,
+        template: Mapping[str, object] = NOTHING_ASKED,
     ) -> PieceStream:
         """Sends a request; the iterator gives its pieces as they come. Leaving it early cancels the request.
 
-        sampling, draft, acceptance, template: as in `GenerationRequest`. The iterator raises ValueError for a
-        request that cannot be run.
+        sampling, draft, acceptance, template: as in `GenerationRequest`; a `SamplingParams` says all of its fields,
+        and none of the config's is left. The iterator raises ValueError for a request that cannot be run.
         """
         inbox = self._open_inbox()
-        asked = GenerationRequest(prompt, sampling, draft, acceptance, template)
-        (request_id,) = inbox.send([_asked(asked)], whole=False)
+        asked = as_sent(GenerationRequest(prompt, fields_of(sampling), draft, acceptance, template))
+        (request_id,) = inbox.send([asked], whole=False)
         return PieceStream(inbox, request_id)
 
-    def completions(self, requests: Sequence[GenerationRequest]) -> CompletionStream:
-        """Runs all requests at once and gives their answers in order. A bad request fails alone."""
-        inbox = self._open_inbox()
-        plain = [_asked(asked) for asked in requests]
-        return CompletionStream(inbox, inbox.send(plain, whole=True))
+    def completions(
+        self,
+        prompts: Asked | Iterable[Asked],
+        sampling: Sampling = NOTHING_ASKED,
+        draft: Mapping[str, object] = NOTHING_ASKED,
+        acceptance: Mapping[str, object] = NOTHING_ASKED,
+        template: Mapping[str, object] = NOTHING_ASKED,
+    ) -> CompletionStream:
+        """Runs all prompts at once and gives their answers in order, of one prompt one. A bad request fails alone.
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        sampling, draft, acceptance, template: of every prompt; a `GenerationRequest` among them brings its own.
+        """
+        inbox = self._open_inbox()
+        requests = requests_of(prompts, sampling, draft, acceptance, template)
+        return CompletionStream(inbox, inbox.send(requests, whole=True))
+
+    def generate(
+        self,
+        prompts: Asked | Iterable[Asked],
+        sampling: Sampling = NOTHING_ASKED,
+        draft: Mapping[str, object] = NOTHING_ASKED,
+        acceptance: Mapping[str, object] = NOTHING_ASKED,
+        template: Mapping[str, object] = NOTHING_ASKED,
+    ) -> list[Completion]:
         """As `completions`, all answers at the end."""
-        return list(self.completions(requests))
+        return list(self.completions(prompts, sampling, draft, acceptance, template))
 
     def post(self, asked: GenerationRequest, box: Box) -> str:
         """Sends a request without waiting for anything, for event loops: its answers go into `box`, which is called
@@ -142,7 +160,7 @@ class Engine:
         described: ServedModel = self._succession.calls("describe")
         return described
 
-    def tokenize(self, prompt: Prompt, template: Mapping[str, object] = NOTHING_SPECIAL) -> tuple[int, ...]:
+    def tokenize(self, prompt: Prompt, template: Mapping[str, object] = NOTHING_ASKED) -> tuple[int, ...]:
         """The tokens that a request with this prompt would begin with. Raises ValueError as such a request would."""
         tokens: tuple[int, ...] = self._succession.calls("tokenize", prompt, dict(template))
         return tokens
@@ -200,14 +218,6 @@ class Engine:
         self._num_entered -= 1
         if not self._num_entered:
             self.close()
-
-
-def _asked(asked: GenerationRequest) -> GenerationRequest:
-    """As it travels: read-only views of mappings cannot be pickled. What is no mapping is refused at the door."""
-    options = (asked.sampling, asked.draft, asked.acceptance, asked.template)
-    return GenerationRequest(
-        asked.prompt, *(dict(value) if isinstance(value, Mapping) else value for value in options)
-    )
 
 
 def _num_cpus() -> int:

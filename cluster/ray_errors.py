@@ -6,7 +6,7 @@ import socket
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # a compiled module
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import AuthenticationError, RayError, RpcError
 
 from outrider.cluster.api import EngineError
 
@@ -45,6 +45,10 @@ def check_joinable(address: str, auth: str) -> None:
             f"cluster.ray_auth must suit the Ray at {found}: it wants a token, and "
             f"{'there is none here' if missing else ours}; a run with cluster.ray_auth = token "
             "reads ~/.ray/auth_token, or the file that RAY_AUTH_TOKEN_PATH names"
+        ) from error
+    except RpcError as error:  # not even in a quarter of a minute; Ray itself would try for many
+        raise not_joinable(
+            address, f"what answers at {found} does not answer as Ray does ({error})"
         ) from error
     except RayError:
         return  # joining will say more

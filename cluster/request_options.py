@@ -24,12 +24,20 @@ NOTHING_ASKED: Mapping[str, object] = MappingProxyType({})
 
 def request_sampling(config: Config, asked: Mapping[str, object], vocab_size: int) -> SamplingParams:
     """`asked`: fields of SamplingParams that differ from the config's `sampling` section, but instead of `grammar`
-    `structured_outputs`, see `structured.grammar_of`."""
+    `structured_outputs`, see `structured.grammar_of`. As elsewhere `stop` may be one text, and `logit_bias` a mapping
+    of token ids to values."""
     defaults = SamplingParams(**asdict(config.sampling))
-    fields = dict(asked) if isinstance(asked, Mapping) else asked
-    structured = fields.pop("structured_outputs", None) if isinstance(fields, dict) else None
-    if isinstance(fields, dict) and "grammar" in fields:
-        raise ValueError("unknown key sampling.grammar (did you mean structured_outputs?)")
+    fields: object = asked
+    structured = None
+    if isinstance(asked, Mapping):
+        fields = given = dict(asked)
+        structured = given.pop("structured_outputs", None)
+        if "grammar" in given:
+            raise ValueError("unknown key sampling.grammar (did you mean structured_outputs?)")
+        if isinstance(stop := given.get("stop"), str):
+            given["stop"] = [stop]
+        if isinstance(biases := given.get("logit_bias"), Mapping):
+            given["logit_bias"] = list(biases.items())
     sampling = replace(defaults, **convert_fields(SamplingParams, fields, "sampling"))
     if structured is not None:
         sampling = replace(sampling, grammar=Grammar(grammar_of(structured)))

@@ -60,15 +60,17 @@ def shipped_vocabularies() -> list[str]:
     return sorted(path.parent.name for path in VOCABULARIES_DIR.glob("*/ids.json"))
 
 
-def load_config(config: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(config: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The run described by `config`, a path of a YAML file or a preset name, with `a.b=c` overrides applied.
 
     Raises ValueError naming the key and the allowed values.
     """
+    if isinstance(overrides, str):  # would be read letter by letter
+        raise ValueError(f"overrides must be a list of a.b=c texts, got {overrides!r}")
     return build_config(Config, _find(config, PRESETS_DIR), overrides)
 
 
-def load_training(config: str, overrides: Sequence[str] = ()) -> TrainingConfig:
+def load_training(config: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig:
     """The training run described by a YAML file or a recipe's name, with `a.b=c` overrides applied.
 
     Raises ValueError naming the key and the allowed values.
@@ -103,15 +105,18 @@ def config_to_yaml(config: Config | TrainingConfig) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 
-def _find(config: str, shipped: Path) -> Path:
+def _find(config: str | Path, shipped: Path) -> Path:
+    names = _names_in(shipped)
+    if not isinstance(config, str | Path):
+        raise ValueError(f"config must be a YAML file or one of {', '.join(names)}; got {config!r}")
     path = Path(config).expanduser()
     if path.is_file():
         return path
-    names = _names_in(shipped)
-    if config in names:
-        return shipped / f"{config}.yaml"
-    hint = _did_you_mean(config, names)
-    raise ValueError(f"config must be a YAML file or one of {', '.join(names)}; got {config!r}{hint}")
+    name = str(config)
+    if name in names:
+        return shipped / f"{name}.yaml"
+    hint = _did_you_mean(name, names)
+    raise ValueError(f"config must be a YAML file or one of {', '.join(names)}; got {name!r}{hint}")
 
 
 def _names_in(folder: Path) -> list[str]:

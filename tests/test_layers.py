@@ -54,6 +54,7 @@ ALLOWED_PACKAGES = {
         "starlette",
         "pydantic",
         "pydantic_core",
+        "typing_extensions",
         "uvicorn",
         "prometheus_client",
         "httpx",
@@ -145,6 +146,7 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "prometheus_client": "prometheus-client",
     "pydantic_core": "pydantic-core",
+    "typing_extensions": "typing-extensions",
 }
 
 

@@ -9,14 +9,12 @@ import httpx
 from outrider.cluster.client.answers import Answer, Part, RefusedError, UnavailableError
 from outrider.cluster.client.calls import (
     Attempts,
-    BatchEntry,
     Call,
-    Options,
-    Prompt,
     StreamReader,
     error_of,
     generation,
     read_answer,
+    tokenization,
 )
 from outrider.cluster.client.client import (
     CONNECT_S,
@@ -27,7 +25,8 @@ from outrider.cluster.client.client import (
     no_limits,
     unreached,
 )
-from outrider.cluster.client.ray_address import is_url, server_at
+from outrider.cluster.client.options import BatchEntry, Messages, Options, Prompt, check_messages, entry_parts
+from outrider.cluster.client.ray_address import server_url
 
 
 class AsyncClient:
@@ -41,7 +40,8 @@ class AsyncClient:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_retries: int = 3,
     ) -> None:
-        self.url = url if is_url(url) else server_at(url)
+        Attempts(max_retries, timeout_s)  # with its errors
+        self.url = server_url(url)
         self._model = model
         self._timeout_s = timeout_s
         self._max_retries = max_retries
@@ -49,29 +49,32 @@ class AsyncClient:
 
     async def generate(self, prompt: Prompt, options: Options | None = None) -> Answer:
         """Continues a text or tokens, or answers messages."""
-        call = generation(prompt, options or {}, self._model, stream=False)
+        call = generation(prompt, options, self._model, stream=False)
         return read_answer((await self._post(call)).json())
 
-    async def chat(self, messages: Prompt, options: Options | None = None) -> Answer:
+    async def chat(self, messages: Messages, options: Options | None = None) -> Answer:
         """Answers messages, `{"role": ..., "content": ...}`."""
+        check_messages(messages)
         return await self.generate(messages, options)
 
     def stream(self, prompt: Prompt, options: Options | None = None) -> "AsyncStream":
         """As `generate`; the answer comes in parts."""
-        call = generation(prompt, options or {}, self._model, stream=True)
+        call = generation(prompt, options, self._model, stream=True)
         return AsyncStream(self._http, call, Attempts(self._max_retries, self._timeout_s))
 
     async def batch(
         self, entries: Sequence[BatchEntry], concurrency: int = 16
     ) -> list[Answer | RefusedError | UnavailableError]:
         """Runs requests, so many at a time; answers stand in their order, and an error where one failed."""
+        if concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, got {concurrency}")
 
         places = asyncio.Semaphore(concurrency)
 
         async def run(entry: BatchEntry) -> Answer | RefusedError | UnavailableError:
             async with places:
                 try:
-                    return await self.generate(entry["prompt"], entry.get("options"))
+                    return await self.generate(*entry_parts(entry))
                 except (RefusedError, UnavailableError) as error:
                     return error
 
@@ -79,8 +82,7 @@ class AsyncClient:
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
         """The tokens that a text or messages come to."""
-        field = "prompt" if isinstance(prompt, str) else "messages"
-        tokens: list[int] = (await self._post(Call("/tokenize", {field: prompt}))).json()["tokens"]
+        tokens: list[int] = (await self._post(tokenization(prompt))).json()["tokens"]
         return tokens
 
     async def models(self) -> list[str]:

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 from outrider.cluster.client.answers import (
     Answer,
@@ -19,93 +19,11 @@ from outrider.cluster.client.answers import (
     read_part,
     read_usage,
 )
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""A text that is continued as it stands, token ids, or messages that go through the model's chat template."""
+from outrider.cluster.client.options import INVALID, Options, Prompt, Speculation, checked, read_prompt
 
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _FIRST_DELAY_S = 0.25
 _MOST_DELAY_S = 8.0
-
-
-class Speculation(TypedDict, total=False):
-    """How one answer is drafted, and by which rule drafted tokens are accepted."""
-
-    method: str | list[str]
-    """Draft methods, some of the deployment's."""
-
-    budget: int
-    """Most drafted tokens per round; 0: plain decoding."""
-
-    depth: int
-    """Longest drafted path, in tokens."""
-
-    rule: str
-    """`exact`, `typical` or `judge`, as far as the deployment allows it; all but `exact` change the text."""
-
-    epsilon: float
-    delta: float
-    """Of rule `typical`."""
-
-    judge: str
-    threshold: float
-    """Of rule `judge`."""
-
-    tree: bool
-    """Whether each part of a stream says which tree its round verified."""
-
-
-class StructuredOutputs(TypedDict, total=False):
-    """What an answer must be: one of the first five, as vLLM has it."""
-
-    json: Mapping[str, Any] | str
-    """A JSON schema."""
-
-    json_object: bool
-    regex: str
-    choice: Sequence[str]
-
-    grammar: str
-    """Lark, or EBNF as llama.cpp has it (GBNF)."""
-
-    disable_any_whitespace: bool
-    whitespace_pattern: str
-    """Of JSON: none between its parts, or what this matches."""
-
-
-class Options(TypedDict, total=False):
-    """What a request asks besides its prompt. What is left out is as the server's configuration says."""
-
-    max_tokens: int
-    min_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float]
-    """By token id: added to the token's logit."""
-    seed: int
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
-    ignore_eos: bool
-    structured_outputs: StructuredOutputs
-    """What the answer must be."""
-    response_format: Mapping[str, Any]
-    """The same as OpenAI has it."""
-    top_logprobs: int
-    """Report each token's log-probability, and the likeliest tokens at its place, this many."""
-    speculative: Speculation | Literal["off"]
-    """How the answer is drafted; `off`: not at all."""
-
-
-class BatchEntry(TypedDict, total=False):
-    """One request of a batch."""
-
-    prompt: Prompt
-    options: Options
 
 
 @dataclass(frozen=True)
@@ -118,33 +36,35 @@ class Call:
     """The same for every attempt."""
 
 
-def generation(prompt: Prompt, options: Options, model: str, stream: bool) -> Call:
-    """The call that asks for one answer. Raises ValueError for an option that there is not."""
-    unknown = options.keys() - Options.__annotations__.keys()
-    if unknown:
-        allowed = ", ".join(Options.__annotations__)
-        raise ValueError(f"options must be among {allowed}, got {', '.join(sorted(unknown))}")
-    body: dict[str, Any] = {name: value for name, value in options.items() if name != "top_logprobs"}
-    asked = options.get("speculative", Speculation())
-    drafting: Speculation = {"budget": 0} if isinstance(asked, str) else asked
+def generation(prompt: Prompt, options: Options | None, model: str, stream: bool) -> Call:
+    """The call that asks for one answer. Raises RefusedError for what no server would run."""
+    (form, plain), asked = read_prompt(prompt), checked(options)
+    body: dict[str, Any] = {name: value for name, value in asked.items() if name != "top_logprobs"}
+    speculation = asked.get("speculative", Speculation())
+    drafting: Speculation = {"budget": 0} if isinstance(speculation, str) else speculation
     body["speculative"] = {**drafting, "origins": True}
-    if "logit_bias" in options:
-        body["logit_bias"] = {str(token): value for token, value in options["logit_bias"].items()}
-    for name in ("stop", "stop_token_ids"):
-        if name in body and not isinstance(body[name], str):
-            body[name] = list(body[name])
+    if "logit_bias" in asked:
+        body["logit_bias"] = {str(token): value for token, value in asked["logit_bias"].items()}
     if model:
         body["model"] = model
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-    is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-    number = options.get("top_logprobs")
-    if is_chat:
+    number = asked.get("top_logprobs")
+    if form == "messages":
         reported = {} if number is None else {"logprobs": True, "top_logprobs": number}
-        return Call("/v1/chat/completions", {**body, **reported, "messages": prompt})
+        return Call("/v1/chat/completions", {**body, **reported, "messages": plain})
     reported = {} if number is None else {"logprobs": number}
-    plain = prompt if isinstance(prompt, str) else list(prompt)
     return Call("/v1/completions", {**body, **reported, "prompt": plain})
+
+
+def tokenization(prompt: Prompt) -> Call:
+    """The call that asks for the tokens of a text or of messages. Raises RefusedError for anything else."""
+    form, plain = read_prompt(prompt)
+    if form == "tokens":
+        raise RefusedError(
+            400, "prompt must be a text or a list of messages, got token ids", "prompt", INVALID
+        )
+    return Call("/tokenize", {"prompt" if form == "text" else "messages": plain})
 
 
 def read_answer(body: Mapping[str, Any]) -> Answer:
@@ -174,6 +94,10 @@ class Attempts:
     """
 
     def __init__(self, max_retries: int, timeout_s: float) -> None:
+        if max_retries < 0:
+            raise ValueError(f"max_retries must be at least 0, got {max_retries}")
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s must be a number of seconds above 0, got {timeout_s}")
         self._left = max_retries
         self._delay_s = _FIRST_DELAY_S
         self._limit_s = time.monotonic() + timeout_s

@@ -1,4 +1,8 @@
-"""Servers of a Ray cluster: a client that knows the cluster's address finds the server's."""
+"""Where a server is: a client that knows the address of its Ray cluster finds it, too."""
+
+import re
+
+import httpx
 
 from outrider.configs.schema import ClusterConfig
 
@@ -6,11 +10,25 @@ COORDINATOR_PREFIX = "outrider-coordinator-"
 """How actors that know of a server are named."""
 
 _ANSWER_S = 10.0
+_HOST_PORT = re.compile(r"[\w.-]+:\d+")
 
 
-def is_url(address: str) -> bool:
-    """Whether an address is a server's own, not a cluster's."""
-    return address.startswith(("http://", "https://"))
+def server_url(address: str) -> str:
+    """Where the server is: at its own URL (`/v1`, with which other clients want it, may be there), at host:port, or
+    in a Ray cluster. Raises ValueError where there is none."""
+    if address.startswith(("http://", "https://")):
+        return address.rstrip("/").removesuffix("/v1")
+    if _HOST_PORT.fullmatch(address) and _speaks_http(address):
+        return f"http://{address}"
+    return server_at(address)
+
+
+def _speaks_http(host_port: str) -> bool:
+    """Ray's own ports do not, but for its dashboard."""
+    try:
+        return httpx.get(f"http://{host_port}/v1/models", timeout=_ANSWER_S).status_code != 404
+    except httpx.TransportError:
+        return False
 
 
 def server_at(ray_address: str) -> str:

@@ -32,6 +32,7 @@ _SAMPLING = (
     "seed",
     "max_tokens",
     "min_tokens",
+    "stop",
     "stop_token_ids",
     "ignore_eos",
 )
@@ -220,8 +221,6 @@ def _job(
 
 def _sampling(body: Generation) -> dict[str, object]:
     sampling = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
-    if body.stop is not None:
-        sampling["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
     if body.logit_bias:
         sampling["logit_bias"] = [(_token_id(key), value) for key, value in body.logit_bias.items()]
     return sampling

@@ -4,8 +4,9 @@ import re
 import socket
 
 import pytest
+from ray.exceptions import RpcError
 
-from outrider.cluster import local_ray
+from outrider.cluster import local_ray, ray_errors
 from outrider.cluster.api import EngineError
 from outrider.cluster.session import RaySession
 from outrider.configs.schema import ClusterConfig
@@ -58,6 +59,21 @@ def test_a_ray_that_is_not_there_is_named_at_once() -> None:
         message = rf"cluster\.ray_address must be .*, got '127\.0\.0\.1:{port}': nothing answers at .*refused"
         with pytest.raises(ValueError, match=message):
             RaySession(ClusterConfig(ray_address=f"127.0.0.1:{port}"), num_cpus=2)
+
+
+def test_what_answers_and_is_no_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silence(**arguments: object) -> None:
+        raise RpcError("Timed out while waiting for GCS to become available.")
+
+    # A web server, say: Ray's own client finds out in 15 seconds, `ray.init` in many minutes.
+    monkeypatch.setattr(ray_errors, "GcsClient", silence)
+    with socket.create_server(("", 0)) as listener:  # Ray asks at this machine's own address
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        message = (
+            rf"cluster\.ray_address must be .*, got '{address}': what answers at .* does not answer as Ray"
+        )
+        with pytest.raises(ValueError, match=message):
+            RaySession(ClusterConfig(ray_address=address), num_cpus=2)
 
 
 def test_an_address_that_is_none_is_named() -> None:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
-from outrider.cluster.client import async_client, client
+from outrider.cluster.client import async_client, client, ray_address
 from outrider.cluster.client.answers import RefusedError, Tree, UnavailableError, read_part
 from outrider.cluster.client.async_client import AsyncClient
 from outrider.cluster.client.client import Client
@@ -207,3 +208,96 @@ def test_a_stream_never_goes_on_with_another_text(ask: Ask) -> None:
     script = Script(stream_of(chunk("one ", [1]), breaks=True), stream_of(chunk("uno ", [9])))
     with pytest.raises(UnavailableError, match="got other tokens than before"):
         ask(script, lambda c: c.stream("x"), max_retries=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"stop": 5}, "stop"),
+        ({"logit_bias": [[1, 2.0]]}, "logit_bias"),
+        ({"speculative": "on"}, "speculative"),
+        ({"speculative": None}, "speculative"),
+        ({"max_token": 3}, "max_token"),
+        ([("max_tokens", 3)], "options"),
+    ],
+)
+def test_options_that_nothing_would_run_are_refused_by_name(ask: Ask, options: Any, param: str) -> None:
+    script = Script()
+    with pytest.raises(RefusedError, match=param) as refused:
+        ask(script, lambda c: c.generate("x", options))
+    assert (refused.value.param, refused.value.status) == (param, 400)
+    assert not script.requests
+
+
+@pytest.mark.parametrize(
+    "prompt", [["a", "b"], None, b"ab", {"role": "user", "content": "x"}, [1.5], [True], 5]
+)
+def test_what_is_no_prompt_is_refused(ask: Ask, prompt: Any) -> None:
+    for call in (lambda c: c.generate(prompt), lambda c: c.chat(prompt), lambda c: c.tokenize(prompt)):
+        with pytest.raises(
+            RefusedError, match="prompt must be a text, a list of messages or a list of token"
+        ):
+            ask(Script(), call)
+
+
+def test_arrays_and_numbers_of_numpy_are_numbers(ask: Ask) -> None:
+    script = Script(httpx.Response(200, json=ANSWER))
+    ask(script, lambda c: c.generate(np.array([1, 2]), {"temperature": np.float64(0.5)}))
+    sent = json.loads(script.requests[0].content)
+    assert (sent["prompt"], sent["temperature"]) == ([1, 2], 0.5)
+
+
+def test_chat_wants_messages(ask: Ask) -> None:
+    for prompt in ("hi", [1, 2]):
+        with pytest.raises(RefusedError, match="messages must be a list of messages, got") as refused:
+            ask(Script(), lambda c, prompt=prompt: c.chat(prompt))
+        assert refused.value.param == "messages"
+    with pytest.raises(RefusedError, match="prompt must be a text or a list of messages, got token ids"):
+        ask(Script(), lambda c: c.tokenize([1, 2]))
+
+
+def test_a_bad_entry_of_a_batch_fails_alone(ask: Ask) -> None:
+    bad: list[Any] = [{"promt": "a"}, "a", {"prompt": "a", "options": {"heat": 1}}, {"prompt": ["a", "b"]}]
+    script = Script(httpx.Response(200, json=ANSWER))
+    *refused, answer = ask(script, lambda c: c.batch([*bad, {"prompt": "a"}], concurrency=1))
+    assert answer.text == "Hi"
+    assert all(isinstance(error, RefusedError) for error in refused)
+    assert [error.param for error in refused] == ["prompt", "prompt", "heat", "prompt"]
+
+
+def test_what_a_client_is_made_with_is_looked_at(ask: Ask) -> None:
+    for arguments, message in (
+        ({"max_retries": -1}, "max_retries must be at least 0, got -1"),
+        ({"timeout_s": 0}, "timeout_s must be a number of seconds above 0, got 0"),
+        ({"timeout_s": float("nan")}, "timeout_s must be a number of seconds above 0, got nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask(Script(), lambda c: c.models(), **arguments)
+    with pytest.raises(ValueError, match="concurrency must be at least 1, got 0"):
+        ask(Script(), lambda c: c.batch([], concurrency=0))
+
+
+def test_where_a_server_is_may_be_said_in_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def get(url: str, timeout: float) -> httpx.Response:
+        asked.append(url)
+        if "gcs" in url:
+            raise httpx.RemoteProtocolError("no HTTP")
+        return httpx.Response(404 if "dashboard" in url else 401)
+
+    monkeypatch.setattr(ray_address.httpx, "get", get)
+    monkeypatch.setattr(ray_address, "server_at", lambda address: f"http://found-by-{address}")
+    places = ("http://h:8000", "http://h:8000/", "http://h:8000/v1", "https://h/a/v1/", "h.org:8000")
+    assert [ray_address.server_url(place) for place in places] == [
+        "http://h:8000",
+        "http://h:8000",
+        "http://h:8000",
+        "https://h/a",
+        "http://h.org:8000",
+    ]
+    assert asked == ["http://h.org:8000/v1/models"]
+    for cluster in ("auto", "ray://h:10001", "gcs:6379", "dashboard:8265"):
+        assert ray_address.server_url(cluster) == f"http://found-by-{cluster}"

@@ -262,7 +262,7 @@ def test_every_option_reaches_the_engine_under_its_own_name(client: TestClient, 
     first, second = engine.posted[-2:]
     reported = {
         "max_tokens": 9,
-        "stop": ["END"],
+        "stop": "END",
         "logit_bias": [(5, 1.5)],
         "logprobs": True,
         "top_logprobs": 2,
