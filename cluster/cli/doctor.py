@@ -22,7 +22,7 @@ def doctor(
     _print("This machine", environment())
     _print("A run would use", usage())
     if num_gpus() == 0:
-        typer.echo(f"\n{NO_GPU}. The kernels were compiled and executed on CPUs only: docs/kernels.md.")
+        typer.echo(f"\n{NO_GPU}. What the kernels have done on others: docs/gpu-report.md.")
         if gpu:
             raise typer.Exit(NO_GPU_TO_CHECK)
         return

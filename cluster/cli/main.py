@@ -4,11 +4,12 @@ import errno
 import importlib
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from outrider import __version__
 from outrider.cluster.api import EngineError
 from outrider.cluster.cli.terminal import AnsweredInterrupt, say_error
 
@@ -85,8 +86,19 @@ app = typer.Typer(
 )
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"outrider {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version and exit."),
+    ] = False,
+) -> None:
     pass
 
 

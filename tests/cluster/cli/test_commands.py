@@ -10,6 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from outrider import __version__
 from outrider.cluster.api import Progress
 from outrider.cluster.cli.main import COMMANDS, app
 from outrider.cluster.engine import Engine
@@ -49,6 +50,11 @@ def test_config_prints_what_it_reads() -> None:
     result = run("config", "quickstart", "target.tp_size=1")
     assert result.exit_code == 0
     assert yaml.safe_load(result.stdout)["target"]["tp_size"] == 1
+
+
+def test_the_version_is_the_package_s() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"outrider {__version__}\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
