@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from outrider import __version__
 from outrider.cluster.api import EngineError, ServedModel
 from outrider.cluster.serving.errors import ApiError, of_engine, of_validation
 from outrider.cluster.serving.gate import App, Gate, extra_headers
@@ -26,7 +27,12 @@ from outrider.cluster.serving.jobs import (
 from outrider.cluster.serving.limits import ApiKeys, choice_places
 from outrider.cluster.serving.metrics import ServerMetrics, Stats
 from outrider.cluster.serving.page import playground
-from outrider.cluster.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
+from outrider.cluster.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from outrider.cluster.serving.response import AnswerResponse
 from outrider.cluster.serving.responses import ResponsesWriter
 from outrider.cluster.serving.responses_request import ResponsesRequest, responses_job
@@ -186,6 +192,17 @@ def _add_models(app: FastAPI, service: _Service) -> None:
             "token_strs": names,
         }
 
+    @app.post("/detokenize", responses=_ERRORS)
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        """The text that tokens come to; special tokens are written out."""
+        service.check_model(body.model)
+        num_tokens = len(service.model.vocabulary)
+        if body.tokens and max(body.tokens) >= num_tokens:
+            raise ApiError(
+                400, f"tokens must be below {num_tokens}, got {max(body.tokens)}", "tokens", "invalid_value"
+            )
+        return {"prompt": service.names.decode(body.tokens)}
+
 
 def _add_probes(app: FastAPI, service: _Service) -> None:
     @app.get("/health", response_class=PlainTextResponse, responses=_ERRORS)
@@ -202,6 +219,11 @@ def _add_probes(app: FastAPI, service: _Service) -> None:
         if service.engine.restarting:
             raise ApiError(503, f"restarting: {service.engine.restarting}", code="engine_restarting")
         return "ok"
+
+    @app.get("/version", responses=_ERRORS)
+    async def version() -> dict[str, str]:
+        """Of Outrider."""
+        return {"version": __version__}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

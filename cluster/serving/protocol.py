@@ -282,6 +282,13 @@ class CompletionRequest(Generation):
     add_special_tokens: Annotated[Any, Only(True)] = None
 
 
+class DetokenizeRequest(Wire):
+    """Body of /detokenize: token ids."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
 class TokenizeRequest(Wire):
     """Body of /tokenize: a text, or messages that go through the chat template."""
 

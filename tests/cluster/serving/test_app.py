@@ -14,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from outrider import __version__
 from outrider.cluster.serving.app import create_app
 from outrider.configs.acceptance import AcceptanceConfig
 from outrider.configs.schema import ClusterConfig, ServerConfig
@@ -502,6 +503,12 @@ def test_tokens_and_models_are_told(client: TestClient) -> None:
     chat = client.post("/tokenize", json=HELLO).json()
     assert "".join(map(chr, chat["tokens"])) == "<user>hi"
     assert client.post("/tokenize", json={}).json()["error"]["param"] == "prompt"
+    assert client.post("/detokenize", json={"tokens": [97, 98]}).json() == {"prompt": "ab"}
+    assert client.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+    for bad in ([-1], [10**9], "ab", None):
+        error = client.post("/detokenize", json={"tokens": bad}).json()["error"]
+        assert error["param"].startswith("tokens")
+    assert client.get("/version").json() == {"version": __version__}
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["max_model_len"]) == ("capitals", 200)
     assert client.get("/v1/models/capitals").json() == model
