@@ -48,9 +48,10 @@ class TextsConfig:
     loss_on_prompts: bool = False
     """Learn the prompts' tokens, too: for prompts that the target wrote itself."""
 
-    features: Literal["cached", "computed", "held"] = "cached"
+    features: Literal["cached", "computed", "held", "kept"] = "cached"
     """The target's hidden rows: computed once and kept in files, computed whenever a text is read, or computed when
-    it is read first and held in the memory of the device from then on."""
+    it is read first and held in the memory of the device from then on; `kept`: read from what `outrider distill
+    --keep-hidden` wrote beside the texts, so that no layer of the target is run or even loaded."""
 
     features_directory: str = ""
     """Where they are kept; empty: `out`/features. Runs of other methods and heads over the same texts share them."""
@@ -354,6 +355,12 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.out), "out", self.out, "a folder")
+        _require(
+            self.texts.features != "kept" or self.method != "medusa2",
+            "texts.features",
+            self.texts.features,
+            "another one where method is medusa2, which trains the target itself",
+        )
         for name in ("log_every", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
             _require(value >= 1, name, value, "at least 1")

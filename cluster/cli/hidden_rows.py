@@ -19,7 +19,7 @@ class HiddenRows:
     def __init__(self, config: Config, layers: str, dtype: str, yes: bool) -> None:
         """layers, dtype, yes: as on the command line. Raises ValueError for layers that the target does not have."""
         from outrider.workers.setup import read_model_config, torch_dtype
-        from outrider.workers.training.features import hidden_bytes, parse_layers
+        from outrider.workers.training.kept_rows import hidden_bytes, parse_layers
         from outrider.workers.weights.progress import silent
 
         model = read_model_config(config, "target", silent)
@@ -40,7 +40,8 @@ class HiddenRows:
         Raises ValueError where the disk has too little room.
         """
         from outrider.workers.setup import load_model, torch_dtype
-        from outrider.workers.training.features import TargetFeatures, keep_features, kept_tokens
+        from outrider.workers.training.features import TargetFeatures
+        from outrider.workers.training.kept_rows import keep_features, kept_tokens
         from outrider.workers.training.texts import read_texts
         from outrider.workers.weights.progress import silent
 

@@ -136,6 +136,17 @@ def load_weights(
     )
 
 
+def load_head(
+    plan: ShardPlan, source: WeightSource, dtype: torch.dtype, device: torch.device, packed: bool
+) -> tuple[Tensor, Head]:
+    """The weights of the final norm, [hidden], and the model's own LM head, without anything else of it."""
+    loader = WeightLoader(plan, source, dtype, device, packed, ignore_bytes)
+    is_own = HEAD in source.names()
+    linear = loader.head() if is_own else loader.linear(loader.vocabulary_matrix(EMBEDDING), NO_BIAS)
+    ids = VocabularyRange(plan.vocab.start, plan.vocab.stop)
+    return loader.vector(FINAL_NORM, ALL), LinearHead(linear, ids)
+
+
 class WeightLoader:
     """Reads weights of one rank from a source."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.transfers import upload
+from outrider.workers.model.head import Head
 from outrider.workers.sequences.segments import places_in, starts_of
 from outrider.workers.training.data import TrainingText
 from outrider.workers.training.feature_batch import (
@@ -27,22 +28,53 @@ from outrider.workers.training.vocabulary_loss import SoftTargets
 _LOGIT_ROWS = {"cpu": 256, "cuda": 4096}
 
 
+class TargetLaw:
+    """The target's law of the next token, of its last rows after the final norm."""
+
+    def __init__(self, head: Head, wanted: WantedRows, device: torch.device) -> None:
+        """head: the target's own, on `device`."""
+        self._head = head
+        self._top_k = min(wanted.top_k, len(wanted.ids))
+        self._has_all_ids = len(wanted.ids) == len(head.vocabulary)
+        self._ids = wanted.ids.to(device)
+        self._device = device
+
+    @torch.inference_mode()
+    def __call__(self, normed: Tensor) -> dict[str, Tensor]:
+        """Of rows [N, hidden] on any device: tensors by name [N, ...], on the head's."""
+        normed = normed.to(self._device)
+        parts = [self._of_some(piece) for piece in normed.split(_LOGIT_ROWS[normed.device.type])]
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def _of_some(self, normed: Tensor) -> dict[str, Tensor]:
+        logits = self._head(normed)
+        greedy = logits.argmax(-1)
+        if not self._has_all_ids:
+            logits = logits.index_select(1, self._ids)
+        top, columns = logits.topk(self._top_k, dim=-1)
+        log_probs = top - logits.logsumexp(-1, keepdim=True)
+        return {
+            "greedy": greedy.to(torch.int32),
+            "columns": columns.to(torch.int32),
+            "log_probs": log_probs.to(torch.float16),
+        }
+
+
 class FeatureComputer:
     """Runs the target and keeps what a trainer needs, and the last rows, on the target's device: by name tensors by
     name, [tokens, ...].
 
     Attributes:
         device: the target's.
+        law: of its last rows.
     """
 
     def __init__(self, target: TargetFeatures, wanted: WantedRows) -> None:
         """`target` gives at least the wanted layers and its last rows."""
         self._target = target
         self._wanted = wanted
-        self._top_k = min(wanted.top_k, len(wanted.ids))
-        self._has_all_ids = len(wanted.ids) == target.model.config.vocab_size
         self.device = target.model.device
-        self._ids = wanted.ids.to(self.device)
+        self.law = TargetLaw(target.model.weights.head, wanted, self.device)
 
     def compute(self, texts: Sequence[TrainingText]) -> dict[str, dict[str, Tensor]]:
         """Of texts back to back, in as many forwards as they need."""
@@ -62,13 +94,6 @@ class FeatureComputer:
         }
 
     @torch.inference_mode()
-    def law(self, normed: Tensor) -> dict[str, Tensor]:
-        """Of rows after the final norm, on any device; the law is on the target's."""
-        normed = normed.to(self.device)
-        parts = [self._law(piece) for piece in normed.split(_LOGIT_ROWS[normed.device.type])]
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-    @torch.inference_mode()
     def _forward(self, texts: Sequence[TrainingText]) -> dict[str, dict[str, Tensor]]:
         model = self._target.model
         rows = self._target.rows([text.tokens.tolist() for text in texts])
@@ -78,19 +103,6 @@ class FeatureComputer:
         }
         normed = model.normed(torch.cat([by_layer[model.config.num_layers] for by_layer in rows]))
         return {**found, LAST: {"normed": normed}, self._wanted.law_name: self.law(normed)}
-
-    def _law(self, normed: Tensor) -> dict[str, Tensor]:
-        logits = self._target.model.weights.head(normed)
-        greedy = logits.argmax(-1)
-        if not self._has_all_ids:
-            logits = logits.index_select(1, self._ids)
-        top, columns = logits.topk(self._top_k, dim=-1)
-        log_probs = top - logits.logsumexp(-1, keepdim=True)
-        return {
-            "greedy": greedy.to(torch.int32),
-            "columns": columns.to(torch.int32),
-            "log_probs": log_probs.to(torch.float16),
-        }
 
 
 class ComputedRows:

@@ -27,11 +27,14 @@ class TrainingText:
         tokens: int32 [T], prompt and output.
         num_unlearned: the first tokens, which no loss is on: the prompt's, where prompts are not learned.
         template: whether the prompt went through the chat template.
+        folder, id: where it is from, and which of the texts there.
     """
 
     tokens: npt.NDArray[np.int32]
     num_unlearned: int
     template: bool
+    folder: Path
+    id: str
 
     def digested(self) -> bytes:
         """What of it decides the target's rows."""
@@ -96,7 +99,7 @@ def read_corpus(config: TextsConfig, manifest: Manifest | None) -> Corpus:
                 tokens = np.array(text.tokens[: config.max_tokens], dtype=np.int32)
                 num_prompt = min(len(text.prompt_tokens), len(tokens))
                 unlearned = 0 if config.loss_on_prompts else num_prompt
-                texts.append(TrainingText(tokens, unlearned, text.template))
+                texts.append(TrainingText(tokens, unlearned, text.template, path, text.id))
             counts[directory] = len(texts) - before
         return texts
 

@@ -1,26 +1,19 @@
-"""The target's hidden rows of whole texts: computed many texts at a time, for a trainer at once or into files.
+"""The target's hidden rows of whole texts, computed many texts at a time.
 
 `TargetFeatures` is the target alone in one process, reading known text; the tokens of a text need not be its own.
-`keep_features` writes its rows beside distilled texts, in `hidden-00000.safetensors`, `hidden-00001.safetensors`, …:
-one tensor [rows, hidden] per layer, texts back to back, and in the file's metadata where each text lies.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from outrider.kernels.selection import REFERENCES, KernelSelection
-from outrider.workers.draft_heads.eagle3 import default_taps
 from outrider.workers.link.communicator import SoloCommunicator
 from outrider.workers.model.batch import TreeRows, ancestor_masks, build_batch, depths_of, num_mask_words
 from outrider.workers.model.cache import PagedCache
@@ -29,7 +22,6 @@ from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
 from outrider.workers.sequences.page_tables import PageTables
 from outrider.workers.sequences.segments import Int64Array, places_in, starts_of
-from outrider.workers.training.texts import DistilledText
 from outrider.workers.weights.source import WeightSource
 
 Item = TypeVar("Item")
@@ -38,7 +30,6 @@ _PAGE = 16
 # Rows of one forward: enough that a pass over the weights, or on a GPU the launches of its kernels, are cheap beside
 # the products; more only cost memory.
 _MAX_ROWS = {"cpu": 2048, "cuda": 16_384}
-_SHARD_BYTES = 64 << 20  # what a pass that is cut off loses, and what a trainer waits for
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +100,7 @@ class TargetFeatures:
     def tree_rows(self, trees: Sequence[TokenTree]) -> list[dict[int, Tensor]]:
         """Of each tree of texts its rows by layer: [nodes, hidden], as `rows` gives them."""
         found: list[dict[int, Tensor]] = []
-        for packed in _groups(trees, lambda tree: len(tree.tokens), self.max_rows):
+        for packed in in_groups(trees, lambda tree: len(tree.tokens), self.max_rows):
             found += self._forward(packed)
         return found
 
@@ -146,138 +137,7 @@ class TargetFeatures:
         return PagedCache(model.config, self._plan, num_pages, _PAGE, model.dtype, model.device)
 
 
-def parse_layers(wanted: str, num_layers: int) -> tuple[int, ...]:
-    """Layers by what they are for (`medusa`, `eagle3`: with the last rows, of which the target's law is made), or
-    comma-separated.
-
-    Raises:
-        ValueError: something else, or a layer that the target does not have.
-    """
-    if wanted == "medusa":
-        return (num_layers,)
-    if wanted == "eagle3" and num_layers > 3:
-        return (*default_taps(num_layers), num_layers)
-    parts = [part.strip() for part in wanted.split(",")]
-    layers = tuple(int(part) for part in parts if part.isdecimal())
-    if len(layers) < len(parts) or len(set(layers)) < len(layers) or max(layers) > num_layers:
-        raise ValueError(
-            f"--keep-hidden must be medusa, eagle3 (of a target with more than 3 layers) or different layers from 0 "
-            f"to {num_layers} such as 2,15, got {wanted!r}"
-        )
-    return layers
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """One file of rows: where each text lies in it, [first row, number of rows]."""
-
-    path: Path
-    layers: tuple[int, ...]
-    dtype: str
-    places: Mapping[str, tuple[int, int]]
-
-
-def keep_features(
-    features: TargetFeatures,
-    texts: Iterable[DistilledText],
-    directory: Path,
-    dtype: torch.dtype,
-    progress: Callable[[int], None],
-    shard_bytes: int = _SHARD_BYTES,
-) -> None:
-    """Writes the rows of those texts that no file has yet. A pass that ended anywhere goes on behind its last file.
-
-    Args:
-        dtype: of the rows in the files.
-        progress: called with the tokens of texts whose rows are in a file.
-
-    Raises:
-        ValueError: the files there hold other layers or another dtype.
-    """
-    shards = _shards(directory)
-    name = str(dtype).removeprefix("torch.")
-    for shard in shards:
-        if shard.layers != features.layers:
-            theirs, ours = (",".join(map(str, layers)) for layers in (shard.layers, features.layers))
-            raise ValueError(f"--keep-hidden must be {theirs} as in {shard.path}, got {ours}")
-        if shard.dtype != name:
-            raise ValueError(f"--hidden-dtype must give {shard.dtype} as in {shard.path}, got {name}")
-    kept = set().union(*(shard.places for shard in shards))
-    missing = (text for text in texts if text.id not in kept)
-    row_bytes = hidden_bytes(1, features.layers, features.model.config.hidden_size, dtype)
-    groups = _groups(missing, lambda text: len(text.tokens), shard_bytes // row_bytes)
-    for number, group in enumerate(groups, start=len(shards)):
-        rows = features.rows([text.tokens for text in group])
-        tensors = {
-            str(layer): torch.cat([of_text[layer] for of_text in rows]).to("cpu", dtype)
-            for layer in features.layers
-        }
-        first, places = 0, {}
-        for text in group:
-            places[text.id] = (first, len(text.tokens))
-            first += len(text.tokens)
-        path = directory / f"hidden-{number:05d}.safetensors"
-        unfinished = path.with_suffix(".tmp")
-        said = {"layers": list(features.layers), "dtype": name, "places": places}
-        save_file(tensors, unfinished, metadata={"outrider": json.dumps(said)})
-        unfinished.replace(path)
-        progress(first)
-
-
-def kept_tokens(directory: Path) -> int:
-    """Tokens whose rows are in files already."""
-    return sum(count for shard in _shards(directory) for _, count in shard.places.values())
-
-
-def hidden_bytes(num_tokens: int, layers: Sequence[int], hidden_size: int, dtype: torch.dtype) -> int:
-    """Size of the rows of so many tokens."""
-    return num_tokens * len(layers) * hidden_size * dtype.itemsize
-
-
-class FeatureReader:
-    """Rows that `keep_features` wrote.
-
-    Attributes:
-        layers: those whose rows are there.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        """Raises ValueError where there are none, or a file is damaged."""
-        shards = _shards(directory)
-        if not shards:
-            raise ValueError(
-                f"{directory} must hold hidden rows: `outrider distill` writes them with --keep-hidden"
-            )
-        self.layers = shards[0].layers
-        self._places = {
-            text_id: (shard, place) for shard in shards for text_id, place in shard.places.items()
-        }
-        self._files: dict[Path, Any] = {}
-
-    def rows(self, text_id: str) -> dict[int, Tensor]:
-        """By layer [tokens, hidden], prompt and output, in the files' dtype. Raises ValueError for an unknown id."""
-        if text_id not in self._places:
-            raise ValueError(f"no hidden rows are kept of the text {text_id!r}")
-        shard, (first, count) = self._places[text_id]
-        if shard.path not in self._files:
-            self._files[shard.path] = safe_open(shard.path, framework="pt")
-        file = self._files[shard.path]
-        return {layer: file.get_slice(str(layer))[first : first + count] for layer in shard.layers}
-
-
-def _shards(directory: Path) -> list[_Shard]:
-    shards = []
-    for path in sorted(directory.glob("hidden-*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                said = json.loads(file.metadata()["outrider"])
-            shards.append(_Shard(path, tuple(said["layers"]), said["dtype"], said["places"]))
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} holds no hidden rows of ours: {error!r}") from error
-    return shards
-
-
-def _groups(items: Iterable[Item], size: Callable[[Item], int], max_size: int) -> Iterator[list[Item]]:
+def in_groups(items: Iterable[Item], size: Callable[[Item], int], max_size: int) -> Iterator[list[Item]]:
     """Items in their order, as many at a time as come to `max_size` together, one at least."""
     group: list[Item] = []
     total = 0

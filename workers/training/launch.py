@@ -4,19 +4,41 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from outrider.configs.loader import config_to_yaml
+from outrider.configs.loader import config_to_yaml, load_training
 from outrider.configs.training import TrainingConfig
 from outrider.workers.training.data import Corpus, Manifest, read_corpus
 from outrider.workers.training.log import Line
 from outrider.workers.training.metrics import Measurement
-from outrider.workers.training.tasks import build_task, prepare_head, prepare_rows, training_device
-from outrider.workers.training.trainer import Trainer
+from outrider.workers.training.tasks import (
+    build_task,
+    forget_head,
+    prepare_head,
+    prepare_rows,
+    training_device,
+)
+from outrider.workers.training.trainer import Trainer, has_run
 from outrider.workers.weights.progress import Progress
 
 _MANIFEST = "texts.json"
+_CONFIG = "config.yaml"
+
+# What a run that goes on may have otherwise than it began: none of it decides what the drafter is, nor what of.
+_MAY_CHANGE = {
+    "out",
+    "target.model_cache_dir",
+    "texts.features",
+    "texts.features_directory",
+    "optimizer.steps",
+    "engine.num_threads",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+}
 
 
 def train(
@@ -34,12 +56,13 @@ def train(
     """
     out = Path(config.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
+    _check_goes_on(config, out)
     corpus = open_corpus(config)
     tokens = sum(len(text.tokens) for text in corpus.training)
+    (out / _CONFIG).write_text(config_to_yaml(config), encoding="utf-8")
     say(f"{len(corpus.training)} texts of {tokens} tokens, {len(corpus.held_out)} held out")
     prepare_rows(config, corpus, say, progress)
     prepare_head(config, corpus, say)
-    (out / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = Path(folder) / "ranks"
         context = multiprocessing.get_context("spawn")
@@ -55,6 +78,44 @@ def train(
             for process in others:
                 process.join(timeout=10)
                 process.kill()
+
+
+def _check_goes_on(config: TrainingConfig, out: Path) -> None:
+    """Raises ValueError where `out` has a checkpoint of another run than this one. What one without a checkpoint has
+    left there is begun anew."""
+    path = out / _CONFIG
+    has_checkpoint = has_run(out)
+    changes: list[tuple[str, object, object]] = []
+    if path.exists():
+        try:
+            before = load_training(path)
+        except ValueError as error:
+            raise ValueError(
+                f"out must be another folder than {out}, whose run cannot go on: {error}"
+            ) from error
+        changes = list(_changes(asdict(before), asdict(config)))
+        if changes and has_checkpoint:
+            field, was, now = changes[0]
+            raise ValueError(
+                f"out must be another folder, or {field} {was!r} as in the run that {out} has, got {now!r}; "
+                f"start_from={out / 'drafter'} begins with what it learned"
+            )
+    if not has_checkpoint:
+        (out / _MANIFEST).unlink(missing_ok=True)
+        if changes or not path.exists():
+            forget_head(config)
+
+
+def _changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, object, object]]:
+    """Fields that differ and may not: their names, what they were and are."""
+    for name, value in now.items():
+        field = prefix + name
+        if isinstance(value, Mapping):
+            yield from _changes(before[name], value, f"{field}.")
+        elif value != before[name] and field not in _MAY_CHANGE:
+            yield field, before[name], value
 
 
 def open_corpus(config: TrainingConfig) -> Corpus:

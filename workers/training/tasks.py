@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from outrider.workers.training.feature_batch import BatchReader, FeatureBatch, W
 from outrider.workers.training.feature_store import FeatureFiles
 from outrider.workers.training.features import TargetFeatures
 from outrider.workers.training.heads import head_shape, low_rank_head, read_ids, start_head
+from outrider.workers.training.kept_rows import KeptRows, kept_files
 from outrider.workers.training.medusa1 import Medusa1Training, heads_shape, start_heads
 from outrider.workers.training.metrics import StepCounts
 from outrider.workers.training.mtp import MtpTraining, head_shape_for, start_from_layer
@@ -127,13 +129,17 @@ def prepare_rows(
 ) -> None:
     """Computes the rows that are to be kept and are not, before any rank starts; says how large they are.
 
-    Raises ValueError where the disk has no room for them.
+    Raises ValueError where the disk has no room for them, or where `texts.features` is `kept` and they are not there.
     """
-    if config.method == "medusa2" or config.texts.features != "cached":
+    if config.method == "medusa2" or config.texts.features not in ("cached", "kept"):
         return
     source = open_source(resolve_target(config, progress))
     wanted = wanted_rows(config, source)
-    parts = [_files(config, wanted, texts) for texts in (corpus.training, corpus.held_out)]
+    texts = [*corpus.training, *corpus.held_out]
+    if config.texts.features == "kept":
+        kept_files(texts, wanted.taps, config.target.model, source.config)
+        return
+    parts = [_files(config, wanted, some) for some in (corpus.training, corpus.held_out)]
     tokens = sum(files.num_missing for files in parts)
     if not tokens:
         return
@@ -141,6 +147,9 @@ def prepare_rows(
     folder = _features_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     say(f"hidden rows of {tokens} tokens: {size / 1e9:.2f} GB in {folder}")
+    with contextlib.suppress(ValueError):
+        kept_files(texts, wanted.taps, config.target.model, source.config)
+        say("they are beside the texts, too: texts.features=kept reads those")
     if size > shutil.disk_usage(folder).free:
         raise ValueError(
             f"texts.features must be computed: {size / 1e9:.2f} GB do not fit on the disk of {folder}"
@@ -159,20 +168,32 @@ def prepare_head(config: TrainingConfig, corpus: Corpus, say: Callable[[str], No
     say("start of the low-rank head: the target's head at its own hidden rows")
     source = open_source(resolve_target(config, silent))
     ids = read_ids(config.head, source.config.vocab_size)
-    last = source.config.num_layers
-    target = _target(config, source, (last,), training_device(config, 0))
+    device = training_device(config, 0)
     texts: list[TrainingText] = []
     for text in corpus.training[:: max(1, len(corpus.training) // _START_TEXTS)]:
         if sum(len(chosen.tokens) for chosen in texts) < _START_TOKENS:
             texts.append(text)
-    rows = target.rows([text.tokens.tolist() for text in texts])
+    if config.texts.features == "kept":
+        kept = _kept(config, source, WantedRows((), True, ids, 1), texts, device)
+        normed = [kept.normed(index) for index in range(len(texts))]
+    else:
+        last = source.config.num_layers
+        target = _target(config, source, (last,), device)
+        normed = [
+            target.model.normed(by[last]) for by in target.rows([text.tokens.tolist() for text in texts])
+        ]
     # Those before labels: what the head will be asked about.
-    read = [by[last][max(1, text.num_unlearned) - 1 : -1] for text, by in zip(texts, rows, strict=True)]
+    read = [rows[max(1, text.num_unlearned) - 1 : -1] for text, rows in zip(texts, normed, strict=True)]
     rank = head_shape(config.head, source.config.hidden_size, ids).rank
-    weights = low_rank_head(source, ids, rank, target.model.normed(torch.cat(read)).cpu())
+    weights = low_rank_head(source, ids, rank, torch.cat(read).cpu())
     unfinished = path.with_suffix(".tmp")
     save_file(weights, unfinished)
     unfinished.replace(path)
+
+
+def forget_head(config: TrainingConfig) -> None:
+    """Removes what `prepare_head` has left."""
+    _low_rank_path(config).unlink(missing_ok=True)
 
 
 def _low_rank_path(config: TrainingConfig) -> Path:
@@ -227,6 +248,8 @@ def build_task(config: TrainingConfig, corpus: Corpus, device: torch.device) -> 
             return _files(config, rows, texts)
         if config.texts.features == "held":
             return HeldRows(texts, rows, computer())
+        if config.texts.features == "kept":
+            return _kept(config, source, rows, texts, device)
         return ComputedRows(texts, rows, computer())
 
     return Task(
@@ -284,6 +307,16 @@ def _medusa1(config: TrainingConfig, source: WeightSource, rows: WantedRows) -> 
     heads = MedusaHeads(heads_shape(source.config, shape, config.medusa), rows.ids)
     start_heads(heads, source, _low_rank_start(config))
     return Medusa1Training(heads, config.medusa, torch_dtype(config.engine.dtype)), heads
+
+
+def _kept(
+    config: TrainingConfig,
+    source: WeightSource,
+    wanted: WantedRows,
+    texts: Sequence[TrainingText],
+    device: torch.device,
+) -> KeptRows:
+    return KeptRows(texts, wanted, source, config.target.model, torch_dtype(config.target.dtype), device)
 
 
 def _computer(

@@ -24,6 +24,7 @@ from outrider.workers.training.log import EvalLine, Line, RunLog, TrainLine
 from outrider.workers.training.metrics import Measurement, measurement
 from outrider.workers.training.tasks import Task, training_device
 
+_CHECKPOINTS = "checkpoints"
 _KEPT_CHECKPOINTS = 2
 
 
@@ -37,6 +38,11 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
         return config.lr
     fraction = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * fraction)
+
+
+def has_run(out: Path) -> bool:
+    """Whether a run in this folder can go on from a checkpoint."""
+    return (out / _CHECKPOINTS / "latest").exists()
 
 
 class Trainer:
@@ -232,9 +238,9 @@ class Trainer:
         )
 
     def _resume(self) -> None:
-        folder = self._out / "checkpoints"
-        if not (folder / "latest").exists():
+        if not has_run(self._out):
             return
+        folder = self._out / _CHECKPOINTS
         path, state = self._engine.load_checkpoint(str(folder), load_module_strict=False)
         if path is None:
             raise ValueError(f"out: the checkpoint in {folder} cannot be read; remove it to begin again")
@@ -251,7 +257,7 @@ class Trainer:
             "texts_sha256": self._corpus.digest,
             "measured": self._measured,
         }
-        folder = self._out / "checkpoints"
+        folder = self._out / _CHECKPOINTS
         self._engine.save_checkpoint(
             str(folder), tag=f"step-{self._step}", client_state=state, exclude_frozen_parameters=True
         )

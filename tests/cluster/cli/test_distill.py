@@ -15,7 +15,7 @@ from outrider.cluster.cli.main import app
 from outrider.cluster.engine import Engine
 from outrider.configs.schema import Config
 from outrider.workers.answer import Completion
-from outrider.workers.training.features import FeatureReader
+from outrider.workers.training.kept_rows import KeptFiles
 from outrider.workers.training.lines import read_dropped
 from outrider.workers.training.texts import load_description, read_texts
 from outrider.workers.weights.random_tokenizer import tokenizer_of_size
@@ -207,9 +207,10 @@ def test_hidden_rows_are_kept_once_their_size_was_said(
     assert "--keep-hidden must come with --yes" in result.stderr
     result = run(tmp_path, *options, "--yes")
     assert result.exit_code == 0, result.output
-    reader = FeatureReader(tmp_path)
+    files = KeptFiles(tmp_path)
     for text in read_texts(tmp_path):
-        rows = reader.rows(text.id)
+        assert files.num_rows(text.id) == len(text.tokens)
+        rows = files.rows(text.id, (0, 2), len(text.tokens))
         assert {layer: tuple(found.shape) for layer, found in rows.items()} == {
             layer: (len(text.tokens), 64) for layer in (0, 2)
         }

@@ -43,7 +43,10 @@ def texts() -> list[TrainingText]:
     """More than one file of them."""
     rng = np.random.default_rng(1)
     tokens = [rng.integers(0, SOURCE.config.vocab_size, 3 + number % 5) for number in range(300)]
-    return [TrainingText(ids.astype(np.int32), 1, False) for ids in tokens]
+    return [
+        TrainingText(ids.astype(np.int32), 1, False, Path("texts"), str(number))
+        for number, ids in enumerate(tokens)
+    ]
 
 
 def assert_same(found: FeatureBatch, expected: FeatureBatch) -> None:

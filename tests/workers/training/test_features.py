@@ -11,9 +11,9 @@ from outrider.workers.model.cache import PagedCache
 from outrider.workers.model.loader import load_weights
 from outrider.workers.model.shard import ShardPlan
 from outrider.workers.model.transformer import Transformer
-from outrider.workers.training.features import (
-    FeatureReader,
-    TargetFeatures,
+from outrider.workers.training.features import TargetFeatures
+from outrider.workers.training.kept_rows import (
+    KeptFiles,
     hidden_bytes,
     keep_features,
     kept_tokens,
@@ -90,19 +90,20 @@ def test_kept_rows_are_read_by_text_and_a_pass_goes_on_behind_its_last_file(
     assert (tmp_path / "hidden-00000.safetensors").read_bytes() == first_file
     assert len(list(tmp_path.glob("hidden-*"))) == 3
     assert kept_tokens(tmp_path) == 199
-    reader = FeatureReader(tmp_path)
-    assert reader.layers == LAYERS
+    files = KeptFiles(tmp_path)
+    assert files.layers == LAYERS
     for text in reversed(several):
-        assert_rows(reader.rows(text.id), text.tokens)
-    with pytest.raises(ValueError, match="no hidden rows are kept of the text 'x'"):
-        reader.rows("x")
+        assert files.num_rows(text.id) == len(text.tokens)
+        assert_rows(files.rows(text.id, LAYERS, len(text.tokens)), text.tokens)
+        assert_rows(files.rows(text.id, LAYERS, 5), text.tokens[:5])
+    assert files.num_rows("x") == 0
 
 
 def test_rows_are_kept_in_another_dtype_and_not_in_two(features: TargetFeatures, tmp_path: Path) -> None:
     (text,) = texts(20)
     keep_features(features, [text], tmp_path, torch.bfloat16, lambda tokens: None)
     (rows,) = features.rows([text.tokens])
-    assert torch.equal(FeatureReader(tmp_path).rows(text.id)[2], rows[2].bfloat16())
+    assert torch.equal(KeptFiles(tmp_path).rows(text.id, (2,), 20)[2], rows[2].bfloat16())
     with pytest.raises(ValueError, match="--hidden-dtype must give bfloat16 as in"):
         keep_features(features, [text], tmp_path, torch.float32, lambda tokens: None)
     features_of_others = TargetFeatures(SOURCE, (1,), torch.float32, threads=1)
@@ -112,10 +113,10 @@ def test_rows_are_kept_in_another_dtype_and_not_in_two(features: TargetFeatures,
 
 def test_a_folder_without_rows_is_said_to_be_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must hold hidden rows"):
-        FeatureReader(tmp_path)
+        KeptFiles(tmp_path)
     (tmp_path / "hidden-00000.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ValueError, match=r"hidden-00000\.safetensors holds no hidden rows of ours"):
-        FeatureReader(tmp_path)
+        KeptFiles(tmp_path)
 
 
 def test_layers_by_name_and_number() -> None:

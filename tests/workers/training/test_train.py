@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from outrider.workers.draft_heads.checkpoint import read_eagle3, read_medusa, wr
 from outrider.workers.draft_heads.description import HeadDescription
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.sequences.sequence import DraftOptions
+from outrider.workers.training.features import TargetFeatures
 from outrider.workers.training.heads import read_ids
+from outrider.workers.training.kept_rows import keep_features, parse_layers
 from outrider.workers.training.launch import train
 from outrider.workers.training.log import EvalLine, Line, TrainLine, read_log
 from outrider.workers.training.metrics import Measurement
@@ -132,6 +135,40 @@ def test_texts_written_since_do_not_change_a_run_that_goes_on(texts: Path, tmp_p
     assert json.loads((tmp_path / "run" / "texts.json").read_text()) == {str(growing): 6}
 
 
+def test_a_run_goes_on_as_what_it_was_or_not_at_all(texts: Path, tmp_path: Path) -> None:
+    begun = tiny_run(texts, tmp_path / "run", steps=1)
+    run(begun)
+    shutil.copytree(texts, tmp_path / "other texts")
+    others = (
+        (replace(begun, method="medusa1"), "method 'eagle3' as in the run that .* has, got 'medusa1'"),
+        (
+            replace(begun, texts=replace(begun.texts, directories=(str(tmp_path / "other texts"),))),
+            "texts.directories .* as in the run",
+        ),
+        (replace(begun, head=replace(begun.head, rank_divisor=4)), "head.rank_divisor 2 as in .*, got 4"),
+        (
+            replace(begun, target=replace(begun.target, model=f"{TARGET.model}&seed=3")),
+            "target.model .* as in the run",
+        ),
+        (replace(begun, optimizer=replace(begun.optimizer, lr=1.0)), "optimizer.lr 0.003 as in .*, got 1.0"),
+    )
+    for other, message in others:
+        with pytest.raises(ValueError, match=f"out must be another folder, or {message}"):
+            run(with_steps(other, 2))
+    run(with_steps(replace(begun, log_every=2, texts=replace(begun.texts, features="computed")), 2))
+
+
+def test_what_never_reached_a_checkpoint_begins_anew(texts: Path, tmp_path: Path) -> None:
+    begun = tiny_run(texts, tmp_path / "run", steps=1)
+    without = replace(begun, target=replace(begun.target, model=f"{TARGET.model}&seed=3"))
+    run(without)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    run(begun)
+    run(replace(begun, out=str(tmp_path / "fresh")))
+    for name, values in weights(replace(begun, out=str(tmp_path / "fresh"))).items():
+        assert torch.equal(weights(begun)[name], values), name
+
+
 def test_computed_rows_are_the_kept_ones_and_micro_batches_add_up(texts: Path, tmp_path: Path) -> None:
     kept = tiny_run(texts, tmp_path / "kept", steps=3)
     run(kept)
@@ -145,6 +182,54 @@ def test_computed_rows_are_the_kept_ones_and_micro_batches_add_up(texts: Path, t
     for name, values in weights(kept).items():
         # Sums over one forward and over three. Seen: up to 3e-6, where Adam divides a tiny gradient by a tiny one.
         torch.testing.assert_close(weights(computed)[name], values, atol=5e-5, rtol=1e-4)
+
+
+def keep_rows(texts: Path, copy: Path, wanted: str) -> None:
+    """The texts with their rows beside them."""
+    shutil.copytree(texts, copy)
+    source = open_source(TARGET)
+    features = TargetFeatures(source, parse_layers(wanted, source.config.num_layers), torch.float32, 1)
+    keep_features(features, read_texts(copy), copy, torch.float32, lambda tokens: None)
+
+
+@pytest.mark.parametrize(("method", "wanted"), [("eagle3", "eagle3"), ("medusa1", "medusa"), ("mtp", "8")])
+def test_rows_that_distillation_kept_are_learned_from_without_a_layer_of_the_target(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: TrainingMethod, wanted: str
+) -> None:
+    folder = tmp_path / "texts"
+    keep_rows(texts, folder, wanted)
+    cached = replace(tiny_run(folder, tmp_path / "cached", steps=3), method=method)
+    said: list[str] = []
+    train(cached, said.append, silent, lambda line: None)
+    assert any("texts.features=kept reads those" in line for line in said)
+    monkeypatch.setattr(TargetFeatures, "__init__", None)  # nobody loads the target
+    kept = replace(cached, out=str(tmp_path / "kept"), texts=replace(cached.texts, features="kept"))
+    run(kept)
+    for name, values in weights(cached).items():
+        torch.testing.assert_close(weights(kept)[name], values, atol=5e-5, rtol=1e-4)
+
+
+def test_rows_that_are_not_kept_are_missed_before_anything_is_trained(texts: Path, tmp_path: Path) -> None:
+    def message(config: TrainingConfig) -> str:
+        with pytest.raises(
+            ValueError, match=r"texts\.features must be cached, computed or held: "
+        ) as refused:
+            run(replace(config, texts=replace(config.texts, features="kept")))
+        return str(refused.value)
+
+    assert "must hold hidden rows" in message(tiny_run(texts, tmp_path / "run", steps=1))
+    folder = tmp_path / "texts"
+    keep_rows(texts, folder, "medusa")
+    config = tiny_run(folder, tmp_path / "run", steps=1)
+    assert f"{folder} holds rows of layers 8, none of 2, 4, 5" in message(config)
+    other = replace(config, target=replace(config.target, model=f"{TARGET.model}&seed=3"), method="medusa1")
+    assert f"holds rows of {TARGET.model}, target.model is {TARGET.model}&seed=3" in message(other)
+    lines = (folder / "texts-00000.jsonl").read_text()
+    more = json.loads(lines.splitlines()[0]) | {"id": "later"}
+    (folder / "texts-00000.jsonl").write_text(lines + json.dumps(more) + "\n")
+    assert "holds no rows of text 'later'" in message(replace(config, method="medusa1"))
+    with pytest.raises(ValueError, match=r"texts\.features must be another one where method is medusa2"):
+        replace(config, method="medusa2", texts=replace(config.texts, features="kept"))
 
 
 @pytest.mark.slow

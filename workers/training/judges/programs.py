@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from outrider.workers.training.judges.edits import Edit, mistake_record, of_all_kinds, right_record
@@ -53,11 +52,3 @@ def program_records(
 def answer_with(code: str) -> str:
     """An answer as a chat model gives it."""
     return f"```python\n{code.rstrip()}\n```"
-
-
-def records_of(
-    tasks: Iterable[Coding], most_wrong: int, most_right: int, seed: int, threads: int
-) -> Iterator[SpanRecord]:
-    """Of all tasks."""
-    for task in tasks:
-        yield from program_records(task, most_wrong, most_right, seed, threads)
