@@ -37,7 +37,8 @@ SHIPPED_PROMPTS = PRESETS_DIR / "prompts" / "demo.jsonl"
 
 def load_prompts(path: str | Path) -> list[Prompt]:
     """Reads Spec-Bench (first turns), HumanEval, GSM8K, other JSON lines with a `prompt` (or `text`,
-    `instruction`, `input`, `question`) field, or a text file with one prompt per line.
+    `instruction`, `input`, `question`) field or with `messages` (the first one), or a text file with one prompt per
+    line.
 
     Raises ValueError naming the file and line.
     """
@@ -138,11 +139,21 @@ def _prompt(row: Any, path: Path, number: int) -> Prompt:
         return Prompt(str(row.get("task_id", number)), category, text, is_code=True)
     # Data sets leave fields empty that a row does not use: null beside a text is no fault.
     present = sorted((key for key in _TEXT_KEYS if key in row), key=lambda key: row[key] is None)
+    name = str(row.get("id", f"{path.stem}/{number}"))
     if present:
-        name = str(row.get("id", f"{path.stem}/{number}"))
         return Prompt(name, category, _text(row[present[0]], f"{where}: {present[0]}"))
-    fields = ", ".join(("turns", *_TEXT_KEYS))
+    if "messages" in row:
+        return Prompt(name, category, _first_question(row["messages"], where))
+    fields = ", ".join(("turns", *_TEXT_KEYS, "messages"))
     raise ValueError(f"{where}: must have one of the fields {fields}; has {', '.join(row) or 'none'}")
+
+
+def _first_question(messages: object, where: str) -> str:
+    """Of a conversation as chat models are trained on; what stands in front of it is not left out unseen."""
+    first = messages[0] if isinstance(messages, list) and messages else None
+    if not isinstance(first, dict) or first.get("role") != "user":
+        raise ValueError(f"{where}: messages must be a list that begins with a user's message, got {first!r}")
+    return _text(first.get("content"), f"{where}: content of messages[0]")
 
 
 def _text(value: object, where: str) -> str:

@@ -28,7 +28,14 @@ def test_humaneval_rows_are_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "row",
-    [{"question": "Why?", "answer": "#### 3"}, {"prompt": "Why?"}, {"text": None, "input": "Why?"}, "Why?"],
+    [
+        {"question": "Why?", "answer": "#### 3"},
+        {"prompt": "Why?"},
+        {"text": None, "input": "Why?"},
+        {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]},
+        {"prompt": "Why?", "messages": [{"role": "system", "content": "Be brief."}]},
+        "Why?",
+    ],
 )
 def test_other_rows_give_their_text(tmp_path: Path, row: object) -> None:
     assert load_prompts(write_lines(tmp_path / "some.jsonl", [row])) == [Prompt("some/1", "some", "Why?")]
@@ -76,6 +83,12 @@ def test_a_file_that_is_not_utf8_is_named_with_the_line(tmp_path: Path, name: st
         ('{"prompt": null, "entry_point": "f"}', "prompt must be a text, got None"),
         ('{"turns": []}', "turns must be a list of texts"),
         ('{"turns": [["a"]]}', r"turns\[0\] must be a text"),
+        ('{"messages": []}', "messages must be a list that begins with a user's message, got None"),
+        (
+            '{"messages": [{"role": "system", "content": "Be brief."}]}',
+            "begins with a user's message, got .*system",
+        ),
+        ('{"messages": [{"role": "user"}]}', r"content of messages\[0\] must be a text, got None"),
         (r'{"question": "a\ud800"}', "question must be valid Unicode"),
     ],
 )
