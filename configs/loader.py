@@ -205,7 +205,7 @@ def _convert_tuple(elements: tuple[Any, ...], value: object, key: str) -> tuple[
     """`elements` as in tuple[X, ...] (any number of X) or tuple[X, Y] (exactly these)."""
     repeated = elements[-1] is Ellipsis
     if not isinstance(value, list | tuple) or not (repeated or len(value) == len(elements)):
-        allowed = _describe(elements[0]) if repeated else " and ".join(map(_describe, elements))
+        allowed = _describe_several(elements[0]) if repeated else " and ".join(map(_describe, elements))
         raise ValueError(f"{key} must be a list of {allowed}, got {value!r}")
     kinds = elements[:1] * len(value) if repeated else elements
     pairs = enumerate(zip(kinds, value, strict=True))
@@ -223,6 +223,11 @@ def _mapping(value: object, key: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{key or 'a config'} must be a mapping of keys to values, got {value!r}")
     return dict(value)
+
+
+def _describe_several(kind: Any) -> str:
+    """`_describe`, of any number of them."""
+    return f"{_SCALAR_NAMES[kind].split()[-1]}s" if kind in (str, int, float) else _describe(kind)
 
 
 def _describe(kind: Any) -> str:
