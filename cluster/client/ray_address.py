@@ -44,7 +44,11 @@ def server_at(ray_address: str) -> str:
     from outrider.cluster.session import RaySession
 
     urls: list[str] = []
-    with RaySession(ClusterConfig(ray_address=ray_address), num_cpus=1):
+    try:
+        session = RaySession(ClusterConfig(ray_address=ray_address), num_cpus=1)
+    except ValueError as error:
+        raise ValueError(f"url must be a server's, or the address of a Ray that has one: {error}") from error
+    with session:
         for named in list_named_actors(all_namespaces=True):
             if not named["name"].startswith(COORDINATOR_PREFIX):
                 continue
