@@ -14,7 +14,8 @@ ALLOWED_LAYERS = {
     "configs": {"configs"},
     "kernels": {"kernels"},
     "workers": {"configs", "kernels", "workers"},
-    "cluster": {"configs", "workers", "cluster"},
+    # The package itself only for its version, which the metadata of a distribution need not be there to say.
+    "cluster": {"configs", "workers", "cluster", "", "__version__"},
 }
 
 ALLOWED_PACKAGES = {

@@ -67,7 +67,7 @@ WRONG_PROMPTS = [
 ]
 WRONG_SAMPLING = [
     ([1], r"sampling must be a mapping of keys to values, got \[1\]"),
-    ({"stop": "a"}, "sampling.stop must be a list"),
+    ({"stop": 5}, "sampling.stop must be a list of texts"),
     ({"stop": [f"{'a' * 9}{i}" for i in range(300)]}, "sampling.stop must have at most 128 strings, got 300"),
     ({"stop": ["a" * 5000]}, "sampling.stop must have at most 4096 characters, got 5000"),
     ({"stop_token_ids": list(range(128)) * 20}, "sampling.stop_token_ids must have at most 1024 ids"),
