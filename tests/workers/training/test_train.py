@@ -192,7 +192,7 @@ def keep_rows(texts: Path, copy: Path, wanted: str) -> None:
     keep_features(features, read_texts(copy), copy, torch.float32, lambda tokens: None)
 
 
-@pytest.mark.parametrize(("method", "wanted"), [("eagle3", "eagle3"), ("medusa1", "medusa"), ("mtp", "8")])
+@pytest.mark.parametrize(("method", "wanted"), [("eagle3", "eagle3"), ("medusa1", "medusa")])
 def test_rows_that_distillation_kept_are_learned_from_without_a_layer_of_the_target(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: TrainingMethod, wanted: str
 ) -> None:
