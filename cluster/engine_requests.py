@@ -31,8 +31,6 @@ def requests_of(
 
 def as_sent(asked: GenerationRequest) -> GenerationRequest:
     """As it travels: read-only views of mappings cannot be pickled. What is no mapping is refused at the door."""
-    if not isinstance(asked, GenerationRequest):
-        raise ValueError(f"a request must be a GenerationRequest, got {type(asked).__name__} {asked!r}")
     options = (fields_of(asked.sampling), asked.draft, asked.acceptance, asked.template)
     return GenerationRequest(
         asked.prompt, *(dict(value) if isinstance(value, Mapping) else value for value in options)

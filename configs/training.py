@@ -51,7 +51,7 @@ class TextsConfig:
     features: Literal["cached", "computed", "held", "kept"] = "cached"
     """The target's hidden rows: computed once and kept in files, computed whenever a text is read, or computed when
     it is read first and held in the memory of the device from then on; `kept`: read from what `outrider distill
-    --keep-hidden` wrote beside the texts, so that no layer of the target is run or even loaded."""
+    --keep-hidden` wrote beside the texts, so that of the target only its final norm and its LM head are run."""
 
     features_directory: str = ""
     """Where they are kept; empty: `out`/features. Runs of other methods and heads over the same texts share them."""

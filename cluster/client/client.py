@@ -32,10 +32,10 @@ CONNECT_S = 10.0
 class Client:
     """A server of `outrider serve`. May be used from several threads.
 
-    url: as the server prints it; or the address of the Ray cluster that it runs in (`auto`, host:port, or
-    ray://host:port), where this process then joins for a moment. api_key: if the server wants one. model: the name to
-    ask for, empty: whatever is served. timeout_s: for one answer, all attempts together. max_retries: attempts after
-    the first, where the server was not reached, had no place or failed.
+    url: as the server prints it, with or without `/v1`, or its host:port; or the address of the Ray cluster that it
+    runs in (`auto`, host:port, or ray://host:port), where this process then joins for a moment. api_key: if the
+    server wants one. model: the name to ask for, empty: whatever is served. timeout_s: for one answer, all attempts
+    together. max_retries: attempts after the first, where the server was not reached, had no place or failed.
 
     All calls raise RefusedError (a ValueError) for a request that cannot be run, UnavailableError otherwise.
     """

@@ -136,7 +136,6 @@ class KeptFiles:
                 f"{directory} must hold hidden rows: `outrider distill` writes them with --keep-hidden"
             )
         self.layers = shards[0].layers
-        self._directory = directory
         self._places = {
             text_id: (shard, place) for shard in shards for text_id, place in shard.places.items()
         }

@@ -83,27 +83,19 @@ def train(
 def _check_goes_on(config: TrainingConfig, out: Path) -> None:
     """Raises ValueError where `out` has a checkpoint of another run than this one. What one without a checkpoint has
     left there is begun anew."""
-    path = out / _CONFIG
-    has_checkpoint = has_run(out)
-    changes: list[tuple[str, object, object]] = []
-    if path.exists():
-        try:
-            before = load_training(path)
-        except ValueError as error:
-            raise ValueError(
-                f"out must be another folder than {out}, whose run cannot go on: {error}"
-            ) from error
-        changes = list(_changes(asdict(before), asdict(config)))
-        if changes and has_checkpoint:
-            field, was, now = changes[0]
-            raise ValueError(
-                f"out must be another folder, or {field} {was!r} as in the run that {out} has, got {now!r}; "
-                f"start_from={out / 'drafter'} begins with what it learned"
-            )
-    if not has_checkpoint:
+    if not has_run(out):
         (out / _MANIFEST).unlink(missing_ok=True)
-        if changes or not path.exists():
-            forget_head(config)
+        forget_head(config)
+        return
+    try:
+        before = load_training(out / _CONFIG)
+    except ValueError as error:
+        raise ValueError(f"out must be another folder than {out}, whose run cannot go on: {error}") from error
+    for field, was, now in _changes(asdict(before), asdict(config)):
+        raise ValueError(
+            f"out must be another folder, or {field} {was!r} as in the run that {out} has, got {now!r}; "
+            f"start_from={out / 'drafter'} begins with what it learned"
+        )
 
 
 def _changes(
