@@ -21,6 +21,7 @@ from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.fields import read_json
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.resolver import resolve_head
+from outrider.workers.weights.source import head_name
 from outrider.workers.weights.tensors import EMBEDDING, FINAL_NORM, HEAD
 
 _ALL = slice(None)
@@ -40,13 +41,12 @@ class MtpMethod(FeatureMethod):
         drafter, description = read_for(_FIELD, lambda: read_mtp(folder))
         made_for = drafter.shape.target
         check_target(_FIELD, description, made_for.hidden_size, made_for.vocab_size, target)
-        head = EMBEDDING if target.tied_embeddings else HEAD
-        shared = [EMBEDDING, FINAL_NORM, *([head] if drafter.shares_lm_head else [])]
+        shared = [EMBEDDING, FINAL_NORM, *([HEAD] if drafter.shares_lm_head else [])]
         source = load_target_tensors(config, shared, context.progress)
         check_fingerprint(_FIELD, description, source)
         drafter.take_target(
             source.read(FINAL_NORM, _ALL, _ALL, torch.float32),
-            source.read(head, _ALL, _ALL, torch.float32) if drafter.shares_lm_head else None,
+            source.read(head_name(source), _ALL, _ALL, torch.float32) if drafter.shares_lm_head else None,
         )
         dtype = torch_dtype(config.draft.dtype)
         layout = config.draft.packed_weights, config.draft.int8_heads

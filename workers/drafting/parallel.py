@@ -51,6 +51,7 @@ from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.fields import read_json
 from outrider.workers.weights.progress import silent
 from outrider.workers.weights.resolver import resolve_head
+from outrider.workers.weights.source import head_name
 from outrider.workers.weights.tensors import EMBEDDING, HEAD
 
 _FIELD = "draft.parallel.model"
@@ -116,12 +117,11 @@ class ParallelMethod(DraftMethod):
         check_target(_FIELD, description, shape.target_hidden_size, shape.vocab_size, target)
         check_target(_FIELD, description, shape.hidden_size, shape.vocab_size, target)
         _check_taps(shape.taps, target)
-        head = EMBEDDING if target.tied_embeddings else HEAD
-        shared = [EMBEDDING, *([head] if drafter.shares_lm_head else [])]
+        shared = [EMBEDDING, *([HEAD] if drafter.shares_lm_head else [])]
         source = load_target_tensors(config, shared, context.progress)
         check_fingerprint(_FIELD, description, source)
         if drafter.shares_lm_head:
-            drafter.take_target(source.read_rows(head, drafter.lm_head.ids, torch.float32))
+            drafter.take_target(source.read_rows(head_name(source), drafter.lm_head.ids, torch.float32))
         dtype, page_size = torch_dtype(config.draft.dtype), config.target.page_size
         layout = config.draft.packed_weights, config.draft.int8_heads
         served = for_serving(drafter, shape.vocab_size, dtype, device, *layout)

@@ -26,7 +26,7 @@ from outrider.workers.sequences.vocabulary import VocabularyRange
 from outrider.workers.weights.config import DenseMlp, RoutedMlp
 from outrider.workers.weights.quantization import format_of
 from outrider.workers.weights.scaled import ScaledMatrix, joined
-from outrider.workers.weights.source import WeightSource, read_into, read_scaled
+from outrider.workers.weights.source import WeightSource, head_name, read_into, read_scaled
 from outrider.workers.weights.tensors import EMBEDDING, FINAL_NORM, HEAD, ROUTER, expert_prefix
 
 ALL = slice(None)
@@ -109,7 +109,7 @@ def load_weights(
     loader = WeightLoader(plan, source, dtype, device, packed, progress)
     tied = plan.config.tied_embeddings
     ids = VocabularyRange(plan.vocab.start, plan.vocab.stop)
-    is_own = head is None and HEAD in source.names()
+    is_own = head is None and head_name(source) == HEAD
     if head is None and is_own:
         # It may be as large as all layers together: not beside the embedding.
         head = LinearHead(loader.head(), ids)
@@ -141,7 +141,7 @@ def load_head(
 ) -> tuple[Tensor, Head]:
     """The weights of the final norm, [hidden], and the model's own LM head, without anything else of it."""
     loader = WeightLoader(plan, source, dtype, device, packed, ignore_bytes)
-    is_own = HEAD in source.names()
+    is_own = head_name(source) == HEAD
     linear = loader.head() if is_own else loader.linear(loader.vocabulary_matrix(EMBEDDING), NO_BIAS)
     ids = VocabularyRange(plan.vocab.start, plan.vocab.stop)
     return loader.vector(FINAL_NORM, ALL), LinearHead(linear, ids)

@@ -37,7 +37,8 @@ from outrider.workers.weights.resolver import (
     resolve_head,
     resolve_tensors,
 )
-from outrider.workers.weights.tensors import EMBEDDING, HEAD
+from outrider.workers.weights.source import head_name
+from outrider.workers.weights.tensors import HEAD
 
 HeadKind = Literal["model", "eagle3", "medusa"]
 Heads = LmHead | Eagle3Drafter | MedusaHeads
@@ -145,10 +146,9 @@ def open_heads(
 def head_of_model(resolved: ResolvedModel) -> DenseLmHead:
     """A model's LM head, in float32."""
     source = open_tensors(resolved, (HEAD,))
-    name = EMBEDDING if source.config.tied_embeddings and HEAD not in source.names() else HEAD
     head = DenseLmHead(source.config.hidden_size, torch.arange(source.config.vocab_size))
     with torch.no_grad():
-        head.weight.copy_(source.read(name, _ALL, _ALL, torch.float32))
+        head.weight.copy_(source.read(head_name(source), _ALL, _ALL, torch.float32))
     return head
 
 

@@ -20,8 +20,7 @@ from outrider.workers.draft_heads.lm_head import (
 from outrider.workers.training.metrics import NUM_RANKS, Guesses
 from outrider.workers.training.vocabulary_loss import SoftTargets, vocabulary_loss
 from outrider.workers.weights.resolver import resolve_vocabulary
-from outrider.workers.weights.source import WeightSource
-from outrider.workers.weights.tensors import EMBEDDING, HEAD
+from outrider.workers.weights.source import WeightSource, head_name
 
 _ALL = slice(None)
 
@@ -67,8 +66,7 @@ def low_rank_head(source: WeightSource, ids: Tensor, rank: int, rows: Tensor) ->
 
 def head_weight(source: WeightSource, ids: Tensor) -> Tensor:
     """The target's head, float32 [V', hidden], of these ids."""
-    name = EMBEDDING if source.config.tied_embeddings else HEAD
-    return source.read(name, _ALL, _ALL, torch.float32)[ids]
+    return source.read(head_name(source), _ALL, _ALL, torch.float32)[ids]
 
 
 def label_weights(decay: float, totals: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -39,8 +39,8 @@ from outrider.workers.training.parallel import (
 )
 from outrider.workers.training.parallel import drafter_shape as parallel_shape
 from outrider.workers.training.saving import Drafter, describe, save_drafter, start_from
+from outrider.workers.training.target import open_target, resolve_target
 from outrider.workers.weights.progress import Progress, silent
-from outrider.workers.weights.resolver import ResolvedModel, open_source, resolve
 from outrider.workers.weights.source import WeightSource
 from outrider.workers.weights.tensors import EMBEDDING
 
@@ -88,12 +88,6 @@ class Task:
     lr_factors: Sequence[tuple[list[nn.Parameter], float]]
 
 
-def resolve_target(config: TrainingConfig, progress: Progress) -> ResolvedModel:
-    """The target's checkpoint, downloaded if need be. Raises ValueError naming `target.model`."""
-    cache_dir = Path(config.target.model_cache_dir).expanduser()
-    return resolve(config.target.model, cache_dir, progress, "target.model")
-
-
 def wanted_rows(config: TrainingConfig, source: WeightSource) -> WantedRows:
     """What `config.method`, any but medusa2, reads of the target."""
     ids = read_ids(config.head, source.config.vocab_size)
@@ -133,7 +127,7 @@ def prepare_rows(
     """
     if config.method == "medusa2" or config.texts.features not in ("cached", "kept"):
         return
-    source = open_source(resolve_target(config, progress))
+    source = open_target(config, progress)
     wanted = wanted_rows(config, source)
     texts = [*corpus.training, *corpus.held_out]
     if config.texts.features == "kept":
@@ -166,7 +160,7 @@ def prepare_head(config: TrainingConfig, corpus: Corpus, say: Callable[[str], No
     if config.head.kind != "low_rank" or path.exists():
         return
     say("start of the low-rank head: the target's head at its own hidden rows")
-    source = open_source(resolve_target(config, silent))
+    source = open_target(config, silent)
     ids = read_ids(config.head, source.config.vocab_size)
     device = training_device(config, 0)
     texts: list[TrainingText] = []
@@ -212,12 +206,11 @@ def training_device(config: TrainingConfig, rank: int) -> torch.device:
 def build_task(config: TrainingConfig, corpus: Corpus, device: torch.device) -> Task:
     """What a rank trains on `device`. Random starts are those of `config.seed`: the same on every rank."""
     torch.manual_seed(config.seed)
-    resolved = resolve_target(config, silent)
-    source = open_source(resolved)
     if config.method == "medusa2":
         from outrider.workers.training.medusa2 import build_medusa2
 
-        return build_medusa2(config, resolved, corpus, _low_rank_start(config))
+        return build_medusa2(config, resolve_target(config, silent), corpus, _low_rank_start(config))
+    source = open_target(config, silent)
     rows = wanted_rows(config, source)
     module: nn.Module
     drafter: Drafter

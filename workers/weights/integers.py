@@ -33,8 +33,15 @@ from outrider.workers.weights.quantization import (
     format_of,
 )
 from outrider.workers.weights.scaled import ScaledMatrix
-from outrider.workers.weights.source import CHUNK_ELEMENTS, Stored, WeightSource, bounds, read_scaled
-from outrider.workers.weights.tensors import EMBEDDING, HEAD, loaded_bytes
+from outrider.workers.weights.source import (
+    CHUNK_ELEMENTS,
+    Stored,
+    WeightSource,
+    bounds,
+    head_name,
+    read_scaled,
+)
+from outrider.workers.weights.tensors import HEAD, loaded_bytes
 
 GROUP = 32
 CENTRE = 8  # the middle of the integers of 4 bits
@@ -189,7 +196,7 @@ class IntegerSource:
         return form
 
     def _stored_name(self, name: str) -> str:
-        return EMBEDDING if name == HEAD and HEAD not in self._inner.names() else name
+        return head_name(self._inner) if name == HEAD else name
 
 
 def in_eight_bits(weight: Tensor) -> ScaledMatrix:
@@ -253,7 +260,7 @@ def _quantization_of(source: WeightSource) -> Quantization:
     one scale for a row."""
     by_bits: dict[Literal[4, 8], list[str]] = {4: [], 8: []}
     if isinstance(source, GgufSource):
-        tied = {} if HEAD in source.names() else {HEAD: EMBEDDING}
+        tied = {HEAD: head_name(source)}
         for name in source.names() | tied.keys():
             stored = tied.get(name, name)
             if len(source.shape(stored)) == 2 and source.kind(stored) not in _PLAIN:

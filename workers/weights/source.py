@@ -15,6 +15,7 @@ from outrider.workers.weights.config import ModelConfig
 from outrider.workers.weights.data_file import DataFile
 from outrider.workers.weights.quantization import format_of
 from outrider.workers.weights.scaled import ScaledMatrix
+from outrider.workers.weights.tensors import EMBEDDING, HEAD
 
 # Elements read and converted at a time: little memory beside the matrix, and intermediates stay in cache
 # (dequantising Q4_K/Q5_0/Q6_K: 231 M elements/s against 144 M with 4 M elements at a time).
@@ -72,6 +73,11 @@ class WeightSource(Protocol):
     def total_bytes(self, dtype: torch.dtype) -> int:
         """Bytes that all tensors take once loaded in `dtype`."""
         ...
+
+
+def head_name(source: WeightSource) -> str:
+    """The tensor that is a model's LM head: its own, whatever its configuration says, or the embedding."""
+    return HEAD if HEAD in source.names() else EMBEDDING
 
 
 def read_scaled(source: WeightSource, name: str, rows: slice, columns: slice) -> ScaledMatrix | None:

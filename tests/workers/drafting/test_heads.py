@@ -125,6 +125,21 @@ def test_a_parallel_drafter_takes_the_rows_of_its_ids_from_the_targets_head(head
     torch.testing.assert_close(served.logits(rows), rows @ head.T, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("has_own", [True, False])
+def test_the_targets_head_is_its_own_where_it_has_one_whatever_its_configuration_says(
+    heads: Path, tmp_path: Path, has_own: bool
+) -> None:
+    model, tensors = random_tensors("llama", TARGET)
+    said = replace(model, tied_embeddings=True)
+    kept = tensors if has_own else {name: rows for name, rows in tensors.items() if name != HEAD}
+    write_safetensors(tmp_path / "target", said, kept)
+    method = built("parallel", config_of(heads, str(tmp_path / "target"), "draft.dtype=float32"))
+    assert isinstance(method, ParallelMethod)
+    served, rows = method._drafter, torch.randn(3, 64)
+    head = tensors[HEAD if has_own else EMBEDDING][served.drafter.lm_head.ids]
+    torch.testing.assert_close(served.logits(rows), rows @ head.T, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["medusa", "eagle3", "parallel"])
 @pytest.mark.parametrize(
     ("target", "said"),
