@@ -101,8 +101,8 @@ def trim(
     )
     measured = {
         "size": len(small.ids),
-        "coverage_counted": trimming.coverage(counts, ids),
-        "coverage_held_out": trimming.coverage(held_out, ids),
+        "coverage_counted": trimming.coverage(counts, small.ids),
+        "coverage_held_out": trimming.coverage(held_out, small.ids),
         **head_times(full, small, dtype, threads),
     }
     settings = {

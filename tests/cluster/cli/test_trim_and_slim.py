@@ -137,6 +137,23 @@ def test_heads_of_both_kinds_are_trimmed_by_coverage(texts: str, tmp_path: Path)
     assert sizes[0] == sizes[1] < 160
 
 
+def test_what_a_trimmed_head_lacks_it_does_not_cover_once_it_is_trimmed_again(
+    texts: str, tmp_path: Path
+) -> None:
+    written("mtp", tmp_path / "full", shares=False)
+    words = ("--texts", texts, "--of", "mtp", "--out")
+    first = invoke("trim", str(tmp_path / "full"), *words, str(tmp_path / "first"), "--size", "40")
+    again = invoke("trim", str(tmp_path / "first"), *words, str(tmp_path / "again"), "--coverage", "1")
+    assert (first.exit_code, again.exit_code) == (0, 0), again.output
+    measured = [
+        json.loads((tmp_path / name / "provenance.json").read_text())["measured"]
+        for name in ("first", "again")
+    ]
+    for name in ("size", "coverage_counted", "coverage_held_out"):
+        assert measured[0][name] == measured[1][name]
+    assert measured[0]["coverage_counted"] < 1
+
+
 def written(kind: str, folder: Path, shares: bool) -> None:
     """A head for multi-token prediction or a parallel drafter for the tiny target, whose LM head is the target's.
 
