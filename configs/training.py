@@ -332,8 +332,9 @@ class TrainingConfig:
     """Options of `medusa1` and `medusa2`."""
 
     start_from: str = ""
-    """A drafter of this kind and shape to go on from, instead of a fresh one: a folder that a run wrote. One with
-    another LM head gives everything else, and the head starts as a fresh one does."""
+    """A drafter of this kind and shape to go on from, instead of a fresh one, written like `draft.eagle3.model` of a
+    run that serves: a folder, `shipped:NAME` or a Hugging Face id. One with another LM head gives everything else (a
+    pair term the rows of ids that both have), and the head starts as a fresh one does."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How it is trained."""

@@ -1,7 +1,7 @@
 """`outrider slim`: an LM head of low rank, fitted to the target's law."""
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +14,7 @@ from outrider.cluster.cli.trim import (
     CACHE,
     CacheDir,
     Dtype,
+    Of,
     Out,
     Source,
     StoredDtype,
@@ -24,7 +25,6 @@ from outrider.cluster.cli.trim import (
     write_provenance,
 )
 
-Kind = Literal["model", "eagle3"]
 Teacher = Literal["target", "own"]
 
 
@@ -32,18 +32,20 @@ def slim(
     source: Source,
     out: Out,
     texts: Texts = [],
-    of: Annotated[Kind, typer.Option(help="What SOURCE is.")] = "model",
+    of: Of = "model",
     teacher: Annotated[
         Teacher,
         typer.Option(
-            help="Whose law is learned: the target's, as in SlimSpec, or the drafter's own full head's."
+            help="Whose law is learned: the target's, as in SlimSpec, or a small LM's own full head's."
         ),
     ] = "target",
     divisor: Annotated[int, typer.Option(help="The rank is the hidden size by this.", min=2)] = 8,
     passes: Annotated[int, typer.Option(help="How often the texts are read.", min=1)] = 4,
     batch_rows: Annotated[int, typer.Option(help="Tokens of an optimizer step.", min=1)] = 512,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, falling by a cosine.", min=0.0)] = 4e-4,
-    steps: Annotated[int, typer.Option(help="Steps that an EAGLE-3 drafter is unrolled.", min=1)] = 5,
+    steps: Annotated[
+        int, typer.Option(help="Steps that an EAGLE-3 drafter or an MTP head is unrolled.", min=1)
+    ] = 5,
     max_tokens: Annotated[
         int,
         typer.Option(
@@ -56,15 +58,15 @@ def slim(
     threads: Threads = 1,
     cache_dir: CacheDir = CACHE,
 ) -> None:
-    """Give a drafter an LM head of two small matrices: a weighted SVD, then distilled by forward KL."""
+    """Give a drafter LM heads of two small matrices: a weighted SVD, then distilled by forward KL."""
     from outrider.workers.draft_heads.lm_head import rank_of
     from outrider.workers.draft_heads.slim import SlimSettings
     from outrider.workers.setup import torch_dtype
     from outrider.workers.training.head_source import read_head_texts, write_heads
     from outrider.workers.training.slimming import read_slim_data, slim_heads
 
-    if of == "eagle3" and teacher == "own":
-        raise ValueError("--teacher must be target for an EAGLE-3 drafter, which learns the target's law")
+    if of != "model" and teacher == "own":
+        raise ValueError(f"--teacher must be target with --of {of}: draft heads learn the target's law")
     begin = time.perf_counter()
     console = Console(stderr=True)
     corpus = read_head_texts(texts, max_tokens)
@@ -84,21 +86,20 @@ def slim(
             data = read_slim_data(
                 of, source, own, corpus, steps, torch_dtype(compute_dtype), threads, cache, show
             )
-            if not 2 <= divisor <= data.head.shape.hidden_size:
-                raise ValueError(f"--divisor must be from 2 to {data.head.shape.hidden_size}, got {divisor}")
-            rank = rank_of(data.head.shape.hidden_size, divisor)
+            full = data.checkpoint.lm_heads[0]
+            hidden_size = full.shape.hidden_size
+            if not 2 <= divisor <= hidden_size:
+                raise ValueError(f"--divisor must be from 2 to {hidden_size}, got {divisor}")
+            rank = rank_of(hidden_size, divisor)
             settings = SlimSettings(rank, passes, batch_rows, learning_rate, seed=seed)
-            found = slim_heads(data, settings, show)
+            checkpoint, slimmed = slim_heads(data, settings, show)
     folder = Path(out).expanduser()
-    described = replace(
-        data.description, target_model=data.description.target_model or corpus.description.model
-    )
-    write_heads(folder, found.heads, described, torch_dtype(dtype))
-    qualities = {"full": found.full, "start": found.start, "distilled": found.fitted}
+    write_heads(folder, checkpoint, torch_dtype(dtype))
+    qualities = [{"full": one.full, "start": one.start, "distilled": one.fitted} for one in slimmed]
     measured: dict[str, object] = {
         "rank": rank,
-        **{name: asdict(quality) for name, quality in qualities.items()},
-        **head_times(data.head, found.head, dtype, threads),
+        "lm_heads": [{name: asdict(found) for name, found in of_head.items()} for of_head in qualities],
+        **head_times(full, slimmed[0].head, dtype, threads),
     }
     config = {
         "source": source,
@@ -108,12 +109,14 @@ def slim(
         "dtype": dtype,
         **asdict(settings),
     }
-    seconds = time.perf_counter() - begin
-    write_provenance(folder, corpus, config, measured, found.num_steps, float(passes), seed, seconds, threads)
-    typer.echo(f"{folder}: rank {rank} of {data.head.shape.hidden_size}, {len(data.head.ids)} tokens")
-    for name, quality in qualities.items():
-        typer.echo(
-            f"{name} head, {'own' if own else 'target'} law on other text: KL {quality.kl:.3f} nats, the likeliest "
-            f"token in {quality.agreement:.1%}, acceptance {quality.acceptance:.1%}"
-        )
+    seconds, num_steps = time.perf_counter() - begin, sum(one.num_steps for one in slimmed)
+    write_provenance(folder, corpus, config, measured, num_steps, float(passes), seed, seconds, threads)
+    typer.echo(f"{folder}: rank {rank} of {hidden_size}, {len(full.ids)} tokens")
+    for number, of_head in enumerate(qualities, start=1):
+        which = f" {number} of {len(qualities)}" if len(qualities) > 1 else ""
+        for name, found in of_head.items():
+            typer.echo(
+                f"{name} head{which}, {'own' if own else 'target'} law on other text: KL {found.kl:.3f} nats, the "
+                f"likeliest token in {found.agreement:.1%}, acceptance {found.acceptance:.1%}"
+            )
     say_times(measured)

@@ -17,7 +17,7 @@ def train(
     ],
     overrides: Overrides = [],
 ) -> None:
-    """Train Medusa heads or an EAGLE-3 drafter; a run that was interrupted goes on from its last checkpoint."""
+    """Train draft heads: EAGLE-3, MTP, parallel or Medusa. An interrupted run goes on from its last checkpoint."""
     from outrider.workers.training.launch import train as run
 
     settings = load_training(config, overrides)

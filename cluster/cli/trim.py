@@ -2,7 +2,6 @@
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,14 +11,19 @@ if TYPE_CHECKING:
     from outrider.workers.draft_heads.lm_head import LmHead
     from outrider.workers.training.head_source import HeadTexts
 
-Kind = Literal["model", "eagle3", "medusa"]
+Kind = Literal["model", "eagle3", "medusa", "mtp", "parallel"]
 Dtype = Literal["bfloat16", "float32"]
 CACHE = "~/.cache/outrider/models"
 ROWS = (1, 8)
 
 Source = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="A drafter: as draft.model, or a folder of heads.")
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A drafter: as draft.model; with another --of a folder, shipped:NAME or a Hugging Face id.",
+    ),
 ]
+Of = Annotated[Kind, typer.Option(help="What SOURCE is: a small LM, or draft heads of this method.")]
 Texts = Annotated[
     list[str],
     typer.Option(metavar="DIR", help="Texts of `outrider distill`; may be repeated.", show_default=False),
@@ -34,7 +38,7 @@ def trim(
     source: Source,
     out: Out,
     texts: Texts = [],
-    of: Annotated[Kind, typer.Option(help="What SOURCE is.")] = "model",
+    of: Of = "model",
     size: Annotated[int, typer.Option(help="Keep so many tokens; 0: go by --coverage.", min=0)] = 0,
     coverage: Annotated[
         float,
@@ -59,7 +63,6 @@ def trim(
     from outrider.workers.setup import torch_dtype
     from outrider.workers.training.head_source import (
         end_ids_of,
-        lm_head_of,
         open_heads,
         read_head_texts,
         trimmed_heads,
@@ -80,12 +83,12 @@ def trim(
     chosen = size or order.size_for(counts, coverage)
     ids = order.first(chosen)
     typer.echo("reading the head", err=True)
-    heads, description = open_heads(of, source, target, cache, silent)
-    kept = trimmed_heads(heads, ids)
-    folder, stored = Path(out).expanduser(), torch_dtype(dtype)
-    described = replace(description, target_model=description.target_model or corpus.description.model)
-    write_heads(folder, kept, described, stored)
-    (folder / "ids.json").write_text(json.dumps(lm_head_of(kept).ids.tolist()) + "\n", encoding="utf-8")
+    checkpoint = open_heads(of, source, corpus, target, cache, silent)
+    kept = trimmed_heads(checkpoint, ids)
+    full, small = checkpoint.lm_heads[0], kept.lm_heads[0]
+    folder = Path(out).expanduser()
+    write_heads(folder, kept, torch_dtype(dtype))
+    (folder / "ids.json").write_text(json.dumps(small.ids.tolist()) + "\n", encoding="utf-8")
     curves = {"counted text": order.coverages(counts), "other text": order.coverages(held_out)}
     sizes = _sizes(order.num_always, target.vocab_size)
     at = {name: [float(curve[size - 1]) for size in sizes] for name, curve in curves.items()}
@@ -97,10 +100,10 @@ def trim(
         folder / "coverage.png",
     )
     measured = {
-        "size": len(lm_head_of(kept).ids),
-        "coverage_counted": trimming.coverage(counts, ids),
-        "coverage_held_out": trimming.coverage(held_out, ids),
-        **head_times(lm_head_of(heads), lm_head_of(kept), dtype, threads),
+        "size": len(small.ids),
+        "coverage_counted": trimming.coverage(counts, small.ids),
+        "coverage_held_out": trimming.coverage(held_out, small.ids),
+        **head_times(full, small, dtype, threads),
     }
     settings = {
         "source": source,

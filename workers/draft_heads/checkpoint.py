@@ -6,9 +6,9 @@ ValueError that lists all of them. What is read is in float32; who uses it casts
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,12 +53,16 @@ from outrider.workers.draft_heads.layouts.mtp import (
     read_mtp_config,
 )
 from outrider.workers.draft_heads.layouts.parallel import HARMLESS_TENSORS as HARMLESS_BESIDE_BLOCKS
-from outrider.workers.draft_heads.layouts.parallel import parallel_config, read_parallel_config
+from outrider.workers.draft_heads.layouts.parallel import (
+    parallel_config,
+    read_parallel_config,
+    with_lm_head,
+)
 from outrider.workers.draft_heads.layouts.parallel import tensor_names as parallel_names
 from outrider.workers.draft_heads.lm_head import LmHead, LmHeadShape, make_lm_head
 from outrider.workers.draft_heads.medusa import MedusaHeads
 from outrider.workers.draft_heads.mtp import MtpDrafter
-from outrider.workers.draft_heads.parallel import ParallelDrafter
+from outrider.workers.draft_heads.parallel import SUCCESSOR_ROWS, ParallelDrafter
 from outrider.workers.draft_heads.tensors import (
     CONFIG,
     check_ids,
@@ -197,7 +201,7 @@ def read_parallel(folder: Path) -> tuple[ParallelDrafter, HeadDescription]:
 
 def _rows_of_ids(names: dict[str, str]) -> list[str]:
     """The file's names of the matrices of a parallel drafter that have a row for each id."""
-    own = ("lm_head.weight", "lm_head.up.weight", "pair.markov_w2.weight", "pair.successor_codebook")
+    own = ("lm_head.weight", "lm_head.up.weight", *SUCCESSOR_ROWS)
     return [names[name] for name in own if name in names]
 
 
@@ -263,15 +267,28 @@ def write_parallel(
     folder: Path, drafter: ParallelDrafter, description: HeadDescription, dtype: torch.dtype
 ) -> None:
     """Writes config.json and model.safetensors in our own layout, without an LM head that is the target's."""
-    shape = drafter.shape
-    config = parallel_config(shape, description, dtype)
+    _write_parallel(folder, drafter, parallel_config(drafter.shape, description, dtype), dtype)
+
+
+def write_parallel_as(
+    folder: Path, drafter: ParallelDrafter, description: HeadDescription, source: Path, dtype: torch.dtype
+) -> None:
+    """As `write_parallel`, in the layout of the checkpoint in the folder `source`, which has the same drafter with
+    another LM head: our own layout cannot describe all drafters that are read."""
+    config = with_lm_head(read_json(source / CONFIG), drafter.shape.lm_head, description, dtype)
+    _write_parallel(folder, drafter, config, dtype)
+
+
+def _write_parallel(
+    folder: Path, drafter: ParallelDrafter, config: Mapping[str, Any], dtype: torch.dtype
+) -> None:
     weights = {
         name: x
         for name, x in drafter.state_dict().items()
         if not (drafter.shares_lm_head and name.startswith("lm_head."))
     }
     names = parallel_names(list(weights))
-    tables = offsets_of(drafter.lm_head, shape.vocab_size)
+    tables = offsets_of(drafter.lm_head, drafter.shape.vocab_size)
     write_files(folder, config, {names[name]: x for name, x in weights.items()} | tables, dtype)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,6 @@ from outrider.workers.draft_heads.start_values import fill_normal
 
 _LAW_ROWS = 256
 _LEAST_IMPORTANCE = 0.1
-
-HeadKind = Literal["full", "trimmed", "low_rank"]
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ its paged cache, the trainer over the rows of a whole text."""
 
 ConfidenceKind = Literal["none", "hidden", "hidden_and_pair"]
 
+SUCCESSOR_ROWS = ("pair.markov_w2.weight", "pair.successor_codebook")
+"""The weights, besides those of the LM head, that have a row for each of its ids."""
+
 
 @dataclass(frozen=True)
 class BlockLayer:

@@ -15,11 +15,50 @@ from torch import Tensor
 
 from outrider.workers.draft_heads.lm_head import LmHead, LowRankLmHead, low_rank_start
 
-Teacher = Callable[[Tensor], Tensor]
-"""Indices of rows int64 [B] -> float32 logits [B, V'] over the head's ids: the law that a head is to have there."""
-
 _MEASURED_ROWS = 4096  # of held-out text: some 0.01 in a fraction
 _START_ROWS = 12_000  # enough to see the directions of hidden rows
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """What an LM head reads on given texts, and what the target's reads where it guesses the same tokens.
+
+    Attributes:
+        rows: [N, hidden], as the head reads them, of any float type.
+        laws: int64 [N], of each the index into `law_rows`.
+        law_rows: [M, hidden of the target], as the target's head reads them.
+    """
+
+    rows: Tensor
+    laws: Tensor
+    law_rows: Tensor
+
+    def logits(self, head: LmHead, index: Tensor) -> Tensor:
+        """float32 [B, V'] of the drafter with this head, for some rows, int64 [B]."""
+        logits: Tensor = head(self.rows[index].float())
+        return logits
+
+    @torch.no_grad()
+    def law(self, index: Tensor, teacher: Tensor) -> Tensor:
+        """float32 logits [B, V'] of the law that the head is to have there; teacher: float32 [V', hidden of the
+        target], the rows of its head."""
+        return self.law_rows[self.laws[index]].float() @ teacher.T
+
+
+@dataclass(frozen=True)
+class PairedRows(HeadRows):
+    """Of a head with a pair term beside it, see `pairs`.
+
+    Attributes:
+        pair_rows: [N, rank], of the token before each guess.
+        successors: float32 [V', rank], which they are multiplied with.
+    """
+
+    pair_rows: Tensor
+    successors: Tensor
+
+    def logits(self, head: LmHead, index: Tensor) -> Tensor:
+        return super().logits(head, index) + self.pair_rows[index].float() @ self.successors.T
 
 
 @dataclass(frozen=True)
@@ -69,27 +108,27 @@ def slim_start(head: LmHead, rank: int, rows: Tensor) -> LowRankLmHead:
 
 def fit(
     head: LowRankLmHead,
-    rows: Tensor,
-    teacher: Teacher,
+    rows: HeadRows,
+    teacher: Tensor,
     settings: SlimSettings,
     progress: Callable[[int, int, float], None],
-) -> None:
-    """Trains a head in place.
+) -> int:
+    """Trains a head in place; returns the optimizer's steps.
 
     Args:
-        rows: [N, hidden], as the head reads them, of any float type.
+        teacher: see `HeadRows.law`.
         progress: called with steps done, steps in all and the loss in nats.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    per_pass = math.ceil(len(rows) / settings.batch_rows)
+    per_pass = math.ceil(len(rows.rows) / settings.batch_rows)
     total = settings.passes * per_pass
     optimizer = torch.optim.AdamW(head.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     done = 0
     for _ in range(settings.passes):
-        for index in torch.randperm(len(rows), generator=generator).split(settings.batch_rows):
-            log_p = teacher(index).log_softmax(-1)
-            log_q = head(rows[index].float()).log_softmax(-1)
+        for index in torch.randperm(len(rows.rows), generator=generator).split(settings.batch_rows):
+            log_p = rows.law(index, teacher).log_softmax(-1)
+            log_q = rows.logits(head, index).log_softmax(-1)
             loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -98,16 +137,21 @@ def fit(
             schedule.step()
             done += 1
             progress(done, total, float(loss.detach()))
+    return done
 
 
 @torch.no_grad()
-def quality(head: LmHead, rows: Tensor, teacher: Teacher, batch_rows: int) -> HeadQuality:
-    """How close a head is to the law, over evenly spread rows of [N, hidden], some thousands at most."""
-    chosen = torch.arange(0, len(rows), max(1, len(rows) // _MEASURED_ROWS))
+def quality(head: LmHead, rows: HeadRows, teacher: Tensor, batch_rows: int) -> HeadQuality:
+    """How close a head is to the law, over evenly spread rows, some thousands at most.
+
+    teacher: see `HeadRows.law`.
+    """
+    num_rows = len(rows.rows)
+    chosen = torch.arange(0, num_rows, max(1, num_rows // _MEASURED_ROWS))
     sums = torch.zeros(3, dtype=torch.float64)
     for index in chosen.split(batch_rows):
-        log_p = teacher(index).log_softmax(-1)
-        log_q = head(rows[index].float()).log_softmax(-1)
+        log_p = rows.law(index, teacher).log_softmax(-1)
+        log_q = rows.logits(head, index).log_softmax(-1)
         p, q = log_p.exp(), log_q.exp()
         kl = (p * (log_p - log_q)).sum()
         same = (log_p.argmax(-1) == log_q.argmax(-1)).sum()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ from torch import Tensor
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.draft_heads.lm_head import DenseLmHead, LmHead, LowRankLmHead
 from outrider.workers.draft_heads.medusa import MedusaHeads
+from outrider.workers.draft_heads.mtp import MtpDrafter
+from outrider.workers.draft_heads.parallel import SUCCESSOR_ROWS, ParallelDrafter
+
+Drafter = TypeVar("Drafter", bound=Eagle3Drafter | MtpDrafter | ParallelDrafter)
+"""A drafter with one LM head."""
 
 
 def count_tokens(texts: Iterable[Sequence[int]], vocab_size: int) -> Tensor:
@@ -95,13 +101,45 @@ def trimmed(head: LmHead, ids: Tensor) -> LmHead:
     raise AssertionError(type(head))
 
 
-def with_head(drafter: Eagle3Drafter, head: LmHead) -> Eagle3Drafter:
-    """The same drafter (its other weights are shared) with another LM head."""
+def with_head(drafter: Drafter, head: LmHead) -> Drafter:
+    """The same drafter (its other weights are shared) with an LM head of its own, for the same ids or some of them.
+
+    What a pair term has for each id goes with the ids.
+    """
+    shape: Any = replace(drafter.shape, lm_head=head.shape)
     with torch.device("meta"):
-        changed = Eagle3Drafter(replace(drafter.shape, lm_head=head.shape), head.ids)
-    for name in ("fc", "midlayer", "norm"):
-        setattr(changed, name, getattr(drafter, name))
+        changed = type(drafter)(shape, head.ids)
+    places = torch.searchsorted(drafter.lm_head.ids, head.ids)
+    weights = {
+        name: weight[places] if name in SUCCESSOR_ROWS else weight
+        for name, weight in drafter.state_dict().items()
+        if not name.startswith("lm_head.")
+    }
+    changed.load_state_dict(weights, strict=False, assign=True)
+    for name, buffer in drafter.named_buffers(recurse=False):
+        setattr(changed, name, buffer)
     changed.lm_head = head
+    return changed
+
+
+def trimmed_drafter(drafter: Drafter, ids: Tensor) -> Drafter:
+    """The same drafter (its other weights are shared) with the rows of some ids.
+
+    A parallel drafter that shares the target's LM head goes on sharing it. A head for multi-token prediction has one
+    of its own then: its checkpoints share whole ones only.
+    """
+    changed = with_head(drafter, trimmed(drafter.lm_head, ids))
+    if isinstance(drafter, ParallelDrafter) and isinstance(changed, ParallelDrafter):
+        changed.shares_lm_head = drafter.shares_lm_head
+    return changed
+
+
+def with_lm_heads(heads: MedusaHeads, lm_heads: Sequence[LmHead]) -> MedusaHeads:
+    """The same heads (their blocks are shared) with other LM heads, as many and of the same sizes and ids."""
+    with torch.device("meta"):
+        changed = MedusaHeads(replace(heads.shape, lm_head=lm_heads[0].shape), lm_heads[0].ids)
+    changed.blocks = heads.blocks
+    changed.lm_heads = torch.nn.ModuleList(lm_heads)
     return changed
 
 
@@ -111,8 +149,4 @@ def trimmed_medusa(heads: MedusaHeads, ids: Tensor) -> MedusaHeads:
     for head in heads.lm_heads:
         assert isinstance(head, LmHead)
         lm_heads.append(trimmed(head, ids))
-    with torch.device("meta"):
-        changed = MedusaHeads(replace(heads.shape, lm_head=lm_heads[0].shape), ids)
-    changed.blocks = heads.blocks
-    changed.lm_heads = torch.nn.ModuleList(lm_heads)
-    return changed
+    return with_lm_heads(heads, lm_heads)

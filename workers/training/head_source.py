@@ -1,10 +1,10 @@
-"""Checkpoints with LM heads to trim or slim, and texts: a model's own head, an EAGLE-3 drafter, Medusa heads."""
+"""Checkpoints with LM heads to trim or slim, a model's own or a drafter's, and the texts to do it by."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,16 +15,22 @@ from torch import Tensor
 from outrider.workers.draft_heads.checkpoint import (
     read_eagle3,
     read_medusa,
+    read_mtp,
+    read_parallel,
     write_eagle3,
     write_lm_head,
     write_medusa,
+    write_mtp,
+    write_parallel_as,
 )
 from outrider.workers.draft_heads.description import HeadDescription
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.draft_heads.layouts.eagle3 import Eagle3Layout
 from outrider.workers.draft_heads.lm_head import DenseLmHead, LmHead
 from outrider.workers.draft_heads.medusa import MedusaHeads
-from outrider.workers.draft_heads.trim import trimmed, trimmed_medusa, with_head
+from outrider.workers.draft_heads.mtp import MtpDrafter
+from outrider.workers.draft_heads.parallel import ParallelDrafter
+from outrider.workers.draft_heads.trim import trimmed, trimmed_drafter, trimmed_medusa
 from outrider.workers.training.lines import Description
 from outrider.workers.training.texts import DistilledText, load_description, read_texts
 from outrider.workers.weights.config import ModelConfig
@@ -40,8 +46,8 @@ from outrider.workers.weights.resolver import (
 from outrider.workers.weights.source import head_name
 from outrider.workers.weights.tensors import HEAD
 
-HeadKind = Literal["model", "eagle3", "medusa"]
-Heads = LmHead | Eagle3Drafter | MedusaHeads
+HeadKind = Literal["model", "eagle3", "medusa", "mtp", "parallel"]
+Heads = LmHead | Eagle3Drafter | MedusaHeads | MtpDrafter | ParallelDrafter
 _ALL = slice(None)
 
 
@@ -107,40 +113,87 @@ def end_ids_of(texts: HeadTexts, cache_dir: Path, progress: Progress) -> tuple[M
     return config, tuple(sorted(ends | set(config.eos_token_ids)))
 
 
+@dataclass(frozen=True)
+class HeadCheckpoint:
+    """What is trimmed or slimmed.
+
+    Attributes:
+        heads: in float32; a model's LM head stands alone. An LM head that is the target's is there as well.
+        description: what they were made for.
+        folder: what they were read from.
+    """
+
+    heads: Heads
+    description: HeadDescription
+    folder: Path
+
+    @property
+    def lm_heads(self) -> list[LmHead]:
+        """Of the same sizes and ids: one, or of Medusa heads that do not share it one of each."""
+        if isinstance(self.heads, LmHead):
+            return [self.heads]
+        if isinstance(self.heads, MedusaHeads):
+            return [head for head in self.heads.lm_heads if isinstance(head, LmHead)]
+        return [self.heads.lm_head]
+
+
 def open_heads(
-    kind: HeadKind, source: str, target: ModelConfig, cache_dir: Path, progress: Progress
-) -> tuple[Heads, HeadDescription]:
-    """A checkpoint in float32.
+    kind: HeadKind, source: str, texts: HeadTexts, target: ModelConfig, cache_dir: Path, progress: Progress
+) -> HeadCheckpoint:
+    """Reads a checkpoint.
 
     Args:
         source: for "model" what `draft.model` may be, else what `draft.eagle3.model` may be.
-        target: that the heads are for.
+        texts, target: what the heads are for, and what wrote that.
 
     Raises:
         ValueError: it cannot be read, or is for another target.
     """
+    written_by = texts.description.model
     if kind == "model":
         resolved = resolve_tensors(source, (HEAD,), cache_dir, progress, "SOURCE")
         head = head_of_model(resolved)
+        described = HeadDescription(written_by, target_vocab_size=len(head.ids))
         heads: Heads = head
-        described = HeadDescription(target_vocab_size=len(head.ids))
+        folder = resolved.path
     else:
         folder = resolve_head(source, progress, "SOURCE")
-        if kind == "eagle3":
-            heads, described = read_eagle3(folder, target.num_layers)
-        else:
-            heads, described = read_medusa(folder)
+        heads, described = _read_heads(kind, folder, target)
+        described = replace(described, target_model=described.target_model or written_by)
         if described.target_hidden_size != target.hidden_size:
             raise ValueError(
                 f"SOURCE must be for the target of the texts, whose rows have {target.hidden_size} columns, got "
                 f"{described.target_hidden_size}"
+            )
+        if described.target_num_layers not in (0, target.num_layers):
+            raise ValueError(
+                f"SOURCE must be for the target of the texts, which has {target.num_layers} layers, got "
+                f"{described.target_num_layers}"
             )
     if described.target_vocab_size != target.vocab_size:
         raise ValueError(
             f"SOURCE must have the vocabulary of the target of the texts, {target.vocab_size} tokens, got "
             f"{described.target_vocab_size}"
         )
-    return heads, described
+    if isinstance(heads, MtpDrafter | ParallelDrafter) and heads.shares_lm_head:
+        shared = head_of_model(
+            resolve_tensors(written_by, (HEAD,), cache_dir, progress, "--texts (its target)")
+        )
+        rows = shared.weight.detach()[heads.lm_head.ids]
+        heads.lm_head.load_state_dict({"weight": rows}, assign=True)
+    return HeadCheckpoint(heads, described, folder)
+
+
+def _read_heads(kind: HeadKind, folder: Path, target: ModelConfig) -> tuple[Heads, HeadDescription]:
+    match kind:
+        case "eagle3":
+            return read_eagle3(folder, target.num_layers)
+        case "mtp":
+            return read_mtp(folder)
+        case "parallel":
+            return read_parallel(folder)
+        case _:
+            return read_medusa(folder)
 
 
 def head_of_model(resolved: ResolvedModel) -> DenseLmHead:
@@ -152,33 +205,35 @@ def head_of_model(resolved: ResolvedModel) -> DenseLmHead:
     return head
 
 
-def lm_head_of(heads: Heads) -> LmHead:
-    """The one LM head, or of several, which have the same sizes and ids, the first."""
+def trimmed_heads(checkpoint: HeadCheckpoint, ids: Tensor) -> HeadCheckpoint:
+    """The same with LM heads of these ids, as far as they have them. Raises ValueError for too few of them."""
+    heads = checkpoint.heads
+    kept = ids[torch.isin(ids, checkpoint.lm_heads[0].ids)]
+    if isinstance(heads, ParallelDrafter) and heads.shape.pair.top_k > len(kept):
+        raise ValueError(
+            f"--size must be at least {heads.shape.pair.top_k}, the tokens that the drafter's selector chooses from, "
+            f"got {len(kept)}"
+        )
     if isinstance(heads, LmHead):
-        return heads
-    head = heads.lm_head if isinstance(heads, Eagle3Drafter) else heads.lm_heads[0]
-    assert isinstance(head, LmHead)
-    return head
+        return replace(checkpoint, heads=trimmed(heads, kept))
+    if isinstance(heads, MedusaHeads):
+        return replace(checkpoint, heads=trimmed_medusa(heads, kept))
+    return replace(checkpoint, heads=trimmed_drafter(heads, kept))
 
 
-def trimmed_heads(heads: Heads, ids: Tensor) -> Heads:
-    """The same with LM heads of these ids, as far as they have them."""
-    own = lm_head_of(heads).ids
-    kept = ids[torch.isin(ids, own)]
-    if isinstance(heads, LmHead):
-        return trimmed(heads, kept)
-    if isinstance(heads, Eagle3Drafter):
-        return with_head(heads, trimmed(heads.lm_head, kept))
-    return trimmed_medusa(heads, kept)
-
-
-def write_heads(folder: Path, heads: Heads, description: HeadDescription, dtype: torch.dtype) -> None:
-    """Writes a checkpoint of the kind: an LM head alone, an EAGLE-3 drafter, Medusa heads as vLLM has them."""
+def write_heads(folder: Path, checkpoint: HeadCheckpoint, dtype: torch.dtype) -> None:
+    """Writes a checkpoint of the kind: an LM head alone, an EAGLE-3 drafter, Medusa heads as vLLM lays them out, a
+    head for multi-token prediction as DeepSeek does, a parallel drafter as the one that was read."""
+    heads, description = checkpoint.heads, checkpoint.description
     if isinstance(heads, LmHead):
         write_lm_head(folder, heads, description, dtype)
     elif isinstance(heads, Eagle3Drafter):
         # SpecForge has no word for the target's embedding.
         layout: Eagle3Layout = "speculators" if 0 in heads.shape.taps else "specforge"
         write_eagle3(folder, heads, description, layout, dtype)
+    elif isinstance(heads, MtpDrafter):
+        write_mtp(folder, heads, description, "deepseek", dtype)
+    elif isinstance(heads, ParallelDrafter):
+        write_parallel_as(folder, heads, description, checkpoint.folder, dtype)
     else:
         write_medusa(folder, heads, description, "vllm", dtype)

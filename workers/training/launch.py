@@ -23,6 +23,7 @@ from outrider.workers.training.tasks import (
 )
 from outrider.workers.training.trainer import Trainer, has_run
 from outrider.workers.weights.progress import Progress
+from outrider.workers.weights.resolver import resolve_head
 
 _MANIFEST = "texts.json"
 _CONFIG = "config.yaml"
@@ -61,6 +62,8 @@ def train(
     tokens = sum(len(text.tokens) for text in corpus.training)
     (out / _CONFIG).write_text(config_to_yaml(config), encoding="utf-8")
     say(f"{len(corpus.training)} texts of {tokens} tokens, {len(corpus.held_out)} held out")
+    if config.start_from:
+        resolve_head(config.start_from, progress, "start_from")
     prepare_rows(config, corpus, say, progress)
     prepare_head(config, corpus, say)
     with tempfile.TemporaryDirectory() as folder:

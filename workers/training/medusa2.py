@@ -138,7 +138,7 @@ def build_medusa2(
     heads = MedusaHeads(heads_shape(source.config, shape, medusa), ids)
     start_heads(heads, source, low_rank)
     if config.start_from:
-        start_from(Path(config.start_from).expanduser(), heads)
+        start_from(config.start_from, heads, source.config.num_layers)
     lora = LoraConfig(
         r=medusa.lora_rank,
         lora_alpha=medusa.lora_alpha,

@@ -183,7 +183,7 @@ class ParallelTraining(nn.Module):
             ],
             device,
         )
-        rows = self._output(batch, blocks).flatten(0, 1).index_select(0, places)
+        rows = self.rows_of(batch, blocks).flatten(0, 1).index_select(0, places)
         pair_rows = drafter.pair_rows(previous, rows)
         soft = _certain(columns) if learns_text else batch.soft.at(laws)
         weights = label_weights(self.config.position_decay, totals, sizes)
@@ -200,10 +200,12 @@ class ParallelTraining(nn.Module):
                 counts.add(level, num_learned[level], of_level, chains[level])
         return loss, counts
 
-    def _output(self, batch: FeatureBatch, blocks: Blocks) -> Tensor:
-        """[A, K, hidden] of the slots that guess."""
+    def rows_of(self, batch: FeatureBatch, blocks: Blocks) -> Tensor:
+        """[A, K, hidden], what the LM head reads of the levels of blocks; of the batch, tokens and taps are read."""
         drafter, shape = self.drafter, self.drafter.shape
         size = shape.block_size
+        if not len(blocks.anchors):
+            return self._embedding[0].new_empty(0, self.num_guesses, shape.hidden_size)
         tokens = torch.full((len(blocks.anchors), size), shape.mask_token_id)
         tokens[:, 0] = batch.tokens[blocks.anchors]
         lengths = torch.tensor(batch.lengths)

@@ -26,8 +26,10 @@ from outrider.workers.draft_heads.description import (
 from outrider.workers.draft_heads.eagle3 import Eagle3Drafter
 from outrider.workers.draft_heads.medusa import MedusaHeads
 from outrider.workers.draft_heads.mtp import MtpDrafter
-from outrider.workers.draft_heads.parallel import ParallelDrafter
+from outrider.workers.draft_heads.parallel import SUCCESSOR_ROWS, ParallelDrafter
 from outrider.workers.training.data import Corpus
+from outrider.workers.weights.progress import silent
+from outrider.workers.weights.resolver import resolve_head
 from outrider.workers.weights.source import WeightSource
 
 Drafter = Eagle3Drafter | MedusaHeads | MtpDrafter | ParallelDrafter
@@ -68,26 +70,31 @@ def save_drafter(folder: Path, drafter: Drafter, description: HeadDescription) -
         write_medusa(folder, drafter, description, "vllm", torch.bfloat16)
 
 
-def start_from(folder: Path, drafter: Drafter) -> None:
+def start_from(checkpoint: str, drafter: Drafter, num_layers: int) -> None:
     """Gives a drafter the weights of a checkpoint, all but an LM head of another kind or with other ids.
 
-    Raises ValueError where anything else has other sizes.
+    What a pair term has for each id is taken of the ids that both have.
+
+    Args:
+        checkpoint: a folder, `shipped:NAME` or a Hugging Face id.
+        num_layers: of the target, for files that do not name their taps.
+
+    Raises:
+        ValueError: names start_from; it cannot be read, or anything else has other sizes.
     """
-    found: Drafter
-    if isinstance(drafter, Eagle3Drafter):
-        found, _ = read_eagle3(folder)
-        same_ids = torch.equal(found.lm_head.ids, drafter.lm_head.ids)
-    elif isinstance(drafter, ParallelDrafter):
-        found, _ = read_parallel(folder)
-        same_ids = torch.equal(found.lm_head.ids, drafter.lm_head.ids) and not found.shares_lm_head
-    elif isinstance(drafter, MtpDrafter):
-        found, _ = read_mtp(folder)
-        same_ids = torch.equal(found.lm_head.ids, drafter.lm_head.ids) and not found.shares_lm_head
-    else:
-        found, _ = read_medusa(folder)
-        same_ids = torch.equal(found.ids, drafter.ids)
+    folder = resolve_head(checkpoint, silent, "start_from")
+    try:
+        found = _read_as(drafter, folder, num_layers)
+    except ValueError as error:
+        raise ValueError(f"start_from: {error}") from error
+    ids, own_ids = _ids_of(found), _ids_of(drafter)
+    is_targets = isinstance(found, MtpDrafter | ParallelDrafter) and found.shares_lm_head
     ours, theirs = drafter.state_dict(), found.state_dict()
-    if not same_ids or _sizes(ours, in_head=True) != _sizes(theirs, in_head=True):
+    for name in SUCCESSOR_ROWS:
+        if name in ours and name in theirs and ours[name].shape[1] == theirs[name].shape[1]:
+            theirs[name] = _rows_by_id(ours[name], own_ids, theirs[name], ids)
+    same_head = _sizes(ours, in_head=True) == _sizes(theirs, in_head=True) and torch.equal(ids, own_ids)
+    if is_targets or not same_head:
         theirs = {name: value for name, value in theirs.items() if not _is_of_head(name)}
         theirs |= {name: value for name, value in ours.items() if _is_of_head(name)}
     different = _sizes(ours).items() ^ _sizes(theirs).items()
@@ -95,6 +102,29 @@ def start_from(folder: Path, drafter: Drafter) -> None:
         names = ", ".join(sorted({name for name, _ in different}))
         raise ValueError(f"start_from must be a drafter of this run's shape; {folder} differs in {names}")
     drafter.load_state_dict(theirs)
+
+
+def _read_as(drafter: Drafter, folder: Path, num_layers: int) -> Drafter:
+    """A checkpoint of the same kind."""
+    match drafter:
+        case Eagle3Drafter():
+            return read_eagle3(folder, num_layers)[0]
+        case ParallelDrafter():
+            return read_parallel(folder)[0]
+        case MtpDrafter():
+            return read_mtp(folder)[0]
+    return read_medusa(folder)[0]
+
+
+def _ids_of(drafter: Drafter) -> Tensor:
+    return drafter.ids if isinstance(drafter, MedusaHeads) else drafter.lm_head.ids
+
+
+def _rows_by_id(ours: Tensor, own_ids: Tensor, theirs: Tensor, ids: Tensor) -> Tensor:
+    """`ours` [V', r], with the rows of `theirs` [V'', r] for the ids that both have."""
+    rows, known = ours.clone(), torch.isin(own_ids, ids)
+    rows[known] = theirs[torch.searchsorted(ids, own_ids[known])]
+    return rows
 
 
 def _is_of_head(name: str) -> bool:

@@ -224,7 +224,7 @@ def build_task(config: TrainingConfig, corpus: Corpus, device: torch.device) -> 
     else:
         module, drafter = _medusa1(config, source, rows)
     if config.start_from:
-        start_from(Path(config.start_from).expanduser(), drafter)
+        start_from(config.start_from, drafter, source.config.num_layers)
     if config.head.frozen:
         for name, parameter in drafter.named_parameters():
             parameter.requires_grad_("lm_head" not in name)

@@ -368,3 +368,12 @@ def parallel_config(shape: ParallelShape, description: HeadDescription, dtype: t
         **dtype_name(dtype),
         KEY: description.to_json(),
     }
+
+
+def with_lm_head(
+    raw: Mapping[str, Any], head: LmHeadShape, description: HeadDescription, dtype: torch.dtype
+) -> dict[str, Any]:
+    """A configuration of any layout that says of its drafter that it has this LM head, which is of no higher rank."""
+    kept = {key: value for key, value in raw.items() if key != "dtype"}
+    ours = {"draft_vocab_size": head.num_ids, **rank_fields(head), **dtype_name(dtype)}
+    return {**kept, **ours, KEY: description.to_json()}
