@@ -7,9 +7,10 @@ DEV := $(VENV)/.installed-dev
 # One more than the two processors of a small machine, which two leave idle a tenth of the time. A file stays
 # together: its tests share running engines.
 SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
-# The tests start some hundred processes: they need not compile every module again, whatever a machine prefers.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/pytest
-INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+# Of twenty thousand modules few are ever imported: those are compiled then, once, whatever a machine prefers.
+INSTALL := $(VENV)/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all lint format clean
 
@@ -31,15 +32,17 @@ format: $(DEV)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-$(RUN): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Outrider needs Python 3.11: make PYTHON=...")'
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+$(RUN): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e .
 	touch $@
 
-$(DEV): $(RUN)
+$(DEV): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e '.[dev,train,cluster]'
-	touch $@
+	touch $(RUN) $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Outrider needs Python 3.11: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

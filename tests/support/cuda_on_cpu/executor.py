@@ -5,12 +5,12 @@ PTX that NVRTC made of it (`ptx.executor.ptx_executor`).
 """
 
 import ctypes
+import fcntl
 import hashlib
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -123,15 +123,15 @@ def build_unit(
     parts = [optimise, *flags, support, *(part for item in sorted(unit.items()) for part in item)]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     output = BUILD / f"{name}-{sanitizer}-{digest}{'' if program else '.so'}"
-    if output.exists():
-        return output
     objects = [build_runtime(sanitizer == "thread", source) for source in ("runtime", "warp_operations")]
-    with _built(output) as (folder, partial):
+
+    def build(folder: Path, partial: Path) -> None:
         for file, text in unit.items():
             (folder / file).write_text(text)
         command = ["g++", *flags, optimise, f"-I{folder}", f"-I{HERE}", str(folder / "main.cpp")]
         _run([*command, *map(str, objects), "-o", str(partial)])
-    return output
+
+    return _built(output, build)
 
 
 def build_runtime(for_tsan: bool, source: str) -> Path:
@@ -140,21 +140,26 @@ def build_runtime(for_tsan: bool, source: str) -> Path:
         "".join(path.read_text() for path in sorted(HERE.glob("*.h"))) + (HERE / f"{source}.cpp").read_text()
     )
     output = BUILD / f"{source}-{int(for_tsan)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.o"
-    if not output.exists():
-        flags = [*FLAGS, *(["-DOUTRIDER_TSAN"] if for_tsan else []), "-O2", "-c"]
-        with _built(output) as (_, partial):
-            _run(["g++", *flags, str(HERE / f"{source}.cpp"), "-o", str(partial)])
-    return output
+    flags = [*FLAGS, *(["-DOUTRIDER_TSAN"] if for_tsan else []), "-O2", "-c"]
+
+    def build(folder: Path, partial: Path) -> None:
+        _run(["g++", *flags, str(HERE / f"{source}.cpp"), "-o", str(partial)])
+
+    return _built(output, build)
 
 
-@contextmanager
-def _built(output: Path) -> Iterator[tuple[Path, Path]]:
-    """A folder of its own, and what becomes the output in it: several processes of a test run may build the same."""
+def _built(output: Path, build: Callable[[Path, Path], None]) -> Path:
+    """What `build(folder, file)` makes of a folder of its own and the file to write in it, unless it is there. Of
+    several processes of a test run that want the same, one builds it and the others wait."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=BUILD) as folder:
-        partial = Path(folder) / output.name
-        yield Path(folder), partial
-        partial.rename(output)
+    with open(output.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            with TemporaryDirectory(dir=BUILD) as folder:
+                partial = Path(folder) / output.name
+                build(Path(folder), partial)
+                partial.rename(output)
+    return output
 
 
 def _run(command: list[str]) -> None:
