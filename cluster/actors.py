@@ -81,8 +81,8 @@ class TargetActor:
         self._loop = _Loop(self._worker)
         self._board = ProgressBoard(f"target {rank}")
 
-    def load(self) -> None:
-        self._worker.load(self._board.report)
+    def load(self) -> list[str]:
+        return self._worker.load(self._board.report)
 
     def open_store(self) -> tuple[str, int]:
         return self._worker.open_store(ray.util.get_node_ip_address())

@@ -84,16 +84,19 @@ class Crew:
 
     async def bring_up(self, calibration: "Request") -> list[str]:
         """The first start; returns what users should be told. Raises EngineError and ValueError."""
-        await self._all("load", {name: worker.load.remote() for name, worker in self._workers.items()})
+        loaded = await self._all(
+            "load", {name: worker.load.remote() for name, worker in self._workers.items()}
+        )
+        told = dict.fromkeys(text for of_worker in loaded for text in of_worker or ())  # ranks say the same
         await self._connect()
         for name in self._targets:
             self._run(name)
         step, draft = self.watch.step, self._workers[_DRAFT]
         self.measured = await self._unless_one_dies(step(_DRAFT, "profile", draft.profile.remote()))
         calibrating = step(_DRAFT, "calibrate", draft.calibrate.remote(calibration))
-        warnings = await self._unless_one_dies(calibrating)
+        warnings: list[str] = await self._unless_one_dies(calibrating)
         self._run(_DRAFT)
-        return warnings
+        return [*told, *warnings]
 
     async def take_over(self, measured: "Profiles", reason: str) -> Break:
         """Another Coordinator had these workers, and was lost for this reason: what `rebuild` has to do.

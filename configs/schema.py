@@ -156,7 +156,7 @@ class DraftConfig:
     """An LM head for `draft.model` instead of its own, as `outrider trim` and `outrider slim` write one: a directory,
     a Hugging Face id, or `shipped:NAME`; empty: its own."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the drafter's weights, activations and KV cache. `auto`: bfloat16, but float32 on a CPU that
     has no instructions for it, where a drafter of one rank is twice as fast in float32."""
 

@@ -6,7 +6,7 @@ outrider train RUN.yaml [a.b=c ...]
 from dataclasses import dataclass, field
 from typing import Literal
 
-from outrider.configs.schema import DType, _require, _require_at_least
+from outrider.configs.schema import _require, _require_at_least
 
 TrainingMethod = Literal["eagle3", "medusa1", "medusa2", "mtp", "parallel"]
 LossName = Literal["kl", "tv", "kl_tv", "lk_alpha", "lk_lambda"]
@@ -19,8 +19,9 @@ class TrainedTargetConfig:
     model: str
     """Checkpoint, written like `target.model` of a run that serves."""
 
-    dtype: DType = "bfloat16"
-    """Number format in which its hidden rows are computed."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format in which its hidden rows are computed. `auto`: bfloat16, but float32 on a CPU that has no
+    instructions for it, where training in bfloat16 takes some 15 times as long."""
 
     model_cache_dir: str = "~/.cache/outrider/models"
     """As `cluster.model_cache_dir` of a run that serves."""
@@ -287,8 +288,8 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What they share of the training state: nothing, the optimizer's, gradients too, weights too."""
 
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of products; weights and optimizer are float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of products; weights and optimizer are float32. `auto`: as of `target.dtype`."""
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the ranks compute; with `cuda` rank r has GPU r."""

@@ -33,6 +33,7 @@ from outrider.workers.setup import (
     kernels_for,
     kernels_with_cache,
     load_model,
+    quick_dtype,
     require_memory,
     target_cache,
     target_cache_bytes,
@@ -67,8 +68,11 @@ class TargetWorker:
         self._rank: TargetRank | None = None  # once connected
         self._lost_link = ""  # why rank 0 no longer hears of its DraftWorker
 
-    def load(self, progress: Callable[[str, int, int], None]) -> None:
+    def load(self, progress: Callable[[str, int, int], None]) -> list[str]:
         """Read this rank's weights. `progress(what, done_bytes, total_bytes)`.
+
+        Returns:
+            What users should be told.
 
         Raises:
             ValueError: the checkpoint is missing or does not fit the configuration.
@@ -88,6 +92,11 @@ class TargetWorker:
         self._kernels = kernels_with_cache(kernels, cache_dtype(self.config, source.config))
         self._cache_scales = read_cache_scales(source)
         self._weights = load_weights(plan, source, dtype, device, target.packed_weights, counted)
+        if dtype == torch.bfloat16 and quick_dtype(device.type) != target.dtype:
+            return [
+                "this CPU has no instructions for bfloat16: target.dtype=float32 reads prompts several times as fast"
+            ]
+        return []
 
     def open_store(self, host: str) -> tuple[str, int]:
         """Rank 0: open the meeting point of all groups on a free port; returns its host and port."""

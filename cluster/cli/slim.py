@@ -9,11 +9,11 @@ import typer
 from rich.console import Console
 from rich.progress import TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from outrider.cluster.bench.machine import num_cpus
 from outrider.cluster.cli.terminal import progress_bars, signs_of_life
 from outrider.cluster.cli.trim import (
     CACHE,
     CacheDir,
-    Dtype,
     Of,
     Out,
     Source,
@@ -52,21 +52,26 @@ def slim(
             help="Learn from so many tokens of the texts; 0: all. Their rows are kept in memory.", min=0
         ),
     ] = 200_000,
-    compute_dtype: Annotated[Dtype, typer.Option(help="Of the models whose rows are read.")] = "bfloat16",
+    compute_dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        typer.Option(help="Of the models whose rows are read; auto: bfloat16 where the CPU multiplies it."),
+    ] = "auto",
     dtype: StoredDtype = "bfloat16",
     seed: Annotated[int, typer.Option(help="Same seed, same head.", min=0)] = 0,
-    threads: Threads = 1,
+    threads: Threads = 0,
     cache_dir: CacheDir = CACHE,
 ) -> None:
     """Give a drafter LM heads of two small matrices: a weighted SVD, then distilled by forward KL."""
     from outrider.workers.draft_heads.lm_head import rank_of
     from outrider.workers.draft_heads.slim import SlimSettings
-    from outrider.workers.setup import torch_dtype
+    from outrider.workers.setup import quick_dtype, torch_dtype
     from outrider.workers.training.head_source import read_head_texts, write_heads
     from outrider.workers.training.slimming import read_slim_data, slim_heads
 
     if of != "model" and teacher == "own":
         raise ValueError(f"--teacher must be target with --of {of}: draft heads learn the target's law")
+    threads = threads or num_cpus()
+    computed_in = quick_dtype("cpu") if compute_dtype == "auto" else compute_dtype
     begin = time.perf_counter()
     console = Console(stderr=True)
     corpus = read_head_texts(texts, max_tokens)
@@ -84,7 +89,7 @@ def slim(
             cache = Path(cache_dir).expanduser()
             own = teacher == "own"
             data = read_slim_data(
-                of, source, own, corpus, steps, torch_dtype(compute_dtype), threads, cache, show
+                of, source, own, corpus, steps, torch_dtype(computed_in), threads, cache, show
             )
             full = data.checkpoint.lm_heads[0]
             hidden_size = full.shape.hidden_size
@@ -106,6 +111,7 @@ def slim(
         "of": of,
         "teacher": teacher,
         "steps": steps,
+        "compute_dtype": computed_in,
         "dtype": dtype,
         **asdict(settings),
     }

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from outrider.cluster.bench.machine import num_cpus
+
 if TYPE_CHECKING:
     from outrider.workers.draft_heads.lm_head import LmHead
     from outrider.workers.training.head_source import HeadTexts
@@ -30,7 +32,7 @@ Texts = Annotated[
 ]
 Out = Annotated[str, typer.Option(metavar="DIR", help="Where the checkpoint goes.")]
 StoredDtype = Annotated[Dtype, typer.Option(help="Of the weights that are written.")]
-Threads = Annotated[int, typer.Option(help="CPU threads.", min=1)]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0: the CPUs this process may use.", min=0)]
 CacheDir = Annotated[str, typer.Option(help="As cluster.model_cache_dir.")]
 
 
@@ -51,7 +53,7 @@ def trim(
         ),
     ] = 0,
     dtype: StoredDtype = "bfloat16",
-    threads: Threads = 1,
+    threads: Threads = 0,
     cache_dir: CacheDir = CACHE,
 ) -> None:
     """Keep the tokens that the target writes most often, counted on all texts but the last tenth."""
@@ -70,6 +72,7 @@ def trim(
     )
     from outrider.workers.weights.progress import silent
 
+    threads = threads or num_cpus()
     begin = time.perf_counter()
     typer.echo("reading texts", err=True)
     corpus = read_head_texts(texts, 0)

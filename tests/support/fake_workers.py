@@ -55,10 +55,11 @@ class FakeTarget:
         self.was_aborted = True
         self.die_of(ConnectionError("told of a loss"))
 
-    def load(self) -> None:
+    def load(self) -> list[str]:
         self.calls.append(("load",))
         if self.death:
             raise RuntimeError(self.death)
+        return ["this target is slow"]
 
     def open_store(self) -> tuple[str, int]:
         return "127.0.0.1", 1

@@ -172,6 +172,19 @@ def test_workers_that_were_given_no_gpu_use_none(worker: Any, monkeypatch: pytes
     assert (made._weights.device if isinstance(made, TargetWorker) else made._device) == CPU
 
 
+@pytest.mark.parametrize(
+    ("has_bfloat16", "dtype"), [(True, "bfloat16"), (False, "bfloat16"), (False, "float32")]
+)
+def test_a_target_says_that_a_processor_has_no_instructions_for_its_numbers(
+    has_bfloat16: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"architecture": "x86_64", "avx512_bf16": has_bfloat16}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    told = TargetWorker(load_config("tiny-random", [f"target.dtype={dtype}"]), 0).load(silent)
+    assert [text for text in told if "target.dtype=float32" in text] == told
+    assert len(told) == (dtype == "bfloat16" and not has_bfloat16)
+
+
 @pytest.mark.filterwarnings("ignore:.*will not be used")
 def test_target_workers_use_what_all_of_them_may(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("tiny-random", ["target.tp_size=2"])

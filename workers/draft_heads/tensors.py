@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from outrider.workers.draft_heads.lm_head import LmHead
 from outrider.workers.weights.hf_directory import SINGLE, weight_files
+from outrider.workers.weights.safetensors_writer import write_tensors
 
 CONFIG = "config.json"
 # What SafeAILab and FasterDecoding publish where they publish no safetensors.
@@ -165,12 +164,10 @@ def write_files(
     folder.mkdir(parents=True, exist_ok=True)
     # Copies: two names may be one tensor, which the format does not have.
     stored = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
+        name: (tensor.detach().to(dtype) if tensor.is_floating_point() else tensor).clone()
         for name, tensor in tensors.items()
     }
-    partial = folder / f"{SINGLE}.partial"
-    save_file(stored, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / SINGLE)
+    write_tensors(folder / SINGLE, stored, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -11,7 +11,6 @@ judge.json, which is `JudgeDescription`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -20,11 +19,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from outrider.workers.judging.identity import ModelIdentity, differences, read_identity
 from outrider.workers.weights.fields import Fields, read_json
+from outrider.workers.weights.safetensors_writer import write_tensors
 
 JudgeKind = Literal["target", "target_and_draft"]
 KINDS = ("target", "target_and_draft")
@@ -111,10 +111,8 @@ def write_judge(folder: Path, head: JudgeHead, description: JudgeDescription) ->
     assert head.linear.in_features == description.num_columns
     assert (description.drafter is None) == (description.kind == "target")
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{WEIGHTS}.partial"
-    weights = {name: x.detach().float().cpu().contiguous() for name, x in head.state_dict().items()}
-    save_file(weights, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / WEIGHTS)
+    weights = {name: x.float() for name, x in head.state_dict().items()}
+    write_tensors(folder / WEIGHTS, weights, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(asdict(description), indent=2) + "\n", encoding="utf-8")
 
 

@@ -107,14 +107,19 @@ def read_corpus(config: TextsConfig, manifest: Manifest | None) -> Corpus:
     if config.eval_directories:
         held_out = read(config.eval_directories)
     else:
+        if 0 < len(training) < config.eval_every:
+            raise ValueError(
+                f"texts.eval_every must be at most {len(training)}, the texts that there are, so that some are held "
+                f"out to measure on, got {config.eval_every}; or texts.eval_directories names others"
+            )
         held_out = training[config.eval_every - 1 :: config.eval_every]
         del training[config.eval_every - 1 :: config.eval_every]
     training = [text for text in training if _is_useful(text)]
     held_out = [text for text in held_out if _is_useful(text)][: config.max_eval_texts]
-    for name, texts in (("training", training), ("held-out", held_out)):
+    for name, texts in (("train", training), ("measure", held_out)):
         if not texts:
             raise ValueError(
-                f"texts.directories must hold texts to train on and to measure on: no {name} texts in "
+                f"texts.directories must hold texts to train on and to measure on: none to {name} on in "
                 f"{', '.join(config.directories)}"
             )
     digest = hashlib.sha256()

@@ -13,13 +13,14 @@ from typing import Protocol, TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from outrider.workers.training.computed_rows import FeatureComputer
 from outrider.workers.training.data import TrainingText
 from outrider.workers.training.feature_batch import LAST, FeatureBatch, WantedRows, joined
 from outrider.workers.weights.progress import Progress
+from outrider.workers.weights.safetensors_writer import write_tensors
 
 _TEXTS_PER_FILE = 256
 
@@ -130,11 +131,8 @@ def keep_rows(
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A file that is there is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    save_file({name: values.cpu().contiguous() for name, values in tensors.items()}, unfinished)
-    unfinished.replace(path)
+    write_tensors(path, tensors, {})
 
 
 def _digest(identity: str, texts: Sequence[Digested]) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from outrider.kernels.rms_norm import rms_norm
@@ -28,6 +27,7 @@ from outrider.workers.training.feature_batch import LAST, FeatureBatch, WantedRo
 from outrider.workers.training.features import TargetFeatures, in_groups
 from outrider.workers.training.texts import DistilledText, load_description
 from outrider.workers.weights.config import ModelConfig
+from outrider.workers.weights.safetensors_writer import write_tensors
 from outrider.workers.weights.source import WeightSource
 
 _SHARD_BYTES = 64 << 20  # what a pass that is cut off loses
@@ -104,10 +104,8 @@ def keep_features(
             places[text.id] = (first, len(text.tokens))
             first += len(text.tokens)
         path = directory / f"hidden-{number:05d}.safetensors"
-        unfinished = path.with_suffix(".tmp")
         said = {"layers": list(features.layers), "dtype": name, "places": places}
-        save_file(tensors, unfinished, metadata={"outrider": json.dumps(said)})
-        unfinished.replace(path)
+        write_tensors(path, tensors, {"outrider": json.dumps(said)})
         progress(first)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from outrider.configs.loader import config_to_yaml, load_training
 from outrider.configs.training import TrainingConfig
+from outrider.workers.setup import quick_dtype
 from outrider.workers.training.data import Corpus, Manifest, read_corpus
 from outrider.workers.training.log import Line
 from outrider.workers.training.metrics import Measurement
@@ -55,6 +56,7 @@ def train(
     Raises:
         ValueError: a setting, a text, a model or a checkpoint that cannot be used.
     """
+    config = _with_dtypes(config)
     out = Path(config.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     _check_goes_on(config, out)
@@ -81,6 +83,16 @@ def train(
             for process in others:
                 process.join(timeout=10)
                 process.kill()
+
+
+def _with_dtypes(config: TrainingConfig) -> TrainingConfig:
+    """With dtypes of `auto` decided: they are part of what a run is."""
+    target, engine, quick = config.target, config.engine, quick_dtype(config.engine.device)
+    if target.dtype == "auto":
+        target = replace(target, dtype=quick)
+    if engine.dtype == "auto":
+        engine = replace(engine, dtype=quick)
+    return replace(config, target=target, engine=engine)
 
 
 def _check_goes_on(config: TrainingConfig, out: Path) -> None:

@@ -29,6 +29,7 @@ from outrider.workers.training.tasks import Task
 from outrider.workers.training.vocabulary_loss import SoftTargets, vocabulary_loss
 from outrider.workers.weights.reference import load_transformers
 from outrider.workers.weights.resolver import ResolvedModel, open_source
+from outrider.workers.weights.safetensors_writer import let_others_read
 
 _ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _LOGIT_ROWS = 256
@@ -158,6 +159,8 @@ def build_medusa2(
         save_drafter(folder, heads, describe("target", source, corpus, accuracies))
         target.save_pretrained(folder / "adapter")
         copy.deepcopy(target).merge_and_unload().save_pretrained(folder / "target")
+        for path in folder.rglob("*.safetensors"):
+            let_others_read(path)
 
     trained = [parameter for parameter in heads.parameters() if parameter.requires_grad]
     return Task(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from outrider.configs.training import TrainingConfig
@@ -41,6 +41,7 @@ from outrider.workers.training.parallel import drafter_shape as parallel_shape
 from outrider.workers.training.saving import Drafter, describe, save_drafter, start_from
 from outrider.workers.training.target import open_target, resolve_target
 from outrider.workers.weights.progress import Progress, silent
+from outrider.workers.weights.safetensors_writer import write_tensors
 from outrider.workers.weights.source import WeightSource
 from outrider.workers.weights.tensors import EMBEDDING
 
@@ -180,9 +181,7 @@ def prepare_head(config: TrainingConfig, corpus: Corpus, say: Callable[[str], No
     read = [rows[max(1, text.num_unlearned) - 1 : -1] for text, rows in zip(texts, normed, strict=True)]
     rank = head_shape(config.head, source.config.hidden_size, ids).rank
     weights = low_rank_head(source, ids, rank, torch.cat(read).cpu())
-    unfinished = path.with_suffix(".tmp")
-    save_file(weights, unfinished)
-    unfinished.replace(path)
+    write_tensors(path, weights, {})
 
 
 def forget_head(config: TrainingConfig) -> None:

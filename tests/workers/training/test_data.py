@@ -1,5 +1,6 @@
 """Which texts are trained on, and in which order."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,19 @@ def test_every_so_manyth_text_is_held_out(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_nothing_to_learn_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no training texts"):
+    with pytest.raises(ValueError, match="none to train on"):
         read_corpus(TextsConfig((str(tmp_path),)), None)
     with pytest.raises(
         ValueError, match=r"texts.directories must be folders with texts-\*.jsonl, got '.*/none'"
     ):
         read_corpus(TextsConfig((str(tmp_path / "none"),)), None)
+
+
+def test_texts_too_few_to_hold_one_out_are_said_to_be(tmp_path: Path) -> None:
+    write(tmp_path, 9)
+    few = TextsConfig((str(tmp_path),), eval_every=10)
+    with pytest.raises(
+        ValueError, match=r"texts\.eval_every must be at most 9, .* got 10; or texts\.eval_dir"
+    ):
+        read_corpus(few, None)
+    assert len(read_corpus(replace(few, eval_directories=(str(tmp_path),)), None).training) == 9

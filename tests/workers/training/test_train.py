@@ -95,6 +95,33 @@ def test_medusa_learns_a_corpus_by_heart(texts: Path, tmp_path: Path, method: Tr
     if method == "medusa2":
         assert (tmp_path / "run" / "drafter" / "adapter" / "adapter_model.safetensors").exists()
         assert load_file(tmp_path / "run" / "drafter" / "target" / "model.safetensors")
+    files = list((tmp_path / "run" / "drafter").rglob("*.safetensors"))
+    config_mode = (tmp_path / "run" / "config.yaml").stat().st_mode
+    assert {path.stat().st_mode for path in files} == {
+        config_mode
+    }  # whoever may read the one, may read the others
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_dtypes_of_auto_are_decided_once_and_belong_to_the_run(
+    texts: Path, tmp_path: Path, has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def processor(has_bfloat16: bool) -> None:
+        found = {"architecture": "x86_64", "avx512_bf16": has_bfloat16}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+
+    begun = tiny_run(texts, tmp_path / "run", steps=1)
+    auto = replace(
+        begun, target=replace(begun.target, dtype="auto"), engine=replace(begun.engine, dtype="auto")
+    )
+    processor(has_bfloat16)
+    run(auto)
+    written = load_training(tmp_path / "run" / "config.yaml")
+    decided = "bfloat16" if has_bfloat16 else "float32"
+    assert (written.target.dtype, written.engine.dtype) == (decided, decided)
+    processor(not has_bfloat16)
+    with pytest.raises(ValueError, match=rf"target\.dtype '{decided}' as in the run"):
+        run(with_steps(auto, 2))
 
 
 class KilledError(Exception):
