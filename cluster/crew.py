@@ -87,7 +87,8 @@ class Crew:
         loaded = await self._all(
             "load", {name: worker.load.remote() for name, worker in self._workers.items()}
         )
-        told = dict.fromkeys(text for of_worker in loaded for text in of_worker or ())  # ranks say the same
+        # Ranks say the same, the DraftWorker nothing.
+        told = dict.fromkeys(text for of_worker in loaded for text in of_worker or ())
         await self._connect()
         for name in self._targets:
             self._run(name)

@@ -84,7 +84,7 @@ def test_kept_rows_are_read_by_text_and_a_pass_goes_on_behind_its_last_file(
     keep_features(features, several[:3], tmp_path, torch.float32, done.append, shard_bytes)
     first_file = (tmp_path / "hidden-00000.safetensors").read_bytes()
     assert done == [90, 30]
-    (tmp_path / "hidden-00002.tmp").write_bytes(b"cut off")
+    (tmp_path / "hidden-00002.safetensors.partial").write_bytes(b"cut off")
     keep_features(features, several, tmp_path, torch.float32, done.append, shard_bytes)
     assert done == [90, 30, 79]
     assert (tmp_path / "hidden-00000.safetensors").read_bytes() == first_file
