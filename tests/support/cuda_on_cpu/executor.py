@@ -7,15 +7,13 @@ PTX that NVRTC made of it (`ptx.executor.ptx_executor`).
 import ctypes
 import fcntl
 import hashlib
-import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -23,8 +21,6 @@ from torch import Tensor
 
 from outrider.kernels.compiler import Sources
 from outrider.kernels.launch_plans import Argument, LaunchPlan
-
-T = TypeVar("T")
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[2] / "build" / "cuda_on_cpu"
@@ -150,13 +146,6 @@ def build_runtime(for_tsan: bool, source: str) -> Path:
         _run(["g++", *flags, str(HERE / f"{source}.cpp"), "-o", str(partial)])
 
     return _built(output, build)
-
-
-def in_turns(parts: Sequence[T]) -> list[T]:
-    """The same parts, begun at another one in each process of a test run: while one builds what others want as well,
-    they build the rest."""
-    first = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % len(parts)
-    return [*parts[first:], *parts[:first]]
 
 
 def _built(output: Path, build: Callable[[Path, Path], None]) -> Path:

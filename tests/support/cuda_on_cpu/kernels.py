@@ -4,7 +4,7 @@ import re
 from functools import cache
 
 from outrider.kernels.compiler import SOURCES, CompiledKernels, Sources, compile_cached, load_sources
-from support.cuda_on_cpu.executor import BUILD, Executor, in_turns, kernel_names, source_executor
+from support.cuda_on_cpu.executor import BUILD, Executor, kernel_names, source_executor
 from support.cuda_on_cpu.ptx.executor import ptx_executor
 
 # `make test` compiles machine code for the target of the GPU on which the kernels ran, and executes the PTX of that
@@ -18,12 +18,12 @@ _PTX_ALONE = {"sm_80": "compute_80"}
 @cache
 def compiled(target: str) -> dict[str, CompiledKernels]:
     """All kernels for a target: {stem: binaries}."""
-    return {stem: compile_cached(stem, target, BUILD / "nvrtc") for stem in in_turns(SOURCES)}
+    return {stem: compile_cached(stem, target, BUILD / "nvrtc") for stem in SOURCES}
 
 
 @cache
 def source_kernels() -> Executor:
-    return source_executor({stem: load_sources(stem) for stem in in_turns(SOURCES)})
+    return source_executor({stem: load_sources(stem) for stem in SOURCES})
 
 
 @cache

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from outrider.kernels.compiler import Sources
-from support.cuda_on_cpu.executor import Executor, build_unit, in_turns, with_entry
+from support.cuda_on_cpu.executor import Executor, build_unit, with_entry
 from support.cuda_on_cpu.ptx import arithmetic, machine
 from support.cuda_on_cpu.ptx.emitter import translate
 
@@ -38,8 +38,8 @@ def _libraries(stem: str, ptx: str) -> dict[str, Path]:
     names = re.findall(r"\.entry (\w+)\(", ptx)
     narrow = [name for name in names if "_fp8" in name]
     found = {}
-    wide = [name for name in names if name not in narrow]
-    for unit in in_turns([unit for unit in (narrow, wide) if unit]):
-        library = build_unit(stem, translated_unit(ptx, unit), optimise=OPTIMISE)
-        found |= dict.fromkeys(unit, library)
+    for unit in (narrow, [name for name in names if name not in narrow]):
+        if unit:
+            library = build_unit(stem, translated_unit(ptx, unit), optimise=OPTIMISE)
+            found |= dict.fromkeys(unit, library)
     return found
