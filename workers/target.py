@@ -92,7 +92,7 @@ class TargetWorker:
         self._kernels = kernels_with_cache(kernels, cache_dtype(self.config, source.config))
         self._cache_scales = read_cache_scales(source)
         self._weights = load_weights(plan, source, dtype, device, target.packed_weights, counted)
-        is_slow = dtype == torch.bfloat16 and quick_dtype(device.type) != target.dtype
+        is_slow = target.dtype == "bfloat16" and quick_dtype(device.type) == "float32"
         if is_slow and source.config.quantization is None:
             return [
                 "this CPU has no instructions for bfloat16: target.dtype=float32 reads prompts several times as fast"

@@ -53,7 +53,7 @@ def trim(
         ),
     ] = 0,
     dtype: StoredDtype = "bfloat16",
-    threads: Threads = 0,
+    threads: Threads = 1,
     cache_dir: CacheDir = CACHE,
 ) -> None:
     """Keep the tokens that the target writes most often, counted on all texts but the last tenth."""

@@ -17,7 +17,7 @@ from outrider.kernels.compiler import (
 )
 from support import kernel_table
 from support.cuda_on_cpu.executor import kernel_names
-from support.cuda_on_cpu.kernels import COMPILED_OFTEN, compiled
+from support.cuda_on_cpu.kernels import OFTEN, compiled
 from support.kernel_table import (
     TABLE,
     KernelReport,
@@ -31,9 +31,7 @@ from support.kernel_table import (
 MAKE_TABLE = "run: python tests/support/kernel_table.py"
 
 
-@pytest.fixture(
-    scope="module", params=[COMPILED_OFTEN, pytest.param(TARGETS, marks=pytest.mark.slow)], ids=len
-)
+@pytest.fixture(scope="module", params=[OFTEN, pytest.param(TARGETS, marks=pytest.mark.slow)], ids=len)
 def targets(request):
     """All of them take a minute of a processor, and what comes out changes with a kernel's form only, see below."""
     return request.param

@@ -25,7 +25,7 @@ from outrider.kernels.round_rows import plan_round_rows, round_rows
 from outrider.kernels.row_cases import LEAST_SCALE, prepare_add_rms_norm, prepare_round_rows, prepare_silu_mul
 from outrider.kernels.sampling_cases import prepare_sample_shard
 from support.cuda_on_cpu.executor import SCHEDULES, Executor, Schedule, kernel_names
-from support.cuda_on_cpu.kernels import EXECUTED_OFTEN, ptx_kernels, source_kernels
+from support.cuda_on_cpu.kernels import OFTEN, ptx_kernels, source_kernels
 
 CPU = torch.device("cpu")
 # Both executors compute the same numbers in the same order up to fused multiply-adds and the last bit of a logarithm.
@@ -108,7 +108,7 @@ def test_source_agrees_with_float64_under_every_schedule(name):
 
 
 @pytest.mark.parametrize(
-    "target", [pytest.param(t, marks=() if t in EXECUTED_OFTEN else pytest.mark.slow) for t in TARGETS]
+    "target", [pytest.param(t, marks=() if t in OFTEN else pytest.mark.slow) for t in TARGETS]
 )
 @pytest.mark.parametrize("name", CASES)
 def test_ptx_agrees_with_float64_and_with_the_source(name, target):

@@ -7,12 +7,9 @@ from outrider.kernels.compiler import SOURCES, CompiledKernels, Sources, compile
 from support.cuda_on_cpu.executor import BUILD, Executor, kernel_names, source_executor
 from support.cuda_on_cpu.ptx.executor import ptx_executor
 
-# `make test` compiles machine code for the target of the GPU on which the kernels ran, and executes the PTX of that
-# one and of the oldest. The others, whose PTX differs from theirs in little, are left to `make test-all`.
-COMPILED_OFTEN = ("sm_90a",)
-EXECUTED_OFTEN = ("sm_80", "sm_90a")
-# Gives the same PTX without its machine code, which takes as long.
-_PTX_ALONE = {"sm_80": "compute_80"}
+# Compiled and executed by `make test`: the oldest target, and that of the GPU on which the kernels ran. The others,
+# whose PTX differs from theirs in little, by `make test-all`.
+OFTEN = ("sm_80", "sm_90a")
 
 
 @cache
@@ -28,8 +25,7 @@ def source_kernels() -> Executor:
 
 @cache
 def ptx_kernels(target: str) -> Executor:
-    binaries = compiled(_PTX_ALONE.get(target, target))
-    return ptx_executor({stem: kernels.ptx for stem, kernels in binaries.items()})
+    return ptx_executor({stem: kernels.ptx for stem, kernels in compiled(target).items()})
 
 
 def only(sources: Sources, stem: str, names: list[str]) -> Sources:
